@@ -1,0 +1,364 @@
+"""The manifest of a folder of shards: what lies where, with checksums.
+
+A shard folder holds plain WebDataset tars and three small files:
+
+    manifest.json   shards (name, samples, bytes, sha256), classes, how it was made; written last
+    index.bin       one SAMPLE row per sample, in shard order: where its image bytes lie, its label
+    names.bin       the original name of each sample (optional; zlib-compressed UTF-8 lines)
+
+A subset, or tars adopted in place, is a folder that holds only these files; its manifest then says
+where the tars lie. Every reader goes through `read_manifest`, so subsets need no special case.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1
+MANIFEST, INDEX, NAMES = "manifest.json", "index.bin", "names.bin"
+
+# Image formats by the number stored in SAMPLE["format"].
+FORMATS = ("jpeg", "png", "webp", "other")
+
+# One row per sample; `offset` and `length` are bytes inside the tar. 24 bytes, little-endian.
+SAMPLE = np.dtype(
+    [
+        ("offset", "<u8"),  # of the first image byte
+        ("length", "<u4"),  # of the image, in bytes
+        ("label", "<i4"),  # class index, -1 = none
+        ("width", "<u2"),  # of the stored image in pixels, 0 = unknown
+        ("height", "<u2"),
+        ("orientation", "u1"),  # EXIF orientation as recorded, 1 = upright; never applied
+        ("format", "u1"),  # position in FORMATS
+        ("reserved", "<u2"),
+    ]
+)
+
+_MAGIC = b"RMIMINDX"
+_HEADER = struct.Struct("<8sIIQ32s8x")  # magic, version, row size, rows, sha256 of the rows
+
+
+class ManifestError(ValueError):
+    """A shard folder that cannot be used, in one sentence that names the file."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `name` relative to `Manifest.folder`, `samples` that the manifest lists in it,
+    and `bytes` and `sha256` of the whole file."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Shards, classes and the lazily loaded index of one folder (or of a subset of it)."""
+
+    folder: str  # where the tars lie: a path or an fsspec URL
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] = ()  # index → name (synset); empty where there are no labels
+    made: dict[str, Any] = field(default_factory=dict)
+    home: str = ""  # where manifest.json itself lies; differs from `folder` for a subset
+    index_sha256: str = ""
+    names_sha256: str = ""  # empty where no names were recorded
+
+    @property
+    def samples(self) -> int:
+        return int(self.starts[-1])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of the first sample of each shard, then the total: int64 [shards + 1]."""
+        return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """SAMPLE rows [samples] in shard order (read-only); checked against its checksum and
+        against the sizes of the shards. Raises ManifestError where it does not hold."""
+        where = join(self.home, INDEX)
+        data = read_bytes(where)
+        count, digest = _parse_header(where, data[: _HEADER.size], len(data))
+        rows = np.frombuffer(data, SAMPLE, count, _HEADER.size)
+        actual = hashlib.sha256(data[_HEADER.size :]).digest()
+        if actual != digest or actual.hex() != self.index_sha256:
+            raise ManifestError(f"{where}: damaged, its checksum does not match its content")
+        _check_rows(where, self, rows)
+        return rows
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Original name of each sample (as given to the sharding tool), in index order; empty
+        where none were recorded."""
+        if not self.names_sha256:
+            return ()
+        where = join(self.home, NAMES)
+        data = read_bytes(where)
+        if hashlib.sha256(data).hexdigest() != self.names_sha256:
+            raise ManifestError(f"{where}: the checksum does not match the manifest")
+        names = tuple(zlib.decompress(data).decode().split("\n"))
+        if len(names) != self.samples:
+            raise ManifestError(f"{where}: {len(names)} names for {self.samples} samples")
+        return names
+
+    def path(self, shard: int) -> str:
+        """Path or URL of shard number `shard`."""
+        return join(self.folder, self.shards[shard].name)
+
+    def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard number (int64) and SAMPLE row of each sample number; same shape as `sample`."""
+        sample = np.asarray(sample, np.int64)
+        if sample.size and (sample.min() < 0 or sample.max() >= self.samples):
+            raise ManifestError(
+                f"{self.home}: sample numbers run from 0 to {self.samples - 1}, "
+                f"not {sample.min()} to {sample.max()}"
+            )
+        return np.searchsorted(self.starts, sample, side="right") - 1, self.index[sample]
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Open the manifest of `folder` (a path or any fsspec URL).
+
+    Raises ManifestError in one sentence: no manifest, unknown version, damaged manifest or index
+    header; for tars on a local disk also a missing shard or one of the wrong size. The index
+    itself is read and checked at its first use.
+    """
+    home = os.fspath(folder)
+    text = _read_manifest_text(home)
+    where = join(home, MANIFEST)
+    try:
+        content = json.loads(text)
+        version, checksum = content["version"], content.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
+    if version != VERSION:
+        raise ManifestError(f"{where}: version {version!r} is not known, this code reads {VERSION}")
+    if checksum != _checksum(content):
+        raise ManifestError(f"{where}: damaged, its checksum does not match its content")
+    manifest = Manifest(
+        folder=_resolve(home, content["folder"]),
+        shards=tuple(Shard(**shard) for shard in content["shards"]),
+        classes=tuple(content["classes"]),
+        made=content["made"],
+        home=home,
+        index_sha256=content["index_sha256"],
+        names_sha256=content["names_sha256"],
+    )
+    _check_files(manifest)
+    return manifest
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    shards: Sequence[Shard],
+    index: np.ndarray,
+    classes: Sequence[str] = (),
+    made: dict[str, Any] | None = None,
+    names: Sequence[str] = (),
+    shard_folder: str | Path | None = None,
+) -> Manifest:
+    """Write index.bin, names.bin and, last, manifest.json into the local `folder`; each one
+    atomically. An older manifest is taken away first, so that no mixture is ever readable.
+
+    index: SAMPLE rows in the order of `shards`; names: one per row, or none at all.
+    shard_folder: where the tars lie, if not in `folder` (stored relative to it when local).
+    """
+    folder = Path(folder)
+    rows = np.ascontiguousarray(index, SAMPLE)
+    if len(names) not in (0, len(rows)) or any("\n" in name for name in names):
+        raise ManifestError(f"{folder}: names must be one line per sample, or none")
+    blob = zlib.compress("\n".join(names).encode(), 6) if names else b""
+    location = _relative(folder, shard_folder)
+    content: dict[str, Any] = {
+        "version": VERSION,
+        "folder": location,
+        "samples": len(rows),
+        "shards": [asdict(shard) for shard in shards],
+        "classes": list(classes),
+        "made": made or {},
+        "index_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "names_sha256": hashlib.sha256(blob).hexdigest() if names else "",
+    }
+    planned = Manifest(_resolve(str(folder), location), tuple(shards), tuple(classes))
+    _check_rows(str(folder / INDEX), planned, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_atomic(folder / INDEX, encode_index(rows))
+    if names:
+        write_atomic(folder / NAMES, blob)
+    else:
+        (folder / NAMES).unlink(missing_ok=True)
+    content["checksum"] = _checksum(content)
+    write_atomic(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
+    return read_manifest(folder)
+
+
+def encode_index(rows: np.ndarray) -> bytes:
+    """The bytes of index.bin: a 64-byte header (magic, version, row size, rows, sha256), rows."""
+    data = rows.tobytes()
+    digest = hashlib.sha256(data).digest()
+    return _HEADER.pack(_MAGIC, VERSION, SAMPLE.itemsize, len(rows), digest) + data
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write `data` under a temporary name, fsync, rename, fsync the folder."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that a rename inside it survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_remote(folder: str) -> bool:
+    """True for an fsspec URL such as s3://bucket/folder."""
+    return "://" in folder
+
+
+def join(folder: str, name: str) -> str:
+    """`folder`/`name` for a path or a URL."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def read_bytes(where: str) -> bytes:
+    """The whole content of a path or URL; a ManifestError names what could not be read."""
+    try:
+        if is_remote(where):
+            import fsspec  # only remote folders need it
+
+            with fsspec.open(where, "rb") as file:
+                return file.read()
+        return Path(where).read_bytes()
+    except Exception as error:  # each fsspec backend has its own exceptions
+        raise ManifestError(f"{where}: cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    return text or type(error).__name__
+
+
+def _read_manifest_text(home: str) -> bytes:
+    if not is_remote(home) and not os.path.isdir(home):
+        raise ManifestError(f"{home}: no such folder; shards are made by `make shards`")
+    if not is_remote(home) and not os.path.isfile(os.path.join(home, MANIFEST)):
+        raise ManifestError(
+            f"{home}: has no {MANIFEST}; make it with shard_tools/make_shards.py, "
+            "or adopt existing tars with shard_tools/index_shards.py"
+        )
+    return read_bytes(join(home, MANIFEST))
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _relative(folder: Path, shard_folder: str | Path | None) -> str:
+    if shard_folder is None:
+        return "."
+    if is_remote(str(shard_folder)):
+        return str(shard_folder)
+    return os.path.relpath(os.path.realpath(shard_folder), os.path.realpath(folder))
+
+
+def _resolve(home: str, folder: str) -> str:
+    if folder == "." or is_remote(folder):
+        return home if folder == "." else folder
+    if is_remote(home):
+        scheme, _, rest = home.partition("://")
+        return f"{scheme}://{posixpath.normpath(posixpath.join(rest, folder))}"
+    return os.path.normpath(os.path.join(os.path.realpath(home), folder))
+
+
+def _parse_header(where: str, head: bytes, size: int) -> tuple[int, bytes]:
+    """Rows and sha256 that the header of index.bin announces."""
+    if len(head) < _HEADER.size:
+        raise ManifestError(f"{where}: too short for an index ({size} bytes)")
+    magic, version, width, count, digest = _HEADER.unpack(head)
+    if magic != _MAGIC:
+        raise ManifestError(f"{where}: not an index of relaxmim shards")
+    if version != VERSION or width != SAMPLE.itemsize:
+        raise ManifestError(f"{where}: version {version} is not known, this code reads {VERSION}")
+    if size != _HEADER.size + count * width:
+        raise ManifestError(
+            f"{where}: holds {size} bytes where {count} samples need {_HEADER.size + count * width}"
+        )
+    return count, digest
+
+
+def _check_files(manifest: Manifest) -> None:
+    """Names are safe, the index belongs to this manifest, local shards exist in their size."""
+    for shard in manifest.shards:
+        parts = shard.name.split("/")
+        if shard.name.startswith("/") or ".." in parts or "" in parts:
+            raise ManifestError(f"{manifest.home}: shard name {shard.name!r} leaves its folder")
+    if not is_remote(manifest.home):
+        where = join(manifest.home, INDEX)
+        if not os.path.isfile(where):
+            raise ManifestError(f"{where}: is missing; make the index again")
+        with open(where, "rb") as file:
+            count, digest = _parse_header(where, file.read(_HEADER.size), os.path.getsize(where))
+        if count != manifest.samples or digest.hex() != manifest.index_sha256:
+            raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
+    if not is_remote(manifest.folder):
+        for number, shard in enumerate(manifest.shards):
+            _check_shard(manifest.path(number), shard)
+
+
+def _check_shard(where: str, shard: Shard) -> None:
+    try:
+        size = os.stat(where).st_size
+    except FileNotFoundError:
+        raise ManifestError(f"{where}: this shard is missing") from None
+    except OSError as error:
+        raise ManifestError(f"{where}: cannot be read ({_reason(error)})") from error
+    if size != shard.bytes:
+        raise ManifestError(f"{where}: {size} bytes long where the manifest says {shard.bytes}")
+
+
+def _check_rows(where: str, manifest: Manifest, rows: np.ndarray) -> None:
+    """Every row lies inside its shard and has a label that the classes know."""
+    if len(rows) != manifest.samples:
+        raise ManifestError(f"{where}: {len(rows)} rows for {manifest.samples} samples")
+    sizes = np.repeat(
+        np.array([shard.bytes for shard in manifest.shards], np.uint64),
+        [shard.samples for shard in manifest.shards],
+    )
+    ends = rows["offset"] + rows["length"]
+    outside = np.flatnonzero((ends > sizes) | (ends < rows["offset"]))
+    if len(outside):
+        raise ManifestError(f"{where}: sample {outside[0]} lies outside its shard")
+    known = len(manifest.classes) or np.iinfo(np.int32).max
+    wrong = np.flatnonzero((rows["label"] < -1) | (rows["label"] >= known))
+    if len(wrong):
+        label = rows["label"][wrong[0]]
+        raise ManifestError(f"{where}: sample {wrong[0]} has label {label} of {known} classes")
