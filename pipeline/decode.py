@@ -1,0 +1,232 @@
+"""Image bytes → one uint8 crop: decode, crop, antialiased resize and flip.
+
+Three decoders give the same picture (bicubic as Pillow's, which is the reference):
+
+    jpegcrop    a small C extension over libjpeg-turbo that decodes only the crop (built at set-up)
+    simplejpeg  libjpeg-turbo from a wheel, then torch's uint8 antialiased resize
+    pillow      Pillow alone
+
+Pillow has the last word: whatever a faster path refuses (PNG bytes, CMYK, a damaged file) goes
+through Pillow, which decodes it or gives the reason.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+Interpolation = Literal["bicubic", "bilinear"]
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+class DecodeError(ValueError):
+    """Image bytes that cannot be turned into pixels, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """The rectangle of the source (pixels, may be fractional) that becomes the output.
+
+    inside: the filter sees nothing outside the rectangle (crop, then resize); otherwise it may
+    (resize, then crop). An inside rectangle has whole numbers.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    inside: bool = True
+
+
+# (width, height) of the picture → the rectangle to take, and whether to mirror it.
+Choose = Callable[[int, int], tuple[Box, bool]]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """RandomResizedCrop + horizontal flip: share of the area, aspect ratio, output size.
+
+    scale (0.2, 1) is MAE's pretraining crop; (0.08, 1) is the usual one of supervised training.
+    """
+
+    image_size: int = 224
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    interpolation: Interpolation = "bicubic"
+
+    UNIFORMS = 23  # random numbers that one crop takes
+
+    def __post_init__(self) -> None:
+        _check_output(self.image_size, self.interpolation)
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high or (name == "scale" and high > 1):
+                raise ValueError(
+                    f"crop {name} ({low}, {high}): needs 0 < low <= high"
+                    + (" <= 1" if name == "scale" else "")
+                )
+
+    def choose(self, uniform: Sequence[float]) -> Choose:
+        """The crop for `uniform`, 23 numbers in [0, 1): ten tries (area, ratio), place, flip.
+
+        The distribution is that of torchvision's RandomResizedCrop and RandomHorizontalFlip.
+        """
+        return lambda width, height: (
+            _random_box(width, height, self, uniform),
+            self.flip and uniform[22] < 0.5,
+        )
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Resize the shorter side to `resize` pixels, then cut the centre `image_size` square."""
+
+    image_size: int = 224
+    resize: int = 256
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        _check_output(self.image_size, self.interpolation)
+        if self.resize < self.image_size:
+            raise ValueError(
+                f"centre crop: resize {self.resize} is smaller than image_size {self.image_size}"
+            )
+
+    def __call__(self, width: int, height: int) -> tuple[Box, bool]:
+        short = min(width, height)
+        wide, high = self.resize * width // short, self.resize * height // short
+        left, top = round((wide - self.image_size) / 2), round((high - self.image_size) / 2)
+        x, y = width / wide, height / high  # source pixels per resized pixel
+        right, bottom = left + self.image_size, top + self.image_size
+        return Box(left * x, top * y, right * x, bottom * y, inside=False), False
+
+
+def _check_output(image_size: int, interpolation: str) -> None:
+    if not 1 <= image_size <= 4096:
+        raise ValueError(f"image_size {image_size}: must lie between 1 and 4096 pixels")
+    if interpolation not in _FILTERS:
+        raise ValueError(f"interpolation {interpolation!r}: must be one of {', '.join(_FILTERS)}")
+
+
+def _random_box(width: int, height: int, crop: Crop, uniform: Sequence[float]) -> Box:
+    low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
+    for attempt in range(10):
+        share, shape = uniform[2 * attempt : 2 * attempt + 2]
+        area = width * height * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * share)
+        aspect = math.exp(low + (high - low) * shape)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(uniform[20] * (width - w + 1))
+            top = int(uniform[21] * (height - h + 1))
+            return Box(left, top, left + w, top + h)
+    # No try fitted: the largest centred rectangle of an allowed ratio.
+    w = min(width, max(1, round(height * crop.ratio[1])))
+    h = min(height, max(1, round(width / crop.ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return Box(left, top, left + w, top + h)
+
+
+def decode_pillow(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
+    """Decode `data` (any format that Pillow reads), write the chosen crop into `out`.
+
+    out: uint8 [S, S, 3]. Raises DecodeError.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            _check_pixels(width, height)
+            picture = image.convert("RGB")
+    except DecodeError:
+        raise
+    except Exception as error:  # each of Pillow's plugins raises what it likes
+        reason = str(error).split("\n")[0]
+        if "cannot identify image file" in reason:
+            reason = "not an image of a known format"
+        raise DecodeError(reason or type(error).__name__) from error
+    box, flip = choose(width, height)
+    corners: tuple[float, float, float, float] | None
+    corners = (box.left, box.top, box.right, box.bottom)
+    if box.inside:
+        picture, corners = picture.crop(corners), None
+    pixels = np.asarray(picture.resize(out.shape[1::-1], _FILTERS[interpolation], corners))
+    out[...] = pixels[:, ::-1] if flip else pixels
+
+
+def decode_simplejpeg(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
+    """As decode_pillow, by simplejpeg and torch; ValueError for what simplejpeg does not take."""
+    import simplejpeg
+
+    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels(width, height)
+    if colours not in ("YCbCr", "Gray", "RGB"):
+        raise ValueError(f"colour space {colours}")
+    box, flip = choose(width, height)
+    pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+    if box.inside:
+        pixels = pixels[:, int(box.top) : int(box.bottom), int(box.left) : int(box.right)]
+        size, left, top = (out.shape[0], out.shape[1]), 0, 0
+    else:
+        x, y = out.shape[1] / (box.right - box.left), out.shape[0] / (box.bottom - box.top)
+        size, left, top = (
+            (round(height * y), round(width * x)),
+            round(box.left * x),
+            round(box.top * y),
+        )
+    resized = torch.nn.functional.interpolate(
+        pixels[None], size, mode=interpolation, antialias=True, align_corners=False
+    )[0]
+    resized = resized[:, top : top + out.shape[0], left : left + out.shape[1]].permute(1, 2, 0)
+    out[...] = resized.numpy()[:, ::-1] if flip else resized.numpy()
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+
+
+def _with_last_word(fast: Callable[..., None]) -> Callable[..., None]:
+    def decode(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
+        try:
+            if data[:2] == b"\xff\xd8":
+                fast(data, choose, out, interpolation)
+                return
+        except DecodeError:
+            raise
+        except ValueError:
+            pass  # not for the fast path; Pillow decodes it or says why not
+        decode_pillow(data, choose, out, interpolation)
+
+    return decode
+
+
+def available() -> tuple[str, ...]:
+    """Names of the decoders that work here, fastest first."""
+    names = ["pillow"]
+    try:
+        import simplejpeg  # noqa: F401
+
+        names.insert(0, "simplejpeg")
+    except ImportError:
+        pass
+    return tuple(names)
+
+
+def decoder(name: str = "auto") -> tuple[str, Callable[[bytes, Choose, np.ndarray, str], None]]:
+    """The name and function of decoder `name`, or of the fastest one that works here.
+
+    The function writes the chosen crop into a uint8 [S, S, 3] array or raises DecodeError.
+    """
+    known = available()
+    name = known[0] if name == "auto" else name
+    if name not in known:
+        raise ValueError(f"decoder {name!r} is not available here: use one of {', '.join(known)}")
+    functions = {"simplejpeg": _with_last_word(decode_simplejpeg), "pillow": decode_pillow}
+    return name, functions[name]
