@@ -1,0 +1,29 @@
+"""Fused masking ops: each a PyTorch reference (the CPU path) and a Triton kernel.
+
+`use` chooses once per process. An op's file holds its equation, its reference and the public
+function; the file beside it, `<op>_triton.py`, holds the kernel and is imported only when chosen.
+"""
+
+from pipeline.kernels import philox
+from pipeline.kernels.choice import implementation, use
+from pipeline.kernels.color_jitter import color_jitter, jitter_parameters
+from pipeline.kernels.embed_visible import embed_visible
+from pipeline.kernels.patch_loss import patch_loss, patch_target
+from pipeline.kernels.place_tokens import place_tokens
+from pipeline.kernels.sample_masks import Masks, sample_masks
+from pipeline.kernels.token_infonce import token_infonce
+
+__all__ = [
+    "Masks",
+    "color_jitter",
+    "embed_visible",
+    "implementation",
+    "jitter_parameters",
+    "patch_loss",
+    "patch_target",
+    "philox",
+    "place_tokens",
+    "sample_masks",
+    "token_infonce",
+    "use",
+]

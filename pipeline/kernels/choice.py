@@ -1,0 +1,42 @@
+"""Which implementation the public functions run: PyTorch reference or Triton kernel."""
+
+import importlib.util
+import os
+
+import torch
+
+_implementation = "reference"
+
+
+def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str:
+    """Choose the implementation for this process, once, before the first step.
+
+    implementation: `auto` (Triton on a CUDA device where Triton is installed, otherwise the
+    reference), `triton` or `reference`. On the CPU `triton` runs under Triton's interpreter,
+    which needs TRITON_INTERPRET=1 in the environment.
+    Returns the line for the log. Raises ValueError when the choice cannot run here.
+    """
+    global _implementation
+    kind = torch.device(device).type
+    installed = importlib.util.find_spec("triton") is not None
+    if implementation == "auto":
+        chosen = "triton" if kind == "cuda" and installed else "reference"
+    elif implementation in ("triton", "reference"):
+        chosen = implementation
+    else:
+        raise ValueError(f"kernels must be auto, triton or reference, not {implementation!r}")
+    if chosen == "triton" and not installed:
+        raise ValueError("kernels: triton was asked for, but the package triton is not installed")
+    interpreted = chosen == "triton" and kind != "cuda"
+    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kernels: triton on {kind} runs only under Triton's interpreter: set "
+            "TRITON_INTERPRET=1, or choose kernels: reference"
+        )
+    _implementation = chosen
+    return f"kernels: {chosen} ({implementation} on {kind}{', interpreted' * interpreted})"
+
+
+def implementation() -> str:
+    """The implementation in use: `triton` or `reference`."""
+    return _implementation

@@ -1,0 +1,72 @@
+"""Patch embedding of the visible patches, straight from the uint8 image.
+
+    x[b,k,:]   = (patch number visible[b,k] of image b / 255 - mean) / std      (p*p*3 values)
+    out[b,k,:] = weight x[b,k,:] + bias + position[visible[b,k],:]
+
+The visible patches alone are read, and the embedding of a hidden patch is never computed.
+The image has no gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.kernels import choice
+from pipeline.kernels.patches import check_positions, gather_patches, grid_of, normalise
+
+
+def embed_visible(
+    image: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """Embed the visible patches.
+
+    image: uint8 [B,H,W,3], any strides; visible: int32 [B,K], positions below L;
+    weight: [D,3,p,p]; bias: [D]; position: [L,D] or None; mean, std: per channel, in 0..1 units.
+    Returns [B,K,D] in weight's dtype. Gradients: weight, bias, position.
+    Raises ValueError for shapes that do not fit.
+    """
+    patch = weight.shape[-1]
+    rows, columns = grid_of(image, patch)
+    check_positions("visible", visible, image)
+    if weight.shape[1:] != (3, patch, patch) or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"weight must be [D,3,p,p] and bias [D], not {list(weight.shape)}, {list(bias.shape)}"
+        )
+    if position is not None and position.shape != (rows * columns, len(weight)):
+        raise ValueError(
+            f"position must be [{rows * columns},{len(weight)}], not {list(position.shape)}"
+        )
+    if choice.implementation() == "triton":
+        from pipeline.kernels.embed_visible_triton import embed_visible_triton as run
+    else:
+        run = embed_visible_reference
+    return run(image, visible, weight, bias, position, mean=mean, std=std)
+
+
+def embed_visible_reference(
+    image: Tensor,
+    visible: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    position: Tensor | None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    """`embed_visible` in PyTorch; arguments already checked."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    patches = gather_patches(image, visible, weight.shape[-1])
+    pixels = normalise(patches, mean, std, exact).to(weight.dtype)
+    tokens = F.linear(pixels, weight.permute(0, 2, 3, 1).flatten(1), bias)
+    if position is not None:
+        tokens = tokens + F.embedding(visible, position)
+    return tokens.to(weight.dtype)

@@ -1,0 +1,104 @@
+"""The full sequence: visible tokens where they belong, mask tokens in hidden places, positions.
+
+    out[b,n,:]   = tokens[b,n,:] + position[n,:]                               n < P (prefix)
+    out[b,P+l,:] = (tokens[b,P+inverse[b,l],:] if inverse[b,l] < K else mask_token)
+                   + position[P+l,:]                                           l < L
+
+The input of MAE's decoder and of C-MAE's encoder. Backward, with g = d loss / d out:
+tokens receive the rows of g they were placed in, mask_token the sum of g over hidden places.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.kernels import choice
+
+
+def place_tokens(
+    tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, *, prefix: int
+) -> Tensor:
+    """Place tokens among mask tokens and add the position embedding.
+
+    tokens: [B,P+K,D]; inverse: int32 [B,L], inverse[b,l] < K is visible token number
+    inverse[b,l]; mask_token: [D]; position: [P+L,D]; prefix: P leading tokens (class token).
+    Returns [B,P+L,D] in tokens' dtype. Gradients: tokens, mask_token, position.
+    Raises ValueError for shapes that do not fit.
+    """
+    batch, count, width = tokens.shape
+    if inverse.dtype != torch.int32 or inverse.dim() != 2 or len(inverse) != batch:
+        raise ValueError(
+            f"inverse must be int32 [{batch},L], not {inverse.dtype} {list(inverse.shape)}"
+        )
+    length = inverse.shape[1]
+    if not 0 <= prefix <= count <= prefix + length:
+        raise ValueError(f"{count} tokens, {prefix} of them prefix, do not fit {length} positions")
+    if mask_token.shape != (width,) or position.shape != (prefix + length, width):
+        raise ValueError(
+            f"mask_token must be [{width}] and position [{prefix + length},{width}], not "
+            f"{list(mask_token.shape)} and {list(position.shape)}"
+        )
+    if choice.implementation() == "triton":
+        from pipeline.kernels.place_tokens_triton import place_tokens_triton as run
+    else:
+        run = place_tokens_reference
+    return run(tokens, inverse, mask_token, position, prefix=prefix)
+
+
+def place_tokens_reference(
+    tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, *, prefix: int
+) -> Tensor:
+    """`place_tokens` in PyTorch; arguments already checked."""
+    return _PlaceTokens.apply(tokens, inverse, mask_token, position, prefix)
+
+
+def _visible_rows(inverse: Tensor, prefix: int, visible: int) -> Tensor:
+    """Rows of the flattened output [B*(P+L)] that the visible tokens go to: int64 [B*K]."""
+    batch, length = inverse.shape
+    position = torch.arange(length, device=inverse.device).expand(batch, length)
+    order = torch.empty_like(position, memory_format=torch.contiguous_format)
+    order.scatter_(1, inverse.to(torch.int64), position)
+    start = torch.arange(batch, device=inverse.device)[:, None] * (prefix + length) + prefix
+    return (order[:, :visible] + start).flatten()
+
+
+class _PlaceTokens(torch.autograd.Function):
+    """Written out: autograd's own backward of an indexed read adds up one element at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, prefix: int
+    ) -> Tensor:
+        batch, count, width = tokens.shape
+        rows = _visible_rows(inverse, prefix, count - prefix)
+        out = tokens.new_empty(batch, len(position), width)
+        torch.add(tokens[:, :prefix], position[:prefix], out=out[:, :prefix])
+        out[:, prefix:] = position[prefix:] + mask_token
+        shown = position.index_select(0, rows % len(position)).view(batch, -1, width)
+        placed = (tokens[:, prefix:] + shown).to(out.dtype)
+        out.view(-1, width).index_copy_(0, rows, placed.view(-1, width))
+        ctx.save_for_backward(inverse, rows)
+        ctx.prefix, ctx.visible = prefix, count - prefix
+        ctx.dtypes = mask_token.dtype, position.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inverse, rows = ctx.saved_tensors
+        batch, _, width = grad.shape
+        flat = grad.reshape(-1, width)
+        mask_dtype, position_dtype = ctx.dtypes
+        tokens = mask_token = position = None
+        if ctx.needs_input_grad[0]:
+            shown = flat.index_select(0, rows).view(batch, ctx.visible, width)
+            tokens = torch.cat([grad[:, : ctx.prefix], shown], dim=1)
+        if ctx.needs_input_grad[2]:
+            hidden = (inverse >= ctx.visible).to(grad.dtype)
+            weight = torch.nn.functional.pad(hidden, (ctx.prefix, 0)).flatten()
+            mask_token = torch.mv(flat.T, weight).to(mask_dtype)
+        if ctx.needs_input_grad[3]:
+            position = grad.sum(0).to(position_dtype)
+        return tokens, None, mask_token, position, None
