@@ -1,0 +1,63 @@
+"""What every shard tool does on the command line: progress, errors, signals, exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
+
+
+class ToolError(ValueError):
+    """A command that cannot be carried out, in one sentence that names the file or the option."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived; `code` is the exit code by convention (128 + signal)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+def run(command: Callable[[Any], int], options: Any) -> int:
+    """Call `command(options)`; print any error as one line on stderr and return the exit code."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        return command(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except Stopped as stopped:
+        print(f"error: stopped by {stopped}; no half-written file was left", file=sys.stderr)
+        return stopped.code
+
+
+def progress(total: int, description: str, *, initial: int = 0, unit: str = " images") -> tqdm:
+    """A tqdm bar; in a log (no terminal) it speaks every 30 seconds and not ten times a second."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=description,
+        unit=unit,
+        mininterval=interval,
+        maxinterval=max(interval, 10.0),
+        dynamic_ncols=sys.stderr.isatty(),
+        smoothing=0.1,
+    )
+
+
+def cores() -> int:
+    """Cores this process may use (a Slurm or container limit counts)."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,76 @@
+"""Put the parts of a sharding job together: report, manifest, clean-up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from shard_tools.console import ToolError
+from shard_tools.manifest import SAMPLE, Manifest, write_atomic, write_manifest
+from shard_tools.plan import PARTS, Part, read_part, read_plan_record
+
+REPORT = "report.jsonl"
+
+
+def merge_parts(dest: Path) -> Manifest:
+    """Write report.jsonl and the manifest from the finished parts in `dest`, then remove them.
+
+    Raises ToolError where no job lies there, a shard is not finished, or no image was usable.
+    """
+    record = read_plan_record(dest)
+    if record is None:
+        raise ToolError(f"{dest}: no sharding job lies here, so there is nothing to merge")
+    found = [read_part(dest, number, record["digest"]) for number in range(record["shards"])]
+    missing = [number for number, part in enumerate(found) if part is None]
+    if missing:
+        listed = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        raise ToolError(f"{dest}: {len(missing)} shards are not finished yet: numbers {listed}")
+    parts = [part for part in found if part is not None]
+    lines: list[tuple[str, str, str]] = [
+        (name, "ignored", reason) for name, reason in record["ignored"]
+    ]
+    lines += [line for part in parts for line in part.report]
+    counts = Counter(what for _, what, _ in lines)
+    filled = [part for part in parts if part.shard]
+    if not filled:
+        raise ToolError(f"{dest}: no image could be used; the first: {': '.join(lines[0])}")
+    write_atomic(dest / REPORT, b"".join(_line(*line) for line in lines))
+    manifest = _write(dest, filled, record, counts)
+    remove_leftovers(dest)
+    shutil.rmtree(dest / PARTS)
+    return manifest
+
+
+def _write(dest: Path, parts: list[Part], record: dict, counts: Counter[str]) -> Manifest:
+    made = {
+        "kind": "shards",
+        "tool": "make_shards",
+        "version": version("relaxmim"),
+        "plan": record["digest"],
+        **record["made"],
+        "report": {what: counts[what] for what in ("converted", "damaged", "skipped", "ignored")},
+    }
+    return write_manifest(
+        dest,
+        shards=[part.shard for part in parts if part.shard],
+        index=np.concatenate([np.zeros(0, SAMPLE), *(part.rows for part in parts)]),
+        classes=record["classes"],
+        made=made,
+        names=[name for part in parts for name in part.names],
+    )
+
+
+def remove_leftovers(dest: Path) -> None:
+    """Temporary tars of processes that were killed."""
+    for leftover in dest.glob(".*.tar.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _line(name: str, what: str, reason: str) -> bytes:
+    content = {"name": name, "what": what, "reason": reason}
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
