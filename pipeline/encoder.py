@@ -1,0 +1,243 @@
+"""f: from a View to tokens, with the modules of a timm ViT, so that weights leave as timm weights.
+
+Shape suffixes: B batch, K visible patches, L all patches, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pipeline import kernels
+from pipeline.recipe import EncoderRecipe, Recipe
+
+
+def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
+    """A timm ViT without a head, with its options checked.
+
+    Raises ValueError in one sentence for an unknown name, an image size that the patch does not
+    divide, or a variant whose extra parts (registers, pre-norm, no class token) f does not have.
+    """
+    if arch not in timm.list_models(arch):
+        near = ", ".join(timm.list_models("vit_*_patch16_224")[:8])
+        raise ValueError(f"encoder.arch {arch!r} is not a timm model; for example: {near}")
+    try:
+        vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
+    plain = (
+        type(vit) is VisionTransformer
+        and vit.has_class_token
+        and vit.num_reg_tokens == 0
+        and isinstance(vit.norm_pre, nn.Identity)
+        and isinstance(vit.norm, nn.LayerNorm)
+        and vit.pos_embed is not None
+        and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
+    )
+    if not plain:
+        raise ValueError(
+            f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
+        )
+    return vit
+
+
+def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
+    """The timm keywords of a recipe; refuses an image size that the patch does not divide."""
+    options = {"img_size": recipe.image_size} | recipe.options
+    if options["img_size"] != recipe.image_size:
+        raise ValueError("encoder.options.img_size: set encoder.image_size instead")
+    patch = options.get("patch_size") or _patch_of(recipe.arch)
+    if recipe.image_size % patch:
+        raise ValueError(
+            f"encoder.image_size {recipe.image_size} is not divisible by the patch size {patch}"
+        )
+    return options
+
+
+def _patch_of(arch: str) -> int:
+    """The patch side in a timm name such as vit_base_patch16_224; 1 where it names none."""
+    for part in arch.split("_"):
+        if part.startswith("patch") and part[5:].isdigit():
+            return int(part[5:])
+    return 1
+
+
+class PatchProjection(nn.Conv2d):
+    """The patch embedding of a ViT, computed for the visible patches of uint8 images only.
+
+    Same weight as timm's `patch_embed.proj`. forward: image uint8 [B, H, W, 3], visible int32
+    [B, K], position float [L, D] or None → [B, K, D] in the weight's dtype.
+    """
+
+    def __init__(self, proj: nn.Conv2d, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(3, proj.out_channels, proj.kernel_size, proj.stride, bias=True)  # type: ignore[arg-type]
+        self.mean, self.std = mean, std
+
+    def forward(self, image: Tensor, visible: Tensor, position: Tensor | None) -> Tensor:  # type: ignore[override]
+        return kernels.embed_visible(
+            image, visible, self.weight, self.bias, position, mean=self.mean, std=self.std
+        )
+
+
+class Encoder(nn.Module):
+    """f(*view) → tokens [B, 1 + K, D] (hidden dropped) or [B, 1 + L, D] (mask tokens).
+
+    The state dict has the names of timm's VisionTransformer (plus `mask_token` where there is
+    one). Positions are fixed sin-cos, zero for the class token.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        options = vit_options(recipe.encoder)
+        with quiet_init():
+            vit = build_vit(recipe.encoder.arch, options)
+        self.patch, self.width = vit.patch_embed.patch_size[0], vit.embed_dim
+        self.grid: tuple[int, int] = vit.patch_embed.grid_size
+        proj = PatchProjection(vit.patch_embed.proj, recipe.data.mean, recipe.data.std)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
+        self.cls_token = vit.cls_token
+        self.register_buffer("pos_embed", sincos_position(self.grid, self.width)[None])
+        self.blocks = vit.blocks
+        self.norm = vit.norm
+        for module in self.norm, *self.blocks.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
+        self.mask_token: nn.Parameter | None = None
+        if recipe.encoder.hidden == "token":
+            self.mask_token = nn.Parameter(torch.zeros(self.width))
+        init_weights(self)
+
+    def forward(self, image: Tensor, visible: Tensor, inverse: Tensor) -> Tensor:
+        """The fields of a View → tokens, class token first, after the final norm.
+
+        image: uint8 [B, H, W, 3]; visible: int32 [B, K]; inverse: int32 [B, L].
+        """
+        position = self.pos_embed[0]
+        batch = image.shape[0]
+        if self.mask_token is None:
+            patches = self.patch_embed["proj"](image, visible, position[1:])
+            first = (self.cls_token[0] + position[:1]).to(patches.dtype)
+            x = torch.cat([first.expand(batch, 1, -1), patches], dim=1)
+        else:
+            patches = self.patch_embed["proj"](image, visible, None)
+            first = self.cls_token.to(patches.dtype).expand(batch, 1, -1)
+            x = torch.cat([first, patches], dim=1)
+            x = kernels.place_tokens(x, inverse, self.mask_token, position, prefix=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def sincos_position(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed sin-cos positions of MAE: float32 [1 + L, D], zero for the class token.
+
+    The first half of the channels encodes the column, the second the row; in each half, sines
+    then cosines of coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
+    Raises ValueError where 4 does not divide the width.
+    """
+    if width % 4:
+        raise ValueError(f"a sin-cos position table needs a width divisible by 4, not {width}")
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
+    )
+    halves = [c.reshape(-1, 1) * omega for c in (columns, rows)]
+    table = torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: xavier-uniform linears (the patch embedding as a linear), tokens
+    N(0, 0.02), LayerNorm one and zero, biases zero (SPEC §4).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.view(part.out_channels, -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02)
+
+
+@contextlib.contextmanager
+def quiet_init() -> Iterator[None]:
+    """Build a timm model without disturbing the caller's random state (we initialise it again)."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    """Weights of an encoder (its state dict, whole) under timm's names: no mask token, positions
+    from the exact table, fp32 on the CPU.
+    """
+    state = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
+    state.pop("mask_token", None)
+    state["pos_embed"] = sincos_position(encoder.grid, encoder.width)[None]
+    return state
+
+
+def encoder_info(recipe: Recipe, step: int) -> dict[str, Any]:
+    """What a reader needs beside the weights: the content of encoder.json."""
+    return {
+        "arch": recipe.encoder.arch,
+        "options": vit_options(recipe.encoder),
+        "mean": list(recipe.data.mean),
+        "std": list(recipe.data.std),
+        "recipe": recipe.name,
+        "method": recipe.name,
+        "step": step,
+    }
+
+
+def read_encoder(folder: str | os.PathLike[str]) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The encoder of a run as a timm ViT (fp32, eval mode, no head) and its encoder.json.
+
+    folder: a run folder or its encoder/ folder. Raises ValueError in one sentence.
+    """
+    place = Path(folder)
+    if (place / "encoder").is_dir():
+        place = place / "encoder"
+    try:
+        info = json.loads((place / "encoder.json").read_text(encoding="utf-8"))
+        vit = build_vit(info["arch"], info["options"])
+        vit.load_state_dict(load_file(place / "encoder.safetensors"))
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{folder}: no exported encoder there ({error})") from None
+    except RuntimeError as error:
+        raise ValueError(
+            f"{place}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return vit.eval(), info
+
+
+def random_encoder(info: dict[str, Any], seed: int) -> VisionTransformer:
+    """The same architecture with MAE's initialisation instead of trained weights."""
+    vit = build_vit(info["arch"], info["options"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        init_weights(vit)
+    with torch.no_grad():
+        vit.pos_embed.copy_(sincos_position(vit.patch_embed.grid_size, vit.embed_dim)[None])
+    return vit.eval()

@@ -1,0 +1,403 @@
+"""The only module that imports deepspeed: configuration, start, step, save, load, export."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.recipe import Recipe
+
+# DeepSpeed chooses its accelerator at import; without this it warns on every machine without one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed compiles its fused ops with ninja, which lies beside this interpreter in a venv.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+
+import deepspeed
+import deepspeed.comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.utils import safe_get_full_fp32_param
+
+# How it runs: what a file in ds_configs/ may say. None: any value DeepSpeed takes.
+_MECHANICS: dict[str, set[str] | None] = {
+    "zero_optimization": {
+        name
+        for key, field in DeepSpeedZeroConfig.model_fields.items()
+        for name in (key, field.alias)
+        if name
+    },
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
+    "activation_checkpointing": None,
+    "aio": None,
+    "communication_data_type": None,
+    "comms_logger": None,
+    "data_types": {"grad_accum_dtype"},
+    "disable_python_gc": None,
+    "dump_state": None,
+    "flops_profiler": None,
+    "memory_breakdown": None,
+    "prescale_gradients": None,
+    "gradient_predivide_factor": None,
+    "steps_per_print": None,
+    "timers": None,
+    "train_micro_batch_size_per_gpu": None,
+    "wall_clock_breakdown": None,
+    "zero_allow_untested_optimizer": None,
+}
+# What changes the result, and the recipe key that owns it.
+_RECIPE_KEYS = {
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.epochs, warmup_epochs and min_lr",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size (accumulation is computed from it)",
+    "lr": "optimizer.base_lr",
+    "betas": "optimizer.betas",
+    "weight_decay": "optimizer.weight_decay",
+    "seed": "seed",
+}
+
+
+class EngineError(ValueError):
+    """A configuration or a machine that cannot run the recipe, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank and world size, the same within its host, and its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one recipe runs on these ranks: DeepSpeed's configuration and what follows from it."""
+
+    config: dict[str, Any]
+    stage: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    notes: tuple[str, ...]
+
+
+def init_ranks() -> Ranks:
+    """Join the process group (env of deepspeed, torchrun or launch.sh; alone without one)."""
+    for key, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }.items():
+        os.environ.setdefault(key, value)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_world = int(
+        os.environ.get("LOCAL_SIZE")
+        or os.environ.get("LOCAL_WORLD_SIZE")
+        or os.environ["WORLD_SIZE"]
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
+    if not can_build():
+        _without_built_ops()
+    deepspeed.init_distributed(verbose=False)
+    rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def can_build() -> bool:
+    """Whether DeepSpeed's fused ops can be compiled here: a C++ compiler and ninja (and nvcc)."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    tools = [compiler, "ninja"]
+    if torch.cuda.is_available() and shutil.which("nvcc") is None:
+        tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
+    return all(shutil.which(tool) for tool in tools)
+
+
+def _without_built_ops() -> None:
+    """Tell DeepSpeed's communication not to compile its shared-memory reduction."""
+    name = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if isinstance(name, OpBuilder):
+        deepspeed.ops.__compatible_ops__[name.NAME] = False
+
+
+def build_ops() -> list[str]:
+    """Compile the fused ops of this machine once (set-up); the names of those built."""
+    if not can_build():
+        return []
+    built = []
+    wanted = ["FusedAdamBuilder"] + ([] if torch.cuda.is_available() else ["ShareMemCommBuilder"])
+    for wanted_name in wanted:
+        builder = get_accelerator().create_op_builder(wanted_name)
+        builder.load(verbose=False)
+        built.append(builder.NAME)
+    return built
+
+
+def native_bf16() -> bool:
+    """Whether bf16 is a speed-up here: a GPU with bf16 units, or a CPU with AVX-512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """A file of ds_configs/, checked key by key (DeepSpeed would ignore a misspelt one).
+
+    Raises EngineError naming the file and the key, and the recipe key where that one owns it.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise EngineError(f"{path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise EngineError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise EngineError(f"{path}: a DeepSpeed configuration is a JSON object")
+    for key, value in config.items():
+        if key in _RECIPE_KEYS:
+            raise EngineError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
+        if key not in _MECHANICS:
+            raise EngineError(f"{path}: unknown key {key!r}; valid: {', '.join(_MECHANICS)}")
+        known = _MECHANICS[key]
+        if known is None:
+            continue
+        if not isinstance(value, dict):
+            raise EngineError(f"{path}: {key!r} must be an object, not {value!r}")
+        for inner in value:
+            if inner not in known:
+                valid = ", ".join(sorted(known))
+                raise EngineError(f"{path}: unknown key '{key}.{inner}'; valid: {valid}")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise EngineError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    if stage == 0 and config.get("bf16", {}).get("enabled"):
+        raise EngineError(f"{path}: bf16 needs zero_optimization.stage 1, 2 or 3")
+    return config
+
+
+def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
+    """Split the recipe's batch over the ranks and fill in what the recipe owns.
+
+    `train_micro_batch_size_per_gpu: "auto"` takes the largest divisor of batch / ranks up to 128
+    on a GPU and 32 on a CPU. Raises EngineError where the batch cannot be split.
+    """
+    notes = []
+    per_rank, left = divmod(recipe.batch_size, world)
+    if left or recipe.data.partitions % world:
+        raise EngineError(
+            f"batch_size {recipe.batch_size} with data.partitions {recipe.data.partitions} cannot "
+            f"be split over {world} ranks: both must be multiples of the number of ranks"
+        )
+    micro = config.get("train_micro_batch_size_per_gpu", "auto")
+    if micro == "auto":
+        most = min(per_rank, 128 if torch.cuda.is_available() else 32)
+        micro = next(m for m in range(most, 0, -1) if per_rank % m == 0)
+    if not isinstance(micro, int) or micro < 1 or per_rank % micro:
+        raise EngineError(
+            f"train_micro_batch_size_per_gpu {micro!r} does not divide the {per_rank} images per "
+            f"rank of batch_size {recipe.batch_size} over {world} ranks"
+        )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3 and recipe.teacher:
+        raise EngineError(
+            f"the EMA teacher of {recipe.name} needs whole weights on every rank: use "
+            "ds_configs/zero2.json (or zero0, zero1) instead of ZeRO stage 3"
+        )
+    full = copy.deepcopy(config)
+    precision = "bf16" if full.get("bf16", {}).get("enabled") else "fp32"
+    if precision == "bf16" and not native_bf16():
+        precision = "fp32"
+        full["bf16"] = {"enabled": False}
+        notes.append(
+            f"precision: fp32, since {get_accelerator().device_name()} here has no native bf16"
+        )
+    else:
+        notes.append(f"precision: {precision}")
+    o = recipe.optimizer
+    torch_adam = not can_build()
+    full["optimizer"] = {
+        "type": "AdamW",
+        "params": {"lr": recipe.lr, "betas": list(o.betas), "eps": o.eps, "weight_decay": 0.0}
+        | ({"torch_adam": True, "fused": True} if torch_adam else {}),
+    }
+    notes.append(
+        "optimizer: torch's fused AdamW (no compiler here to build DeepSpeed's: c++, ninja)"
+        if torch_adam
+        else "optimizer: DeepSpeed's fused AdamW"
+    )
+    full["gradient_clipping"] = o.gradient_clipping
+    full["train_batch_size"] = recipe.batch_size
+    full["train_micro_batch_size_per_gpu"] = micro
+    full["gradient_accumulation_steps"] = per_rank // micro
+    full.setdefault("steps_per_print", 10**9)
+    notes.append(
+        f"batch: {recipe.batch_size} = {world} ranks x {micro} x {per_rank // micro} micro-batches"
+    )
+    if recipe.teacher and per_rank > micro and recipe.measure.kind == "infonce":
+        notes.append(f"negatives: from the {world * micro} images of one micro-batch on all ranks")
+    return Plan(full, stage, micro, per_rank // micro, precision, tuple(notes))
+
+
+class Engine:
+    """A DeepSpeed engine around an objective, with one optimizer step as its unit."""
+
+    def __init__(self, objective: nn.Module, groups: list[dict[str, object]], plan: Plan) -> None:
+        self.plan = plan
+        self.module = objective
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=objective, model_parameters=groups, config=copy.deepcopy(plan.config)
+        )
+        self.engine.checkpoint_engine = _SafeCheckpointEngine(self.engine.checkpoint_engine)
+        self._names = [
+            name for name, parameter in objective.named_parameters() if parameter.requires_grad
+        ]
+
+    def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; the last of a step also updates the weights."""
+        loss, terms = self.engine(*inputs)
+        self.engine.backward(loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return loss.detach(), terms
+
+    def gradient_norm(self) -> float:
+        """The global norm of the last step's gradients, before clipping; nan where not known."""
+        norm = self.engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write DeepSpeed's files of all ranks to folder/tag (collective)."""
+        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read DeepSpeed's files from folder/tag (collective); no pickled code runs."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise EngineError(f"{folder / tag}: DeepSpeed finds no checkpoint there")
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All weights and buffers, whole, fp32, on the CPU; on rank 0 only (collective)."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters():
+            whole = None
+            if self.plan.stage > 0 and parameter.requires_grad:
+                whole = safe_get_full_fp32_param(parameter)
+            if whole is None:
+                whole = parameter.detach()
+            if self.rank == 0:
+                state[name] = whole.float().cpu().clone()
+        if self.rank == 0:
+            state |= {k: b.float().cpu().clone() for k, b in self.module.named_buffers()}
+        return state
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return int(deepspeed.comm.get_rank())
+
+    def destroy(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self.engine.destroy()
+
+
+class _SafeCheckpointEngine:
+    """DeepSpeed's checkpoint files, read with weights_only: a crafted file cannot run code."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(_checkpoint_types()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _checkpoint_types() -> list[Any]:
+    """The plain types that DeepSpeed's own checkpoints hold beside tensors."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    deepspeed.comm.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a small tensor over all ranks."""
+    if deepspeed.comm.get_world_size() > 1:
+        deepspeed.comm.all_reduce(values)
+        values /= deepspeed.comm.get_world_size()
+    return values
+
+
+def agree(make: Callable[[], Any]) -> Any:
+    """Rank 0's result of make() on every rank; an EngineError there is raised on every rank."""
+    box: list[Any] = [None, None]
+    if deepspeed.comm.get_rank() == 0:
+        try:
+            box[0] = make()
+        except ValueError as error:
+            box[1] = str(error)
+    if deepspeed.comm.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise EngineError(box[1])
+    return box[0]
+
+
+def close() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run records."""
+    import timm
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "timm": timm.__version__,
+    }

@@ -1,0 +1,166 @@
+"""What a person watches: one progress line, log.txt, metrics.jsonl, TensorBoard, pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from pipeline.engine import mean_over_ranks
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory used so far in 10^9 bytes: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Monitor:
+    """Collects losses without synchronising and reports every `log_steps` steps.
+
+    Losses stay on the device between reports; a report averages them over steps and ranks.
+    Only rank 0 writes; every rank must call `step`, since a report is collective.
+    """
+
+    def __init__(
+        self, output: Path, *, rank: int, first: int, total: int, images: int, log_steps: int
+    ) -> None:
+        self.rank, self.total, self.images, self.log_steps = rank, total, images, log_steps
+        self.output, self.first = output, first
+        self._sums: dict[str, Tensor] = {}
+        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._files: list[TextIO] = []
+        if rank:
+            return
+        output.mkdir(parents=True, exist_ok=True)
+        self._log, self._metrics = (
+            open(output / name, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            for name in ("log.txt", "metrics.jsonl")
+        )
+        self._files = [self._log, self._metrics]
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first or None)
+        # A progress line only where somebody watches; plain lines elsewhere.
+        self._bar = tqdm(
+            total=total, initial=first, unit="step", dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def say(self, text: str) -> None:
+        """A line on the terminal and in log.txt (rank 0)."""
+        if self.rank:
+            return
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + text)
+
+    def _write(self, file: TextIO, line: str) -> None:
+        file.write(line + "\n")
+        file.flush()
+
+    def waited(self, seconds: float) -> None:
+        """Time that the device waited for data."""
+        self._waited += seconds
+
+    def add(self, loss: Tensor, terms: dict[str, Tensor], share: float) -> None:
+        """Losses of a micro-batch, weighted with its share of the step."""
+        for name, value in ({"loss": loss} | terms).items():
+            value = value.detach().float() * share
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def step(self, step: int, values: dict[str, Any], device: torch.device) -> dict[str, float]:
+        """Count a finished step (0-based); at a log interval report and return the means.
+
+        `values`: floats or functions without arguments, read only when reporting.
+        """
+        self._steps += 1
+        if self.rank == 0:
+            self._bar.update(1)
+        if (step + 1) % self.log_steps and step + 1 != self.total:
+            return {}
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[name] for name in names]) / self._steps
+        means = dict(zip(names, mean_over_ranks(stacked).tolist(), strict=True))
+        now = time.perf_counter()
+        seconds = now - self._since
+        row: dict[str, float] = {"step": step + 1, **means}
+        row |= {name: float(v() if callable(v) else v) for name, v in values.items()}
+        row |= {
+            "images_per_second": self.images * self._steps / seconds,
+            "data_wait": self._waited / seconds,
+            "memory_gb": memory_gb(device),
+        }
+        self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, now
+        if self.rank == 0:
+            self._report(row, seconds)
+        return row
+
+    def _report(self, row: dict[str, float], seconds: float) -> None:
+        step = int(row["step"])
+        finite = {k: v for k, v in row.items() if math.isfinite(v)}
+        self._write(self._metrics, json.dumps(finite))
+        for name, value in finite.items():
+            if name != "step":
+                self._board.add_scalar(_group(name), value, step)
+        left = (self.total - step) * self.images / row["images_per_second"]
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
+            f"  wait {row['data_wait']:.0%}  ETA {_clock(left)}"
+        )
+        if row.get("skipped"):
+            text += f"  skipped {row['skipped']:.0f}"
+        line = f"step {step}/{self.total}  epoch {row['epoch']:.2f}  {text}"
+        if self._bar.disable:
+            print(line, flush=True)
+        self._bar.set_description_str(f"epoch {row['epoch']:.2f}", refresh=False)
+        self._bar.set_postfix_str(text)
+        self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + line)
+
+    def picture(self, step: int, grid: Tensor) -> None:
+        """Keep a uint8 image [H, W, 3] as a PNG and in TensorBoard (rank 0)."""
+        if self.rank:
+            return
+        pixels = grid.cpu().numpy()
+        folder = self.output / "pictures"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"step-{step:08d}.png")
+        self._board.add_image("pictures/views", pixels, step, dataformats="HWC")
+
+    def pause(self) -> float:
+        """Now, for `resume_clock`: work that is not training must not count as throughput."""
+        return time.perf_counter()
+
+    def resume_clock(self, paused: float) -> None:
+        """Take the time since `pause` out of the interval."""
+        self._since += time.perf_counter() - paused
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.rank == 0:
+            self._bar.close()
+            self._board.close()
+        for file in self._files:
+            file.close()
+
+
+def _group(name: str) -> str:
+    """TensorBoard tag of a metric."""
+    if name in ("images_per_second", "data_wait", "memory_gb", "skipped"):
+        return f"speed/{name}"
+    return f"optimizer/{name}" if name in ("lr", "grad_norm", "ema", "epoch") else f"loss/{name}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,298 @@
+"""Pretrain MAE, R-MAE or C-MAE from shards with DeepSpeed.
+
+deepspeed pipeline/pretrain.py --ds_config ds_configs/zero2.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import kernels
+from pipeline.data import Batch, Crop, Loader, eval_loader, train_loader
+from pipeline.engine import (
+    Engine,
+    EngineError,
+    Plan,
+    Ranks,
+    agree,
+    close,
+    init_ranks,
+    make_plan,
+    read_ds_config,
+    versions,
+)
+from pipeline.monitor import Monitor
+from pipeline.objective import build_objective, parameter_groups
+from pipeline.order import steps_per_epoch
+from pipeline.pictures import draw
+from pipeline.recipe import (
+    RECIPES,
+    Recipe,
+    dump_recipe,
+    ema_momentum,
+    learning_rate,
+    load_recipe,
+)
+from pipeline.runs import (
+    RunLock,
+    claim,
+    export,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomic,
+    write_json,
+)
+from shard_tools.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Pretrain a masked-image model (MAE, R-MAE, C-MAE) from shards with DeepSpeed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
+        help="how it runs: ZeRO stage, bf16, buckets, micro-batch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipe", default=RECIPES / "rmae.yaml", metavar="FILE", help="what is trained"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a recipe key, e.g. --set optimizer.epochs=400; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", default="data/shards/train", metavar="FOLDER", help="folder of shards"
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="the run's folder (default: runs/<recipe>-<date>)",
+        default=argparse.SUPPRESS,
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|PATH|none",
+        help="go on from the newest checkpoint of --output, from another run or checkpoint, or not",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
+        help="stop after optimizer step N; the learning rate follows the recipe's length all the "
+        "same (default: the recipe's epochs)",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.output = getattr(args, "output", None)
+    args.max_steps = getattr(args, "max_steps", None)
+    if args.max_steps is not None and args.max_steps < 1:
+        parser.error(f"--max-steps {args.max_steps}: must be at least 1")
+    return args
+
+
+def default_output(recipe: Recipe) -> Path:
+    """runs/<recipe>-<date and time>."""
+    return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+class Run:
+    """One pretraining run: everything that the loop needs, made in the order that fails early."""
+
+    def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.recipe = recipe = load_recipe(args.recipe, args.overrides)
+        self.plan: Plan = make_plan(read_ds_config(args.ds_config), recipe, ranks.world)
+        manifest = read_manifest(args.data)
+        self.data = args.data
+        self.epoch_steps = steps_per_epoch(
+            manifest.samples, recipe.batch_size, recipe.data.partitions
+        )
+        if self.epoch_steps == 0:
+            raise EngineError(
+                f"{args.data}: {manifest.samples} samples are fewer than one batch of "
+                f"{recipe.batch_size}; set batch_size (and data.partitions) lower"
+            )
+        self.total = round(recipe.optimizer.epochs * self.epoch_steps)
+        self.last = min(self.total, args.max_steps or self.total)
+        kernel_line = kernels.use(recipe.kernels, ranks.device)
+        self.objective, self.teacher = build_objective(recipe)
+        self.output: Path = agree(lambda: Path(args.output or default_output(recipe)))
+        self.lock: RunLock | None = None
+        checkpoint = agree(lambda: self._claim(args.resume))
+        self.engine = Engine(self.objective, parameter_groups(self.objective), self.plan)
+        if self.teacher is not None:
+            self.teacher.to(ranks.device)
+        self.first = 0
+        if checkpoint is not None:
+            state = load_checkpoint(checkpoint, self.engine, self.teacher, ranks.world)
+            self.first = int(state["step"])
+        self.loader = self._loader()
+        self.monitor = Monitor(
+            self.output,
+            rank=ranks.rank,
+            first=self.first,
+            total=self.last,
+            images=recipe.batch_size,
+            log_steps=recipe.monitor.log_steps,
+        )
+        self._announce(kernel_line, manifest.samples, checkpoint)
+
+    def _claim(self, resume: str) -> Path | None:
+        self.lock, checkpoint = claim(self.output, self.recipe, resume)
+        return checkpoint
+
+    def _loader(self) -> Loader:
+        d = self.recipe.data
+        return train_loader(
+            self.data,
+            batch_size=self.recipe.batch_size,
+            micro_batch=self.plan.micro_batch,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            seed=self.recipe.seed,
+            start_step=min(self.first, self.last),
+            total_steps=self.last,
+            crop=Crop(self.recipe.encoder.image_size, d.crop.scale, d.crop.ratio, d.crop.flip),
+            workers=loader_workers(d.workers, self.ranks.local_world),
+            partitions=d.partitions,
+            window=d.window,
+            on_error=d.on_error,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+
+    def _announce(self, kernel_line: str, samples: int, checkpoint: Path | None) -> None:
+        if self.ranks.rank == 0:
+            write_atomic(self.output / "recipe.yaml", dump_recipe(self.recipe))
+            write_json(self.output / "ds_config.json", self.plan.config)
+            facts = versions() | {
+                "device": _device_name(self.ranks.device),
+                "ranks": self.ranks.world,
+                "kernels": kernels.implementation(),
+                "precision": self.plan.precision,
+                "data": str(self.data),
+                "images": samples,
+            }
+            write_json(self.output / "versions.json", facts)
+        say = self.monitor.say
+        say(f"run: {self.output} ({self.recipe.name}, {self.recipe.encoder.arch})")
+        for note in (*self.plan.notes, kernel_line, f"decoder: {self.loader.decoder}"):
+            say(note)
+        say(f"data: {samples} images in {self.data}, {self.epoch_steps} steps per epoch")
+        if checkpoint is not None:
+            say(f"resumed: {checkpoint}, at step {self.first} of {self.last}")
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint and the encoder as it is after `step` steps (collective)."""
+        paused = self.monitor.pause()
+        state = {
+            "step": step,
+            "ranks": self.ranks.world,
+            "stage": self.plan.stage,
+            "precision": self.plan.precision,
+            "versions": versions(),
+        }
+        keep = self.recipe.monitor.keep_checkpoints
+        save_checkpoint(
+            self.output, self.engine, self.teacher, dump_recipe(self.recipe), state, keep
+        )
+        export(self.output, self.engine, self.objective, self.recipe, step)
+        self.monitor.resume_clock(paused)
+
+    def picture(self, step: int, batch: Batch) -> None:
+        """Draw the fixed pictures with the weights after `step` steps (collective)."""
+        paused = self.monitor.pause()
+        device = self.ranks.device
+        grid = draw(self.objective, batch.image.to(device), batch.sample.to(device))
+        self.monitor.picture(step, grid)
+        self.monitor.resume_clock(paused)
+
+
+def train(run: Run) -> None:
+    """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint."""
+    recipe, device, m = run.recipe, run.ranks.device, run.recipe.monitor
+    shown = next(iter(fixed_images(run.data, recipe)))
+    batches, skipped = iter(run.loader), run.loader
+    for step in range(run.first, run.last):
+        lr = learning_rate(recipe, step, run.epoch_steps)
+        for micro in range(run.plan.accumulation):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            run.monitor.waited(time.perf_counter() - waiting)
+            # Whatever draws from torch (dropout of an option) is a function of the step too.
+            torch.manual_seed(hash((recipe.seed, step, micro, run.ranks.rank)))
+            loss, terms = run.engine.micro_step(
+                lr,
+                batch.image.to(device, non_blocking=True),
+                batch.key.to(device, non_blocking=True),
+                batch.epoch,
+                run.teacher,
+            )
+            run.monitor.add(loss, terms, 1.0 / run.plan.accumulation)
+        values: dict[str, Any] = {
+            "lr": lr,
+            "epoch": (step + 1) / run.epoch_steps,
+            "grad_norm": run.engine.gradient_norm,
+            "skipped": skipped.skipped,
+        }
+        if run.teacher is not None:
+            momentum = ema_momentum(recipe, step, run.total)
+            run.teacher.update(run.objective, momentum)
+            values["ema"] = momentum
+        run.monitor.step(step, values, device)
+        if (step + 1) % m.picture_steps == 0 or step + 1 == run.last:
+            run.picture(step + 1, shown)
+        if (step + 1) % m.save_steps == 0 or step + 1 == run.last:
+            run.save(step + 1)
+    run.monitor.say(f"done: step {run.last}; encoder in {run.output / 'encoder'}")
+
+
+def fixed_images(data: str, recipe: Recipe) -> Loader:
+    """The first eight samples, centre-cropped: the same in every picture of a run."""
+    return eval_loader(
+        data, batch_size=8, rank=0, world=1, image_size=recipe.encoder.image_size, workers=0
+    )
+
+
+def loader_workers(workers: int, local_world: int) -> int:
+    """-1: one worker per core of this rank's share, at least one, at most 12."""
+    import os
+
+    if workers >= 0:
+        return workers
+    return max(1, min(12, (os.cpu_count() or 1) // local_world))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.cpu.get_capabilities().get('cpu_name', 'unknown')})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; returns the exit code (0 done, 2 bad input)."""
+    args = parse_args(argv)
+    ranks = init_ranks()
+    try:
+        run = Run(args, ranks)
+    except ValueError as error:
+        if ranks.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        train(run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        run.monitor.close()
+    close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

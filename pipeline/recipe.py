@@ -1,0 +1,369 @@
+"""Recipes: everything that changes a result, typed, frozen and checked before the first step.
+
+A recipe is a YAML file. `base:` names one file or a list of files in the same folder that it
+changes; `--set a.b=value` changes it further. How a run is executed (ZeRO stage, precision,
+buckets) belongs to ds_configs/, never here.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message is one sentence."""
+
+
+class Section(BaseModel):
+    """A frozen group of recipe keys that refuses unknown ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class EncoderRecipe(Section):
+    """f: a timm ViT. `options` are further keywords of timm.create_model (patch_size, depth, …)."""
+
+    arch: str = "vit_base_patch16_224"
+    image_size: Positive = 224
+    options: dict[str, Any] = {}
+    hidden: Literal["drop", "token"] = "drop"
+
+
+class JitterRecipe(Section):
+    """Colour jitter (SimSiam's values) of the `whole` image or of each view's `visible` patches."""
+
+    where: Literal["none", "whole", "visible"] = "none"
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    probability: Fraction = 0.8
+    grayscale: Fraction = 0.0
+
+
+class ViewsRecipe(Section):
+    """(T1, T2). T1 hides `hide`; T2 is what `second` says; independent, it hides `second_hide`."""
+
+    hide: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
+    second: Literal["pixels", "complement", "independent", "none"] = "pixels"
+    second_hide: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    jitter: JitterRecipe = JitterRecipe()
+
+
+class DecoderRecipe(Section):
+    """The decoder of the reconstruction measure (MAE's values for ViT-B)."""
+
+    width: Positive = 512
+    depth: Positive = 8
+    heads: Positive = 16
+
+
+class ReconstructionRecipe(Section):
+    """M = Eq. 3 for MAE (second: pixels), Eq. 8 with weight `lambda` for R-MAE."""
+
+    kind: Literal["reconstruction"]
+    lambda_: Annotated[float, Field(alias="lambda", ge=0.0)] = 1.0
+    norm_pix: bool = True
+    decoder: DecoderRecipe = DecoderRecipe()
+
+
+class HeadsRecipe(Section):
+    """Widths of the projector p and the predictor q (two layers each, GELU, no batch norm)."""
+
+    hidden: Positive = 2048
+    out: Positive = 768
+
+
+class InfoNCERecipe(Section):
+    """M = Eq. 9-10."""
+
+    kind: Literal["infonce"]
+    tokens: Literal["patch", "class", "mean", "patch+class"] = "patch"
+    negatives: Literal["all", "position", "image"] = "position"
+    temperature: Annotated[float, Field(gt=0.0)] = 0.2
+    symmetric: bool = False
+    scale_2tau: bool = False
+    heads: HeadsRecipe = HeadsRecipe()
+
+
+class BYOLRecipe(Section):
+    """M = 2 - 2 cos(q(p(z1)), p'(z2))."""
+
+    kind: Literal["byol"]
+    tokens: Literal["patch", "class", "mean", "patch+class"] = "patch"
+    symmetric: bool = False
+    heads: HeadsRecipe = HeadsRecipe()
+
+
+class EMARecipe(Section):
+    """The teacher's momentum; `cosine` raises it to 1 over the run."""
+
+    momentum: Fraction = 0.996
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class WeightDecayRecipe(Section):
+    """Weight decay of matrices; `tokens` says whether class and mask tokens decay too (as MAE)."""
+
+    value: Annotated[float, Field(ge=0.0)] = 0.05
+    tokens: bool = True
+
+
+class OptimizerRecipe(Section):
+    """AdamW; lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step."""
+
+    base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: WeightDecayRecipe = WeightDecayRecipe()
+    gradient_clipping: Annotated[float, Field(ge=0.0)] = 0.0
+    epochs: Annotated[float, Field(gt=0.0)] = 100
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 20
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+
+
+class CropRecipe(Section):
+    """RandomResizedCrop (antialiased bicubic) and horizontal flip."""
+
+    scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+
+class DataRecipe(Section):
+    """The order of the samples (partitions, window) and how each one is cut."""
+
+    partitions: Positive = 64
+    window: Positive = 8
+    crop: CropRecipe = CropRecipe()
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    workers: Annotated[int, Field(ge=-1)] = -1
+    on_error: Literal["fail", "skip"] = "fail"
+
+
+class MonitorRecipe(Section):
+    """How often (in steps) to log, draw pictures and save; it changes no result."""
+
+    log_steps: Positive = 20
+    picture_steps: Positive = 1000
+    save_steps: Positive = 1000
+    keep_checkpoints: Positive = 2
+
+
+class Recipe(Section):
+    """One pretraining run: min E M( f(T1(x)), f(T2(x)) )."""
+
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    batch_size: Positive = 1024
+    encoder: EncoderRecipe = EncoderRecipe()
+    views: ViewsRecipe = ViewsRecipe()
+    measure: Annotated[
+        ReconstructionRecipe | InfoNCERecipe | BYOLRecipe, Field(discriminator="kind")
+    ]
+    ema: EMARecipe = EMARecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    data: DataRecipe = DataRecipe()
+    monitor: MonitorRecipe = MonitorRecipe()
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the second view is encoded by an EMA teacher (contrastive measures)."""
+        return self.measure.kind != "reconstruction"
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate, base_lr * batch_size / 256 (SPEC §4)."""
+        return self.optimizer.base_lr * self.batch_size / 256
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.data.partitions:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of data.partitions "
+                f"{self.data.partitions}"
+            )
+        if isinstance(self.measure, ReconstructionRecipe):
+            if self.encoder.hidden != "drop":
+                raise ValueError("measure reconstruction needs encoder.hidden: drop")
+            return self
+        if self.views.second == "pixels":
+            raise ValueError(
+                f"measure {self.measure.kind} compares two encoded views: set views.second to "
+                "complement, independent or none"
+            )
+        if self.encoder.hidden == "drop" and "patch" in self.measure.tokens:
+            raise ValueError(
+                "without mask tokens (encoder.hidden: drop) the two views share no patch "
+                "position: set measure.tokens to mean or class"
+            )
+        return self
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine.
+
+    SPEC §4, per step: step / warm-up steps of the peak during warm-up, then
+    min + (peak - min) (1 + cos(pi t)) / 2 with t from 0 to 1 over the rest.
+    """
+    o = recipe.optimizer
+    warmup, total = o.warmup_epochs * steps_per_epoch, o.epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.lr * step / warmup
+    t = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
+    return o.min_lr + (recipe.lr - o.min_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
+
+
+def ema_momentum(recipe: Recipe, step: int, total_steps: int) -> float:
+    """The teacher's momentum m at a step: constant, or 1 - (1 - m) (1 + cos(pi s / S)) / 2."""
+    m = recipe.ema.momentum
+    if recipe.ema.schedule == "constant":
+        return m
+    return 1.0 - (1.0 - m) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=value` overrides and check the result.
+
+    Raises RecipeError with one sentence that names the file and the key.
+    """
+    values = _read(Path(path), seen=())
+    for text in overrides:
+        _override(values, text)
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    """Check a nested dictionary of recipe keys; `where` names its source in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_sentence(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; load_recipe reads it back to an equal Recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def first_difference(a: Recipe, b: Recipe) -> str | None:
+    """The first key that changes results and differs, as `key: a != b`; None where none does."""
+    ignored = ("name", "monitor", "kernels", "data.workers")
+    flat_a, flat_b = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (a, b))
+    for key in sorted(flat_a.keys() | flat_b.keys()):
+        if key.startswith(ignored):
+            continue
+        if flat_a.get(key) != flat_b.get(key):
+            return f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"
+    return None
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise RecipeError(f"{path}: base files form a circle")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(values).__name__}")
+    bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(b, str) for b in bases)):
+        raise RecipeError(f"{path}: base: must be a file name or a list of file names")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, _read(path.parent / base, (*seen, path)))
+    return _merge(merged, values)
+
+
+def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` over `base`, key by key; another `kind` replaces a section as a whole."""
+    if "kind" in change and change["kind"] != base.get("kind"):
+        return dict(change)
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text}: write it as key.subkey=value")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text}: the value is not valid YAML") from None
+    change: Any = value
+    for part in reversed(key.split(".")):
+        change = {part: change}
+    merged = _merge(values, change)
+    values.clear()
+    values.update(merged)
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one clear sentence."""
+    first = error.errors(include_url=False)[0]
+    kinds = {"reconstruction", "infonce", "byol"}
+    place = [str(part) for part in first["loc"] if str(part) not in kinds]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        valid = ", ".join(_valid_keys([str(part) for part in first["loc"]][:-1]))
+        return f"unknown key {key!r}; valid keys here: {valid}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    if first["type"] == "union_tag_not_found":
+        return f"key '{key}.kind' is missing; valid: reconstruction, infonce, byol"
+    if first["type"] == "union_tag_invalid":
+        return f"key '{key}.kind': {first['ctx']['tag']!r} is none of reconstruction, infonce, byol"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    message = message[0].lower() + message[1:]
+    return f"key {key!r}: {message}, got {first['input']!r}"
+
+
+def _valid_keys(place: list[str]) -> list[str]:
+    """The keys of the recipe section at `place` (union members are named by their kind)."""
+    section: Any = Recipe
+    measures = {
+        "reconstruction": ReconstructionRecipe,
+        "infonce": InfoNCERecipe,
+        "byol": BYOLRecipe,
+    }
+    for part in place:
+        if part in measures:
+            section = measures[part]
+        elif part != "measure":
+            section = section.model_fields[part].annotation
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,0 +1,222 @@
+"""The folder of a run: its lock, its checkpoints and its exported encoder.
+
+    runs/<name>/
+      recipe.yaml  ds_config.json  versions.json   what ran
+      log.txt  metrics.jsonl  tensorboard/  pictures/   how it went
+      checkpoints/step-00001000/  checkpoints/latest   to go on from
+      encoder/encoder.safetensors  encoder.json   timm weights, what eval reads
+      model.safetensors   encoder and decoder (or heads), whole and fp32
+      lock   held while the run is alive
+
+A checkpoint is written under a temporary name, listed with sha256 in files.json, fsynced and
+renamed; `latest` changes last. So a name without a dot in front is always a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pipeline.encoder import encoder_info, encoder_state
+from pipeline.engine import Engine, EngineError, barrier
+from pipeline.objective import Objective, Teacher
+from pipeline.recipe import Recipe, RecipeError, first_difference, load_recipe
+
+STATE, FILES, TEACHER = "state.json", "files.json", "teacher.safetensors"
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunLock:
+    """An exclusive lock on a run folder, held until the process ends.
+
+    Raises EngineError naming the holder where another run has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise EngineError(
+                f"{folder}: another run holds this folder ({holder}); choose another --output"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+
+def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:
+    """Lock the run folder and find where to go on (rank 0).
+
+    resume: `none`, `auto` (the newest whole checkpoint of this folder, if any) or the path of a
+    run folder or of a checkpoint. Raises EngineError in one sentence, also for a checkpoint of
+    another recipe and for a folder that already holds a run under `none`.
+    """
+    lock = RunLock(output)
+    if resume == "none":
+        if any((output / "checkpoints").glob("step-*")):
+            raise EngineError(
+                f"{output}: already holds a run; choose another --output or say --resume auto"
+            )
+        return lock, None
+    if resume == "auto":
+        found = newest_checkpoint(output / "checkpoints")
+    else:
+        place = Path(resume)
+        found = place if (place / STATE).is_file() else newest_checkpoint(place / "checkpoints")
+        if found is None:
+            raise EngineError(f"--resume {resume}: no whole checkpoint there")
+        verify(found)
+    if found is not None:
+        _check_recipe(found, recipe)
+    return lock, found
+
+
+def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
+    try:
+        theirs = load_recipe(checkpoint / "recipe.yaml")
+    except RecipeError as error:
+        raise EngineError(f"{checkpoint}: its recipe cannot be read: {error}") from None
+    difference = first_difference(theirs, recipe)
+    if difference:
+        raise EngineError(f"{checkpoint}: a checkpoint of another recipe ({difference})")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are whole; broken ones are named and passed over."""
+    for place in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            verify(place)
+        except EngineError as error:
+            print(f"warning: {error}; trying the one before", flush=True)
+        else:
+            return place
+    return None
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file of a checkpoint with its list. EngineError names the first bad one."""
+    try:
+        files = json.loads((checkpoint / FILES).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise EngineError(f"{checkpoint}: {FILES} cannot be read ({error})") from None
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise EngineError(f"{path}: missing or of the wrong size")
+        if _sha256(path) != digest:
+            raise EngineError(f"{path}: damaged (its sha256 is not that of {FILES})")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save_checkpoint(
+    output: Path, engine: Engine, teacher: Teacher | None, recipe_text: str, state: dict[str, Any],
+    keep: int,
+) -> None:  # fmt: skip
+    """Write checkpoints/step-<step> (collective) and remove all but the newest `keep`."""
+    folder = output / "checkpoints"
+    name = f"step-{state['step']:08d}"
+    temporary = folder / f".{name}"
+    if engine.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    barrier()
+    engine.save(folder, temporary.name)
+    barrier()
+    if engine.rank == 0:
+        if teacher is not None:
+            (temporary / TEACHER).write_bytes(save(_contiguous(teacher.state_dict())))
+        (temporary / "recipe.yaml").write_text(recipe_text)
+        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        files = {
+            str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)]
+            for p in sorted(temporary.rglob("*"))
+            if p.is_file()
+        }
+        (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
+        for path in temporary.rglob("*"):
+            _fsync_folder(path)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(temporary, folder / name)
+        _fsync_folder(folder)
+        write_atomic(folder / "latest", name + "\n")
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def load_checkpoint(
+    checkpoint: Path, engine: Engine, teacher: Teacher | None, world: int
+) -> dict[str, Any]:
+    """Restore weights, optimizer and teacher (collective) and return the saved state."""
+    state = json.loads((checkpoint / STATE).read_text())
+    here = {"ranks": world, "stage": engine.plan.stage, "precision": engine.plan.precision}
+    for key, value in here.items():
+        if state[key] != value:
+            raise EngineError(
+                f"{checkpoint}: written with {key} {state[key]}, this run has {value}; go on with "
+                f"the same {key}"
+            )
+    engine.load(checkpoint.parent, checkpoint.name)
+    if teacher is not None:
+        teacher.load_state_dict(load_file(checkpoint / TEACHER))
+    return state
+
+
+def export(output: Path, engine: Engine, objective: Objective, recipe: Recipe, step: int) -> None:
+    """Write encoder/ (timm names) and model.safetensors (collective)."""
+    whole = engine.full_state()
+    if engine.rank == 0:
+        prefix = "encoder."
+        encoder = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+        weights = encoder_state(encoder, objective.encoder)
+        write_atomic(output / "encoder" / "encoder.safetensors", save(weights))
+        write_json(output / "encoder" / "encoder.json", encoder_info(recipe, step))
+        write_atomic(output / "model.safetensors", save(_contiguous(whole)))
+    barrier()
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in state.items()}

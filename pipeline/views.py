@@ -1,0 +1,142 @@
+"""T: from a batch of uint8 images to the pair of views (T1(x), T2(x)).
+
+A View carries *visible* indices, never a 0/1 mask. Every draw is a pure function of (seed, epoch,
+sample number), so the views do not depend on device, rank or batch layout.
+
+A new masking policy is a branch of `make_views` and a word of `views.second` in the recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline import kernels
+from pipeline.recipe import JitterRecipe, Recipe
+
+# The counter streams of the jitter draws; masks have their own streams inside the kernel.
+FIRST, SECOND, WHOLE = 0, 1, 2
+
+
+class View(NamedTuple):
+    """One transformation of a batch; `encoder(*view)` encodes it.
+
+    image: uint8 [B, H, W, 3], jittered where the recipe says so; hidden patches are never read.
+    visible: int32 [B, K], positions of the visible patches.
+    inverse: int32 [B, L], for each position its number among the visible (< K) or hidden (>= K).
+    """
+
+    image: Tensor
+    visible: Tensor
+    inverse: Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """The pair (T1(x), T2(x)) and what the reconstruction measures need to know of it.
+
+    second is None where T2 leads to pixels (MAE). target: uint8 [B, H, W, 3], the image the
+    predictions are held against. region: int32 [B, R], the positions where the loss is taken, all
+    hidden by T1; weight: float32 [B, R] of 0 and 1, or None for all: visible in T2 (SPEC §2).
+    """
+
+    first: View
+    second: View | None
+    target: Tensor
+    region: Tensor
+    weight: Tensor | None
+
+
+def visible_count(length: int, hide: float) -> int:
+    """int(L * (1 - ratio)), the same for every sample (SPEC §1); 49 of 196 at 0.75."""
+    return int(length * (1.0 - hide))
+
+
+def make_views(image: Tensor, sample: Tensor, *, recipe: Recipe, epoch: int, patch: int) -> Views:
+    """Draw T1 and T2 for a batch.
+
+    image: uint8 [B, H, W, 3]; sample: int64 [B], sample numbers; patch: side in pixels.
+    """
+    v, seed = recipe.views, recipe.seed
+    length = (image.shape[1] // patch) * (image.shape[2] // patch)
+    # 0 visible in T2: what the policy implies.
+    second = visible_count(length, v.second_hide) if v.second == "independent" else 0
+    policy = "random" if v.second == "pixels" else v.second
+    masks = kernels.sample_masks(
+        sample,
+        seed=seed,
+        epoch=epoch,
+        length=length,
+        visible=(visible_count(length, v.hide), second),
+        policy=policy,
+    )
+    if v.jitter.where == "whole":
+        image = jitter(image, sample, v.jitter, seed=seed, epoch=epoch, view=WHOLE)
+
+    def view(number: int, visible: Tensor, inverse: Tensor) -> View:
+        if v.jitter.where != "visible":
+            return View(image, visible, inverse)
+        jittered = jitter(
+            image,
+            sample,
+            v.jitter,
+            seed=seed,
+            epoch=epoch,
+            view=number,
+            visible=visible,
+            patch=patch,
+        )
+        return View(jittered, visible, inverse)
+
+    first = view(FIRST, masks.visible1, masks.inverse1)
+    other = None
+    if masks.visible2 is not None and masks.inverse2 is not None:
+        other = view(SECOND, masks.visible2, masks.inverse2)
+    weight = None
+    if v.second == "independent" and other is not None:
+        slot = other.inverse.gather(1, masks.hidden1.long())
+        weight = (slot < other.visible.shape[1]).float()
+    return Views(first, other, image, masks.hidden1, weight)
+
+
+def jitter(
+    image: Tensor,
+    sample: Tensor,
+    recipe: JitterRecipe,
+    *,
+    seed: int,
+    epoch: int,
+    view: int,
+    visible: Tensor | None = None,
+    patch: int | None = None,
+) -> Tensor:
+    """Colour jitter with SimSiam's operations, drawn per image and view (SPEC §3.5).
+
+    image and result: uint8 [B, H, W, 3]. With visible int32 [B, K], only those patches are
+    jittered (contrast is taken about *their* mean grey, so nothing hidden leaks) and the others
+    are zero.
+    """
+    parameters = kernels.jitter_parameters(
+        sample,
+        seed=seed,
+        epoch=epoch,
+        view=view,
+        brightness=recipe.brightness,
+        contrast=recipe.contrast,
+        saturation=recipe.saturation,
+        hue=recipe.hue,
+        probability=recipe.probability,
+        grayscale=recipe.grayscale,
+    )
+    return kernels.color_jitter(image, *parameters, visible=visible, patch=patch)
+
+
+def whole_view(image: Tensor, patch: int) -> View:
+    """The view that hides nothing, for features of full images. image: uint8 [B, H, W, 3]."""
+    length = (image.shape[1] // patch) * (image.shape[2] // patch)
+    everything = torch.arange(length, dtype=torch.int32, device=image.device)
+    everything = everything.expand(image.shape[0], length).contiguous()
+    return View(image, everything, everything)
