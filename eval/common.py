@@ -1,0 +1,185 @@
+"""What the evaluations share: ranks, the learning-rate schedule, counting, results on disk.
+
+Every evaluation runs alone (`python eval/linprobe.py …`) or on several ranks
+(`deepspeed eval/linprobe.py …`, `torchrun eval/linprobe.py …`); the ranks are read from RANK,
+WORLD_SIZE and LOCAL_RANK.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class EvalError(ValueError):
+    """Input that an evaluation cannot use: one sentence that says what and what would be right."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks; `World(0, 1, cpu)` is a run on its own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that talks and writes."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor (any shape, same on every rank) over all ranks."""
+        if self.size == 1:
+            return value
+        total = value.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite each tensor by that of rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [n, …] of every rank, in the order of the ranks: [sum of n, …]; n may differ."""
+        if self.size == 1:
+            return rows
+        rows = rows.to(self.device)
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
+        longest = int(max(counts).item())
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        pieces = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(pieces, padded)
+        return torch.cat([p[: int(n.item())] for p, n in zip(pieces, counts, strict=True)])
+
+
+def join_world() -> World:
+    """Join the ranks named by the environment (nccl on CUDA, gloo on CPU), or run alone."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size)
+    return World(rank, size, torch.device(device))
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line: bad input ends as `error: …` on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        rank = int(os.environ.get("RANK", 0))
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Argument parser with the options of each evaluation; DeepSpeed adds `--local_rank`."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    result.add_argument(
+        "--encoder", required=True, help="a run's folder, or its encoder/ folder, to evaluate"
+    )
+    result.add_argument(
+        "--random",
+        action="store_true",
+        help="take a randomly initialised encoder of the same architecture: the baseline",
+    )
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
+    result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random, alike on every rank."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - timm's augmentations draw from the global generator
+    torch.manual_seed(seed)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """bf16 autocast where asked for, or, with `auto`, on CUDA; a context that does nothing else."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def warmup_cosine(
+    epoch: float, *, peak: float, epochs: float, warmup: float, low: float = 0
+) -> float:
+    """Learning rate at a fractional epoch: linear from 0 to `peak`, then half a cosine to `low`.
+
+    Source: facebookresearch/mae, `util/lr_sched.py` (the schedule of MAE's finetuning and probe).
+    """
+    if epoch < warmup:
+        return peak * epoch / warmup
+    progress = min(1.0, (epoch - warmup) / max(1e-12, epochs - warmup))
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def count_correct(logits: Tensor, label: Tensor) -> Tensor:
+    """Hits of logits [..., b, C] for labels [b]: int64 [..., 3] = top-1, top-5, images."""
+    best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+    hit = best == label[:, None]
+    images = torch.full(hit.shape[:-2], len(label), device=logits.device)
+    return torch.stack([hit[..., :1].sum((-1, -2)), hit.sum((-1, -2)), images], dim=-1)
+
+
+def progress(items: Iterable[T], world: World, text: str, total: int | None = None) -> Iterable[T]:
+    """A progress bar with the time left, on the first rank and in a terminal only."""
+    return tqdm(items, desc=text, total=total, disable=None if world.first else True, leave=False)
+
+
+def default_output(encoder: str, name: str) -> Path:
+    """RUN/eval/NAME.json for a run folder or its encoder/ folder, else eval/NAME.json beside it."""
+    folder = Path(encoder)
+    run = folder.parent if folder.name == "encoder" or folder.is_file() else folder
+    return run / "eval" / f"{name}.json"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all."""
+    write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def as_percent(count: float, images: float) -> float:
+    """Accuracy in percent, to a thousandth."""
+    return round(100.0 * float(count) / float(images), 3)

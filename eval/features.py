@@ -1,0 +1,136 @@
+"""A frozen encoder and what comes out of it: one feature vector per image."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from eval.common import EvalError, World, autocast, progress
+from pipeline.data import eval_loader
+from pipeline.encoder import random_encoder, read_encoder
+from shard_tools.manifest import Manifest, read_manifest
+
+FEATURES = ("cls", "mean")
+
+
+def open_encoder(args: argparse.Namespace, world: World) -> tuple[VisionTransformer, dict]:
+    """The encoder that the command line names, frozen, in eval mode, on this rank's device."""
+    vit, info = read_encoder(args.encoder)
+    if args.random:
+        vit = random_encoder(info, args.seed)
+    info = {**info, "random": bool(args.random), "source": str(args.encoder)}
+    if args.random:
+        info["random_seed"] = args.seed
+    vit.requires_grad_(False).eval().to(world.device)
+    return vit, info
+
+
+def normalise(image: Tensor, info: dict[str, Any], device: torch.device) -> Tensor:
+    """uint8 [b, H, W, 3] → float32 [b, 3, H, W] on the device, (x / 255 - mean) / std."""
+    mean = torch.tensor(info["mean"], device=device).view(1, 3, 1, 1)
+    std = torch.tensor(info["std"], device=device).view(1, 3, 1, 1)
+    pixels = image.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    return (pixels - mean) / std
+
+
+def pool(tokens: Tensor, prefix: int, feature: str) -> Tensor:
+    """Tokens after the last norm [b, prefix + L, D] → [b, D]: class token, or mean of patches."""
+    return tokens[:, 0] if feature == "cls" else tokens[:, prefix:].mean(dim=1)
+
+
+@torch.no_grad()
+def image_features(vit: VisionTransformer, pixels: Tensor, feature: str, precision: str) -> Tensor:
+    """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
+    with autocast(precision, pixels.device):
+        tokens = vit.forward_features(pixels)
+    return pool(tokens.float(), vit.num_prefix_tokens, feature)
+
+
+def image_size(vit: VisionTransformer) -> int:
+    """Side of the (square) images that the encoder takes, in pixels."""
+    height, width = vit.patch_embed.img_size
+    if height != width:
+        raise EvalError(f"the encoder takes {height} by {width} images; square ones are needed")
+    return height
+
+
+def labelled(folder: str | Path) -> Manifest:
+    """The manifest of a shard folder, with the assurance that every sample has a label."""
+    manifest = read_manifest(folder)
+    if bool((manifest.index["label"] < 0).any()):
+        raise EvalError(f"{folder}: some samples have no label; an evaluation needs every label")
+    return manifest
+
+
+def class_count(train: Manifest, val: Manifest) -> int:
+    """Number of classes, with the assurance that both sets number the same classes alike."""
+    if train.classes and val.classes and train.classes != val.classes:
+        raise EvalError(
+            f"{train.folder} and {val.folder} do not have the same classes "
+            f"({len(train.classes)} and {len(val.classes)}); make both from one dataset"
+        )
+    labels = max(int(m.index["label"].max()) + 1 for m in (train, val))
+    return max(labels, len(train.classes), len(val.classes))
+
+
+def batches(
+    folder: str | Path, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """This rank's part of a set, each image once over all ranks, evaluation crop.
+
+    Yields normalised pixels [b, 3, H, W], labels int64 [b], sample numbers int64 [b].
+    """
+    loader = eval_loader(
+        folder,
+        batch_size=args.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        image_size=image_size(vit),
+        workers=args.workers,
+    )
+    for batch in loader:
+        pixels = normalise(batch.image, info, world.device)
+        yield pixels, batch.label.to(world.device), batch.sample.to(world.device)
+
+
+def extract(
+    folder: str | Path, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Features float32 [N, D] and labels int64 [N] of a whole set on every rank, in sample order.
+
+    No augmentation. The order, and so whatever is computed from it, does not depend on how many
+    ranks shared the work.
+    """
+    total = read_manifest(folder).samples
+    parts = []
+    for pixels, label, sample in progress(
+        batches(folder, vit, info, world, args), world, f"features of {folder}"
+    ):
+        parts.append((image_features(vit, pixels, args.feature, args.precision), label, sample))
+    width = vit.num_features
+    empty = torch.zeros(0, dtype=torch.int64, device=world.device)
+    feature = world.gather(
+        torch.cat([torch.zeros(0, width).to(world.device), *[p[0] for p in parts]])
+    )
+    label = world.gather(torch.cat([empty, *[p[1] for p in parts]]))
+    sample = world.gather(torch.cat([empty, *[p[2] for p in parts]]))
+    order = sample.argsort()
+    if not torch.equal(sample[order], torch.arange(total, device=world.device)):
+        raise EvalError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
+    return feature[order], label[order]
+
+
+class Timer:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.start, 2)

@@ -1,0 +1,400 @@
+"""Linear probe: how much a linear classifier reads from a frozen encoder.
+
+Two protocols (`--protocol`):
+
+mae     MAE's: every epoch sees new random crops and flips; BatchNorm without affine parameters,
+        then one linear layer, trained with LARS; base learning rate 0.1 per 256 images, batch
+        16384, 90 epochs of which 10 warm up, cosine to 0, no weight decay.
+        Source: He et al. 2022, Tab. 10; facebookresearch/mae, `main_linprobe.py`.
+cached  the same classifier, optimizer and schedule on features that are extracted once, without
+        augmentation, for a whole grid of learning rates at once. The learning rate is chosen on a
+        held-out part of the training set (`--select held-out`, the default), the classifier is
+        then trained again on all of it, and only that one is scored on the validation set.
+        `--select validation` reports the best of the grid on the validation set itself, and says
+        so: an optimistic figure.
+
+The statistics of BatchNorm and the gradients are those of the global batch: every rank encodes
+its part, the features are gathered, and every rank makes the same update. The result so does not
+depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
+
+    python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
+    deepspeed eval/linprobe.py --protocol cached --encoder runs/rmae --train … --val …
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import Lars
+from torch import Tensor, nn
+
+from eval.common import (
+    EvalError,
+    World,
+    as_percent,
+    count_correct,
+    default_output,
+    join_world,
+    parser,
+    progress,
+    run_command,
+    seed_everything,
+    warmup_cosine,
+    write_result,
+)
+from eval.features import (
+    FEATURES,
+    Timer,
+    batches,
+    class_count,
+    extract,
+    image_features,
+    image_size,
+    labelled,
+    normalise,
+    open_encoder,
+)
+from pipeline.data import Box, Crop, steps_per_epoch, train_loader
+
+PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
+GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class ProbeCrop(Crop):
+    """RandomResizedCrop as in TensorFlow, which MAE's probe uses: one try, cut off at the border.
+
+    torchvision's draws up to ten times until the rectangle fits; here a side that is too long
+    becomes the picture's. Source: facebookresearch/mae, `util/crop.py`.
+    """
+
+    def choose(self, uniform: Sequence[float]) -> Callable[[int, int], tuple[Box, bool]]:
+        """The crop for `uniform` in [0, 1): share of the area, aspect ratio, place, flip."""
+
+        def box(width: int, height: int) -> tuple[Box, bool]:
+            area = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform[0])
+            low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+            aspect = math.exp(low + (high - low) * uniform[1])
+            w = min(width, max(1, round(math.sqrt(area * aspect))))
+            h = min(height, max(1, round(math.sqrt(area / aspect))))
+            left, top = int(uniform[20] * (width - w + 1)), int(uniform[21] * (height - h + 1))
+            return Box(left, top, left + w, top + h), self.flip and uniform[22] < 0.5
+
+        return box
+
+
+class Probe(nn.Module):
+    """Heads on features [b, D] → logits [heads, b, classes].
+
+    BatchNorm without affine parameters (eps 1e-6), shared, then per head a linear layer with
+    weights N(0, 0.01) and zero bias. The heads start alike and differ by their learning rate.
+    """
+
+    def __init__(self, width: int, classes: int, heads: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        weight = torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
+        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
+        for head in self.heads:
+            head.weight.data.copy_(weight)  # type: ignore[operator]
+            head.bias.data.zero_()  # type: ignore[operator]
+
+    def forward(self, feature: Tensor) -> Tensor:
+        normalised = self.norm(feature)
+        return torch.stack([head(normalised) for head in self.heads])
+
+
+class Training:
+    """The heads' optimizer and schedule: one `step` per global batch.
+
+    LARS with momentum 0.9 and trust 0.001; 1-D parameters (the biases) move by plain momentum SGD,
+    without trust and decay. Learning rate of head h: rates[h] · batch / 256, warm-up and cosine.
+    """
+
+    def __init__(
+        self, probe: Probe, rates: tuple[float, ...], *, batch: int, steps: int, args: Any
+    ) -> None:
+        self.probe, self.steps, self.args = probe, steps, args
+        self.peaks = [rate * batch / 256 for rate in rates]
+        groups = []
+        for number, head in enumerate(probe.heads):
+            for parameter in head.parameters():
+                adapt = parameter.ndim > 1
+                groups.append({"params": [parameter], "always_adapt": adapt, "head": number})
+        self.optimizer = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001, weight_decay=0.0)
+
+    def rate(self, step: int, head: int = 0) -> float:
+        """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
+        settings = {"epochs": self.args.epochs, "warmup": self.args.warmup_epochs}
+        return warmup_cosine(step / self.steps, peak=self.peaks[head], **settings)
+
+    def step(self, step: int, feature: Tensor, label: Tensor) -> Tensor:
+        """One update on features [B, D], labels [B] of the global batch; mean losses [heads]."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step, group["head"])
+        self.optimizer.zero_grad()
+        logits = self.probe(feature)
+        losses = torch.stack([F.cross_entropy(one, label) for one in logits])
+        losses.sum().backward()  # the heads share no parameter: each gets its own gradient
+        self.optimizer.step()
+        return losses.detach()
+
+
+# ------------------------------------------------------------------ MAE's protocol
+
+
+def global_features(
+    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented training features [B, D] and labels [B], one global batch after the other."""
+    loader = train_loader(
+        args.train,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        seed=args.seed,
+        start_step=start,
+        total_steps=args.total_steps,
+        crop=ProbeCrop(image_size=image_size(vit), scale=(0.08, 1.0)),
+        workers=args.workers,
+        partitions=math.gcd(args.batch_size, PARTITIONS),
+    )
+    parts: list[tuple[Tensor, Tensor]] = []
+    for batch in loader:
+        pixels = normalise(batch.image, info, world.device)
+        feature = image_features(vit, pixels, args.feature, args.precision)
+        parts.append((feature, batch.label.to(world.device)))
+        if len(parts) * args.micro_batch * world.size == args.batch_size:
+            feature, label = (torch.cat(column) for column in zip(*parts, strict=True))
+            yield world.gather(feature), world.gather(label)
+            parts.clear()
+
+
+def score(
+    probe: Probe, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Accuracy on the validation set, each image counted once whatever the number of ranks."""
+    probe.eval()
+    count = torch.zeros(len(probe.heads), 3, dtype=torch.int64, device=world.device)
+    with torch.no_grad():
+        for pixels, label, _ in progress(
+            batches(args.val, vit, info, world, args), world, "validation"
+        ):
+            feature = image_features(vit, pixels, args.feature, args.precision)
+            count += count_correct(probe(feature), label)
+    top1, top5, images = world.sum(count)[0].tolist()
+    return {"top1": as_percent(top1, images), "top5": as_percent(top5, images), "images": images}
+
+
+def probe_mae(
+    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+) -> dict[str, Any]:
+    """MAE's protocol on augmented images; the result's accuracy fields."""
+    probe = Probe(vit.num_features, args.classes, seed=args.seed).to(world.device)
+    world.broadcast(probe.state_dict().values())
+    training = Training(
+        probe, (args.base_lr,), batch=args.batch_size, steps=args.steps_per_epoch, args=args
+    )
+    losses = []
+    stream = global_features(vit, info, world, args, 0)
+    for step, (feature, label) in enumerate(
+        progress(stream, world, "linear probe", args.total_steps)
+    ):
+        losses.append(training.step(step, feature, label))
+        if world.first and (step + 1) % args.steps_per_epoch == 0:
+            announce(step, training, losses[-1], args)
+    return {**score(probe, vit, info, world, args), "train_loss": round(losses[-1].item(), 5)}
+
+
+def announce(step: int, training: Training, loss: Tensor, args: argparse.Namespace) -> None:
+    """A line per tenth of the epochs."""
+    epoch = (step + 1) // args.steps_per_epoch
+    if epoch % max(1, args.epochs // 10) == 0:
+        print(
+            f"epoch {epoch}/{args.epochs}  loss {loss[0].item():.4f}  lr {training.rate(step):.4g}",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------ cached features
+
+
+def train_heads(
+    feature: Tensor, label: Tensor, rates: tuple[float, ...], args: argparse.Namespace
+) -> Probe:
+    """Heads, one per learning rate, trained on features [N, D] and labels [N] for all epochs."""
+    batch = min(args.batch_size, len(feature))
+    steps = len(feature) // batch
+    probe = Probe(feature.shape[1], args.classes, len(rates), args.seed).to(feature.device)
+    training = Training(probe, rates, batch=batch, steps=steps, args=args)
+    generator = torch.Generator().manual_seed(args.seed)
+    total = steps * args.epochs if args.max_steps is None else args.max_steps
+    order = torch.empty(0)
+    for step in range(min(total, steps * args.epochs)):
+        if step % steps == 0:
+            order = torch.randperm(len(feature), generator=generator).to(feature.device)
+        chosen = order[step % steps * batch :][:batch]
+        training.step(step, feature[chosen], label[chosen])
+    return probe.eval()
+
+
+@torch.no_grad()
+def accuracies(probe: Probe, feature: Tensor, label: Tensor) -> list[tuple[float, float]]:
+    """(top-1, top-5) in percent of every head on features [N, D], labels [N]."""
+    count = torch.zeros(len(probe.heads), 3, dtype=torch.int64, device=feature.device)
+    for piece in torch.arange(len(feature), device=feature.device).split(4096):
+        count += count_correct(probe(feature[piece]), label[piece])
+    return [(as_percent(a, n), as_percent(b, n)) for a, b, n in count.tolist()]
+
+
+def held_out(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Sample numbers (kept, held out), a random split fixed by the seed, both in order."""
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    cut = max(1, round(samples * share))
+    return order[cut:].sort().values, order[:cut].sort().values
+
+
+def grid_scores(
+    train: tuple[Tensor, Tensor],
+    tests: dict[str, tuple[Tensor, Tensor]],
+    world: World,
+    args: argparse.Namespace,
+) -> list[dict[str, float]]:
+    """Train a head per learning rate of the grid, the rates shared among the ranks; score each on
+    every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order."""
+    mine = tuple(args.grid[world.rank :: world.size])
+    rows = torch.full((len(args.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
+    if mine:
+        probe = train_heads(*train, mine, args)
+        for column, (feature, label) in enumerate(tests.values()):
+            rows[world.rank :: world.size, 2 * column : 2 * column + 2] = torch.tensor(
+                accuracies(probe, feature, label), dtype=torch.float64
+            )
+    rows = world.sum(rows).cpu()
+    names = [part for name in tests for part in (name, f"{name}_top5")]
+    return [
+        {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}
+        for rate, row in zip(args.grid, rows.tolist(), strict=True)
+    ]
+
+
+def probe_cached(
+    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The cached protocol; the result's accuracy fields and the whole grid."""
+    feature, label = extract(args.train, vit, info, world, args)
+    val = extract(args.val, vit, info, world, args)
+    images = len(val[1])
+    if args.select == "validation":
+        grid = grid_scores((feature, label), {"validation": val}, world, args)
+        best = max(grid, key=lambda row: row["validation"])
+        chosen_on = f"the validation set: best of {len(grid)}, an optimistic figure"
+        top1, top5 = best["validation"], best["validation_top5"]
+    else:
+        kept, out = (part.to(label.device) for part in held_out(len(label), 0.1, args.seed))
+        tests = {"held_out": (feature[out], label[out])}
+        grid = grid_scores((feature[kept], label[kept]), tests, world, args)
+        best = max(grid, key=lambda row: row["held_out"])
+        chosen_on = f"{len(out)} held-out training images: best of {len(grid)}"
+        probe = train_heads(feature, label, (best["base_lr"],), args)
+        world.broadcast(probe.state_dict().values())
+        ((top1, top5),) = accuracies(probe, *val)
+    return {
+        "top1": top1,
+        "top5": top5,
+        "images": images,
+        "base_lr": best["base_lr"],
+        "base_lr_chosen_on": chosen_on,
+        "grid": grid,
+    }
+
+
+# ------------------------------------------------------------------ command line
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are MAE's protocol."""
+    result = parser(str(__doc__).split("\n", 1)[0])
+    result.add_argument("--train", required=True, help="training shards")
+    result.add_argument("--val", required=True, help="validation shards")
+    result.add_argument("--protocol", choices=["mae", "cached"], default="mae")
+    result.add_argument("--feature", choices=FEATURES, default="cls")
+    result.add_argument("--epochs", type=int, default=90)
+    result.add_argument("--warmup-epochs", type=float, default=10)
+    result.add_argument("--batch-size", type=int, default=16384, help="global, over all ranks")
+    result.add_argument("--micro-batch", type=int, default=256, help="at most; per rank")
+    result.add_argument("--base-lr", type=float, default=0.1, help="per 256 images; mae only")
+    result.add_argument("--grid", type=float, nargs="+", default=GRID, help="cached only")
+    result.add_argument("--select", choices=["held-out", "validation"], default="held-out")
+    result.add_argument("--max-steps", type=int, help="stop after so many steps: a trial run")
+    return result
+
+
+def complete(args: argparse.Namespace, world: World) -> None:
+    """Check the arguments against the data and derive the rest from it."""
+    train, val = labelled(args.train), labelled(args.val)
+    args.classes = class_count(train, val)
+    if min(args.epochs, args.batch_size, args.micro_batch) < 1:
+        raise EvalError("--epochs, --batch-size and --micro-batch must be at least 1")
+    if args.protocol == "cached":
+        return
+    if args.batch_size % world.size:
+        raise EvalError(f"--batch-size {args.batch_size} cannot be split over {world.size} ranks")
+    share = args.batch_size // world.size
+    args.micro_batch = max(n for n in range(1, min(share, args.micro_batch) + 1) if share % n == 0)
+    partitions = math.gcd(args.batch_size, PARTITIONS)
+    args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, partitions)
+    if args.steps_per_epoch < 1:
+        raise EvalError(
+            f"{args.train} has {train.samples} samples, too few for --batch-size "
+            f"{args.batch_size}; choose a smaller one"
+        )
+    total = args.steps_per_epoch * args.epochs
+    args.total_steps = total if args.max_steps is None else min(total, args.max_steps)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on, for the result file."""
+    names = ["epochs", "warmup_epochs", "batch_size", "seed", "precision", "train", "val"]
+    names += ["base_lr"] if args.protocol == "mae" else ["grid", "select"]
+    chosen = {name: getattr(args, name) for name in names}
+    fixed = {"optimizer": "LARS", "momentum": 0.9, "trust": 0.001, "weight_decay": 0.0}
+    return {**chosen, **fixed, "max_steps": args.max_steps, "classes": args.classes}
+
+
+def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Run the protocol that the arguments name; the whole result, alike on every rank."""
+    timer = Timer()
+    complete(args, world)
+    seed_everything(args.seed)
+    vit, info = open_encoder(args, world)
+    run: Callable[..., dict[str, Any]] = probe_mae if args.protocol == "mae" else probe_cached
+    accuracy = run(vit, info, world, args)
+    return {
+        "protocol": f"linprobe-{args.protocol}",
+        "feature": args.feature,
+        **accuracy,
+        "settings": settings(args),
+        "encoder": info,
+        "seconds": timer.seconds,
+        "ranks": world.size,
+    }
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    world = join_world()
+    result = evaluate(args, world)
+    name = f"linprobe-{args.protocol}" + (f"-random-{args.seed}" if args.random else "")
+    output = args.output or default_output(args.encoder, name)
+    if world.first:
+        write_result(output, result)
+        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,80 @@
+"""Small shards and encoders for the tests of the evaluations."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from shard_tools.manifest import SAMPLE, Shard, write_manifest
+
+SIZE = 16
+OPTIONS = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def coloured_images(count: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [count, 24, 20, 3] images whose colour hints at their label, and the labels."""
+    random = np.random.default_rng(seed)
+    label = np.arange(count) % classes
+    hue = np.random.default_rng(0).integers(40, 216, (classes, 1, 1, 3))
+    image = hue[label] + random.normal(0, 15, (count, 24, 20, 3))
+    return image.clip(0, 255).astype(np.uint8), label
+
+
+def write_shards(
+    folder: Path, image: np.ndarray, label: np.ndarray, per_shard: int = 16, classes: int = 0
+) -> Path:
+    """Shards with PNG images (lossless) in the given order."""
+    folder.mkdir(parents=True)
+    rows, shards = [], []
+    for number, first in enumerate(range(0, len(image), per_shard)):
+        path = folder / f"part-{number:06d}.tar"
+        chosen = range(first, min(first + per_shard, len(image)))
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in chosen:
+                buffer = io.BytesIO()
+                Image.fromarray(image[sample]).save(buffer, "png")
+                entry = tarfile.TarInfo(f"{sample:08d}.png")
+                entry.size = buffer.tell()
+                tar.addfile(entry, io.BytesIO(buffer.getvalue()))
+        with tarfile.open(path) as tar:
+            for member, sample in zip(tar.getmembers(), chosen, strict=True):
+                height, width = image[sample].shape[:2]
+                place = (member.offset_data, member.size, label[sample], width, height, 1, 1, 0)
+                rows.append(place)
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        shards.append(Shard(path.name, len(chosen), len(data), digest))
+    names = [f"class{number}" for number in range(classes or int(label.max()) + 1)]
+    write_manifest(folder, shards=shards, index=np.array(rows, SAMPLE), classes=names)
+    return folder
+
+
+def write_encoder(run: Path, seed: int = 0) -> Path:
+    """A run folder with an exported encoder of random weights (not MAE's initialisation)."""
+    torch.manual_seed(seed)
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, **OPTIONS)
+    folder = run / "encoder"
+    folder.mkdir(parents=True)
+    save_file(
+        {name: value.contiguous() for name, value in vit.state_dict().items()},
+        folder / "encoder.safetensors",
+    )
+    info = {
+        "arch": "vit_base_patch16_224",
+        "options": OPTIONS,
+        "mean": MEAN,
+        "std": STD,
+        "method": "mae",
+        "recipe": "mae",
+        "step": 7,
+    }
+    (folder / "encoder.json").write_text(json.dumps(info))
+    return run

@@ -1,0 +1,267 @@
+"""The linear probe follows MAE's protocol, and its result does not depend on the ranks."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from eval_helpers import MEAN, SIZE, STD, coloured_images, write_encoder, write_shards
+from PIL import Image
+from torch import nn
+
+from eval import linprobe
+from eval.common import World, count_correct, join_world
+from eval.features import extract, open_encoder
+from pipeline.encoder import read_encoder
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (70 images), val/ (37 images, not divisible by 2) and run/."""
+    folder = tmp_path_factory.mktemp("linprobe")
+    write_shards(folder / "train", *coloured_images(70, 6, seed=1))
+    write_shards(folder / "val", *coloured_images(37, 6, seed=2))
+    write_encoder(folder / "run")
+    return folder
+
+
+def arguments(place: Path, *more: str) -> list[str]:
+    common = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+    small = ["--epochs", "4", "--warmup-epochs", "1", "--batch-size", "32", "--workers", "0"]
+    return [str(value) for value in [*common, *small, *more]]
+
+
+def parse(place: Path, *more: str) -> linprobe.argparse.Namespace:
+    return linprobe.build_parser().parse_args(arguments(place, *more))
+
+
+def training(rates: tuple[float, ...], steps: int = 10, batch: int = 512) -> linprobe.Training:
+    args = linprobe.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
+    probe = linprobe.Probe(8, 5, heads=len(rates))
+    return linprobe.Training(probe, rates, batch=batch, steps=steps, args=args)
+
+
+def test_defaults_are_maes() -> None:
+    args = linprobe.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
+    assert (args.epochs, args.warmup_epochs, args.batch_size) == (90, 10, 16384)
+    assert (args.base_lr, args.feature, args.protocol) == (0.1, "cls", "mae")
+
+
+def test_learning_rate_at_given_steps() -> None:
+    peak, epochs, warmup, steps = 0.1 * 512 / 256, 90, 10, 10
+    schedule = training((0.1,), steps=steps, batch=512)
+
+    def plain(step: int) -> float:
+        epoch = step / steps
+        if epoch < warmup:
+            return peak * epoch / warmup
+        return peak / 2 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
+
+    for step in (0, 1, 50, 99, 100, 101, 500, 899):
+        assert schedule.rate(step) == pytest.approx(plain(step), rel=1e-12)
+    assert schedule.rate(0) == 0
+    assert schedule.rate(100) == pytest.approx(peak)
+    assert schedule.rate(500) == pytest.approx(peak / 2)
+    assert schedule.rate(900) == pytest.approx(0, abs=1e-12)
+
+
+def test_lars_follows_the_plain_formula_and_exempts_biases() -> None:
+    torch.manual_seed(0)
+    under_test = training((0.3, 2.0), steps=1, batch=256)
+    feature, label = torch.randn(11, 6, 8), torch.randint(0, 5, (11, 6))
+    weights = [head.weight.detach().double().clone() for head in under_test.probe.heads]
+    biases = [torch.zeros(5, dtype=torch.float64) for _ in weights]
+    speeds = [
+        [torch.zeros_like(w), torch.zeros_like(b)] for w, b in zip(weights, biases, strict=True)
+    ]
+    for step in range(11):
+        x = feature[step].double()
+        x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
+        for head, base in enumerate((0.3, 2.0)):
+            rate = base * step / 10  # warm-up with one step per epoch and batch 256
+            z = x @ weights[head].T + biases[head]
+            delta = (z.softmax(1) - nn.functional.one_hot(label[step], 5)) / len(x)
+            slope = delta.T @ x
+            slope *= 0.001 * weights[head].norm() / slope.norm()
+            for place, value in enumerate((slope, delta.sum(0))):
+                speeds[head][place] = 0.9 * speeds[head][place] + value
+            weights[head] = weights[head] - rate * speeds[head][0]
+            biases[head] = biases[head] - rate * speeds[head][1]
+        under_test.step(step, feature[step], label[step])
+    for head, linear in enumerate(under_test.probe.heads):
+        torch.testing.assert_close(linear.weight.double(), weights[head], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(linear.bias.double(), biases[head], rtol=1e-4, atol=1e-7)
+
+
+def test_probe_has_plain_batch_norm_and_small_weights() -> None:
+    probe = linprobe.Probe(96, 400, heads=2, seed=3)
+    assert probe.norm.weight is None
+    assert probe.norm.bias is None
+    assert probe.norm.eps == 1e-6
+    names = {name for name, _ in probe.named_parameters()}
+    assert names == {"heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias"}
+    assert probe.heads[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert torch.equal(probe.heads[0].weight, probe.heads[1].weight)
+    assert not probe.heads[0].bias.any()
+
+
+def test_heads_do_not_touch_each_other() -> None:
+    torch.manual_seed(1)
+    feature, label = torch.randn(5, 6, 8), torch.randint(0, 5, (5, 6))
+    together, alone = training((0.3, 2.0)), training((2.0,))
+    for step in range(5):
+        together.step(step + 1, feature[step], label[step])
+        alone.step(step + 1, feature[step], label[step])
+    torch.testing.assert_close(together.probe.heads[1].weight, alone.probe.heads[0].weight)
+    assert not torch.allclose(together.probe.heads[0].weight, alone.probe.heads[0].weight)
+
+
+def test_counts_top1_and_top5() -> None:
+    logits = torch.arange(12.0).repeat(3, 1)
+    assert count_correct(logits, torch.tensor([11, 7, 6])).tolist() == [1, 2, 3]
+    assert count_correct(logits[:, :3], torch.tensor([2, 0, 1])).tolist() == [1, 3, 3]
+
+
+def test_crop_is_tensorflows() -> None:
+    crop = linprobe.ProbeCrop(image_size=8, scale=(0.08, 1.0))
+    random = np.random.default_rng(0)
+    areas = []
+    for _ in range(500):
+        box, _ = crop.choose(random.random(23).tolist())(60, 40)
+        assert 0 <= box.left < box.right <= 60
+        assert 0 <= box.top < box.bottom <= 40
+        areas.append((box.right - box.left) * (box.bottom - box.top) / 2400)
+    assert min(areas) < 0.12
+    assert max(areas) > 0.9
+    # The whole area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
+    uniform = [1.0 - 1e-9, 0.5] + [0.0] * 21
+    box, flip = crop.choose(uniform)(60, 40)
+    assert (box.left, box.top, box.right, box.bottom) == (0, 0, 49, 40)
+    assert flip
+
+
+def test_features_are_those_of_the_evaluation_crop(place: Path) -> None:
+    args = parse(place, "--feature", "mean")
+    vit, info = open_encoder(args, ALONE)
+    feature, label = extract(args.val, vit, info, ALONE, args)
+    image, expected_label = coloured_images(37, 6, seed=2)
+    reference, _ = read_encoder(place / "run")
+    resize = round(SIZE * 256 / 224)  # 18: the shorter side of 24 x 20 becomes 18
+    for number in (0, 17, 36):
+        picture = Image.fromarray(image[number]).resize((18, resize * 24 // 20), Image.BICUBIC)
+        left, top = (picture.width - SIZE) // 2, round((picture.height - SIZE) / 2)
+        pixels = np.asarray(picture)[top : top + SIZE, left : left + SIZE] / 255
+        pixels = torch.tensor((pixels - MEAN) / STD).float().permute(2, 0, 1)[None]
+        with torch.no_grad():
+            tokens = reference.forward_features(pixels)[0]
+        error = (feature[number] - tokens[1:].mean(0)).abs().max() / tokens.abs().max()
+        assert error < 0.05  # resizing 8-bit pixels rounds
+    assert label.tolist() == expected_label.tolist()
+
+
+def test_encoder_is_frozen_and_random_differs(place: Path) -> None:
+    before, _ = read_encoder(place / "run")
+    vit, info = open_encoder(parse(place), ALONE)
+    assert not vit.training
+    assert not any(p.requires_grad for p in vit.parameters())
+    linprobe.evaluate(parse(place), ALONE)
+    after, _ = read_encoder(place / "run")
+    for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    other, other_info = open_encoder(parse(place, "--random", "--seed", "5"), ALONE)
+    assert (info["random"], other_info["random"], other_info["random_seed"]) == (False, True, 5)
+    assert not torch.allclose(vit.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+
+
+def test_cached_and_augmented_runs_learn_something(place: Path) -> None:
+    easy = ("--epochs", "60", "--feature", "mean")
+    cached = linprobe.evaluate(parse(place, "--protocol", "cached", *easy), ALONE)
+    assert cached["top1"] > 60  # chance is 16.7
+    assert [row["base_lr"] for row in cached["grid"]] == list(linprobe.GRID)
+    best = max(row["held_out"] for row in cached["grid"])
+    assert best == next(r for r in cached["grid"] if r["base_lr"] == cached["base_lr"])["held_out"]
+    assert "held-out" in cached["base_lr_chosen_on"]
+    optimistic = parse(place, "--protocol", "cached", "--select", "validation", *easy)
+    scored = linprobe.evaluate(optimistic, ALONE)
+    assert scored["top1"] == max(row["validation"] for row in scored["grid"])
+    assert "optimistic" in scored["base_lr_chosen_on"]
+    augmented = linprobe.evaluate(parse(place, "--base-lr", "100", *easy), ALONE)
+    assert augmented["top1"] > 60
+    assert augmented["images"] == cached["images"] == 37
+
+
+def on_rank(rank: int, port: int, place: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = join_world()
+    for protocol in ("mae", "cached"):
+        result = linprobe.evaluate(parse(place, "--protocol", protocol, "--base-lr", "20"), world)
+        (place / f"{protocol}-{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_result_of_one(place: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(on_rank, (port, place), nprocs=2)
+    for protocol in ("mae", "cached"):
+        alone = linprobe.evaluate(parse(place, "--protocol", protocol, "--base-lr", "20"), ALONE)
+        for rank in (0, 1):
+            result = json.loads((place / f"{protocol}-{rank}.json").read_text())
+            assert result["ranks"] == 2
+            assert result["images"] == alone["images"] == 37
+            assert (result["top1"], result["top5"]) == (alone["top1"], alone["top5"])
+            if protocol == "mae":
+                assert result["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
+            else:
+                assert result["grid"] == alone["grid"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    script = Path(linprobe.__file__)
+    return subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_command_writes_its_result(place: Path) -> None:
+    done = command(*arguments(place, "--max-steps", "2", "--local_rank", "0"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((place / "run/eval/linprobe-mae.json").read_text())
+    assert result["protocol"] == "linprobe-mae"
+    assert result["encoder"]["recipe"] == "mae"
+    assert result["settings"]["max_steps"] == 2
+    assert f"top-1 {result['top1']:.2f} %" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--batch-size", "128"), "has 70 samples, too few for --batch-size 128"),
+        (("--encoder", "nowhere"), "nowhere"),
+        (("--val", "nowhere"), "nowhere: no such folder"),
+        (("--epochs", "0"), "--epochs"),
+    ],
+)
+def test_bad_input_is_one_sentence(place: Path, change: tuple[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        linprobe.evaluate(parse(place, *change), ALONE)
+
+
+def test_bad_input_ends_the_command_with_two(place: Path) -> None:
+    done = command(*arguments(place, "--train", str(place)))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
