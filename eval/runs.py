@@ -1,0 +1,188 @@
+"""Run folders as pretraining leaves them, and the results that evaluations put beside them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import yaml
+
+from eval.common import EvalError
+
+# Recipe keys that do not make two runs different methods.
+NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")
+
+# Keys of metrics.jsonl that describe the run; every other number is a term of the loss.
+NOT_TERMS = {
+    "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "memory_gb",
+    "ema", "skipped",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: settings, logged steps, pictures, and results of evaluations."""
+
+    folder: Path
+    recipe: dict[str, Any]
+    ds_config: dict[str, Any]
+    versions: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+    pictures: tuple[Path, ...]
+    results: tuple[dict[str, Any], ...]
+    flat: dict[str, Any] = field(repr=False, default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def recipe_name(self) -> str:
+        return str(self.recipe.get("name", self.name))
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss's terms as first logged, without one that is the loss itself."""
+        numbers = (k for m in self.metrics for k, v in m.items() if _is_number(v))
+        names = [k for k in dict.fromkeys(numbers) if k not in NOT_TERMS]
+        return tuple(k for k in names if self.series(k) != self.series("loss"))
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        """(steps, values) of one logged quantity."""
+        rows = [(m["step"], m[key]) for m in self.metrics if _is_number(m.get(key))]
+        return [float(s) for s, _ in rows], [float(v) for _, v in rows]
+
+    def typical(self, key: str) -> float | None:
+        """Median of a logged quantity, without the first entry, which holds the start-up."""
+        values = self.series(key)[1]
+        values = values[1:] or values
+        return median(values) if values else None
+
+    @property
+    def true_statistics(self) -> bool:
+        """Whether its reconstructions use the true mean and deviation of each patch (norm_pix)."""
+        return self.reconstructs and bool(self.flat.get("measure.norm_pix", False))
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the measure predicts pixels."""
+        return bool(self.flat.get("measure.kind") == "reconstruction")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe that differ by their seed only; `label` tells the groups apart."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder; only recipe.yaml must be there. EvalError where a file cannot be used."""
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise EvalError(f"{folder} is not a run folder: it has no recipe.yaml")
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise EvalError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise EvalError(f"{folder / 'recipe.yaml'} holds no keys")
+    results = tuple(read_json(path) for path in sorted((folder / "eval").glob("*.json")))
+    return Run(
+        folder=folder.resolve(),
+        recipe=recipe,
+        ds_config=read_json(folder / "ds_config.json"),
+        versions=read_json(folder / "versions.json"),
+        metrics=tuple(read_lines(folder / "metrics.jsonl")),
+        pictures=tuple(sorted((folder / "pictures").glob("*.png"))),
+        results=results,
+        flat=flatten(recipe),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an absent file counts as empty."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EvalError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise EvalError(f"{path} should hold a JSON object")
+    return content
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file; a last line that is still being written is left out.
+
+    A run that went on from a checkpoint repeats some steps: the last entry of each step counts.
+    """
+    if not path.is_file():
+        return []
+    rows: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise EvalError(f"{path}, line {number}, is not a logged step: {error}") from error
+    return [rows[step] for step in sorted(rows)]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = value
+    return flat
+
+
+def method_of(run: Run) -> dict[str, Any]:
+    """The recipe without what does not make it another method."""
+    return {k: v for k, v in run.flat.items() if not k.startswith(NO_METHOD)}
+
+
+def differing(runs: Iterable[Run]) -> list[str]:
+    """Recipe keys in which the runs differ, sorted."""
+    methods = [method_of(run) for run in runs]
+    keys = sorted({key for method in methods for key in method})
+    return [k for k in keys if len({json.dumps(m.get(k), default=str) for m in methods}) > 1]
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Runs of the same method together, in the order of their first run.
+
+    Groups that share a recipe name are told apart by the keys in which they differ.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(method_of(run), sort_keys=True, default=str), []).append(run)
+    result = []
+    for members in groups.values():
+        name = members[0].recipe_name
+        alike = [g[0] for g in groups.values() if g[0].recipe_name == name]
+        keys = differing(alike)
+        note = ", ".join(f"{k.rsplit('.', 1)[-1]} {members[0].flat.get(k)}" for k in keys)
+        result.append(Group(f"{name} ({note})" if note else name, tuple(members)))
+    return result
+
+
+def spread(values: list[float]) -> tuple[float, float | None]:
+    """(mean, sample standard deviation), the latter None for a single value."""
+    return mean(values), stdev(values) if len(values) > 1 else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,230 @@
+"""The numbers of a report: accuracies, throughput and settings of groups of runs, as tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.runs import Group, Run, differing, spread
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table cell: its value and a smaller note under it."""
+
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells of a row, the first of which names it; a baseline is set apart."""
+
+    cells: tuple[Cell, ...]
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Head, rows and notes; `text` marks tables of words, which are set flush left."""
+
+    head: tuple[str, ...]
+    rows: tuple[Row, ...]
+    title: str = ""
+    notes: tuple[str, ...] = ()
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A kind of result: what it is called, which field counts, its unit."""
+
+    key: str
+    title: str
+    field: str = "top1"
+    unit: str = "%"
+
+
+NONE = "-"  # what a table shows where there is no figure
+
+# protocol → title, main field, unit
+KNOWN = {
+    "linprobe-mae": ("linear probe", "top1", "%"),
+    "linprobe-cached": ("linear probe, cached", "top1", "%"),
+    "knn": ("k-NN", "top1", "%"),
+    "finetune": ("finetuning", "top1", "%"),
+    "psnr": ("PSNR", "image", "dB"),
+    "shape-bias": ("shape bias", "shape_bias", ""),
+}
+
+
+def column_of(result: dict[str, Any]) -> Column | None:
+    """The column that a result belongs to, None for one that is not a single figure."""
+    protocol = str(result.get("protocol"))
+    if protocol not in KNOWN:
+        return None
+    title, main, unit = KNOWN[protocol]
+    settings = result.get("settings", {})
+    fraction = settings.get("fraction")
+    if fraction not in (None, 1, 1.0):
+        title += f", {100 * fraction:g} % of the labels"
+    if result.get("feature") == "mean":
+        title += ", mean of patches"
+    return Column(title, f"{title} ({unit})" if unit else title, main, unit)
+
+
+def accuracy_table(groups: Sequence[Group]) -> Table | None:
+    """One row per group and one for random encoders, one column per protocol; None if empty.
+
+    A cell holds the mean over the seeds ± the sample standard deviation, and the distance to the
+    random encoders' mean.
+    """
+    columns: dict[str, Column] = {}
+    for group in groups:
+        for run in group.runs:
+            for result in run.results:
+                column = column_of(result)
+                if column:
+                    columns.setdefault(column.key, column)
+    if not columns:
+        return None
+    random = {key: random_values(groups, column) for key, column in columns.items()}
+    rows = []
+    for group in groups:
+        cells = [
+            accuracy_cell(group_values(group, column), random[key], column)
+            for key, column in columns.items()
+        ]
+        rows.append(Row((Cell(group.label, seeds_text(group)), *cells)))
+    if any(random.values()):
+        cells = [accuracy_cell(random[key], [], column) for key, column in columns.items()]
+        rows.append(Row((Cell("random encoder"), *cells), baseline=True))
+    return Table(
+        head=("recipe", *(column.title for column in columns.values())),
+        rows=tuple(rows),
+        notes=tuple(protocol_notes(groups)),
+    )
+
+
+def seeds_text(group: Group) -> str:
+    """How many runs stand behind a row."""
+    return f"{len(group.runs)} seeds" if len(group.runs) > 1 else ""
+
+
+def group_values(group: Group, column: Column) -> list[float]:
+    """The pretrained encoders' figures of a group in one column, one per run that has it."""
+    return [
+        float(result[column.field])
+        for run in group.runs
+        for result in run.results
+        if not is_random(result) and column_of(result) == column
+    ]
+
+
+def random_values(groups: Sequence[Group], column: Column) -> list[float]:
+    """Figures of random encoders, each architecture and seed once although several runs have it."""
+    found: dict[str, float] = {}
+    for group in groups:
+        for run in group.runs:
+            for result in run.results:
+                if is_random(result) and column_of(result) == column:
+                    encoder = result["encoder"]
+                    key = [encoder.get(k) for k in ("arch", "options", "random_seed")]
+                    found.setdefault(str(key), float(result[column.field]))
+    return list(found.values())
+
+
+def is_random(result: dict[str, Any]) -> bool:
+    """Whether a result is that of a randomly initialised encoder."""
+    return bool(result.get("encoder", {}).get("random"))
+
+
+def accuracy_cell(values: list[float], baseline: list[float], column: Column) -> Cell:
+    """`mean ± deviation`, with the distance to the baseline's mean as its note."""
+    if not values:
+        return Cell(NONE)
+    middle, deviation = spread(values)
+    digits = 3 if not column.unit else 2
+    text = f"{middle:.{digits}f}"
+    if deviation is not None:
+        text += f" ± {deviation:.{digits}f}"
+    note = f"{middle - spread(baseline)[0]:+.{digits}f} over random" if baseline else ""
+    return Cell(text, note)
+
+
+def protocol_notes(groups: Sequence[Group]) -> list[str]:
+    """What a reader must know about the protocols in the table, each thing once."""
+    notes = ["± is the sample standard deviation over seeds; without it there is one seed."]
+    for group in groups:
+        for run in group.runs:
+            for result in run.results:
+                settings = result.get("settings", {})
+                if "base_lr_chosen_on" in result:
+                    chosen = str(result["base_lr_chosen_on"])
+                    notes.append(f"linear probe, cached: learning rate chosen on {chosen}.")
+                if settings.get("max_steps") is not None:
+                    notes.append(
+                        f"{result['protocol']}: cut short at {settings['max_steps']} steps."
+                    )
+                if "images" in result:
+                    notes.append(
+                        f"{result['protocol']}: {result['images']} validation images, "
+                        f"{settings.get('epochs', 0) or 'no'} epochs, "
+                        f"batch {settings.get('batch_size', NONE)}."
+                    )
+    return list(dict.fromkeys(notes))
+
+
+def throughput_table(runs: Sequence[Run]) -> Table:
+    """Speed, waiting and memory of each run, with the machine that it ran on."""
+    head = (
+        "run", "images/s", "data wait", "memory (GB)", "steps", "device", "ranks", "precision",
+        "kernels",
+    )  # fmt: skip
+    rows = []
+    for run in runs:
+        wait, memory = run.typical("data_wait"), run.typical("memory_gb")
+        speed = run.typical("images_per_second")
+        steps = run.metrics[-1].get("step", NONE) if run.metrics else NONE
+        values = [
+            run.name,
+            NONE if speed is None else f"{speed:.1f}",
+            NONE if wait is None else f"{100 * wait:.1f} %",
+            NONE if memory is None else f"{memory:.2f}",
+            str(steps),
+            *(str(run.versions.get(k, NONE)) for k in ("device", "ranks", "precision", "kernels")),
+        ]
+        rows.append(Row(tuple(Cell(value) for value in values)))
+    note = (
+        "Medians of the logged steps, the first entry left out. Data wait is the share of a "
+        "step's time spent waiting for the loader."
+    )
+    return Table(head, tuple(rows), notes=(note,))
+
+
+def difference_table(groups: Sequence[Group]) -> Table | None:
+    """The recipe keys in which the groups differ, one column per group; None if there are none."""
+    keys = [k for k in differing(group.runs[0] for group in groups) if k != "name"]
+    if not keys:
+        return None
+    rows = [
+        Row((Cell(key), *(Cell(str(g.runs[0].flat.get(key, NONE))) for g in groups)))
+        for key in keys
+    ]
+    return Table(
+        ("setting", *(g.label for g in groups)), tuple(rows), "Where the recipes differ", text=True
+    )
+
+
+def versions_table(runs: Sequence[Run]) -> Table:
+    """Software and hardware of the runs, runs that agree in one column."""
+    keys = list(dict.fromkeys(k for run in runs for k in run.versions))
+    same: dict[str, list[Run]] = {}
+    for run in runs:
+        same.setdefault(str([run.versions.get(k) for k in keys]), []).append(run)
+    columns = list(same.values())
+    rows = [
+        Row((Cell(key), *(Cell(str(c[0].versions.get(key, NONE))) for c in columns)))
+        for key in keys
+    ]
+    names = (", ".join(run.name for run in c) if len(columns) > 1 else "all runs" for c in columns)
+    return Table(("", *names), tuple(rows), "Versions", text=True)

@@ -1,0 +1,243 @@
+"""The report is one page that holds everything, says what it shows, and renders."""
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from eval import report
+from eval.common import EvalError
+from eval.runs import group_runs, read_lines, read_run
+from eval.tables import accuracy_table
+
+RECIPES = {
+    "mae": {"kind": "reconstruction", "norm_pix": True},
+    "rmae": {"kind": "reconstruction", "norm_pix": False},
+    "cmae": {"kind": "infonce", "tokens": "patch"},
+}
+
+
+def png(width: int, height: int) -> bytes:
+    """A grey PNG, written by hand so that the size is known."""
+    pixels = zlib.compress((b"\0" + b"\x7f" * width) * height)
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    chunks = b""
+    for name, data in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        chunks += struct.pack(">I", len(data)) + name + data + checksum
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def result(top1: float, protocol: str = "linprobe-cached", **encoder: object) -> dict:
+    return {
+        "protocol": protocol,
+        "feature": "cls",
+        "top1": top1,
+        "top5": 90.0,
+        "images": 37,
+        "settings": {"epochs": 90, "batch_size": 512},
+        "encoder": {"arch": "vit", "options": {}, **encoder},
+    }
+
+
+def write_run(folder: Path, name: str, seed: int, top1: float) -> Path:
+    """A run folder as pretraining leaves it, with two results."""
+    run = folder / f"{name}-{seed}"
+    for part in ("eval", "pictures"):
+        (run / part).mkdir(parents=True)
+    recipe = {"name": name, "seed": seed, "measure": RECIPES[name], "optimizer": {"epochs": 3}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "ds_config.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (run / "versions.json").write_text('{"torch": "2.9 <x&y>", "ranks": 2, "device": "cpu"}')
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in (10, 20, 30):
+            row = {"step": step, "epoch": step / 10, "loss": 3.0 / step, "lr": 0.1 * step}
+            row |= {"similarity": 2.0 / step, "constraint": 1.0 / step}
+            row |= {"images_per_second": 5.0 * step, "data_wait": 0.25, "memory_gb": 1.5}
+            file.write(json.dumps(row) + "\n")
+        file.write('{"step": 40, "los')  # still being written
+    (run / "pictures/step-00000010.png").write_bytes(png(12, 8))
+    (run / "pictures/step-00000030.png").write_bytes(png(48, 20))
+    (run / "eval/linprobe-cached.json").write_text(json.dumps(result(top1)))
+    random = result(20.0 + seed, random=True, random_seed=seed)
+    (run / f"eval/linprobe-cached-random-{seed}.json").write_text(json.dumps(random))
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("report")
+    cells = [("mae", 0, 30.0), ("rmae", 0, 40.0), ("rmae", 1, 44.0), ("cmae", 0, 35.0)]
+    return [write_run(folder, *cell) for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path]) -> Path:
+    return report.write_report(runs, runs[0].parent / "out" / "report.html", "Title & <more>")[0]
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, open tags, ids and the visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br", "path", "use"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if self.open and self.open[-1] not in ("style", "script") else ""
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def test_page_is_well_formed_and_needs_no_network(page: Path) -> None:
+    text = page.read_text()
+    parsed = Page(text)
+    assert parsed.open == []
+    for tag, attributes in parsed.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:")), (tag, name, value[:80])
+    assert not re.findall(r"url\((?!#)", text)
+    assert "@import" not in text
+    assert not parsed.named("script")
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {(a.get("href") or "#")[1:] for a in parsed.named("a")}
+    assert targets <= set(ids)
+
+
+def test_pictures_are_the_latest_of_each_recipe(page: Path) -> None:
+    pictures = Page(page.read_text()).named("img")
+    assert [(p["width"], p["height"]) for p in pictures] == [("48", "20")] * 3
+    captions = [p["alt"] for p in pictures]
+    assert captions[0] == (
+        "mae, step 30: original | masked | prediction in the hidden patches | whole prediction "
+        "(true patch statistics)"
+    )
+    assert "true patch statistics" not in str(captions[1])
+    assert captions[2] == "cmae, step 30: original | first view | second view"
+    assert "mae: predictions are patch-normalised pixels (norm_pix)" in page.read_text()
+
+
+def test_charts_show_the_logged_values(page: Path) -> None:
+    text = page.read_text()
+    charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    names = [chart.get("aria-label") for chart in charts]
+    assert names == [
+        "Loss: mae", "Loss: rmae", "Loss: cmae", "Learning rate", "Throughput", "Data wait",
+    ]  # fmt: skip
+    words = " ".join(t.text or "" for t in charts[1].iter("{http://www.w3.org/2000/svg}text"))
+    assert "similarity" in words
+    assert "constraint" in words
+    assert all(chart.get("viewBox") for chart in charts)
+
+
+def test_accuracy_is_mean_and_spread_over_seeds(runs: list[Path]) -> None:
+    table = accuracy_table(group_runs([read_run(run) for run in runs]))
+    assert table is not None
+    cells = {row.cells[0].value: row.cells[1] for row in table.rows}
+    # Random encoders: seeds 0 and 1, each once although three runs hold seed 0: 20.5 ± 0.71.
+    assert cells["random encoder"].value == "20.50 ± 0.71"
+    assert cells["rmae"].value == "42.00 ± 2.83"
+    assert cells["rmae"].note == "+21.50 over random"
+    assert cells["mae"].value == "30.00"
+
+
+def test_runs_that_differ_by_more_than_the_seed_are_told_apart(runs: list[Path]) -> None:
+    twin = runs[0].parent / "longer"
+    shutil.copytree(runs[0], twin)
+    recipe = yaml.safe_load((twin / "recipe.yaml").read_text())
+    recipe["optimizer"]["epochs"] = 9
+    (twin / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    labels = [g.label for g in group_runs([read_run(r) for r in (*runs, twin)])]
+    assert labels == ["mae (epochs 3)", "rmae", "cmae", "mae (epochs 9)"]
+
+
+def test_text_is_escaped_and_markdown_has_the_same_numbers(page: Path) -> None:
+    text = page.read_text()
+    assert "2.9 &lt;x&amp;y&gt;" in text
+    assert "<h1>Title &amp; &lt;more&gt;</h1>" in text
+    markdown = page.with_suffix(".md").read_text()
+    assert "| rmae (2 seeds) | 42.00 ± 2.83 (+21.50 over random) |" in markdown
+    assert "| mae-0 | 125.0 | 25.0 % | 1.50 | 30 | cpu | 2 |" in markdown
+
+
+def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 2, "loss": 3}\n')
+    assert [row["loss"] for row in read_lines(path)] == [5, 3]
+
+
+def test_bare_run_gives_a_page(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: mae\n")
+    page, _ = report.write_report([tmp_path], tmp_path / "r.html", "Bare")
+    assert "Settings" in page.read_text()
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, runs: list[Path]) -> None:
+    with pytest.raises(EvalError, match=r"is not a run folder: it has no recipe\.yaml"):
+        read_run(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(runs[0], broken)
+    (broken / "metrics.jsonl").write_text('{"step"\n{"step": 1}\n')
+    with pytest.raises(EvalError, match=r"metrics.jsonl, line 1, is not a logged step"):
+        read_run(broken)
+    done = subprocess.run(
+        [sys.executable, report.__file__, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_page_renders_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
+    """Every picture decodes, nothing is wider than the window, the console stays silent."""
+    probe = tmp_path / "probe.html"
+    check = (
+        "<script>addEventListener('load', () => { const d = document; d.title = JSON.stringify({"
+        "broken: [...d.images].filter(i => !i.complete || !i.naturalWidth).length,"
+        "images: d.images.length, charts: d.querySelectorAll('svg.chart').length,"
+        "flat: [...d.querySelectorAll('svg.chart')].filter(s => s.clientHeight < 50).length,"
+        "wide: d.documentElement.scrollWidth - innerWidth, width: innerWidth}); });</script>"
+    )
+    probe.write_text(page.read_text().replace("</body>", check + "</body>"))
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        f"--enable-logging=stderr --user-data-dir={tmp_path / 'profile'} "
+        f"--window-size={width},900 --dump-dom"
+    )
+    done = subprocess.run(
+        ["chromium", *options.split(), probe.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr[-2000:]
+    seen = json.loads(title[1])
+    assert seen["width"] == width
+    assert (seen["broken"], seen["images"], seen["charts"], seen["flat"]) == (0, 3, 6, 0)
+    assert seen["wide"] <= 0
