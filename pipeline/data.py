@@ -71,7 +71,7 @@ class _Reader:
     def __init__(self, manifest: Manifest, image_size: int, interpolation: str, how: str) -> None:
         self.manifest, self.interpolation = manifest, interpolation
         self.image_size = image_size
-        self.decoder, _ = decoder(how)
+        self.decoder, _ = decoder(how)  # by name: a worker may be a fresh process
         self.handles: OrderedDict[int, int] = OrderedDict()
         _ = manifest.index  # read and checked once, before the workers start
 

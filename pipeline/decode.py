@@ -22,6 +22,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+try:  # built at set-up where a compiler and libjpeg-turbo's headers are
+    from pipeline import _jpegcrop
+except ImportError:
+    _jpegcrop = None  # type: ignore[assignment]
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform
+    simplejpeg = None  # type: ignore[assignment,unused-ignore]
+
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
 Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -48,6 +57,8 @@ class Box:
 
 # (width, height) of the picture → the rectangle to take, and whether to mirror it.
 Choose = Callable[[int, int], tuple[Box, bool]]
+# (bytes, choose, output uint8 [S, S, 3], interpolation)
+Decode = Callable[[bytes, Choose, np.ndarray, str], None]
 
 
 @dataclass(frozen=True)
@@ -160,10 +171,21 @@ def decode_pillow(data: bytes, choose: Choose, out: np.ndarray, interpolation: s
     out[...] = pixels[:, ::-1] if flip else pixels
 
 
+def decode_jpegcrop(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
+    """As decode_pillow, by the C extension; ValueError for what it does not take."""
+    try:
+        width, height = _jpegcrop.size(data)
+        _check_pixels(width, height)
+        box, flip = choose(width, height)
+        corners = (box.left, box.top, box.right, box.bottom)
+        cubic = interpolation == "bicubic"
+        _jpegcrop.decode(data, out, out.shape[0], *corners, box.inside, flip, cubic)
+    except OverflowError as error:
+        raise DecodeError(f"refused as hostile: {error}") from error
+
+
 def decode_simplejpeg(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
     """As decode_pillow, by simplejpeg and torch; ValueError for what simplejpeg does not take."""
-    import simplejpeg
-
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height)
     if colours not in ("YCbCr", "Gray", "RGB"):
@@ -192,7 +214,7 @@ def _check_pixels(width: int, height: int) -> None:
         raise DecodeError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
 
 
-def _with_last_word(fast: Callable[..., None]) -> Callable[..., None]:
+def _with_last_word(fast: Decode) -> Decode:
     def decode(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
         try:
             if data[:2] == b"\xff\xd8":
@@ -207,26 +229,26 @@ def _with_last_word(fast: Callable[..., None]) -> Callable[..., None]:
     return decode
 
 
+_FUNCTIONS: dict[str, Decode] = {"pillow": decode_pillow}
+if simplejpeg is not None:
+    _FUNCTIONS = {"simplejpeg": _with_last_word(decode_simplejpeg), **_FUNCTIONS}
+if _jpegcrop is not None:
+    _FUNCTIONS = {"jpegcrop": _with_last_word(decode_jpegcrop), **_FUNCTIONS}
+
+
 def available() -> tuple[str, ...]:
     """Names of the decoders that work here, fastest first."""
-    names = ["pillow"]
-    try:
-        import simplejpeg  # noqa: F401
-
-        names.insert(0, "simplejpeg")
-    except ImportError:
-        pass
-    return tuple(names)
+    return tuple(_FUNCTIONS)
 
 
-def decoder(name: str = "auto") -> tuple[str, Callable[[bytes, Choose, np.ndarray, str], None]]:
+def decoder(name: str = "auto") -> tuple[str, Decode]:
     """The name and function of decoder `name`, or of the fastest one that works here.
 
     The function writes the chosen crop into a uint8 [S, S, 3] array or raises DecodeError.
     """
-    known = available()
-    name = known[0] if name == "auto" else name
-    if name not in known:
-        raise ValueError(f"decoder {name!r} is not available here: use one of {', '.join(known)}")
-    functions = {"simplejpeg": _with_last_word(decode_simplejpeg), "pillow": decode_pillow}
-    return name, functions[name]
+    name = available()[0] if name == "auto" else name
+    if name not in _FUNCTIONS:
+        raise ValueError(
+            f"decoder {name!r} is not available here: use auto or one of {', '.join(_FUNCTIONS)}"
+        )
+    return name, _FUNCTIONS[name]

@@ -1,0 +1,502 @@
+/* Decode only the wanted rectangle of a JPEG and resize it with an antialiased filter.
+ *
+ * Built on the public API of libjpeg-turbo (>= 2.0): jpeg_crop_scanline drops the columns outside
+ * the rectangle before the inverse DCT, jpeg_skip_scanlines the rows above it, and the rows below
+ * are never read. The resize is Pillow's: a horizontal, then a vertical pass with precomputed
+ * fixed-point weights and 8-bit rows between them (Pillow's src/libImaging/Resample.c describes
+ * the method). The scalar and the AVX2 loops give the same bits.
+ *
+ * Any warning of the library is an error here: the caller then asks Pillow, which has the last
+ * word. Errors leave the library by longjmp and reach Python as exceptions; nothing prints, and
+ * nothing ends the process.
+ *
+ * size(data) -> (width, height)
+ * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd)
+ *
+ * ValueError: not for this decoder (broken, CMYK, 12 bits ...). OverflowError: hostile.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <jpeglib.h>
+
+#ifndef LIBJPEG_TURBO_VERSION_NUMBER
+#error "libjpeg-turbo is needed: other libjpegs cannot decode a part of a picture"
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAVE_AVX2_CODE 1
+#include <immintrin.h>
+#endif
+
+enum {
+    MAX_SCANS = 500,  /* more scans in one file are an attack on the decoder's time */
+    MARGIN = 16,      /* pixels decoded around the rectangle: chroma upsampling looks at neighbours */
+    ROWS = 8,         /* rows asked of the library at once */
+    PRECISION = 14,   /* bits behind the point of a weight; weights lie in (-2, 2) */
+    GROUP = 4,        /* weights of one AVX2 step of the horizontal pass */
+    PIXEL = 4         /* bytes of a pixel between the passes: R, G, B, unused */
+};
+
+/* Weights that turn `length` source pixels into `out` pixels along one axis. */
+typedef struct {
+    int out, taps;    /* taps: weights per output pixel, padded with zeros */
+    int first, last;  /* source pixels that any output pixel needs: [first, last) */
+    int *start;       /* [out] first source pixel of each output pixel */
+    int16_t *weight;  /* [out][taps] */
+    int16_t *paired;  /* [out][taps / 4][16]: k0 k1 four times, k2 k3 four times */
+} Axis;
+
+typedef struct {
+    struct jpeg_decompress_struct cinfo;
+    struct jpeg_error_mgr errors;
+    struct jpeg_progress_mgr progress;
+    jmp_buf escape;
+    int hostile;
+    char message[JMSG_LENGTH_MAX];
+    const uint8_t *data;
+    size_t length;
+    Axis x, y;
+    uint8_t *rows;    /* ROWS decoded source rows, RGBX */
+    uint8_t *middle;  /* [y.last - y.first][x.out] RGBX, after the horizontal pass */
+    int width, height;
+} Job;
+
+/* ---------------------------------------------------------------- errors of the library */
+
+static void fail(j_common_ptr cinfo) {
+    Job *job = cinfo->client_data;
+    cinfo->err->format_message(cinfo, job->message);
+    longjmp(job->escape, 1);
+}
+
+static void warn(j_common_ptr cinfo, int level) {
+    if (level < 0) fail(cinfo);
+}
+
+static void quiet(j_common_ptr cinfo) { (void)cinfo; }
+
+static void watch(j_common_ptr cinfo) {
+    Job *job = cinfo->client_data;
+    if (job->cinfo.input_scan_number > MAX_SCANS) {
+        job->hostile = 1;
+        snprintf(job->message, sizeof job->message, "more than %d scans", MAX_SCANS);
+        longjmp(job->escape, 1);
+    }
+}
+
+static void refuse(Job *job, const char *reason) {
+    snprintf(job->message, sizeof job->message, "%s", reason);
+    longjmp(job->escape, 1);
+}
+
+/* ---------------------------------------------------------------- weights */
+
+static double bicubic(double x) { /* Keys' cubic with a = -0.5, as Pillow's */
+    x = fabs(x);
+    if (x < 1.0) return (1.5 * x - 2.5) * x * x + 1.0;
+    if (x < 2.0) return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0;
+    return 0.0;
+}
+
+static double triangle(double x) {
+    x = fabs(x);
+    return x < 1.0 ? 1.0 - x : 0.0;
+}
+
+/* The source pixels [begin, end) that the filter reaches from `centre`. */
+static void reach(double centre, double support, int low, int high, int *begin, int *end) {
+    *begin = (int)(centre - support + 0.5);
+    *end = (int)(centre + support + 0.5);
+    if (*begin < low) *begin = low;
+    if (*end > high) *end = high;
+    if (*end <= *begin) { /* a rectangle that lies on the border by a rounding error */
+        *begin = *begin < high ? *begin : high - 1;
+        *end = *begin + 1;
+    }
+}
+
+/* Weights for the source interval [from, to) of an axis; pixels outside [low, high) do not
+ * count. The number of weights is padded to a multiple of `pad`. Returns 0 if memory is short. */
+static int make_axis(Axis *axis, int out, double from, double to, int low, int high,
+                     int cubic, int flip, int pad) {
+    double scale = (to - from) / out, stretch = scale < 1.0 ? 1.0 : scale;
+    double support = (cubic ? 2.0 : 1.0) * stretch;
+    int most = 1, begin, end;
+    axis->first = high;
+    axis->last = low;
+    for (int i = 0; i < out; i++) {
+        reach(from + (i + 0.5) * scale, support, low, high, &begin, &end);
+        if (end - begin > most) most = end - begin;
+        if (begin < axis->first) axis->first = begin;
+        if (end > axis->last) axis->last = end;
+    }
+    axis->out = out;
+    axis->taps = (most + pad - 1) / pad * pad;
+    axis->start = malloc(out * sizeof *axis->start);
+    axis->weight = calloc((size_t)out * axis->taps, sizeof *axis->weight);
+    axis->paired = malloc((size_t)out * axis->taps * 4 * sizeof *axis->paired);
+    double *exact = malloc(most * sizeof *exact);
+    if (!axis->start || !axis->weight || !axis->paired || !exact) {
+        free(exact);
+        return 0;
+    }
+    for (int i = 0; i < out; i++) {
+        double centre = from + (i + 0.5) * scale, sum = 0.0;
+        reach(centre, support, low, high, &begin, &end);
+        for (int k = 0; k < end - begin; k++) {
+            double at = (k + begin - centre + 0.5) / stretch;
+            sum += exact[k] = cubic ? bicubic(at) : triangle(at);
+        }
+        int place = flip ? out - 1 - i : i;
+        int16_t *weight = axis->weight + (size_t)place * axis->taps;
+        for (int k = 0; k < end - begin; k++) {
+            double fixed = rint(exact[k] / (sum != 0.0 ? sum : 1.0) * (1 << PRECISION));
+            weight[k] = (int16_t)(fixed > 32767 ? 32767 : fixed < -32768 ? -32768 : fixed);
+        }
+        axis->start[place] = begin;
+    }
+    free(exact);
+    for (size_t pair = 0; pair < (size_t)out * axis->taps / 2; pair++)
+        for (int k = 0; k < 8; k++)
+            axis->paired[pair * 8 + k] = axis->weight[pair * 2 + k % 2];
+    return 1;
+}
+
+static void free_axis(Axis *axis) {
+    free(axis->start);
+    free(axis->weight);
+    free(axis->paired);
+}
+
+/* ---------------------------------------------------------------- the two passes */
+
+static uint8_t to_byte(int32_t sum) {
+    sum = (sum + (1 << (PRECISION - 1))) >> PRECISION;
+    return sum < 0 ? 0 : sum > 255 ? 255 : (uint8_t)sum;
+}
+
+/* row: RGBX source pixels, `left` is the number of its first pixel; out: [axis->out] RGBX. */
+static void horizontal(const Axis *axis, const uint8_t *row, int left, uint8_t *out) {
+    for (int i = 0; i < axis->out; i++) {
+        const uint8_t *in = row + (size_t)(axis->start[i] - left) * PIXEL;
+        const int16_t *weight = axis->weight + (size_t)i * axis->taps;
+        int32_t r = 0, g = 0, b = 0;
+        for (int k = 0; k < axis->taps; k++, in += PIXEL) {
+            r += in[0] * weight[k];
+            g += in[1] * weight[k];
+            b += in[2] * weight[k];
+        }
+        out[0] = to_byte(r), out[1] = to_byte(g), out[2] = to_byte(b), out[3] = 0;
+        out += PIXEL;
+    }
+}
+
+/* rows: RGBX, `stride` bytes apart; out: `pixels` RGB. */
+static void vertical(const int16_t *weight, int taps, const uint8_t *rows, size_t stride,
+                     int pixels, uint8_t *out) {
+    for (int i = 0; i < pixels; i++, rows += PIXEL, out += 3)
+        for (int c = 0; c < 3; c++) {
+            int32_t sum = 0;
+            for (int k = 0; k < taps; k++) sum += rows[k * stride + c] * weight[k];
+            out[c] = to_byte(sum);
+        }
+}
+
+#ifdef HAVE_AVX2_CODE
+/* Two rows at once: they share the weights. */
+__attribute__((target("avx2"), always_inline)) static inline void horizontal_groups(
+    const Axis *axis, int groups, const uint8_t *const row[2], int left, uint8_t *const out[2]) {
+    /* four RGBX pixels → R0 R1 G0 G1 B0 B1 X0 X1 | R2 R3 G2 G3 ... as 16-bit numbers */
+    const __m256i spread = _mm256_setr_epi8(
+        0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
+        8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
+    const __m256i half = _mm256_set1_epi32(1 << (PRECISION - 1));
+    const __m256i *weight = (const __m256i *)axis->paired;
+    const uint8_t *first = row[0] - (size_t)left * PIXEL, *second = row[1] - (size_t)left * PIXEL;
+    for (int i = 0; i < axis->out; i++, weight += groups) {
+        const __m128i *a = (const __m128i *)(first + (size_t)axis->start[i] * PIXEL);
+        const __m128i *b = (const __m128i *)(second + (size_t)axis->start[i] * PIXEL);
+        __m256i sum_a = _mm256_setzero_si256(), sum_b = sum_a;
+        for (int k = 0; k < groups; k++) {
+            __m256i w = _mm256_loadu_si256(weight + k);
+            __m256i four_a = _mm256_broadcastsi128_si256(_mm_loadu_si128(a + k));
+            __m256i four_b = _mm256_broadcastsi128_si256(_mm_loadu_si128(b + k));
+            four_a = _mm256_madd_epi16(_mm256_shuffle_epi8(four_a, spread), w);
+            four_b = _mm256_madd_epi16(_mm256_shuffle_epi8(four_b, spread), w);
+            sum_a = _mm256_add_epi32(sum_a, four_a);
+            sum_b = _mm256_add_epi32(sum_b, four_b);
+        }
+        __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(sum_a, sum_b, 0x20),
+                                       _mm256_permute2x128_si256(sum_a, sum_b, 0x31));
+        sum = _mm256_srai_epi32(_mm256_add_epi32(sum, half), PRECISION);
+        sum = _mm256_packs_epi32(sum, sum);
+        sum = _mm256_packus_epi16(sum, sum);
+        int32_t pixel_a = _mm256_extract_epi32(sum, 0), pixel_b = _mm256_extract_epi32(sum, 4);
+        memcpy(out[0] + (size_t)i * PIXEL, &pixel_a, PIXEL);
+        memcpy(out[1] + (size_t)i * PIXEL, &pixel_b, PIXEL);
+    }
+}
+
+__attribute__((target("avx2"))) static void horizontal_avx2(
+    const Axis *axis, const uint8_t *const row[2], int left, uint8_t *const out[2]) {
+    int groups = axis->taps / GROUP;
+    if (groups == 1) horizontal_groups(axis, 1, row, left, out); /* unrolled */
+    else if (groups == 2) horizontal_groups(axis, 2, row, left, out);
+    else if (groups == 3) horizontal_groups(axis, 3, row, left, out);
+    else horizontal_groups(axis, groups, row, left, out);
+}
+
+/* Four pixels (16 bytes) at a time; the rest by the scalar loop. */
+__attribute__((target("avx2"))) static void vertical_avx2(const int16_t *weight, int taps,
+                                                          const uint8_t *rows, size_t stride,
+                                                          int pixels, uint8_t *out) {
+    const __m256i half = _mm256_set1_epi32(1 << (PRECISION - 1));
+    const __m128i pack = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    int i = 0;
+    for (; i + 6 <= pixels; i += 4) { /* 16 bytes are stored, 12 of them count */
+        const uint8_t *in = rows + (size_t)i * PIXEL;
+        __m256i low = half, high = half;
+        for (int k = 0; k < taps; k += 2, in += 2 * stride) {
+            __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)in));
+            __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(in + stride)));
+            int32_t two;
+            memcpy(&two, weight + k, sizeof two);
+            __m256i pair = _mm256_set1_epi32(two);
+            low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), pair));
+            high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), pair));
+        }
+        low = _mm256_srai_epi32(low, PRECISION);
+        high = _mm256_srai_epi32(high, PRECISION);
+        __m256i words = _mm256_packs_epi32(low, high); /* in order within each half */
+        __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words),
+                                         _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128((__m128i *)(out + (size_t)i * 3), _mm_shuffle_epi8(bytes, pack));
+    }
+    vertical(weight, taps, rows + (size_t)i * PIXEL, stride, pixels - i, out + (size_t)i * 3);
+}
+#endif
+
+static int has_avx2(void) {
+#ifdef HAVE_AVX2_CODE
+    return __builtin_cpu_supports("avx2");
+#else
+    return 0;
+#endif
+}
+
+/* The horizontal pass over one row, or over two if `count` > 1. */
+static void shrink_rows(const Axis *x, JSAMPROW *rows, int count, int left, uint8_t *out,
+                        size_t stride, int simd) {
+    int second = count > 1;
+#ifdef HAVE_AVX2_CODE
+    if (simd) {
+        const uint8_t *const in[2] = {rows[0], rows[second]};
+        uint8_t *const to[2] = {out, out + second * stride};
+        horizontal_avx2(x, in, left, to);
+        return;
+    }
+#endif
+    (void)simd;
+    horizontal(x, rows[0], left, out);
+    if (second) horizontal(x, rows[1], left, out + stride);
+}
+
+/* ---------------------------------------------------------------- decoding */
+
+static void open_picture(Job *job) {
+    job->cinfo.err = jpeg_std_error(&job->errors);
+    job->errors.error_exit = fail;
+    job->errors.emit_message = warn;
+    job->errors.output_message = quiet;
+    job->cinfo.client_data = job;
+    jpeg_create_decompress(&job->cinfo);
+    job->progress.progress_monitor = watch;
+    job->cinfo.progress = &job->progress;
+    jpeg_mem_src(&job->cinfo, (unsigned char *)job->data, (unsigned long)job->length);
+    jpeg_read_header(&job->cinfo, TRUE);
+    J_COLOR_SPACE space = job->cinfo.jpeg_color_space;
+    if (space != JCS_YCbCr && space != JCS_GRAYSCALE && space != JCS_RGB)
+        refuse(job, "neither colour nor grey");
+    job->width = (int)job->cinfo.image_width;
+    job->height = (int)job->cinfo.image_height;
+}
+
+/* Returns 0 with job->message set. All that is allocated hangs on `job`; see close_job. */
+static int read_size(Job *job) {
+    if (setjmp(job->escape)) return 0;
+    open_picture(job);
+    return 1;
+}
+
+/* Second half of the work: the picture is open and the weights are there. */
+static int read_pixels(Job *job, int simd) {
+    if (setjmp(job->escape)) return 0;
+    struct jpeg_decompress_struct *cinfo = &job->cinfo;
+    Axis *x = &job->x, *y = &job->y;
+    cinfo->out_color_space = JCS_EXT_RGBX;
+    cinfo->dct_method = JDCT_ISLOW;
+    jpeg_start_decompress(cinfo);
+
+    int left = x->first > MARGIN ? x->first - MARGIN : 0;
+    int right = x->last + MARGIN < job->width ? x->last + MARGIN : job->width;
+    JDIMENSION offset = (JDIMENSION)left, width = (JDIMENSION)(right - left);
+    if (left > 0 || right < job->width) jpeg_crop_scanline(cinfo, &offset, &width);
+    int top = y->first > MARGIN ? y->first - MARGIN : 0;
+    if (top > 0) jpeg_skip_scanlines(cinfo, (JDIMENSION)top);
+
+    /* Zero weights reach behind the last pixel: room for them, with defined content. */
+    size_t stride = ((size_t)cinfo->output_width + x->taps + GROUP) * PIXEL;
+    stride = (stride + 63) / 64 * 64;
+    job->rows = calloc(ROWS + 1, stride);
+    /* likewise below the last row */
+    size_t middle_stride = (size_t)x->out * PIXEL;
+    job->middle = malloc((size_t)(y->last - y->first) * middle_stride
+                         + (size_t)y->taps * middle_stride);
+    if (!job->rows || !job->middle) refuse(job, "out of memory");
+    memset(job->middle + (size_t)(y->last - y->first) * middle_stride, 0,
+           (size_t)y->taps * middle_stride);
+
+    /* Into aligned rows the library writes past the cache, and they are read again at once. */
+    JSAMPROW pointers[ROWS];
+    uint8_t *unaligned = job->rows + 64 - (uintptr_t)job->rows % 64 + PIXEL;
+    for (int i = 0; i < ROWS; i++) pointers[i] = unaligned + i * stride;
+    while ((int)cinfo->output_scanline < y->last) {
+        int row = (int)cinfo->output_scanline;
+        int count = (int)jpeg_read_scanlines(cinfo, pointers, ROWS);
+        if (count < 1) refuse(job, "no more rows");
+        int from = row < y->first ? y->first - row : 0;
+        int to = row + count > y->last ? y->last - row : count;
+        uint8_t *out = job->middle + (ptrdiff_t)(row + from - y->first) * (ptrdiff_t)middle_stride;
+        for (int i = from; i < to; i += 2, out += 2 * middle_stride)
+            shrink_rows(x, pointers + i, to - i, (int)offset, out, middle_stride, simd);
+    }
+    return 1;
+}
+
+static void write_output(const Job *job, uint8_t *out, int simd) {
+    const Axis *y = &job->y;
+    size_t stride = (size_t)job->x.out * PIXEL;
+    for (int i = 0; i < y->out; i++, out += (size_t)job->x.out * 3) {
+        const uint8_t *rows = job->middle + (size_t)(y->start[i] - y->first) * stride;
+        const int16_t *weight = y->weight + (size_t)i * y->taps;
+#ifdef HAVE_AVX2_CODE
+        if (simd) {
+            vertical_avx2(weight, y->taps, rows, stride, job->x.out, out);
+            continue;
+        }
+#endif
+        vertical(weight, y->taps, rows, stride, job->x.out, out);
+    }
+    (void)simd;
+}
+
+static void close_job(Job *job) {
+    jpeg_destroy_decompress(&job->cinfo);
+    free_axis(&job->x);
+    free_axis(&job->y);
+    free(job->rows);
+    free(job->middle);
+    free(job);
+}
+
+/* ---------------------------------------------------------------- Python */
+
+static PyObject *raise_for(const Job *job) {
+    PyErr_SetString(job->hostile ? PyExc_OverflowError : PyExc_ValueError, job->message);
+    return NULL;
+}
+
+static PyObject *py_size(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "y*:size", &data)) return NULL;
+    Job *job = calloc(1, sizeof *job);
+    PyObject *result = NULL;
+    if (!job) {
+        PyErr_NoMemory();
+    } else {
+        job->data = data.buf;
+        job->length = (size_t)data.len;
+        if (read_size(job)) result = Py_BuildValue("ii", job->width, job->height);
+        else raise_for(job);
+        close_job(job);
+    }
+    PyBuffer_Release(&data);
+    return result;
+}
+
+/* The whole of decode() without Python: 1 done, 0 failed with job->message set. */
+static int run(Job *job, uint8_t *out, int size, const double box[4], int inside, int flip,
+               int cubic, int simd) {
+    if (!read_size(job)) return 0;
+    double w = job->width, h = job->height;
+    /* also false for NaN */
+    int fits = box[0] >= 0 && box[0] < box[2] && box[2] <= w + 1e-6 && box[1] >= 0
+               && box[1] < box[3] && box[3] <= h + 1e-6;
+    if (!fits) {
+        snprintf(job->message, sizeof job->message, "rectangle outside the %dx%d picture",
+                 job->width, job->height);
+        return 0;
+    }
+    int x0 = inside ? (int)box[0] : 0, x1 = inside ? (int)box[2] : job->width;
+    int y0 = inside ? (int)box[1] : 0, y1 = inside ? (int)box[3] : job->height;
+    if (!make_axis(&job->x, size, box[0], box[2], x0, x1, cubic, flip, GROUP)
+        || !make_axis(&job->y, size, box[1], box[3], y0, y1, cubic, 0, 2)) {
+        snprintf(job->message, sizeof job->message, "out of memory");
+        return 0;
+    }
+    if (!read_pixels(job, simd)) return 0;
+    write_output(job, out, simd);
+    return 1;
+}
+
+static PyObject *py_decode(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer data, out;
+    int size, inside, flip, cubic, simd = 1;
+    double box[4];
+    if (!PyArg_ParseTuple(args, "y*w*iddddppp|p:decode", &data, &out, &size, &box[0], &box[1],
+                          &box[2], &box[3], &inside, &flip, &cubic, &simd))
+        return NULL;
+    PyObject *result = NULL;
+    Job *job = NULL;
+    if (size < 1 || size > 4096 || out.len != (Py_ssize_t)size * size * 3) {
+        PyErr_SetString(PyExc_TypeError, "out must hold size x size x 3 bytes, size 1 to 4096");
+    } else if (!(job = calloc(1, sizeof *job))) {
+        PyErr_NoMemory();
+    } else {
+        int done;
+        job->data = data.buf;
+        job->length = (size_t)data.len;
+        simd = simd && has_avx2();
+        Py_BEGIN_ALLOW_THREADS
+        done = run(job, out.buf, size, box, inside, flip, cubic, simd);
+        Py_END_ALLOW_THREADS
+        if (done) result = Py_NewRef(Py_None);
+        else raise_for(job);
+        close_job(job);
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&out);
+    return result;
+}
+
+static PyMethodDef methods[] = {
+    {"size", py_size, METH_VARARGS, "size(data) -> (width, height) of a JPEG"},
+    {"decode", py_decode, METH_VARARGS,
+     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=True)\n\n"
+     "Write the rectangle, resized to size x size RGB bytes, into the writable buffer `out`."},
+    {NULL, NULL, 0, NULL}};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpegcrop", NULL, -1, methods,
+                                    NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__jpegcrop(void) { return PyModule_Create(&module); }

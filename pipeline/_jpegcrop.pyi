@@ -1,0 +1,16 @@
+from typing import Any
+
+def size(data: bytes) -> tuple[int, int]: ...
+def decode(
+    data: bytes,
+    out: Any,  # writable buffer of size * size * 3 bytes
+    size: int,
+    left: float,
+    top: float,
+    right: float,
+    bottom: float,
+    inside: bool,
+    flip: bool,
+    bicubic: bool,
+    simd: bool = True,
+) -> None: ...
