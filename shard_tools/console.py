@@ -43,7 +43,9 @@ def run(command: Callable[[Any], int], options: Any) -> int:
         return stopped.code
 
 
-def progress(total: int, description: str, *, initial: int = 0, unit: str = " images") -> tqdm:
+def progress(
+    total: int | None, description: str, *, initial: int = 0, unit: str = " images"
+) -> tqdm:
     """A tqdm bar; in a log (no terminal) it speaks every 30 seconds and not ten times a second."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(

@@ -29,8 +29,8 @@ from shard_tools.plan import (
     read_part,
     read_plan_record,
 )
-from shard_tools.pool import write_shards
 from shard_tools.sources import open_source
+from shard_tools.write import write_shards
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -85,7 +85,7 @@ def make_shards(options: argparse.Namespace) -> int:
         plan,
         dest,
         todo,
-        workers=min(options.workers, max(1, len(todo))),
+        workers=options.workers,
         on_error=options.on_error,
         finished=sum(plan.starts[i + 1] - plan.starts[i] for i in mine)
         - sum(plan.starts[i + 1] - plan.starts[i] for i in todo),

@@ -130,12 +130,12 @@ class Manifest:
         return np.searchsorted(self.starts, sample, side="right") - 1, self.index[sample]
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
     """Open the manifest of `folder` (a path or any fsspec URL).
 
     Raises ManifestError in one sentence: no manifest, unknown version, damaged manifest or index
-    header; for tars on a local disk also a missing shard or one of the wrong size. The index
-    itself is read and checked at its first use.
+    header; for tars on a local disk (unless `check_shards` is off) also a missing shard or one of
+    the wrong size. The index itself is read and checked at its first use.
     """
     home = os.fspath(folder)
     text = _read_manifest_text(home)
@@ -158,7 +158,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         index_sha256=content["index_sha256"],
         names_sha256=content["names_sha256"],
     )
-    _check_files(manifest)
+    _check_files(manifest, check_shards)
     return manifest
 
 
@@ -315,7 +315,7 @@ def _parse_header(where: str, head: bytes, size: int) -> tuple[int, bytes]:
     return count, digest
 
 
-def _check_files(manifest: Manifest) -> None:
+def _check_files(manifest: Manifest, check_shards: bool) -> None:
     """Names are safe, the index belongs to this manifest, local shards exist in their size."""
     for shard in manifest.shards:
         parts = shard.name.split("/")
@@ -329,7 +329,7 @@ def _check_files(manifest: Manifest) -> None:
             count, digest = _parse_header(where, file.read(_HEADER.size), os.path.getsize(where))
         if count != manifest.samples or digest.hex() != manifest.index_sha256:
             raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
-    if not is_remote(manifest.folder):
+    if check_shards and not is_remote(manifest.folder):
         for number, shard in enumerate(manifest.shards):
             _check_shard(manifest.path(number), shard)
 

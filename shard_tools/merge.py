@@ -39,7 +39,7 @@ def merge_parts(dest: Path) -> Manifest:
     filled = [part for part in parts if part.shard]
     if not filled:
         raise ToolError(f"{dest}: no image could be used; the first: {': '.join(lines[0])}")
-    write_atomic(dest / REPORT, b"".join(_line(*line) for line in lines))
+    write_atomic(dest / REPORT, report_lines(lines))
     manifest = _write(dest, filled, record, counts)
     remove_leftovers(dest)
     shutil.rmtree(dest / PARTS)
@@ -71,6 +71,10 @@ def remove_leftovers(dest: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _line(name: str, what: str, reason: str) -> bytes:
-    content = {"name": name, "what": what, "reason": reason}
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+def report_lines(remarks: list[tuple[str, str, str]]) -> bytes:
+    """report.jsonl: one line per image that was not taken as it is."""
+    lines = [
+        json.dumps({"name": name, "what": what, "reason": reason}, ensure_ascii=False) + "\n"
+        for name, what, reason in remarks
+    ]
+    return "".join(lines).encode()

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BLOCK = 512
+# Fields that may hold the image of a sample, in the order of preference.
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "JPEG", "JPG", "PNG", "WEBP")
 RECORD = 10240  # tar files are padded to a multiple of this
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 
@@ -166,3 +168,25 @@ def _check_end(path: str | Path, end: int, size: int) -> None:
         while chunk := file.read(1 << 20):
             if any(chunk):
                 raise TarError(f"{path}: data after the end of the archive at byte {end}")
+
+
+def read_range(handle: int, place: tuple[int, int]) -> bytes:
+    """The bytes at (offset, length) of an open file; TarError where the file ends before."""
+    offset, length = place
+    data = os.pread(handle, length, offset)
+    while len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
+        data += more
+    if len(data) != length:
+        raise TarError(f"the file ends at byte {offset + len(data)}")
+    return data
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a whole file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def image_field(sample: Sample) -> str:
+    """Name of the field that holds the image: the first of IMAGE_FIELDS; "" where there is none."""
+    return next((name for name in IMAGE_FIELDS if name in sample.fields), "")

@@ -1,0 +1,129 @@
+"""Copy chosen samples, with all their fields, into tars of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shard_tools.console import ToolError
+from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, sync_folder, write_manifest
+from shard_tools.pool import report, run_jobs
+from shard_tools.tarfmt import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
+
+
+@dataclass(frozen=True)
+class Job:
+    """One new tar: `pieces` are (path of an old tar, rows to take from it)."""
+
+    number: int
+    path: Path
+    first: int
+    pieces: list[tuple[str, np.ndarray]]
+
+
+def copy_samples(
+    manifest: Manifest,
+    shard: np.ndarray,
+    rows: np.ndarray,
+    dest: Path,
+    *,
+    classes: Sequence[str],
+    names: Sequence[str],
+    made: dict[str, Any],
+    shard_size: int,
+    workers: int,
+) -> int:
+    """Write the samples `rows` of the shards number `shard` into new tars and their manifest.
+
+    Keys are numbered anew (so they are unique and without dots), fields are kept, `cls` follows
+    the labels of `rows`. The tars are built in a temporary folder that is renamed at the end.
+    Returns the bytes of all new tars.
+    """
+    if is_remote(manifest.folder):
+        raise ToolError(f"{manifest.folder}: --copy reads local shards only; copy them first")
+    partial = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        jobs = _cut(manifest, shard, rows, partial, shard_size)
+        found: list[tuple[Shard, np.ndarray]] = [(Shard("", 0, 0, ""), rows[:0])] * len(jobs)
+        for number, new, index in run_jobs(
+            copy, jobs, workers=workers, description=f"copy to {dest}", total=len(rows)
+        ):
+            found[number] = (new, index)
+        write_manifest(
+            partial,
+            shards=[new for new, _ in found],
+            index=np.concatenate([new for _, new in found]),
+            classes=classes,
+            names=names,
+            made=made,
+        )
+        if dest.exists():
+            dest.rmdir()  # the caller saw that it is empty
+        partial.rename(dest)
+        sync_folder(dest.absolute().parent)
+        return sum(new.bytes for new, _ in found)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cut(
+    manifest: Manifest, shard: np.ndarray, rows: np.ndarray, folder: Path, shard_size: int
+) -> list[Job]:
+    """Jobs of about `shard_size` bytes each, in the order of the rows."""
+    sizes = rows["length"].astype(np.int64) + 8 * BLOCK
+    group = (np.cumsum(sizes) - sizes) // shard_size
+    jobs = []
+    for number, label in enumerate(np.unique(group)):
+        members = np.flatnonzero(group == label)
+        pieces = [
+            (manifest.path(int(old)), rows[members[shard[members] == old]])
+            for old in np.unique(shard[members])
+        ]
+        path = folder / f"subset-{number:06d}.tar"
+        jobs.append(Job(number, path, int(members[0]), pieces))
+    return jobs
+
+
+def copy(job: Job) -> tuple[int, Shard, np.ndarray]:
+    """Write one new tar."""
+    new = np.concatenate([np.zeros(0, SAMPLE), *(rows for _, rows in job.pieces)])
+    handle = os.open(job.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        writer = ShardWriter(handle)
+        for path, rows in job.pieces:
+            samples = {
+                sample.fields[name][0]: sample
+                for sample in read_samples(path)
+                if (name := image_field(sample))
+            }
+            source = os.open(path, os.O_RDONLY)
+            try:
+                for row in rows:
+                    report(int(row["length"]))
+                    sample = samples.get(int(row["offset"]))
+                    if sample is None:
+                        raise ToolError(f"{path}: no image at byte {row['offset']}; verify it")
+                    key = f"{job.first + writer.samples:09d}"
+                    offsets = writer.write(key, _fields(source, sample, int(row["label"])))
+                    new["offset"][writer.samples - 1] = offsets[image_field(sample)]
+            finally:
+                os.close(source)
+        digest = writer.close()
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return job.number, Shard(job.path.name, len(new), writer.bytes, digest), new
+
+
+def _fields(source: int, sample: Sample, label: int) -> dict[str, bytes]:
+    fields = {name: read_range(source, place) for name, place in sample.fields.items()}
+    if label >= 0:
+        fields["cls"] = b"%d" % label
+    return fields

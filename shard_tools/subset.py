@@ -1,0 +1,253 @@
+"""Choose samples of a shard folder: a subset is a small index over the same shards, not a copy.
+
+    python shard_tools/subset.py data/shards/train data/shards/train-10percent --fraction 0.1
+
+Exactly one way to choose is given:
+  --fraction F    stratified: the share F of every class (at least one image)
+  --names FILE    the images whose file names FILE lists, one per line (SimCLR's 10percent.txt)
+  --classes FILE  the classes FILE lists, renumbered in their old order (ImageNet-100)
+  --count N       N images: --choose random | first | one-class | one-per-class
+`--copy` writes tars of their own instead. A draw depends on the seed and on the original names
+only, so shards of another size, order or resolution give the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shard_tools.console import ToolError, cores, run
+from shard_tools.copying import copy_samples
+from shard_tools.make_shards import byte_size
+from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
+
+CHOICES = ("random", "first", "one-class", "one-per-class")
+
+
+def ranks(manifest: Manifest, seed: int) -> np.ndarray:
+    """A pseudo-random uint64 per sample from (seed, original name), or from its number where no
+    names were recorded: int order, independent of how the shards were packed."""
+    keys = manifest.names or tuple(map(str, range(manifest.samples)))
+    salt = f"subset {seed}".encode()
+    digests = (hashlib.blake2b(k.encode(), key=salt, digest_size=8).digest() for k in keys)
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
+    """`fraction` of every class, rounded, at least one image; sample numbers, ascending."""
+    if not 0 < fraction <= 1:
+        raise ToolError(f"--fraction must lie in (0, 1], not {fraction}")
+    order, labels = np.argsort(ranks(manifest, seed), kind="stable"), manifest.index["label"]
+    chosen = []
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        chosen.append(members[: max(1, int(len(members) * fraction + 0.5))])
+    return np.sort(np.concatenate(chosen))
+
+
+def by_names(manifest: Manifest, path: Path) -> np.ndarray:
+    """Samples whose file name, without folders, stands in the list; every listed name must be
+    there exactly once."""
+    wanted = {os.path.basename(line.strip()) for line in _lines(path)}
+    names = [os.path.basename(name) for name in manifest.names]
+    if not names:
+        raise ToolError(f"{manifest.home}: no file names were recorded; --fraction can be used")
+    chosen = np.array([i for i, name in enumerate(names) if name in wanted], np.int64)
+    missing = wanted - {names[i] for i in chosen}
+    if missing:
+        raise ToolError(
+            f"{path}: {len(missing)} of {len(wanted)} names are not in {manifest.home}, "
+            f"such as {min(missing)}"
+        )
+    if len(chosen) > len(wanted):
+        raise ToolError(f"{manifest.home}: some of the listed file names occur more than once")
+    return chosen
+
+
+def by_classes(manifest: Manifest, path: Path) -> np.ndarray:
+    """All samples of the listed classes (names; text after the first space is ignored)."""
+    wanted = [line.split()[0] for line in _lines(path)]
+    unknown = set(wanted) - set(manifest.classes)
+    if unknown or not wanted:
+        example = f"such as {min(unknown)}" if unknown else "it is empty"
+        raise ToolError(f"{path}: not all of its classes are in {manifest.home}, {example}")
+    numbers = [manifest.classes.index(name) for name in wanted]
+    return np.flatnonzero(np.isin(manifest.index["label"], numbers))
+
+
+def by_count(
+    manifest: Manifest, count: int, choose: str, seed: int, class_name: str | None
+) -> np.ndarray:
+    """`count` samples. first: in shard order; one-class: of the class `class_name`, or of one
+    drawn among those large enough; one-per-class: one of each of `count` classes."""
+    labels = manifest.index["label"]
+    order = np.argsort(ranks(manifest, seed), kind="stable")
+    if choose == "first":
+        candidates = np.arange(manifest.samples)
+    elif choose == "random":
+        candidates = order
+    elif choose == "one-class":
+        label = _one_class(manifest, count, seed, class_name)
+        candidates = order[labels[order] == label]
+    else:
+        _, first = np.unique(labels[order], return_index=True)
+        candidates = order[np.sort(first)]
+    if not 1 <= count <= len(candidates):
+        raise ToolError(
+            f"--count {count} with --choose {choose}: {manifest.home} offers 1 to "
+            f"{len(candidates)} images"
+        )
+    return np.sort(candidates[:count])
+
+
+def _one_class(manifest: Manifest, count: int, seed: int, class_name: str | None) -> int:
+    if class_name is not None:
+        if class_name not in manifest.classes:
+            raise ToolError(f"--class {class_name}: not a class of {manifest.home}")
+        return manifest.classes.index(class_name)
+    sizes = np.bincount(np.maximum(manifest.index["label"], 0))
+    large = np.flatnonzero(sizes >= count)
+    if not len(large):
+        raise ToolError(f"{manifest.home}: the largest class has {sizes.max()} images, not {count}")
+    names = [manifest.classes[i] if manifest.classes else str(i) for i in large]
+    digest = [hashlib.blake2b(n.encode(), key=str(seed).encode()).digest() for n in names]
+    return int(large[digest.index(min(digest))])
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ToolError(f"{path}: no such file")
+    return [line for line in path.read_text().splitlines() if line.strip()]
+
+
+def choose_samples(manifest: Manifest, options: argparse.Namespace) -> np.ndarray:
+    """Sample numbers, ascending, by the one way that the options name."""
+    if options.fraction is not None:
+        return by_fraction(manifest, options.fraction, options.seed)
+    if options.names is not None:
+        return by_names(manifest, options.names)
+    if options.classes is not None:
+        return by_classes(manifest, options.classes)
+    return by_count(manifest, options.count, options.choose, options.seed, options.class_name)
+
+
+def renumber(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Rows and classes with labels 0…n-1 for the classes that occur, in their old order."""
+    kept = np.unique(rows["label"])
+    rows = rows.copy()
+    rows["label"] = np.searchsorted(kept, rows["label"])
+    return rows, tuple(manifest.classes[label] for label in kept)
+
+
+def subset(options: argparse.Namespace) -> int:
+    """The command."""
+    manifest = read_manifest(options.source)
+    dest: Path = options.dest
+    if (dest / MANIFEST).exists() or (dest.is_dir() and any(dest.iterdir())):
+        raise ToolError(f"{dest}: is not empty; give another folder")
+    if options.class_name is not None and options.choose != "one-class":
+        raise ToolError("--class belongs to --choose one-class")
+    chosen = choose_samples(manifest, options)
+    shard, rows = manifest.locate(chosen)
+    classes = manifest.classes
+    if options.classes is not None:
+        rows, classes = renumber(manifest, rows)
+    names = [manifest.names[i] for i in chosen] if manifest.names else []
+    made: dict[str, Any] = {
+        "kind": "shards" if options.copy else "subset",
+        "tool": "subset",
+        "version": version("relaxmim"),
+        "of": manifest.index_sha256,
+        "options": choice_record(options),
+    }
+    if not options.copy and classes != stored_classes(manifest):
+        made["stored_classes"] = list(stored_classes(manifest))
+    if options.copy:
+        size = copy_samples(
+            manifest,
+            shard,
+            rows,
+            dest,
+            classes=classes,
+            names=names,
+            made=made,
+            shard_size=options.shard_size,
+            workers=options.workers,
+        )
+        print(f"{dest}: copied {len(rows)} of {manifest.samples} images, {size / 1e6:.1f} MB")
+        return 0
+    write_manifest(
+        dest,
+        shards=kept_shards(manifest, shard),
+        index=rows,
+        classes=classes,
+        made=made,
+        names=names,
+        shard_folder=manifest.folder,
+    )
+    print(f"{dest}: {len(rows)} of {manifest.samples} images, {len(classes)} classes, by index")
+    return 0
+
+
+def kept_shards(manifest: Manifest, shard: np.ndarray) -> list[Shard]:
+    """The shards that still hold samples, with their new counts."""
+    counts = np.bincount(shard, minlength=len(manifest.shards))
+    return [
+        Shard(old.name, int(count), old.bytes, old.sha256)
+        for old, count in zip(manifest.shards, counts, strict=True)
+        if count
+    ]
+
+
+def stored_classes(manifest: Manifest) -> tuple[str, ...]:
+    """What the numbers inside the tars mean: a subset of a subset keeps the first meaning."""
+    return tuple(manifest.made.get("stored_classes", manifest.classes))
+
+
+def choice_record(options: argparse.Namespace) -> dict[str, Any]:
+    """How the samples were chosen, for the manifest."""
+    record = {key: getattr(options, key) for key in ("fraction", "count", "choose", "class_name")}
+    record["seed"] = options.seed
+    for key in ("names", "classes"):
+        path = getattr(options, key)
+        record[key] = path.name if path else None
+    if options.count is None:
+        record["choose"] = None
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description="Choose samples of a shard folder; the result is a small index over it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    a = p.add_argument
+    a("source", metavar="DIR", help="folder (or fsspec URL) with a manifest")
+    a("dest", type=Path, metavar="DEST", help="folder for the subset")
+    way = p.add_mutually_exclusive_group(required=True)
+    way.add_argument("--fraction", type=float, help="share of every class, stratified")
+    way.add_argument("--names", type=Path, metavar="FILE", help="list of file names")
+    way.add_argument("--classes", type=Path, metavar="FILE", help="list of classes; renumbered")
+    way.add_argument("--count", type=int, metavar="N", help="this many images, see --choose")
+    a("--choose", choices=CHOICES, default="random", help="how --count chooses")
+    a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
+    a("--seed", type=int, default=0, help="seed of every draw")
+    a("--copy", action="store_true", help="write tars of their own instead of an index")
+    a("--shard-size", type=byte_size, default="256MiB", help="with --copy: bytes per shard")
+    a("--workers", type=int, default=cores(), help="with --copy: processes")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(subset, parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

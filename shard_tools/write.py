@@ -1,0 +1,130 @@
+"""Write planned shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shard_tools.checks import CheckedImage, ImageFault, ImageSettings, check_image
+from shard_tools.console import ToolError
+from shard_tools.manifest import FORMATS, SAMPLE, Shard, sync_folder
+from shard_tools.plan import Part, Plan, shard_items, write_part
+from shard_tools.pool import report, run_jobs
+from shard_tools.sources import Item, read_item
+from shard_tools.tarfmt import ShardWriter
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write; `first` is the number of its first image in the plan."""
+
+    number: int
+    name: str
+    first: int
+    items: list[Item]
+    root: str
+    classes: tuple[str, ...]
+    settings: ImageSettings
+    on_error: str
+    dest: Path
+    digest: str
+
+
+def write_shards(
+    plan: Plan, dest: Path, numbers: Sequence[int], *, workers: int, on_error: str, finished: int
+) -> None:
+    """Write the shards `numbers` of the plan into `dest`; `finished` images were there before."""
+    jobs = [
+        Job(
+            number=number,
+            name=plan.shard_name(number),
+            first=plan.starts[number],
+            items=shard_items(plan, number),
+            root=plan.source.root,
+            classes=plan.source.classes,
+            settings=plan.settings.image,
+            on_error=on_error,
+            dest=dest,
+            digest=plan.digest,
+        )
+        for number in numbers
+    ]
+    total = finished + sum(len(job.items) for job in jobs)
+    for _ in run_jobs(
+        finish_shard, jobs, workers=workers, description=str(dest), total=total, finished=finished
+    ):
+        pass
+
+
+def finish_shard(job: Job) -> None:
+    """Write one shard, then the part that says so."""
+    write_part(job.dest, job.number, job.digest, write_shard(job))
+
+
+def write_shard(job: Job) -> Part:
+    """Write one shard under a temporary name, fsync, rename. Raises ToolError at the first image
+    that cannot be used, where job.on_error is "fail"."""
+    partial = job.dest / f".{job.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    rows = np.zeros(len(job.items), SAMPLE)
+    names: list[str] = []
+    remarks: list[tuple[str, str, str]] = []
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        writer = ShardWriter(handle)
+        for index, item in enumerate(job.items, job.first):
+            report(item.size)
+            try:
+                image = check_image(read_item(job.root, item), job.settings)
+            except ImageFault as fault:
+                if job.on_error == "fail":
+                    place = f"{job.root}/{item.name}"
+                    raise ToolError(f"{place}: {fault}; --on-error skip leaves it out") from None
+                remarks.append((item.name, "skipped", str(fault)))
+                continue
+            if image.converted:
+                remarks.append((item.name, "converted", image.converted))
+            if image.damage:
+                remarks.append((item.name, "damaged", image.damage))
+            offsets = writer.write(f"{index:09d}", fields_of(job, item, image))
+            rows[len(names)] = row_of(item, image, offsets["jpg"])
+            names.append(item.name)
+        digest = writer.close()
+        os.fsync(handle)
+        if not names:
+            return Part(None, rows[:0], names, remarks)
+        os.replace(partial, job.dest / job.name)
+        sync_folder(job.dest)
+        shard = Shard(job.name, len(names), writer.bytes, digest)
+        return Part(shard, rows[: len(names)], names, remarks)
+    finally:
+        os.close(handle)
+        partial.unlink(missing_ok=True)
+
+
+def fields_of(job: Job, item: Item, image: CheckedImage) -> dict[str, bytes]:
+    """The fields of one sample."""
+    about: dict[str, Any] = {"name": item.name, "width": image.width, "height": image.height}
+    fields = {"jpg": image.data}
+    if item.label >= 0:
+        fields["cls"] = b"%d" % item.label
+        about["synset"] = job.classes[item.label]
+    if image.orientation != 1:
+        about["orientation"] = image.orientation
+    if image.converted:
+        about["converted"] = image.converted
+    fields["json"] = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
+    return fields
+
+
+def row_of(item: Item, image: CheckedImage, offset: int) -> tuple[int, ...]:
+    """The SAMPLE row of one sample."""
+    kind = FORMATS.index("jpeg")
+    place = (offset, len(image.data), item.label)
+    return (*place, image.width, image.height, image.orientation, kind, 0)
