@@ -1,0 +1,152 @@
+"""Triton kernels of `place_tokens`.
+
+Program (n, d, c) owns rows n and channels d of the sequence for the samples of chunk c: position
+and mask token are read once and serve every sample of the chunk. Prefix rows are treated as
+visible tokens. Backward walks the same tiles: rows of visible tokens are copied to their slot,
+rows of hidden places are added up to one partial sum per program.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 32  # samples per program
+ROWS = 4
+
+
+@triton.jit
+def _slot(inverse_ptr, b, n, LENGTH: tl.constexpr, PREFIX: tl.constexpr):
+    """Row of tokens that belongs in row n of sample b; at least the number of tokens if hidden."""
+    read = (n >= PREFIX) & (n < PREFIX + LENGTH)
+    inverse = tl.load(inverse_ptr + b * LENGTH + n - PREFIX, mask=read, other=0)
+    return tl.where(n < PREFIX, n, inverse + PREFIX)
+
+
+@triton.jit
+def place_tokens_kernel(
+    tokens_ptr, inverse_ptr, mask_token_ptr, position_ptr, out_ptr, batch, tokens,
+    LENGTH: tl.constexpr, PREFIX: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * D + tl.arange(0, D)
+    tile = (n < PREFIX + LENGTH)[:, None] & (d < WIDTH)[None, :]
+    inside = n[:, None] * WIDTH + d[None, :]
+    position = tl.load(position_ptr + inside, mask=tile, other=0).to(tl.float32)
+    mask_token = tl.load(mask_token_ptr + d, mask=d < WIDTH, other=0).to(tl.float32)
+    hidden = position + mask_token[None, :]
+    first = tl.program_id(2) * CHUNK
+    for b in range(first, tl.minimum(first + CHUNK, batch)):
+        slot = _slot(inverse_ptr, b, n, LENGTH, PREFIX)
+        shown = (slot < tokens)[:, None]
+        row = (tl.cast(b, tl.int64) * tokens + slot)[:, None] * WIDTH + d[None, :]
+        token = tl.load(tokens_ptr + row, mask=tile & shown, other=0).to(tl.float32)
+        out = tl.where(shown, token + position, hidden).to(out_ptr.dtype.element_ty)
+        tl.store(
+            out_ptr + tl.cast(b, tl.int64) * ((PREFIX + LENGTH) * WIDTH) + inside, out, mask=tile
+        )
+
+
+@triton.jit
+def place_tokens_backward_kernel(
+    grad_ptr, inverse_ptr, tokens_grad_ptr, mask_grad_ptr, batch, tokens,
+    LENGTH: tl.constexpr, PREFIX: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * D + tl.arange(0, D)
+    tile = (n < PREFIX + LENGTH)[:, None] & (d < WIDTH)[None, :]
+    inside = n[:, None] * WIDTH + d[None, :]
+    total = tl.zeros((ROWS, D), tl.float32)
+    first = tl.program_id(2) * CHUNK
+    for b in range(first, tl.minimum(first + CHUNK, batch)):
+        slot = _slot(inverse_ptr, b, n, LENGTH, PREFIX)
+        shown = (slot < tokens)[:, None]
+        start = tl.cast(b, tl.int64) * ((PREFIX + LENGTH) * WIDTH)
+        grad = tl.load(grad_ptr + start + inside, mask=tile, other=0)
+        row = (tl.cast(b, tl.int64) * tokens + slot)[:, None] * WIDTH + d[None, :]
+        tl.store(tokens_grad_ptr + row, grad, mask=tile & shown)
+        total += tl.where(shown, 0.0, grad.to(tl.float32))
+    program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(mask_grad_ptr + program * WIDTH + d, tl.sum(total, 0), mask=d < WIDTH)
+
+
+def _launch(batch: int, length: int, prefix: int, width: int) -> tuple[Any, dict[str, int]]:
+    block = min(512, triton.next_power_of_2(width))
+    grid = (
+        triton.cdiv(prefix + length, ROWS),
+        triton.cdiv(width, block),
+        triton.cdiv(batch, CHUNK),
+    )
+    sizes = {"LENGTH": length, "PREFIX": prefix, "WIDTH": width}
+    return grid, {**sizes, "CHUNK": CHUNK, "ROWS": ROWS, "D": block, "num_warps": 4}
+
+
+@torch.library.custom_op("relaxmim::place_tokens", mutates_args=())
+def _place_tokens(
+    tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, prefix: int
+) -> Tensor:
+    batch, count, width = tokens.shape
+    length = inverse.shape[1]
+    out = tokens.new_empty(batch, prefix + length, width)
+    grid, settings = _launch(batch, length, prefix, width)
+    place_tokens_kernel[grid](
+        tokens.contiguous(), inverse.contiguous(), mask_token.contiguous(), position.contiguous(),
+        out, batch, count, **settings,
+    )  # fmt: skip
+    return out
+
+
+@_place_tokens.register_fake
+def _(tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, prefix: int) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], prefix + inverse.shape[1], tokens.shape[2])
+
+
+@torch.library.custom_op("relaxmim::place_tokens_backward", mutates_args=())
+def _place_tokens_backward(
+    grad: Tensor, inverse: Tensor, prefix: int, count: int
+) -> tuple[Tensor, Tensor]:
+    batch, _, width = grad.shape
+    grid, settings = _launch(batch, inverse.shape[1], prefix, width)
+    tokens_grad = grad.new_empty(batch, count, width)
+    partial = grad.new_empty(grid[0] * grid[2], width, dtype=torch.float32)
+    place_tokens_backward_kernel[grid](
+        grad.contiguous(), inverse.contiguous(), tokens_grad, partial, batch, count, **settings
+    )
+    return tokens_grad, partial.sum(0).to(grad.dtype)
+
+
+@_place_tokens_backward.register_fake
+def _(grad: Tensor, inverse: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+    batch, _, width = grad.shape
+    return grad.new_empty(batch, count, width), grad.new_empty(width)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, inverse, mask_token, position, prefix = inputs
+    ctx.save_for_backward(inverse)
+    ctx.prefix, ctx.count = prefix, tokens.shape[1]
+    ctx.dtypes = mask_token.dtype, position.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (inverse,) = ctx.saved_tensors
+    tokens, mask_token = _place_tokens_backward(grad, inverse, ctx.prefix, ctx.count)
+    mask_dtype, position_dtype = ctx.dtypes
+    position = None
+    if ctx.needs_input_grad[3]:  # a learned position: rare, so it is left to PyTorch
+        position = grad.sum(0, dtype=torch.float32).to(position_dtype)
+    return tokens, None, mask_token.to(mask_dtype), position, None
+
+
+_place_tokens.register_autograd(_backward, setup_context=_setup)
+
+
+def place_tokens_triton(
+    tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, *, prefix: int
+) -> Tensor:
+    """`place_tokens` by the kernel; arguments already checked."""
+    return _place_tokens(tokens, inverse, mask_token, position, prefix)

@@ -1,0 +1,117 @@
+"""Triton kernel of `sample_masks`: one program draws, sorts and writes both views of one sample.
+
+The noise is Philox (`philox.py`), the sort stays in registers, and positions are written in
+ascending order by a running count, so nothing is read but the sample number.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.kernels import philox
+from pipeline.kernels.sample_masks import POLICIES, Masks
+
+_RANDOM, _COMPLEMENT, _INDEPENDENT, _NONE = (tl.constexpr(n) for n in range(len(POLICIES)))
+_MASK_STREAM = tl.constexpr(philox.MASK_STREAM)
+
+
+@triton.jit
+def _draw_words(seed, epoch, sample, stream, BLOCK: tl.constexpr):
+    """Philox words 0 .. BLOCK-1 of one sample: uint32 [BLOCK]."""
+    block = (tl.arange(0, BLOCK // 4) + (stream << 16)).to(tl.uint32)
+    zero = block * 0
+    epoch_word = zero + epoch.to(tl.uint32)
+    low = zero + (sample & 0xFFFFFFFF).to(tl.uint32)
+    high = zero + (sample >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, block, epoch_word, low, high)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def _slots(words, position, LENGTH: tl.constexpr, VISIBLE: tl.constexpr):
+    """(shown, running count of shown positions) of the VISIBLE smallest keys."""
+    key = (words.to(tl.int64) << 16) | position
+    key = tl.where(position < LENGTH, key, 1 << 62)
+    smallest = tl.sort(key)
+    last = tl.sum(tl.where(position == VISIBLE - 1, smallest, 0))
+    shown = key <= last
+    return shown, tl.cumsum(shown.to(tl.int32), 0)
+
+
+@triton.jit(do_not_specialize=["seed", "epoch"])
+def sample_masks_kernel(
+    sample_ptr, visible1_ptr, inverse1_ptr, hidden1_ptr, visible2_ptr, inverse2_ptr, seed, epoch,
+    LENGTH: tl.constexpr, VISIBLE1: tl.constexpr, VISIBLE2: tl.constexpr, POLICY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program b writes row b of every output."""
+    b = tl.program_id(0)
+    sample = tl.load(sample_ptr + b)
+    position = tl.arange(0, BLOCK)
+    inside = position < LENGTH
+    HIDDEN: tl.constexpr = LENGTH - VISIBLE1
+
+    words = _draw_words(seed, epoch, sample, _MASK_STREAM, BLOCK)
+    shown, count = _slots(words, position, LENGTH, VISIBLE1)
+    inverse = tl.where(shown, count - 1, VISIBLE1 + position - count)
+    tl.store(inverse1_ptr + b * LENGTH + position, inverse, mask=inside)
+    tl.store(visible1_ptr + b * VISIBLE1 + count - 1, position, mask=shown)
+    tl.store(hidden1_ptr + b * HIDDEN + position - count, position, mask=inside & ~shown)
+
+    if POLICY == _COMPLEMENT:
+        inverse = tl.where(shown, HIDDEN + count - 1, position - count)
+        tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
+    if POLICY == _INDEPENDENT:
+        words = _draw_words(seed, epoch, sample, _MASK_STREAM + 1, BLOCK)
+        shown, count = _slots(words, position, LENGTH, VISIBLE2)
+        inverse = tl.where(shown, count - 1, VISIBLE2 + position - count)
+        tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
+        tl.store(visible2_ptr + b * VISIBLE2 + count - 1, position, mask=shown)
+    if POLICY == _NONE:
+        tl.store(inverse2_ptr + b * LENGTH + position, position, mask=inside)
+        tl.store(visible2_ptr + b * LENGTH + position, position, mask=inside)
+
+
+def _outputs(
+    sample: Tensor, length: int, visible1: int, visible2: int, policy: str
+) -> tuple[Tensor, ...]:
+    """Empty (visible1, inverse1, hidden1, visible2, inverse2); width 0 where there is none."""
+    own2 = visible2 if policy in ("independent", "none") else 0
+    widths = (visible1, length, length - visible1, own2, 0 if policy == "random" else length)
+    return tuple(sample.new_empty(len(sample), w, dtype=torch.int32) for w in widths)
+
+
+@torch.library.custom_op("relaxmim::sample_masks", mutates_args=())
+def _sample_masks(
+    sample: Tensor, seed: int, epoch: int, length: int, visible1: int, visible2: int, policy: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out = _outputs(sample, length, visible1, visible2, policy)
+    block = max(4, triton.next_power_of_2(length))
+    sample_masks_kernel[(len(sample),)](
+        sample.contiguous(), *out, seed, epoch,
+        LENGTH=length, VISIBLE1=visible1, VISIBLE2=visible2, POLICY=POLICIES.index(policy),
+        BLOCK=block, num_warps=1 if block <= 256 else 4,
+    )  # fmt: skip
+    return out  # type: ignore[return-value]
+
+
+@_sample_masks.register_fake
+def _(
+    sample: Tensor, seed: int, epoch: int, length: int, visible1: int, visible2: int, policy: str
+) -> tuple[Tensor, ...]:
+    return _outputs(sample, length, visible1, visible2, policy)
+
+
+def sample_masks_triton(
+    sample: Tensor, *, seed: int, epoch: int, length: int, visible: tuple[int, int], policy: str
+) -> Masks:
+    """`sample_masks` by the kernel; sizes already checked."""
+    visible1, inverse1, hidden1, visible2, inverse2 = _sample_masks(
+        sample, seed, epoch, length, *visible, policy
+    )
+    if policy == "random":
+        return Masks(visible1, inverse1, None, None, hidden1)
+    if policy == "complement":
+        visible2 = hidden1
+    return Masks(visible1, inverse1, visible2, inverse2, hidden1)

@@ -1,0 +1,250 @@
+"""Triton kernels of `token_infonce`: scores are made tile by tile and never stored.
+
+With raw vectors q, k, inverse norms a_i = 1/|q_i|, b_j = 1/|k_j| (fp32) and t = temperature,
+
+    s[i,j] = a_i b_j q_i . k_j / t          lse_i = log sum_j exp s[i,j]    (running maximum)
+    w[i,j] = (exp(s[i,j] - lse_i) - 1[j = i + shift]) / (t N)
+    u_i = sum_j w[i,j] b_j k_j              dq_i = a_i (u_i - (u_i . q_i) a_i^2 q_i)
+    v_j = sum_i w[i,j] a_i q_i              dk_j = b_j (v_j - (v_j . k_j) b_j^2 k_j)
+
+Forward writes lse, the positive and the summed score of each row. Backward makes the scores again:
+one kernel owns rows and walks the columns (dq), the other owns columns and walks the rows (dk);
+they are the same kernel with the two sides exchanged.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.kernels.dot_triton import dot
+from pipeline.kernels.token_infonce import grouped
+
+MAX_WIDTH = 1024  # channels of a vector held whole in registers
+
+
+@triton.jit
+def _vectors(ptr, group, n, count, d, group_stride, row_stride, WIDTH: tl.constexpr):
+    """Rows n of a group of vectors, zero beyond count and WIDTH: [n, d]."""
+    start = ptr + tl.cast(group, tl.int64) * group_stride
+    at = start + n.to(tl.int64)[:, None] * row_stride + d[None, :]
+    return tl.load(at, mask=(n < count)[:, None] & (d < WIDTH)[None, :], other=0)
+
+
+@triton.jit
+def inverse_norm_kernel(
+    x_ptr, out_ptr, count, group_stride, row_stride,
+    WIDTH: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """out[group, n] = 1 / max(|x|, 1e-12), as F.normalize has it."""
+    group = tl.program_id(1)
+    n = tl.program_id(0) * M + tl.arange(0, M)
+    x = _vectors(x_ptr, group, n, count, tl.arange(0, D), group_stride, row_stride, WIDTH)
+    x = x.to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+    tl.store(out_ptr + group * count + n, 1.0 / norm, mask=n < count)
+
+
+@triton.jit
+def token_infonce_kernel(
+    q_ptr, k_ptr, a_ptr, b_ptr, lse_ptr, positive_ptr, sum_ptr, rows, columns, shift, scale,
+    q_group_stride, q_row_stride, k_group_stride, k_row_stride,
+    WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """lse, positive score and sum of scores (all in units of cosine / t) of rows of a group."""
+    group = tl.program_id(1)
+    i = tl.program_id(0) * M + tl.arange(0, M)
+    d = tl.arange(0, D)
+    q = _vectors(q_ptr, group, i, rows, d, q_group_stride, q_row_stride, WIDTH)
+    a = tl.load(a_ptr + group * rows + i, mask=i < rows, other=0) * scale
+    maximum = tl.full((M,), -float("inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    summed = tl.zeros((M,), tl.float32)
+    positive = tl.zeros((M,), tl.float32)
+    for first in range(0, columns, N):
+        j = first + tl.arange(0, N)
+        k = _vectors(k_ptr, group, j, columns, d, k_group_stride, k_row_stride, WIDTH)
+        b = tl.load(b_ptr + group * columns + j, mask=j < columns, other=0)
+        s = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)) * a[:, None] * b[None, :]
+        summed += tl.sum(s, 1)
+        positive += tl.sum(tl.where(j[None, :] == (i + shift)[:, None], s, 0.0), 1)
+        s = tl.where((j < columns)[None, :], s, -float("inf"))
+        larger = tl.maximum(maximum, tl.max(s, 1))
+        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(s - larger[:, None]), 1)
+        maximum = larger
+    at = group * rows + i
+    tl.store(lse_ptr + at, maximum + tl.log(total), mask=i < rows)
+    tl.store(positive_ptr + at, positive, mask=i < rows)
+    tl.store(sum_ptr + at, summed, mask=i < rows)
+
+
+@triton.jit
+def token_infonce_backward_kernel(
+    own_ptr, other_ptr, own_norm_ptr, other_norm_ptr, lse_ptr, grad_ptr, out_ptr,
+    own_count, other_count, shift, scale, factor,
+    own_group_stride, own_row_stride, other_group_stride, other_row_stride,
+    out_group_stride, out_row_stride,
+    OWNS_ROWS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the vectors `own` (queries if OWNS_ROWS, else keys) against all of `other`."""
+    group = tl.program_id(1)
+    m = tl.program_id(0) * M + tl.arange(0, M)
+    d = tl.arange(0, D)
+    own = _vectors(own_ptr, group, m, own_count, d, own_group_stride, own_row_stride, WIDTH)
+    norm = tl.load(own_norm_ptr + group * own_count + m, mask=m < own_count, other=0)
+    if OWNS_ROWS:
+        partner = m + shift
+        lse = tl.load(lse_ptr + group * own_count + m, mask=m < own_count, other=0)[:, None]
+    else:
+        partner = m - shift
+    total = tl.zeros((M, D), tl.float32)
+    for first in range(0, other_count, N):
+        n = first + tl.arange(0, N)
+        inside = n < other_count
+        other = _vectors(other_ptr, group, n, other_count, d, other_group_stride,
+                         other_row_stride, WIDTH)  # fmt: skip
+        b = tl.load(other_norm_ptr + group * other_count + n, mask=inside, other=0)
+        if not OWNS_ROWS:
+            lse = tl.load(lse_ptr + group * other_count + n, mask=inside, other=0)[None, :]
+        s = dot(own, tl.trans(other), tl.zeros((M, N), tl.float32))
+        w = tl.exp(s * (norm * scale)[:, None] * b[None, :] - lse)
+        w -= tl.where(n[None, :] == partner[:, None], 1.0, 0.0)
+        w = tl.where(inside[None, :], w * b[None, :], 0.0)
+        total = dot(w.to(other_ptr.dtype.element_ty), other, total)
+    own = own.to(tl.float32)
+    along = tl.sum(total * own, 1) * norm * norm
+    gradient = (total - along[:, None] * own) * (norm * factor * tl.load(grad_ptr))[:, None]
+    start = out_ptr + tl.cast(group, tl.int64) * out_group_stride
+    at = start + m.to(tl.int64)[:, None] * out_row_stride + d[None, :]
+    mask = (m < own_count)[:, None] & (d < WIDTH)[None, :]
+    tl.store(at, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _tile(dtype: torch.dtype, width: int) -> dict[str, int]:
+    """Rows, columns and channels of a tile: what fits registers and shared memory."""
+    d = max(16, triton.next_power_of_2(width))
+    m = 16 if dtype == torch.float32 and d > 512 else 32
+    return {"WIDTH": width, "M": m, "N": m, "D": d, "num_warps": 8, "num_stages": 1}
+
+
+def _inverse_norms(x: Tensor) -> Tensor:
+    """1 / |x| of [groups, count, D], any strides of the first two: fp32 [groups, count]."""
+    groups, count, width = x.shape
+    out = x.new_empty(groups, count, dtype=torch.float32)
+    d = max(16, triton.next_power_of_2(width))
+    inverse_norm_kernel[(triton.cdiv(count, 4), groups)](
+        x, out, count, x.stride(0), x.stride(1), WIDTH=width, M=4, D=d, num_warps=4
+    )
+    return out
+
+
+@torch.library.custom_op("relaxmim::token_infonce", mutates_args=())
+def _token_infonce(
+    query: Tensor, key: Tensor, temperature: float, negatives: str, offset: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, similarity, lse, inverse norms of queries, of keys)."""
+    q, k, shift = grouped(query, key, negatives, offset)
+    groups, rows, width = q.shape
+    columns = k.shape[1]
+    a, b = _inverse_norms(q), _inverse_norms(k)
+    lse, positive, summed = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
+    tile = _tile(q.dtype, width)
+    token_infonce_kernel[(triton.cdiv(rows, tile["M"]), groups)](
+        q, k, a, b, lse, positive, summed, rows, columns, shift, 1 / temperature,
+        *q.stride()[:2], *k.stride()[:2], **tile,
+    )  # fmt: skip
+    loss = (lse - positive).mean()
+    negative = (summed - positive).sum() / max(groups * rows * (columns - 1), 1)
+    similarity = torch.stack([positive.mean(), negative]) * temperature
+    return loss, similarity, lse, a, b
+
+
+@_token_infonce.register_fake
+def _(
+    query: Tensor, key: Tensor, temperature: float, negatives: str, offset: int
+) -> tuple[Tensor, ...]:
+    q, k, _ = grouped(query, key, negatives, offset)
+    single = query.new_empty((), dtype=torch.float32)
+    a = query.new_empty(q.shape[:2], dtype=torch.float32)
+    b = query.new_empty(k.shape[:2], dtype=torch.float32)
+    return single, query.new_empty(2, dtype=torch.float32), torch.empty_like(a), a, b
+
+
+@torch.library.custom_op("relaxmim::token_infonce_backward", mutates_args=())
+def _token_infonce_backward(
+    grad: Tensor, query: Tensor, key: Tensor, lse: Tensor, a: Tensor, b: Tensor,
+    temperature: float, negatives: str, offset: int, want_query: bool, want_key: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(d query, d key); empty where not wanted. Keys outside every group have gradient 0."""
+    q, k, shift = grouped(query, key, negatives, offset)
+    contiguous = torch.contiguous_format
+    query_grad = torch.zeros_like(query if want_query else query[:0], memory_format=contiguous)
+    key_grad = torch.zeros_like(key if want_key else key[:0], memory_format=contiguous)
+    tile = _tile(q.dtype, q.shape[2])
+    scale, factor = 1 / temperature, 1 / (temperature * q.shape[0] * q.shape[1])
+    grad = grad.contiguous()
+
+    def launch(own: Tensor, other: Tensor, own_norm: Tensor, other_norm: Tensor, out: Tensor,
+               rows: bool) -> None:  # fmt: skip
+        token_infonce_backward_kernel[(triton.cdiv(own.shape[1], tile["M"]), own.shape[0])](
+            own, other, own_norm, other_norm, lse, grad, out, own.shape[1], other.shape[1], shift,
+            scale, factor, *own.stride()[:2], *other.stride()[:2], *out.stride()[:2],
+            OWNS_ROWS=rows, **tile,
+        )  # fmt: skip
+
+    if want_query:
+        launch(q, k, a, b, grouped(query_grad, key, negatives, offset)[0], True)
+    if want_key:
+        launch(k, q, b, a, grouped(query, key_grad, negatives, offset)[1], False)
+    return query_grad, key_grad
+
+
+@_token_infonce_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, lse: Tensor, a: Tensor, b: Tensor,
+    temperature: float, negatives: str, offset: int, want_query: bool, want_key: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(query if want_query else query[:0], memory_format=contiguous),
+        torch.empty_like(key if want_key else key[:0], memory_format=contiguous),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, key, *ctx.settings = inputs
+    ctx.save_for_backward(query, key, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    want_query, want_key = ctx.needs_input_grad[:2]
+    query_grad, key_grad = _token_infonce_backward(
+        grad, *ctx.saved_tensors, *ctx.settings, want_query, want_key
+    )
+    return query_grad if want_query else None, key_grad if want_key else None, None, None, None
+
+
+_token_infonce.register_autograd(_backward, setup_context=_setup)
+
+
+def token_infonce_triton(
+    query: Tensor, key: Tensor, *, temperature: float, negatives: str, offset: int
+) -> tuple[Tensor, Tensor]:
+    """`token_infonce` by the kernel; arguments already checked.
+
+    Queries and keys of different dtypes (a bf16 student, an fp32 teacher) meet in the wider one.
+    Raises ValueError for vectors of more than 1024 channels.
+    """
+    if query.shape[2] > MAX_WIDTH:
+        raise ValueError(
+            f"token_infonce's kernel takes up to {MAX_WIDTH} channels, not {query.shape[2]}: "
+            "choose kernels: reference"
+        )
+    dtype = torch.promote_types(query.dtype, key.dtype)
+    query, key = query.to(dtype).contiguous(), key.to(dtype).contiguous()
+    loss, similarity, *_ = _token_infonce(query, key, temperature, negatives, offset)
+    return loss, similarity
