@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import signal
 import weakref
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.decode import Box, CentreCrop, Choose, Crop, DecodeError, decoder
 from pipeline.order import CROPS, Order, global_batch, random_bits, steps_per_epoch
@@ -32,6 +34,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
+_NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
 _OPEN_SHARDS = 256  # file handles that one worker keeps
 
 
@@ -61,8 +64,15 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader's pinning thread)."""
-        names = ("image", "label", "sample", "key")
+        names = ("image", *_NUMBERS)
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # From worker to main process: only the image is worth a piece of shared memory.
+        return self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
 
 
 class _Reader:
@@ -73,33 +83,41 @@ class _Reader:
         self.image_size = image_size
         self.decoder, _ = decoder(how)  # by name: a worker may be a fresh process
         self.handles: OrderedDict[int, int] = OrderedDict()
+        self.starts: list[int] = manifest.starts.tolist()
         _ = manifest.index  # read and checked once, before the workers start
 
     def read(self, sample: int) -> bytes:
         """The image bytes of a sample."""
-        shard, row = self.manifest.locate(np.array(sample))
+        shard, row = self.shard(sample), self.manifest.index[sample]
         offset, length = int(row["offset"]), int(row["length"])
-        data = os.pread(self._handle(int(shard)), length, offset)
+        data = os.pread(self._handle(shard), length, offset)
         if len(data) != length:
             raise ManifestError(
-                f"{self.manifest.path(int(shard))}: sample {sample} ends after {len(data)} of "
+                f"{self.manifest.path(shard)}: sample {sample} ends after {len(data)} of "
                 f"{length} bytes; the shard changed since its manifest was written"
             )
         return data
+
+    def shard(self, sample: int) -> int:
+        """Number of the shard that holds a sample."""
+        return bisect_right(self.starts, sample) - 1
 
     def decode(self, sample: int, choose: Choose, out: np.ndarray) -> None:
         """Write the chosen crop of a sample into `out`; SampleError if it will not decode."""
         try:
             decoder(self.decoder)[1](self.read(sample), choose, out, self.interpolation)
         except DecodeError as error:
-            shard = int(self.manifest.locate(np.array(sample))[0])
-            raise SampleError(
-                f"sample {sample} of {self.manifest.path(shard)} will not decode: {error}"
-            ) from error
+            where = self.manifest.path(self.shard(sample))
+            raise SampleError(f"sample {sample} of {where} will not decode: {error}") from error
 
     def empty(self, count: int) -> torch.Tensor:
-        """An uninitialised uint8 batch."""
-        return torch.empty((count, self.image_size, self.image_size, 3), dtype=torch.uint8)
+        """An uninitialised uint8 batch [count, S, S, 3]; in a worker, memory that the main
+        process can map, which saves a copy."""
+        shape = (count, self.image_size, self.image_size, 3)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
     def labels(self, samples: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.manifest.index["label"][samples].astype(np.int64))
@@ -241,7 +259,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         self._iterator = iter(self._loader)
         try:
-            for item in self._iterator:
+            # Not a for loop: it would keep the iterator, and so the workers, alive after close().
+            while self._iterator is not None:
+                item = next(self._iterator, None)
+                if item is None:
+                    return
                 if isinstance(item, Exception):
                     raise item
                 self.skipped += item.skipped
