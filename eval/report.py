@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.charts import Line, line_chart
 from eval.common import EvalError, run_command, write_text
+from eval.paper_tables import paper_tables
 from eval.runs import Group, Run, group_runs, read_run
 from eval.tables import (
     Table,
@@ -76,6 +77,15 @@ def accuracy_section(groups: Sequence[Group]) -> Section:
     """What the encoders are worth, beside random ones."""
     table = accuracy_table(groups)
     return Section("accuracy", "Accuracy", tables=(table,) if table else ())
+
+
+def paper_section(groups: Sequence[Group]) -> Section:
+    """Ours beside the published tables."""
+    texts = (
+        "The paper's figures are those of ViT-B/16 (Tab. 5: ViT-S) on ImageNet. Ours stand beside "
+        "them by method; they compare only where model, data and schedule are the paper's, too.",
+    )
+    return Section("paper", "Beside the paper", texts, tuple(paper_tables(groups)))
 
 
 def loss_section(groups: Sequence[Group]) -> Section:
@@ -171,6 +181,7 @@ def build_sections(groups: Sequence[Group]) -> list[Section]:
     """All chapters that have something to show."""
     sections = [
         accuracy_section(groups),
+        paper_section(groups),
         picture_section(groups),
         loss_section(groups),
         course_section(groups),

@@ -1,0 +1,85 @@
+"""Our figures beside the published ones, for the report."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from eval.paper import FIGURES, PaperRow, PaperTable, find_row, read_paper
+from eval.runs import Group, Run
+from eval.tables import KNOWN, NONE, Cell, Column, Row, Table, accuracy_cell, is_random
+
+# Protocols that stand for one of the paper's figures; the first that there are results for counts.
+STANDS_FOR = {
+    "linprobe": ("linprobe-mae", "linprobe-cached"),
+    "finetune": ("finetune",),
+    "fewshot": ("finetune",),
+    "psnr": ("psnr",),
+}
+
+
+def paper_tables(groups: Sequence[Group]) -> list[Table]:
+    """The paper's tables in which a group has a figure, each with all its published rows."""
+    tables = []
+    for table in read_paper():
+        members: dict[str, list[Group]] = {}
+        for group in groups:
+            row = find_row(table, group.runs[0])
+            if row and any(figures(group.runs, name) for name in table.columns):
+                members.setdefault(row.name, []).append(group)
+        if members:
+            tables.append(one_table(table, members, groups))
+    return tables
+
+
+def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequence[Group]) -> Table:
+    """A published table with two columns per figure: the paper's and ours."""
+    rows = []
+    for row in table.rows:
+        for group in members.get(row.name, []):
+            rows.append(one_row(table, row, group.label, group.runs))
+        if row.name not in members:
+            rows.append(one_row(table, row, "", random_runs(row, groups)))
+    head = ["row"]
+    for name in table.columns:
+        head += [f"{FIGURES[name]}: paper", "ours"]
+    caveats = [f"{row.name}: {row.caveat}." for row in table.rows if row.caveat]
+    notes = tuple(note for note in (table.note, *caveats) if note)
+    return Table(tuple(head), tuple(rows), f"Tab. {table.number}: {table.title}", notes)
+
+
+def random_runs(row: PaperRow, groups: Sequence[Group]) -> list[Run]:
+    """Where a row without pretraining finds our figures: in every run's random baselines."""
+    random = row.initial == "random" and not row.finetune
+    return [run for group in groups for run in group.runs] if random else []
+
+
+def one_row(table: PaperTable, row: PaperRow, label: str, runs: Sequence[Run]) -> Row:
+    """A published row and the figures of the runs that stand for it."""
+    cells = [Cell(row.name, f"ours: {label}" if label else "")]
+    for name in table.columns:
+        values = figures(runs, name, random=row.initial == "random")
+        ours = accuracy_cell(values, [], Column(name, name))
+        cells += [Cell(str(row.published.get(name, NONE))), ours]
+    return Row(tuple(cells), baseline=row.initial == "random")
+
+
+def figures(runs: Sequence[Run], name: str, random: bool = False) -> list[float]:
+    """The runs' values of one of the paper's figures, each random encoder once."""
+    for protocol in STANDS_FOR[name]:
+        found: dict[str, float] = {}
+        for run in runs:
+            for result in run.results:
+                if result.get("protocol") == protocol and fits(result, name, random):
+                    encoder = result.get("encoder", {})
+                    options = str([encoder.get(k) for k in ("arch", "options", "random_seed")])
+                    found[options if random else str(run.folder)] = float(
+                        result[KNOWN[protocol][1]]
+                    )
+        if found:
+            return list(found.values())
+    return []
+
+
+def fits(result: dict[str, Any], name: str, random: bool) -> bool:
+    """Whether a result is of the wanted kind of encoder and share of the labels."""
+    share = result.get("settings", {}).get("fraction") or 1
+    return is_random(result) == random and share == (0.1 if name == "fewshot" else 1)
