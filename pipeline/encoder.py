@@ -5,10 +5,8 @@ Shape suffixes: B batch, K visible patches, L all patches, D width.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,8 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         near = ", ".join(timm.list_models("vit_*_patch16_224")[:8])
         raise ValueError(f"encoder.arch {arch!r} is not a timm model; for example: {near}")
     try:
-        vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)
+        with torch.random.fork_rng(devices=[]):  # we initialise it again; leave the state alone
+            vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
@@ -49,6 +48,7 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         raise ValueError(
             f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
         )
+    assert isinstance(vit, VisionTransformer)
     return vit
 
 
@@ -81,7 +81,10 @@ class PatchProjection(nn.Conv2d):
     """
 
     def __init__(self, proj: nn.Conv2d, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        if proj.bias is None:
+            raise ValueError("the patch embedding of this ViT has no bias, which f expects")
         super().__init__(3, proj.out_channels, proj.kernel_size, proj.stride, bias=True)  # type: ignore[arg-type]
+        self.bias: nn.Parameter  # always there, unlike in nn.Conv2d
         self.mean, self.std = mean, std
 
     def forward(self, image: Tensor, visible: Tensor, position: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -102,12 +105,12 @@ class Encoder(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         options = vit_options(recipe.encoder)
-        with quiet_init():
-            vit = build_vit(recipe.encoder.arch, options)
+        vit = build_vit(recipe.encoder.arch, options)
         self.patch, self.width = vit.patch_embed.patch_size[0], vit.embed_dim
         self.grid: tuple[int, int] = vit.patch_embed.grid_size
         proj = PatchProjection(vit.patch_embed.proj, recipe.data.mean, recipe.data.std)
         self.patch_embed = nn.ModuleDict({"proj": proj})
+        assert vit.cls_token is not None
         self.cls_token = vit.cls_token
         self.register_buffer("pos_embed", sincos_position(self.grid, self.width)[None])
         self.blocks = vit.blocks
@@ -181,13 +184,6 @@ def init_weights(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
-@contextlib.contextmanager
-def quiet_init() -> Iterator[None]:
-    """Build a timm model without disturbing the caller's random state (we initialise it again)."""
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
 def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
     """Weights of an encoder (its state dict, whole) under timm's names: no mask token, positions
     from the exact table, fp32 on the CPU.
@@ -238,6 +234,7 @@ def random_encoder(info: dict[str, Any], seed: int) -> VisionTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         init_weights(vit)
+    assert vit.pos_embed is not None
     with torch.no_grad():
         vit.pos_embed.copy_(sincos_position(vit.patch_embed.grid_size, vit.embed_dim)[None])
     return vit.eval()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -25,6 +28,7 @@ if not torch.cuda.is_available():
 # DeepSpeed compiles its fused ops with ninja, which lies beside this interpreter in a venv.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 import deepspeed
 import deepspeed.comm
@@ -125,7 +129,8 @@ def init_ranks() -> Ranks:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not can_build():
         _without_built_ops()
-    deepspeed.init_distributed(verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints which op it has loaded
+        deepspeed.init_distributed(verbose=False)
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     return Ranks(rank, world, local_rank, local_world, device)
 
@@ -180,9 +185,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise EngineError(f"{path}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise EngineError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EngineError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise EngineError(f"{path}: a DeepSpeed configuration is a JSON object")

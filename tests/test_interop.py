@@ -1,0 +1,93 @@
+"""facebookresearch/mae's key names: that architecture, written out plainly, gives our outputs."""
+
+import oracle
+import pytest
+import torch
+from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
+
+from pipeline.interop import from_mae, to_mae
+from pipeline.objective import build_objective
+from pipeline.views import make_views
+
+
+def random_mae_state(width=16, decoder=8, depth=2, decoder_depth=1, patch=4, grid=4):
+    """A state dict with the keys and shapes of facebookresearch/mae and random values."""
+    torch.manual_seed(3)
+    shapes = {
+        "cls_token": (1, 1, width), "mask_token": (1, 1, decoder),
+        "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,), "norm.bias": (width,),
+        "decoder_embed.weight": (decoder, width), "decoder_embed.bias": (decoder,),
+        "decoder_norm.weight": (decoder,), "decoder_norm.bias": (decoder,),
+        "decoder_pred.weight": (patch * patch * 3, decoder), "decoder_pred.bias": (patch * patch * 3,),
+    }  # fmt: skip
+    for prefix, count, d in (("blocks", depth, width), ("decoder_blocks", decoder_depth, decoder)):
+        for i in range(count):
+            for name, shape in {
+                "norm1": (d,), "norm2": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d),
+                "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
+            }.items():  # fmt: skip
+                shapes[f"{prefix}.{i}.{name}.weight"] = shape
+                shapes[f"{prefix}.{i}.{name}.bias"] = shape[:1]
+    state = {k: torch.randn(s) * 0.2 for k, s in shapes.items()}
+    state["pos_embed"] = oracle.sincos(grid, grid, width)[None]
+    state["decoder_pos_embed"] = oracle.sincos(grid, grid, decoder)[None]
+    return state
+
+
+def plain_mae(state, image, visible):
+    """That architecture on one image, from its own key names: predictions [L, p·p·3]."""
+    names = {
+        "decoder_embed": "measure.decoder.embed", "decoder_norm": "measure.decoder.norm",
+        "decoder_pred": "measure.decoder.head", "decoder_blocks": "measure.decoder.blocks",
+        "mask_token": "measure.decoder.mask_token",
+    }  # fmt: skip
+    w = {}
+    for key, value in state.items():
+        first, dot, rest = key.partition(".")
+        w[names.get(first, f"encoder.{first}") + dot + rest] = value
+    w["measure.decoder.mask_token"] = w["measure.decoder.mask_token"].reshape(-1)
+    z = oracle.encode(w, image, visible, patch=PATCH, heads=HEADS)
+    return oracle.decode(w, z, visible, (4, 4), DECODER_HEADS)
+
+
+def test_a_mae_checkpoint_gives_that_architectures_output():
+    state = random_mae_state()
+    recipe = tiny_recipe("mae")
+    objective, _ = build_objective(recipe)
+    from_mae(objective, state)
+    image = images()
+    views = make_views(image, torch.arange(3), recipe=recipe, epoch=0, patch=PATCH)
+    ours = objective.measure.decoder(
+        objective.encoder(*views.first), views.first.inverse, views.region
+    )
+    for b in range(3):
+        theirs = plain_mae(state, image[b], views.first.visible[b].tolist())
+        torch.testing.assert_close(ours[b], theirs[views.region[b].long()], rtol=1e-4, atol=1e-4)
+
+
+def test_there_and_back_is_the_same_state():
+    state = random_mae_state()
+    objective, _ = build_objective(tiny_recipe("rmae"))
+    from_mae(objective, state)
+    back = to_mae(objective)
+    assert back.keys() == state.keys()
+    for name, value in state.items():
+        assert back[name].shape == value.shape, name
+        torch.testing.assert_close(back[name], value, rtol=0, atol=1e-6)
+
+
+def test_what_does_not_fit_is_named():
+    state = random_mae_state()
+    objective, _ = build_objective(tiny_recipe("mae"))
+    with pytest.raises(ValueError, match=r"decoder.head.bias is missing"):
+        from_mae(objective, {k: v for k, v in state.items() if k != "decoder_pred.bias"})
+    with pytest.raises(ValueError, match="head.foo is not expected"):
+        from_mae(objective, state | {"head.foo": torch.zeros(1)})
+    with pytest.raises(ValueError, match="cls_token has shape"):
+        from_mae(objective, state | {"cls_token": torch.zeros(1, 1, 7)})
+    contrastive, _ = build_objective(tiny_recipe("cmae"))
+    with pytest.raises(ValueError, match="MAE recipe"):
+        from_mae(contrastive, state)
+    with pytest.raises(ValueError, match="decoder"):
+        to_mae(contrastive)

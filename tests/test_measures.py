@@ -1,0 +1,129 @@
+"""M: the parts of the similarity measurements (the losses themselves: test_objective.py)."""
+
+import oracle
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tiny import DECODER_HEADS, images, tiny_recipe
+
+from pipeline.measures import Contrast, Decoder, choose_tokens, gather_keys, take_rows
+from pipeline.objective import build_objective
+from pipeline.recipe import DecoderRecipe
+
+
+def test_take_rows_is_plain_indexing_with_its_gradient():
+    x = torch.randn(3, 5, 2, requires_grad=True)
+    rows = torch.tensor([[0, 4], [2, 2], [3, 1]], dtype=torch.int32)
+    taken = take_rows(x, rows)
+    expected = torch.stack([x[b, rows[b].long()] for b in range(3)])
+    assert torch.equal(taken, expected)
+    upstream = torch.randn_like(taken)
+    (ours,) = torch.autograd.grad(taken, x, upstream)
+    (theirs,) = torch.autograd.grad(expected, x, upstream)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_choose_tokens():
+    z = torch.randn(2, 5, 3)
+    assert torch.equal(choose_tokens(z, "class"), z[:, :1])
+    assert torch.equal(choose_tokens(z, "patch"), z[:, 1:])
+    assert torch.equal(choose_tokens(z, "patch+class"), z)
+    torch.testing.assert_close(
+        choose_tokens(z, "mean"), (z[:, 1:2] + z[:, 2:3] + z[:, 3:4] + z[:, 4:5]) / 4
+    )
+
+
+def test_decoder_predicts_the_region_only_and_as_the_oracle_does():
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderRecipe(width=8, depth=1, heads=2), width=16, patch=4, grid=(3, 5))
+    weights = {f"measure.decoder.{k}": v for k, v in decoder.state_dict().items()}
+    visible = torch.tensor([[7, 0, 3], [14, 2, 9]], dtype=torch.int32)
+    inverse = torch.empty(2, 15, dtype=torch.int32)
+    for b in range(2):
+        hidden = [p for p in range(15) if p not in visible[b].tolist()]
+        for slot, p in enumerate([*visible[b].tolist(), *hidden]):
+            inverse[b, p] = slot
+    region = torch.tensor([[1, 13], [0, 5]], dtype=torch.int32)
+    z = torch.randn(2, 4, 16)
+    ours = decoder(z, inverse, region)
+    assert ours.shape == (2, 2, 48)
+    for b in range(2):
+        theirs = oracle.decode(weights, z[b], visible[b].tolist(), (3, 5), DECODER_HEADS)
+        torch.testing.assert_close(ours[b], theirs[region[b].long()], rtol=1e-5, atol=1e-5)
+
+
+def test_decoder_width_must_fit_its_heads():
+    with pytest.raises(ValueError, match="not divisible by its heads 3"):
+        Decoder(DecoderRecipe(width=8, depth=1, heads=3), width=16, patch=4, grid=(2, 2))
+
+
+@pytest.mark.parametrize("negatives", ["all", "position", "image"])
+@pytest.mark.parametrize("scale", [False, True])
+def test_infonce_against_the_pair_by_pair_oracle(negatives, scale):
+    recipe = tiny_recipe("cmae", f"measure.negatives={negatives}", f"measure.scale_2tau={scale}")
+    measure = Contrast(recipe.measure, width=16)
+    torch.manual_seed(1)
+    query = torch.randn(3, 5, 12, requires_grad=True)
+    key = torch.randn(3, 5, 12)
+    loss, terms = measure(query, key)
+    expected = oracle.infonce_loss(query, key, temperature=0.2, negatives=negatives)
+    expected = expected * 0.4 if scale else expected
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    (ours,) = torch.autograd.grad(loss, query)
+    (theirs,) = torch.autograd.grad(expected, query)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    positive = torch.nn.functional.cosine_similarity(query, key, dim=-1).mean()
+    torch.testing.assert_close(terms["positive"], positive.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_byol_is_two_minus_two_cosines():
+    measure = Contrast(tiny_recipe("cmae", "measure={kind: byol}").measure, width=16)
+    query, key = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    loss, _ = measure(query, key)
+    terms = [
+        2 - 2 * (query[b, t] @ key[b, t]) / (query[b, t].norm() * key[b, t].norm())
+        for b in range(2)
+        for t in range(3)
+    ]
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+    assert measure(query, query)[0].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def _two_ranks(rank, port, negatives, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    recipe = tiny_recipe("cmae", f"measure.negatives={negatives}")
+    objective, teacher = build_objective(recipe)
+    image, sample = images(4), torch.arange(4)
+    mine = slice(2 * rank, 2 * rank + 2)
+    loss, _ = objective(image[mine], sample[mine], 0, teacher)
+    loss.backward()
+    gradients = {k: p.grad / 2 for k, p in objective.named_parameters()}
+    for value in (loss, *gradients.values()):
+        torch.distributed.all_reduce(value.detach())
+    if rank == 0:
+        torch.save({"loss": loss.detach() / 2, "gradients": gradients}, folder / "two.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("negatives", ["all", "position", "image"])
+def test_two_ranks_equal_one_rank_with_the_whole_batch(negatives, tmp_path, free_port):
+    mp.spawn(_two_ranks, (free_port, negatives, tmp_path), nprocs=2)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    objective, teacher = build_objective(tiny_recipe("cmae", f"measure.negatives={negatives}"))
+    loss, _ = objective(images(4), torch.arange(4), 0, teacher)
+    loss.backward()
+    torch.testing.assert_close(two["loss"], loss.detach(), rtol=1e-5, atol=1e-6)
+    for name, parameter in objective.named_parameters():
+        torch.testing.assert_close(
+            two["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+        )
+
+
+def test_one_process_gathers_nothing():
+    key = torch.randn(2, 3, 4)
+    gathered, offset = gather_keys(key)
+    assert gathered is key
+    assert offset == 0

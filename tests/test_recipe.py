@@ -1,0 +1,137 @@
+"""Recipes: what ships loads, what is wrong is refused in one sentence, schedules by formula."""
+
+import math
+
+import pytest
+
+from pipeline.recipe import (
+    RECIPES,
+    RecipeError,
+    dump_recipe,
+    ema_momentum,
+    first_difference,
+    learning_rate,
+    load_recipe,
+)
+
+SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml") if p.stem != "demo_size")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_load_and_survive_a_round_trip(name, tmp_path):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    assert recipe.name == name
+    copy = tmp_path / "recipe.yaml"
+    copy.write_text(dump_recipe(recipe))
+    assert load_recipe(copy) == recipe
+
+
+def test_paper_settings():
+    mae, rmae, cmae = (load_recipe(RECIPES / f"{n}.yaml") for n in ("mae", "rmae", "cmae"))
+    assert (mae.batch_size, mae.optimizer.base_lr, mae.lr) == (1024, 1.5e-4, 6e-4)
+    assert mae.optimizer.betas == (0.9, 0.95)
+    assert (mae.optimizer.epochs, mae.optimizer.warmup_epochs) == (100, 20)
+    assert mae.optimizer.weight_decay.value == 0.05
+    assert mae.optimizer.gradient_clipping == 0.0
+    assert mae.data.crop.scale == (0.2, 1.0)
+    assert rmae.optimizer.base_lr == 3.0e-4
+    assert rmae.measure.lambda_ == 1.0
+    assert cmae.optimizer.base_lr == 1.5e-4
+    assert (cmae.measure.temperature, cmae.measure.negatives, cmae.measure.tokens) == (
+        0.2, "position", "patch",
+    )  # fmt: skip
+    assert (cmae.measure.heads.hidden, cmae.measure.heads.out) == (2048, 768)
+    assert (cmae.ema.momentum, cmae.ema.schedule) == (0.996, "constant")
+    jitter = cmae.views.jitter
+    assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (
+        0.4, 0.4, 0.4, 0.1,
+    )  # fmt: skip
+    assert (jitter.probability, jitter.grayscale, jitter.where) == (0.8, 0.0, "visible")
+
+
+def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
+    recipe = load_recipe(
+        RECIPES / "cmae.yaml",
+        ["optimizer.epochs=400", "views.jitter.hue=0.2", "measure={kind: byol, tokens: class}"],
+    )
+    assert recipe.optimizer.epochs == 400
+    assert recipe.views.jitter.hue == 0.2
+    assert recipe.measure.kind == "byol"
+    assert not hasattr(recipe.measure, "temperature")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr=1", ["optimizer.lr", "base_lr"]),
+        ("measure.tau=1", ["measure.tau", "temperature"]),
+        ("views.jitter.contarst=1", ["views.jitter.contarst", "contrast"]),
+        ("seed=abc", ["seed", "integer"]),
+        ("optimizer.base_lr=-1", ["optimizer.base_lr", "greater than 0"]),
+        ("views.second=half", ["views.second", "complement"]),
+        ("views.second=pixels", ["views.second", "complement"]),
+        ("encoder.hidden=drop", ["encoder.hidden", "mean or class"]),
+        ("measure.kind=l2", ["measure.kind", "infonce"]),
+        ("batch_size=1000", ["batch_size 1000", "data.partitions 64"]),
+        ("optimizer", ["--set optimizer", "key.subkey=value"]),
+        ("nosuch.key=1", ["nosuch", "valid keys"]),
+    ],
+)
+def test_bad_values_are_one_sentence_that_names_the_key(override, words):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(RECIPES / "cmae.yaml", [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- 1\n", "mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("base: other.x.yaml\n", "cannot be read"),
+        ("base: x.yaml\nname: x\n", "circle"),
+        ("base: 3\n", "base"),
+        ("!!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("name: x\n", "measure"),
+    ],
+)
+def test_bad_files_are_refused(text, words, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words) as error:
+        load_recipe(path)
+    assert "x.yaml" in str(error.value)
+
+
+def test_learning_rate_against_the_formula():
+    recipe = load_recipe(RECIPES / "rmae.yaml")
+    steps = 1251
+    peak, warm, total = 3.0e-4 * 1024 / 256, 20 * steps, 100 * steps
+    assert learning_rate(recipe, 0, steps) == 0.0
+    assert learning_rate(recipe, warm // 2, steps) == pytest.approx(peak / 2)
+    assert learning_rate(recipe, warm, steps) == pytest.approx(peak)
+    middle = (warm + total) // 2
+    assert learning_rate(recipe, middle, steps) == pytest.approx(peak / 2)
+    t = (total - 1 - warm) / (total - warm)
+    last = peak * (1 + math.cos(math.pi * t)) / 2
+    assert learning_rate(recipe, total - 1, steps) == pytest.approx(last)
+    assert 0 < learning_rate(recipe, total - 1, steps) < 1e-11
+
+
+def test_ema_momentum():
+    constant = load_recipe(RECIPES / "cmae.yaml")
+    cosine = load_recipe(RECIPES / "cmae.yaml", ["ema.schedule=cosine", "ema.momentum=0.99"])
+    assert {ema_momentum(constant, s, 100) for s in (0, 50, 100)} == {0.996}
+    assert ema_momentum(cosine, 0, 100) == pytest.approx(0.99)
+    assert ema_momentum(cosine, 50, 100) == pytest.approx(0.995)
+    assert ema_momentum(cosine, 100, 100) == pytest.approx(1.0)
+
+
+def test_first_difference_ignores_what_changes_no_result():
+    a = load_recipe(RECIPES / "mae.yaml")
+    assert first_difference(a, load_recipe(RECIPES / "mae.yaml", ["monitor.log_steps=3"])) is None
+    assert first_difference(a, load_recipe(RECIPES / "mae.yaml", ["data.workers=3"])) is None
+    changed = load_recipe(RECIPES / "mae.yaml", ["optimizer.betas=[0.9, 0.99]"])
+    assert "optimizer.betas" in str(first_difference(a, changed))
