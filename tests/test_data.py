@@ -1,0 +1,437 @@
+"""The order of samples (properties over many sizes) and the loaders (pixels, ranks, faults)."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import v2
+from torchvision.transforms.functional import InterpolationMode
+
+from pipeline.data import Crop, Order, SampleError, eval_loader, global_batch, train_loader
+from pipeline.order import partition_order, random_bits, steps_per_epoch
+from shard_tools.manifest import SAMPLE, ManifestError, Shard, write_manifest
+
+SIZES = (7, 0, 5, 11, 9, 8)  # samples per shard; 40 in all
+
+
+def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
+    """A smooth random picture, (width, height), as JPEG bytes."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    small.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def write_shards(folder: Path, images: list[list[bytes]]) -> Path:
+    """Shards written by webdataset, and their manifest. Labels count from 0 modulo 5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, shards = [], []
+    for number, content in enumerate(images):
+        path = folder / f"t-{number:06d}.tar"
+        with webdataset.TarWriter(str(path)) as writer:
+            for place, data in enumerate(content):
+                key = f"{number}-{place}"
+                writer.write({"__key__": key, "cls": (number + place) % 5, "jpg": data})
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".cls"):
+                    label = int(tar.extractfile(member).read())
+                else:
+                    rows.append((member.offset_data, member.size, label, 48, 40, 1, 0, 0))
+        # The checksum of the tar is verify_shards' concern; local shards are opened by size.
+        shards.append(Shard(path.name, len(content), path.stat().st_size, "0" * 64))
+    write_manifest(folder, shards=shards, index=np.array(rows, SAMPLE), classes=list("abcde"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = [[jpeg(100 * s + i) for i in range(count)] for s, count in enumerate(SIZES)]
+    return write_shards(tmp_path_factory.mktemp("shards"), images)
+
+
+def load(folder: Path, world: int = 1, workers: int = 0, micro: int = 2, **change: object) -> dict:
+    """step → (images, samples, labels, keys) of the global batch, gathered over all ranks."""
+    options = {"batch_size": 8, "seed": 3, "start_step": 0, "total_steps": 12, "partitions": 4}
+    options |= {"window": 2, "crop": Crop(16), **change}
+    steps: dict[int, list] = {}
+    for rank in range(world):
+        for batch in train_loader(
+            folder, micro_batch=micro, rank=rank, world=world, workers=workers, **options
+        ):
+            parts = (batch.image, batch.sample, batch.label, batch.key)
+            steps.setdefault(batch.step, []).append(parts)
+    return {s: [torch.cat(p) for p in zip(*parts, strict=True)] for s, parts in steps.items()}
+
+
+def assert_same(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for step in ours:
+        for a, b in zip(ours[step], theirs[step], strict=True):
+            assert torch.equal(a, b), f"step {step}"
+
+
+orders = st.builds(
+    lambda sizes, share, partitions, **rest: Order(
+        (*sizes, share * partitions), batch_size=share * partitions, partitions=partitions, **rest
+    ),
+    sizes=st.lists(st.integers(0, 40), max_size=12),
+    share=st.integers(1, 4),
+    partitions=st.sampled_from([1, 2, 3, 4, 8, 12]),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(order=orders, epoch=st.integers(0, 1000))
+def test_an_epoch_serves_each_sample_once(order: Order, epoch: int) -> None:
+    total, batch = sum(order.sizes), order.batch_size
+    steps = steps_per_epoch(total, batch, order.partitions)
+    assert steps == order.steps == total // batch
+    served = np.concatenate(
+        [
+            global_batch(
+                order.sizes, seed=order.seed, epoch=epoch, step=step, batch_size=batch,
+                partitions=order.partitions, window=order.window,
+            )
+            for step in range(steps)
+        ]
+    )  # fmt: skip
+    assert served.dtype == np.int64
+    assert len(served) == steps * batch == len(set(served.tolist()))
+    assert served.min() >= 0
+    assert served.max() < total
+    everything = [partition_order(order, epoch, p) for p in range(order.partitions)]
+    assert sorted(np.concatenate(everything).tolist()) == list(range(total))
+
+
+@settings(max_examples=150, deadline=None)
+@given(order=orders, epoch=st.integers(0, 50), data=st.data())
+def test_any_world_size_serves_the_same_global_batch(order: Order, epoch: int, data) -> None:
+    world = data.draw(
+        st.sampled_from([w for w in range(1, order.partitions + 1) if order.partitions % w == 0])
+    )
+    share = order.batch_size // world
+    micro = data.draw(st.sampled_from([m for m in range(1, share + 1) if share % m == 0]))
+    step = data.draw(st.integers(0, order.steps - 1))
+    whole = order.samples(epoch, step, 0, order.batch_size)[0]
+    pieces = [
+        order.samples(epoch, step, first, first + micro)[0]
+        for rank in range(world)
+        for first in range(rank * share, (rank + 1) * share, micro)
+    ]
+    assert np.array_equal(np.concatenate(pieces), whole)
+
+
+@settings(max_examples=100, deadline=None)
+@given(order=orders, epoch=st.integers(0, 50), world=st.sampled_from([1, 2, 3, 4]))
+def test_ranks_share_few_shards_and_windows_stay_together(order, epoch, world) -> None:
+    if order.partitions % world:
+        world = 1
+    starts = np.cumsum([0, *order.sizes])
+    touched = []
+    for rank in range(world):
+        numbers = range(rank * order.partitions // world, (rank + 1) * order.partitions // world)
+        samples = np.concatenate([partition_order(order, epoch, n) for n in numbers])
+        touched.append(set(np.searchsorted(starts, samples, side="right").tolist()))
+    filled = sum(size > 0 for size in order.sizes)
+    # Cutting a row of shards into `world` stretches cuts at most world - 1 of them (each at most
+    # twice or more only where it is longer than a stretch).
+    assert sum(map(len, touched)) <= filled + world - 1
+    assert set.union(*touched) == {s + 1 for s, size in enumerate(order.sizes) if size}
+    # While a partition is read, at most `window` shards are open at a time.
+    samples = partition_order(order, epoch, 0)
+    seen = np.searchsorted(starts, samples, side="right").tolist()
+    spans = [(seen.index(s), len(seen) - seen[::-1].index(s)) for s in set(seen)]
+    for place in range(len(seen)):
+        assert sum(begin <= place < end for begin, end in spans) <= order.window
+
+
+def test_order_depends_on_seed_and_epoch_and_leaves_out_others() -> None:
+    order = Order((50,) * 10, seed=1, batch_size=32, partitions=8, window=3)
+    first = [partition_order(order, epoch, 0).tolist() for epoch in range(3)]
+    other = partition_order(Order((50,) * 10, 2, 32, 8, 3), 0, 0).tolist()
+    assert len({tuple(x) for x in [*first, other]}) == 4
+    left = [
+        set(range(500)) - set(np.concatenate([order.samples(e, s, 0, 32)[0] for s in range(15)]))
+        for e in range(3)
+    ]
+    assert [len(x) for x in left] == [20] * 3
+    assert left[0] != left[1] != left[2]
+
+
+def test_shuffle_has_no_order_left() -> None:
+    """Inside a window the rank correlation of place and sample number is that of chance."""
+    order = Order((4000,), seed=5, batch_size=8, partitions=2, window=1)
+    served = partition_order(order, 0, 0)
+    correlation = np.corrcoef(np.arange(len(served)), served)[0, 1]
+    assert abs(correlation) < 5 / np.sqrt(len(served))
+
+
+def test_random_bits_are_those_of_a_fresh_philox() -> None:
+    for case in [(0, 0, 0, 0), (2**63 - 1, 7, 3, 2**40), (5, 2**31, 1, 9)]:
+        seed, epoch, stream, number = case
+        fresh = np.random.Philox(
+            key=np.array([seed, epoch], np.uint64),
+            counter=np.array([0, 0, number, stream], np.uint64),
+        )
+        assert np.array_equal(random_bits(*case, 23), fresh.random_raw(23))
+
+
+def test_draws_with_replacement(shards: Path) -> None:
+    order = Order((3, 2), seed=1, batch_size=8, partitions=4, window=2, draws=50)
+    assert order.steps == 6
+    samples, keys = zip(*[order.samples(0, s, 0, 8) for s in range(6)], strict=True)
+    assert set(np.concatenate(samples)) == set(range(5))
+    assert len(set(np.concatenate(keys))) == 48  # each draw has its own crop
+    one = load(shards, samples_per_epoch=64, total_steps=9)
+    assert_same(one, load(shards, world=2, micro=4, samples_per_epoch=64, total_steps=9))
+    assert len(one) == 9
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "micro"), [(1, 2, 8), (2, 0, 4), (2, 2, 1), (4, 1, 2)]
+)
+def test_pixels_do_not_depend_on_ranks_or_workers(shards, world, workers, micro) -> None:
+    whole = load(shards)
+    assert list(whole) == list(range(12))  # more than two epochs of five steps
+    assert_same(load(shards, world=world, workers=workers, micro=micro), whole)
+    samples = torch.cat([whole[step][1] for step in range(5)])
+    assert sorted(samples.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("start", "world", "workers"), [(0, 4, 0), (3, 2, 1), (5, 1, 0), (11, 2, 0)]
+)
+def test_resume_at_any_step(shards, start, world, workers) -> None:
+    rest = load(shards, world=world, workers=workers, start_step=start)
+    assert_same(rest, {s: v for s, v in load(shards).items() if s >= start})
+
+
+def test_batches_hold_what_the_shards_hold(shards: Path) -> None:
+    loader = train_loader(
+        shards, batch_size=8, micro_batch=4, rank=1, world=2, seed=0, start_step=0,
+        total_steps=3, crop=Crop(16, scale=(1, 1), ratio=(1.2, 1.2), flip=False), workers=0,
+        partitions=4, window=2,
+    )  # fmt: skip
+    assert len(loader) == 3
+    starts = np.cumsum([0, *SIZES])
+    for batch in loader:
+        assert batch.image.dtype == torch.uint8
+        assert batch.image.shape == (4, 16, 16, 3)
+        for image, label, sample in zip(batch.image, batch.label, batch.sample, strict=True):
+            shard = int(np.searchsorted(starts, int(sample), side="right")) - 1
+            place = int(sample - starts[shard])
+            assert label == (shard + place) % 5
+            picture = Image.open(io.BytesIO(jpeg(100 * shard + place)))
+            expected = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), float)
+            assert np.abs(image.numpy() - expected).mean() < 1
+
+
+def test_a_rank_needs_only_its_own_shards(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [[jpeg(10 * s + i) for i in range(8)] for s in range(8)])
+    order = Order((8,) * 8, 3, 8, 4, 2)
+    loader = train_loader(
+        folder, batch_size=8, micro_batch=4, rank=0, world=2, seed=3, start_step=0,
+        total_steps=order.steps, crop=Crop(16), workers=0, partitions=4, window=2,
+    )  # fmt: skip
+    mine = {int(s) // 8 for p in (0, 1) for s in partition_order(order, 0, p)}
+    assert len(mine) <= 5
+    for shard in set(range(8)) - mine:
+        (folder / f"t-{shard:06d}.tar").unlink()
+    assert sum(len(batch.sample) for batch in loader) == 32
+
+
+@settings(max_examples=30, deadline=None)
+@given(world=st.integers(1, 7), batch=st.integers(1, 20))
+def test_eval_counts_each_sample_once(shards: Path, world: int, batch: int) -> None:
+    seen = []
+    for rank in range(world):
+        loader = eval_loader(
+            shards, batch_size=batch, rank=rank, world=world, image_size=8, workers=0
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        seen += [int(s) for b in batches for s in b.sample]
+    assert seen == list(range(40))
+
+
+def test_eval_crop_is_torchvisions(shards: Path) -> None:
+    reference = v2.Compose([v2.Resize(36, InterpolationMode.BICUBIC), v2.CenterCrop(32)])
+    (batch,) = eval_loader(
+        shards, batch_size=40, rank=0, world=1, image_size=32, resize=36, workers=1
+    )
+    for place in range(SIZES[0]):
+        expected = np.asarray(reference(Image.open(io.BytesIO(jpeg(place)))), float)
+        assert np.abs(batch.image[place].numpy() - expected).mean() < 0.1
+        assert np.abs(batch.image[place].numpy() - expected).max() <= 3
+
+
+def test_crops_have_torchvisions_distribution() -> None:
+    torch.manual_seed(0)
+    rng, crop, shape = np.random.default_rng(0), Crop(), (60, 200)  # some tries do not fit
+    ours, theirs = [], []
+    picture = torch.empty(3, *shape)
+    for _ in range(1500):
+        box, _ = crop.choose(rng.random(Crop.UNIFORMS).tolist())(shape[1], shape[0])
+        ours.append((box.top, box.left, box.bottom - box.top, box.right - box.left))
+        theirs.append(v2.RandomResizedCrop(8, scale=(0.2, 1)).make_params([picture]))
+    theirs = [[t[k] for k in ("top", "left", "height", "width")] for t in theirs]
+    for a, b in zip(np.array(ours).T, np.array(theirs).T, strict=True):
+        assert ks_2samp(a, b).pvalue > 1e-3
+    flips = [crop.choose(rng.random(23).tolist())(9, 9)[1] for _ in range(1000)]
+    assert 430 < sum(flips) < 570
+
+
+def test_the_same_sample_gets_another_crop_in_another_epoch(shards: Path) -> None:
+    batches = load(shards)
+    first = {int(k): i for s in range(5) for i, k in zip(batches[s][0], batches[s][1], strict=True)}
+    second = {
+        int(k): i for s in range(5, 10) for i, k in zip(batches[s][0], batches[s][1], strict=True)
+    }
+    assert sum(not torch.equal(first[k], second[k]) for k in first) > 35
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Three of forty samples do not decode: 6 (first shard), 23 and 24 (third)."""
+    images = [[jpeg(100 * s + i) for i in range(10)] for s in range(4)]
+    images[0][6] = images[0][6][:300]
+    images[2][3], images[2][4] = b"no picture", b"\xff\xd8\xff\xe0 neither this"
+    return write_shards(tmp_path, images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_fails_in_one_sentence(damaged: Path, workers: int) -> None:
+    with pytest.raises(SampleError) as error:
+        load(damaged, workers=workers)
+    message = str(error.value)
+    assert "\n" not in message
+    assert any(f"sample {n} of" in message for n in (6, 23, 24))
+    assert str(damaged / "t-00000") in message
+    with pytest.raises(SampleError, match=r"sample 6 of .*t-000000.tar will not decode: \S.*"):
+        list(eval_loader(damaged, batch_size=4, rank=0, world=1, image_size=8, workers=workers))
+
+
+def test_bad_samples_are_replaced_alike_on_any_ranks(damaged: Path, caplog) -> None:
+    whole = load(damaged, on_error="skip")
+    assert_same(load(damaged, world=2, workers=1, micro=4, on_error="skip"), whole)
+    served = torch.cat([whole[step][1] for step in range(5)]).tolist()
+    assert len(served) == 40
+    assert not {6, 23, 24} & set(served)
+    faults = {record.getMessage() for record in caplog.records}
+    assert {f.split(" of ")[0] for f in faults} == {f"skipped: sample {n}" for n in (6, 23, 24)}
+    loader = train_loader(
+        damaged, batch_size=8, micro_batch=8, rank=0, world=1, seed=3, start_step=0,
+        total_steps=5, crop=Crop(16), workers=0, partitions=4, window=2, on_error="skip",
+    )  # fmt: skip
+    assert sum(batch.skipped for batch in loader) == loader.skipped == 3
+
+
+def test_only_bad_samples_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [[b"broken"] * 8])
+    with pytest.raises(SampleError, match="nor will the 16 samples after it"):
+        load(folder, on_error="skip")
+
+
+def test_a_shard_cut_under_our_feet(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, [[jpeg(i) for i in range(40)]])
+    loader = train_loader(
+        folder, batch_size=40, micro_batch=40, rank=0, world=1, seed=0, start_step=0,
+        total_steps=1, crop=Crop(16), workers=1, partitions=1, on_error="skip",
+    )  # fmt: skip
+    os.truncate(folder / "t-000000.tar", 5000)
+    with pytest.raises(ManifestError, match="changed since its manifest was written"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch_size": 10}, "batch_size 10 is not a multiple of the 4 partitions"),
+        ({"world": 3}, "4 partitions cannot be shared by 3 ranks"),
+        ({"micro": 3}, "cannot be split over 1 ranks in micro-batches of 3; use a multiple of 3"),
+        ({"batch_size": 48}, "40 samples cannot fill one batch"),
+        ({"batch_size": 8, "samples_per_epoch": 5}, "an epoch of 5 draws cannot fill one batch"),
+        ({"start_step": 13}, "start_step 13: must lie between 0 and 12"),
+        ({"on_error": "ignore"}, "on_error 'ignore': must be 'fail' or 'skip'"),
+        ({"window": 0}, "window 0: must be at least one shard"),
+        ({"seed": -1}, "seed -1: must lie between"),
+        ({"partitions": 0}, "partitions 0: must be at least 1"),
+        ({"workers": -1}, "workers -1: must be 0 or more"),
+        ({"decode": "magic"}, "decoder 'magic' is not available here"),
+    ],
+)
+def test_bad_numbers_are_one_sentence(shards: Path, change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        load(shards, **change)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_crops_and_folders(tmp_path: Path) -> None:
+    for wrong in ({"scale": (0.0, 1.0)}, {"ratio": (2, 1)}, {"image_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Crop(**wrong)
+    with pytest.raises(ValueError, match="interpolation 'nearest': must be one of bicubic, bil"):
+        Crop(interpolation="nearest")
+    with pytest.raises(ManifestError, match=r"has no manifest\.json"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="step 5: an epoch has the steps 0 to 4"):
+        global_batch([40], seed=0, epoch=0, step=5, batch_size=8, partitions=4, window=2)
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pipeline.data import Crop, train_loader
+loader = train_loader(sys.argv[1], batch_size=8, micro_batch=8, rank=0, world=1, seed=0,
+                      start_step=0, total_steps=1000, crop=Crop(16), workers=2, partitions=4)
+batches = iter(loader)
+next(batches)
+children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+for child in children:
+    os.kill(int(child), signal.SIGTERM)
+    os.kill(int(child), signal.SIGINT)
+count = sum(1 for _ in zip(range(30), batches))
+print("served", count, *children, flush=True)
+if sys.argv[2] == "hard":
+    os._exit(85)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("soft", 0), ("hard", 85)])
+def test_workers_outlive_signals_but_not_the_rank(shards: Path, how: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(shards), how],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    served, count, *children = done.stdout.split()
+    assert (served, count) == ("served", "30")
+    assert len(children) >= 2
+    for _ in range(150):
+        left = [c for c in children if _is_python(c)]
+        if not left:
+            break
+        signal.sigtimedwait([], 0.1)
+    assert not left
+
+
+def _is_python(pid: str) -> bool:
+    try:
+        return b"python" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
