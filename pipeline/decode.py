@@ -31,7 +31,9 @@ try:
 except ImportError:  # no wheel for this platform
     simplejpeg = None  # type: ignore[assignment,unused-ignore]
 
+JPEG = b"\xff\xd8"  # how each JPEG file begins
 MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
+MAX_SCANS = 500  # of one JPEG, against bombs of another kind; the extension has the same limit
 Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -150,6 +152,7 @@ def decode_pillow(data: bytes, choose: Choose, out: np.ndarray, interpolation: s
 
     out: uint8 [S, S, 3]. Raises DecodeError.
     """
+    _check_scans(data)
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
@@ -181,11 +184,12 @@ def decode_jpegcrop(data: bytes, choose: Choose, out: np.ndarray, interpolation:
         cubic = interpolation == "bicubic"
         _jpegcrop.decode(data, out, out.shape[0], *corners, box.inside, flip, cubic)
     except OverflowError as error:
-        raise DecodeError(f"refused as hostile: {error}") from error
+        raise DecodeError(str(error)) from error
 
 
 def decode_simplejpeg(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
     """As decode_pillow, by simplejpeg and torch; ValueError for what simplejpeg does not take."""
+    _check_scans(data)
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     _check_pixels(width, height)
     if colours not in ("YCbCr", "Gray", "RGB"):
@@ -214,10 +218,16 @@ def _check_pixels(width: int, height: int) -> None:
         raise DecodeError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
 
 
+def _check_scans(data: bytes) -> None:
+    # 0xFF is escaped inside a scan, so this counts start-of-scan markers.
+    if data[:2] == JPEG and data.count(b"\xff\xda") > MAX_SCANS:
+        raise DecodeError(f"more than {MAX_SCANS} scans")
+
+
 def _with_last_word(fast: Decode) -> Decode:
     def decode(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
         try:
-            if data[:2] == b"\xff\xd8":
+            if data[:2] == JPEG:
                 fast(data, choose, out, interpolation)
                 return
         except DecodeError:
