@@ -3,18 +3,25 @@
 import hashlib
 import io
 import json
+import multiprocessing
+import os
+import socket
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import save_file
 
+from eval.common import World, join_world
 from shard_tools.manifest import SAMPLE, Shard, write_manifest
 
 SIZE = 16
+ALONE = World(0, 1, torch.device("cpu"))
 OPTIONS = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -78,3 +85,24 @@ def write_encoder(run: Path, seed: int = 0) -> Path:
     }
     (folder / "encoder.json").write_text(json.dumps(info))
     return run
+
+
+def _on_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = join_world()
+    work(world, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(work: Callable[..., None], *arguments: str) -> None:
+    """Call work(world, *arguments) on two real processes joined by gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A server that has imported everything once, from which every rank is forked.
+    multiprocessing.set_forkserver_preload(["eval.features", "eval.linprobe"])
+    torch.multiprocessing.start_processes(
+        _on_rank, (port, work, arguments), nprocs=2, start_method="forkserver"
+    )

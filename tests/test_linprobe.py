@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,18 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
-from eval_helpers import MEAN, SIZE, STD, coloured_images, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    MEAN,
+    SIZE,
+    STD,
+    coloured_images,
+    on_two_ranks,
+    write_encoder,
+    write_shards,
+)
 from PIL import Image
 from torch import nn
 
 from eval import linprobe
-from eval.common import World, count_correct, join_world
+from eval.common import World, count_correct
 from eval.features import extract, open_encoder
 from pipeline.encoder import read_encoder
-
-CPU = torch.device("cpu")
-ALONE = World(0, 1, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -200,22 +203,15 @@ def test_cached_and_augmented_runs_learn_something(place: Path) -> None:
     assert augmented["images"] == cached["images"] == 37
 
 
-def on_rank(rank: int, port: int, place: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    world = join_world()
+def work(world: World, place: str) -> None:
     for protocol in ("mae", "cached"):
-        result = linprobe.evaluate(parse(place, "--protocol", protocol, "--base-lr", "20"), world)
-        (place / f"{protocol}-{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+        args = parse(Path(place), "--protocol", protocol, "--base-lr", "20")
+        result = linprobe.evaluate(args, world)
+        (Path(place) / f"{protocol}-{world.rank}.json").write_text(json.dumps(result))
 
 
 def test_two_ranks_give_the_result_of_one(place: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, place), nprocs=2)
+    on_two_ranks(work, str(place))
     for protocol in ("mae", "cached"):
         alone = linprobe.evaluate(parse(place, "--protocol", protocol, "--base-lr", "20"), ALONE)
         for rank in (0, 1):

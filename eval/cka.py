@@ -1,0 +1,208 @@
+"""CKA between features of the whole image and of the image with patches dropped (paper, Fig. 1).
+
+For every block and every share of dropped patches (10 … 90 %), linear CKA between the features of
+the whole images X and of the images with some patches dropped Y:
+
+    CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),   K = X Xᵀ, L = Y Yᵀ.
+
+HSIC is the unbiased estimator of Song et al. 2012, averaged over minibatches of n images as in
+Nguyen et al. 2021 (Eq. 3): with the diagonals of K and L set to zero,
+
+    HSIC(K, L) = [ tr(K L) + 1ᵀK1 1ᵀL1 / ((n-1)(n-2)) - 2/(n-2) 1ᵀK L 1 ] / (n (n-3)).
+
+`--pool mean`: the mean of the patch tokens that both encodings have; `--pool token`: the class
+token. A high CKA at a large share says that the features do not mind the occlusion.
+
+    python eval/cka.py --encoder runs/rmae --val data/shards/val
+"""
+
+import argparse
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from eval.common import (
+    EvalError,
+    World,
+    autocast,
+    default_output,
+    join_world,
+    parser,
+    progress,
+    run_command,
+    seed_everything,
+    write_result,
+)
+from eval.features import Timer, image_size, normalise, open_encoder
+from pipeline.data import eval_loader
+from pipeline.kernels import philox
+from shard_tools.manifest import read_manifest
+
+RATIOS = tuple(n / 10 for n in range(1, 10))
+POOLS = ("mean", "token")
+STREAM = 77  # of the counter-based generator: which patches are dropped
+
+
+def hsic(first: Tensor, second: Tensor) -> Tensor:
+    """Unbiased HSIC of Gram matrices [..., n, n] (float64): [...]. n must be at least 4."""
+    n = first.shape[-1]
+    diagonal = torch.eye(n, dtype=torch.bool, device=first.device)
+    k, m = first.masked_fill(diagonal, 0), second.masked_fill(diagonal, 0)
+    rows_k, rows_m = k.sum(-1), m.sum(-1)
+    trace = (k * m).sum((-1, -2))  # both are symmetric
+    product = rows_k.sum(-1) * rows_m.sum(-1) / ((n - 1) * (n - 2))
+    mixed = 2 / (n - 2) * (rows_k * rows_m).sum(-1)
+    return (trace + product - mixed) / (n * (n - 3))
+
+
+def gram(feature: Tensor) -> Tensor:
+    """Linear kernel [..., n, n] of features [..., n, D], in float64.
+
+    The features are centred first: HSIC does not depend on their mean, but small numbers keep
+    its differences exact.
+    """
+    feature = feature.double() - feature.double().mean(-2, keepdim=True)
+    return feature @ feature.transpose(-1, -2)
+
+
+def kept_patches(sample: Tensor, length: int, ratio: float, seed: int) -> Tensor:
+    """Positions int64 [b, K] that stay, in order; K = length - round(length · ratio).
+
+    Drawn by sample number and seed alone: the same at any rank count and in any batch.
+    """
+    noise = philox.uniform(sample, seed=seed, epoch=0, stream=STREAM, count=length)
+    keep = length - round(length * ratio)
+    return noise.argsort(dim=1)[:, :keep].sort(dim=1).values
+
+
+def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> list[Tensor]:
+    """Tokens [b, prefix + K, D] after every block; patches not kept are dropped before the first.
+
+    kept: int64 [b, K] or None for all.
+    """
+    tokens = vit._pos_embed(vit.patch_embed(pixels))
+    if kept is not None:
+        prefix = vit.num_prefix_tokens
+        index = (kept + prefix)[..., None].expand(-1, -1, tokens.shape[-1])
+        tokens = torch.cat([tokens[:, :prefix], tokens.gather(1, index)], dim=1)
+    tokens = vit.norm_pre(tokens)
+    outputs = []
+    for block in vit.blocks:
+        tokens = block(tokens)
+        outputs.append(tokens)
+    return outputs
+
+
+def pooled(tokens: list[Tensor], prefix: int, pool: str) -> Tensor:
+    """Features [blocks, b, D] of a list of tokens [b, prefix + K, D], one per block."""
+    if pool == "token":
+        return torch.stack([t[:, 0] for t in tokens]).float()
+    return torch.stack([t[:, prefix:].mean(1) for t in tokens]).float()
+
+
+@torch.no_grad()
+def batch_hsic(
+    vit: VisionTransformer, pixels: Tensor, sample: Tensor, args: argparse.Namespace
+) -> Tensor:
+    """HSIC of one minibatch, float64 [ratios, blocks, 3]: (K, L), (K, K), (L, L)."""
+    prefix, length = vit.num_prefix_tokens, vit.patch_embed.num_patches
+    with autocast(args.precision, pixels.device):
+        whole = gram(pooled(block_features(vit, pixels, None), prefix, args.pool))
+    own = hsic(whole, whole)
+    result = []
+    for ratio in args.ratios:
+        kept = kept_patches(sample, length, ratio, args.seed).to(pixels.device)
+        with autocast(args.precision, pixels.device):
+            part = gram(pooled(block_features(vit, pixels, kept), prefix, args.pool))
+        result.append(torch.stack([hsic(whole, part), own, hsic(part, part)], dim=-1))
+    return torch.stack(result)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Refuse what cannot be computed; the number of images that are used."""
+    images = read_manifest(args.val).samples
+    if args.batch_size < 4:
+        raise EvalError("--batch-size: the unbiased estimator needs at least 4 images")
+    if images < args.batch_size:
+        raise EvalError(f"{args.val} has {images} images, fewer than --batch-size")
+    if not args.ratios or not all(0 < ratio < 1 for ratio in args.ratios):
+        raise EvalError("--ratios: each must lie between 0 and 1")
+    return min(images, args.images or images) // args.batch_size * args.batch_size
+
+
+def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """CKA for every ratio and block; the whole result, alike on every rank.
+
+    Minibatches are fixed by the order of the images, and shared among the ranks as a whole, so
+    the result does not depend on their number.
+    """
+    timer = Timer()
+    images = check(args)
+    seed_everything(args.seed)
+    vit, info = open_encoder(args, world)
+    loader = eval_loader(
+        args.val,
+        batch_size=args.batch_size,
+        rank=0,
+        world=1,
+        image_size=image_size(vit),
+        workers=args.workers,
+    )
+    total = torch.zeros(len(args.ratios), len(vit.blocks), 3, dtype=torch.float64)
+    total = total.to(world.device)
+    steps = images // args.batch_size
+    for number, batch in enumerate(progress(loader, world, "CKA", steps)):
+        if number >= steps:
+            break
+        if number % world.size == world.rank:
+            total += batch_hsic(vit, normalise(batch.image, info, world.device), batch.sample, args)
+    total = world.sum(total) / steps
+    cka = total[..., 0] / (total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)).sqrt()
+    return {
+        "protocol": "cka",
+        "pool": args.pool,
+        "ratios": list(args.ratios),
+        "cka": [[round(value, 5) for value in row] for row in cka.tolist()],
+        "images": images,
+        "settings": {
+            "batch_size": args.batch_size,
+            "estimator": "unbiased minibatch HSIC, linear kernel",
+            "seed": args.seed,
+            "val": args.val,
+        },
+        "encoder": info,
+        "seconds": timer.seconds,
+        "ranks": world.size,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(str(__doc__).split("\n", 1)[0])
+    result.add_argument("--val", required=True, help="shards with the images to compare")
+    result.add_argument("--pool", choices=POOLS, default="mean")
+    result.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
+    result.add_argument("--batch-size", type=int, default=256, help="n of a minibatch's HSIC")
+    result.add_argument("--images", type=int, default=0, help="at most so many; 0 = all")
+    return result
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    world = join_world()
+    result = evaluate(args, world)
+    name = f"cka-{args.pool}" + (f"-random-{args.seed}" if args.random else "")
+    output = args.output or default_output(args.encoder, name)
+    if world.first:
+        write_result(output, result)
+        last = ", ".join(
+            f"{ratio:.0%} {row[-1]:.3f}"
+            for ratio, row in zip(result["ratios"], result["cka"], strict=True)
+        )
+        print(f"CKA of the last block by share dropped: {last}  → {output}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,107 @@
+"""k-NN: the label of a validation image from its nearest training images' features.
+
+The k = 20 training images of highest cosine similarity s vote for their labels with weight
+exp(s / T), T = 0.07. No training, no augmentation. Source: Wu et al. 2018, Eq. of Sect. 3.4.
+
+    python eval/knn.py --encoder runs/rmae --train data/shards/train --val data/shards/val
+"""
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval.common import (
+    EvalError,
+    World,
+    as_percent,
+    count_correct,
+    default_output,
+    join_world,
+    parser,
+    run_command,
+    seed_everything,
+    write_result,
+)
+from eval.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
+
+
+def vote(
+    query: Tensor, feature: Tensor, label: Tensor, classes: int, *, k: int, temperature: float
+) -> Tensor:
+    """Votes float32 [b, classes] for queries [b, D] from training features [N, D], labels [N].
+
+    Both are normalised here; images count by exp(cosine / temperature) if among the k nearest.
+    """
+    similarity = F.normalize(query, dim=1) @ F.normalize(feature, dim=1).T
+    nearest, place = similarity.topk(k, dim=1)
+    weight = ((nearest - 1) / temperature).exp()  # a factor common to all, for the number range
+    votes = weight.new_zeros(len(query), classes)
+    return votes.scatter_add_(1, label[place], weight)
+
+
+def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Accuracy of the k-NN classifier; the whole result, alike on every rank."""
+    timer = Timer()
+    train, val = labelled(args.train), labelled(args.val)
+    if not 1 <= args.k <= train.samples:
+        raise EvalError(f"--k {args.k}: must lie between 1 and {train.samples} training images")
+    classes = class_count(train, val)
+    seed_everything(args.seed)
+    vit, info = open_encoder(args, world)
+    feature, label = extract(args.train, vit, info, world, args)
+    query, truth = extract(args.val, vit, info, world, args)
+    # Each rank classifies every world-th image; features are whole on every rank.
+    count = torch.zeros(3, dtype=torch.int64, device=world.device)
+    mine = torch.arange(world.rank, len(query), world.size, device=world.device)
+    feature = F.normalize(feature, dim=1)
+    for piece in mine.split(256):
+        votes = vote(query[piece], feature, label, classes, k=args.k, temperature=args.temperature)
+        count += count_correct(votes, truth[piece])
+    top1, top5, images = world.sum(count).tolist()
+    return {
+        "protocol": "knn",
+        "feature": args.feature,
+        "top1": as_percent(top1, images),
+        "top5": as_percent(top5, images),
+        "images": images,
+        "settings": {
+            "k": args.k,
+            "temperature": args.temperature,
+            "precision": args.precision,
+            "train": args.train,
+            "val": args.val,
+        },
+        "encoder": info,
+        "seconds": timer.seconds,
+        "ranks": world.size,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(str(__doc__).split("\n", 1)[0])
+    result.add_argument("--train", required=True, help="training shards")
+    result.add_argument("--val", required=True, help="validation shards")
+    result.add_argument("--feature", choices=FEATURES, default="cls")
+    result.add_argument("--k", type=int, default=20)
+    result.add_argument("--temperature", type=float, default=0.07)
+    result.add_argument("--micro-batch", type=int, default=256, help="images per forward pass")
+    return result
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    world = join_world()
+    result = evaluate(args, world)
+    name = "knn" + (f"-random-{args.seed}" if args.random else "")
+    output = args.output or default_output(args.encoder, name)
+    if world.first:
+        write_result(output, result)
+        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,146 @@
+"""CKA against exact oracles: the U-statistic by loops, and the whole set as one batch."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from torch import Tensor
+
+from eval import cka
+from eval.common import World
+from eval.features import open_encoder
+
+COUNT = 48
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cka")
+    write_shards(folder / "val", *coloured_images(COUNT, 6, seed=2))
+    write_encoder(folder / "run")
+    return folder
+
+
+def parse(place: Path, *more: str) -> cka.argparse.Namespace:
+    common = ["--encoder", place / "run", "--val", place / "val", "--workers", 0]
+    return cka.build_parser().parse_args([str(v) for v in (*common, *more)])
+
+
+def by_loops(first: Tensor, second: Tensor) -> float:
+    """Unbiased HSIC as a U-statistic: the mean over all ordered quadruples of distinct images."""
+    k, m = (first @ first.T).tolist(), (second @ second.T).tolist()
+    quadruples = list(itertools.permutations(range(len(k)), 4))
+    total = sum(k[a][b] * (m[a][b] + m[c][d] - 2 * m[a][c]) for a, b, c, d in quadruples)
+    return total / len(quadruples)
+
+
+def test_hsic_is_the_u_statistic() -> None:
+    torch.manual_seed(0)
+    first = torch.randn(7, 3, dtype=torch.float64) + 5
+    second = torch.randn(7, 4, dtype=torch.float64) - 3
+    for a, b in ((first, second), (first, first), (second, second)):
+        assert cka.hsic(cka.gram(a), cka.gram(b)).item() == pytest.approx(by_loops(a, b), rel=1e-9)
+
+
+def test_hsic_is_unbiased_and_cka_is_one_for_equal_features() -> None:
+    torch.manual_seed(1)
+    independent = torch.randn(4000, 8, 5), torch.randn(4000, 8, 5)
+    values = cka.hsic(cka.gram(independent[0]), cka.gram(independent[1]))
+    assert abs(values.mean()) < 4 * values.std() / 4000**0.5
+    x = torch.randn(20, 6)
+    rotation = torch.linalg.qr(torch.randn(6, 6))[0]
+    k, m = cka.gram(x), cka.gram(3 * x @ rotation + 1)  # CKA ignores rotation, scale and mean
+    assert (cka.hsic(k, m) / (cka.hsic(k, k) * cka.hsic(m, m)).sqrt()).item() == pytest.approx(1)
+
+
+def plain_cka(first: Tensor, second: Tensor) -> float:
+    """Unbiased CKA of two feature sets by U-centring (Szekely and Rizzo 2014)."""
+
+    def centred(feature: Tensor) -> Tensor:
+        k = feature.double() @ feature.double().T
+        n = len(k)
+        k.fill_diagonal_(0)
+        k = k - k.sum(0) / (n - 2) - k.sum(1)[:, None] / (n - 2) + k.sum() / ((n - 1) * (n - 2))
+        return k.fill_diagonal_(0)
+
+    a, b = centred(first), centred(second)
+    return float((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
+
+
+@pytest.mark.parametrize("pool", ["mean", "token"])
+def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> None:
+    args = parse(place, "--pool", pool, "--batch-size", COUNT, "--ratios", 0.3, 0.8)
+    result = cka.evaluate(args, ALONE)
+    vit, info = open_encoder(args, ALONE)
+    loader = cka.eval_loader(args.val, batch_size=COUNT, rank=0, world=1, image_size=16, workers=0)
+    batch = next(iter(loader))
+    pixels = cka.normalise(batch.image, info, ALONE.device)
+    seen: list[Tensor] = []
+    for block in vit.blocks:  # what timm's own forward computes, seen from outside
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        vit(pixels)
+        whole = list(seen)
+        for row, ratio in enumerate((0.3, 0.8)):
+            kept = cka.kept_patches(batch.sample, 16, ratio, args.seed)
+            part = cka.block_features(vit, pixels, kept)
+            for number in range(2):
+                features = [
+                    t[number][:, 0] if pool == "token" else t[number][:, 1:].mean(1)
+                    for t in (whole, part)
+                ]
+                assert result["cka"][row][number] == pytest.approx(plain_cka(*features), abs=2e-5)
+
+
+def test_dropped_patches_do_not_reach_the_encoder(place: Path) -> None:
+    vit, _ = open_encoder(parse(place), ALONE)
+    torch.manual_seed(0)
+    pixels, sample = torch.randn(3, 3, 16, 16), torch.tensor([4, 9, 11])
+    kept = cka.kept_patches(sample, 16, 0.7, seed=0)
+    assert kept.shape == (3, 16 - 11)
+    again = cka.kept_patches(sample.flip(0), 16, 0.7, seed=0).flip(0)
+    assert torch.equal(kept, again)  # by sample, not by place in the batch
+    hidden = torch.ones(3, 16, dtype=torch.bool).scatter_(1, kept, False)
+    grid = hidden.view(3, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.where(grid, torch.randn_like(pixels), pixels)
+    with torch.no_grad():
+        for a, b in zip(
+            cka.block_features(vit, pixels, kept),
+            cka.block_features(vit, other, kept),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+        everything = torch.arange(16).expand(3, 16)
+        for a, b in zip(
+            cka.block_features(vit, pixels, everything),
+            cka.block_features(vit, pixels, None),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def work(world: World, place: str) -> None:
+    result = cka.evaluate(parse(Path(place), "--batch-size", 16), world)
+    (Path(place) / f"rank{world.rank}.json").write_text(json.dumps(result))
+
+
+def test_minibatches_on_two_ranks_give_the_value_of_one(place: Path) -> None:
+    on_two_ranks(work, str(place))
+    alone = cka.evaluate(parse(place, "--batch-size", 16), ALONE)
+    exact = cka.evaluate(parse(place, "--batch-size", COUNT), ALONE)
+    assert alone["ratios"] == pytest.approx([n / 10 for n in range(1, 10)])
+    for rank in (0, 1):
+        result = json.loads((place / f"rank{rank}.json").read_text())
+        torch.testing.assert_close(torch.tensor(result["cka"]), torch.tensor(alone["cka"]))
+    error = (torch.tensor(alone["cka"]) - torch.tensor(exact["cka"])).abs()
+    assert error.max() < 0.15  # an estimate from 3 batches of 16
+
+
+def test_bad_input_is_one_sentence(place: Path) -> None:
+    with pytest.raises(ValueError, match="at least 4 images"):
+        cka.evaluate(parse(place, "--batch-size", 3), ALONE)
+    with pytest.raises(ValueError, match="has 48 images, fewer than --batch-size"):
+        cka.evaluate(parse(place, "--batch-size", 64), ALONE)
