@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.kernels.color_jitter import ORDERS
 
-BLOCK = 1024  # pixels at a time
+BLOCK = 512  # pixels at a time
 
 
 @triton.jit

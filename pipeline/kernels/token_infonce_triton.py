@@ -9,7 +9,8 @@ With raw vectors q, k, inverse norms a_i = 1/|q_i|, b_j = 1/|k_j| (fp32) and t =
 
 Forward writes lse, the positive and the summed score of each row. Backward makes the scores again:
 one kernel owns rows and walks the columns (dq), the other owns columns and walks the rows (dk);
-they are the same kernel with the two sides exchanged.
+they are the same kernel with the two sides exchanged. u_i . q_i = sum_j w[i,j] b_j k_j . q_i comes
+out of the scores, so the channels of a gradient can be divided among programs.
 """
 
 from typing import Any
@@ -22,15 +23,29 @@ from torch import Tensor
 from pipeline.kernels.dot_triton import dot
 from pipeline.kernels.token_infonce import grouped
 
-MAX_WIDTH = 1024  # channels of a vector held whole in registers
+OUT = {torch.float32: 128}  # gradient channels of a program; 256 in the 16-bit types
 
 
 @triton.jit
 def _vectors(ptr, group, n, count, d, group_stride, row_stride, WIDTH: tl.constexpr):
-    """Rows n of a group of vectors, zero beyond count and WIDTH: [n, d]."""
+    """Channels d of rows n of a group of vectors, zero beyond count and WIDTH: [n, d]."""
     start = ptr + tl.cast(group, tl.int64) * group_stride
     at = start + n.to(tl.int64)[:, None] * row_stride + d[None, :]
     return tl.load(at, mask=(n < count)[:, None] & (d < WIDTH)[None, :], other=0)
+
+
+@triton.jit
+def _products(x_ptr, y_ptr, group, m, n, x_count, y_count, x_group_stride, x_row_stride,
+              y_group_stride, y_row_stride, M: tl.constexpr, N: tl.constexpr,
+              WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """x_m . y_n of rows m and n, D channels at a time: fp32 [M, N]."""
+    products = tl.zeros((M, N), tl.float32)
+    for first in range(0, WIDTH, D):
+        d = first + tl.arange(0, D)
+        x = _vectors(x_ptr, group, m, x_count, d, x_group_stride, x_row_stride, WIDTH)
+        y = _vectors(y_ptr, group, n, y_count, d, y_group_stride, y_row_stride, WIDTH)
+        products = dot(x, tl.trans(y), products)
+    return products
 
 
 @triton.jit
@@ -56,8 +71,6 @@ def token_infonce_kernel(
     """lse, positive score and sum of scores (all in units of cosine / t) of rows of a group."""
     group = tl.program_id(1)
     i = tl.program_id(0) * M + tl.arange(0, M)
-    d = tl.arange(0, D)
-    q = _vectors(q_ptr, group, i, rows, d, q_group_stride, q_row_stride, WIDTH)
     a = tl.load(a_ptr + group * rows + i, mask=i < rows, other=0) * scale
     maximum = tl.full((M,), -float("inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -65,9 +78,10 @@ def token_infonce_kernel(
     positive = tl.zeros((M,), tl.float32)
     for first in range(0, columns, N):
         j = first + tl.arange(0, N)
-        k = _vectors(k_ptr, group, j, columns, d, k_group_stride, k_row_stride, WIDTH)
         b = tl.load(b_ptr + group * columns + j, mask=j < columns, other=0)
-        s = dot(q, tl.trans(k), tl.zeros((M, N), tl.float32)) * a[:, None] * b[None, :]
+        s = _products(q_ptr, k_ptr, group, i, j, rows, columns, q_group_stride, q_row_stride,
+                      k_group_stride, k_row_stride, M, N, WIDTH, D)  # fmt: skip
+        s *= a[:, None] * b[None, :]
         summed += tl.sum(s, 1)
         positive += tl.sum(tl.where(j[None, :] == (i + shift)[:, None], s, 0.0), 1)
         s = tl.where((j < columns)[None, :], s, -float("inf"))
@@ -87,36 +101,40 @@ def token_infonce_backward_kernel(
     own_group_stride, own_row_stride, other_group_stride, other_row_stride,
     out_group_stride, out_row_stride,
     OWNS_ROWS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr,
+    D: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the vectors `own` (queries if OWNS_ROWS, else keys) against all of `other`."""
+    """OUT channels of the gradient of vectors `own` (queries if OWNS_ROWS, else keys)."""
     group = tl.program_id(1)
     m = tl.program_id(0) * M + tl.arange(0, M)
-    d = tl.arange(0, D)
-    own = _vectors(own_ptr, group, m, own_count, d, own_group_stride, own_row_stride, WIDTH)
+    d = tl.program_id(2) * OUT + tl.arange(0, OUT)
     norm = tl.load(own_norm_ptr + group * own_count + m, mask=m < own_count, other=0)
     if OWNS_ROWS:
         partner = m + shift
         lse = tl.load(lse_ptr + group * own_count + m, mask=m < own_count, other=0)[:, None]
     else:
         partner = m - shift
-    total = tl.zeros((M, D), tl.float32)
+    total = tl.zeros((M, OUT), tl.float32)
+    along = tl.zeros((M,), tl.float32)
     for first in range(0, other_count, N):
         n = first + tl.arange(0, N)
         inside = n < other_count
-        other = _vectors(other_ptr, group, n, other_count, d, other_group_stride,
-                         other_row_stride, WIDTH)  # fmt: skip
         b = tl.load(other_norm_ptr + group * other_count + n, mask=inside, other=0)
         if not OWNS_ROWS:
             lse = tl.load(lse_ptr + group * other_count + n, mask=inside, other=0)[None, :]
-        s = dot(own, tl.trans(other), tl.zeros((M, N), tl.float32))
-        w = tl.exp(s * (norm * scale)[:, None] * b[None, :] - lse)
+        cosine = _products(own_ptr, other_ptr, group, m, n, own_count, other_count,
+                           own_group_stride, own_row_stride, other_group_stride,
+                           other_row_stride, M, N, WIDTH, D)  # fmt: skip
+        cosine *= norm[:, None] * b[None, :]
+        w = tl.exp(cosine * scale - lse)
         w -= tl.where(n[None, :] == partner[:, None], 1.0, 0.0)
-        w = tl.where(inside[None, :], w * b[None, :], 0.0)
-        total = dot(w.to(other_ptr.dtype.element_ty), other, total)
-    own = own.to(tl.float32)
-    along = tl.sum(total * own, 1) * norm * norm
-    gradient = (total - along[:, None] * own) * (norm * factor * tl.load(grad_ptr))[:, None]
+        w = tl.where(inside[None, :], w, 0.0)
+        along += tl.sum(w * cosine, 1)
+        other = _vectors(other_ptr, group, n, other_count, d, other_group_stride,
+                         other_row_stride, WIDTH)  # fmt: skip
+        total = dot((w * b[None, :]).to(other_ptr.dtype.element_ty), other, total)
+    own = _vectors(own_ptr, group, m, own_count, d, own_group_stride, own_row_stride, WIDTH)
+    gradient = total - (along * norm)[:, None] * own.to(tl.float32)
+    gradient *= (norm * factor * tl.load(grad_ptr))[:, None]
     start = out_ptr + tl.cast(group, tl.int64) * out_group_stride
     at = start + m.to(tl.int64)[:, None] * out_row_stride + d[None, :]
     mask = (m < own_count)[:, None] & (d < WIDTH)[None, :]
@@ -124,10 +142,10 @@ def token_infonce_backward_kernel(
 
 
 def _tile(dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Rows, columns and channels of a tile: what fits registers and shared memory."""
-    d = max(16, triton.next_power_of_2(width))
-    m = 16 if dtype == torch.float32 and d > 512 else 32
-    return {"WIDTH": width, "M": m, "N": m, "D": d, "num_warps": 8, "num_stages": 1}
+    """Rows and columns of a tile of scores, and the channels multiplied at a time."""
+    size = 32 if dtype == torch.float32 else 64
+    d = min(size, max(16, triton.next_power_of_2(width)))
+    return {"WIDTH": width, "M": size, "N": size, "D": d, "num_warps": 4}
 
 
 def _inverse_norms(x: Tensor) -> Tensor:
@@ -183,16 +201,19 @@ def _token_infonce_backward(
     contiguous = torch.contiguous_format
     query_grad = torch.zeros_like(query if want_query else query[:0], memory_format=contiguous)
     key_grad = torch.zeros_like(key if want_key else key[:0], memory_format=contiguous)
-    tile = _tile(q.dtype, q.shape[2])
+    tile = {**_tile(q.dtype, q.shape[2]), "num_warps": 8}
+    out = min(OUT.get(q.dtype, 256), max(16, triton.next_power_of_2(q.shape[2])))
+    chunks = triton.cdiv(q.shape[2], out)
     scale, factor = 1 / temperature, 1 / (temperature * q.shape[0] * q.shape[1])
     grad = grad.contiguous()
 
-    def launch(own: Tensor, other: Tensor, own_norm: Tensor, other_norm: Tensor, out: Tensor,
+    def launch(own: Tensor, other: Tensor, own_norm: Tensor, other_norm: Tensor, to: Tensor,
                rows: bool) -> None:  # fmt: skip
-        token_infonce_backward_kernel[(triton.cdiv(own.shape[1], tile["M"]), own.shape[0])](
-            own, other, own_norm, other_norm, lse, grad, out, own.shape[1], other.shape[1], shift,
-            scale, factor, *own.stride()[:2], *other.stride()[:2], *out.stride()[:2],
-            OWNS_ROWS=rows, **tile,
+        grid = (triton.cdiv(own.shape[1], tile["M"]), own.shape[0], chunks)
+        token_infonce_backward_kernel[grid](
+            own, other, own_norm, other_norm, lse, grad, to, own.shape[1], other.shape[1], shift,
+            scale, factor, *own.stride()[:2], *other.stride()[:2], *to.stride()[:2],
+            OWNS_ROWS=rows, OUT=out, **tile,
         )  # fmt: skip
 
     if want_query:
@@ -237,13 +258,7 @@ def token_infonce_triton(
     """`token_infonce` by the kernel; arguments already checked.
 
     Queries and keys of different dtypes (a bf16 student, an fp32 teacher) meet in the wider one.
-    Raises ValueError for vectors of more than 1024 channels.
     """
-    if query.shape[2] > MAX_WIDTH:
-        raise ValueError(
-            f"token_infonce's kernel takes up to {MAX_WIDTH} channels, not {query.shape[2]}: "
-            "choose kernels: reference"
-        )
     dtype = torch.promote_types(query.dtype, key.dtype)
     query, key = query.to(dtype).contiguous(), key.to(dtype).contiguous()
     loss, similarity, *_ = _token_infonce(query, key, temperature, negatives, offset)
