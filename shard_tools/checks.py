@@ -12,10 +12,10 @@ import warnings
 from dataclasses import dataclass
 
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
-# Only these decoders of Pillow are ever tried on a file.
-READABLE = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
+# Only these decoders of Pillow are ever tried on a file (its JPEG one also opens MPO).
+READABLE = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
 QUALITY = 95  # of a JPEG that has to be encoded anew and for which no quality is asked
 _GREY = ("1", "L", "LA", "La")
 _EXIF_ORIENTATION = 0x0112
@@ -69,7 +69,7 @@ def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
             image = Image.open(io.BytesIO(data), formats=READABLE)
             return _check(data, image, settings)
         except UnidentifiedImageError:
-            raise ImageFault("not an image in a known format") from None
+            raise ImageFault(_unidentified(data)) from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ImageFault(str(error).split("\n")[0]) from error
 
@@ -80,8 +80,10 @@ def probe(data: bytes) -> tuple[str, int, int, int]:
         warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=READABLE)
+        except UnidentifiedImageError:
+            raise ImageFault(_unidentified(data)) from None
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageFault(f"not an image in a known format ({type(error).__name__})") from error
+            raise ImageFault(str(error).split("\n")[0]) from error
         kind = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
         return kind.get(image.format or "", "other"), *image.size, _orientation(image)
 
@@ -100,6 +102,12 @@ def decode_fully(data: bytes) -> str:
     except ValueError as warning:
         Image.open(io.BytesIO(data), formats=READABLE).load()
         return str(warning)
+
+
+def _unidentified(data: bytes) -> str:
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and not features.check("webp"):
+        return "a WebP image, which this build of Pillow cannot read"
+    return "not an image in a known format"
 
 
 def _check(data: bytes, image: Image.Image, settings: ImageSettings) -> CheckedImage:

@@ -20,12 +20,13 @@ from shard_tools.checks import ImageFault, ImageSettings, check_image
 from shard_tools.console import ToolError
 from shard_tools.manifest import SAMPLE, Shard, write_atomic
 from shard_tools.sources import Item, Source, read_item
+from shard_tools.tarfmt import BLOCK, RECORD, padded
 
 PARTS = ".parts"  # folder inside DEST while the job runs
 PLAN = "plan.json"
 LAYOUT = 1  # raised when equal options would give other bytes
-# Headers, padding, cls and json of a sample, about; in bytes.
-OVERHEAD = 3 * 512 + 256 + 2 * 512
+# Bytes of a sample beside its image: three headers, cls and json with their padding.
+OVERHEAD = 5 * BLOCK
 PROBE = 64  # images whose new size is measured when they are to be resized
 
 
@@ -35,7 +36,7 @@ class Settings:
 
     name: str = "shard"
     seed: int = 0
-    shard_size: int = 256 << 20  # bytes, an upper limit but for the skew of one image
+    shard_size: int = 256 << 20  # bytes; only images over half of it can make a shard larger
     image: ImageSettings = field(default_factory=ImageSettings)
 
 
@@ -61,8 +62,12 @@ def make_plan(source: Source, settings: Settings) -> Plan:
     """Shuffle by (seed, name), then cut into shards of equal planned size."""
     items = sorted(source.items, key=lambda item: (_rank(settings.seed, item.name), item.offset))
     ratio = _size_ratio(source, items, settings.image) if settings.image.changes_size else 1.0
-    ends = list(accumulate(int(item.size * ratio) + OVERHEAD for item in items))
-    count = min(len(items), -(-ends[-1] // settings.shard_size))
+    sizes = [padded(int(item.size * ratio)) + OVERHEAD for item in items]
+    ends = list(accumulate(sizes))
+    # A shard may pass its even share by one image, and still has to keep to the limit.
+    limit = settings.shard_size - RECORD
+    share = max(limit - max(sizes), limit // 2, 1)
+    count = min(len(items), -(-ends[-1] // share))
     cuts = np.searchsorted(ends, [ends[-1] * i / count for i in range(1, count)], side="left") + 1
     starts = sorted({0, *(int(cut) for cut in cuts if cut < len(items)), len(items)})
     return Plan(source, settings, items, starts, _digest(source, settings, items, starts))

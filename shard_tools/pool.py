@@ -10,6 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
+from tqdm import tqdm
+
 from shard_tools.console import ToolError, progress
 
 J = TypeVar("J")
@@ -17,7 +19,8 @@ R = TypeVar("R")
 
 _PR_SET_PDEATHSIG = 1
 
-# Set in each worker: shared counts of images and bytes, and the order to stop.
+# Where `report` counts: in a worker the shared counts of images and bytes and the order to stop,
+# in the process itself the counts and the bar.
 _state: dict[str, Any] = {}
 
 
@@ -39,34 +42,62 @@ def run_jobs(
     The function (importable, its job picklable) calls `report` for each image. The first error
     ends all jobs. total, finished: images in all (None: not known) and those done before.
     """
+    with progress(total, description, initial=finished) as bar:
+        if min(workers, len(jobs)) <= 1:
+            yield from _run_here(function, jobs, bar)
+        else:
+            yield from _run_pool(function, jobs, workers, bar)
+
+
+def _run_here(function: Callable[[J], R], jobs: Sequence[J], bar: tqdm) -> Iterator[R]:
+    """One job or one worker needs no process of its own."""
+    _state.update(counts=[0, 0], bar=bar)
+    try:
+        for job in jobs:
+            yield function(job)
+    finally:
+        _state.clear()
+
+
+def _run_pool(
+    function: Callable[[J], R], jobs: Sequence[J], workers: int, bar: tqdm
+) -> Iterator[R]:
     context = multiprocessing.get_context("spawn")
     counts, stop = context.Array("q", 2), context.Event()
-    workers = max(1, min(workers, len(jobs)))
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (counts, stop))
-    with progress(total, description, initial=finished) as bar:
-        try:
-            running: set[Future[R]] = {pool.submit(function, job) for job in jobs}
-            while running:
-                done, running = wait(running, 0.2, FIRST_COMPLETED)
-                rate = counts[1] / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-                bar.update(finished + counts[0] - bar.n)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise ToolError("a worker process died (out of memory?)") from None
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (counts, stop))
+    finished = bar.n
+    try:
+        running: set[Future[R]] = {pool.submit(function, job) for job in jobs}
+        while running:
+            done, running = wait(running, 0.2, FIRST_COMPLETED)
+            _show(bar, finished + counts[0] - bar.n, counts[1])
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise ToolError("a worker process died (out of memory?)") from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _show(bar: tqdm, images: int, size: int) -> None:
+    rate = size / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
+    bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+    bar.update(images)
 
 
 def report(size: int, images: int = 1) -> None:
     """Count images and bytes for the progress bar; raises Stop where the command was stopped."""
-    if not _state:  # called outside a pool
+    counts = _state.get("counts")
+    if counts is None:  # called outside run_jobs
         return
-    with _state["counts"].get_lock():
-        _state["counts"][0] += images
-        _state["counts"][1] += size
+    if "bar" in _state:
+        counts[1] += size
+        _show(_state["bar"], images, counts[1])
+        return
+    with counts.get_lock():
+        counts[0] += images
+        counts[1] += size
     if _state["stop"].is_set():
         raise Stop
 

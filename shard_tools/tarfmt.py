@@ -60,6 +60,11 @@ def padding(size: int) -> bytes:
     return _ZEROS[: -size % BLOCK]
 
 
+def padded(size: int) -> int:
+    """Bytes that a member of `size` bytes occupies, without its header."""
+    return size + -size % BLOCK
+
+
 class ShardWriter:
     """Write samples into an open file descriptor and hash what is written.
 
@@ -79,7 +84,7 @@ class ShardWriter:
             pending += header(f"{key}.{name}".encode(), len(data))
             place += BLOCK
             offsets[name] = place
-            place += len(data) + -len(data) % BLOCK
+            place += padded(len(data))
             if len(data) <= 8 * BLOCK:  # small ones are joined, large ones never copied
                 pending += data + padding(len(data))
             else:
@@ -134,7 +139,7 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                end = member.offset_data + member.size + -member.size % BLOCK
+                end = member.offset_data + padded(member.size)
                 if end > size:
                     raise TarError(f"{path}: cut inside member {member.name!r}")
                 key, name = split_name(member.name) if member.isreg() else ("", "")

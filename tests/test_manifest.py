@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_samples import flipped
+
+from shard_tools.manifest import (
+    INDEX,
+    MANIFEST,
+    NAMES,
+    SAMPLE,
+    Manifest,
+    ManifestError,
+    Shard,
+    read_manifest,
+    write_manifest,
+)
+
+
+def rows(count: int) -> np.ndarray:
+    index = np.zeros(count, SAMPLE)
+    index["offset"] = np.arange(count) * 10
+    index["length"] = 10
+    index["label"] = np.arange(count) % 3 - 1
+    return index
+
+
+def shard_folder(folder: Path, counts: tuple[int, ...] = (3, 2)) -> Manifest:
+    folder.mkdir(parents=True)
+    shards = []
+    for number, count in enumerate(counts):
+        name = f"shard-{number:06d}.tar"
+        (folder / name).write_bytes(bytes(100))
+        shards.append(Shard(name, count, 100, "0" * 64))
+    index = np.concatenate([rows(count) for count in counts])
+    names = [f"n/{number}.JPEG" for number in range(sum(counts))]
+    return write_manifest(
+        folder, shards=shards, index=index, classes=("a", "ü"), made={"tool": "test"}, names=names
+    )
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    written = shard_folder(tmp_path / "s")
+    manifest = read_manifest(str(tmp_path / "s"))
+    assert manifest == written
+    assert manifest.samples == 5
+    assert manifest.starts.tolist() == [0, 3, 5]
+    assert manifest.starts.dtype == np.int64
+    assert manifest.index.tolist() == [*rows(3).tolist(), *rows(2).tolist()]
+    assert manifest.names[4] == "n/4.JPEG"
+    assert manifest.classes == ("a", "ü")
+    assert Path(manifest.path(1)).stat().st_size == 100
+    assert not manifest.index.flags.writeable
+    again = pickle.loads(pickle.dumps(manifest))  # as a loader's worker process receives it
+    assert again == manifest
+    assert again.index.tolist() == manifest.index.tolist()
+
+
+def test_the_index_is_documented_bytes(tmp_path: Path) -> None:
+    shard_folder(tmp_path / "s")
+    data = (tmp_path / "s" / INDEX).read_bytes()
+    assert struct.unpack("<8sIIQ", data[:24]) == (b"RMIMINDX", 1, 24, 5)
+    assert struct.unpack("<QIiHHBBH", data[64 + 24 : 64 + 48]) == (10, 10, 0, 0, 0, 0, 0, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.data())
+def test_locate_is_a_walk_over_the_shards(counts: list[int], data: st.DataObject) -> None:
+    total = sum(counts)
+    shards = tuple(Shard(str(i), n, 100, "") for i, n in enumerate(counts))
+    manifest = Manifest("x", shards)
+    manifest.__dict__["index"] = rows(total)
+    wanted = data.draw(st.lists(st.integers(0, max(0, total - 1)), max_size=9 if total else 0))
+    walk = [shard for shard, n in enumerate(counts) for _ in range(n)]
+    shard, row = manifest.locate(np.array(wanted, np.int64))
+    assert shard.tolist() == [walk[sample] for sample in wanted]
+    assert row["offset"].tolist() == [10 * sample for sample in wanted]
+    for outside in (-1, total):
+        with pytest.raises(ManifestError, match="run from 0 to"):
+            manifest.locate(np.array([outside]))
+
+
+@pytest.mark.parametrize("name", [MANIFEST, INDEX, NAMES])
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path, name: str) -> None:
+    shard_folder(tmp_path / "s")
+    path = tmp_path / "s" / name
+    data = path.read_bytes()
+    whole = read_manifest(tmp_path / "s")
+    damaged = [flipped(data, bit) for bit in range(0, 8 * len(data), 11)]
+    damaged += [data[:size] for size in range(0, len(data), 7)]
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            manifest = read_manifest(tmp_path / "s")
+            index, names = manifest.index, manifest.names
+        except ManifestError:
+            continue
+        # Only a change that keeps the meaning may pass: white space at the end of the JSON, or
+        # the unused bytes of the index header.
+        assert (manifest, names) == (whole, whole.names)
+        assert index.tolist() == whole.index.tolist()
+        assert name != NAMES
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda s: (s / MANIFEST).unlink(), "has no manifest.json; make it with"),
+        (lambda s: (s / INDEX).unlink(), "index.bin: is missing"),
+        (lambda s: (s / "shard-000001.tar").unlink(), "shard-000001.tar: this shard is missing"),
+        (lambda s: (s / "shard-000000.tar").write_bytes(b"x"), "1 bytes long where .* says 100"),
+        (lambda s: (s / MANIFEST).write_text("[]"), "not a manifest"),
+        (lambda s: (s / MANIFEST).write_text("{}"), "not a manifest"),
+        (lambda s: (s / INDEX).write_bytes(b"RMIM"), "too short"),
+    ],
+)
+def test_a_broken_folder_is_one_sentence(tmp_path: Path, harm: object, sentence: str) -> None:
+    shard_folder(tmp_path / "s")
+    harm(tmp_path / "s")
+    with pytest.raises(ManifestError, match=sentence) as caught:
+        read_manifest(tmp_path / "s")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder_and_unknown_version(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such folder"):
+        read_manifest(tmp_path / "nowhere")
+    shard_folder(tmp_path / "s")
+    content = json.loads((tmp_path / "s" / MANIFEST).read_text())
+    content["version"] = 99
+    (tmp_path / "s" / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ManifestError, match="version 99 is not known, this code reads 1"):
+        read_manifest(tmp_path / "s")
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a/../../x.tar", "a//x.tar"])
+def test_a_shard_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.tar").write_bytes(bytes(100))
+    with pytest.raises(ManifestError, match="leaves its folder"):
+        write_manifest(tmp_path / "s", shards=[Shard(name, 1, 100, "")], index=rows(1))
+
+
+def test_rows_must_lie_in_their_shard_and_their_classes(tmp_path: Path) -> None:
+    before = shard_folder(tmp_path / "s")
+    shards = before.shards
+    for field, value, sentence in [
+        ("offset", 91, "sample 4 lies outside"),
+        ("offset", 2**64 - 5, "sample 4 lies outside"),
+        ("label", 2, "label 2 of 2 classes"),
+        ("label", -2, "label -2 of 2 classes"),
+    ]:
+        index = before.index.copy()
+        index[field][4] = value
+        with pytest.raises(ManifestError, match=sentence):
+            write_manifest(tmp_path / "s", shards=shards, index=index, classes=before.classes)
+    with pytest.raises(ManifestError, match="4 rows for 5 samples"):
+        write_manifest(tmp_path / "s", shards=shards, index=before.index[:4])
+    with pytest.raises(ManifestError, match="one line per sample"):
+        write_manifest(tmp_path / "s", shards=shards, index=before.index, names=["one"])
+    assert read_manifest(tmp_path / "s") == before  # a refused call changes nothing
+
+
+def test_a_subset_finds_the_tars_after_a_move_of_both(tmp_path: Path) -> None:
+    parent = shard_folder(tmp_path / "data" / "train")
+    write_manifest(
+        tmp_path / "data" / "subset",
+        shards=[Shard("shard-000001.tar", 1, 100, "0" * 64)],
+        index=parent.index[4:5],
+        shard_folder=parent.folder,
+    )
+    (tmp_path / "data").rename(tmp_path / "moved")
+    subset = read_manifest(tmp_path / "moved" / "subset")
+    assert subset.samples == 1
+    assert Path(subset.path(0)) == tmp_path / "moved" / "train" / "shard-000001.tar"
+    (tmp_path / "moved" / "train" / "shard-000001.tar").unlink()
+    with pytest.raises(ManifestError, match="shard is missing"):
+        read_manifest(tmp_path / "moved" / "subset")
+
+
+def test_a_manifest_is_read_through_an_fsspec_url(tmp_path: Path) -> None:
+    local = shard_folder(tmp_path / "s")
+    memory = fsspec.filesystem("memory")
+    for name in (MANIFEST, INDEX, NAMES):
+        memory.pipe(f"/bucket/s/{name}", (tmp_path / "s" / name).read_bytes())
+    remote = read_manifest("memory://bucket/s")
+    assert remote.index.tolist() == local.index.tolist()
+    assert remote.names == local.names
+    assert remote.path(1) == "memory://bucket/s/shard-000001.tar"
+    with pytest.raises(ManifestError, match=r"nowhere/manifest.json: cannot be read"):
+        read_manifest("memory://bucket/nowhere")
