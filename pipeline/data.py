@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
-import os
 import signal
 import weakref
-from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from pipeline.decode import Box, CentreCrop, Choose, Crop, DecodeError, decoder
+from pipeline.cache import GIB, ShardCache
+from pipeline.decode import Box, CentreCrop, Crop
 from pipeline.order import CROPS, Order, global_batch, random_bits, steps_per_epoch
-from shard_tools.manifest import Manifest, ManifestError, read_manifest
+from pipeline.reader import Reader, SampleError
+from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
 __all__ = [
     "Batch", "Box", "CentreCrop", "Crop", "Loader", "Order", "SampleError",
@@ -35,11 +33,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
 _NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
-_OPEN_SHARDS = 256  # file handles that one worker keeps
-
-
-class SampleError(ValueError):
-    """A sample that will not decode, in one sentence that names it, its shard and the reason."""
+_AHEAD = 32  # steps ahead of which a remote shard is fetched
 
 
 @dataclass
@@ -75,73 +69,11 @@ class Batch:
         self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
 
 
-class _Reader:
-    """Reads and decodes samples of a manifest; lives in a worker process."""
-
-    def __init__(self, manifest: Manifest, image_size: int, interpolation: str, how: str) -> None:
-        self.manifest, self.interpolation = manifest, interpolation
-        self.image_size = image_size
-        self.decoder, _ = decoder(how)  # by name: a worker may be a fresh process
-        self.handles: OrderedDict[int, int] = OrderedDict()
-        self.starts: list[int] = manifest.starts.tolist()
-        _ = manifest.index  # read and checked once, before the workers start
-
-    def read(self, sample: int) -> bytes:
-        """The image bytes of a sample."""
-        shard, row = self.shard(sample), self.manifest.index[sample]
-        offset, length = int(row["offset"]), int(row["length"])
-        data = os.pread(self._handle(shard), length, offset)
-        if len(data) != length:
-            raise ManifestError(
-                f"{self.manifest.path(shard)}: sample {sample} ends after {len(data)} of "
-                f"{length} bytes; the shard changed since its manifest was written"
-            )
-        return data
-
-    def shard(self, sample: int) -> int:
-        """Number of the shard that holds a sample."""
-        return bisect_right(self.starts, sample) - 1
-
-    def decode(self, sample: int, choose: Choose, out: np.ndarray) -> None:
-        """Write the chosen crop of a sample into `out`; SampleError if it will not decode."""
-        try:
-            decoder(self.decoder)[1](self.read(sample), choose, out, self.interpolation)
-        except DecodeError as error:
-            where = self.manifest.path(self.shard(sample))
-            raise SampleError(f"sample {sample} of {where} will not decode: {error}") from error
-
-    def empty(self, count: int) -> torch.Tensor:
-        """An uninitialised uint8 batch [count, S, S, 3]; in a worker, memory that the main
-        process can map, which saves a copy."""
-        shape = (count, self.image_size, self.image_size, 3)
-        if get_worker_info() is None:
-            return torch.empty(shape, dtype=torch.uint8)
-        storage = torch.UntypedStorage._new_shared(math.prod(shape))
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-    def labels(self, samples: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.manifest.index["label"][samples].astype(np.int64))
-
-    def _handle(self, shard: int) -> int:
-        if shard in self.handles:
-            self.handles.move_to_end(shard)
-            return self.handles[shard]
-        path = self.manifest.path(shard)
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ManifestError(f"{path}: this shard cannot be read ({error.strerror})") from error
-        if len(self.handles) >= _OPEN_SHARDS:
-            os.close(self.handles.popitem(last=False)[1])
-        self.handles[shard] = handle
-        return handle
-
-
 class _Train(Dataset):
     """Micro-batch number t of a rank: step t // micro-batches per step."""
 
     def __init__(
-        self, reader: _Reader, order: Order, crop: Crop, micro_batch: int, rank: int, world: int,
+        self, reader: Reader, order: Order, crop: Crop, micro_batch: int, rank: int, world: int,
         on_error: str,
     ) -> None:  # fmt: skip
         self.reader, self.order, self.crop = reader, order, crop
@@ -160,6 +92,7 @@ class _Train(Dataset):
         epoch, within = divmod(step, self.order.steps)
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
+        self._fetch_ahead(epoch, within, first)
         image, faults = self.reader.empty(self.micro_batch), []
         pixels = image.numpy()
         for place in range(self.micro_batch):
@@ -176,6 +109,14 @@ class _Train(Dataset):
             image, self.reader.labels(samples), torch.from_numpy(samples), torch.from_numpy(keys),
             epoch, step, len(faults), tuple(faults),
         )  # fmt: skip
+
+    def _fetch_ahead(self, epoch: int, step: int, first: int) -> None:
+        """Remote shards: begin to fetch what will be read in some steps."""
+        cache, later = self.reader.cache, min(step + _AHEAD, self.order.steps - 1)
+        if cache is not None:
+            samples, _ = self.order.samples(epoch, later, first, first + self.micro_batch)
+            for shard in {self.reader.shard(sample) for sample in samples.tolist()}:
+                cache.fetch_ahead(shard)
 
     def _decode(self, epoch: int, sample: int, key: int, out: np.ndarray) -> None:
         bits = random_bits(self.order.seed, epoch, CROPS, int(key), Crop.UNIFORMS)
@@ -203,7 +144,7 @@ class _Eval(Dataset):
     """Batch number t of a rank's contiguous share of the samples."""
 
     def __init__(
-        self, reader: _Reader, crop: CentreCrop, batch_size: int, low: int, high: int
+        self, reader: Reader, crop: CentreCrop, batch_size: int, low: int, high: int
     ) -> None:
         self.reader, self.crop, self.batch_size = reader, crop, batch_size
         self.low, self.high = low, high
@@ -237,7 +178,7 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Any, tasks: range, workers: int, pin_memory: bool, reader: _Reader
+        self, dataset: Any, tasks: range, workers: int, pin_memory: bool, reader: Reader
     ) -> None:
         self.tasks, self.skipped, self.decoder = tasks, 0, reader.decoder
         self.manifest = reader.manifest
@@ -305,6 +246,8 @@ def train_loader(
     on_error: Literal["fail", "skip"] = "fail",
     samples_per_epoch: int = 0,
     decode: str = "auto",
+    cache: str | Path | None = None,
+    cache_bytes: int = 100 * GIB,
     pin_memory: bool = False,
 ) -> Loader:
     """Micro-batches of this rank for the optimizer steps [start_step, total_steps).
@@ -312,8 +255,9 @@ def train_loader(
     batch_size is global; a step has batch_size / (world · micro_batch) micro-batches per rank.
     window: shards that are shuffled together. on_error: `skip` replaces a sample that will not
     decode by the next one of its partition, counts and logs it. samples_per_epoch: > 0 makes an
-    epoch of that many draws with replacement. Raises ManifestError for a folder that is not a
-    shard folder and ValueError for numbers that do not fit together.
+    epoch of that many draws with replacement. cache, cache_bytes: where remote shards are kept on
+    this node (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a
+    folder that is not a shard folder and ValueError for numbers that do not fit together.
     """
     _check_ranks(rank, world, workers)
     if partitions % world:
@@ -333,7 +277,9 @@ def train_loader(
     manifest = read_manifest(folder)
     sizes = tuple(shard.samples for shard in manifest.shards)
     order = Order(sizes, seed, batch_size, partitions, window, samples_per_epoch)
-    reader = _Reader(manifest, crop.image_size, crop.interpolation, decode)
+    remote = _cache(manifest, cache, cache_bytes)
+    _warn_of_small_cache(order, manifest, world, cache_bytes)
+    reader = Reader(manifest, crop.image_size, crop.interpolation, decode, remote)
     dataset = _Train(reader, order, crop, micro_batch, rank, world, on_error)
     tasks = range(start_step * dataset.per_step, total_steps * dataset.per_step)
     return Loader(dataset, tasks, workers, pin_memory, reader)
@@ -350,6 +296,8 @@ def eval_loader(
     resize: int | None = None,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
     decode: str = "auto",
+    cache: str | Path | None = None,
+    cache_bytes: int = 100 * GIB,
     pin_memory: bool = False,
 ) -> Loader:
     """Centre crops, each sample exactly once over all ranks, in manifest order, without padding.
@@ -363,10 +311,26 @@ def eval_loader(
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
     manifest = read_manifest(folder)
     crop = CentreCrop(image_size, resize or round(image_size * 256 / 224), interpolation)
-    reader = _Reader(manifest, image_size, interpolation, decode)
+    remote = _cache(manifest, cache, cache_bytes)
+    reader = Reader(manifest, image_size, interpolation, decode, remote)
     low, high = (manifest.samples * r // world for r in (rank, rank + 1))
     dataset = _Eval(reader, crop, batch_size, low, high)
     return Loader(dataset, range(-(-(high - low) // batch_size)), workers, pin_memory, reader)
+
+
+def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:
+    return ShardCache(manifest, folder, limit) if is_remote(manifest.folder) else None
+
+
+def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:
+    sizes = [shard.bytes for shard in manifest.shards]
+    open_shards = min(order.partitions // world * (order.window + 1), len(sizes))
+    if is_remote(manifest.folder) and open_shards * max(sizes) > limit:
+        log.warning(
+            "a rank reads %d shards of up to %d bytes at a time, more than the cache of %d bytes "
+            "holds, so shards will be fetched again and again: use a larger cache, fewer "
+            "partitions or a smaller window", open_shards, max(sizes), limit,
+        )  # fmt: skip
 
 
 def _check_ranks(rank: int, world: int, workers: int) -> None:

@@ -1,0 +1,232 @@
+"""Remote shards (any fsspec URL) through a bounded cache on the node's disk.
+
+A shard is copied whole under a temporary name, its sha256 compared with the manifest's, and then
+renamed: a file with its final name is complete and right. Files are named by their checksum, so
+all ranks, workers and runs of a node share one folder; a lock per shard lets one process fetch
+while the others wait. When the bound would be passed, the shards unused for longest go first.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import queue
+import random
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from shard_tools.manifest import Manifest, ManifestError
+
+log = logging.getLogger(__name__)
+GIB = 1 << 30
+TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s lie between them
+
+
+class CacheError(ManifestError):
+    """A remote shard that cannot be had, or a cache that cannot hold it, in one sentence."""
+
+
+def default_folder() -> Path:
+    """$RELAXMIM_CACHE, or a folder of this user under the system's temporary one."""
+    given = os.environ.get("RELAXMIM_CACHE")
+    return Path(given or Path(tempfile.gettempdir()) / f"relaxmim-cache-{os.getuid()}")
+
+
+class ShardCache:
+    """Local copies of a manifest's remote shards, at most `limit` bytes of them in `folder`.
+
+    The bound holds for the folder as a whole, over all processes that use it with this limit.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        folder: str | Path | None = None,
+        limit: int = 100 * GIB,
+        pause: float = 0.5,
+    ) -> None:
+        self.manifest, self.limit, self.pause = manifest, limit, pause
+        self.folder = Path(folder or default_folder())
+        for shard in manifest.shards:
+            if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
+                raise CacheError(f"{manifest.home}: {shard.name} has no valid sha256")
+        largest = max(manifest.shards, key=lambda shard: shard.bytes)
+        if largest.bytes > limit:
+            raise CacheError(
+                f"{self.folder}: a cache of {limit} bytes cannot hold {largest.name} of "
+                f"{largest.bytes} bytes; make it larger, by far if it is to be of use"
+            )
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise CacheError(
+                f"{self.folder}: no folder for the cache ({error.strerror})"
+            ) from error
+        self._ahead: _Ahead | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_ahead": None}  # threads stay in their process
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset` of shard number `shard`, fetched first if need be."""
+        while True:
+            path = self.fetch(shard)
+            try:
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # evicted by another process since fetch() returned
+            try:  # not kept open: an evicted file would go on filling the disk
+                return os.pread(handle, length, offset)
+            finally:
+                os.close(handle)
+
+    def fetch(self, shard: int) -> Path:
+        """Path of the local copy of a shard. Raises CacheError."""
+        path = self._path(shard)
+        if _touch(path):
+            return path
+        with FileLock(path.with_suffix(".lock")):
+            if not _touch(path):
+                self._download(shard, path)
+        return path
+
+    def fetch_ahead(self, shard: int) -> None:
+        """Start to fetch a shard that will be read soon; errors come when it is read."""
+        if not self._path(shard).exists():
+            if self._ahead is None:
+                self._ahead = _Ahead(self.fetch)
+            self._ahead.add(shard)
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{self.manifest.shards[shard].sha256}.tar"
+
+    def _download(self, number: int, path: Path) -> None:
+        """Fetch a shard whose lock we hold, with retries."""
+        shard, url = self.manifest.shards[number], self.manifest.path(number)
+        # Its size is part of the temporary name: that much of the cache is taken from now on.
+        partial = path.with_name(f"{path.stem}.{shard.bytes}.part")
+        partial.unlink(missing_ok=True)  # left by a process that is gone
+        reason = ""
+        for attempt in range(TRIES):
+            if attempt:
+                log.warning("%s: %s; trying again", url, reason)
+                time.sleep(self.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+            self._reserve(partial, shard.bytes)
+            try:
+                _copy(url, partial)
+                reason = _fault(partial, shard.bytes, shard.sha256)
+                if not reason:
+                    os.replace(partial, path)
+                    return
+            except (FileNotFoundError, PermissionError) as error:
+                raise CacheError(f"{url}: cannot be fetched ({_first_line(error)})") from error
+            except Exception as error:  # each fsspec backend has its own exceptions
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise CacheError(f"{self.folder}: the disk of the cache is full") from error
+                reason = _first_line(error)
+            finally:
+                partial.unlink(missing_ok=True)
+        raise CacheError(f"{url}: cannot be fetched, {TRIES} tries failed, the last one: {reason}")
+
+    def _reserve(self, partial: Path, size: int) -> None:
+        """Create `partial` once `size` bytes fit under the bound; evict shards to make them fit."""
+        while True:
+            with FileLock(self.folder / "cache.lock"):
+                if self._make_room(size):
+                    partial.touch()
+                    return
+            time.sleep(0.05)  # all of the bound is being fetched by others; soon it is evictable
+
+    def _make_room(self, size: int) -> bool:
+        total, complete = size, []
+        for path in self.folder.iterdir():
+            try:
+                if path.suffix == ".part" and not _abandoned(path):
+                    total += int(path.suffixes[0][1:])
+                elif path.suffix == ".tar":
+                    stat = path.stat()
+                    total += stat.st_size
+                    complete.append((stat.st_mtime_ns, stat.st_size, path))
+            except FileNotFoundError:
+                continue
+        for _, length, path in sorted(complete):
+            if total <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= length
+        return total <= self.limit
+
+
+class _Ahead:
+    """A thread that fetches shards before they are needed; it ends with its process."""
+
+    def __init__(self, fetch: Callable[[int], Path]) -> None:
+        self.fetch, self.known = fetch, set[int]()
+        self.queue: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def add(self, shard: int) -> None:
+        if shard not in self.known:
+            self.known.add(shard)
+            self.queue.put(shard)
+
+    def _run(self) -> None:
+        while True:
+            shard = self.queue.get()
+            try:
+                self.fetch(shard)
+            except CacheError as error:
+                log.warning("%s", error)
+            self.known.discard(shard)
+
+
+def _touch(path: Path) -> bool:
+    """Note that `path` was used; False if it is not there."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _abandoned(partial: Path) -> bool:
+    """Remove a temporary file whose process is gone (nobody holds its lock)."""
+    name = partial.name.partition(".")[0]
+    try:
+        with FileLock(partial.with_name(f"{name}.lock"), timeout=0):
+            partial.unlink(missing_ok=True)
+        return True
+    except Timeout:
+        return False
+
+
+def _copy(url: str, path: Path) -> None:
+    """Copy what lies at `url` into the local file `path`."""
+    from fsspec.core import url_to_fs  # only remote folders need it
+
+    filesystem, where = url_to_fs(url)
+    filesystem.get_file(where, str(path))
+
+
+def _fault(path: Path, size: int, sha256: str) -> str:
+    """What is wrong with a file that has just arrived; empty if nothing. It is on disk then."""
+    with open(path, "rb") as file:
+        arrived = os.fstat(file.fileno()).st_size
+        if arrived != size:
+            return f"{arrived} of {size} bytes arrived"
+        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+            return "its sha256 is not the manifest's"
+        os.fsync(file.fileno())
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
