@@ -6,6 +6,8 @@ its image twice: once summing grey, once jittering and writing. The second read 
 correctly rounded divisions and no fused multiply-add, so the bytes equal the reference's.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 import functools
 from typing import Any
 

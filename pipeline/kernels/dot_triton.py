@@ -1,5 +1,7 @@
 """Matrix product of two tiles, the same on a device and under Triton's interpreter."""
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 import triton
 import triton.language as tl
 

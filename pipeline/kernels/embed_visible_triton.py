@@ -7,6 +7,8 @@ rows are split over programs into partial sums that are added afterwards, so the
 depend on the order of execution. d bias comes from the same pass over grad.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from collections.abc import Sequence
 from typing import Any
 

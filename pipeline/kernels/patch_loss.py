@@ -12,6 +12,7 @@ patchify (p, q, channel).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def patch_loss(
         from pipeline.kernels.patch_loss_triton import patch_loss_triton as run
     else:
         run = patch_loss_reference
-    settings = {"patch": patch, "mean": mean, "std": std, "norm_pix": norm_pix}
+    settings: Any = {"patch": patch, "mean": mean, "std": std, "norm_pix": norm_pix}
     return run(prediction, image, region, other=other, weight=weight, **settings)
 
 

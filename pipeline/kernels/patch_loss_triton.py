@@ -10,6 +10,8 @@ builds the target again:
 coefficient[b,r] = weight[b,r] / (B max(sum_r weight[b,r], 1)), or 1 / (B R) without weights.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from collections.abc import Sequence
 from typing import Any
 

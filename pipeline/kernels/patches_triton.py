@@ -1,5 +1,7 @@
 """What the image-reading kernels share: where a patch's values lie, and their normalisation."""
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from collections.abc import Sequence
 
 import triton

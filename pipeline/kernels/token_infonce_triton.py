@@ -13,6 +13,8 @@ they are the same kernel with the two sides exchanged. u_i . q_i = sum_j w[i,j] 
 out of the scores, so the channels of a gradient can be divided among programs.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+
 from typing import Any
 
 import torch
@@ -201,7 +203,7 @@ def _token_infonce_backward(
     contiguous = torch.contiguous_format
     query_grad = torch.zeros_like(query if want_query else query[:0], memory_format=contiguous)
     key_grad = torch.zeros_like(key if want_key else key[:0], memory_format=contiguous)
-    tile = {**_tile(q.dtype, q.shape[2]), "num_warps": 8}
+    tile = {**_tile(q.dtype, q.shape[2]), "num_warps": 8, "num_stages": 2}
     out = min(OUT.get(q.dtype, 256), max(16, triton.next_power_of_2(q.shape[2])))
     chunks = triton.cdiv(q.shape[2], out)
     scale, factor = 1 / temperature, 1 / (temperature * q.shape[0] * q.shape[1])
