@@ -107,9 +107,13 @@ def prepare(dest: Path, plan: Plan, options: argparse.Namespace) -> None:
             f"{dest}: holds shards of another source or of other options; remove it or give "
             "another folder"
         )
+    if dest.resolve().is_relative_to(options.source.resolve()):
+        raise ToolError(f"{dest}: lies inside {options.source} and would become part of it")
+    # Tasks of an array start together: a plan is always there before the first tar.
+    has_tars = dest.is_dir() and any(dest.glob("*.tar"))
     record = read_plan_record(dest)
     if record is None:
-        if dest.is_dir() and any(dest.glob("*.tar")):
+        if has_tars:
             raise ToolError(f"{dest}: already holds tars that this job did not write")
         (dest / PARTS).mkdir(parents=True, exist_ok=True)
         content = plan_record(plan, options.source.name)

@@ -89,6 +89,7 @@ def check_shard(job: Job) -> Findings:
                 samples[place[0]] = sample
     except TarError as error:
         found.faults.append(str(error).removeprefix(f"{path}: "))
+        return found  # the index would only repeat it for every sample
     check_rows(job, path, samples, found)
     return found
 

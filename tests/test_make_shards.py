@@ -511,6 +511,7 @@ def test_validation_classes_follow_the_training_set(
         (["tree", "--num-tasks", "3", "--task-id", "3"], "--task-id must lie between 0 and"),
         (["tree", "--name", "a.b"], "--name must be a plain word"),
         (["tree", "--merge"], "nothing to merge"),
+        (["."], "dest: lies inside . and would become part of it"),
         (["flat.tar", "--synsets", "two.txt"], "1 images, but 2 labels"),
         (["tree", "--classes-from", "list.csv"], "class 'a' is not among"),
     ],

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from shard_samples import image_tree, jpeg, tars_of
+
+from shard_tools.index_shards import main as index_shards
+from shard_tools.make_shards import main as make_shards
+from shard_tools.manifest import Manifest, read_manifest
+from shard_tools.subset import main
+from shard_tools.verify_shards import verify
+
+COUNTS = {"n1": 40, "n2": 21, "n3": 4, "n4": 10}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_tree(tmp_path_factory.mktemp("tree"), COUNTS)
+
+
+@pytest.fixture(scope="module")
+def parent(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dest = tmp_path_factory.mktemp("parent") / "shards"
+    arguments = [str(tree), str(dest), "--shard-size", "60KiB", "--workers", "1"]
+    assert make_shards(arguments) == 0
+    return dest
+
+
+def take(parent: Path, dest: Path, *options: str) -> Manifest:
+    assert main([str(parent), str(dest), *options, "--workers", "1"]) == 0
+    assert verify(str(dest), decode=True, workers=1) == ([], [])
+    return read_manifest(dest)
+
+
+def images(manifest: Manifest) -> dict[str, bytes]:
+    """Original name → image bytes, through index and offset."""
+    found = {}
+    for number, name in enumerate(manifest.names):
+        shard, row = manifest.locate(np.array(number))
+        data = Path(manifest.path(int(shard))).read_bytes()
+        found[name] = data[row["offset"] : row["offset"] + row["length"]]
+    assert len(found) == manifest.samples
+    return found
+
+
+def classes_of(manifest: Manifest) -> Counter[str]:
+    return Counter(manifest.classes[label] for label in manifest.index["label"])
+
+
+def check_bytes(manifest: Manifest, tree: Path) -> None:
+    for name, data in images(manifest).items():
+        assert data == (tree / name).read_bytes()
+    for name, label in zip(manifest.names, manifest.index["label"], strict=True):
+        assert name.split("/")[0] == manifest.classes[label]
+
+
+def test_a_fraction_is_stratified(parent: Path, tree: Path, tmp_path: Path) -> None:
+    subset = take(parent, tmp_path / "a", "--fraction", "0.1")
+    assert classes_of(subset) == {"n1": 4, "n2": 2, "n3": 1, "n4": 1}
+    check_bytes(subset, tree)
+    assert sum(file.stat().st_size for file in (tmp_path / "a").iterdir()) < 5000  # no copy
+    whole = take(parent, tmp_path / "b", "--fraction", "1")
+    assert whole.names == read_manifest(parent).names
+    again = take(parent, tmp_path / "c", "--fraction", "0.1", "--seed", "1")
+    assert classes_of(again) == classes_of(subset)
+    assert set(again.names) != set(subset.names)
+
+
+def test_a_draw_knows_names_only_and_not_the_packing(
+    parent: Path, tree: Path, tmp_path: Path
+) -> None:
+    """Shards of another order, size and resolution give the same images."""
+    other = tmp_path / "other"
+    options = ["--seed", "5", "--shard-size", "20KiB", "--max-side", "12", "--workers", "1"]
+    assert make_shards([str(tree), str(other), *options]) == 0
+    for number, choice in enumerate(
+        (("--fraction", "0.3"), ("--count", "9"), ("--count", "4", "--choose", "one-per-class"))
+    ):
+        one = take(parent, tmp_path / f"a{number}", *choice)
+        two = take(other, tmp_path / f"b{number}", *choice)
+        assert set(one.names) == set(two.names)
+
+
+def test_the_four_ways_to_take_a_count(parent: Path, tree: Path, tmp_path: Path) -> None:
+    first = take(parent, tmp_path / "first", "--count", "7", "--choose", "first")
+    assert first.names == read_manifest(parent).names[:7]
+    random = take(parent, tmp_path / "random", "--count", "7", "--choose", "random")
+    larger = take(parent, tmp_path / "larger", "--count", "12", "--choose", "random")
+    assert set(random.names) < set(larger.names)  # 1, 10, 100 … images: each holds the one before
+    assert set(random.names) != set(first.names)
+    single = take(parent, tmp_path / "single", "--count", "20", "--choose", "one-class")
+    assert len(classes_of(single)) == 1
+    assert set(classes_of(single)) <= {"n1", "n2"}  # the others are too small
+    named = take(
+        parent, tmp_path / "named", "--count", "3", "--choose", "one-class", "--class", "n3"
+    )
+    assert classes_of(named) == {"n3": 3}
+    each = take(parent, tmp_path / "each", "--count", "4", "--choose", "one-per-class")
+    assert classes_of(each) == dict.fromkeys(COUNTS, 1)
+    for subset in (first, random, single, named, each):
+        check_bytes(subset, tree)
+
+
+def test_a_list_of_file_names(
+    parent: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["n1_003.JPEG", "n4_000.JPEG", "n2_019.JPEG"]
+    (tmp_path / "10percent.txt").write_text("\n".join(wanted) + "\n")
+    subset = take(parent, tmp_path / "a", "--names", str(tmp_path / "10percent.txt"))
+    assert {Path(name).name for name in subset.names} == set(wanted)
+    check_bytes(subset, tree)
+    (tmp_path / "wrong.txt").write_text("n1_003.JPEG\nn9_000.JPEG\n")
+    assert main([str(parent), str(tmp_path / "b"), "--names", str(tmp_path / "wrong.txt")]) == 2
+    assert "1 of 2 names are not in" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_list_of_classes_renumbers(parent: Path, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("n4 some words\nn2\n")
+    subset = take(parent, tmp_path / "a", "--classes", str(tmp_path / "classes.txt"))
+    assert subset.classes == ("n2", "n4")
+    assert classes_of(subset) == {"n2": 21, "n4": 10}
+    check_bytes(subset, tree)
+    nested = take(tmp_path / "a", tmp_path / "b", "--fraction", "0.2")
+    assert classes_of(nested) == {"n2": 4, "n4": 2}
+    assert Path(nested.folder) == parent
+    check_bytes(nested, tree)
+
+
+def test_copies_are_shards_of_their_own(parent: Path, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("n4\nn2\n")
+    choice = ["--classes", str(tmp_path / "classes.txt")]
+    by_index = take(parent, tmp_path / "index", *choice)
+    copied = take(parent, tmp_path / "copy", *choice, "--copy", "--shard-size", "40KiB")
+    assert len(copied.shards) > 1
+    assert copied.folder == str(tmp_path / "copy")
+    assert images(copied) == images(by_index)
+    check_bytes(copied, tree)
+    urls = [copied.path(number) for number in range(len(copied.shards))]
+    for number, sample in enumerate(webdataset.WebDataset(urls, shardshuffle=False)):
+        assert int(sample["cls"]) == copied.index["label"][number]  # renumbered in the tar too
+        assert json.loads(sample["json"])["name"] == copied.names[number]
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (
+            copied.index["width"][number],
+            copied.index["height"][number],
+        )
+    again = tmp_path / "again"
+    arguments = [str(tmp_path / "index"), str(again), "--fraction", "1", "--copy"]
+    assert main([*arguments, "--shard-size", "40KiB", "--workers", "2"]) == 0
+    tars = {name: data for name, data in tars_of(tmp_path / "copy").items() if "tar" in name}
+    assert tars.items() <= tars_of(again).items()
+
+
+def test_a_subset_of_adopted_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "p-%d.tar"), maxcount=5, verbose=0) as sink:
+        for i in range(12):
+            sink.write({"__key__": f"k{i}", "jpg": jpeg(i), "cls": i % 2, "txt": f"caption {i}"})
+    assert index_shards([str(folder), "--workers", "1"]) == 0
+    parent = read_manifest(folder)
+    subset = take(folder, tmp_path / "a", "--count", "5")
+    assert images(subset).items() <= images(parent).items()
+    copied = take(folder, tmp_path / "b", "--count", "5", "--copy")
+    assert images(copied) == images(subset)
+    for name, sample in zip(
+        copied.names, webdataset.WebDataset(copied.path(0), shardshuffle=False), strict=True
+    ):
+        assert sample["txt"] == f"caption {name[1:]}".encode()  # fields we do not know are kept
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--fraction", "0"], r"--fraction must lie in \(0, 1\]"),
+        (["--count", "76"], "offers 1 to 75 images"),
+        (["--count", "0"], "offers 1 to 75 images"),
+        (["--count", "5", "--choose", "one-per-class"], "offers 1 to 4 images"),
+        (["--count", "41", "--choose", "one-class"], "largest class has 40 images, not 41"),
+        (["--count", "1", "--class", "n1"], "--class belongs to --choose one-class"),
+        (["--count", "1", "--choose", "one-class", "--class", "x"], "not a class of"),
+        (["--names", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--classes", "nowhere.txt"], "nowhere.txt: no such file"),
+    ],
+)
+def test_bad_options_are_one_sentence(
+    parent: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    sentence: str,
+) -> None:
+    assert main([str(parent), str(tmp_path / "d"), *options]) == 2
+    error = capsys.readouterr().err
+    assert re.search(sentence, error), error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "d").exists()
+
+
+def test_exactly_one_way_and_an_empty_folder(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as code:
+        main([str(parent), str(tmp_path / "d"), "--fraction", "0.1", "--count", "3"])
+    assert code.value.code == 2
+    with pytest.raises(SystemExit) as code:
+        main([str(parent), str(tmp_path / "d")])
+    assert code.value.code == 2
+    assert main([str(parent), str(parent), "--count", "3"]) == 2
+    assert "is not empty" in capsys.readouterr().err
