@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shard_tools.console import ToolError, progress, run
+from shard_tools.console import HelpFormatter, ToolError, progress, run
 from shard_tools.manifest import write_atomic
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
@@ -142,7 +142,7 @@ def build(dest: Path, *, train: int, val: int, size: int, seed: int) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Write an ImageFolder tree (train/, val/) of crops of real photographs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("dest", type=Path, metavar="DEST", help="folder to write")
     parser.add_argument("--train", type=int, default=4096, help="number of training crops")

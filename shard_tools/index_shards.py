@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shard_tools.checks import ImageFault, probe
-from shard_tools.console import ToolError, cores, run
+from shard_tools.console import HelpFormatter, ToolError, cores, run
 from shard_tools.make_shards import read_classes
 from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_atomic, write_manifest
 from shard_tools.merge import REPORT, report_lines
@@ -206,7 +206,7 @@ def class_names(index: np.ndarray, found: list[Adopted]) -> tuple[str, ...]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Write a manifest for WebDataset tars that others wrote.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     a = p.add_argument
     a("tars", type=Path, nargs="+", metavar="TARS", help="tars, or folders that hold them")

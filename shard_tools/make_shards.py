@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from shard_tools.checks import ImageSettings
-from shard_tools.console import ToolError, cores, run
+from shard_tools.console import HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import MANIFEST, read_manifest, write_atomic
 from shard_tools.merge import merge_parts, remove_leftovers
 from shard_tools.plan import (
@@ -171,13 +171,13 @@ def parser() -> argparse.ArgumentParser:
         description="Turn images into WebDataset shards with a manifest.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
         "(add --resume to requeue), then once --merge.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     a = p.add_argument
     a("source", type=Path, metavar="SOURCE", help="ImageFolder tree, ImageNet tar, CSV or JSONL")
     a("dest", type=Path, metavar="DEST", help="folder for the shards")
     a("--name", default="shard", help="shards are called NAME-000000.tar")
-    a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most (about)")
+    a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most")
     a("--seed", type=int, default=0, help="seed of the shuffle")
     a("--workers", type=int, default=cores(), help="processes")
     a("--resume", action="store_true", help="go on with an unfinished job; finished: do nothing")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from shard_tools.console import ToolError, progress
+from shard_tools.console import ToolError, progress, signals_held
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -67,7 +67,8 @@ def _run_pool(
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (counts, stop))
     finished = bar.n
     try:
-        running: set[Future[R]] = {pool.submit(function, job) for job in jobs}
+        with signals_held():
+            running: set[Future[R]] = {pool.submit(function, job) for job in jobs}
         while running:
             done, running = wait(running, 0.2, FIRST_COMPLETED)
             _show(bar, finished + counts[0] - bar.n, counts[1])

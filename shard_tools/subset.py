@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.console import ToolError, cores, run
+from shard_tools.console import HelpFormatter, ToolError, cores, run
 from shard_tools.copying import copy_samples
 from shard_tools.make_shards import byte_size
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
@@ -226,7 +226,7 @@ def choice_record(options: argparse.Namespace) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Choose samples of a shard folder; the result is a small index over it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     a = p.add_argument
     a("source", metavar="DIR", help="folder (or fsspec URL) with a manifest")

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from shard_tools.checks import ImageFault, decode_fully, probe
-from shard_tools.console import FAULTS, ToolError, cores, run
+from shard_tools.console import FAULTS, HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import (
     FORMATS,
     Manifest,
@@ -251,7 +251,7 @@ def verify_shards(options: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Check a shard folder against its manifest; exit code 1 names faults.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     p.add_argument("folder", metavar="DIR", help="folder with a manifest.json")
     p.add_argument("--decode", action="store_true", help="also decode every image")
