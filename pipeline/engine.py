@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import shutil
 import socket
 import sys
@@ -286,14 +287,16 @@ class Engine:
             model=objective, model_parameters=groups, config=copy.deepcopy(plan.config)
         )
         self.engine.checkpoint_engine = _SafeCheckpointEngine(self.engine.checkpoint_engine)
-        self._names = [
-            name for name, parameter in objective.named_parameters() if parameter.requires_grad
-        ]
+        self._norm: Tensor | None = None
 
     def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights."""
         loss, terms = self.engine(*inputs)
         self.engine.backward(loss)
+        if self.plan.stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            # DeepSpeed tells no norm under stage 0 in fp32.
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(gradients)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -301,7 +304,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping; nan where not known."""
-        norm = self.engine.get_global_grad_norm()
+        norm = self._norm if self.plan.stage == 0 else self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def save(self, folder: Path, tag: str) -> None:
@@ -313,6 +316,7 @@ class Engine:
         path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise EngineError(f"{folder / tag}: DeepSpeed finds no checkpoint there")
+        _replay_bias_correction(self.engine.basic_optimizer)
 
     def full_state(self) -> dict[str, Tensor]:
         """All weights and buffers, whole, fp32, on the CPU; on rank 0 only (collective)."""
@@ -339,6 +343,22 @@ class Engine:
         self.engine.destroy()
 
 
+def _replay_bias_correction(optimizer: Any) -> None:
+    """Bring the C++ state of DeepSpeed's CPU FusedAdam to where an undisturbed run has it.
+
+    It keeps beta^t as a running product outside its state dict; after a load it would start
+    again from pow(beta, t), which differs in the last bit. One scratch number makes the steps.
+    """
+    kernel = getattr(optimizer, "multi_tensor_adam", None)
+    if kernel is None or torch.cuda.is_available():
+        return
+    done = [s["step"] for s in optimizer.state.values() if "step" in s]
+    scratch = [[torch.zeros(1)] for _ in range(4)]
+    betas = optimizer.param_groups[0]["betas"]
+    for step in range(1, int(max(done, default=0)) + 1):
+        kernel(1, optimizer._dummy_overflow_buf, scratch, 0.0, *betas, 1e-8, step, 1, 1, 0.0)
+
+
 class _SafeCheckpointEngine:
     """DeepSpeed's checkpoint files, read with weights_only: a crafted file cannot run code."""
 
@@ -349,8 +369,13 @@ class _SafeCheckpointEngine:
         return getattr(self._inner, name)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals(_checkpoint_types()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            with torch.serialization.safe_globals(_checkpoint_types()):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            raise EngineError(
+                f"{path}: refused, since it holds more than weights (pickled code?)"
+            ) from None
 
 
 def _checkpoint_types() -> list[Any]:

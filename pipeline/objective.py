@@ -49,7 +49,7 @@ class Teacher(nn.Module):
     def update(self, objective: Objective, momentum: float) -> None:
         """teacher ← momentum · teacher + (1 − momentum) · online, in fp32."""
         assert isinstance(objective.measure, Contrast)
-        mine = [*self.encoder.parameters(), *self.projector.parameters()]
+        mine: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
         online = [*objective.encoder.parameters(), *objective.measure.projector.parameters()]
         torch._foreach_lerp_(mine, [p.detach().float() for p in online], 1.0 - momentum)
 

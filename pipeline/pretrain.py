@@ -6,6 +6,7 @@ deepspeed pipeline/pretrain.py --ds_config ds_configs/zero2.json
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -186,6 +187,13 @@ class Run:
         if checkpoint is not None:
             say(f"resumed: {checkpoint}, at step {self.first} of {self.last}")
 
+    def close(self) -> None:
+        """End the workers, flush the logs, free the folder."""
+        self.loader.close()
+        self.monitor.close()
+        if self.lock is not None:
+            self.lock.release()
+
     def save(self, step: int) -> None:
         """Write a checkpoint and the encoder as it is after `step` steps (collective)."""
         paused = self.monitor.pause()
@@ -260,8 +268,6 @@ def fixed_images(data: str, recipe: Recipe) -> Loader:
 
 def loader_workers(workers: int, local_world: int) -> int:
     """-1: one worker per core of this rank's share, at least one, at most 12."""
-    import os
-
     if workers >= 0:
         return workers
     return max(1, min(12, (os.cpu_count() or 1) // local_world))
@@ -289,10 +295,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
-        run.monitor.close()
-    close()
+        run.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    close()
+    sys.exit(code)

@@ -197,6 +197,11 @@ class Recipe(Section):
                 f"batch_size {self.batch_size} is not a multiple of data.partitions "
                 f"{self.data.partitions}"
             )
+        if self.optimizer.warmup_epochs >= self.optimizer.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} is not shorter than "
+                f"optimizer.epochs {self.optimizer.epochs:g}"
+            )
         if isinstance(self.measure, ReconstructionRecipe):
             if self.encoder.hidden != "drop":
                 raise ValueError("measure reconstruction needs encoder.hidden: drop")

@@ -83,6 +83,10 @@ class RunLock:
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
 
+    def release(self) -> None:
+        """Free the folder."""
+        self._file.close()
+
 
 def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:
     """Lock the run folder and find where to go on (rank 0).

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks or workers share two cores
 
@@ -17,3 +20,23 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """train/ and val/ shards of 96 and 48 small real photographs, made by the real tools."""
+    folder = tmp_path_factory.mktemp("photographs")
+    demo = ["--train", "96", "--val", "48", "--size", "24"]
+    run_tool("demo_images.py", folder / "images", *demo)
+    for part in ("train", "val"):
+        run_tool("make_shards.py", folder / "images" / part, folder / part, "--shard-size", "20KiB")
+    return folder
+
+
+def run_tool(name, *arguments):
+    """Run a command of shard_tools/ as a user would; fails with what it printed."""
+    tool = Path(__file__).parent.parent / "shard_tools" / name
+    done = subprocess.run(
+        [sys.executable, tool, *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

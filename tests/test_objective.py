@@ -1,4 +1,4 @@
-"""M(f(T1(x)), f(T2(x))): losses, terms and every gradient against the loop oracle; teacher; groups."""
+"""M(f(T1(x)), f(T2(x))): losses, terms and gradients against the loop oracle; teacher; groups."""
 
 import oracle
 import pytest

@@ -1,0 +1,160 @@
+"""The engine: what a ds_config may say, how a batch is split, ZeRO 0-3 against plain torch."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import images, tiny_recipe
+
+from pipeline.engine import EngineError, make_plan, native_bf16, read_ds_config
+from pipeline.objective import build_objective, parameter_groups
+from pipeline.recipe import RECIPES, learning_rate, load_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def write(tmp_path, value):
+    path = tmp_path / "ds.json"
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_shipped_configs_are_taken(stage):
+    config = read_ds_config(ROOT / f"ds_configs/zero{stage}.json")
+    assert config["zero_optimization"]["stage"] == stage
+    plan = make_plan(config, load_recipe(RECIPES / "rmae.yaml"), world=8)
+    assert (plan.stage, plan.micro_batch * plan.accumulation) == (stage, 128)
+    assert plan.config["gradient_clipping"] == 0.0
+    assert plan.config["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    assert plan.precision == ("bf16" if stage and native_bf16() else "fp32")
+    if stage and not native_bf16():
+        assert any("no native bf16" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, ["'optimizer' belongs to the recipe"]),
+        ({"gradient_clipping": 1.0}, ["belongs to the recipe: optimizer.gradient_clipping"]),
+        ({"lr": 1e-3}, ["optimizer.base_lr"]),
+        ({"train_batch_size": 8}, ["belongs to the recipe: batch_size"]),
+        ({"zero_optimisation": {}}, ["unknown key 'zero_optimisation'", "zero_optimization"]),
+        ({"zero_optimization": {"stge": 1}}, ["zero_optimization.stge", "stage"]),
+        ({"zero_optimization": 2}, ["must be an object"]),
+        ({"zero_optimization": {"stage": 4}}, ["0, 1, 2 or 3"]),
+        ({"bf16": {"enabled": True}}, ["bf16 needs zero_optimization.stage"]),
+        ({"fp16": {"enabled": True}}, ["unknown key 'fp16'"]),
+        ("{", ["not valid JSON"]),
+        ("[]", ["JSON object"]),
+    ],
+)
+def test_bad_configs_are_one_sentence(value, words, tmp_path):
+    with pytest.raises(EngineError) as error:
+        read_ds_config(write(tmp_path, value))
+    assert "\n" not in str(error.value)
+    assert "ds.json" in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_config_that_is_not_there(tmp_path):
+    with pytest.raises(EngineError, match=r"none\.json: cannot be read"):
+        read_ds_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("micro", "world", "words"),
+    [("auto", 3, "3 ranks"), ("auto", 16, "16 ranks"), (3, 2, "3 does not divide"), (0, 1, "0")],
+)
+def test_a_batch_that_cannot_be_split(micro, world, words):
+    with pytest.raises(EngineError, match=words):
+        make_plan({"train_micro_batch_size_per_gpu": micro}, tiny_recipe("mae"), world)
+
+
+def test_split_of_the_batch_and_its_negatives():
+    recipe = load_recipe(RECIPES / "cmae.yaml")
+    plan = make_plan({"train_micro_batch_size_per_gpu": 64}, recipe, world=4)
+    assert (plan.micro_batch, plan.accumulation) == (64, 4)
+    assert plan.config["gradient_accumulation_steps"] == 4
+    assert any("256 images of one micro-batch" in note for note in plan.notes)
+    auto = make_plan({}, load_recipe(RECIPES / "mae.yaml"), world=2)
+    assert 1024 // 2 % auto.micro_batch == 0
+
+
+def test_the_teacher_refuses_zero_3():
+    with pytest.raises(EngineError, match=r"EMA teacher.*zero2"):
+        make_plan({"zero_optimization": {"stage": 3}}, load_recipe(RECIPES / "cmae.yaml"), 2)
+
+
+def plain_loop(method):
+    """The same ten steps in plain torch, one process, the whole batch at once."""
+    from zero_worker import BATCH, STEPS, recipe_of
+
+    recipe = recipe_of(method)
+    objective, teacher = build_objective(recipe)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(objective), lr=0.0, betas=recipe.optimizer.betas, eps=1e-8
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, 1)
+        optimizer.zero_grad()
+        image, sample = images(BATCH, seed=step), torch.arange(BATCH)
+        total = 0.0
+        if teacher is None:
+            loss, _ = objective(image, sample, step)
+            loss.backward()
+            total = loss.item()
+        else:  # negatives come from one micro-batch of both ranks, here {0, 1, 4, 5} and the rest
+            for part in ([0, 1, 4, 5], [2, 3, 6, 7]):
+                loss, _ = objective(image[part], sample[part], step, teacher)
+                (loss / 2).backward()
+                total += loss.item() / 2
+        norms.append(torch.nn.utils.clip_grad_norm_(objective.parameters(), 0.5).item())
+        optimizer.step()
+        if teacher is not None:
+            teacher.update(objective, 0.9)
+        losses.append(total)
+    return losses, norms
+
+
+@pytest.fixture(scope="module")
+def zero_results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("zero")
+    command = [
+        Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2",
+        "--master_port", "29617", Path(__file__).parent / "zero_worker.py", output,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["rmae", "cmae"])
+def test_every_zero_stage_follows_the_plain_loop(method, zero_results):
+    losses, norms = plain_loop(method)
+    assert losses[0] - losses[-1] > 0.01  # it trains, so that agreement means something
+    runs = {k: v for k, v in zero_results.items() if k.startswith(method)}
+    assert len(runs) == (4 if method == "rmae" else 2)
+    for name, run in runs.items():
+        assert run["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-4), name
+        assert not any(math.isnan(n) for n in run["norms"]), name
+        assert run["norms"] == pytest.approx(norms, rel=1e-3), name
+
+
+def test_a_resumed_run_is_the_same_run_bit_for_bit(zero_results):
+    for name, run in zero_results.items():
+        assert run["again"] == run["losses"][5:], name
+        assert run["same_weights"], name
+
+
+def test_weights_are_whole_under_every_stage(zero_results):
+    names = zero_results["rmae-0"]["names"]
+    assert "encoder.pos_embed" in names
+    for stage in (1, 2, 3):
+        assert zero_results[f"rmae-{stage}"]["names"] == names

@@ -1,0 +1,87 @@
+"""What a person watches: means over steps, files, TensorBoard, the state of the line."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.engine import init_ranks
+from pipeline.monitor import Monitor
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def alone():
+    """One rank in its own process group."""
+    return init_ranks()
+
+
+def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
+    monitor = Monitor(tmp_path, rank=0, first=0, total=5, images=16, log_steps=2)
+    read = []
+
+    def norm():
+        read.append(1)
+        return 3.0
+
+    for step in range(5):
+        for micro in range(2):
+            value = torch.tensor(float(10 * step + micro))
+            monitor.add(value, {"similarity": value / 2}, share=0.5)
+        monitor.waited(0.001)
+        values = {"lr": 0.1 * step, "epoch": step / 5, "grad_norm": norm, "skipped": step}
+        monitor.step(step, values, CPU)
+    monitor.picture(5, torch.zeros(4, 6, 3, dtype=torch.uint8))
+    monitor.close()
+
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 5]  # the last step is always reported
+    assert [row["loss"] for row in rows] == pytest.approx([5.5, 25.5, 40.5])
+    assert [row["similarity"] for row in rows] == pytest.approx([2.75, 12.75, 20.25])
+    assert len(read) == 3  # what may synchronise is read only when reporting
+    for row in rows:
+        assert row["images_per_second"] > 0
+        assert row["data_wait"] > 0
+        assert row["memory_gb"] > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert "skipped 4" in lines[-1]
+    assert "ETA 0:00:00" in lines[-1]
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+    assert Image.open(tmp_path / "pictures/step-00000005.png").size == (6, 4)
+
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"loss/loss", "loss/similarity", "optimizer/lr", "optimizer/grad_norm",
+            "speed/images_per_second", "speed/data_wait", "speed/memory_gb"} <= set(
+        board.Tags()["scalars"]
+    )  # fmt: skip
+    assert [e.value for e in board.Scalars("loss/loss")] == pytest.approx([5.5, 25.5, 40.5])
+    assert board.Tags()["images"] == ["pictures/views"]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys, alone):
+    monitor = Monitor(tmp_path / "run", rank=1, first=0, total=1, images=4, log_steps=1)
+    monitor.say("hello")
+    monitor.add(torch.tensor(1.0), {}, 1.0)
+    monitor.step(0, {"lr": 0.1, "epoch": 1.0}, CPU)
+    monitor.picture(1, torch.zeros(2, 2, 3, dtype=torch.uint8))
+    monitor.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_time_spent_on_saving_is_not_counted_as_training(tmp_path, alone, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("pipeline.monitor.time.perf_counter", lambda: now[0])
+    monitor = Monitor(tmp_path, rank=0, first=0, total=1, images=50, log_steps=1)
+    monitor.add(torch.tensor(1.0), {}, 1.0)
+    paused = monitor.pause()
+    now[0] += 30  # a checkpoint
+    monitor.resume_clock(paused)
+    now[0] += 2  # a step
+    row = monitor.step(0, {"lr": 0.1, "epoch": 1.0}, CPU)
+    monitor.close()
+    assert row["images_per_second"] == pytest.approx(25.0)

@@ -1,0 +1,144 @@
+"""The command line: help, defaults, and bad input refused in one sentence with exit code 2."""
+
+import json
+
+import pytest
+import torch
+from tiny import tiny_overrides
+
+from pipeline import pretrain
+from pipeline.recipe import RECIPES
+
+
+def arguments(shards, tmp_path, name="mae", *overrides):
+    words = ["--recipe", str(RECIPES / f"{name}.yaml"), "--data", str(shards / "train")]
+    words += ["--output", str(tmp_path / "run"), "--ds_config", "ds_configs/zero0.json"]
+    for override in (*tiny_overrides(name), *overrides):
+        words += ["--set", override]
+    return words
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    monkeypatch.chdir(pretrain.ROOT)
+
+
+def refused(capsys, *words):
+    """Run main; the one line that it prints on stderr."""
+    assert pretrain.main(list(words)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain.parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("--ds_config", "zero2.json", "--recipe", "rmae.yaml", "--set", "--data",
+                 "data/shards/train", "--output", "runs/<recipe>-<date>", "--resume", "auto",
+                 "--max-steps"):  # fmt: skip
+        assert word in text, word
+
+
+def test_unknown_recipe_key(shards, tmp_path, capsys):
+    line = refused(capsys, *arguments(shards, tmp_path, "mae", "optimizer.learning_rate=1"))
+    assert "optimizer.learning_rate" in line
+    assert "base_lr" in line
+
+
+def test_config_with_a_key_of_the_recipe(shards, tmp_path, capsys):
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"gradient_clipping": 1.0}))
+    words = arguments(shards, tmp_path)
+    words[words.index("ds_configs/zero0.json")] = str(config)
+    assert "optimizer.gradient_clipping" in refused(capsys, *words)
+
+
+def test_data_folder_without_a_manifest(shards, tmp_path, capsys):
+    words = arguments(shards, tmp_path)
+    words[words.index(str(shards / "train"))] = str(tmp_path)
+    assert "manifest" in refused(capsys, *words)
+
+
+def test_a_missing_shard(shards, tmp_path, capsys):
+    broken = tmp_path / "shards"
+    broken.mkdir()
+    for path in (shards / "train").iterdir():
+        if not path.name.endswith("000000.tar"):
+            (broken / path.name).write_bytes(path.read_bytes())
+    words = arguments(shards, tmp_path)
+    words[words.index(str(shards / "train"))] = str(broken)
+    assert "000000.tar" in refused(capsys, *words)
+
+
+def test_image_size_that_the_patch_does_not_divide(shards, tmp_path, capsys):
+    line = refused(capsys, *arguments(shards, tmp_path, "mae", "encoder.image_size=18"))
+    assert "18 is not divisible by the patch size 4" in line
+
+
+def test_more_images_in_a_batch_than_there_are(shards, tmp_path, capsys):
+    line = refused(capsys, *arguments(shards, tmp_path, "mae", "batch_size=4096"))
+    assert "4096" in line
+
+
+def test_run_resume_and_refusals(shards, tmp_path, capsys):
+    """A run in two parts equals a run in one; then another recipe and a second run are refused."""
+    words = arguments(
+        shards,
+        tmp_path,
+        "cmae",
+        "monitor.log_steps=1",
+        "optimizer.epochs=1",
+        "optimizer.warmup_epochs=0",
+    )
+    assert pretrain.main([*words, "--max-steps", "2"]) == 0
+    assert pretrain.main([*words, "--max-steps", "4"]) == 0
+    assert "resumed:" in capsys.readouterr().out
+    other = [tmp_path / "other" if w == str(tmp_path / "run") else w for w in words]
+    assert pretrain.main([*map(str, other), "--max-steps", "4"]) == 0
+    capsys.readouterr()
+
+    def losses(folder):
+        rows = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["loss"] for row in rows]
+
+    assert losses("run") == losses("other")
+    assert len(losses("run")) == 4
+    for name in ("encoder/encoder.safetensors", "model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+    assert "another recipe (optimizer.base_lr" in refused(
+        capsys, *words, "--set", "optimizer.base_lr=1"
+    )
+    assert "already holds a run" in refused(capsys, *words, "--resume", "none")
+    elsewhere = [str(tmp_path / "third") if w == str(tmp_path / "run") else w for w in words]
+    assert "no whole checkpoint" in refused(capsys, *elsewhere, "--resume", str(tmp_path / "none"))
+    kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["latest", "step-00000002", "step-00000004"]
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000004\n"
+
+
+def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
+    words = arguments(shards, tmp_path, "mae", "optimizer.epochs=1", "optimizer.warmup_epochs=0")
+    assert pretrain.main([*words, "--max-steps", "1"]) == 0
+    place = tmp_path / "run/checkpoints/step-00000001"
+    proof = tmp_path / "proof"
+
+    class Crafted:
+        def __reduce__(self):
+            return (open, (str(proof), "w"))
+
+    state = next(p for p in place.iterdir() if p.name.endswith("model_states.pt"))
+    torch.save({"module": Crafted()}, state)
+    from pipeline.runs import FILES, _sha256
+
+    files = json.loads((place / FILES).read_text())
+    files[state.name] = [state.stat().st_size, _sha256(state)]
+    (place / FILES).write_text(json.dumps(files))
+    capsys.readouterr()
+    line = refused(capsys, *words, "--max-steps", "2")
+    assert state.name in line
+    assert not proof.exists()

@@ -1,0 +1,117 @@
+"""Run folders: atomic files, the lock, whole and broken checkpoints, where to go on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_recipe
+
+from pipeline.engine import EngineError
+from pipeline.recipe import dump_recipe
+from pipeline.runs import (
+    FILES,
+    STATE,
+    RunLock,
+    _sha256,
+    claim,
+    newest_checkpoint,
+    verify,
+    write_atomic,
+    write_json,
+)
+
+
+def fake_checkpoint(run, step, recipe):
+    """A folder with the shape of a checkpoint (its weights are not read here)."""
+    place = run / "checkpoints" / f"step-{step:08d}"
+    place.mkdir(parents=True)
+    (place / "weights.bin").write_bytes(os.urandom(100))
+    (place / STATE).write_text(json.dumps({"step": step}))
+    (place / "recipe.yaml").write_text(dump_recipe(recipe))
+    files = {p.name: [p.stat().st_size, _sha256(p)] for p in place.iterdir()}
+    (place / FILES).write_text(json.dumps(files))
+    return place
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "a" / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(TypeError):
+        write_atomic(path, 3)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
+    holder = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import sys, time; from pathlib import Path; from pipeline.runs import RunLock; "
+            "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
+            tmp_path,
+        ],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(
+            EngineError, match=f"another run holds this folder .process {holder.pid}"
+        ):
+            RunLock(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    RunLock(tmp_path)  # free again, even after a kill
+
+
+def test_where_to_go_on(tmp_path):
+    recipe = tiny_recipe("mae")
+    assert claim(tmp_path, recipe, "auto")[1] is None
+    fake_checkpoint(tmp_path, 10, recipe)
+    newest = fake_checkpoint(tmp_path, 200, recipe)
+    assert claim(tmp_path, recipe, "auto")[1] == newest
+    other = tmp_path / "other"
+    assert claim(other, recipe, str(tmp_path))[1] == newest
+    assert claim(other, recipe, str(newest))[1] == newest
+    with pytest.raises(EngineError, match="already holds a run"):
+        claim(tmp_path, recipe, "none")
+    with pytest.raises(EngineError, match="no whole checkpoint"):
+        claim(other, recipe, str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_the_key(tmp_path):
+    fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
+    with pytest.raises(EngineError, match=r"another recipe \(optimizer.base_lr: 0.00015 != 0.1\)"):
+        claim(tmp_path, tiny_recipe("mae", "optimizer.base_lr=0.1"), "auto")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "list"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_path, capsys):
+    recipe = tiny_recipe("mae")
+    good = fake_checkpoint(tmp_path, 10, recipe)
+    bad = fake_checkpoint(tmp_path, 20, recipe)
+    weights = bad / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    if damage == "flip":
+        data[50] ^= 1
+        weights.write_bytes(data)
+    elif damage == "truncate":
+        weights.write_bytes(data[:-1])
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (bad / FILES).write_text("{")
+    with pytest.raises(EngineError, match="step-00000020"):
+        verify(bad)
+    assert newest_checkpoint(tmp_path / "checkpoints") == good
+    assert "step-00000020" in capsys.readouterr().out
+
+
+def test_half_written_checkpoints_are_never_seen(tmp_path):
+    place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
+    place.rename(place.with_name(".step-00000020"))
+    assert newest_checkpoint(tmp_path / "checkpoints") is None
