@@ -102,7 +102,7 @@ def on_two_ranks(work: Callable[..., None], *arguments: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A server that has imported everything once, from which every rank is forked.
-    multiprocessing.set_forkserver_preload(["eval.features", "eval.linprobe"])
+    multiprocessing.set_forkserver_preload(["eval.finetune", "eval.linprobe"])
     torch.multiprocessing.start_processes(
         _on_rank, (port, work, arguments), nprocs=2, start_method="forkserver"
     )

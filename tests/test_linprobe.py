@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from eval import linprobe
-from eval.common import World, count_correct
+from eval.common import World, count_correct, run_command
 from eval.features import extract, open_encoder
 from pipeline.encoder import read_encoder
 
@@ -256,8 +256,12 @@ def test_bad_input_is_one_sentence(place: Path, change: tuple[str, str], words: 
         linprobe.evaluate(parse(place, *change), ALONE)
 
 
-def test_bad_input_ends_the_command_with_two(place: Path) -> None:
-    done = command(*arguments(place, "--train", str(place)))
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+def test_bad_input_ends_the_command_with_two(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments_ = arguments(place, "--train", str(place))
+    monkeypatch.setattr(sys, "argv", ["linprobe.py", *arguments_])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(linprobe.main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {place}: has no manifest.json")

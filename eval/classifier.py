@@ -1,0 +1,127 @@
+"""A pretrained encoder as a classifier: fresh head, layer-wise learning rates, files.
+
+Source: He et al. 2022, Tab. 9; facebookresearch/mae, `models_vit.py` and `util/lr_decay.py`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from eval.common import EvalError, write_text
+
+FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+HEAD_STD = 2e-5
+
+
+def build_classifier(
+    encoder: VisionTransformer, info: dict[str, Any], classes: int, drop_path: float
+) -> VisionTransformer:
+    """The encoder with a mean over the patch tokens, a fresh fc_norm and a fresh head.
+
+    The encoder's own final norm is dropped; drop path grows linearly from 0 to `drop_path` over
+    the blocks; head weights are N(0, 2e-5) truncated at two deviations, its bias is zero.
+    """
+    model = timm.create_model(
+        info["arch"],
+        **info["options"],
+        num_classes=classes,
+        global_pool="avg",
+        drop_path_rate=drop_path,
+    )
+    assert isinstance(model, VisionTransformer)
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if set(missing) != FRESH or unexpected:
+        raise EvalError(f"{info['arch']} does not fit a classifier: {missing}, {unexpected}")
+    for module in model.blocks.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    assert isinstance(model.head, nn.Linear)
+    nn.init.trunc_normal_(model.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
+    nn.init.zeros_(model.head.bias)
+    return model
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer number of a parameter: embeddings 0, block i is i + 1, fc_norm and head depth + 1."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def layer_groups(
+    model: VisionTransformer, *, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups with `lr_scale` = layer_decay^(depth + 1 - layer).
+
+    1-D parameters, the class token and the positions do not decay.
+    """
+    depth = len(model.blocks)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        layer = layer_of(name, depth)
+        group = groups.setdefault(
+            (layer, decays),
+            {
+                "name": f"layer {layer}, {'decay' if decays else 'no decay'}",
+                "params": [],
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": layer_decay ** (depth + 1 - layer),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def write_classifier(
+    folder: Path, state: dict[str, Tensor], info: dict[str, Any], classes: tuple[str, ...]
+) -> None:
+    """Write classifier.safetensors (timm names, fp32) and, last, classifier.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".classifier.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
+    temporary.replace(folder / "classifier.safetensors")
+    keys = ("arch", "options", "mean", "std", "recipe", "method", "step")
+    content = {key: info[key] for key in keys if key in info} | {"classes": list(classes)}
+    write_text(folder / "classifier.json", json.dumps(content, indent=1) + "\n")
+
+
+def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A classifier that finetuning wrote (folder), or `timm:NAME` with timm's own weights.
+
+    Returns the model in eval mode and its info: classes (names), mean, std, options.img_size.
+    """
+    text = str(folder)
+    if text.startswith("timm:"):
+        model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+        info = {"arch": text, "options": {"img_size": config["input_size"][-1]}}
+        info |= {"mean": list(config["mean"]), "std": list(config["std"])}
+        info["classes"] = [str(number) for number in range(config["num_classes"])]
+        return model.eval(), info
+    place = Path(folder)
+    try:
+        info = json.loads((place / "classifier.json").read_text(encoding="utf-8"))
+        model = timm.create_model(
+            info["arch"], **info["options"], num_classes=len(info["classes"]), global_pool="avg"
+        )
+        model.load_state_dict(load_file(place / "classifier.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EvalError(f"{folder}: no classifier of eval/finetune.py there ({reason})") from error
+    return model.eval(), info
+
+
+def classify(model: nn.Module, pixels: Tensor) -> Tensor:
+    """Probabilities float32 [b, classes] of normalised pixels [b, 3, H, W]."""
+    with torch.no_grad():
+        return model(pixels).float().softmax(dim=1)

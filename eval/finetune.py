@@ -1,0 +1,360 @@
+"""Finetuning: the whole encoder and a fresh head, trained on all labels or on few of them.
+
+MAE's settings (He et al. 2022, Tab. 9; facebookresearch/mae, FINETUNE.md) with the paper's base
+learning rate: AdamW betas 0.9, 0.999, weight decay 0.05, batch 1024, base learning rate 1e-3,
+layer decay 0.75, 5 of 100 epochs warm up, cosine to 1e-6, drop path 0.1, RandAugment
+rand-m9-mstd0.5-inc1, label smoothing 0.1, mixup 0.8, cutmix 1.0, random erasing 0.25, mean of the
+patch tokens, a fresh fc_norm and head.
+
+    deepspeed eval/finetune.py --ds_config ds_configs/zero2.json --encoder runs/rmae \\
+        --train data/shards/train --val data/shards/val [--fraction 0.1 | --subset FILE]
+
+It goes on from its last checkpoint when called again. `--random` trains from scratch.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from eval.augment import RandAugment, make_erasing, make_mixup, seed_all
+from eval.classifier import build_classifier, layer_groups, write_classifier
+from eval.common import (
+    EvalError,
+    World,
+    as_percent,
+    count_correct,
+    default_output,
+    parser,
+    progress,
+    run_command,
+    write_result,
+    write_text,
+)
+from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
+from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
+from pipeline.engine import Engine, Plan, init_ranks, make_plan, native_bf16, read_ds_config
+from pipeline.recipe import Recipe, learning_rate, parse_recipe
+from shard_tools import subset
+
+
+class Classifier(nn.Module):
+    """The loss that finetuning minimises: soft-target cross-entropy in fp32."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = SoftTargetCrossEntropy()
+
+    def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels [b, 3, H, W] and soft targets fp32 [b, classes] → mean loss, no terms."""
+        logits = self.model(pixels.to(self.model.cls_token.dtype))  # type: ignore[union-attr]
+        return self.criterion(logits.float(), target), {}
+
+
+class LayerEngine(Engine):
+    """An engine whose parameter groups scale the learning rate by their `lr_scale`."""
+
+    def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; the last of a step also updates the weights."""
+        loss, terms = self.engine(*inputs)
+        self.engine.backward(loss)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.engine.step()
+        return loss.detach(), terms
+
+
+def as_recipe(args: argparse.Namespace, info: dict[str, Any]) -> Recipe:
+    """The settings as a recipe, which plans the batch and gives the learning rate per step."""
+    optimizer = {
+        "base_lr": args.base_lr,
+        "betas": [0.9, 0.999],
+        "weight_decay": {"value": args.weight_decay},
+        "epochs": args.epochs,
+        "warmup_epochs": args.warmup_epochs,
+        "min_lr": args.min_lr,
+        "gradient_clipping": 0.0,
+    }
+    values = {
+        "name": "finetune",
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "encoder": {"arch": info["arch"]},
+        "measure": {"kind": "reconstruction"},
+        "optimizer": optimizer,
+        "data": {"partitions": args.partitions},
+    }
+    return parse_recipe(values, "finetuning")
+
+
+class Finetuning:
+    """Model, engine and data of one finetuning on this rank."""
+
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        self.args, self.world = args, world
+        encoder, self.info = open_encoder(args, world)
+        self.size = image_size(encoder)
+        seed_all(args.seed)
+        model = build_classifier(encoder, self.info, args.classes, args.drop_path)
+        recipe = as_recipe(args, self.info)
+        self.recipe = recipe
+        self.plan = self._plan(recipe)
+        groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+        self.module = Classifier(model)
+        self.engine = LayerEngine(self.module, groups, self.plan)
+        self.augment = RandAugment(args.randaugment, self.size, self.info["mean"], args.seed)
+        self.erase = make_erasing(args.erasing, world.device)
+        self.mix = make_mixup(
+            mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
+        )
+
+    def _plan(self, recipe: Recipe) -> Plan:
+        config = read_ds_config(self.args.ds_config)
+        if not native_bf16() or self.args.precision == "fp32":
+            config["bf16"] = {"enabled": False}
+        plan = make_plan(config, recipe, self.world.size)
+        if plan.stage == 3:
+            raise EvalError(
+                f"{self.args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
+                "use ds_configs/zero2.json (or zero0, zero1)"
+            )
+        if plan.micro_batch % 2:
+            raise EvalError(
+                f"mixup pairs images: {plan.micro_batch} images per micro-batch must be even; "
+                "choose another --batch-size"
+            )
+        return plan
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """This rank's micro-batches from step `start` on."""
+        return iter(
+            train_loader(
+                self.args.train,
+                batch_size=self.args.batch_size,
+                micro_batch=self.plan.micro_batch,
+                rank=self.world.rank,
+                world=self.world.size,
+                seed=self.args.seed,
+                start_step=start,
+                total_steps=self.args.total_steps,
+                crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
+                workers=self.args.workers,
+                partitions=self.args.partitions,
+            )
+        )
+
+    def train_step(self, step: int, micro: Iterator[Batch]) -> Tensor:
+        """One optimizer step; the mean loss of this rank's micro-batches."""
+        lr = learning_rate(self.recipe, step, self.args.steps_per_epoch)
+        losses = []
+        for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
+            image = self.augment(batch.image, batch.sample, batch.epoch)
+            pixels = normalise(image, self.info, self.world.device)
+            seed_all(self.args.seed, step, number, self.world.rank)
+            if self.erase is not None:
+                pixels = self.erase(pixels)
+            pixels, target = self.mix(pixels, batch.label.to(self.world.device))
+            losses.append(self.engine.micro_step(lr, pixels, target)[0])
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Accuracy on the validation set, each image once over all ranks."""
+        self.module.eval()
+        model = self.module.model
+        count = torch.zeros(3, dtype=torch.int64, device=self.world.device)
+        with torch.random.fork_rng(devices=[]):
+            for pixels, label, _ in batches(self.args.val, model, self.info, self.world, self.args):
+                logits = model(pixels.to(model.cls_token.dtype))  # type: ignore[union-attr]
+                count += count_correct(logits.float(), label)
+        self.module.train()
+        top1, top5, images = self.world.sum(count).tolist()
+        return {
+            "top1": as_percent(top1, images),
+            "top5": as_percent(top5, images),
+            "images": images,
+        }
+
+    def save(self, folder: Path, step: int, history: list[dict[str, Any]]) -> None:
+        """Write a checkpoint; `latest.json` last, so that a broken one is never gone on from."""
+        tag = f"step-{step:08d}"
+        self.engine.save(folder, tag)
+        self.world.sum(torch.zeros(1, device=self.world.device))  # all ranks have written
+        if self.world.first:
+            content = {
+                "tag": tag,
+                "step": step,
+                "settings": settings(self.args),
+                "history": history,
+            }
+            write_text(folder / "latest.json", json.dumps(content))
+            for old in folder.glob("step-*"):
+                if old.name != tag:
+                    remove_tree(old)
+
+    def load(self, folder: Path) -> tuple[int, list[dict[str, Any]]]:
+        """Go on from the last checkpoint: (step, results so far), or (0, []) without one."""
+        if not (folder / "latest.json").is_file():
+            return 0, []
+        latest = json.loads((folder / "latest.json").read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(settings(self.args)))
+        if latest["settings"] != now:
+            changed = sorted(k for k in now if now[k] != latest["settings"].get(k))
+            raise EvalError(
+                f"{folder} holds a finetuning with another {', '.join(changed)}; "
+                "remove it or choose another --output"
+            )
+        self.engine.load(folder, latest["tag"])
+        return int(latest["step"]), list(latest["history"])
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a checkpoint that a newer one replaces."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    folder.rmdir()
+
+
+def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
+    """Replace args.train by the subset that --fraction or --subset asks for, kept in `folder`."""
+    if args.fraction == 1.0 and not args.subset:
+        return
+    place = folder / "subset"
+    if world.first and not (place / "manifest.json").is_file():
+        how = ["--names", args.subset] if args.subset else ["--fraction", str(args.fraction)]
+        options = [str(args.train), str(place), *how, "--seed", str(args.subset_seed)]
+        if subset.main(options):
+            raise EvalError(f"the subset of {args.train} could not be written to {place}")
+    world.sum(torch.zeros(1, device=world.device))  # the first rank has written it
+    args.train = str(place)
+
+
+def complete(args: argparse.Namespace) -> tuple[str, ...]:
+    """Check the arguments against the data and derive the rest; the names of the classes."""
+    train, val = labelled(args.train), labelled(args.val)
+    args.classes = class_count(train, val)
+    args.partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if args.batch_size % p == 0)
+    args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, args.partitions)
+    if not args.steps_per_epoch:
+        raise EvalError(
+            f"{args.train} has {train.samples} samples, too few for --batch-size {args.batch_size}"
+        )
+    total = round(args.steps_per_epoch * args.epochs)
+    args.total_steps = total if args.max_steps is None else min(total, args.max_steps)
+    return train.classes or tuple(map(str, range(args.classes)))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the result depends on."""
+    names = (
+        "epochs", "warmup_epochs", "batch_size", "base_lr", "min_lr", "weight_decay",
+        "layer_decay", "drop_path", "randaugment", "erasing", "mixup", "cutmix", "smoothing",
+        "fraction", "subset", "subset_seed", "seed", "max_steps", "random", "encoder", "train",
+        "val", "precision",
+    )  # fmt: skip
+    return {name: getattr(args, name) for name in names}
+
+
+def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
+    """Finetune, validate after every epoch, export the classifier; the result on every rank."""
+    timer = Timer()
+    args.micro_batch = 256  # of validation
+    choose_labels(args, folder, world)
+    classes = complete(args)
+    run = Finetuning(args, world)
+    step, history = run.load(folder / "checkpoints")
+    loader = run.batches(step)
+    steps = progress(range(step, args.total_steps), world, "finetuning")
+    for step in steps:
+        if args.stop_epoch is not None and step >= args.stop_epoch * args.steps_per_epoch:
+            break  # goes on from here when called again
+        loss = run.train_step(step, loader)
+        last = step + 1 == args.total_steps
+        if (step + 1) % args.steps_per_epoch == 0 or last:
+            epoch = (step + 1) / args.steps_per_epoch
+            row = {"epoch": round(epoch, 3), "loss": round(loss.item(), 5)}
+            if last or round(epoch) % args.validate_epochs == 0:
+                row |= run.validate()
+            history.append(row)
+            run.save(folder / "checkpoints", step + 1, history)
+            if world.first:
+                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if "top1" not in history[-1]:
+        history[-1] |= run.validate()
+    state = run.engine.full_state()
+    if world.first:
+        weights = {k.removeprefix("model."): v for k, v in state.items()}
+        write_classifier(folder, weights, run.info, classes)
+    return {
+        "protocol": "finetune",
+        "feature": "mean",
+        **{key: history[-1][key] for key in ("top1", "top5", "images")},
+        "best_top1": max(row["top1"] for row in history if "top1" in row),
+        "history": history,
+        "settings": settings(args),
+        "precision": run.plan.precision,
+        "encoder": run.info,
+        "seconds": timer.seconds,
+        "ranks": world.size,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are SPEC's finetuning."""
+    result = parser(str(__doc__).split("\n", 1)[0])
+    result.add_argument("--train", required=True, help="training shards")
+    result.add_argument("--val", required=True, help="validation shards")
+    result.add_argument("--ds_config", default="ds_configs/zero2.json")
+    result.add_argument("--fraction", type=float, default=1.0, help="share of each class's labels")
+    result.add_argument("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
+    result.add_argument("--subset-seed", type=int, default=0)
+    result.add_argument("--epochs", type=float, default=100)
+    result.add_argument("--warmup-epochs", type=float, default=5)
+    result.add_argument("--batch-size", type=int, default=1024, help="global, over all ranks")
+    result.add_argument("--base-lr", type=float, default=1e-3, help="per 256 images")
+    result.add_argument("--min-lr", type=float, default=1e-6)
+    result.add_argument("--weight-decay", type=float, default=0.05)
+    result.add_argument("--layer-decay", type=float, default=0.75)
+    result.add_argument("--drop-path", type=float, default=0.1)
+    result.add_argument("--randaugment", default="rand-m9-mstd0.5-inc1", help="'' = none")
+    result.add_argument("--erasing", type=float, default=0.25)
+    result.add_argument("--mixup", type=float, default=0.8)
+    result.add_argument("--cutmix", type=float, default=1.0)
+    result.add_argument("--smoothing", type=float, default=0.1)
+    result.add_argument("--validate-epochs", type=int, default=1, help="validate so often")
+    result.add_argument("--stop-epoch", type=float, help="stop here; to go on, call it again")
+    result.add_argument("--max-steps", type=int, help="shorten the run: a trial")
+    return result
+
+
+def result_name(args: argparse.Namespace) -> str:
+    """finetune, finetune-10percent, finetune-random-0 …: names the folder and the result file."""
+    name = "finetune"
+    if args.subset:
+        name += f"-{Path(args.subset).stem}"
+    elif args.fraction != 1.0:
+        name += f"-{100 * args.fraction:g}percent"
+    return name + (f"-random-{args.seed}" if args.random else "")
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    ranks = init_ranks()
+    world = World(ranks.rank, ranks.world, ranks.device)
+    output = Path(args.output or default_output(args.encoder, result_name(args)))
+    result = evaluate(args, world, output.with_suffix(""))
+    if world.first:
+        write_result(output, result)
+        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

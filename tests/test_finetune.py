@@ -1,0 +1,274 @@
+"""Finetuning follows MAE's protocol, learns, resumes and writes a classifier."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from eval_helpers import (
+    ALONE,
+    MEAN,
+    OPTIONS,
+    coloured_images,
+    on_two_ranks,
+    write_encoder,
+    write_shards,
+)
+from timm.layers import DropPath
+
+from eval import augment, finetune
+from eval.classifier import (
+    build_classifier,
+    classify,
+    layer_groups,
+    layer_of,
+    read_classifier,
+)
+from eval.common import World
+from pipeline.data import eval_loader
+from pipeline.encoder import read_encoder
+from pipeline.engine import init_ranks
+from pipeline.recipe import learning_rate
+from shard_tools.manifest import read_manifest
+
+ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    write_shards(folder / "train", *coloured_images(70, 6, seed=1))
+    write_shards(folder / "val", *coloured_images(37, 6, seed=2))
+    write_encoder(folder / "run")
+    return folder
+
+
+def model_of(place: Path, classes: int = 7) -> tuple:
+    encoder, info = read_encoder(place / "run")
+    torch.manual_seed(0)
+    return encoder, build_classifier(encoder, info, classes, drop_path=0.1)
+
+
+def test_defaults_are_the_protocol() -> None:
+    args = finetune.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
+    expected = {
+        "epochs": 100, "warmup_epochs": 5, "batch_size": 1024, "base_lr": 1e-3, "min_lr": 1e-6,
+        "weight_decay": 0.05, "layer_decay": 0.75, "drop_path": 0.1, "erasing": 0.25,
+        "randaugment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_head_and_norm_are_fresh_and_the_rest_is_pretrained(place: Path) -> None:
+    encoder, model = model_of(place, classes=400)
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.15)
+    assert model.head.weight.abs().max() <= 4e-5
+    assert not model.head.bias.any()
+    assert torch.equal(model.fc_norm.weight, torch.ones(32))
+    assert not model.fc_norm.bias.any()
+    own = dict(model.named_parameters())
+    for name, parameter in encoder.named_parameters():
+        if name.startswith("norm."):
+            assert name not in own
+        else:
+            assert torch.equal(own[name], parameter), name
+
+
+def test_logits_are_those_of_the_mean_of_the_patch_tokens(place: Path) -> None:
+    encoder, model = model_of(place)
+    torch.nn.init.normal_(model.head.weight)
+    pixels = torch.randn(3, 3, 16, 16)
+    last: list[torch.Tensor] = []
+    encoder.blocks[-1].register_forward_hook(lambda m, i, output: last.append(output))
+    with torch.no_grad():
+        encoder(pixels)
+        mean = last[0][:, 1:].mean(dim=1)
+        centred = mean - mean.mean(1, keepdim=True)
+        normal = centred / (centred.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+        expected = normal @ model.head.weight.T
+        torch.testing.assert_close(model.eval()(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_grows_linearly(place: Path) -> None:
+    encoder = timm.create_model("vit_base_patch16_224", num_classes=0, **OPTIONS | {"depth": 5})
+    info = {"arch": "vit_base_patch16_224", "options": OPTIONS | {"depth": 5}}
+    model = build_classifier(encoder, info, 3, drop_path=0.1)
+    rates = [
+        block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0
+        for block in model.blocks
+    ]
+    assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
+
+
+def test_layer_decay_and_weight_decay_of_each_parameter(place: Path) -> None:
+    _, model = model_of(place)
+    groups = layer_groups(model, weight_decay=0.05, layer_decay=0.75)
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    names = dict(model.named_parameters())
+    assert sum(len(g["params"]) for g in groups) == len(names)
+    expected = {
+        "cls_token": (0.75**3, 0.0),
+        "pos_embed": (0.75**3, 0.0),
+        "patch_embed.proj.weight": (0.75**3, 0.05),
+        "patch_embed.proj.bias": (0.75**3, 0.0),
+        "blocks.0.attn.qkv.weight": (0.75**2, 0.05),
+        "blocks.0.norm1.weight": (0.75**2, 0.0),
+        "blocks.1.mlp.fc2.weight": (0.75, 0.05),
+        "blocks.1.mlp.fc2.bias": (0.75, 0.0),
+        "fc_norm.weight": (1.0, 0.0),
+        "head.weight": (1.0, 0.05),
+        "head.bias": (1.0, 0.0),
+    }
+    for name, pair in expected.items():
+        assert found[id(names[name])] == pytest.approx(pair), name
+    assert layer_of("blocks.11.norm2.bias", 12) == 12
+    assert layer_of("head.weight", 12) == layer_of("fc_norm.bias", 12) == 13
+
+
+def test_learning_rate_at_given_steps() -> None:
+    args = finetune.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
+    args.partitions = 64
+    recipe = finetune.as_recipe(args, {"arch": "vit_base_patch16_224"})
+    peak = 1e-3 * 1024 / 256
+    assert learning_rate(recipe, 0, 10) == 0
+    assert learning_rate(recipe, 25, 10) == pytest.approx(peak / 2)
+    assert learning_rate(recipe, 50, 10) == pytest.approx(peak)
+    assert learning_rate(recipe, 525, 10) == pytest.approx(1e-6 + (peak - 1e-6) / 2)
+    assert learning_rate(recipe, 1000, 10) == pytest.approx(1e-6)
+
+
+def test_either_mixup_or_cutmix_changes_every_batch() -> None:
+    mix = augment.make_mixup(mixup=0.8, cutmix=1.0, smoothing=0.1, classes=4)
+    label = torch.tensor([0, 1, 2, 3])
+    kinds = []
+    for seed in range(60):
+        augment.seed_all(seed)
+        pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
+        mixed, target = mix(pixels, label)
+        torch.testing.assert_close(target.sum(1), torch.ones(4))
+        values = mixed[0].unique()
+        # Cutmix keeps pure pixels (0 or 3), mixup blends all of them alike.
+        kinds.append("cutmix" if bool(((values == 0) | (values == 3)).all()) else "mixup")
+        share = mixed[0, 0].mean() / 3  # of the partner, image 3
+        smooth = 0.9 * torch.tensor([1 - share, 0, 0, share]) + 0.025
+        torch.testing.assert_close(target[0], smooth, rtol=1e-4, atol=1e-4)
+    assert 15 < kinds.count("cutmix") < 45
+    plain = augment.make_mixup(mixup=0.0, cutmix=0.0, smoothing=0.1, classes=4)
+    pixels = torch.randn(4, 3, 8, 8)
+    same, target = plain(pixels.clone(), label)
+    assert torch.equal(same, pixels)
+    torch.testing.assert_close(target, torch.eye(4) * 0.9 + 0.025)
+
+
+def test_rand_augment_depends_on_sample_and_epoch_only() -> None:
+    image, _ = coloured_images(4, 4, seed=0)
+    image = torch.from_numpy(np.ascontiguousarray(image[:, :20, :20]))
+    sample = torch.tensor([3, 5, 7, 9])
+    transform = augment.RandAugment("rand-m9-mstd0.5-inc1", 20, MEAN, seed=1)
+    first = transform(image, sample, epoch=2)
+    assert first.shape == image.shape
+    assert not torch.equal(first, image)
+    assert torch.equal(transform(image.flip(0), sample.flip(0), epoch=2).flip(0), first)
+    assert not torch.equal(transform(image, sample, epoch=3), first)
+    off = augment.RandAugment("", 20, MEAN, seed=1)
+    assert torch.equal(off(image, sample, epoch=2), image)
+
+
+def test_erasing_takes_a_quarter_of_the_images() -> None:
+    erase = augment.make_erasing(0.25, torch.device("cpu"))
+    assert erase is not None
+    augment.seed_all(0)
+    pixels = erase(torch.full((2000, 3, 8, 8), 9.0))
+    changed = (pixels != 9).flatten(1).any(1).float().mean().item()
+    assert changed == pytest.approx(0.25, abs=0.04)
+    assert augment.make_erasing(0.0, torch.device("cpu")) is None
+
+
+def arguments(place: Path, output: Path, *more: str) -> list[str]:
+    common = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+    small = ["--epochs", 12, "--warmup-epochs", 2, "--batch-size", 16, "--base-lr", 0.05]
+    easy = ["--randaugment", "", "--mixup", 0, "--cutmix", 0, "--erasing", 0, "--drop-path", 0]
+    rest = ["--ds_config", ZERO2, "--workers", 0, "--output", output, *more]
+    return [str(v) for v in (*common, *small, *easy, *rest)]
+
+
+def work(world: World, place: str, output: str) -> None:
+    """Finetune, then call it again: it finds that all is done."""
+    init_ranks()
+    for number in (1, 2):
+        args = finetune.build_parser().parse_args(arguments(Path(place), Path(output)))
+        result = finetune.evaluate(args, world, Path(output).with_suffix(""))
+        Path(output).with_name(f"{number}-{world.rank}.json").write_text(json.dumps(result))
+
+
+def test_two_ranks_finetune_resume_and_export(place: Path, tmp_path: Path) -> None:
+    on_two_ranks(work, str(place), str(tmp_path / "result.json"))
+    first, second = (
+        [json.loads((tmp_path / f"{number}-{rank}.json").read_text()) for rank in (0, 1)]
+        for number in (1, 2)
+    )
+    result = first[0]
+    assert result["images"] == 37
+    assert result["top1"] > 60  # chance is 16.7
+    assert (result["ranks"], result["protocol"]) == (2, "finetune")
+    assert [row["epoch"] for row in result["history"]] == pytest.approx(list(range(1, 13)))
+    assert first[1]["top1"] == result["top1"]
+    assert second[0]["history"] == result["history"]
+    checkpoints = tmp_path / "result/checkpoints"
+    latest = json.loads((checkpoints / "latest.json").read_text())
+    assert [p.name for p in checkpoints.glob("step-*")] == [latest["tag"]]
+    model, info = read_classifier(tmp_path / "result")
+    assert info["classes"] == [f"class{n}" for n in range(6)]
+    correct = 0
+    loader = eval_loader(place / "val", batch_size=8, rank=0, world=1, image_size=16, workers=0)
+    for batch in loader:
+        pixels = finetune.normalise(batch.image, info, torch.device("cpu"))
+        correct += int((classify(model, pixels).argmax(1) == batch.label).sum())
+    assert round(100 * correct / 37, 3) == result["top1"]
+
+
+def test_going_on_equals_never_stopping(place: Path, tmp_path: Path) -> None:
+    init_ranks()
+    results = []
+    for name, stops in (("whole", (12,)), ("parts", (5, 12))):
+        for epochs in stops:
+            args = finetune.build_parser().parse_args(arguments(place, tmp_path / name))
+            args.stop_epoch = epochs
+            result = finetune.evaluate(args, ALONE, tmp_path / name)
+        results.append(result["history"])
+    assert results[0] == results[1]
+    other = arguments(place, tmp_path / "whole", "--base-lr", "0.1")
+    args = finetune.build_parser().parse_args(other)
+    with pytest.raises(ValueError, match="holds a finetuning with another base_lr"):
+        finetune.evaluate(args, ALONE, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--batch-size", "128"), "too few for --batch-size 128"),
+        (("--batch-size", "15"), "mixup pairs images"),
+        (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
+        (("--fraction", "2"), "subset"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    place: Path, tmp_path: Path, change: tuple[str, str], words: str
+) -> None:
+    init_ranks()
+    args = finetune.build_parser().parse_args(arguments(place, tmp_path / "x.json", *change))
+    with pytest.raises(ValueError, match=words):
+        finetune.evaluate(args, ALONE, tmp_path / "x")
+
+
+def test_few_labels_are_a_share_of_each_class(place: Path, tmp_path: Path) -> None:
+    args = finetune.build_parser().parse_args(
+        arguments(place, tmp_path / "x.json", "--fraction", "0.3")
+    )
+    finetune.choose_labels(args, tmp_path, ALONE)
+    assert args.train == str(tmp_path / "subset")
+    labels = read_manifest(args.train).index["label"]
+    assert np.bincount(labels).tolist() == [4, 4, 4, 4, 3, 3]  # of 12, 12, 12, 12, 11, 11
+    assert finetune.result_name(args) == "finetune-30percent"
