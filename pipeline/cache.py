@@ -30,6 +30,9 @@ GIB = 1 << 30
 TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s lie between them
 
 
+STALL = 60.0  # seconds without a byte after which a connection is given up
+
+
 class CacheError(ManifestError):
     """A remote shard that cannot be had, or a cache that cannot hold it, in one sentence."""
 
@@ -212,7 +215,15 @@ def _copy(url: str, path: Path) -> None:
     """Copy what lies at `url` into the local file `path`."""
     from fsspec.core import url_to_fs  # only remote folders need it
 
-    filesystem, where = url_to_fs(url)
+    options = {}
+    if url.startswith(("http://", "https://")):
+        from aiohttp import ClientTimeout
+
+        # By default a download may last five minutes however fast it is; S3 and GCS have limits
+        # per read of their own.
+        timeout = ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
+        options = {"client_kwargs": {"timeout": timeout}}
+    filesystem, where = url_to_fs(url, **options)
     filesystem.get_file(where, str(path))
 
 

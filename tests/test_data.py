@@ -5,15 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_helpers import jpeg, write_shards
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import v2
@@ -21,40 +20,9 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipeline.data import Crop, Order, SampleError, eval_loader, global_batch, train_loader
 from pipeline.order import partition_order, random_bits, steps_per_epoch
-from shard_tools.manifest import SAMPLE, ManifestError, Shard, write_manifest
+from shard_tools.manifest import ManifestError
 
 SIZES = (7, 0, 5, 11, 9, 8)  # samples per shard; 40 in all
-
-
-def jpeg(seed: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """A smooth random picture, (width, height), as JPEG bytes."""
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    small.resize(size, Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
-    return out.getvalue()
-
-
-def write_shards(folder: Path, images: list[list[bytes]]) -> Path:
-    """Shards written by webdataset, and their manifest. Labels count from 0 modulo 5."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, shards = [], []
-    for number, content in enumerate(images):
-        path = folder / f"t-{number:06d}.tar"
-        with webdataset.TarWriter(str(path)) as writer:
-            for place, data in enumerate(content):
-                key = f"{number}-{place}"
-                writer.write({"__key__": key, "cls": (number + place) % 5, "jpg": data})
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.name.endswith(".cls"):
-                    label = int(tar.extractfile(member).read())
-                else:
-                    rows.append((member.offset_data, member.size, label, 48, 40, 1, 0, 0))
-        # The checksum of the tar is verify_shards' concern; local shards are opened by size.
-        shards.append(Shard(path.name, len(content), path.stat().st_size, "0" * 64))
-    write_manifest(folder, shards=shards, index=np.array(rows, SAMPLE), classes=list("abcde"))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,301 @@
+"""Remote shards: a real HTTP server and an S3 endpoint on loopback, with cut connections."""
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from loader_helpers import jpeg, write_shards
+
+from pipeline import cache as cache_module
+from pipeline.cache import CacheError, ShardCache
+from pipeline.data import Crop, train_loader
+from shard_tools.manifest import Manifest, Shard
+
+SHARD = 200_000  # bytes of the plain shards below
+
+
+class Server(ThreadingHTTPServer):
+    """Files by path; `faults` says what to do to the next requests of a path."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list[str]] = {}
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.delay = 0.0
+        self.stopping = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def put(self, folder: Path) -> None:
+        self.files = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        server: Server = self.server  # type: ignore[assignment]
+        with server.lock:
+            server.counts[self.path] += 1
+            queue = server.faults.get(self.path)
+            fault = queue.pop(0) if queue else ""
+        time.sleep(server.delay)
+        data = server.files.get(self.path)
+        if data is None or fault == "busy":
+            self.send_error(404 if data is None else 503)
+            return
+        if fault == "flip":
+            data = data[:100] + bytes([data[100] ^ 4]) + data[101:]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "cut":
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)  # forked readers may hold it open too
+            return
+        if fault == "stall":
+            self.wfile.write(data[: len(data) // 2])
+            self.wfile.flush()
+            server.stopping.wait(30)
+            return
+        self.wfile.write(data)
+
+    def do_HEAD(self) -> None:
+        data = self.server.files.get(self.path)  # type: ignore[attr-defined]
+        self.send_response(404 if data is None else 200)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.stopping.set()
+        server.shutdown()
+
+
+def plain(server: Server, count: int = 5) -> Manifest:
+    """A manifest of `count` shards of random bytes, and the server that has them."""
+    rng, shards = np.random.default_rng(0), []
+    for number in range(count):
+        data = rng.bytes(SHARD)
+        server.files[f"/s{number}.tar"] = data
+        shards.append(Shard(f"s{number}.tar", 1, SHARD, hashlib.sha256(data).hexdigest()))
+    return Manifest(server.url, tuple(shards), home=server.url)
+
+
+def cached(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.tar"))
+
+
+def test_a_shard_is_fetched_once_and_whole(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(plain(server), tmp_path)
+    for _ in range(3):
+        assert cache.read(2, 1000, 50) == server.files["/s2.tar"][1000:1050]
+    assert cache.read(2, SHARD - 5, 50) == server.files["/s2.tar"][-5:]
+    assert server.counts["/s2.tar"] == 1
+    assert cached(tmp_path) == [tmp_path / f"{cache.manifest.shards[2].sha256}.tar"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("fault", ["cut", "flip", "stall", "busy"])
+def test_faults_on_the_way_are_tried_again(server, tmp_path, fault, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(cache_module, "STALL", 0.3)
+    cache = ShardCache(plain(server), tmp_path, pause=0.01)
+    server.faults["/s0.tar"] = [fault] * 3
+    assert cache.read(0, 0, SHARD) == server.files["/s0.tar"]
+    assert server.counts["/s0.tar"] == 4
+    assert caplog.text.count("trying again") == 3
+
+
+def test_faults_without_end_are_one_sentence(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(plain(server), tmp_path, pause=0.001)
+    server.faults["/s0.tar"] = ["flip"] * 99
+    with pytest.raises(
+        CacheError, match=r"/s0\.tar: cannot be fetched, 6 tries .* sha256"
+    ) as error:
+        cache.fetch(0)
+    assert "\n" not in str(error.value)
+    server.faults["/s1.tar"] = ["cut"] * 99
+    with pytest.raises(CacheError, match="6 tries failed, the last one: "):
+        cache.fetch(1)
+    del server.files["/s2.tar"]
+    with pytest.raises(CacheError, match=r"/s2\.tar: cannot be fetched \(FileNotFoundError"):
+        cache.fetch(2)
+    assert server.counts["/s2.tar"] == 1  # what is not there is not asked for again
+    assert not cached(tmp_path)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_bound_holds_and_the_oldest_goes(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(plain(server), tmp_path, limit=3 * SHARD + 10)
+    for shard in (0, 1, 2, 0, 3):  # 1 is the one unused for longest when 3 comes
+        cache.read(shard, 0, 1)
+        time.sleep(0.01)
+        assert sum(path.stat().st_size for path in cached(tmp_path)) <= cache.limit
+    names = {path.stem for path in cached(tmp_path)}
+    assert names == {cache.manifest.shards[s].sha256 for s in (0, 2, 3)}
+    cache.read(1, 0, 1)
+    assert server.counts["/s1.tar"] == 2
+    with pytest.raises(
+        CacheError, match=f"a cache of 10 bytes cannot hold s0.tar of {SHARD} bytes"
+    ):
+        ShardCache(cache.manifest, tmp_path, limit=10)
+
+
+def _reader(manifest: Manifest, folder: Path, limit: int, seed: int, results) -> None:
+    rng, cache = np.random.default_rng(seed), ShardCache(manifest, folder, limit, pause=0.01)
+    digests, most = set(), 0
+    for _ in range(12):
+        shard = int(rng.integers(len(manifest.shards)))
+        data = cache.read(shard, 0, SHARD)
+        digests.add(hashlib.sha256(data).hexdigest() == manifest.shards[shard].sha256)
+        sizes = []
+        for path in folder.glob("*.tar"):
+            try:
+                sizes.append(path.stat().st_size)
+            except FileNotFoundError:  # evicted as we looked
+                continue
+        most = max(most, sum(sizes))
+    results.put((digests, most))
+
+
+@pytest.mark.parametrize("limit", [2 * SHARD, 9 * SHARD])
+def test_processes_share_one_cache(server: Server, tmp_path: Path, limit: int) -> None:
+    manifest = plain(server)
+    server.delay = 0.02
+    server.faults = {f"/s{n}.tar": ["cut"] for n in range(5)}
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    readers = [
+        context.Process(target=_reader, args=(manifest, tmp_path, limit, seed, results))
+        for seed in range(4)
+    ]
+    for reader in readers:
+        reader.start()
+    outcomes = [results.get(timeout=60) for _ in readers]
+    for reader in readers:
+        reader.join(10)
+    assert all(digests == {True} for digests, _ in outcomes)
+    assert max(most for _, most in outcomes) <= limit
+    if limit > 5 * SHARD:  # nothing is evicted: two requests each, the cut one and a whole one
+        assert server.counts == {f"/s{n}.tar": 2 for n in range(5)}
+
+
+def test_leftovers_of_a_killed_process_are_no_burden(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(plain(server), tmp_path, limit=2 * SHARD)
+    own, other = (cache.manifest.shards[n].sha256 for n in (0, 1))
+    (tmp_path / f"{own}.{SHARD}.part").write_bytes(b"half")
+    (tmp_path / f"{other}.{SHARD}.part").write_bytes(b"half")
+    cache.fetch(0)
+    cache.fetch(2)
+    assert len(cached(tmp_path)) == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_reservation_of_a_living_process_counts(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(plain(server), tmp_path, limit=2 * SHARD)
+    cache.fetch(0)
+    held = cache.manifest.shards[1].sha256
+    with FileLock(tmp_path / f"{held}.lock"):
+        (tmp_path / f"{held}.{SHARD}.part").touch()
+        cache.fetch(2)  # shard 0 must go
+        assert len(cached(tmp_path)) == 1
+
+
+def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path, monkeypatch) -> None:
+    def full(url: str, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "_copy", full)
+    with pytest.raises(CacheError, match="the disk of the cache is full"):
+        ShardCache(plain(server), tmp_path).fetch(0)
+
+
+def test_names_from_a_manifest_stay_in_the_folder(tmp_path: Path) -> None:
+    wrong = Manifest("http://127.0.0.1:1", (Shard("a.tar", 1, 10, "../../evil"),), home="here")
+    with pytest.raises(CacheError, match=r"here: a\.tar has no valid sha256"):
+        ShardCache(wrong, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    images = [[jpeg(10 * s + i) for i in range(6)] for s in range(6)]
+    return write_shards(tmp_path_factory.mktemp("shards"), images)
+
+
+def pixels(folder: object, workers: int = 0, **options: object) -> torch.Tensor:
+    loader = train_loader(
+        folder, batch_size=12, micro_batch=12, rank=0, world=1, seed=0, start_step=1,
+        total_steps=6, crop=Crop(16), workers=workers, partitions=2, window=2, **options,
+    )  # fmt: skip
+    return torch.cat([batch.image for batch in loader])
+
+
+def test_training_from_http_equals_training_from_disk(server, shards, tmp_path) -> None:
+    server.put(shards)
+    server.faults = {f"/t-{n:06d}.tar": ["cut", "flip"] for n in range(3)}
+    expected = pixels(shards)
+    assert torch.equal(pixels(server.url, workers=2, cache=tmp_path), expected)
+    before = sum(server.counts.values())
+    assert torch.equal(pixels(server.url, cache=tmp_path), expected)  # all is there now
+    assert sum(server.counts.values()) <= before + 4  # manifest and index only
+    assert len(cached(tmp_path)) == 6
+
+
+def test_a_small_cache_still_serves_everything(server, shards, tmp_path, caplog) -> None:
+    server.put(shards)
+    limit = 2 * max(path.stat().st_size for path in shards.glob("*.tar"))
+    assert torch.equal(pixels(server.url, cache=tmp_path, cache_bytes=limit), pixels(shards))
+    assert "fetched again and again" in caplog.text
+    assert sum(path.stat().st_size for path in cached(tmp_path)) <= limit
+
+
+def test_training_from_s3(shards: Path, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("moto")
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs")
+    from moto.server import ThreadedMotoServer
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    endpoint = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    endpoint.start()
+    try:
+        host, port = endpoint.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for path in shards.iterdir():
+            client.upload_file(str(path), "bucket", f"imagenet/{path.name}")
+        expected = pixels(shards)
+        for workers in (0, 1):
+            ours = pixels("s3://bucket/imagenet", workers=workers, cache=tmp_path / str(workers))
+            assert torch.equal(ours, expected)
+        client.put_object(Bucket="bucket", Key="imagenet/t-000000.tar", Body=b"other content")
+        monkeypatch.setattr(cache_module, "TRIES", 2)
+        with pytest.raises(CacheError, match=r"t-000000\.tar: cannot be fetched, 2 tries failed"):
+            pixels("s3://bucket/imagenet", cache=tmp_path / "other")
+    finally:
+        endpoint.stop()
