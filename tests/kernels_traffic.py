@@ -258,9 +258,7 @@ def patch_loss_traffic(
     read = predictions + rows * 4
     upstream = programs * (8 if relaxed else 4)
     return {
-        "forward": Traffic(
-            read + pixels + partial, read + moved + partial, read + pixels + 8
-        ),
+        "forward": Traffic(read + pixels + partial, read + moved + partial, read + pixels + 8),
         "backward": Traffic(
             read + pixels + upstream + predictions,
             read + moved + 8 + predictions,
@@ -309,7 +307,9 @@ class Trace:
     def add(self, pointers: Any, mask: Any) -> None:
         """Count one load or store instruction of one program."""
         size = np.dtype(_numpy_type(pointers)).itemsize
-        addresses = np.unique(np.broadcast_to(pointers.data, np.shape(mask))[np.asarray(mask, bool)])
+        addresses = np.unique(
+            np.broadcast_to(pointers.data, np.shape(mask))[np.asarray(mask, bool)]
+        )
         self.requested += int(addresses.size) * size
         if self.sectors is None:
             self.sectors = set()

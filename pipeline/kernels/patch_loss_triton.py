@@ -123,7 +123,8 @@ def patch_loss_backward_kernel(
 def _coefficient(weight: Tensor | None) -> Tensor | None:
     if weight is None:
         return None
-    return weight / (weight.sum(1, keepdim=True).clamp(min=1) * len(weight))
+    share = weight / (weight.sum(1, keepdim=True).clamp(min=1) * len(weight))
+    return share.contiguous()
 
 
 def _settings(

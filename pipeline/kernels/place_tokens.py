@@ -78,7 +78,7 @@ class _PlaceTokens(torch.autograd.Function):
         out[:, prefix:] = position[prefix:] + mask_token
         shown = position.index_select(0, rows % len(position)).view(batch, -1, width)
         placed = (tokens[:, prefix:] + shown).to(out.dtype)
-        out.view(-1, width).index_copy_(0, rows, placed.view(-1, width))
+        out.view(-1, width).index_copy_(0, rows, placed.reshape(-1, width))
         ctx.save_for_backward(inverse, rows)
         ctx.prefix, ctx.visible = prefix, count - prefix
         ctx.dtypes = mask_token.dtype, position.dtype

@@ -93,7 +93,7 @@ def _sample_masks(
     sample_masks_kernel[(len(sample),)](
         sample.contiguous(), *out, seed, epoch,
         LENGTH=length, VISIBLE1=visible1, VISIBLE2=visible2, POLICY=POLICIES.index(policy),
-        BLOCK=block, num_warps=1 if block <= 256 else 4,
+        BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out  # type: ignore[return-value]
 

@@ -1,0 +1,146 @@
+"""color_jitter: byte for byte torchvision's, kernel byte for byte the reference."""
+
+import itertools
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from kernels_testing import DEVICE, random_images, some_positions, using
+
+from pipeline import kernels
+from pipeline.kernels.color_jitter import ORDERS
+
+OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+
+
+def parameters(batch, **settings):
+    sample = torch.arange(batch, device=DEVICE)
+    return kernels.jitter_parameters(
+        sample, seed=4, epoch=1, view=0, **{"grayscale": 0.3, "hue": 0.5, **settings}
+    )
+
+
+def torchvision_jitter(image, factors, order, apply, gray):
+    """One image [H,W,3] at a time through torchvision's uint8 functions."""
+    out = []
+    for b, picture in enumerate(image.cpu().permute(0, 3, 1, 2)):
+        if apply[b]:
+            for operation in ORDERS[int(order[b])]:
+                picture = OPERATIONS[operation](picture, float(factors[b, operation]))
+        if gray[b]:
+            picture = TF.rgb_to_grayscale(picture, num_output_channels=3)
+        out.append(picture.permute(1, 2, 0))
+    return torch.stack(out).to(image.device)
+
+
+def colourful(batch, height, width):
+    """Random images with flat, grey, black and saturated pixels among them."""
+    image = random_images(batch, height, width)
+    corners = [*itertools.product([0, 255], repeat=3), (128, 128, 128), (10, 10, 200)]
+    image[0, : len(corners) // width + 1].view(-1, 3)[: len(corners)] = torch.tensor(
+        corners, dtype=torch.uint8, device=image.device
+    )
+    return image
+
+
+def test_reference_equals_torchvision_for_every_order():
+    image = colourful(24, 14, 10)
+    factors, _, apply, gray = parameters(24)
+    order = torch.arange(24, dtype=torch.int32, device=DEVICE)
+    drawn = (factors, order, apply | True, gray)
+    with using("reference"):
+        got = kernels.color_jitter(image, *drawn)
+    assert torch.equal(got, torchvision_jitter(image, *drawn))
+    assert not torch.equal(got, image)
+
+
+def test_visible_patches_are_the_picture():
+    """The jitter of the visible patches is that of an image made of them alone."""
+    image, patch, visible = colourful(6, 16, 24), 4, some_positions(6, 24, 5)
+    drawn = parameters(6)
+    with using("reference"):
+        got = kernels.color_jitter(image, *drawn, visible=visible, patch=patch)
+    expected = torch.zeros_like(image)
+    for b in range(6):
+        corners = [(at // 6 * patch, at % 6 * patch) for at in visible[b].tolist()]
+        cut = [image[b, y : y + patch, x : x + patch] for y, x in corners]
+        own = [parameter[b : b + 1] for parameter in drawn]
+        strip = torchvision_jitter(torch.cat(cut, 1)[None], *own)[0]
+        for n, (y, x) in enumerate(corners):
+            expected[b, y : y + patch, x : x + patch] = strip[:, n * patch : (n + 1) * patch]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(14, 10), (9, 33), (32, 32)])
+def test_kernel_equals_reference(height, width):
+    image = colourful(12, height, width)
+    drawn = parameters(12)
+    with using("reference"):
+        expected = kernels.color_jitter(image, *drawn)
+    with using("triton"):
+        assert torch.equal(kernels.color_jitter(image, *drawn), expected)
+
+
+@pytest.mark.parametrize(("patch", "count"), [(8, 12), (14, 1), (4, 83)])
+def test_kernel_equals_reference_on_visible_patches_of_planes(patch, count):
+    height, width = 28 // patch * patch, 84 // patch * patch
+    length = height * width // patch**2
+    image = colourful(4, height, width).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    visible, drawn = some_positions(4, length, count), parameters(4)
+    with using("reference"):
+        expected = kernels.color_jitter(image, *drawn, visible=visible, patch=patch)
+    with using("triton"):
+        got = kernels.color_jitter(image, *drawn, visible=visible, patch=patch)
+    assert torch.equal(got, expected)
+    assert got.is_contiguous()
+
+
+def test_parameters_follow_their_distributions():
+    factors, order, apply, gray = kernels.jitter_parameters(
+        torch.arange(20_000), seed=0, epoch=0, view=1, grayscale=0.2
+    )
+    low, high = torch.tensor([0.6, 0.6, 0.6, -0.1]), torch.tensor([1.4, 1.4, 1.4, 0.1])
+    unit = (factors - low) / (high - low)
+    assert unit.min() > -1e-6
+    assert unit.max() < 1 + 1e-6
+    assert (unit.mean(0) - 0.5).abs().max() < 0.01
+    assert abs(float(apply.double().mean()) - 0.8) < 0.012
+    assert abs(float(gray.double().mean()) - 0.2) < 0.012
+    counts = torch.bincount(order, minlength=24).double()
+    assert len(counts) == 24
+    assert ((counts - 20_000 / 24) ** 2 / (20_000 / 24)).sum() < 49.7  # 23 degrees, p = 0.001
+
+
+def test_the_two_views_are_jittered_differently():
+    sample = torch.arange(8)
+    first, second = (kernels.jitter_parameters(sample, seed=0, epoch=0, view=v)[0] for v in (0, 1))
+    assert not (first == second).any()
+
+
+def test_opcheck():
+    image, visible = colourful(2, 8, 12), some_positions(2, 6, 3)
+    with using("triton"):
+        from pipeline.kernels.color_jitter_triton import _color_jitter
+
+        torch.library.opcheck(_color_jitter, (image, *parameters(2), None, 1))
+        torch.library.opcheck(_color_jitter, (image, *parameters(2), visible, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"factors": torch.zeros(2, 3)}, "factors must be"),
+        ({"order": torch.zeros(2, dtype=torch.int64)}, "order must be"),
+        ({"apply": torch.zeros(2)}, "apply must be"),
+        ({"patch": 4}, "visible and patch together"),
+        ({"patch": 3, "visible": torch.zeros(2, 1, dtype=torch.int32)}, "does not tile"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, error):
+    names = ("factors", "order", "apply", "gray")
+    drawn = dict(zip(names, (x.cpu() for x in parameters(2)), strict=True))
+    image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=error):
+        kernels.color_jitter(image, **{**drawn, **change})
+    with pytest.raises(ValueError, match="jitter strengths"):
+        kernels.jitter_parameters(torch.arange(2), seed=0, epoch=0, view=0, hue=0.6)

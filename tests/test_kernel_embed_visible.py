@@ -1,0 +1,158 @@
+"""embed_visible: reference against a loop and a convolution, kernel against reference."""
+
+import pytest
+import torch
+from kernels_testing import (
+    DEVICE,
+    IMAGENET,
+    assert_agree,
+    assert_gradients,
+    assert_implementations_agree,
+    noise,
+    random_images,
+    some_positions,
+    using,
+)
+
+from pipeline import kernels
+
+# batch, height, width, patch, channels, visible
+SIZES = [
+    (2, 56, 56, 8, 48, 12),
+    (1, 56, 56, 8, 33, 1),
+    (3, 28, 42, 14, 20, 5),  # 14: no power of two, lines of 42 bytes
+    (2, 32, 64, 16, 130, 7),  # all but one visible, more channels than a tile
+]
+
+
+def leaves(patch, width, length, dtype=torch.float32):
+    return {
+        "weight": noise(width, 3, patch, patch, dtype=dtype) * 0.1,
+        "bias": noise(width, dtype=dtype),
+        "position": noise(length, width, dtype=dtype, seed=3),
+    }
+
+
+def loop(image, visible, mean, std):
+    """Float64, one visible patch after the other."""
+
+    def embed(weight, bias, position):
+        patch, columns = weight.shape[-1], image.shape[2] // weight.shape[-1]
+        rows = []
+        for b in range(len(image)):
+            for at in visible[b].tolist():
+                y, x = at // columns * patch, at % columns * patch
+                total = bias + position[at]
+                for c in range(3):
+                    pixels = image[b, y : y + patch, x : x + patch, c].double() / 255
+                    total = (
+                        total + weight[:, c].flatten(1) @ ((pixels - mean[c]) / std[c]).flatten()
+                    )
+                rows.append(total)
+        return torch.stack(rows).unflatten(0, visible.shape)
+
+    return embed
+
+
+def op(image, visible):
+    return lambda weight, bias, position: kernels.embed_visible(
+        image, visible, weight, bias, position, **IMAGENET
+    )
+
+
+@pytest.mark.parametrize(("batch", "height", "width", "patch", "channels", "count"), SIZES)
+def test_reference_against_a_loop(batch, height, width, patch, channels, count):
+    image, length = random_images(batch, height, width), height * width // patch**2
+    visible = some_positions(batch, length, count)
+    function, oracle = op(image, visible), loop(image, visible, **IMAGENET)
+    assert_gradients(function, oracle, leaves(patch, channels, length))
+
+
+def test_reference_against_a_convolution():
+    image, visible = random_images(2, 56, 56), some_positions(2, 49, 49)
+    weights = leaves(8, 24, 49)
+    mean, std = (torch.tensor(IMAGENET[n], device=DEVICE)[:, None, None] for n in ("mean", "std"))
+    planes = (image.permute(0, 3, 1, 2) / 255 - mean) / std
+    grid = torch.nn.functional.conv2d(planes, weights["weight"], weights["bias"], stride=8)
+    expected = grid.flatten(2).mT + weights["position"]
+    index = visible.long()[..., None].expand(-1, -1, 24)
+    with using("reference"):
+        assert_agree("output", op(image, visible)(**weights), expected.gather(1, index), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "height", "width", "patch", "channels", "count"), SIZES)
+def test_kernel_against_reference(batch, height, width, patch, channels, count, dtype):
+    image, length = random_images(batch, height, width), height * width // patch**2
+    visible = some_positions(batch, length, count)
+    assert_implementations_agree(op(image, visible), leaves(patch, channels, length, dtype))
+
+
+def test_kernel_with_planes_and_strided_inputs():
+    planes = random_images(2, 24, 40).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    visible = some_positions(2, 15, 8)[:, ::2]
+    weights = leaves(8, 16, 15)
+    weights["weight"] = weights["weight"].to(memory_format=torch.channels_last)
+    weights["position"] = noise(16, 15).T
+    assert_implementations_agree(op(planes, visible), weights)
+    crops = random_images(2, 32, 64)[:, 4:28, 8:48]
+    assert_implementations_agree(op(crops, visible), weights)
+
+
+def test_kernel_splits_the_rows_of_the_weight_gradient(monkeypatch):
+    from pipeline.kernels import embed_visible_triton
+
+    monkeypatch.setattr(embed_visible_triton, "SPLIT_ROWS", 64)
+    image, visible = random_images(5, 56, 56), some_positions(5, 49, 30)
+    assert_implementations_agree(op(image, visible), leaves(8, 16, 49))
+
+
+def test_without_position():
+    image, visible = random_images(2, 24, 24), some_positions(2, 9, 3)
+    weights = leaves(8, 16, 9)
+    del weights["position"]
+    assert_implementations_agree(
+        lambda weight, bias: kernels.embed_visible(image, visible, weight, bias, None, **IMAGENET),
+        weights,
+    )
+
+
+def test_gradcheck_of_the_reference():
+    image, visible = random_images(2, 8, 12), some_positions(2, 6, 3)
+    inputs = [x.double().requires_grad_() for x in leaves(4, 3, 6).values()]
+    with using("reference"):
+        assert torch.autograd.gradcheck(op(image, visible), inputs)
+
+
+def test_opcheck():
+    image, visible = random_images(2, 16, 24), some_positions(2, 6, 3)
+    weights = [x.requires_grad_() for x in leaves(8, 16, 6).values()]
+    with using("triton"):
+        from pipeline.kernels.embed_visible_triton import _embed_visible
+
+        arguments = (image, visible, *weights, [0.5] * 3, [0.2] * 3)
+        torch.library.opcheck(_embed_visible, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"image": torch.zeros(2, 16, 24, 3)}, "image must be uint8"),
+        ({"image": torch.zeros(2, 15, 24, 3, dtype=torch.uint8)}, "does not tile"),
+        ({"visible": torch.zeros(2, 3, dtype=torch.int64)}, "visible must be int32"),
+        ({"visible": torch.zeros(1, 3, dtype=torch.int32)}, "is for 1 images"),
+        ({"bias": torch.zeros(5)}, "bias"),
+        ({"position": torch.zeros(7, 16)}, "position must be"),
+        ({"std": (0.2, 0.0, 0.2)}, "std > 0"),
+    ],
+)
+def test_shapes_that_do_not_fit(change, error):
+    arguments = {
+        "image": torch.zeros(2, 16, 24, 3, dtype=torch.uint8),
+        "visible": torch.zeros(2, 3, dtype=torch.int32),
+        **leaves(8, 16, 6),
+        **IMAGENET,
+        **change,
+    }
+    with pytest.raises(ValueError, match=error):
+        kernels.embed_visible(**arguments)
