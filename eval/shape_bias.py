@@ -1,0 +1,244 @@
+"""Shape bias: does a classifier go by the shape or by the texture of an object?
+
+Cue-conflict images have the shape of one category and the texture of another. Among the decisions
+for either, the share of the shape's category, as model-vs-human defines it (Geirhos et al. 2021):
+
+    shape bias = shape / (shape + texture),  over images whose shape and texture differ.
+
+A decision is one of 16 categories; a classifier of ImageNet's 1000 classes decides for the category
+with the highest mean probability over the category's classes.
+
+    python eval/shape_bias.py --classifier runs/rmae/eval/finetune --images cue-conflict/
+    python eval/shape_bias.py --decisions raw-data/cue-conflict/*subject*.csv
+
+The images lie in a folder per shape: cue-conflict/cat/cat1-elephant2.png. The CSV files are
+model-vs-human's, with the columns object_response, category and imagename.
+"""
+
+import argparse
+import csv
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval.classifier import classify, read_classifier
+from eval.common import (
+    EvalError,
+    World,
+    as_percent,
+    join_world,
+    progress,
+    run_command,
+    write_result,
+)
+from eval.features import Timer, normalise
+
+# category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
+# human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.
+CATEGORIES: dict[str, tuple[int | tuple[int, int], ...]] = {
+    "airplane": (404,),
+    "bear": ((294, 297),),
+    "bicycle": (444, 671),
+    "bird": (
+        8, (10, 16), (18, 20), (22, 24), (80, 83), (87, 96), (98, 100), (127, 133), (135, 145),
+    ),
+    "boat": (472, 554, 625, 814, 914),
+    "bottle": (440, 720, 737, (898, 899), 901, 907),
+    "car": (436, 511, 817),
+    "cat": ((281, 286),),
+    "chair": (423, 559, 765, 857),
+    "clock": (409, 530, 892),
+    "dog": (
+        (152, 191), (193, 203), (205, 226), (228, 241), (243, 250), (252, 257), 259, (261, 263),
+        (265, 268),
+    ),
+    "elephant": ((385, 386),),
+    "keyboard": (508, 878),
+    "knife": (499,),
+    "oven": (766,),
+    "truck": (555, 569, 656, 675, 717, 734, 864, 867),
+}  # fmt: skip
+
+
+def classes_of(category: str) -> list[int]:
+    """The ImageNet classes of a category, ascending."""
+    numbers: list[int] = []
+    for part in CATEGORIES[category]:
+        first, last = part if isinstance(part, tuple) else (part, part)
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def decide(probability: Tensor) -> list[str]:
+    """Categories of probabilities [b, 1000]: the highest mean probability over a category's
+    classes."""
+    means = [probability[:, classes_of(name)].mean(dim=1) for name in CATEGORIES]
+    names = list(CATEGORIES)
+    return [names[number] for number in torch.stack(means, dim=1).argmax(dim=1).tolist()]
+
+
+def texture_of(image_name: str) -> str:
+    """The texture in an image's name: `…_cat1-elephant2.png` → elephant."""
+    stem = image_name.rsplit("_", 1)[-1].split(".", 1)[0]
+    texture = "".join(c for c in stem.rsplit("-", 1)[-1] if not c.isdigit())
+    if texture not in CATEGORIES or "-" not in stem:
+        raise EvalError(
+            f"{image_name}: the name should end in <shape><n>-<texture><m>, such as "
+            "cat1-elephant2.png"
+        )
+    return texture
+
+
+def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
+    """Shape bias of trials (decision, shape, texture), overall and for each shape.
+
+    Trials whose shape is the texture are left out. The bias is None where nothing was decided for
+    either.
+    """
+    count: Counter[tuple[str, str]] = Counter()
+    conflicts = 0
+    for decision, shape, texture in trials:
+        if shape == texture:
+            continue
+        conflicts += 1
+        count[shape, "shape"] += decision == shape
+        count[shape, "texture"] += decision == texture
+
+    def ratio(shape: int, texture: int) -> float | None:
+        return round(shape / (shape + texture), 5) if shape + texture else None
+
+    shapes = sum(n for (_, cue), n in count.items() if cue == "shape")
+    textures = sum(n for (_, cue), n in count.items() if cue == "texture")
+    names = sorted({name for name, _ in count})
+    return {
+        "shape_bias": ratio(shapes, textures),
+        "shape": shapes,
+        "texture": textures,
+        "trials": conflicts,
+        "either": as_percent(shapes + textures, conflicts) if conflicts else None,
+        "by_shape": {n: ratio(count[n, "shape"], count[n, "texture"]) for n in names},
+    }
+
+
+def read_decisions(paths: Iterable[str | Path]) -> list[tuple[str, str, str]]:
+    """Trials (decision, shape, texture) of model-vs-human's CSV files."""
+    trials = []
+    for path in paths:
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            rows = csv.DictReader(file)
+            missing = {"object_response", "category", "imagename"} - set(rows.fieldnames or [])
+            if missing:
+                raise EvalError(f"{path}: the column {sorted(missing)[0]} is missing")
+            for row in rows:
+                texture = texture_of(row["imagename"])
+                trials.append((row["object_response"], row["category"], texture))
+    return trials
+
+
+def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
+    """(path, shape, texture) of the images in FOLDER/<shape>/, sorted."""
+    found = []
+    for path in sorted(Path(folder).glob("*/*")):
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            if path.parent.name not in CATEGORIES:
+                raise EvalError(f"{path.parent}: not one of the 16 categories")
+            found.append((path, path.parent.name, texture_of(path.name)))
+    if not found:
+        raise EvalError(f"{folder}: has no images in folders named by shape")
+    return found
+
+
+def evaluation_crop(path: Path, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]: shorter side resized to size · 256 / 224, bicubic, centre crop."""
+    with Image.open(path) as image:
+        picture = image.convert("RGB")
+    scale = round(size * 256 / 224) / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+def classifier_trials(args: argparse.Namespace, world: World) -> tuple[list, dict[str, Any]]:
+    """Trials of the classifier on all images, whole on every rank, and the classifier's info."""
+    model, info = read_classifier(args.classifier)
+    if len(info["classes"]) != 1000:
+        raise EvalError(
+            f"{args.classifier} knows {len(info['classes'])} classes; the 16 categories are made "
+            "of ImageNet's 1000"
+        )
+    model.to(world.device)
+    images = find_images(args.images)
+    mine = images[world.rank :: world.size]
+    choice = torch.full((len(images),), -1, dtype=torch.int64, device=world.device)
+    names, size = list(CATEGORIES), int(info["options"]["img_size"])
+    pieces = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+    place = world.rank
+    for piece in progress(pieces, world, "shape bias"):
+        crops = torch.from_numpy(np.stack([evaluation_crop(path, size) for path, _, _ in piece]))
+        probability = classify(model, normalise(crops, info, world.device))
+        for decision in decide(probability):
+            choice[place] = names.index(decision)
+            place += world.size
+    # Each rank has filled its own places and left -1 in the others.
+    choice = world.sum(choice + 1) - 1
+    trials = [(names[c], s, t) for c, (_, s, t) in zip(choice.tolist(), images, strict=True)]
+    return trials, {key: value for key, value in info.items() if key != "classes"}
+
+
+def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """Shape bias of a classifier or of recorded decisions; the whole result."""
+    timer = Timer()
+    if bool(args.classifier) != bool(args.images) or bool(args.classifier) == bool(args.decisions):
+        raise EvalError("give either --classifier with --images, or --decisions")
+    if args.decisions:
+        trials, info = read_decisions(args.decisions), {"source": [str(p) for p in args.decisions]}
+    else:
+        trials, info = classifier_trials(args, world)
+    return {
+        "protocol": "shape-bias",
+        **shape_bias(trials),
+        "settings": {"classifier": args.classifier, "images": args.images},
+        "encoder": info,
+        "seconds": timer.seconds,
+        "ranks": world.size,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    result.add_argument("--classifier", help="folder that finetune.py wrote, or timm:NAME")
+    result.add_argument("--images", help="folder of cue-conflict images")
+    result.add_argument("--decisions", nargs="+", help="CSV files of model-vs-human")
+    result.add_argument("--batch-size", type=int, default=64)
+    result.add_argument("--output", help="result file (default: beside the classifier)")
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    world = join_world()
+    result = evaluate(args, world)
+    output = args.output
+    if output is None and args.classifier and not args.classifier.startswith("timm:"):
+        folder = Path(args.classifier)
+        output = folder.with_name(f"shape-bias-{folder.name}.json")
+    if world.first:
+        if output is not None:
+            write_result(output, result)
+        bias = result["shape_bias"]
+        text = "undecided" if bias is None else f"{bias:.3f}"
+        counts = f"{result['shape']} shape, {result['texture']} texture"
+        print(f"shape bias {text} ({counts} of {result['trials']} trials)", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)
