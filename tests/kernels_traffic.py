@@ -193,11 +193,16 @@ def reference_loss(sizes: Sizes) -> None:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of one call: asked for by programs, moved at least, and the op's own minimum."""
+    """Bytes of one launch: asked for by its programs, moved at least, and the op's own minimum.
+
+    `around` are the bytes of the small PyTorch ops that belong to the call: a weight put into the
+    order in which the kernel reads it, partial sums added up.
+    """
 
     requested: int
     moved: int
     minimum: int
+    around: int = 0
 
 
 def patch_bytes(image: Tensor, positions: Tensor, patch: int) -> int:
@@ -230,16 +235,20 @@ def place_tokens_traffic(sizes: Sizes, prefix: int = 1) -> dict[str, Traffic]:
     forward = tokens + sequence + inverse
     backward = tokens + sequence + inverse
     partial = tiles * s.decoder * 4
-    # The partial sums are written, read again and added up.
-    summed = 2 * partial + 2 * s.decoder * 4
     again = inverse * (in_d - 1)
+    table = rows * row
     return {
         "forward": Traffic(
-            forward + again + rows * row * in_batch + row * tiles,
-            forward + rows * row + row,
-            forward + rows * row + row,
+            forward + again + table * in_batch + row * tiles,
+            forward + table + row,
+            forward + table + row,
         ),
-        "backward": Traffic(backward + again + summed, backward + summed, backward + row),
+        "backward": Traffic(
+            backward + again + partial,
+            backward + partial,
+            backward + row,
+            around=partial + s.decoder * 4,
+        ),
     }
 
 
@@ -254,11 +263,13 @@ def patch_loss_traffic(
     predictions = rows * s.values * s.element * (2 if relaxed else 1)
     pixels, moved = rows * s.values, patch_bytes(image, region, s.patch)
     programs = -(-rows // ROWS)
-    partial = 2 * programs * 8 + 8  # written, read again, added up
+    partial = programs * 8
     read = predictions + rows * 4
     upstream = programs * (8 if relaxed else 4)
     return {
-        "forward": Traffic(read + pixels + partial, read + moved + partial, read + pixels + 8),
+        "forward": Traffic(
+            read + pixels + partial, read + moved + partial, read + pixels + 8, around=partial + 8
+        ),
         "backward": Traffic(
             read + pixels + upstream + predictions,
             read + moved + 8 + predictions,
@@ -278,12 +289,15 @@ def embed_visible_traffic(sizes: Sizes, image: Tensor, visible: Tensor) -> Traff
     weight, bias = s.width * s.values * s.element, s.width * s.element
     out, index = rows * s.width * s.element, rows * 4
     pixels, moved = rows * s.values, patch_bytes(image, visible, s.patch)
-    position = torch.unique(visible).numel() * s.width * s.element
-    reordered = 2 * weight  # [D,3,p,p] -> [D,p*p*3]
+    row = s.width * s.element
+    position = torch.unique(visible).numel() * row
+    # Rows of a tile that stand at one position read its embedding together.
+    read = sum(torch.unique(tile).numel() for tile in visible.flatten().split(m)) * row
     return Traffic(
-        (pixels + 2 * index) * in_n + (weight + bias) * in_m + out + out + reordered,
-        moved + index + weight + bias + position + out + reordered,
+        (pixels + 2 * index) * in_n + (weight + bias) * in_m + read + out,
+        moved + index + weight + bias + position + out,
         pixels + index + weight + bias + position + out,
+        around=2 * weight,  # [D,3,p,p] -> [D,p*p*3]
     )
 
 
@@ -349,3 +363,38 @@ def traced() -> Iterator[Trace]:
     finally:
         InterpreterBuilder.create_masked_load = load
         InterpreterBuilder.create_masked_store = store
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def measured(sizes: Sizes) -> dict[str, tuple[int, int, list[Traffic]]]:
+    """Per op: bytes of MAE's chain, of our reference, and the traffic of the op's launches."""
+    s = sizes
+    sample = torch.arange(s.batch)
+    masks = kernels.sample_masks(sample, seed=0, epoch=0, length=s.length, visible=(s.keep, 0),
+                                 policy="complement")  # fmt: skip
+    image = torch.empty(s.batch, s.side, s.side, 3, dtype=torch.uint8)
+    embed = [sample_masks_traffic(s), embed_visible_traffic(s, image, masks.visible1)]
+    loss, place = patch_loss_traffic(s, image, masks.hidden1), place_tokens_traffic(s)
+    chains = {
+        "embed_visible": (mae_embed, reference_embed, embed),
+        "patch_loss": (mae_loss, reference_loss, list(loss.values())),
+        "place_tokens": (mae_place, reference_place, [place["forward"]]),
+    }
+    table = {
+        name: (count_bytes(lambda f=chain: f(s)), count_bytes(lambda f=ours: f(s)), launches)
+        for name, (chain, ours, launches) in chains.items()
+    }
+    both = (count_bytes(lambda: mae_place(s, True)), count_bytes(lambda: reference_place(s, True)))
+    table["place_tokens with backward"] = (*both, list(place.values()))
+    return table
+
+
+def ratios(sizes: Sizes) -> tuple[dict[str, float], dict[str, float]]:
+    """(all bytes an op asks for / MAE's chain, bytes each launch moves / its minimum)."""
+    ratio, of_minimum = {}, {}
+    for name, (chain, _, launches) in measured(sizes).items():
+        ratio[name] = sum(t.requested + t.around for t in launches) / chain
+        of_minimum[name] = max(t.moved / t.minimum for t in launches)
+    return ratio, of_minimum

@@ -1,0 +1,134 @@
+"""Bytes moved: the counters against hand-made cases and the interpreter, promised ratios."""
+
+import pytest
+import torch
+from kernels_testing import DEVICE, IMAGENET, noise, random_images, some_positions, using
+from kernels_traffic import (
+    Sizes,
+    count_bytes,
+    embed_visible_traffic,
+    mae_embed,
+    mae_loss,
+    mae_place,
+    patch_loss_traffic,
+    place_tokens_traffic,
+    ratios,
+    reference_embed,
+    reference_loss,
+    reference_place,
+    sample_masks_traffic,
+    traced,
+)
+
+from pipeline import kernels
+
+pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="reads the interpreter")
+SMALL = Sizes(batch=3, side=64, patch=16, width=160, decoder=96, keep=5)
+
+
+def test_the_counter_counts_what_ops_read_and_write():
+    x = torch.empty(4, 8, device="meta")
+    assert count_bytes(lambda: x + 1) == 2 * 128
+    assert count_bytes(lambda: x.view(8, 4).transpose(0, 1)) == 0
+    assert count_bytes(lambda: x + x[:, :1].expand(4, 8)) == 128 + 16 + 128
+    index = torch.zeros(2, 8, dtype=torch.int64, device="meta")
+    assert count_bytes(lambda: torch.gather(x, 0, index)) == 64 + 128 + 64
+    assert count_bytes(lambda: x.repeat(2, 1)) == 128 + 256
+    leaf = torch.empty(4, 8, device="meta", requires_grad=True)
+    forward = count_bytes(lambda: (leaf * x).sum())
+    assert count_bytes(lambda: (leaf * x).sum().backward()) > forward + 128
+
+
+def trace_of(run):
+    with using("triton"), traced() as trace:
+        run()
+    return trace
+
+
+def assert_traced(trace, traffic):
+    assert trace.requested == traffic.requested
+    # Tensors whose bytes are no multiple of 32 end inside a sector.
+    assert traffic.moved <= trace.moved <= traffic.moved * 1.01 + 320
+
+
+def test_place_tokens_moves_what_its_index_ranges_say():
+    s = SMALL
+    inverse = some_positions(s.batch, s.length, s.length)
+    tokens = noise(s.batch, s.keep + 1, s.decoder, dtype=s.dtype)
+    mask_token, position = noise(s.decoder, dtype=s.dtype), noise(17, s.decoder, dtype=s.dtype)
+    trace = trace_of(lambda: kernels.place_tokens(tokens, inverse, mask_token, position, prefix=1))
+    assert_traced(trace, place_tokens_traffic(s)["forward"])
+    grad = noise(s.batch, 17, s.decoder, dtype=s.dtype)
+    with using("triton"):
+        from pipeline.kernels.place_tokens_triton import _place_tokens_backward as backward
+    trace = trace_of(lambda: backward(grad, inverse, 1, s.keep + 1))
+    assert_traced(trace, place_tokens_traffic(s)["backward"])
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_patch_loss_moves_what_its_index_ranges_say(relaxed):
+    s = SMALL
+    image, region = random_images(s.batch, s.side, s.side), some_positions(s.batch, 16, 11)
+    prediction = noise(s.batch, 11, s.values, dtype=s.dtype)
+    other = prediction.clone() if relaxed else None
+    expected = patch_loss_traffic(s, image, region, relaxed)
+    settings = {"patch": s.patch, "other": other, **IMAGENET}
+    trace = trace_of(lambda: kernels.patch_loss(prediction, image, region, **settings))
+    assert_traced(trace, expected["forward"])
+    with using("triton"):
+        from pipeline.kernels.patch_loss_triton import _patch_loss_backward as backward
+    grad, floats = torch.ones(2), [0.5] * 3
+    trace = trace_of(
+        lambda: backward(
+            grad, prediction, other, image, region, None, s.patch, floats, floats, True
+        )
+    )
+    assert_traced(trace, expected["backward"])
+
+
+def test_embed_visible_and_sample_masks_move_what_their_index_ranges_say():
+    s = SMALL
+    image, visible = random_images(s.batch, s.side, s.side), some_positions(s.batch, 16, s.keep)
+    weight, bias = noise(s.width, 3, 16, 16, dtype=s.dtype), noise(s.width, dtype=s.dtype)
+    position = noise(16, s.width, dtype=s.dtype)
+    trace = trace_of(
+        lambda: kernels.embed_visible(image, visible, weight, bias, position, **IMAGENET)
+    )
+    assert_traced(trace, embed_visible_traffic(s, image, visible))
+    sample = torch.arange(s.batch)
+    trace = trace_of(
+        lambda: kernels.sample_masks(
+            sample, seed=0, epoch=0, length=16, visible=(s.keep, 0), policy="complement"
+        )
+    )
+    assert_traced(trace, sample_masks_traffic(s))
+
+
+def test_color_jitter_reads_twice_through_the_cache_and_moves_once():
+    image = random_images(2, 32, 32)
+    drawn = kernels.jitter_parameters(torch.arange(2), seed=0, epoch=0, view=0, probability=1.0)
+    trace = trace_of(lambda: kernels.color_jitter(image, *drawn))
+    assert 3 * image.numel() <= trace.requested <= 3 * image.numel() * 1.05
+    assert 2 * image.numel() <= trace.moved <= 2 * image.numel() * 1.05
+
+
+def test_the_promised_ratios_hold_at_vit_b16():
+    ratio, of_minimum = ratios(Sizes())
+    assert ratio["embed_visible"] <= 1 / 6
+    assert ratio["patch_loss"] <= 1 / 6
+    assert ratio["place_tokens"] <= 1 / 4
+    assert max(of_minimum.values()) <= 1.15, of_minimum
+
+
+def test_the_references_are_lean():
+    """Each moves under half of what MAE's chain moves, on the same sizes."""
+    s = Sizes(batch=8)
+    with using("reference"):
+        for ours, chain in (
+            (reference_embed, mae_embed),
+            (reference_place, mae_place),
+        ):
+            assert count_bytes(lambda ours=ours: ours(s)) < 0.5 * count_bytes(
+                lambda chain=chain: chain(s)
+            )
+        assert count_bytes(lambda: reference_loss(s)) < count_bytes(lambda: mae_loss(s))
