@@ -183,7 +183,7 @@ def test_a_stopped_job_resumes_to_the_same_bytes(
     while not list(dest.glob(".parts/0*.json")):
         time.sleep(0.005)
     process.send_signal(how)
-    errors = process.communicate()[1]
+    errors = process.communicate(timeout=60)[1]  # ends only when the workers have gone too
     assert process.returncode == code
     assert "Traceback" not in errors
     assert not (dest / "manifest.json").exists()
