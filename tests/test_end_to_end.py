@@ -1,0 +1,137 @@
+"""The main job through the real launcher: two ranks, one rank, another number of workers, demo."""
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tiny import tiny_overrides
+
+from pipeline.encoder import read_encoder
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def launch(shards, output, *words, ranks=2, name="rmae", config="zero2"):
+    """`deepspeed pipeline/pretrain.py` as a user runs it; returns its output."""
+    command = [
+        BIN / "deepspeed", "-q", "--num_accelerators", str(ranks), "--master_port", "29631",
+        "pipeline/pretrain.py", "--ds_config", f"ds_configs/{config}.json",
+        "--recipe", f"pipeline/recipes/{name}.yaml",
+        "--data", shards / "train", "--output", output,
+    ]  # fmt: skip
+    for override in (
+        *tiny_overrides(name), "optimizer.epochs=1", "optimizer.warmup_epochs=0.5",
+        "optimizer.base_lr=0.01", "monitor.log_steps=1",
+    ):  # fmt: skip
+        command += ["--set", override]
+    return subprocess.run(
+        [*map(str, command), *words], capture_output=True, text=True, timeout=200, cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},  # as launch.sh sets it where no GPU is
+    )  # fmt: skip
+
+
+def losses(output):
+    rows = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(shards, tmp_path_factory):
+    """An undisturbed run of one epoch, 12 steps, on two ranks."""
+    output = tmp_path_factory.mktemp("runs") / "reference"
+    done = launch(shards, output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done
+
+
+def test_the_folder_of_a_run(reference):
+    output, done = reference
+    assert f"done: step 12; encoder in {output}" in done.stdout
+    for name in (
+        "recipe.yaml", "ds_config.json", "versions.json", "log.txt", "metrics.jsonl",
+        "model.safetensors", "encoder/encoder.json", "encoder/encoder.safetensors",
+        "pictures/step-00000012.png", "checkpoints/latest", "checkpoints/step-00000012/state.json",
+    ):  # fmt: skip
+        assert (output / name).is_file(), name
+    assert len(losses(output)) == 12
+    rows = [json.loads(r) for r in (output / "metrics.jsonl").read_text().splitlines()]
+    for key in ("lr", "grad_norm", "images_per_second", "data_wait", "memory_gb",
+                "similarity", "constraint"):  # fmt: skip
+        assert all(key in row for row in rows), key
+    vit, info = read_encoder(output)
+    assert info["recipe"] == "rmae"
+    assert vit.num_classes == 0
+
+
+def test_little_noise(reference):
+    """What a log shows beside our own lines: nothing of the libraries."""
+    _, done = reference
+    foreign = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("[20")]
+    assert not foreign, foreign
+    assert "Warning" not in done.stdout + done.stderr
+
+
+def test_one_rank_and_other_workers_follow_the_same_curve(reference, shards, tmp_path):
+    """The same global batches, masks and crops: only the order of sums may differ."""
+    output, _ = reference
+    done = launch(shards, tmp_path / "one", "--set", "data.workers=2", ranks=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "one") == pytest.approx(losses(output), rel=1e-4)
+
+
+def test_zero_3_trains_saves_and_goes_on(reference, shards, tmp_path):
+    output, _ = reference
+    for last in ("6", "12"):
+        done = launch(shards, tmp_path / "three", "--max-steps", last, config="zero3")
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "three") == pytest.approx(losses(output), rel=1e-4)
+
+
+def test_bad_input_ends_the_launcher_with_one_line(shards, tmp_path):
+    done = launch(shards, tmp_path / "bad", "--set", "optimiser.epochs=3")
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "optimiser" in errors[0]
+
+
+class Page(HTMLParser):
+    """Collects the sources of pictures and links."""
+
+    def __init__(self):
+        super().__init__()
+        self.sources = []
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [v for k, v in attrs if k in ("src", "href") and v]
+
+
+def test_the_demo_from_photographs_to_report(tmp_path):
+    """Everything that `make demo` does, with a smaller model and fewer images."""
+    small = [
+        "encoder.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+        "optimizer.epochs=2", "optimizer.warmup_epochs=1", "monitor.log_steps=1",
+    ]  # fmt: skip
+    command = [
+        sys.executable, "eval/demo.py", "--output", tmp_path / "runs", "--data", tmp_path / "data",
+        "--train", "256", "--val", "64", "--ranks", "2",
+    ]  # fmt: skip
+    for override in small:
+        command += ["--set", override]
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=400, cwd=ROOT,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = tmp_path / "runs/report.html"
+    assert f"report: {report}" in done.stdout
+    assert "gain" in done.stdout
+    page = Page()
+    page.feed(report.read_text())
+    assert sum(s.startswith("data:image/png") for s in page.sources) >= 2
+    assert not [s for s in page.sources if s.startswith(("http", "//"))]
