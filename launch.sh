@@ -1,0 +1,299 @@
+#!/usr/bin/env bash
+# Start training or an evaluation: one node, a hostfile, Slurm, torchrun or Kubernetes (bash >= 4.4).
+# Every rank sees RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+set -uo pipefail
+
+PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished and saved"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+host=$(hostname)
+ranks='' hostfile='' script=$root/pipeline/pretrain.py grace=300 output='' stopping='' mode=node
+arguments=() pids=() hosts=() ssh_options=()
+
+usage() {
+  cat <<'END'
+usage: launch.sh [--ranks N] [--hostfile FILE] [--script FILE] [--grace SECONDS] [ARGUMENT …]
+
+Starts pipeline/pretrain.py, or another --script, once per rank; every other ARGUMENT goes to it
+(after `--` also those that launch.sh would take). How it starts depends on where it is called:
+
+  one node              one rank per GPU, or one on the CPU; --ranks N says otherwise
+  --hostfile FILE       the nodes of a DeepSpeed hostfile (lines `name slots=N`), over pdsh and ssh
+  in an sbatch script   starts itself with srun; requeues the job when it was preempted
+  in srun               a task is a rank; with one task per node, the ranks of that node
+  RANK, WORLD_SIZE set  with LOCAL_RANK (torchrun): this one rank; without it (Kubernetes
+                        PyTorchJob): the ranks of node RANK of WORLD_SIZE nodes
+
+SIGTERM and SIGUSR1 go on to every rank, which saves and exits with 85; Ctrl-C does the same, a
+second Ctrl-C kills. Ranks that are still alive after --grace seconds (300) are killed.
+Exit code: 0 done, 2 something is missing (one sentence says what), 85 preempted: start the same
+command again to go on; otherwise that of the first rank that failed.
+See docs/cluster/README.md.
+END
+}
+
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+need_number() { # NAME VALUE LEAST [MOST]
+  [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ && $2 -ge $3 && $2 -le ${4:-999999} ]] ||
+    fail "$1 is '$2': must be a number from $3 ${4:+to }${4:-up}"
+}
+
+find_python() { # of the active environment, of .venv here, or on PATH (a container)
+  for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} "$root/.venv/bin/python" "$(type -P python3)"; do
+    [[ -x $python ]] && break
+  done
+  "$python" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("deepspeed"))' 2>/dev/null ||
+    fail "${python:-python3} has no deepspeed: run 'make setup' in $root or activate its environment"
+  export PATH="${python%/*}:$PATH" # deepspeed and ninja lie beside it
+}
+
+count_gpus() {
+  [[ ${DS_ACCELERATOR:-} != cpu ]] || local CUDA_VISIBLE_DEVICES=''
+  if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]'
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU '
+  fi
+}
+
+check_interface() { # VARIABLE: what it names is a network interface of this host
+  local value=${!1:-} name have end=''
+  [[ -z $value || $value == ^* ]] && return
+  have=" $(tail -n +3 /proc/net/dev | cut -d: -f1 | xargs) "
+  for name in ${value//,/ }; do
+    [[ $1 == GLOO* || $name == =* ]] && end=' ' # NCCL takes a prefix, unless = stands in front
+    name=${name#=}
+    [[ $have == *" ${name%%:*}$end"* ]] || fail "$1=$value: $host has no such interface (it has:$have)"
+  done
+}
+
+check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a note in --output
+  local note=$output/.launch key="${RELAXMIM_RUN:-$MASTER_ADDR:$MASTER_PORT}" tries
+  getent hosts "$MASTER_ADDR" >/dev/null || fail "$host cannot resolve MASTER_ADDR=$MASTER_ADDR"
+  check_interface NCCL_SOCKET_IFNAME
+  check_interface GLOO_SOCKET_IFNAME
+  [[ $gpus != 0 || -n ${GLOO_SOCKET_IFNAME:-} || $(getent ahostsv4 "$host") != 127.* ||
+    $(getent ahostsv4 "$MASTER_ADDR") == 127.* ]] ||
+    fail "$host resolves to a loopback address: set GLOO_SOCKET_IFNAME to the interface of the ranks"
+  [[ -n $output ]] || return 0
+  [[ $1 != 0 ]] || { mkdir -p "$output" && echo "$key" >"$note"; } || fail "--output $output: cannot be written"
+  for ((tries = 0; tries < 60; tries++)); do
+    [[ $(cat "$note" 2>/dev/null) == "$key" ]] && return
+    sleep 1
+  done
+  fail "--output $output: $host does not see what node 0 wrote; the folder must be shared by all hosts"
+}
+
+prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_SIZE are on this node
+  local cores
+  cores=$(nproc)
+  (($1 == WORLD_SIZE)) || check_hosts "$2"
+  export LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+  [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu
+  command=("$python" -u "$script" "${arguments[@]}")
+  # A rank whose parent is killed stops as if preempted, instead of living on alone.
+  type -P setpriv >/dev/null && command=(setpriv --pdeathsig TERM "${command[@]}")
+}
+
+run_rank() { # become this one rank
+  need_number WORLD_SIZE "${WORLD_SIZE:-}" 1
+  need_number RANK "${RANK:-}" 0 $((WORLD_SIZE - 1))
+  need_number LOCAL_RANK "$LOCAL_RANK" 0
+  prepare "${LOCAL_WORLD_SIZE:-${LOCAL_SIZE:-$WORLD_SIZE}}" "$RANK"
+  exec "${command[@]}"
+}
+
+run_node() { # NODE NODES: start the ranks of one node and watch over them
+  local i
+  ranks=${ranks:-$((gpus ? gpus : 1))}
+  ((gpus == 0 || ranks <= gpus)) || fail "--ranks $ranks: $host has only $gpus GPUs"
+  [[ $2 != 1 ]] || MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$((20000 + $$ % 12000))}
+  export MASTER_ADDR MASTER_PORT WORLD_SIZE=$((ranks * $2))
+  prepare "$ranks" "$1"
+  for ((i = 0; i < ranks; i++)); do
+    RANK=$(($1 * ranks + i)) LOCAL_RANK=$i setsid "${command[@]}" &
+    pids[i]=$!
+  done
+  watch_over
+}
+
+send() { # SIGNAL: to every rank
+  local pid
+  case $mode:$1 in
+    hosts:*) on_hosts "$root/launch.sh" --signal "$1" "$run" ;;
+    sbatch:KILL) scancel --signal=KILL "$SLURM_JOB_ID" ;;
+    *:KILL) for pid in "${pids[@]}"; do kill -KILL -- "-$pid"; done ;;
+    *) kill -s "$1" "${pids[@]}" ;;
+  esac 2>/dev/null
+}
+
+stop() { # SIGNAL REASON
+  if [[ -n $stopping && $2 == SIGINT ]]; then
+    send KILL >/dev/null
+  else
+    [[ -n $stopping ]] || printf '%s: the ranks finish their step and save\n' "$2" >&2
+    stopping=$1
+    send "$1" >/dev/null
+  fi
+}
+
+watch_over() { # wait for all of pids; the first failure ends the others in bounded time
+  local i code=0 rc deadline=''
+  while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+      kill -0 "${pids[i]}" 2>/dev/null && continue
+      wait "${pids[i]}"
+      rc=$?
+      kill -KILL -- "-${pids[i]}" 2>/dev/null # loader workers that it left
+      unset "pids[i]"
+      ((rc == 0 || code != 0)) && continue
+      code=$rc
+      [[ $mode$stopping == node && $rc != "$PREEMPTED" && $rc != 2 ]] || continue
+      printf 'error: rank %d on %s failed with exit code %d; ending the others\n' "$i" "$host" "$rc" >&2
+      send TERM
+      deadline=$((SECONDS + 20))
+    done
+    [[ -z $deadline ]] && [[ -n $stopping || $code != 0 ]] && deadline=$((SECONDS + grace))
+    if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})); then
+      printf 'error: some ranks did not end in time; killing them\n' >&2
+      send KILL >/dev/null
+      deadline=$((SECONDS + 20))
+    fi
+    sleep 0.3
+  done
+  # Stopped before the trainer could listen: nothing is lost, so it counts as preempted.
+  [[ -n $stopping ]] && ((code == 128 + 15 || code == 128 + 10)) && code=$PREEMPTED
+  return "$code"
+}
+
+on_hosts() { # COMMAND …: on every host at once; prints the hosts where it failed
+  local name waiting=()
+  for name in "${hosts[@]}"; do
+    { ssh -n "${ssh_options[@]}" "$name" "$(printf '%q ' "$@")" >/dev/null 2>&1 || echo "$name"; } &
+    waiting+=($!)
+  done
+  wait "${waiting[@]}"
+}
+
+signal_run() { # SIGNAL RUN: to the ranks of a run on this host (KILL: also to their workers)
+  local pid parent all
+  all=$(grep -lzxF "RELAXMIM_RUN=$2" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 | xargs)
+  for pid in $all; do
+    parent=$(awk '/^PPid:/ {print $2}' "/proc/$pid/status" 2>/dev/null)
+    [[ $1 != KILL && " $all " == *" $parent "* ]] || kill -s "$1" "$pid" 2>/dev/null
+  done
+  exit 0
+}
+
+run_hosts() { # the deepspeed launcher: pdsh, one launcher per host, this script for each rank
+  local tool bad words code line='[[:space:]]*[A-Za-z0-9._-]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*'
+  [[ -r $hostfile ]] || fail "--hostfile $hostfile: no such file"
+  mapfile -t hosts < <(sed -nE 's/^[[:space:]]*([^#[:space:]]+).*/\1/p' "$hostfile")
+  bad=$(grep -vE "^($line|[[:space:]]*)(#.*)?$" "$hostfile" | head -n 1)
+  [[ -z $bad && ${#hosts[@]} -gt 0 ]] || fail "--hostfile $hostfile: '$bad' is not a line like 'node1 slots=8'"
+  for tool in ssh pdsh deepspeed; do
+    type -P "$tool" >/dev/null || fail "$tool is not on PATH; --hostfile needs it"
+  done
+  # A host that falls silent is given up after 15 s.
+  export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o BatchMode=yes -o ConnectTimeout=5\
+ -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
+  read -ra ssh_options <<<"$PDSH_SSH_ARGS_APPEND"
+  bad=$(on_hosts true | xargs)
+  [[ -z $bad ]] || fail "no ssh without a password to: $bad"
+  bad=$(on_hosts test -x "$root/launch.sh" -a -x "$python" -a -d "$PWD" | xargs)
+  [[ -z $bad ]] || fail "$root, $python and $PWD must be at the same place on every host; not so on: $bad"
+  run=$host-$$-$EPOCHSECONDS
+  mapfile -t words < <(env | grep -E '^((NCCL|GLOO|TORCH|FI|UCX)_[A-Z0-9_]*|OMP_NUM_THREADS|DS_ACCELERATOR)=')
+  words+=("RELAXMIM_RUN=$run" "$root/launch.sh" --script "$script" -- "${arguments[@]}")
+  [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu # for the launcher here; each host looks for itself
+  # pdsh and ssh each let a shell read the words again, so they travel as one.
+  setsid deepspeed -q --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check \
+    --no_python --no_local_rank --master_addr "${MASTER_ADDR:-${hosts[0]}}" \
+    --master_port "${MASTER_PORT:-29500}" "$root/launch.sh" --decode "$(printf '%s\0' "${words[@]}" | base64 -w 0)" &
+  pids=($!)
+  watch_over
+  code=$?
+  [[ $code == 0 ]] || bad=$(send KILL | xargs) # ranks that a dying launcher left
+  [[ -z $bad ]] || printf 'error: not reached, may still hold ranks: %s\n' "$bad" >&2
+  return "$code"
+}
+
+run_sbatch() { # on the first node of the job: one srun for all; requeue when preempted
+  local code
+  [[ $script != */pipeline/pretrain.py || -n $output ]] ||
+    fail "give --output FOLDER: a requeued job finds its checkpoints there"
+  setsid srun --wait=60 "$root/launch.sh" ${ranks:+--ranks "$ranks"} --grace "$grace" \
+    --script "$script" -- "${arguments[@]}" &
+  pids=($!)
+  watch_over
+  code=$?
+  [[ $code != "$PREEMPTED" ]] || scontrol requeue "$SLURM_JOB_ID"
+  return "$code"
+}
+
+run_srun() { # SLURM_* to the names that every rank knows
+  local per_node=${SLURM_STEP_TASKS_PER_NODE:-1}
+  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
+  MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
+  export MASTER_ADDR MASTER_PORT RELAXMIM_RUN="$SLURM_JOB_ID.$SLURM_STEP_ID.${SLURM_RESTART_COUNT:-0}"
+  [[ $per_node != *,* ]] || fail "$per_node tasks on the nodes: must be as many on each (--ntasks-per-node)"
+  if [[ ${per_node%%(*} == 1 ]]; then
+    run_node "$SLURM_NODEID" "$SLURM_STEP_NUM_NODES"
+  else
+    export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=${per_node%%(*}
+    LOCAL_RANK=$((gpus ? SLURM_LOCALID % gpus : SLURM_LOCALID)) # a task may see only its own GPU
+    export LOCAL_RANK && run_rank
+  fi
+}
+
+case ${1:-} in
+  -h | --help) usage && exit ;;
+  --signal) signal_run "$2" "$3" ;;
+  --decode) mapfile -d '' -t arguments < <(base64 -d <<<"$2") && exec env "${arguments[@]}" ;;
+esac
+while (($#)); do
+  case $1 in
+    --) arguments+=("${@:2}") && break ;;
+    --ranks=* | --hostfile=* | --script=* | --grace=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
+    --ranks | --hostfile | --script | --grace)
+      (($# > 1)) || fail "$1 needs a value"
+      printf -v "${1#--}" %s "$2" && shift ;;
+    *) arguments+=("$1") ;;
+  esac
+  shift
+done
+[[ -z $ranks ]] || need_number --ranks "$ranks" 1
+need_number --grace "$grace" 0
+[[ -f $script ]] || script=$root/$script
+[[ -f $script ]] || fail "--script ${script#"$root/"}: no such file"
+if [[ $script == */pipeline/pretrain.py ]]; then
+  for ((i = 0; i < ${#arguments[@]}; i++)); do
+    [[ ${arguments[i]} =~ ^--output(=(.*))?$ ]] && output=${BASH_REMATCH[2]:-${arguments[i + 1]:-}}
+  done
+fi
+find_python
+gpus=$(count_gpus)
+trap 'stop TERM SIGTERM' TERM
+trap 'stop USR1 SIGUSR1' USR1
+trap 'stop TERM SIGINT' INT
+
+if [[ -n $hostfile ]]; then
+  mode=hosts && run_hosts
+elif [[ -n ${LOCAL_RANK:-} ]]; then
+  run_rank
+elif [[ -n ${SLURM_STEP_NUM_TASKS:-} ]]; then
+  run_srun
+elif [[ -n ${SLURM_JOB_ID:-} ]]; then
+  mode=sbatch && run_sbatch
+elif [[ -n ${PET_NODE_RANK:-${RANK:-}} ]]; then
+  node=${PET_NODE_RANK:-$RANK} nodes=${PET_NNODES:-${WORLD_SIZE:-}}
+  MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-}} MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-29500}}
+  need_number "WORLD_SIZE (the nodes, without LOCAL_RANK)" "$nodes" 1
+  need_number "RANK (a node's, without LOCAL_RANK)" "$node" 0 $((nodes - 1))
+  run_node "$node" "$nodes"
+else
+  run_node 0 1
+fi
