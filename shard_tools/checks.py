@@ -70,8 +70,10 @@ def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
             return _check(data, image, settings)
         except UnidentifiedImageError:
             raise ImageFault(_unidentified(data)) from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageFault(str(error).split("\n")[0]) from error
+        except ImageFault:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ImageFault(_first_line(error)) from error
 
 
 def probe(data: bytes) -> tuple[str, int, int, int]:
@@ -82,8 +84,8 @@ def probe(data: bytes) -> tuple[str, int, int, int]:
             image = Image.open(io.BytesIO(data), formats=READABLE)
         except UnidentifiedImageError:
             raise ImageFault(_unidentified(data)) from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ImageFault(str(error).split("\n")[0]) from error
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise ImageFault(_first_line(error)) from error
         kind = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
         return kind.get(image.format or "", "other"), *image.size, _orientation(image)
 
@@ -91,7 +93,7 @@ def probe(data: bytes) -> tuple[str, int, int, int]:
 def decode_fully(data: bytes) -> str:
     """Run every byte of an image through its decoder; returns libjpeg's warning or "".
 
-    Raises OSError or ValueError where Pillow (and so torchvision) could not load it.
+    Raises what Pillow raises (of any kind) where it, and so torchvision, could not load it.
     """
     if data[:2] != b"\xff\xd8":
         Image.open(io.BytesIO(data), formats=READABLE).load()
@@ -102,6 +104,10 @@ def decode_fully(data: bytes) -> str:
     except ValueError as warning:
         Image.open(io.BytesIO(data), formats=READABLE).load()
         return str(warning)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _unidentified(data: bytes) -> str:

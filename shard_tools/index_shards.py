@@ -27,6 +27,7 @@ from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_atomic,
 from shard_tools.merge import REPORT, report_lines
 from shard_tools.plan import Part
 from shard_tools.pool import report, run_jobs
+from shard_tools.sources import MOST_CLASSES
 from shard_tools.tarfmt import (
     Sample,
     TarError,
@@ -120,9 +121,9 @@ def _json(handle: int, sample: Sample) -> dict[str, Any]:
 def _label(handle: int, sample: Sample, about: dict[str, Any]) -> int:
     if "cls" not in sample.fields:
         label = about.get("label", -1)
-        return label if isinstance(label, int) and 0 <= label < 2**31 else -1
+        return label if isinstance(label, int) and 0 <= label < MOST_CLASSES else -1
     text = read_range(handle, sample.fields["cls"]).decode("ascii", "replace").strip()
-    if not text.isdecimal() or int(text) >= 2**31:
+    if not text.isdecimal() or int(text) >= MOST_CLASSES:
         raise ImageFault(f"its cls is {text[:40]!r}, not a class index")
     return int(text)
 

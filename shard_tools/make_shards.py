@@ -18,7 +18,7 @@ from pathlib import Path
 from shard_tools.checks import ImageSettings
 from shard_tools.console import HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import MANIFEST, read_manifest, write_atomic
-from shard_tools.merge import merge_parts, remove_leftovers
+from shard_tools.merge import clean_up, merge_parts, remove_leftovers
 from shard_tools.plan import (
     PARTS,
     PLAN,
@@ -76,6 +76,7 @@ def make_shards(options: argparse.Namespace) -> int:
     )
     plan = make_plan(source, settings_of(options))
     if finished(dest) and read_manifest(dest).made.get("plan") == plan.digest:
+        clean_up(dest)  # a job killed after its manifest leaves its parts
         print(f"{dest}: already finished, nothing to do")
         return 0
     prepare(dest, plan, options)
@@ -131,7 +132,8 @@ def prepare(dest: Path, plan: Plan, options: argparse.Namespace) -> None:
 
 def merge(dest: Path) -> int:
     """Write the manifest from the finished parts and say what was made."""
-    if finished(dest) and read_plan_record(dest) is None:
+    if finished(dest):
+        clean_up(dest)
         print(f"{dest}: already merged, nothing to do")
         return 0
     manifest = merge_parts(dest)

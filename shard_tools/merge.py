@@ -41,8 +41,7 @@ def merge_parts(dest: Path) -> Manifest:
         raise ToolError(f"{dest}: no image could be used; the first: {': '.join(lines[0])}")
     write_atomic(dest / REPORT, report_lines(lines))
     manifest = _write(dest, filled, record, counts)
-    remove_leftovers(dest)
-    shutil.rmtree(dest / PARTS)
+    clean_up(dest)
     return manifest
 
 
@@ -63,6 +62,12 @@ def _write(dest: Path, parts: list[Part], record: dict, counts: Counter[str]) ->
         made=made,
         names=[name for part in parts for name in part.names],
     )
+
+
+def clean_up(dest: Path) -> None:
+    """Take away what a finished job no longer needs."""
+    remove_leftovers(dest)
+    shutil.rmtree(dest / PARTS, ignore_errors=True)
 
 
 def remove_leftovers(dest: Path) -> None:

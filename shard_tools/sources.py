@@ -21,6 +21,8 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     ".gif",
 )
+# A class index beyond this is taken for a mistake.
+MOST_CLASSES = 1_000_000
 
 
 class Item(NamedTuple):
@@ -170,6 +172,8 @@ def _members(path: Path, start: int) -> Iterator[tarfile.TarInfo]:
         try:
             with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
                 for member in archive:
+                    if member.size < 0:  # tarfile would walk backwards
+                        raise ToolError(f"{path}: {member.name} has a negative size")
                     if member.isreg() and not member.issparse():
                         if start + member.offset_data + member.size > window.end:
                             raise ToolError(f"{path}: cut inside {member.name}")
@@ -244,6 +248,8 @@ def _table(path: Path, root: Path) -> Source:
     labels = [str(row.get("label", "")).strip() for row in rows]
     if all(label.isdecimal() for label in labels):
         numbers = [int(label) for label in labels]
+        if max(numbers, default=0) >= MOST_CLASSES:
+            raise ToolError(f"{path}: label {max(numbers)} is no class index (0 to {MOST_CLASSES})")
         classes = tuple(str(number) for number in range(max(numbers, default=-1) + 1))
     elif not any(labels):
         numbers, classes = [-1] * len(rows), ()

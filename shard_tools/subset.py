@@ -44,12 +44,11 @@ def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
     """`fraction` of every class, rounded, at least one image; sample numbers, ascending."""
     if not 0 < fraction <= 1:
         raise ToolError(f"--fraction must lie in (0, 1], not {fraction}")
-    order, labels = np.argsort(ranks(manifest, seed), kind="stable"), manifest.index["label"]
-    chosen = []
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        chosen.append(members[: max(1, int(len(members) * fraction + 0.5))])
-    return np.sort(np.concatenate(chosen))
+    labels = manifest.index["label"]
+    order = np.lexsort((ranks(manifest, seed), labels))  # class by class, shuffled inside
+    _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    taken = np.maximum(1, (sizes * fraction + 0.5).astype(np.int64))
+    return np.sort(np.concatenate([order[a : a + n] for a, n in zip(first, taken, strict=True)]))
 
 
 def by_names(manifest: Manifest, path: Path) -> np.ndarray:

@@ -140,6 +140,8 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 end = member.offset_data + padded(member.size)
+                if member.size < 0:  # tarfile would walk backwards
+                    raise TarError(f"{path}: member {member.name!r} has a negative size")
                 if end > size:
                     raise TarError(f"{path}: cut inside member {member.name!r}")
                 key, name = split_name(member.name) if member.isreg() else ("", "")
@@ -154,7 +156,9 @@ def read_samples(path: str | Path) -> Iterator[Sample]:
                 if name in sample.fields:
                     raise TarError(f"{path}: sample {key!r} has field {name!r} twice")
                 sample.fields[name] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
+    except TarError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise TarError(f"{path}: not a readable, uncompressed tar ({error})") from error
     if sample.key:
         yield sample

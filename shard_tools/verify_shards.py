@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shard_tools.checks import ImageFault, decode_fully, probe
+from shard_tools.checks import decode_fully, probe
 from shard_tools.console import FAULTS, HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import (
     FORMATS,
@@ -128,7 +128,7 @@ def check_sample(
             yield f"image is {kind} {size} {orientation}, the index says {expected}"
         if job.decode and (warning := decode_fully(data)):
             remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
-    except (ImageFault, TarError, OSError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise many kinds
         yield f"image cannot be decoded ({error})"
         return
     yield from _check_label(job, handle, int(row["label"]), sample)
@@ -149,6 +149,8 @@ def _check_label(job: Job, handle: int, label: int, sample: Sample) -> Iterator[
     text = read_range(handle, sample.fields["cls"]).decode("ascii", "replace").strip()
     if not text.isdecimal():
         yield f"cls is {text[:40]!r}, not a class index"
+    elif label < 0:
+        yield f"cls is {text}, the index has no label"
     elif job.stored_classes:
         stored = int(text)
         if stored >= len(job.stored_classes) or job.stored_classes[stored] != job.classes[label]:

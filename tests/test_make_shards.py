@@ -24,8 +24,10 @@ from torchvision.datasets import ImageFolder
 
 from shard_tools import tarfmt
 from shard_tools.checks import ImageFault, ImageSettings, check_image
+from shard_tools.console import ToolError
 from shard_tools.make_shards import byte_size, main
 from shard_tools.manifest import read_manifest
+from shard_tools.sources import open_source, read_item
 
 COUNTS = {"n03": 17, "n01": 9, "n02": 30}
 SMALL = ["--shard-size", "60KiB", "--workers", "1"]
@@ -206,8 +208,10 @@ def test_resume_does_nothing_when_finished_and_refuses_other_options(
 ) -> None:
     dest = make(tree, tmp_path / "d")
     before = tars_of(dest)
+    (dest / ".parts").mkdir()  # killed between its manifest and the clean-up
     make(tree, dest, "--resume")
     assert "already finished" in capsys.readouterr().out
+    assert not (dest / ".parts").exists()
     assert main([str(tree), str(dest), *SMALL]) == 2
     assert "already holds shards" in capsys.readouterr().err
     assert main([str(tree), str(dest), *SMALL, "--resume", "--seed", "7"]) == 2
@@ -292,6 +296,30 @@ def test_orientation_is_recorded_and_not_applied(odd: Path, tmp_path: Path) -> N
         assert set(others.tolist()) == {1}
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
+def test_any_damage_ends_in_an_image_or_a_reason(kind: str) -> None:
+    """Random bytes in every format: never another exception, never an unreadable result."""
+    draw = np.random.default_rng(0)
+    whole = encode(picture(1).quantize() if kind == "GIF" else picture(1), kind)
+    faults = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in draw.integers(0, min(len(data), 600), draw.integers(1, 6)):
+            data[place] = draw.integers(256)
+        data = data[: draw.integers(len(data) // 2, len(data) * 2)]
+        try:
+            checked = check_image(bytes(data), ImageSettings())
+        except ImageFault as fault:
+            assert str(fault)  # noqa: PT017
+            faults += 1
+            continue
+        image = Image.open(io.BytesIO(checked.data))
+        image.load()
+        assert image.size == (checked.width, checked.height)
+        assert image.mode in ("L", "RGB")
+    assert 0 < faults < 150
+
+
 @pytest.mark.skipif(features.check("webp"), reason="this Pillow reads WebP")
 def test_webp_without_a_decoder_is_named() -> None:
     with pytest.raises(ImageFault, match="WebP image, which this build of Pillow cannot read"):
@@ -339,6 +367,31 @@ def test_a_damaged_jpeg_that_still_decodes_is_kept_and_reported(tmp_path: Path) 
     assert what == "damaged"
     assert "extraneous bytes" in reason
     assert read_manifest(dest).samples == 3
+
+
+def test_headers_only_is_a_choice_that_sees_less(tmp_path: Path) -> None:
+    source = image_tree(tmp_path / "s", {"a": 2})
+    data = jpeg(3, (64, 64))
+    scan = data.rindex(b"\xff\xda") + 40  # the second half of the picture is lost
+    (source / "a" / "bad.JPEG").write_bytes(data[:scan] + b"\xff\xd9")
+    assert main([str(source), str(tmp_path / "d"), *SMALL, "--on-error", "skip"]) == 0
+    assert [what for what, _ in report(tmp_path / "d").values()] in (["skipped"], ["damaged"])
+    dest = make(source, tmp_path / "e", "--check", "headers")
+    assert read_manifest(dest).samples == 3
+    assert report(dest) == {}
+    (source / "a" / "bad.JPEG").write_bytes(data[:-40])  # a cut is seen in any case
+    assert main([str(source), str(tmp_path / "f"), *SMALL, "--check", "headers"]) == 2
+
+
+def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> None:
+    source = open_source(image_tree(tmp_path / "s", {"a": 1}))
+    (item,) = source.items
+    (tmp_path / "s" / item.file).write_bytes(b"shorter")
+    with pytest.raises(ToolError, match=r"a_000.JPEG: changed since it was listed"):
+        read_item(source.root, item)
+    (tmp_path / "s" / item.file).unlink()
+    with pytest.raises(ToolError, match=r"a_000.JPEG: cannot be read \(No such file"):
+        read_item(source.root, item)
 
 
 def test_resizing_and_quality(tmp_path: Path) -> None:
@@ -409,6 +462,18 @@ def test_imagenets_tar_of_tars(tree: Path, shards: Path, tmp_path: Path) -> None
     assert tars_of(make(outer, tmp_path / "d")).keys() == tars_of(shards).keys()
     for name, data in tars_of(tmp_path / "d").items():  # the names are the same, so the order too
         assert name in ("manifest.json", "names.bin") or data == tars_of(shards)[name]
+
+
+def test_a_tar_with_class_folders(tree: Path, shards: Path, tmp_path: Path) -> None:
+    paths = sorted(tree.rglob("*.JPEG"))
+    files = {str(path.relative_to(tree)): path.read_bytes() for path in paths}
+    archive = tar_of(tmp_path / "set.tar", files | {"n01/readme.txt": b"x"})
+    dest = make(archive, tmp_path / "d")
+    assert tars_of(dest)["shard-000000.tar"] == tars_of(shards)["shard-000000.tar"]
+    assert labels_of(dest) == labels_of(shards)
+    assert report(dest) == {"n01/readme.txt": ("ignored", "not an image by its name")}
+    mixed = tar_of(tmp_path / "mixed.tar", files | {"loose.jpg": jpeg(1)})
+    assert main([str(mixed), str(tmp_path / "e"), *SMALL]) == 2
 
 
 def test_imagenets_validation_tar_with_each_kind_of_labels(tmp_path: Path) -> None:
