@@ -121,13 +121,13 @@ def bench(images: int, rounds: int, folder: Path) -> dict[str, list[float]]:
 def table(results: dict[str, list[float]]) -> dict[str, float]:
     """Print medians and quartiles; returns the median ratio to ShardWriter by contestant."""
     ratios = {}
-    print(f"{'':22} {'images/s':>9} {'x ShardWriter':>14} {'quartiles':>14}")
+    print(f"{'':22} {'images/CPU s':>12} {'x ShardWriter':>14} {'quartiles':>14}")
     for name, rates in results.items():
         ratio = [a / b for a, b in zip(rates, results["shardwriter"], strict=True)]
         ratios[name] = statistics.median(ratio)
         low, _, high = statistics.quantiles(ratio, n=4)
         rate = statistics.median(rates)
-        print(f"{name:22} {rate:9.0f} {ratios[name]:14.2f} {low:7.2f}-{high:.2f}")
+        print(f"{name:22} {rate:12.0f} {ratios[name]:14.2f} {low:7.2f}-{high:.2f}")
     return ratios
 
 

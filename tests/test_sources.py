@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from shard_samples import (
+    SMALL,
+    image_tree,
+    images_of,
+    jpeg,
+    labels_of,
+    make,
+    read_samples,
+    report,
+    tar_of,
+    tars_of,
+)
+
+from shard_tools.console import ToolError
+from shard_tools.make_shards import main
+from shard_tools.manifest import read_manifest
+from shard_tools.sources import open_source, read_item
+
+COUNTS = {"n03": 17, "n01": 9, "n02": 30}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_tree(tmp_path_factory.mktemp("source") / "train", COUNTS)
+
+
+@pytest.fixture(scope="module")
+def shards(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    dest = tmp_path_factory.mktemp("shards") / "train"
+    assert main([str(tree), str(dest), *SMALL]) == 0
+    return dest
+
+
+def test_imagenets_tar_of_tars(tree: Path, shards: Path, tmp_path: Path) -> None:
+    inner = {}
+    for name in ("n03", "n01", "n02"):
+        files = {path.name: path.read_bytes() for path in sorted((tree / name).iterdir())}
+        inner[f"{name}.tar"] = tar_of(tmp_path / f"{name}.tar", files).read_bytes()
+    outer = tar_of(tmp_path / "ILSVRC2012_img_train.tar", inner)
+    assert tars_of(make(outer, tmp_path / "d")).keys() == tars_of(shards).keys()
+    for name, data in tars_of(tmp_path / "d").items():  # the names are the same, so the order too
+        assert name in ("manifest.json", "names.bin") or data == tars_of(shards)[name]
+
+
+def test_a_tar_with_class_folders(tree: Path, shards: Path, tmp_path: Path) -> None:
+    paths = sorted(tree.rglob("*.JPEG"))
+    files = {str(path.relative_to(tree)): path.read_bytes() for path in paths}
+    archive = tar_of(tmp_path / "set.tar", files | {"n01/readme.txt": b"x"})
+    dest = make(archive, tmp_path / "d")
+    assert tars_of(dest)["shard-000000.tar"] == tars_of(shards)["shard-000000.tar"]
+    assert labels_of(dest) == labels_of(shards)
+    assert report(dest) == {"n01/readme.txt": ("ignored", "not an image by its name")}
+    mixed = tar_of(tmp_path / "mixed.tar", files | {"loose.jpg": jpeg(1)})
+    assert main([str(mixed), str(tmp_path / "e"), *SMALL]) == 2
+
+
+def test_imagenets_validation_tar_with_each_kind_of_labels(tmp_path: Path) -> None:
+    files = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(i) for i in range(1, 8)}
+    synsets = ["n2", "n1", "n3", "n1", "n2", "n2", "n3"]
+    truth = dict(zip(files, synsets, strict=True))
+    archive = tar_of(tmp_path / "val.tar", dict(reversed(files.items())))
+    by_line = tmp_path / "by_line.txt"
+    by_line.write_text("\n".join(synsets))
+    by_name = tmp_path / "by_name.txt"
+    by_name.write_text("\n".join(f"{name} {s}" for name, s in reversed(truth.items())))
+    devkit = tmp_path / "ILSVRC2012_devkit_t12"
+    (devkit / "data").mkdir(parents=True)
+    # ILSVRC2012_IDs are not in synset order; the last row is an inner node of the tree.
+    rows = [(1, "n3", "w", "g", 0), (2, "n1", "w", "g", 0), (3, "n2", "w", "g", 0)]
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children"]
+    table = np.array([*rows, (4, "n9", "w", "g", 3)], dtype=[(name, "O") for name in fields])
+    scipy.io.savemat(devkit / "data" / "meta.mat", {"synsets": table})
+    numbers = {"n3": 1, "n1": 2, "n2": 3}
+    lines = "\n".join(str(numbers[s]) for s in synsets)
+    (devkit / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(lines + "\n")
+    with tarfile.open(tmp_path / "devkit.tar.gz", "w:gz") as packed:
+        packed.add(devkit, "ILSVRC2012_devkit_t12")
+    for number, options in enumerate(
+        [
+            ("--synsets", str(by_line)),
+            ("--synsets", str(by_name)),
+            ("--devkit", str(devkit)),
+            ("--devkit", str(tmp_path / "devkit.tar.gz")),
+        ]
+    ):
+        dest = make(archive, tmp_path / f"d{number}", *options)
+        assert labels_of(dest) == truth
+        assert images_of(dest) == files
+        assert read_manifest(dest).classes == ("n1", "n2", "n3")
+
+
+def test_csv_and_jsonl(tree: Path, tmp_path: Path) -> None:
+    paths = sorted(str(path.relative_to(tree)) for path in tree.rglob("*.JPEG"))
+    labels = [path.split("/")[0] for path in paths]
+    table = tree.parent / "list.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["label", "path"])
+        writer.writeheader()
+        writer.writerows({"path": f"train/{p}", "label": s} for p, s in zip(paths, labels))  # noqa: B905
+    dest = make(table, tmp_path / "csv")
+    assert labels_of(dest) == {os.path.basename(p): p.split("/")[0] for p in paths}
+    lines = [{"path": path, "label": int(s[2])} for path, s in zip(paths, labels, strict=True)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    dest = make(tmp_path / "list.jsonl", tmp_path / "jsonl", "--root", str(tree))
+    assert labels_of(dest) == {os.path.basename(p): p[2] for p in paths}
+    assert read_manifest(dest).classes == ("0", "1", "2", "3")
+    (tmp_path / "bare.jsonl").write_text("\n".join(json.dumps({"path": path}) for path in paths))
+    dest = make(tmp_path / "bare.jsonl", tmp_path / "bare", "--root", str(tree))
+    assert all("cls" not in sample for sample in read_samples(dest))
+    assert set(read_manifest(dest).index["label"].tolist()) == {-1}
+
+
+def test_a_folder_without_classes_has_no_labels(tree: Path, tmp_path: Path) -> None:
+    dest = make(tree / "n01", tmp_path / "d")
+    manifest = read_manifest(dest)
+    assert (manifest.samples, manifest.classes) == (9, ())
+    assert all("cls" not in sample for sample in read_samples(dest))
+
+
+def test_validation_classes_follow_the_training_set(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = image_tree(tmp_path / "val", {"n03": 2, "n02": 2})  # n01 has no validation image
+    dest = make(val, tmp_path / "d", "--classes-from", str(shards))
+    assert read_manifest(dest).classes == ("n01", "n02", "n03")
+    labels = {
+        os.path.dirname(n): i["label"]
+        for n, i in zip(  # noqa: B905
+            read_manifest(dest).names, read_manifest(dest).index
+        )
+    }
+    assert labels == {"n02": 1, "n03": 2}
+    image_tree(val, {"n09": 1})
+    assert main([str(val), str(tmp_path / "e"), *SMALL, "--classes-from", str(shards)]) == 2
+    assert "class 'n09' is not among the 3 given" in capsys.readouterr().err
+
+
+def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> None:
+    source = open_source(image_tree(tmp_path / "s", {"a": 1}))
+    (item,) = source.items
+    (tmp_path / "s" / item.file).write_bytes(b"shorter")
+    with pytest.raises(ToolError, match=r"a_000.JPEG: changed since it was listed"):
+        read_item(source.root, item)
+    (tmp_path / "s" / item.file).unlink()
+    with pytest.raises(ToolError, match=r"a_000.JPEG: cannot be read \(No such file"):
+        read_item(source.root, item)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "nowhere: no such file or folder"),
+        (["empty"], "empty: holds no images"),
+        (["list.csv"], "row 1 has no column `path`"),
+        (["gone.jsonl"], "row 1: .*ghost.jpg: No such file"),
+        (["text.tar"], "not a readable, uncompressed tar"),
+        (["packed.tar"], "not a readable, uncompressed tar"),
+        (["cut.tar"], "cut inside"),
+        (["hidden"], ".ipynb_checkpoints: would become a class"),
+        (["tree", "--quality", "0"], "--quality must lie between 1 and 100"),
+        (["tree", "--max-side", "0"], "--max-side must be at least 1 pixel"),
+        (["tree", "--num-tasks", "3", "--task-id", "3"], "--task-id must lie between 0 and"),
+        (["tree", "--name", "a.b"], "--name must be a plain word"),
+        (["tree", "--merge"], "nothing to merge"),
+        (["."], "dest: lies inside . and would become part of it"),
+        (["flat.tar", "--synsets", "two.txt"], "1 images, but 2 labels"),
+        (["tree", "--classes-from", "list.csv"], "class 'a' is not among"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.csv").write_text("file,label\nx.jpg,1\n")
+    (tmp_path / "gone.jsonl").write_text('{"path": "ghost.jpg"}\n')
+    (tmp_path / "text.tar").write_text("x" * 2000)
+    (tmp_path / "two.txt").write_text("n1\nn2\n")
+    image_tree(tmp_path / "tree", {"a": 2})
+    image_tree(tmp_path / "hidden", {"a": 1, ".ipynb_checkpoints": 1})
+    flat = tar_of(tmp_path / "flat.tar", {"x.JPEG": jpeg(1, (60, 60))})
+    (tmp_path / "cut.tar").write_bytes(flat.read_bytes()[:900])
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as packed:
+        packed.add(tmp_path / "tree", "tree")
+    assert main([arguments[0], "dest", *arguments[1:], "--workers", "1"]) == 2
+    captured = capsys.readouterr()
+    assert re.search(sentence, captured.err), captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "dest" / "manifest.json").exists()
