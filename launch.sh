@@ -71,7 +71,10 @@ check_interface() { # VARIABLE: what it names is a network interface of this hos
 }
 
 check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a note in --output
-  local note=$output/.launch key="${RELAXMIM_RUN:-$MASTER_ADDR:$MASTER_PORT}" tries
+  local note=$output/.launch key tries
+  [[ -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} ]] ||
+    fail "MASTER_ADDR and MASTER_PORT are not both set: they say where rank 0 listens"
+  key=${RELAXMIM_RUN:-$MASTER_ADDR:$MASTER_PORT}
   getent hosts "$MASTER_ADDR" >/dev/null || fail "$host cannot resolve MASTER_ADDR=$MASTER_ADDR"
   check_interface NCCL_SOCKET_IFNAME
   check_interface GLOO_SOCKET_IFNAME
@@ -145,7 +148,7 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
-      wait "${pids[i]}"
+      wait "${pids[i]}" 2>/dev/null
       rc=$?
       kill -KILL -- "-${pids[i]}" 2>/dev/null # loader workers that it left
       unset "pids[i]"

@@ -1,0 +1,382 @@
+"""launch.sh: what the ranks see, what is refused, how signals and failures end a run.
+
+Hostfile and Slurm start real hosts in tests/cluster/.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_overrides
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch.sh"
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# A rank that tells what it sees: environment, arguments, process number, the first signal.
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder, plan = Path(sys.argv[1]), sys.argv[2]
+rank = os.environ["RANK"]
+def tell(name, value):
+    (folder / f".{name}").write_text(json.dumps(value))
+    os.replace(folder / f".{name}", folder / name)
+def stop(number, frame):
+    tell(f"signal-{rank}", signal.Signals(number).name)
+    if plan != "stubborn":
+        os._exit(85)
+if plan != "unprepared":
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+tell(f"rank-{rank}", {"pid": os.getpid(), "env": dict(os.environ), "words": sys.argv[3:]})
+if plan == "fail-1" and rank == "1":
+    time.sleep(0.5)
+    sys.exit(3)
+while plan != "end":
+    time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "rank.py"
+    path.write_text(RANK)
+    return path
+
+
+def start(*words, **env):
+    """launch.sh in an environment without a trace of another launcher."""
+    foreign = ("SLURM", "PET_", "CUDA", "OMP_", "NCCL", "GLOO", "RELAXMIM", *NAMES)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    clean |= {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"} | env
+    return subprocess.Popen(
+        [LAUNCH, *map(str, words)], env=clean, cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process, timeout=30):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def wait_for(condition, timeout=20):
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+def seen(folder, rank):
+    return json.loads((folder / f"rank-{rank}").read_text())
+
+
+def ranks_started(folder, count):
+    wait_for(lambda: len(list(folder.glob("rank-[0-9]"))) == count)
+    return [seen(folder, rank)["pid"] for rank in range(count)]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def environment(folder, rank):
+    env = seen(folder, rank)["env"]
+    return [env.get(name) for name in NAMES[:4]]
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (Debian package)")
+def test_shellcheck_finds_nothing():
+    scripts = [LAUNCH, *sorted((ROOT / "tests/cluster").glob("*.sh"))]
+    scripts += sorted((ROOT / "docs/cluster").glob("*.sbatch"))
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_help_names_every_option_and_exit_code():
+    code, out, err = finish(start("--help"))
+    assert (code, err) == (0, "")
+    for word in ("--ranks", "--hostfile", "--script", "--grace", "sbatch", "torchrun", "85"):
+        assert word in out
+
+
+def test_one_node_tells_each_rank_who_it_is_and_forwards_every_word(script, tmp_path):
+    words = [
+        "a b",
+        "x={k: [1, 2]}",
+        "*",
+        "$HOME",
+        "it's",
+        "",
+        "--output",
+        "o",
+        "--",
+        "--ranks",
+        "9",
+    ]
+    code, _, err = finish(start("--ranks", 2, f"--script={script}", tmp_path, "end", *words))
+    assert (code, err) == (0, "")
+    for rank in (0, 1):
+        assert environment(tmp_path, rank) == [str(rank), str(rank), "2", "2"]
+        assert seen(tmp_path, rank)["words"] == [w for w in words if w != "--"]
+        env = seen(tmp_path, rank)["env"]
+        assert env["MASTER_ADDR"] == "127.0.0.1"
+        assert env["DS_ACCELERATOR"] == "cpu"
+        assert int(env["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    ports = {seen(tmp_path, rank)["env"]["MASTER_PORT"] for rank in (0, 1)}
+    assert len(ports) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        # torchrun: one process, already numbered
+        ({"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}, {3: [1, 4, 2]}),
+        # the deepspeed launcher says LOCAL_SIZE
+        ({"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_SIZE": 2}, {3: [1, 4, 2]}),
+        # PyTorchJob: RANK and WORLD_SIZE count pods
+        ({"RANK": 1, "WORLD_SIZE": 3}, {2: [0, 6, 2], 3: [1, 6, 2]}),
+        # its newer versions count processes in WORLD_SIZE, pods in PET_*
+        (
+            {"RANK": 1, "WORLD_SIZE": 6, "PET_NNODES": 3, "PET_NODE_RANK": 1},
+            {2: [0, 6, 2], 3: [1, 6, 2]},
+        ),
+        # srun with a task per rank
+        (
+            {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 4, "SLURM_PROCID": 3}
+            | {"SLURM_LOCALID": 1, "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
+            {3: [1, 4, 2]},
+        ),
+        # srun with a task per node
+        (
+            {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}
+            | {"SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": 1}
+            | {"SLURM_STEP_NUM_NODES": 2},
+            {2: [0, 4, 2], 3: [1, 4, 2]},
+        ),
+    ],
+)
+def test_ranks_of_other_launchers(script, tmp_path, env, expected):
+    env = {"MASTER_ADDR": "localhost", "MASTER_PORT": "4711"} | {k: str(v) for k, v in env.items()}
+    code, _, err = finish(start("--ranks", 2, "--script", script, tmp_path, "end", **env))
+    assert (code, err) == (0, "")
+    assert len(list(tmp_path.glob("rank-*"))) == len(expected)
+    for rank, values in expected.items():
+        assert environment(tmp_path, rank) == [str(rank), *map(str, values)]
+
+
+def test_devices_set_the_number_of_ranks(script, tmp_path):
+    env = {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "4,6,7"}
+    code, _, err = finish(start("--script", script, tmp_path, "end", **env))
+    assert (code, err) == (0, "")
+    assert environment(tmp_path, 2) == ["2", "2", "3", "3"]
+
+
+NODE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "expected"),
+    [
+        (["--ranks", "0"], {}, "--ranks is '0'"),
+        (["--ranks"], {}, "--ranks needs a value"),
+        (["--grace", "soon"], {}, "--grace is 'soon'"),
+        (["--script", "none.py"], {}, "none.py: no such file"),
+        (["--ranks", "3"], {"DS_ACCELERATOR": "", "CUDA_VISIBLE_DEVICES": "0"}, "only 1 GPUs"),
+        (["--hostfile", "none"], {}, "none: no such file"),
+        (["--hostfile", "{bad}"], {}, "'node2 slot=1' is not a line like"),
+        (["--hostfile", "{empty}"], {}, "is not a line like"),
+        (["--hostfile", "{hosts}"], {}, "no ssh without a password to: nowhere.invalid"),
+        ([], {"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE is ''"),
+        ([], {"LOCAL_RANK": "0", "RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2': must be a number"),
+        ([], NODE | {"RANK": "2"}, "without LOCAL_RANK) is '2'"),
+        ([], NODE | {"WORLD_SIZE": "1:4"}, "is '1:4'"),
+        ([], NODE | {"MASTER_ADDR": "nowhere.invalid"}, "cannot resolve MASTER_ADDR"),
+        ([], NODE | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, "MASTER_PORT are not both set"),
+        ([], NODE | {"MASTER_ADDR": ""}, "MASTER_PORT are not both set"),
+        ([], NODE | {"NCCL_SOCKET_IFNAME": "ib9"}, "NCCL_SOCKET_IFNAME=ib9"),
+        ([], NODE | {"GLOO_SOCKET_IFNAME": "l"}, "GLOO_SOCKET_IFNAME=l"),
+        ([], {"SLURM_JOB_ID": "7"}, "give --output"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_sentence(words, env, expected, tmp_path):
+    files = {
+        "bad": "node1 slots=1\nnode2 slot=1\n",
+        "empty": "# none\n",
+        "hosts": "nowhere.invalid slots=1\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    if "{hosts}" in words and not all(map(shutil.which, ("ssh", "pdsh"))):
+        pytest.skip("needs ssh and pdsh (Debian packages openssh-client, pdsh)")
+    words = [word.format(**{name: tmp_path / name for name in files}) for word in words]
+    code, out, err = finish(start(*words, **env))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+
+
+def test_an_environment_without_deepspeed(tmp_path):
+    """A copy of launch.sh beside no .venv, with a python3 that has no packages."""
+    copy = tmp_path / "launch.sh"
+    copy.write_bytes(LAUNCH.read_bytes())
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(
+        '#!/bin/sh\nexec /usr/bin/env -i {} -S "$@"\n'.format(sys._base_executable)
+    )
+    (tmp_path / "bin/python3").chmod(0o755)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/pretrain.py").write_text("")
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    done = subprocess.run(["bash", copy], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "has no deepspeed: run 'make setup'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_reaches_every_rank_once_and_preemption_is_reported(script, tmp_path, name):
+    process = start("--ranks", 2, "--script", script, tmp_path, "wait")
+    pids = ranks_started(tmp_path, 2)
+    process.send_signal(getattr(signal, name))
+    code, _, err = finish(process)
+    assert code == 85
+    assert err == f"{name}: the ranks finish their step and save\n"
+    for rank in (0, 1):
+        got = json.loads((tmp_path / f"signal-{rank}").read_text())
+        assert got == ("SIGTERM" if name == "SIGINT" else name)
+    assert not any(map(alive, pids))
+
+
+def test_stopped_before_the_trainer_listens_counts_as_preempted(script, tmp_path):
+    process = start("--ranks", 2, "--script", script, tmp_path, "unprepared")
+    pids = ranks_started(tmp_path, 2)
+    process.terminate()
+    assert finish(process)[0] == 85
+    assert not any(map(alive, pids))
+
+
+def test_a_rank_that_does_not_stop_is_killed_after_the_grace(script, tmp_path):
+    process = start("--ranks", 2, "--grace", 1, "--script", script, tmp_path, "stubborn")
+    pids = ranks_started(tmp_path, 2)
+    process.terminate()
+    code, _, err = finish(process)
+    assert code == 137
+    assert "did not end in time" in err
+    assert not any(map(alive, pids))
+
+
+def test_a_second_interrupt_kills(script, tmp_path):
+    process = start("--ranks", 1, "--script", script, tmp_path, "stubborn")
+    pids = ranks_started(tmp_path, 1)
+    process.send_signal(signal.SIGINT)
+    wait_for((tmp_path / "signal-0").exists)
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 137
+    assert not any(map(alive, pids))
+
+
+def test_the_first_failure_ends_the_others_with_its_code(script, tmp_path):
+    process = start("--ranks", 2, "--script", script, tmp_path, "fail-1")
+    code, _, err = finish(process)
+    assert code == 3
+    assert err.startswith("error: rank 1 on ")
+    assert "failed with exit code 3" in err.splitlines()[0]
+    assert not alive(seen(tmp_path, 0)["pid"])
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+def test_ranks_do_not_outlive_a_killed_launcher(script, tmp_path):
+    process = start("--ranks", 2, "--script", script, tmp_path, "wait")
+    pids = ranks_started(tmp_path, 2)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, pids)))
+    process.communicate()
+
+
+def test_a_hidden_output_folder_is_noticed(script, tmp_path):
+    """Node 0 leaves a note in --output; one that reads another note does not start."""
+    text = LAUNCH.read_text().replace("tries < 60", "tries < 1")
+    copy = tmp_path / "launch.sh"
+    copy.write_text(text)
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/pretrain.py").write_text(RANK)
+    env = os.environ | NODE | {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
+    words = ["bash", copy, tmp_path, "end", "--output", tmp_path / "run"]
+    alone = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert alone.returncode == 2
+    assert "must be shared by all hosts" in alone.stderr
+    for node in ("0", "1"):
+        done = subprocess.run(words, env=env | {"RANK": node}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert environment(tmp_path, node) == [node, "0", "2", "1"]
+
+
+def test_words_for_other_hosts_survive_two_shells(script, tmp_path):
+    words = ["a b", "$HOME;*", "it's", '"']
+    inner = ["LOCAL_RANK=0", "RANK=0", "WORLD_SIZE=1", "MASTER_ADDR=localhost", "MASTER_PORT=1"]
+    inner += [str(LAUNCH), "--script", str(script), "--", str(tmp_path), "end", *words]
+    packed = base64.b64encode(b"".join(w.encode() + b"\0" for w in inner)).decode()
+    code, _, err = finish(start("--decode", packed))
+    assert (code, err) == (0, "")
+    assert seen(tmp_path, 0)["words"] == words
+
+
+def test_a_signal_for_one_run_finds_its_ranks_only(tmp_path):
+    """Ranks are found by the run's name in their environment; their workers are left to them."""
+    rank = "import os, time\nif os.fork(): print('up', flush=True)\ntime.sleep(60)"
+    runs = {}
+    for name in ("this", "that"):
+        env = os.environ | {"RELAXMIM_RUN": f"{tmp_path}-{name}"}
+        runs[name] = subprocess.Popen([sys.executable, "-c", rank], env=env, stdout=subprocess.PIPE)
+        runs[name].stdout.readline()
+    child = (
+        Path(f"/proc/{runs['this'].pid}/task/{runs['this'].pid}/children").read_text().split()[0]
+    )
+    try:
+        subprocess.run([LAUNCH, "--signal", "TERM", f"{tmp_path}-this"], check=True)
+        assert runs["this"].wait(timeout=10) == -signal.SIGTERM
+        assert alive(child)
+        assert runs["that"].poll() is None
+        subprocess.run([LAUNCH, "--signal", "KILL", f"{tmp_path}-this"], check=True)
+        wait_for(lambda: not alive(child))
+    finally:
+        subprocess.run([LAUNCH, "--signal", "KILL", f"{tmp_path}-that"], check=True)
+        for process in runs.values():
+            process.wait()
+            process.stdout.close()
+
+
+def test_pretraining_on_two_ranks_ends_at_sigterm(shards, tmp_path):
+    """The real trainer with loader workers: it steps on two ranks, and no process is left."""
+    words = ["--recipe", "pipeline/recipes/mae.yaml", "--data", shards / "train"]
+    words += ["--output", tmp_path / "run", "--ds_config", "ds_configs/zero0.json"]
+    settings = {"data.workers": 1, "monitor.log_steps": 1, "optimizer.epochs": 10000}
+    for override in (*tiny_overrides("mae"), *(f"{k}={v}" for k, v in settings.items())):
+        words += ["--set", override]
+    process = start("--ranks", 2, *words)
+    metrics = tmp_path / "run/metrics.jsonl"
+    try:
+        wait_for(
+            lambda: process.poll() is not None or (metrics.exists() and metrics.stat().st_size), 120
+        )
+        process.terminate()
+        code, _, err = finish(process, 60)
+    finally:
+        process.kill()
+    assert code == 85, err
+    assert json.loads((tmp_path / "run/versions.json").read_text())["ranks"] == 2
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True, text=True)
+    assert left.stdout == ""
