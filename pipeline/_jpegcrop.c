@@ -439,15 +439,17 @@ static int run(Job *job, uint8_t *out, int size, const double box[4], int inside
     if (!read_size(job)) return 0;
     double w = job->width, h = job->height;
     /* also false for NaN */
-    int fits = box[0] >= 0 && box[0] < box[2] && box[2] <= w + 1e-6 && box[1] >= 0
-               && box[1] < box[3] && box[3] <= h + 1e-6;
+    int fits = box[0] >= 0 && box[0] < box[2] && box[2] <= w + 1e-6 && box[0] < w && box[1] >= 0
+               && box[1] < box[3] && box[3] <= h + 1e-6 && box[1] < h;
     if (!fits) {
         snprintf(job->message, sizeof job->message, "rectangle outside the %dx%d picture",
                  job->width, job->height);
         return 0;
     }
-    int x0 = inside ? (int)box[0] : 0, x1 = inside ? (int)box[2] : job->width;
-    int y0 = inside ? (int)box[1] : 0, y1 = inside ? (int)box[3] : job->height;
+    int x0 = inside ? (int)box[0] : 0, x1 = inside ? (int)ceil(box[2]) : job->width;
+    int y0 = inside ? (int)box[1] : 0, y1 = inside ? (int)ceil(box[3]) : job->height;
+    if (x1 > job->width) x1 = job->width;
+    if (y1 > job->height) y1 = job->height;
     if (!make_axis(&job->x, size, box[0], box[2], x0, x1, cubic, flip, GROUP)
         || !make_axis(&job->y, size, box[1], box[3], y0, y1, cubic, 0, 2)) {
         snprintf(job->message, sizeof job->message, "out of memory");

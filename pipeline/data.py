@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
+import os
+import shutil
 import signal
 import weakref
 from collections.abc import Iterator
@@ -33,6 +36,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
 _NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
+_PREFETCH = 2  # micro-batches that each worker keeps ready
+_SHARED = "/dev/shm"  # noqa: S108  (where batches pass from worker to main process)
 _AHEAD = 32  # steps ahead of which a remote shard is fetched
 
 
@@ -183,14 +188,16 @@ class Loader:
         self.tasks, self.skipped, self.decoder = tasks, 0, reader.decoder
         self.manifest = reader.manifest
         self._iterator: Iterator[Any] | None = None
+        self._workers: list[Any] = []
         self._loader = DataLoader(
             dataset,
             batch_size=None,
             sampler=tasks,
             num_workers=workers,
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=_PREFETCH if workers else None,
             worker_init_fn=_quiet_worker,
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # so that the global one is left as it is
         )
         _open_loaders.add(self)
 
@@ -198,7 +205,7 @@ class Loader:
         return len(self.tasks)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._iterator = iter(self._loader)
+        self._start()
         try:
             # Not a for loop: it would keep the iterator, and so the workers, alive after close().
             while self._iterator is not None:
@@ -214,9 +221,24 @@ class Loader:
         finally:
             self.close()
 
+    def _start(self) -> None:
+        others = set(multiprocessing.active_children())
+        # A worker is born with these signals blocked, so that none ends it before it ignores them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        try:
+            self._iterator = iter(self._loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._workers = [c for c in multiprocessing.active_children() if c not in others]
+
     def close(self) -> None:
         """End the worker processes."""
-        self._iterator = None  # its destructor stops and joins them
+        self._iterator = None  # its destructor asks them to stop, unless a traceback holds it
+        for worker in self._workers:
+            worker.join(2)
+            if worker.is_alive():
+                worker.kill()
+        self._workers = []
 
 
 _open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
@@ -260,6 +282,7 @@ def train_loader(
     folder that is not a shard folder and ValueError for numbers that do not fit together.
     """
     _check_ranks(rank, world, workers)
+    _check_shared_memory(workers, micro_batch, crop.image_size)
     if partitions % world:
         raise ValueError(
             f"{partitions} partitions cannot be shared by {world} ranks; "
@@ -309,6 +332,7 @@ def eval_loader(
     _check_ranks(rank, world, workers)
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be at least 1")
+    _check_shared_memory(workers, batch_size, image_size)
     manifest = read_manifest(folder)
     crop = CentreCrop(image_size, resize or round(image_size * 256 / 224), interpolation)
     remote = _cache(manifest, cache, cache_bytes)
@@ -338,3 +362,16 @@ def _check_ranks(rank: int, world: int, workers: int) -> None:
         raise ValueError(f"rank {rank} of {world}: ranks run from 0 to world - 1")
     if workers < 0:
         raise ValueError(f"workers {workers}: must be 0 or more")
+
+
+def _check_shared_memory(workers: int, batch: int, image_size: int) -> None:
+    # A full /dev/shm (64 MB in a container by default) ends a worker with a bus error.
+    needed = workers * (_PREFETCH + 1) * batch * image_size**2 * 3
+    if workers and os.path.isdir(_SHARED):
+        free = shutil.disk_usage(_SHARED).free
+        if free < needed:
+            raise ValueError(
+                f"workers {workers}: their batches need {needed >> 20} MiB of shared memory where "
+                f"{_SHARED} has {free >> 20} MiB free; use fewer workers or a smaller batch, or "
+                "start the container with a larger --shm-size or --ipc=host"
+            )

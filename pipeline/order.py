@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -61,11 +61,11 @@ def global_batch(
     Rank r of W takes the r-th of W equal contiguous pieces. Raises ValueError where `step` lies
     outside the epoch or the batch cannot be cut into partitions.
     """
-    order = Order(tuple(shard_sizes), seed, batch_size, partitions, window)
+    order = _known_order(tuple(shard_sizes), seed, batch_size, partitions, window)
     return order.samples(epoch, step, 0, batch_size)[0]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """Which sample stands where: shard sizes, and the recipe's numbers that fix the order.
 
@@ -78,6 +78,7 @@ class Order:
     partitions: int = 64
     window: int = 8
     draws: int = 0
+    _epochs: dict[int, dict[int, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_batch(self.batch_size, self.partitions)
@@ -115,14 +116,27 @@ class Order:
 
     def places(self, epoch: int, number: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers and keys at `places` of partition `number` (taken modulo its length)."""
-        samples = partition_order(self, epoch, number)
+        samples = self._partition(epoch, number)
         places = places % len(samples)
         if not self.draws:
             return samples[places], samples[places]
         return samples[places], places + number * self.draws // self.partitions
 
+    def _partition(self, epoch: int, number: int) -> np.ndarray:
+        """partition_order, remembered for this epoch and the one before."""
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                del self._epochs[next(iter(self._epochs))]
+            self._epochs[epoch] = {}
+        known = self._epochs[epoch]
+        if number not in known:
+            known[number] = partition_order(self, epoch, number)
+        return known[number]
 
-@lru_cache(maxsize=512)
+
+_known_order = lru_cache(maxsize=4)(Order)
+
+
 def partition_order(order: Order, epoch: int, number: int) -> np.ndarray:
     """Sample numbers of one partition of an epoch in the order they are served: int64 [~ N / P]."""
     total = order.draws or sum(order.sizes)

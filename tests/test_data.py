@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipeline.data import Crop, Order, SampleError, eval_loader, global_batch, train_loader
 from pipeline.order import partition_order, random_bits, steps_per_epoch
+from shard_tools import index_shards, subset
 from shard_tools.manifest import ManifestError
 
 SIZES = (7, 0, 5, 11, 9, 8)  # samples per shard; 40 in all
@@ -210,6 +212,28 @@ def test_batches_hold_what_the_shards_hold(shards: Path) -> None:
             assert np.abs(image.numpy() - expected).mean() < 1
 
 
+def test_adopted_shards_and_subsets_are_read_alike(shards: Path, tmp_path: Path) -> None:
+    """What index_shards makes of tars that webdataset wrote, and a subset of it."""
+    tars = sorted(str(path) for path in shards.glob("*.tar"))
+    adopted, chosen = tmp_path / "adopted", tmp_path / "chosen"
+    assert index_shards.main([*tars, "--output", str(adopted)]) == 0
+    assert subset.main([str(adopted), str(chosen), "--fraction", "0.5"]) == 0
+    samples = torch.cat([batch[1] for batch in load(adopted, total_steps=5).values()])
+    assert sorted(samples.tolist()) == list(range(40))
+    ours, theirs, part = (
+        next(iter(eval_loader(f, batch_size=40, rank=0, world=1, image_size=8, workers=0)))
+        for f in (adopted, shards, chosen)
+    )
+    assert torch.equal(ours.image, theirs.image)
+    assert torch.equal(ours.label, theirs.label)
+    found = {
+        tuple(i.flatten().tolist()): int(n) for i, n in zip(ours.image, ours.label, strict=True)
+    }
+    for image, label in zip(part.image, part.label, strict=True):
+        assert found[tuple(image.flatten().tolist())] == label
+    assert 15 <= len(part.label) <= 25
+
+
 def test_a_rank_needs_only_its_own_shards(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, [[jpeg(10 * s + i) for i in range(8)] for s in range(8)])
     order = Order((8,) * 8, 3, 8, 4, 2)
@@ -350,6 +374,21 @@ def test_bad_numbers_are_one_sentence(shards: Path, change: dict, words: str) ->
     assert "\n" not in str(error.value)
 
 
+def test_too_little_shared_memory_is_one_sentence(shards: Path, monkeypatch) -> None:
+    small = shutil._ntuple_diskusage(2**20, 2**19, 2**19)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
+    with pytest.raises(ValueError, match=r"/dev/shm has 0 MiB free; .* larger --shm-size"):
+        load(shards, workers=2, batch_size=40, micro=40, crop=Crop(224))
+    assert load(shards, workers=0, batch_size=40, micro=40, total_steps=1)
+
+
+def test_the_loader_leaves_torchs_generator_alone(shards: Path) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    load(shards, workers=1, total_steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_bad_crops_and_folders(tmp_path: Path) -> None:
     for wrong in ({"scale": (0.0, 1.0)}, {"ratio": (2, 1)}, {"image_size": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -377,14 +416,17 @@ count = sum(1 for _ in zip(range(30), batches))
 print("served", count, *children, flush=True)
 if sys.argv[2] == "hard":
     os._exit(85)
+if sys.argv[2] == "crash":
+    os.kill(int(children[0]), signal.SIGKILL)
+    sum(1 for _ in batches)
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("soft", 0), ("hard", 85)])
+@pytest.mark.parametrize(("how", "code"), [("soft", 0), ("hard", 85), ("crash", 1)])
 def test_workers_outlive_signals_but_not_the_rank(shards: Path, how: str, code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(shards), how],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     served, count, *children = done.stdout.split()

@@ -240,6 +240,8 @@ def test_the_extension_refuses_wrong_arguments(photograph: Image.Image) -> None:
     ):
         with pytest.raises(ValueError, match="rectangle outside the 250x187 picture"):
             call(data, out, 8, *corners, True, False, True)
+    for corners in ((0, 0, 0.5, 0.5), (249.7, 186.2, 250, 187), (1e-9, 0, 2e-9, 187)):
+        call(data, out, 8, *corners, True, False, True)  # fractions inside: the pixels they touch
     for size in (0, 7, 9, -8, 2**30):
         with pytest.raises(TypeError):
             call(data, out, size, 0, 0, 5, 5, True, False, True)
