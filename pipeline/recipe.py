@@ -12,155 +12,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.sections import (
+    BYOLRecipe,
+    DataRecipe,
+    DecoderRecipe,
+    EMARecipe,
+    EncoderRecipe,
+    HeadsRecipe,
+    InfoNCERecipe,
+    JitterRecipe,
+    MonitorRecipe,
+    OptimizerRecipe,
+    Positive,
+    ReconstructionRecipe,
+    Section,
+    ViewsRecipe,
+)
+
+__all__ = [
+    "RECIPES", "BYOLRecipe", "DataRecipe", "DecoderRecipe", "EncoderRecipe", "HeadsRecipe",
+    "InfoNCERecipe", "JitterRecipe", "Recipe", "RecipeError", "ReconstructionRecipe",
+    "dump_recipe", "ema_momentum", "first_difference", "learning_rate", "load_recipe",
+    "parse_recipe",
+]  # fmt: skip
 
 RECIPES = Path(__file__).parent / "recipes"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
 
 
 class RecipeError(ValueError):
     """A recipe or an override that cannot be used; the message is one sentence."""
-
-
-class Section(BaseModel):
-    """A frozen group of recipe keys that refuses unknown ones."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-class EncoderRecipe(Section):
-    """f: a timm ViT. `options` are further keywords of timm.create_model (patch_size, depth, …)."""
-
-    arch: str = "vit_base_patch16_224"
-    image_size: Positive = 224
-    options: dict[str, Any] = {}
-    hidden: Literal["drop", "token"] = "drop"
-
-
-class JitterRecipe(Section):
-    """Colour jitter (SimSiam's values) of the `whole` image or of each view's `visible` patches."""
-
-    where: Literal["none", "whole", "visible"] = "none"
-    brightness: Fraction = 0.4
-    contrast: Fraction = 0.4
-    saturation: Fraction = 0.4
-    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
-    probability: Fraction = 0.8
-    grayscale: Fraction = 0.0
-
-
-class ViewsRecipe(Section):
-    """(T1, T2). T1 hides `hide`; T2 is what `second` says; independent, it hides `second_hide`."""
-
-    hide: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
-    second: Literal["pixels", "complement", "independent", "none"] = "pixels"
-    second_hide: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
-    jitter: JitterRecipe = JitterRecipe()
-
-
-class DecoderRecipe(Section):
-    """The decoder of the reconstruction measure (MAE's values for ViT-B)."""
-
-    width: Positive = 512
-    depth: Positive = 8
-    heads: Positive = 16
-
-
-class ReconstructionRecipe(Section):
-    """M = Eq. 3 for MAE (second: pixels), Eq. 8 with weight `lambda` for R-MAE."""
-
-    kind: Literal["reconstruction"]
-    lambda_: Annotated[float, Field(alias="lambda", ge=0.0)] = 1.0
-    norm_pix: bool = True
-    decoder: DecoderRecipe = DecoderRecipe()
-
-
-class HeadsRecipe(Section):
-    """Widths of the projector p and the predictor q (two layers each, GELU, no batch norm)."""
-
-    hidden: Positive = 2048
-    out: Positive = 768
-
-
-class InfoNCERecipe(Section):
-    """M = Eq. 9-10."""
-
-    kind: Literal["infonce"]
-    tokens: Literal["patch", "class", "mean", "patch+class"] = "patch"
-    negatives: Literal["all", "position", "image"] = "position"
-    temperature: Annotated[float, Field(gt=0.0)] = 0.2
-    symmetric: bool = False
-    scale_2tau: bool = False
-    heads: HeadsRecipe = HeadsRecipe()
-
-
-class BYOLRecipe(Section):
-    """M = 2 - 2 cos(q(p(z1)), p'(z2))."""
-
-    kind: Literal["byol"]
-    tokens: Literal["patch", "class", "mean", "patch+class"] = "patch"
-    symmetric: bool = False
-    heads: HeadsRecipe = HeadsRecipe()
-
-
-class EMARecipe(Section):
-    """The teacher's momentum; `cosine` raises it to 1 over the run."""
-
-    momentum: Fraction = 0.996
-    schedule: Literal["constant", "cosine"] = "constant"
-
-
-class WeightDecayRecipe(Section):
-    """Weight decay of matrices; `tokens` says whether class and mask tokens decay too (as MAE)."""
-
-    value: Annotated[float, Field(ge=0.0)] = 0.05
-    tokens: bool = True
-
-
-class OptimizerRecipe(Section):
-    """AdamW; lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step."""
-
-    base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: WeightDecayRecipe = WeightDecayRecipe()
-    gradient_clipping: Annotated[float, Field(ge=0.0)] = 0.0
-    epochs: Annotated[float, Field(gt=0.0)] = 100
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 20
-    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-
-
-class CropRecipe(Section):
-    """RandomResizedCrop (antialiased bicubic) and horizontal flip."""
-
-    scale: tuple[Fraction, Fraction] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-
-
-class DataRecipe(Section):
-    """The order of the samples (partitions, window) and how each one is cut."""
-
-    partitions: Positive = 64
-    window: Positive = 8
-    crop: CropRecipe = CropRecipe()
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    workers: Annotated[int, Field(ge=-1)] = -1
-    on_error: Literal["fail", "skip"] = "fail"
-
-
-class MonitorRecipe(Section):
-    """How often (in steps) to log, draw pictures and save; it changes no result."""
-
-    log_steps: Positive = 20
-    picture_steps: Positive = 1000
-    save_steps: Positive = 1000
-    keep_checkpoints: Positive = 2
 
 
 class Recipe(Section):
@@ -202,21 +84,42 @@ class Recipe(Section):
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} is not shorter than "
                 f"optimizer.epochs {self.optimizer.epochs:g}"
             )
+        if self.views.hide == 0 and self.views.second == "complement":
+            raise ValueError("views.hide 0 leaves nothing for views.second: complement to show")
         if isinstance(self.measure, ReconstructionRecipe):
-            if self.encoder.hidden != "drop":
-                raise ValueError("measure reconstruction needs encoder.hidden: drop")
-            return self
+            self._check_reconstruction()
+        else:
+            self._check_contrast(self.measure.tokens)
+        return self
+
+    def _check_reconstruction(self) -> None:
+        if self.encoder.hidden != "drop":
+            raise ValueError("measure reconstruction needs encoder.hidden: drop")
+        if self.views.second == "crop":
+            raise ValueError("measure reconstruction cannot compare two crops (views.second: crop)")
+        if self.views.hide == 0 and self.views.second != "pixels":
+            raise ValueError(
+                "views.hide 0 leaves R-MAE no hidden patch to compare: set views.second to pixels"
+            )
+
+    def _check_contrast(self, tokens: str) -> None:
         if self.views.second == "pixels":
             raise ValueError(
                 f"measure {self.measure.kind} compares two encoded views: set views.second to "
-                "complement, independent or none"
+                "complement, independent, none or crop"
             )
-        if self.encoder.hidden == "drop" and "patch" in self.measure.tokens:
+        if "patch" not in tokens:
+            return
+        if self.views.second == "crop":
             raise ValueError(
-                "without mask tokens (encoder.hidden: drop) the two views share no patch "
-                "position: set measure.tokens to mean or class"
+                "two crops (views.second: crop) share no patch position: set measure.tokens to "
+                "class or mean"
             )
-        return self
+        if self.encoder.hidden == "drop" and self.views.second == "complement":
+            raise ValueError(
+                "without mask tokens (encoder.hidden: drop) complementary views share no patch "
+                "position: set measure.tokens to mean or class, or views.second to independent"
+            )
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -12,7 +12,8 @@ PACKAGES = ("pipeline", "shard_tools", "eval")
 ALLOWED = {
     "pipeline.kernels": set(),
     "shard_tools.manifest": set(),
-    "pipeline.recipe": set(),
+    "pipeline.sections": set(),
+    "pipeline.recipe": {"sections"},
     "pipeline.views": {"kernels", "recipe"},
     "pipeline.encoder": {"kernels", "recipe"},
     "pipeline.measures": {"views", "encoder", "kernels", "recipe"},
