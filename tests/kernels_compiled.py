@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -42,10 +41,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas and the PTX say. Widths: bits of a memory instruction -> how many of them."""
+    """What the cubin and the PTX say. Widths: bits of a memory instruction -> how many of them."""
 
     registers: int
-    spills: int  # bytes of spill stores and loads
+    spills: int  # bytes of local memory per thread
     shared: int  # bytes per program
     warps: int
     loads: Counter[int]
@@ -87,7 +86,7 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     source = ASTSource(launch.kernel, signature, constants, attributes)
     kernel = triton.compile(source, target=target, options=options.__dict__)
     ptx = kernel.asm["ptx"]
-    registers, spills = _resources(ptx, capability, options.enable_fp_fusion)
+    registers, spills = _resources(kernel.asm["cubin"])
     return Compiled(
         registers=registers,
         spills=spills,
@@ -98,26 +97,22 @@ def compile_for(launch: Launch, capability: int) -> Compiled:
     )
 
 
-def _resources(ptx: str, capability: int, fuse: bool) -> tuple[int, int]:
-    """(registers per thread, spilled bytes) of the one kernel in ptx, from ptxas -v."""
-    arch = sm_arch_from_capability(capability)
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) per thread of the one kernel in a cubin.
+
+    The kernels keep nothing in local memory by intention: whatever is there was spilled.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}"]
-        command += [] if fuse else ["--fmad=false"]
-        done = subprocess.run(
-            [*command, str(path), "-o", f"{folder}/kernel.o"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    log = done.stderr + done.stdout
-    registers = re.search(r"Used (\d+) registers", log)
-    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    if registers is None or not spilled:
-        raise RuntimeError(f"ptxas reported no resources: {log}")
-    return int(registers.group(1)), sum(map(int, spilled))
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "--dump-resource-usage", str(path)]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", log)
+    if len(found) != 1:
+        raise RuntimeError(f"cuobjdump reported no resources: {log}")
+    registers, stack, local = map(int, found[0])
+    return registers, stack + local
 
 
 def _widths(ptx: str, instruction: str) -> Counter[int]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels import choice
@@ -73,8 +74,11 @@ def patch_target(
     """The target of `patch_loss`: dtype [B,R,p*p*3]."""
     pixels = normalise(gather_patches(image, region, patch), mean, std, dtype)
     if norm_pix:
-        variance, centre = torch.var_mean(pixels, dim=-1, keepdim=True)
-        pixels = pixels.sub_(centre).mul_((variance + EPSILON).rsqrt_())
+        # Layer norm divides by n where the target divides by n - 1: the rest is a constant.
+        n = pixels.shape[-1]
+        unbiased = (n - 1) / n
+        scale = pixels.new_full((n,), unbiased**0.5)
+        pixels = F.layer_norm(pixels, (n,), weight=scale, eps=EPSILON * unbiased)
     return pixels
 
 
@@ -103,8 +107,8 @@ def patch_loss_reference(
 
 def _mean_square(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
     """Mean over values, then weighted mean over patches, then mean over samples."""
+    if weight is None:  # every sample has as many patches: one mean over everything
+        return F.mse_loss(a, b)
     difference = a - b
     error = (difference * difference).mean(-1)
-    if weight is None:
-        return error.mean()
     return ((error * weight).sum(1) / weight.sum(1).clamp(min=1)).mean()

@@ -54,7 +54,6 @@ def normalise(
     scale, shift = channel_scale(mean, std)
     flat = patches.flatten(2).to(dtype)
     # Whole-patch vectors: broadcasting over an inner axis of three is slow on a CPU.
-    repeat = flat.shape[2] // 3
-    return flat.mul_(flat.new_tensor(scale).repeat(repeat)).sub_(
-        flat.new_tensor(shift).repeat(repeat)
-    )
+    factors = torch.tensor([scale, shift], dtype=dtype, device=flat.device)
+    factor, less = factors.repeat(1, flat.shape[2] // 3)
+    return torch.addcmul(less.neg_(), flat, factor)

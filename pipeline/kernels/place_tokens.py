@@ -74,7 +74,7 @@ class _PlaceTokens(torch.autograd.Function):
         batch, count, width = tokens.shape
         rows = _visible_rows(inverse, prefix, count - prefix)
         out = tokens.new_empty(batch, len(position), width)
-        torch.add(tokens[:, :prefix], position[:prefix], out=out[:, :prefix])
+        out[:, :prefix] = tokens[:, :prefix] + position[:prefix]
         out[:, prefix:] = position[prefix:] + mask_token
         shown = position.index_select(0, rows % len(position)).view(batch, -1, width)
         placed = (tokens[:, prefix:] + shown).to(out.dtype)

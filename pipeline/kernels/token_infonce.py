@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.kernels import choice
 
 NEGATIVES = ("all", "position", "image")
-CHUNK = 2**20  # similarities held at a time (4 MiB in fp32)
+CHUNK = 2**21  # similarities held at a time (8 MiB in fp32)
 
 
 def token_infonce(

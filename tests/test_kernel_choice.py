@@ -1,0 +1,54 @@
+"""Which implementation runs: chosen once, said aloud, refused where it cannot run."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipeline import kernels
+from pipeline.kernels import choice
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    monkeypatch.setattr(choice, "_implementation", "reference")
+
+
+def test_auto_takes_the_reference_on_a_cpu():
+    assert kernels.use("auto", "cpu") == "kernels: reference (auto on cpu)"
+    assert kernels.implementation() == "reference"
+
+
+def test_auto_takes_triton_on_cuda():
+    assert kernels.use("auto", "cuda:0") == "kernels: triton (auto on cuda)"
+    assert kernels.implementation() == "triton"
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.use("triton", "cpu") == "kernels: triton (triton on cpu, interpreted)"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="set TRITON_INTERPRET=1, or choose kernels: reference"):
+        kernels.use("triton", "cpu")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    assert kernels.use("auto", "cuda") == "kernels: reference (auto on cuda)"
+    with pytest.raises(ValueError, match="triton is not installed"):
+        kernels.use("triton", "cuda")
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="auto, triton or reference, not 'fast'"):
+        kernels.use("fast")
+
+
+def test_nothing_imports_triton_until_it_is_chosen():
+    code = (
+        "import sys, torch; from pipeline import kernels; kernels.use('reference');"
+        "kernels.sample_masks(torch.arange(2), seed=0, epoch=0, length=9, visible=(2, 0),"
+        " policy='random'); print([m for m in sys.modules if m.endswith('_triton')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pipeline.kernels" not in done.stdout
