@@ -27,10 +27,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import Lars
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.common import (
     EvalError,
@@ -43,7 +41,6 @@ from eval.common import (
     progress,
     run_command,
     seed_everything,
-    warmup_cosine,
     write_result,
 )
 from eval.features import (
@@ -58,6 +55,7 @@ from eval.features import (
     normalise,
     open_encoder,
 )
+from eval.probe import Probe, Training
 from pipeline.data import Box, Crop, steps_per_epoch, train_loader
 
 PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
@@ -84,63 +82,6 @@ class ProbeCrop(Crop):
             return Box(left, top, left + w, top + h), self.flip and uniform[22] < 0.5
 
         return box
-
-
-class Probe(nn.Module):
-    """Heads on features [b, D] → logits [heads, b, classes].
-
-    BatchNorm without affine parameters (eps 1e-6), shared, then per head a linear layer with
-    weights N(0, 0.01) and zero bias. The heads start alike and differ by their learning rate.
-    """
-
-    def __init__(self, width: int, classes: int, heads: int = 1, seed: int = 0) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
-        weight = torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
-        self.heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(heads))
-        for head in self.heads:
-            head.weight.data.copy_(weight)  # type: ignore[operator]
-            head.bias.data.zero_()  # type: ignore[operator]
-
-    def forward(self, feature: Tensor) -> Tensor:
-        normalised = self.norm(feature)
-        return torch.stack([head(normalised) for head in self.heads])
-
-
-class Training:
-    """The heads' optimizer and schedule: one `step` per global batch.
-
-    LARS with momentum 0.9 and trust 0.001; 1-D parameters (the biases) move by plain momentum SGD,
-    without trust and decay. Learning rate of head h: rates[h] · batch / 256, warm-up and cosine.
-    """
-
-    def __init__(
-        self, probe: Probe, rates: tuple[float, ...], *, batch: int, steps: int, args: Any
-    ) -> None:
-        self.probe, self.steps, self.args = probe, steps, args
-        self.peaks = [rate * batch / 256 for rate in rates]
-        groups = []
-        for number, head in enumerate(probe.heads):
-            for parameter in head.parameters():
-                adapt = parameter.ndim > 1
-                groups.append({"params": [parameter], "always_adapt": adapt, "head": number})
-        self.optimizer = Lars(groups, lr=0.0, momentum=0.9, trust_coeff=0.001, weight_decay=0.0)
-
-    def rate(self, step: int, head: int = 0) -> float:
-        """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
-        settings = {"epochs": self.args.epochs, "warmup": self.args.warmup_epochs}
-        return warmup_cosine(step / self.steps, peak=self.peaks[head], **settings)
-
-    def step(self, step: int, feature: Tensor, label: Tensor) -> Tensor:
-        """One update on features [B, D], labels [B] of the global batch; mean losses [heads]."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step, group["head"])
-        self.optimizer.zero_grad()
-        logits = self.probe(feature)
-        losses = torch.stack([F.cross_entropy(one, label) for one in logits])
-        losses.sum().backward()  # the heads share no parameter: each gets its own gradient
-        self.optimizer.step()
-        return losses.detach()
 
 
 # ------------------------------------------------------------------ MAE's protocol
@@ -179,7 +120,7 @@ def score(
 ) -> dict[str, Any]:
     """Accuracy on the validation set, each image counted once whatever the number of ranks."""
     probe.eval()
-    count = torch.zeros(len(probe.heads), 3, dtype=torch.int64, device=world.device)
+    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=world.device)
     with torch.no_grad():
         for pixels, label, _ in progress(
             batches(args.val, vit, info, world, args), world, "validation"
@@ -245,7 +186,7 @@ def train_heads(
 @torch.no_grad()
 def accuracies(probe: Probe, feature: Tensor, label: Tensor) -> list[tuple[float, float]]:
     """(top-1, top-5) in percent of every head on features [N, D], labels [N]."""
-    count = torch.zeros(len(probe.heads), 3, dtype=torch.int64, device=feature.device)
+    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=feature.device)
     for piece in torch.arange(len(feature), device=feature.device).split(4096):
         count += count_correct(probe(feature[piece]), label[piece])
     return [(as_percent(a, n), as_percent(b, n)) for a, b, n in count.tolist()]

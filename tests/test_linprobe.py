@@ -25,6 +25,7 @@ from torch import nn
 from eval import linprobe
 from eval.common import World, count_correct, run_command
 from eval.features import extract, open_encoder
+from eval.probe import Probe, Training
 from pipeline.encoder import read_encoder
 
 
@@ -48,10 +49,10 @@ def parse(place: Path, *more: str) -> linprobe.argparse.Namespace:
     return linprobe.build_parser().parse_args(arguments(place, *more))
 
 
-def training(rates: tuple[float, ...], steps: int = 10, batch: int = 512) -> linprobe.Training:
+def training(rates: tuple[float, ...], steps: int = 10, batch: int = 512) -> Training:
     args = linprobe.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
-    probe = linprobe.Probe(8, 5, heads=len(rates))
-    return linprobe.Training(probe, rates, batch=batch, steps=steps, args=args)
+    probe = Probe(8, 5, heads=len(rates))
+    return Training(probe, rates, batch=batch, steps=steps, args=args)
 
 
 def test_defaults_are_maes() -> None:
@@ -82,7 +83,7 @@ def test_lars_follows_the_plain_formula_and_exempts_biases() -> None:
     torch.manual_seed(0)
     under_test = training((0.3, 2.0), steps=1, batch=256)
     feature, label = torch.randn(11, 6, 8), torch.randint(0, 5, (11, 6))
-    weights = [head.weight.detach().double().clone() for head in under_test.probe.heads]
+    weights = list(under_test.probe.weight.detach().double().clone())
     biases = [torch.zeros(5, dtype=torch.float64) for _ in weights]
     speeds = [
         [torch.zeros_like(w), torch.zeros_like(b)] for w, b in zip(weights, biases, strict=True)
@@ -101,21 +102,29 @@ def test_lars_follows_the_plain_formula_and_exempts_biases() -> None:
             weights[head] = weights[head] - rate * speeds[head][0]
             biases[head] = biases[head] - rate * speeds[head][1]
         under_test.step(step, feature[step], label[step])
-    for head, linear in enumerate(under_test.probe.heads):
-        torch.testing.assert_close(linear.weight.double(), weights[head], rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(linear.bias.double(), biases[head], rtol=1e-4, atol=1e-7)
+    probe = under_test.probe
+    for head in (0, 1):
+        torch.testing.assert_close(probe.weight[head].double(), weights[head], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(probe.bias[head].double(), biases[head], rtol=1e-4, atol=1e-7)
 
 
 def test_probe_has_plain_batch_norm_and_small_weights() -> None:
-    probe = linprobe.Probe(96, 400, heads=2, seed=3)
+    probe = Probe(96, 400, heads=2, seed=3)
     assert probe.norm.weight is None
     assert probe.norm.bias is None
     assert probe.norm.eps == 1e-6
     names = {name for name, _ in probe.named_parameters()}
-    assert names == {"heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias"}
-    assert probe.heads[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
-    assert torch.equal(probe.heads[0].weight, probe.heads[1].weight)
-    assert not probe.heads[0].bias.any()
+    assert names == {"weight", "bias"}
+    assert probe.weight[0].std().item() == pytest.approx(0.01, rel=0.02)
+    assert torch.equal(probe.weight[0], probe.weight[1])
+    assert not probe.bias.any()
+    feature = torch.randn(5, 96)
+    normal = (feature - feature.mean(0)) / (feature.var(0, unbiased=False) + 1e-6).sqrt()
+    with torch.no_grad():
+        expected = torch.stack(
+            [normal @ w.T + b for w, b in zip(probe.weight, probe.bias, strict=True)]
+        )
+        torch.testing.assert_close(probe(feature), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_heads_do_not_touch_each_other() -> None:
@@ -125,8 +134,8 @@ def test_heads_do_not_touch_each_other() -> None:
     for step in range(5):
         together.step(step + 1, feature[step], label[step])
         alone.step(step + 1, feature[step], label[step])
-    torch.testing.assert_close(together.probe.heads[1].weight, alone.probe.heads[0].weight)
-    assert not torch.allclose(together.probe.heads[0].weight, alone.probe.heads[0].weight)
+    torch.testing.assert_close(together.probe.weight[1], alone.probe.weight[0])
+    assert not torch.allclose(together.probe.weight[0], alone.probe.weight[0])
 
 
 def test_counts_top1_and_top5() -> None:

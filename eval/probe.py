@@ -1,0 +1,79 @@
+"""The linear probe's classifier and its optimizer, for one or many learning rates at once."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eval.common import warmup_cosine
+
+
+class Probe(nn.Module):
+    """Heads on features [b, D] → logits [heads, b, classes].
+
+    BatchNorm without affine parameters (eps 1e-6), shared, then per head a linear layer with
+    weights N(0, 0.01) and zero bias. The heads start alike and differ by their learning rate.
+    """
+
+    def __init__(self, width: int, classes: int, heads: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        weight = torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
+        self.weight = nn.Parameter(weight.repeat(heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, classes))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        logits = F.linear(self.norm(feature), self.weight.flatten(0, 1), self.bias.flatten())
+        return logits.unflatten(1, self.bias.shape).transpose(0, 1)
+
+
+class Training:
+    """The heads' optimizer and schedule: one `step` per global batch.
+
+    LARS (You et al. 2017) with momentum m = 0.9, trust t = 0.001 and no weight decay, per head:
+
+        g ← t · |w| / |g| · g  (weights; biases, being 1-D, keep their g)
+        v ← m v + g;  w ← w - lr · v
+
+    Learning rate of head h: rates[h] · batch / 256, warm-up and cosine.
+    """
+
+    momentum, trust = 0.9, 0.001
+
+    def __init__(
+        self, probe: Probe, rates: tuple[float, ...], *, batch: int, steps: int, args: Any
+    ) -> None:
+        self.probe, self.steps, self.args = probe, steps, args
+        self.peaks = [rate * batch / 256 for rate in rates]
+        self.speed = [torch.zeros_like(p) for p in (probe.weight, probe.bias)]
+
+    def rate(self, step: int, head: int = 0) -> float:
+        """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
+        settings = {"epochs": self.args.epochs, "warmup": self.args.warmup_epochs}
+        return warmup_cosine(step / self.steps, peak=self.peaks[head], **settings)
+
+    def step(self, step: int, feature: Tensor, label: Tensor) -> Tensor:
+        """One update on features [B, D], labels [B] of the global batch; mean losses [heads]."""
+        logits = self.probe(feature)
+        heads = len(logits)
+        losses = F.cross_entropy(logits.flatten(0, 1), label.repeat(heads), reduction="none")
+        losses = losses.view(heads, -1).mean(dim=1)
+        # The heads share no parameter: the sum gives each its own gradient.
+        weight, bias = torch.autograd.grad(losses.sum(), (self.probe.weight, self.probe.bias))
+        self._update(step, weight, bias)
+        return losses.detach()
+
+    @torch.no_grad()
+    def _update(self, step: int, weight: Tensor, bias: Tensor) -> None:
+        """Apply gradients [heads, classes, D] and [heads, classes]."""
+        size, slope = (x.flatten(1).norm(dim=1) for x in (self.probe.weight, weight))
+        trust = torch.where((size > 0) & (slope > 0), self.trust * size / slope, 1.0)
+        weight = weight * trust[:, None, None]
+        rates = [self.rate(step, head) for head in range(len(self.peaks))]
+        rate = torch.tensor(rates, device=bias.device)
+        for parameter, speed, gradient in zip(
+            (self.probe.weight, self.probe.bias), self.speed, (weight, bias), strict=True
+        ):
+            speed.mul_(self.momentum).add_(gradient)
+            parameter.sub_(rate.view(-1, *[1] * (speed.ndim - 1)) * speed)
