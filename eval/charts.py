@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 PALETTE = (
@@ -68,6 +69,8 @@ def line_chart(
                 label=line.label or "_",
             )
         axes.set(title=title, xlabel=x, ylabel=y)
+        if all(float(x).is_integer() for line in lines for x in line.x):
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if limits is not None:
             axes.set_ylim(*limits)
         if any(line.label for line in lines):

@@ -153,25 +153,28 @@ def accuracy_cell(values: list[float], baseline: list[float], column: Column) ->
 
 def protocol_notes(groups: Sequence[Group]) -> list[str]:
     """What a reader must know about the protocols in the table, each thing once."""
-    notes = ["± is the sample standard deviation over seeds; without it there is one seed."]
+    notes = ["± is the sample standard deviation over seeds; a figure without it is of one seed."]
     for group in groups:
         for run in group.runs:
             for result in run.results:
-                settings = result.get("settings", {})
-                if "base_lr_chosen_on" in result:
-                    chosen = str(result["base_lr_chosen_on"])
-                    notes.append(f"linear probe, cached: learning rate chosen on {chosen}.")
-                if settings.get("max_steps") is not None:
-                    notes.append(
-                        f"{result['protocol']}: cut short at {settings['max_steps']} steps."
-                    )
-                if "images" in result:
-                    notes.append(
-                        f"{result['protocol']}: {result['images']} validation images, "
-                        f"{settings.get('epochs', 0) or 'no'} epochs, "
-                        f"batch {settings.get('batch_size', NONE)}."
-                    )
+                column = column_of(result)
+                if column:
+                    notes.append(f"{column.key}: {', '.join(facts(result))}.")
     return list(dict.fromkeys(notes))
+
+
+def facts(result: dict[str, Any]) -> list[str]:
+    """How a figure came about, in a few words each."""
+    settings = result.get("settings", {})
+    words = [f"{result['images']} validation images"] if "images" in result else []
+    words += [f"{settings['epochs']:g} epochs"] if settings.get("epochs") else []
+    words += [f"batch {settings['batch_size']}"] if settings.get("batch_size") else []
+    words += [f"k = {settings['k']}"] if "k" in settings else []
+    if "base_lr_chosen_on" in result:
+        words.append(f"learning rate chosen on {result['base_lr_chosen_on']}")
+    if settings.get("max_steps") is not None:
+        words.append(f"cut short at {settings['max_steps']} steps")
+    return words
 
 
 def throughput_table(runs: Sequence[Run]) -> Table:

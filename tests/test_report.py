@@ -165,6 +165,25 @@ def test_accuracy_is_mean_and_spread_over_seeds(runs: list[Path]) -> None:
     assert cells["mae"].value == "30.00"
 
 
+def test_cka_is_drawn_as_in_figure_1(runs: list[Path], tmp_path: Path) -> None:
+    copies = []
+    for run in runs[:2]:
+        copies.append(tmp_path / run.name)
+        shutil.copytree(run, copies[-1])
+    table = {"protocol": "cka", "pool": "mean", "ratios": [0.1, 0.9], "cka": [[1, 0.9], [0.5, 0.4]]}
+    (copies[0] / "eval/cka-mean.json").write_text(json.dumps(table | {"encoder": {}}))
+    random = table | {"encoder": {"random": True}, "cka": [[1, 1], [0.2, 0.1]]}
+    (copies[1] / "eval/cka-mean-random-0.json").write_text(json.dumps(random))
+    page, _ = report.write_report(copies, tmp_path / "cka.html", "CKA")
+    text = page.read_text()
+    for name in ("CKA of the last block, mean of patches", "CKA with 90% dropped, mean of patches"):
+        svg = re.search(rf'<svg class="chart" role="img" aria-label="{name}".*?</svg>', text, re.S)
+        assert svg, name
+        words = [t.text for t in ElementTree.fromstring(svg[0]).iter() if t.tag.endswith("text")]
+        assert {"mae", "random encoder"} <= set(words)
+        assert "rmae" not in words
+
+
 def test_runs_that_differ_by_more_than_the_seed_are_told_apart(runs: list[Path]) -> None:
     twin = runs[0].parent / "longer"
     shutil.copytree(runs[0], twin)
