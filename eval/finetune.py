@@ -240,6 +240,8 @@ def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
 def complete(args: argparse.Namespace) -> tuple[str, ...]:
     """Check the arguments against the data and derive the rest; the names of the classes."""
     train, val = labelled(args.train), labelled(args.val)
+    if args.batch_size < 1 or (args.max_steps is not None and args.max_steps < 1):
+        raise EvalError("--batch-size and --max-steps must be at least 1")
     args.classes = class_count(train, val)
     args.partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if args.batch_size % p == 0)
     args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, args.partitions)

@@ -281,6 +281,8 @@ def complete(args: argparse.Namespace, world: World) -> None:
     args.classes = class_count(train, val)
     if min(args.epochs, args.batch_size, args.micro_batch) < 1:
         raise EvalError("--epochs, --batch-size and --micro-batch must be at least 1")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise EvalError("--max-steps must be at least 1")
     if args.protocol == "cached":
         return
     if args.batch_size % world.size:
