@@ -112,7 +112,8 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": proj})
         assert vit.cls_token is not None
         self.cls_token = vit.cls_token
-        self.register_buffer("pos_embed", sincos_position(self.grid, self.width)[None])
+        self.row_first = recipe.encoder.style == "mocov3"
+        self.register_buffer("pos_embed", self.position_table()[None])
         self.blocks = vit.blocks
         self.norm = vit.norm
         for module in self.norm, *self.blocks.modules():
@@ -122,6 +123,13 @@ class Encoder(nn.Module):
         if recipe.encoder.hidden == "token":
             self.mask_token = nn.Parameter(torch.zeros(self.width))
         init_weights(self)
+        if recipe.encoder.style == "mocov3":
+            init_as_mocov3(self)
+        proj.requires_grad_(not recipe.encoder.freeze_patch)
+
+    def position_table(self) -> Tensor:
+        """The exact fixed positions: float32 [1 + L, D]."""
+        return sincos_position(self.grid, self.width, row_first=self.row_first)
 
     def forward(self, image: Tensor, visible: Tensor, inverse: Tensor) -> Tensor:
         """The fields of a View → tokens, class token first, after the final norm.
@@ -144,11 +152,12 @@ class Encoder(nn.Module):
         return self.norm(x)
 
 
-def sincos_position(grid: tuple[int, int], width: int) -> Tensor:
+def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = False) -> Tensor:
     """Fixed sin-cos positions of MAE: float32 [1 + L, D], zero for the class token.
 
-    The first half of the channels encodes the column, the second the row; in each half, sines
-    then cosines of coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
+    The first half of the channels encodes the column, the second the row (MoCo v3's table, with
+    row_first, the other way round); in each half, sines then cosines of
+    coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
     Raises ValueError where 4 does not divide the width.
     """
     if width % 4:
@@ -157,7 +166,8 @@ def sincos_position(grid: tuple[int, int], width: int) -> Tensor:
     rows, columns = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
     )
-    halves = [c.reshape(-1, 1) * omega for c in (columns, rows)]
+    both = (rows, columns) if row_first else (columns, rows)
+    halves = [c.reshape(-1, 1) * omega for c in both]
     table = torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
 
@@ -184,13 +194,22 @@ def init_weights(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.02)
 
 
+@torch.no_grad()
+def init_as_mocov3(encoder: Encoder) -> None:
+    """Where MoCo v3's initial weights differ: q, k and v as three linears, a small class token."""
+    nn.init.normal_(encoder.cls_token, std=1e-6)
+    for block in encoder.blocks:
+        for part in block.attn.qkv.weight.chunk(3):  # type: ignore[union-attr,operator]
+            nn.init.xavier_uniform_(part)
+
+
 def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
     """Weights of an encoder (its state dict, whole) under timm's names: no mask token, positions
     from the exact table, fp32 on the CPU.
     """
     state = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
     state.pop("mask_token", None)
-    state["pos_embed"] = sincos_position(encoder.grid, encoder.width)[None]
+    state["pos_embed"] = encoder.position_table()[None]
     return state
 
 

@@ -8,21 +8,29 @@
 | R-MAE‡    | 75 %     | nothing                | dropped        | f              | Eq. 8      |
 | C-MAE     | 75 %     | the complement, jitter | mask token     | EMA of f and p | Eq. 9-11   |
 | C-MAE (B) | 75 %     | the complement, jitter | mask token     | EMA of f and p | BYOL       |
+| MoCo v3   | nothing  | nothing, another crop  | -              | EMA of f and p | Eq. 9-11   |
 
 The methods differ by recipe only: `views` makes (T1, T2), `encoder` is f, `measures` is M.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.encoder import Encoder
-from pipeline.measures import Contrast, Reconstruction, Terms, choose_tokens
+from pipeline.measures import Contrast, Reconstruction, Terms, choose_tokens, feature_std
 from pipeline.recipe import Recipe, ReconstructionRecipe
 from pipeline.views import View, Views, make_views
+
+# A context in which the given parameters are whole (engine.Engine.gathered); None: they are.
+Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[object]] | None
+SLICE = 24  # parameters, two blocks of a ViT
 
 
 class Teacher(nn.Module):
@@ -46,12 +54,34 @@ class Teacher(nn.Module):
         return self.projector(choose_tokens(self.encoder(*view), self.tokens))
 
     @torch.no_grad()
-    def update(self, objective: Objective, momentum: float) -> None:
-        """teacher ← momentum · teacher + (1 − momentum) · online, in fp32."""
+    def update(self, objective: Objective, momentum: float, gathered: Gathered = None) -> None:
+        """teacher ← momentum · teacher + (1 − momentum) · online, in fp32.
+
+        gathered: makes partitioned parameters whole for a while (ZeRO stage 3), slice by slice.
+        """
+        for mine, online in self.pairs(objective):
+            with gathered(online) if gathered else contextlib.nullcontext():
+                torch._foreach_lerp_(mine, [p.detach().float() for p in online], 1.0 - momentum)
+
+    @torch.no_grad()
+    def distance(self, objective: Objective, gathered: Gathered = None) -> float:
+        """||online - teacher|| / ||teacher|| over all weights of f and p (reads the device)."""
+        apart: list[Tensor] = []
+        size: list[Tensor] = []
+        for mine, online in self.pairs(objective):
+            with gathered(online) if gathered else contextlib.nullcontext():
+                change = torch._foreach_sub([p.detach().float() for p in online], mine)
+                apart += torch._foreach_norm(change)
+            size += torch._foreach_norm(mine)
+        return float(torch.stack(apart).norm() / torch.stack(size).norm())
+
+    def pairs(self, objective: Objective) -> list[tuple[list[Tensor], list[nn.Parameter]]]:
+        """(mine, online) parameters in slices of about a block, so that few are whole at once."""
         assert isinstance(objective.measure, Contrast)
         mine: list[Tensor] = [*self.encoder.parameters(), *self.projector.parameters()]
         online = [*objective.encoder.parameters(), *objective.measure.projector.parameters()]
-        torch._foreach_lerp_(mine, [p.detach().float() for p in online], 1.0 - momentum)
+        cuts = range(0, len(mine), SLICE)
+        return [(mine[c : c + SLICE], online[c : c + SLICE]) for c in cuts]
 
 
 class Objective(nn.Module):
@@ -71,10 +101,20 @@ class Objective(nn.Module):
             self.measure = Contrast(recipe.measure, width=width)
 
     def forward(
-        self, image: Tensor, sample: Tensor, epoch: int, teacher: Teacher | None = None
+        self,
+        image: Tensor,
+        sample: Tensor,
+        epoch: int,
+        teacher: Teacher | None = None,
+        crop: Tensor | None = None,
     ) -> tuple[Tensor, Terms]:
-        """uint8 images [B, H, W, 3], their sample numbers int64 [B] → fp32 loss and its terms."""
-        views = make_views(image, sample, recipe=self.recipe, epoch=epoch, patch=self.encoder.patch)
+        """uint8 images [B, H, W, 3], their sample numbers int64 [B] → fp32 loss and its terms.
+
+        crop: uint8 [B, H, W, 3], a second crop of each image, for `views.second: crop`.
+        """
+        views = make_views(
+            image, sample, recipe=self.recipe, epoch=epoch, patch=self.encoder.patch, crop=crop
+        )
         if isinstance(self.measure, Reconstruction):
             return self._reconstruction(self.measure, views)
         if teacher is None:
@@ -84,15 +124,21 @@ class Objective(nn.Module):
     def _reconstruction(self, measure: Reconstruction, views: Views) -> tuple[Tensor, Terms]:
         z1 = self.encoder(*views.first)
         z2 = self.encoder(*views.second) if views.second is not None else None
-        return measure(z1, z2, views)
+        loss, terms = measure(z1, z2, views)
+        return loss, terms | {"feature_std": feature_std(z1)}
 
     def _contrast(self, measure: Contrast, views: Views, teacher: Teacher) -> tuple[Tensor, Terms]:
         def one_side(online: View, other: View) -> tuple[Tensor, Terms]:
-            query = measure.query(self.encoder(*online))
+            z = self.encoder(*online)
+            query = measure.query(z)
             # The teacher's weights are fp32; in a bf16 run its matrix products need not be.
             with torch.autocast(query.device.type, query.dtype, query.dtype != torch.float32):
                 key = teacher(other)
-            return measure(query, key)
+            if self.encoder.mask_token is None and "patch" in measure.recipe.tokens:
+                loss, terms = measure.paired(query, key, online, other)
+            else:
+                loss, terms = measure(query, key)
+            return loss, terms | {"feature_std": feature_std(z)}
 
         assert views.second is not None
         loss, terms = one_side(views.first, views.second)

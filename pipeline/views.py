@@ -1,7 +1,8 @@
 """T: from a batch of uint8 images to the pair of views (T1(x), T2(x)).
 
 A View carries *visible* indices, never a 0/1 mask. Every draw is a pure function of (seed, epoch,
-sample number), so the views do not depend on device, rank or batch layout.
+sample number), so the views do not depend on device, rank or batch layout. One exception: which
+image cutmix shows in its box is a neighbour in the micro-batch.
 
 A new masking policy is a branch of `make_views` and a word of `views.second` in the recipe.
 """
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
+from pipeline.kernels import philox
 from pipeline.recipe import JitterRecipe, Recipe
 
 # The counter streams of the jitter draws; masks have their own streams inside the kernel.
 FIRST, SECOND, WHOLE = 0, 1, 2
+CUTMIX_STREAM = 32  # + view; see kernels.philox for the streams of masks and jitter
 
 
 class View(NamedTuple):
@@ -39,8 +42,9 @@ class Views:
     """The pair (T1(x), T2(x)) and what the reconstruction measures need to know of it.
 
     second is None where T2 leads to pixels (MAE). target: uint8 [B, H, W, 3], the image the
-    predictions are held against. region: int32 [B, R], the positions where the loss is taken, all
-    hidden by T1; weight: float32 [B, R] of 0 and 1, or None for all: visible in T2 (SPEC §2).
+    predictions are held against. region: int32 [B, R], the positions where the loss is taken,
+    those hidden by T1 (all where it hides none); weight: float32 [B, R] of 0 and 1, or None for
+    all: visible in T2 (SPEC §2).
     """
 
     first: View
@@ -55,16 +59,27 @@ def visible_count(length: int, hide: float) -> int:
     return int(length * (1.0 - hide))
 
 
-def make_views(image: Tensor, sample: Tensor, *, recipe: Recipe, epoch: int, patch: int) -> Views:
+def make_views(
+    image: Tensor,
+    sample: Tensor,
+    *,
+    recipe: Recipe,
+    epoch: int,
+    patch: int,
+    crop: Tensor | None = None,
+) -> Views:
     """Draw T1 and T2 for a batch.
 
-    image: uint8 [B, H, W, 3]; sample: int64 [B], sample numbers; patch: side in pixels.
+    image: uint8 [B, H, W, 3]; sample: int64 [B], sample numbers; patch: side in pixels; crop:
+    uint8 [B, H, W, 3], another crop of each image, where the recipe says `views.second: crop`.
     """
+    if (crop is None) == (recipe.views.second == "crop"):
+        raise ValueError("a second crop is given exactly where views.second is crop")
     v, seed = recipe.views, recipe.seed
     length = (image.shape[1] // patch) * (image.shape[2] // patch)
     # 0 visible in T2: what the policy implies.
     second = visible_count(length, v.second_hide) if v.second == "independent" else 0
-    policy = "random" if v.second == "pixels" else v.second
+    policy = {"pixels": "random", "crop": "none"}.get(v.second, v.second)
     masks = kernels.sample_masks(
         sample,
         seed=seed,
@@ -76,7 +91,9 @@ def make_views(image: Tensor, sample: Tensor, *, recipe: Recipe, epoch: int, pat
     if v.jitter.where == "whole":
         image = jitter(image, sample, v.jitter, seed=seed, epoch=epoch, view=WHOLE)
 
-    def view(number: int, visible: Tensor, inverse: Tensor) -> View:
+    def view(number: int, image: Tensor, visible: Tensor, inverse: Tensor) -> View:
+        if v.cutmix:
+            image = cutmix(image, sample, v.cutmix, seed=seed, epoch=epoch, view=number)
         if v.jitter.where != "visible":
             return View(image, visible, inverse)
         jittered = jitter(
@@ -91,15 +108,42 @@ def make_views(image: Tensor, sample: Tensor, *, recipe: Recipe, epoch: int, pat
         )
         return View(jittered, visible, inverse)
 
-    first = view(FIRST, masks.visible1, masks.inverse1)
+    first = view(FIRST, image, masks.visible1, masks.inverse1)
     other = None
     if masks.visible2 is not None and masks.inverse2 is not None:
-        other = view(SECOND, masks.visible2, masks.inverse2)
+        source = image if crop is None else crop
+        other = view(SECOND, source, masks.visible2, masks.inverse2)
     weight = None
     if v.second == "independent" and other is not None:
         slot = other.inverse.gather(1, masks.hidden1.long())
         weight = (slot < other.visible.shape[1]).float()
-    return Views(first, other, image, masks.hidden1, weight)
+    region = masks.hidden1 if masks.hidden1.shape[1] else masks.visible1
+    return Views(first, other, image, region, weight)
+
+
+def cutmix(
+    image: Tensor, sample: Tensor, probability: float, *, seed: int, epoch: int, view: int
+) -> Tensor:
+    """CutMix's box (Yun et al. 2019, Eq. 2): inside it, a neighbour in the batch is seen.
+
+    image and result: uint8 [B, H, W, 3]; sample: int64 [B]. The box covers the share 1 - lambda
+    of the image before it is cut at the border, lambda uniform, centre uniform. T1 takes from the
+    next image of the batch, T2 from the one before.
+    """
+    height, width = image.shape[1:3]
+    u = philox.uniform(sample, seed=seed, epoch=epoch, stream=CUTMIX_STREAM + view, count=4)
+    side = (1.0 - u[:, :1]).sqrt()
+
+    def inside(centre: Tensor, size: int) -> Tensor:
+        half = (side * size).int() // 2
+        centre = (centre * size).int()
+        place = torch.arange(size, device=image.device)
+        return (place >= centre - half) & (place < centre + half)
+
+    box = inside(u[:, 1:2], height)[:, :, None] & inside(u[:, 2:3], width)[:, None, :]
+    box &= (u[:, 3] < probability)[:, None, None]
+    other = image.roll(-1 if view == FIRST else 1, dims=0)
+    return torch.where(box[..., None], other, image)
 
 
 def jitter(

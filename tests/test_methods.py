@@ -1,0 +1,301 @@
+"""Methods beside MAE, R-MAE and C-MAE: no masking, cutmix, paired tokens, MoCo v3."""
+
+import oracle
+import pytest
+import torch
+import torch.multiprocessing as mp
+from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
+
+from pipeline.encoder import Encoder, encoder_state, sincos_position
+from pipeline.measures import Contrast, GlobalBatchNorm, feature_std, mlp
+from pipeline.objective import build_objective, parameter_groups
+from pipeline.recipe import HeadsRecipe, RecipeError
+from pipeline.views import FIRST, SECOND, cutmix, make_views
+
+SAMPLE = torch.tensor([11, 4, 29])
+MOCO = (
+    "encoder={hidden: drop, style: mocov3, freeze_patch: true}",
+    "views={hide: 0, second: crop, jitter: {where: visible, grayscale: 0.2}}",
+    "measure={kind: infonce, tokens: class, symmetric: true, scale_2tau: true}",
+    "measure.heads={hidden: 24, out: 12, projector_layers: 3, predictor_layers: 2, "
+    "batch_norm: true}",
+)
+
+
+def views_of(recipe, image, crop=None, epoch=2):
+    return make_views(image, SAMPLE, recipe=recipe, epoch=epoch, patch=PATCH, crop=crop)
+
+
+def test_without_masking_mae_predicts_every_patch():
+    recipe = tiny_recipe("mae", "views.hide=0")
+    objective, _ = build_objective(recipe)
+    image = images()
+    views = views_of(recipe, image)
+    assert [sorted(r) for r in views.region.tolist()] == [list(range(16))] * 3
+    loss, _ = objective(image, SAMPLE, 2)
+    weights = dict(objective.named_parameters())
+    everything = list(range(16))
+    expected = []
+    for picture in image:
+        z = oracle.encode(weights, picture, everything, patch=PATCH, heads=HEADS)
+        out = oracle.decode(weights, z, everything, (4, 4), DECODER_HEADS)
+        expected += [
+            ((out[p] - oracle.target_of(picture, p, PATCH)) ** 2).mean() for p in range(16)
+        ]
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_without_masking_cmae_compares_two_whole_images():
+    recipe = tiny_recipe("cmae", "views={hide: 0, second: none}")
+    views = views_of(recipe, images())
+    assert views.first.visible.shape == views.second.visible.shape == (3, 16)
+    assert not torch.equal(views.first.image, views.second.image)  # jittered apart
+    objective, teacher = build_objective(recipe)
+    loss, terms = objective(images(), SAMPLE, 2, teacher)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert 0 < terms["feature_std"] < 1.5
+
+
+@pytest.mark.parametrize("view", [FIRST, SECOND])
+def test_cutmix_is_one_box_of_a_neighbour(view):
+    image = images(6, 16)
+    sample = torch.arange(6)
+    mixed = cutmix(image, sample, 1.0, seed=3, epoch=1, view=view)
+    neighbour = image.roll(-1 if view == FIRST else 1, 0)
+    cut = (mixed != image).any(-1)
+    assert cut.any()
+    for b in range(6):
+        rows, columns = cut[b].any(1).nonzero().flatten(), cut[b].any(0).nonzero().flatten()
+        if len(rows) == 0:
+            continue
+        box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        assert torch.equal(mixed[b][box], neighbour[b][box])
+        outside = torch.ones(16, 16, dtype=torch.bool)
+        outside[box] = False
+        assert torch.equal(mixed[b][outside], image[b][outside])
+    again = cutmix(image[2:5], sample[2:5], 1.0, seed=3, epoch=1, view=view)
+    assert torch.equal((again != image[2:5]).any(-1)[0:1], cut[2:3]) or view == SECOND
+    assert torch.equal(cutmix(image, sample, 0.0, seed=3, epoch=1, view=view), image)
+
+
+def test_cutmix_takes_half_of_the_area_on_average_and_keeps_maes_target():
+    sample = torch.arange(1500)
+    image = sample.remainder(251).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 128, 128, 3)
+    share = (cutmix(image, sample, 1.0, seed=0, epoch=0, view=0) != image).float().mean()
+    # E[(1 - l) * share inside]: a centred box keeps (1 - s / 4)^2 of its sides, s^2 = 1 - l
+    s = torch.linspace(0, 1, 10001).sqrt()
+    assert share == pytest.approx((s**2 * (1 - s / 4) ** 2).mean().item(), abs=0.02)
+    recipe = tiny_recipe("mae", "views.cutmix=1")
+    views = views_of(recipe, images())
+    assert torch.equal(views.target, images())
+    assert not torch.equal(views.first.image, images())
+
+
+PAIRED = ("encoder.hidden=drop", "views.second=independent", "views.second_hide=0.5")
+
+
+@pytest.mark.parametrize("tokens", ["patch", "patch+class"])
+@pytest.mark.parametrize("negatives", ["all", "position", "image", "byol"])
+def test_paired_positions_against_the_oracle(tokens, negatives):
+    """Dropped patches: the loss stands on the positions that both views show."""
+    measure = (
+        f"measure={{kind: byol, tokens: {tokens}}}"
+        if negatives == "byol"
+        else f"measure={{tokens: {tokens}, negatives: {negatives}}}"
+    )
+    recipe = tiny_recipe("cmae", "views.hide=0.5", *PAIRED, measure, "measure.heads.out=12")
+    objective, teacher = build_objective(recipe)
+    image = images()
+    loss, _ = objective(image, SAMPLE, 2, teacher)
+    views = views_of(recipe, image)
+    prefix = int("class" in tokens)
+
+    def at(z, view):
+        places = view.visible.tolist()
+        return [
+            {-1: z[b, 0]} | {p: z[b, prefix + i] for i, p in enumerate(places[b])}
+            if prefix
+            else {p: z[b, i] for i, p in enumerate(places[b])}
+            for b in range(3)
+        ]
+
+    query = at(objective.measure.query(objective.encoder(*views.first)), views.first)
+    key = at(teacher(views.second), views.second)
+
+    def s(a, b):
+        return (a * b).sum() / (a.norm() * b.norm())
+
+    per_image = []
+    for b in range(3):
+        losses = []
+        for p in query[b].keys() & key[b].keys():
+            if negatives == "byol":
+                losses.append(2 - 2 * s(query[b][p], key[b][p]))
+                continue
+            among = {
+                "position": [key[g][p] for g in range(3) if p in key[g]],
+                "image": list(key[b].values()),
+                "all": [k for g in range(3) for k in key[g].values()],
+            }[negatives]
+            logits = torch.stack([s(query[b][p], k) / 0.2 for k in among])
+            losses.append(logits.logsumexp(0) - s(query[b][p], key[b][p]) / 0.2)
+        per_image.append(torch.stack(losses).mean())
+    expected = torch.stack(per_image).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    ours = torch.autograd.grad(loss, [*objective.parameters()], allow_unused=True)
+    theirs = torch.autograd.grad(expected, [*objective.parameters()], allow_unused=True)
+    for (name, _), mine, other in zip(objective.named_parameters(), ours, theirs, strict=True):
+        if other is not None:
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("encoder.hidden=drop",), "complementary views share no patch position"),
+        (("views.second=crop",), "two crops"),
+        (("views.hide=0",), "leaves nothing"),
+    ],
+)
+def test_pairs_that_do_not_exist_are_refused(overrides, words):
+    with pytest.raises(RecipeError, match=words):
+        tiny_recipe("cmae", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("views.second=crop",), "two crops"),
+        (("views.second=none", "views.hide=0"), "hidden patch"),
+    ],
+)
+def test_reconstructions_that_do_not_exist_are_refused(overrides, words):
+    with pytest.raises(RecipeError, match=words):
+        tiny_recipe("mae", *overrides)
+
+
+def test_mocov3_heads_are_linear_norm_relu_with_torchs_batch_norm():
+    torch.manual_seed(0)
+    head = mlp(16, HeadsRecipe(hidden=24, out=12, batch_norm=True), 3)
+    x = torch.randn(5, 1, 16)
+    y = x[:, 0]
+    for number, linear in enumerate(p for p in head if isinstance(p, torch.nn.Linear)):
+        assert linear.bias is None
+        norm = torch.nn.BatchNorm1d(linear.out_features, affine=False)
+        y = norm(y @ linear.weight.T)
+        y = y.relu() if number < 2 else y
+    torch.testing.assert_close(head(x)[:, 0], y, rtol=1e-5, atol=1e-5)
+    assert [p.weight is not None for p in head if isinstance(p, GlobalBatchNorm)] == [1, 1, 0]
+
+
+def moco():
+    return build_objective(tiny_recipe("cmae", *MOCO))
+
+
+def test_mocov3_trains_with_a_frozen_patch_embedding_and_its_own_table():
+    objective, teacher = moco()
+    image, crop = images(3), images(3, seed=1)
+    loss, _ = objective(image, SAMPLE, 0, teacher, crop)
+    loss.backward()
+    frozen = [n for n, p in objective.named_parameters() if p.grad is None]
+    assert frozen == ["encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"]
+    in_groups = {id(p) for g in parameter_groups(objective) for p in g["params"]}
+    assert id(objective.encoder.patch_embed["proj"].weight) not in in_groups
+    mae = sincos_position((4, 4), 16)
+    ours = encoder_state(objective.encoder.state_dict(), objective.encoder)["pos_embed"][0]
+    torch.testing.assert_close(ours, torch.cat([mae[:, 8:], mae[:, :8]], dim=1))
+    assert objective.encoder.cls_token.abs().max() < 1e-4
+    swapped, _ = objective(crop, SAMPLE, 0, teacher, image)  # symmetric, jitter apart from the view
+    assert swapped.item() != loss.item()
+    with pytest.raises(ValueError, match="second crop"):
+        objective(image, SAMPLE, 0, teacher)
+
+
+def test_mocov3_qkv_is_initialised_as_three_linears():
+    recipe = tiny_recipe("cmae", *MOCO, "encoder.options.embed_dim=64")
+    weight = Encoder(recipe).blocks[0].attn.qkv.weight
+    bound = (6 / (64 + 64)) ** 0.5
+    assert bound * 0.95 < weight.abs().max() <= bound
+
+
+def test_symmetric_mocov3_loss_is_the_mean_of_both_directions():
+    recipe = tiny_recipe("cmae", *MOCO)
+    objective, teacher = build_objective(recipe)
+    image, crop = images(3), images(3, seed=1)
+    loss, _ = objective(image, SAMPLE, 2, teacher, crop)
+    views = views_of(recipe, image, crop)
+    expected = 0.0
+    for online, other in ((views.first, views.second), (views.second, views.first)):
+        query = objective.measure.query(objective.encoder(*online))
+        expected += oracle.infonce_loss(query, teacher(other), temperature=0.2, negatives="all")
+    torch.testing.assert_close(loss, expected / 2 * 0.4, rtol=1e-5, atol=1e-5)
+
+
+def _rank(rank, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    mine = slice(2 * rank, 2 * rank + 2)
+    gradients = {}
+    for name, build, sample in cases():
+        objective, teacher = build()
+        crops = [images(4, seed=1)[mine]] if name == "moco" else []
+        loss, _ = objective(images(4)[mine], sample[mine], 0, teacher, *crops)
+        loss.backward()
+        for key, parameter in objective.named_parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                gradients[f"{name} {key}"] = parameter.grad / 2
+    if rank == 0:
+        torch.save(gradients, folder / "two.pt")
+    torch.distributed.destroy_process_group()
+
+
+def cases():
+    yield "moco", moco, torch.arange(4)
+    for negatives in ("all", "position", "image"):
+        overrides = ("views.hide=0.5", *PAIRED, f"measure.negatives={negatives}")
+        yield (
+            negatives,
+            lambda o=overrides: build_objective(tiny_recipe("cmae", *o)),
+            torch.arange(4),
+        )
+
+
+def test_two_ranks_equal_one_with_batch_norm_and_with_paired_positions(tmp_path, free_port):
+    mp.spawn(_rank, (free_port, tmp_path), nprocs=2)
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    seen = 0
+    for name, build, sample in cases():
+        objective, teacher = build()
+        crops = [images(4, seed=1)] if name == "moco" else []
+        loss, _ = objective(images(4), sample, 0, teacher, *crops)
+        loss.backward()
+        for key, parameter in objective.named_parameters():
+            if parameter.grad is not None:
+                seen += 1
+                scale = parameter.grad.abs().max().item()
+                torch.testing.assert_close(
+                    two[f"{name} {key}"], parameter.grad, rtol=1e-3, atol=1e-4 * scale + 1e-6,
+                    msg=f"{name} {key}",
+                )  # fmt: skip
+    assert seen == len(two)
+
+
+def test_feature_std_tells_a_collapse():
+    torch.manual_seed(0)
+    spread = feature_std(torch.randn(500, 2, 64))
+    assert spread == pytest.approx(1.0, abs=0.05)
+    assert feature_std(torch.ones(8, 3, 64)) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_teacher_distance():
+    objective, teacher = build_objective(tiny_recipe("cmae"))
+    assert teacher.distance(objective) == 0.0
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.mul_(1.25)
+    assert teacher.distance(objective) == pytest.approx(0.25, rel=1e-5)
+    assert isinstance(objective.measure, Contrast)
