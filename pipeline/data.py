@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cache import GIB, ShardCache
 from pipeline.decode import Box, CentreCrop, Crop
-from pipeline.order import CROPS, Order, global_batch, random_bits, steps_per_epoch
+from pipeline.order import CROPS, SECOND_CROPS, Order, global_batch, random_bits, steps_per_epoch
 from pipeline.reader import Reader, SampleError
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
@@ -49,7 +49,8 @@ class Batch:
     manifest; key int64 [b], what keys each sample's randomness within the epoch (= sample, but
     the number of the draw where an epoch is drawn with replacement); epoch and step, the
     optimizer step counted from 0 over the whole run; skipped: how many samples of this
-    micro-batch would not decode and were replaced; faults: a sentence for each of them.
+    micro-batch would not decode and were replaced; faults: a sentence for each of them; second
+    uint8 [b, H, W, 3], another crop of each image, where it was asked for.
     """
 
     image: torch.Tensor
@@ -60,10 +61,11 @@ class Batch:
     step: int = 0
     skipped: int = 0
     faults: tuple[str, ...] = ()
+    second: torch.Tensor | None = None
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader's pinning thread)."""
-        names = ("image", *_NUMBERS)
+        names = ("image", *_NUMBERS) + (() if self.second is None else ("second",))
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,12 +81,13 @@ class _Train(Dataset):
 
     def __init__(
         self, reader: Reader, order: Order, crop: Crop, micro_batch: int, rank: int, world: int,
-        on_error: str,
+        on_error: str, second_crop: bool,
     ) -> None:  # fmt: skip
         self.reader, self.order, self.crop = reader, order, crop
         self.micro_batch, self.first = micro_batch, rank * order.batch_size // world
         self.per_step = order.batch_size // (world * micro_batch)
         self.on_error = on_error
+        self.streams = (CROPS, SECOND_CROPS) if second_crop else (CROPS,)
 
     def __getitem__(self, task: int) -> Batch | Exception:
         try:
@@ -98,21 +101,21 @@ class _Train(Dataset):
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
         self._fetch_ahead(epoch, within, first)
-        image, faults = self.reader.empty(self.micro_batch), []
-        pixels = image.numpy()
+        images, faults = [self.reader.empty(self.micro_batch) for _ in self.streams], []
+        pixels = [image.numpy() for image in images]
         for place in range(self.micro_batch):
             try:
-                self._decode(epoch, samples[place], keys[place], pixels[place])
+                self._decode(epoch, samples[place], keys[place], [p[place] for p in pixels])
             except SampleError as error:
                 if self.on_error == "fail":
                     raise
                 faults.append(str(error))
                 samples[place], keys[place] = self._replace(
-                    epoch, within, first + place, pixels[place], error
+                    epoch, within, first + place, [p[place] for p in pixels], error
                 )
         return Batch(
-            image, self.reader.labels(samples), torch.from_numpy(samples), torch.from_numpy(keys),
-            epoch, step, len(faults), tuple(faults),
+            images[0], self.reader.labels(samples), torch.from_numpy(samples),
+            torch.from_numpy(keys), epoch, step, len(faults), tuple(faults), *images[1:],
         )  # fmt: skip
 
     def _fetch_ahead(self, epoch: int, step: int, first: int) -> None:
@@ -123,13 +126,15 @@ class _Train(Dataset):
             for shard in {self.reader.shard(sample) for sample in samples.tolist()}:
                 cache.fetch_ahead(shard)
 
-    def _decode(self, epoch: int, sample: int, key: int, out: np.ndarray) -> None:
-        bits = random_bits(self.order.seed, epoch, CROPS, int(key), Crop.UNIFORMS)
-        uniform = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
-        self.reader.decode(int(sample), self.crop.choose(uniform), out)
+    def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
+        """Write the crops of a sample, one per stream of random numbers."""
+        for stream, out in zip(self.streams, outs, strict=True):
+            bits = random_bits(self.order.seed, epoch, stream, int(key), Crop.UNIFORMS)
+            uniform = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
+            self.reader.decode(int(sample), self.crop.choose(uniform), out)
 
     def _replace(
-        self, epoch: int, step: int, place: int, out: np.ndarray, error: SampleError
+        self, epoch: int, step: int, place: int, outs: list[np.ndarray], error: SampleError
     ) -> tuple[int, int]:
         """Decode the next good sample of the same partition instead: the same one for any world
         size, and one whose shard this rank reads anyway."""
@@ -138,7 +143,7 @@ class _Train(Dataset):
         for offset in range(1, _REPLACEMENTS + 1):
             sample, key = self.order.places(epoch, number, np.array([inside + offset]))
             try:
-                self._decode(epoch, sample[0], key[0], out)
+                self._decode(epoch, sample[0], key[0], outs)
                 return sample[0], key[0]
             except SampleError:
                 continue
@@ -267,6 +272,7 @@ def train_loader(
     window: int = 8,
     on_error: Literal["fail", "skip"] = "fail",
     samples_per_epoch: int = 0,
+    second_crop: bool = False,
     decode: str = "auto",
     cache: str | Path | None = None,
     cache_bytes: int = 100 * GIB,
@@ -277,12 +283,13 @@ def train_loader(
     batch_size is global; a step has batch_size / (world · micro_batch) micro-batches per rank.
     window: shards that are shuffled together. on_error: `skip` replaces a sample that will not
     decode by the next one of its partition, counts and logs it. samples_per_epoch: > 0 makes an
-    epoch of that many draws with replacement. cache, cache_bytes: where remote shards are kept on
-    this node (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a
-    folder that is not a shard folder and ValueError for numbers that do not fit together.
+    epoch of that many draws with replacement. second_crop: fill Batch.second. cache, cache_bytes:
+    where remote shards are kept on this node (default $RELAXMIM_CACHE) and how many bytes of
+    them. Raises ManifestError for a folder that is not a shard folder and ValueError for numbers
+    that do not fit together.
     """
     _check_ranks(rank, world, workers)
-    _check_shared_memory(workers, micro_batch, crop.image_size)
+    _check_shared_memory(workers, micro_batch * (1 + second_crop), crop.image_size)
     if partitions % world:
         raise ValueError(
             f"{partitions} partitions cannot be shared by {world} ranks; "
@@ -303,7 +310,7 @@ def train_loader(
     remote = _cache(manifest, cache, cache_bytes)
     _warn_of_small_cache(order, manifest, world, cache_bytes)
     reader = Reader(manifest, crop.image_size, crop.interpolation, decode, remote)
-    dataset = _Train(reader, order, crop, micro_batch, rank, world, on_error)
+    dataset = _Train(reader, order, crop, micro_batch, rank, world, on_error, second_crop)
     tasks = range(start_step * dataset.per_step, total_steps * dataset.per_step)
     return Loader(dataset, tasks, workers, pin_memory, reader)
 

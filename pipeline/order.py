@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-SHARDS, WINDOWS, DRAWS, CROPS = range(4)  # streams of random numbers
+SHARDS, WINDOWS, DRAWS, CROPS, SECOND_CROPS = range(5)  # streams of random numbers
 
 
 class _Generator(threading.local):

@@ -298,6 +298,27 @@ def test_the_same_sample_gets_another_crop_in_another_epoch(shards: Path) -> Non
     assert sum(not torch.equal(first[k], second[k]) for k in first) > 35
 
 
+def test_a_second_crop_of_each_image(shards: Path) -> None:
+    def batches(second: bool, world: int = 1, workers: int = 0) -> list:
+        loaders = [
+            train_loader(
+                shards, batch_size=8, micro_batch=4, rank=rank, world=world, seed=3, start_step=0,
+                total_steps=2, crop=Crop(16), workers=workers, partitions=4, second_crop=second,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        return sorted((b for x in loaders for b in x), key=lambda b: (b.step, b.sample.tolist()))
+
+    one, two = batches(False), batches(True)
+    for alone, pair, other in zip(one, two, batches(True, world=2, workers=1), strict=True):
+        assert alone.second is None
+        assert torch.equal(alone.image, pair.image)  # the first crop is what it was
+        assert pair.second.shape == pair.image.shape
+        assert torch.equal(pair.second, other.second)
+        different = (pair.image != pair.second).flatten(1).any(1)
+        assert different.all()
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Three of forty samples do not decode: 6 (first shard), 23 and 24 (third)."""
