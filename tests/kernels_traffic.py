@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import kernels
+from pipeline.kernels import choice
 
 SECTOR = 32
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -368,6 +369,18 @@ def traced() -> Iterator[Trace]:
 # ---- the table -----------------------------------------------------------------------------------
 
 
+@contextmanager
+def references() -> Iterator[None]:
+    """Run the PyTorch references, whatever is chosen."""
+    before = choice._implementation
+    kernels.use("reference")
+    try:
+        yield
+    finally:
+        choice._implementation = before
+
+
+@references()
 def measured(sizes: Sizes) -> dict[str, tuple[int, int, list[Traffic]]]:
     """Per op: bytes of MAE's chain, of our reference, and the traffic of the op's launches."""
     s = sizes
