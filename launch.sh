@@ -50,12 +50,14 @@ find_python() { # of the active environment, of .venv here, or on PATH (a contai
   export PATH="${python%/*}:$PATH" # deepspeed and ninja lie beside it
 }
 
-count_gpus() {
-  [[ ${DS_ACCELERATOR:-} != cpu ]] || local CUDA_VISIBLE_DEVICES=''
-  if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]'
+count_gpus() { # that this process may use; the deepspeed launcher numbers devices on a CPU too
+  local all
+  all=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+  [[ ${DS_ACCELERATOR:-} != cpu ]] || all=0
+  if [[ $all == 0 || -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    echo "$all"
   else
-    nvidia-smi -L 2>/dev/null | grep -c '^GPU '
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]'
   fi
 }
 
@@ -144,7 +146,7 @@ stop() { # SIGNAL REASON
 }
 
 watch_over() { # wait for all of pids; the first failure ends the others in bounded time
-  local i code=0 rc deadline=''
+  local i code=0 rc deadline='' linked=0 links
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -159,6 +161,9 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       send TERM
       deadline=$((SECONDS + 20))
     done
+    links=$(pgrep -c -x -s "${pids[0]:-0}" ssh) # pdsh holds one per host; the first to end is a failure or the end
+    ((${#hosts[@]} && links == ${#hosts[@]})) && linked=1
+    ((linked && links < ${#hosts[@]})) && deadline=${deadline:-$((SECONDS + 60))}
     [[ -z $deadline ]] && [[ -n $stopping || $code != 0 ]] && deadline=$((SECONDS + grace))
     if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})); then
       printf 'error: some ranks did not end in time; killing them\n' >&2
@@ -168,7 +173,8 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
     sleep 0.3
   done
   # Stopped before the trainer could listen: nothing is lost, so it counts as preempted.
-  [[ -n $stopping ]] && ((code == 128 + 15 || code == 128 + 10)) && code=$PREEMPTED
+  # (A shell reports signal 15 as 143, the deepspeed launcher as 241.)
+  [[ -n $stopping && " 143 138 241 246 " == *" $code "* ]] && code=$PREEMPTED
   return "$code"
 }
 
@@ -181,12 +187,17 @@ on_hosts() { # COMMAND …: on every host at once; prints the hosts where it fai
   wait "${waiting[@]}"
 }
 
-signal_run() { # SIGNAL RUN: to the ranks of a run on this host (KILL: also to their workers)
-  local pid parent all
-  all=$(grep -lzxF "RELAXMIM_RUN=$2" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 | xargs)
+run_pids() { # RUN: its ranks and their workers on this host
+  grep -lzxF "RELAXMIM_RUN=$1" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3 | xargs
+}
+
+signal_run() { # SIGNAL RUN: to the run's ranks on this host; KILL: workers too; END: KILL after 15 s
+  local all pid parent tries=0
+  while [[ $1 == END && -n $(run_pids "$2") ]] && ((tries++ < 15)); do sleep 1; done
+  all=$(run_pids "$2")
   for pid in $all; do
     parent=$(awk '/^PPid:/ {print $2}' "/proc/$pid/status" 2>/dev/null)
-    [[ $1 != KILL && " $all " == *" $parent "* ]] || kill -s "$1" "$pid" 2>/dev/null
+    [[ $1 != KILL && $1 != END && " $all " == *" $parent "* ]] || kill -s "${1/END/KILL}" "$pid" 2>/dev/null
   done
   exit 0
 }
@@ -213,13 +224,14 @@ run_hosts() { # the deepspeed launcher: pdsh, one launcher per host, this script
   words+=("RELAXMIM_RUN=$run" "$root/launch.sh" --script "$script" -- "${arguments[@]}")
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu # for the launcher here; each host looks for itself
   # pdsh and ssh each let a shell read the words again, so they travel as one.
-  setsid deepspeed -q --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check \
-    --no_python --no_local_rank --master_addr "${MASTER_ADDR:-${hosts[0]}}" \
-    --master_port "${MASTER_PORT:-29500}" "$root/launch.sh" --decode "$(printf '%s\0' "${words[@]}" | base64 -w 0)" &
+  setsid deepspeed -q --hostfile "$hostfile" --launcher pdsh --force_multi \
+    --no_ssh_check --no_python --no_local_rank --master_addr "${MASTER_ADDR:-${hosts[0]}}" \
+    --master_port "${MASTER_PORT:-29500}" "$root/launch.sh" --decode "$(printf '%s\0' "${words[@]}" | base64 -w 0)" \
+    > >(grep --line-buffered -vE '\[(launch|real_accelerator)\.py:') &
   pids=($!)
   watch_over
   code=$?
-  [[ $code == 0 ]] || bad=$(send KILL | xargs) # ranks that a dying launcher left
+  [[ $code == 0 ]] || bad=$(send END | xargs) # ranks that another host's failure left
   [[ -z $bad ]] || printf 'error: not reached, may still hold ranks: %s\n' "$bad" >&2
   return "$code"
 }

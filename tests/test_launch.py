@@ -176,11 +176,31 @@ def test_ranks_of_other_launchers(script, tmp_path, env, expected):
         assert environment(tmp_path, rank) == [str(rank), *map(str, values)]
 
 
-def test_devices_set_the_number_of_ranks(script, tmp_path):
-    env = {"DS_ACCELERATOR": "cuda", "CUDA_VISIBLE_DEVICES": "4,6,7"}
-    code, _, err = finish(start("--script", script, tmp_path, "end", **env))
+@pytest.fixture
+def four_gpus(tmp_path):
+    """PATH with an nvidia-smi that lists four devices, as `nvidia-smi -L` prints them."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: A; done\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    return {"DS_ACCELERATOR": "", "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    ("env", "count"),
+    [({}, 4), ({"CUDA_VISIBLE_DEVICES": "1,3"}, 2), ({"DS_ACCELERATOR": "cpu"}, 1)],
+)
+def test_one_rank_per_device(script, tmp_path, four_gpus, env, count):
+    code, _, err = finish(start("--script", script, tmp_path, "end", **four_gpus | env))
     assert (code, err) == (0, "")
-    assert environment(tmp_path, 2) == ["2", "2", "3", "3"]
+    assert len(list(tmp_path.glob("rank-*"))) == count
+    assert environment(tmp_path, count - 1)[2:] == [str(count)] * 2
+
+
+def test_more_ranks_than_devices(four_gpus):
+    code, _, err = finish(start("--ranks", 5, **four_gpus))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has only 4 GPUs" in err
 
 
 NODE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
@@ -193,7 +213,6 @@ NODE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
         (["--ranks"], {}, "--ranks needs a value"),
         (["--grace", "soon"], {}, "--grace is 'soon'"),
         (["--script", "none.py"], {}, "none.py: no such file"),
-        (["--ranks", "3"], {"DS_ACCELERATOR": "", "CUDA_VISIBLE_DEVICES": "0"}, "only 1 GPUs"),
         (["--hostfile", "none"], {}, "none: no such file"),
         (["--hostfile", "{bad}"], {}, "'node2 slot=1' is not a line like"),
         (["--hostfile", "{empty}"], {}, "is not a line like"),
@@ -234,7 +253,7 @@ def test_an_environment_without_deepspeed(tmp_path):
     copy.write_bytes(LAUNCH.read_bytes())
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3").write_text(
-        '#!/bin/sh\nexec /usr/bin/env -i {} -S "$@"\n'.format(sys._base_executable)
+        f'#!/bin/sh\nexec /usr/bin/env -i {sys._base_executable} -S "$@"\n'
     )
     (tmp_path / "bin/python3").chmod(0o755)
     (tmp_path / "pipeline").mkdir()
