@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.recipe import EncoderRecipe, Recipe
@@ -119,6 +121,7 @@ class Encoder(nn.Module):
         for module in self.norm, *self.blocks.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-6
+        self.grad_checkpointing = False  # set by the engine; changes memory, not results
         self.mask_token: nn.Parameter | None = None
         if recipe.encoder.hidden == "token":
             self.mask_token = nn.Parameter(torch.zeros(self.width))
@@ -147,9 +150,17 @@ class Encoder(nn.Module):
             first = self.cls_token.to(patches.dtype).expand(batch, 1, -1)
             x = torch.cat([first, patches], dim=1)
             x = kernels.place_tokens(x, inverse, self.mask_token, position, prefix=1)
-        for block in self.blocks:
+        return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
+    """Transformer blocks one after another; checkpointing keeps only their inputs for backward."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
             x = block(x)
-        return self.norm(x)
+    return x
 
 
 def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = False) -> Tensor:

@@ -59,6 +59,8 @@ _MECHANICS: dict[str, set[str] | None] = {
     "prescale_gradients": None,
     "gradient_predivide_factor": None,
     "steps_per_print": None,
+    "gradient_checkpointing": None,
+    "compile": None,
     "timers": None,
     "train_micro_batch_size_per_gpu": None,
     "wall_clock_breakdown": None,
@@ -103,6 +105,8 @@ class Plan:
     accumulation: int
     precision: str
     notes: tuple[str, ...]
+    checkpointing: bool = False
+    compile: bool = False
 
 
 def init_ranks() -> Ranks:
@@ -211,6 +215,11 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         raise EngineError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
     if stage == 0 and config.get("bf16", {}).get("enabled"):
         raise EngineError(f"{path}: bf16 needs zero_optimization.stage 1, 2 or 3")
+    for key in ("gradient_checkpointing", "compile"):
+        if not isinstance(config.get(key, False), bool):
+            raise EngineError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
+    if stage == 3 and config.get("compile"):
+        raise EngineError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
     return config
 
 
@@ -237,12 +246,11 @@ def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
             f"rank of batch_size {recipe.batch_size} over {world} ranks"
         )
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3 and recipe.teacher:
-        raise EngineError(
-            f"the EMA teacher of {recipe.name} needs whole weights on every rank: use "
-            "ds_configs/zero2.json (or zero0, zero1) instead of ZeRO stage 3"
-        )
     full = copy.deepcopy(config)
+    checkpointing = full.pop("gradient_checkpointing", False)
+    compiled = full.pop("compile", False)
+    if full.get("bf16"):
+        full["bf16"]["check_grad_overflow"] = True  # a step that is not finite is never taken
     precision = "bf16" if full.get("bf16", {}).get("enabled") else "fp32"
     if precision == "bf16" and not native_bf16():
         precision = "fp32"
@@ -274,7 +282,13 @@ def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
     )
     if recipe.teacher and per_rank > micro and recipe.measure.kind == "infonce":
         notes.append(f"negatives: from the {world * micro} images of one micro-batch on all ranks")
-    return Plan(full, stage, micro, per_rank // micro, precision, tuple(notes))
+    if checkpointing:
+        notes.append("gradient checkpointing: blocks are computed again in the backward pass")
+    if compiled:
+        notes.append("compile: the first steps compile the blocks")
+    return Plan(
+        full, stage, micro, per_rank // micro, precision, tuple(notes), checkpointing, compiled
+    )
 
 
 class Engine:
@@ -283,11 +297,18 @@ class Engine:
     def __init__(self, objective: nn.Module, groups: list[dict[str, object]], plan: Plan) -> None:
         self.plan = plan
         self.module = objective
+        for part in objective.modules():
+            if plan.checkpointing and hasattr(part, "grad_checkpointing"):
+                part.grad_checkpointing = True  # type: ignore[assignment]
+            if plan.compile:
+                for block in getattr(part, "blocks", ()):
+                    block.compile(dynamic=False)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=copy.deepcopy(plan.config)
         )
         self.engine.checkpoint_engine = _SafeCheckpointEngine(self.engine.checkpoint_engine)
         self._norm: Tensor | None = None
+        self.skipped = False  # the last step, since its gradient was not finite
 
     def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights."""
@@ -297,10 +318,24 @@ class Engine:
             # DeepSpeed tells no norm under stage 0 in fp32.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
+            self.skipped = not bool(self._norm.isfinite())
+            if self.skipped:
+                self.module.zero_grad(set_to_none=True)  # without gradients AdamW does nothing
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if self.plan.stage > 0:
+            # DeepSpeed reads the norm in every step itself and leaves out what is not finite.
+            self.skipped = bool(self.optimizer.overflow)
         return loss.detach(), terms
+
+    def gathered(
+        self, parameters: list[nn.Parameter]
+    ) -> contextlib.AbstractContextManager[object]:
+        """A context in which these parameters are whole on every rank, to be read (collective)."""
+        if self.plan.stage < 3:
+            return contextlib.nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters)
 
     def gradient_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping; nan where not known."""
@@ -326,7 +361,8 @@ class Engine:
             if self.plan.stage > 0 and parameter.requires_grad:
                 whole = safe_get_full_fp32_param(parameter)
             if whole is None:
-                whole = parameter.detach()
+                with self.gathered([parameter]):
+                    whole = parameter.detach().clone()
             if self.rank == 0:
                 state[name] = whole.float().cpu().clone()
         if self.rank == 0:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pipeline import kernels
-from pipeline.encoder import init_weights, sincos_position
+from pipeline.encoder import init_weights, run_blocks, sincos_position
 from pipeline.recipe import (
     BYOLRecipe,
     DataRecipe,
@@ -39,6 +39,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"measure.decoder.width {recipe.width} is not divisible by its heads {recipe.heads}"
             )
+        self.grad_checkpointing = False  # as Encoder's
         self.embed = nn.Linear(width, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(recipe.width))
         self.register_buffer("pos_embed", sincos_position(grid, recipe.width))
@@ -58,8 +59,7 @@ class Decoder(nn.Module):
         x = kernels.place_tokens(
             self.embed(tokens), inverse, self.mask_token, self.pos_embed, prefix=1
         )
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing)
         return self.head(self.norm(take_rows(x, region + 1)))
 
 

@@ -46,16 +46,38 @@ def steps(engine, objective, teacher, recipe, first, last, ranks):
             )
             total += loss / (per_rank // 2)
         if teacher is not None:
-            teacher.update(objective, 0.9)
+            teacher.update(objective, 0.9, engine.gathered)
         losses.append(mean_over_ranks(total).item())
         norms.append(engine.gradient_norm())
     return losses, norms
 
 
+def skips(engine, objective, teacher, recipe, ranks):
+    """Step 10 with a gradient that is not finite on the last rank only, then a good one."""
+    before = engine.full_state()
+    last = list(objective.parameters())[-1]
+    poison = last.register_hook(
+        lambda g: g * float("nan") if ranks.rank == ranks.world - 1 else g
+    )
+    skipped = [False] * 5
+    for step in (STEPS, STEPS + 1):
+        steps(engine, objective, teacher, recipe, step, step + 1, ranks)
+        skipped.append(engine.skipped)
+        if step == STEPS:
+            poison.remove()
+            after = engine.full_state()
+    end = engine.full_state()
+    return {
+        "skipped": skipped,
+        "kept": all(torch.equal(before[k], after[k]) for k in before),
+        "finite": all(v.isfinite().all().item() for v in end.values()),
+    }
+
+
 def main(output: Path) -> None:
     ranks = init_ranks()
     results = {}
-    for method, stages in (("rmae", (0, 1, 2, 3)), ("cmae", (0, 2))):
+    for method, stages in (("rmae", (0, 1, 2, 3)), ("cmae", (0, 2, 3))):
         for stage in stages:
             folder = output / f"{method}-{stage}"
             engine, objective, teacher, recipe = start(method, stage, ranks.world)
@@ -69,6 +91,7 @@ def main(output: Path) -> None:
             load_checkpoint(folder / "checkpoints/step-00000005", engine, teacher, ranks.world)
             again, _ = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
             after = engine.full_state()
+            skipping = skips(engine, objective, teacher, recipe, ranks)
             engine.destroy()
             results[f"{method}-{stage}"] = {
                 "losses": losses + rest,
@@ -76,6 +99,7 @@ def main(output: Path) -> None:
                 "again": again,
                 "same_weights": all(torch.equal(whole[k], after[k]) for k in whole),
                 "names": sorted(whole),
+                **skipping,
             }
     if ranks.rank == 0:
         (output / "results.json").write_text(json.dumps(results))
