@@ -37,44 +37,11 @@ from eval.common import (
 )
 from eval.features import Timer, image_size, normalise, open_encoder
 from pipeline.data import eval_loader
-from pipeline.kernels import philox
+from pipeline.similarity import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
 POOLS = ("mean", "token")
-STREAM = 77  # of the counter-based generator: which patches are dropped
-
-
-def hsic(first: Tensor, second: Tensor) -> Tensor:
-    """Unbiased HSIC of Gram matrices [..., n, n] (float64): [...]. n must be at least 4."""
-    n = first.shape[-1]
-    diagonal = torch.eye(n, dtype=torch.bool, device=first.device)
-    k, m = first.masked_fill(diagonal, 0), second.masked_fill(diagonal, 0)
-    rows_k, rows_m = k.sum(-1), m.sum(-1)
-    trace = (k * m).sum((-1, -2))  # both are symmetric
-    product = rows_k.sum(-1) * rows_m.sum(-1) / ((n - 1) * (n - 2))
-    mixed = 2 / (n - 2) * (rows_k * rows_m).sum(-1)
-    return (trace + product - mixed) / (n * (n - 3))
-
-
-def gram(feature: Tensor) -> Tensor:
-    """Linear kernel [..., n, n] of features [..., n, D], in float64.
-
-    The features are centred first: HSIC does not depend on their mean, but small numbers keep
-    its differences exact.
-    """
-    feature = feature.double() - feature.double().mean(-2, keepdim=True)
-    return feature @ feature.transpose(-1, -2)
-
-
-def kept_patches(sample: Tensor, length: int, ratio: float, seed: int) -> Tensor:
-    """Positions int64 [b, K] that stay, in order; K = length - round(length · ratio).
-
-    Drawn by sample number and seed alone: the same at any rank count and in any batch.
-    """
-    noise = philox.uniform(sample, seed=seed, epoch=0, stream=STREAM, count=length)
-    keep = length - round(length * ratio)
-    return noise.argsort(dim=1)[:, :keep].sort(dim=1).values
 
 
 def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> list[Tensor]:

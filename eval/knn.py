@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from eval.common import (
     EvalError,
@@ -26,20 +25,7 @@ from eval.common import (
     write_result,
 )
 from eval.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
-
-
-def vote(
-    query: Tensor, feature: Tensor, label: Tensor, classes: int, *, k: int, temperature: float
-) -> Tensor:
-    """Votes float32 [b, classes] for queries [b, D] from training features [N, D], labels [N].
-
-    Both are normalised here; images count by exp(cosine / temperature) if among the k nearest.
-    """
-    similarity = F.normalize(query, dim=1) @ F.normalize(feature, dim=1).T
-    nearest, place = similarity.topk(k, dim=1)
-    weight = ((nearest - 1) / temperature).exp()  # a factor common to all, for the number range
-    votes = weight.new_zeros(len(query), classes)
-    return votes.scatter_add_(1, label[place], weight)
+from pipeline.similarity import vote
 
 
 def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:

@@ -134,14 +134,17 @@ class Encoder(nn.Module):
         """The exact fixed positions: float32 [1 + L, D]."""
         return sincos_position(self.grid, self.width, row_first=self.row_first)
 
-    def forward(self, image: Tensor, visible: Tensor, inverse: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, visible: Tensor, inverse: Tensor, *, drop: bool = False
+    ) -> Tensor:
         """The fields of a View → tokens, class token first, after the final norm.
 
-        image: uint8 [B, H, W, 3]; visible: int32 [B, K]; inverse: int32 [B, L].
+        image: uint8 [B, H, W, 3]; visible: int32 [B, K]; inverse: int32 [B, L]. drop: leave hidden
+        patches out, also where the recipe has mask tokens (as evaluation does).
         """
         position = self.pos_embed[0]
         batch = image.shape[0]
-        if self.mask_token is None:
+        if self.mask_token is None or drop:
             patches = self.patch_embed["proj"](image, visible, position[1:])
             first = (self.cls_token[0] + position[:1]).to(patches.dtype)
             x = torch.cat([first.expand(batch, 1, -1), patches], dim=1)

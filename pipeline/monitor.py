@@ -126,6 +126,14 @@ class Monitor:
         self._bar.set_postfix_str(text)
         self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + line)
 
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        """Keep figures of a probe after `step` steps in TensorBoard and log.txt (rank 0)."""
+        if self.rank:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self.say(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+
     def picture(self, step: int, grid: Tensor) -> None:
         """Keep a uint8 image [H, W, 3] as a PNG and in TensorBoard (rank 0)."""
         if self.rank:
@@ -157,6 +165,8 @@ def _group(name: str) -> str:
     """TensorBoard tag of a metric."""
     if name in ("images_per_second", "data_wait", "memory_gb", "skipped"):
         return f"speed/{name}"
+    if name in ("feature_std", "teacher_distance", "skipped_steps"):
+        return f"health/{name}"
     return f"optimizer/{name}" if name in ("lr", "grad_norm", "ema", "epoch") else f"loss/{name}"
 
 

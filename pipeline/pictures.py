@@ -36,7 +36,8 @@ def draw(objective: Objective, image: Tensor, sample: Tensor) -> Tensor:
     Contrastive: original | T1(x) | T2(x). Collective under ZeRO-3.
     """
     grid, patch, recipe = objective.encoder.grid, objective.encoder.patch, objective.recipe
-    views = make_views(image, sample, recipe=recipe, epoch=0, patch=patch)
+    crop = image if recipe.views.second == "crop" else None
+    views = make_views(image, sample, recipe=recipe, epoch=0, patch=patch, crop=crop)
     columns = [image, shown(views.first, grid, patch)]
     if isinstance(objective.measure, Reconstruction):
         prediction = predict(objective, views.first, views.target)

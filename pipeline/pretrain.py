@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.engine import (
     read_ds_config,
     versions,
 )
+from pipeline.health import Probes, SkippedSteps
 from pipeline.monitor import Monitor
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.order import steps_per_epoch
@@ -110,13 +112,12 @@ class Run:
         self.plan: Plan = make_plan(read_ds_config(args.ds_config), recipe, ranks.world)
         manifest = read_manifest(args.data)
         self.data = args.data
-        self.epoch_steps = steps_per_epoch(
-            manifest.samples, recipe.batch_size, recipe.data.partitions
-        )
+        epoch = recipe.data.samples_per_epoch or manifest.samples
+        self.epoch_steps = steps_per_epoch(epoch, recipe.batch_size, recipe.data.partitions)
         if self.epoch_steps == 0:
             raise EngineError(
-                f"{args.data}: {manifest.samples} samples are fewer than one batch of "
-                f"{recipe.batch_size}; set batch_size (and data.partitions) lower"
+                f"{args.data}: {epoch} samples are fewer than one batch of {recipe.batch_size}; "
+                "set batch_size (and data.partitions) lower, or data.samples_per_epoch"
             )
         self.total = round(recipe.optimizer.epochs * self.epoch_steps)
         self.last = min(self.total, args.max_steps or self.total)
@@ -133,6 +134,8 @@ class Run:
             state = load_checkpoint(checkpoint, self.engine, self.teacher, ranks.world)
             self.first = int(state["step"])
         self.loader = self._loader()
+        self.skipped = SkippedSteps(recipe.optimizer.skip_limit)
+        self.probes = Probes(recipe, self.data, ranks.rank, ranks.world, self.plan.micro_batch)
         self.monitor = Monitor(
             self.output,
             rank=ranks.rank,
@@ -163,6 +166,8 @@ class Run:
             partitions=d.partitions,
             window=d.window,
             on_error=d.on_error,
+            samples_per_epoch=d.samples_per_epoch,
+            second_crop=self.recipe.views.second == "crop",
             pin_memory=self.ranks.device.type == "cuda",
         )
 
@@ -211,6 +216,14 @@ class Run:
         export(self.output, self.engine, self.objective, self.recipe, step)
         self.monitor.resume_clock(paused)
 
+    def probe(self, step: int) -> None:
+        """Report the probes of the weights after `step` steps, where any is due (collective)."""
+        if self.probes.due(step):
+            paused = self.monitor.pause()
+            figures = self.probes(step, self.objective.encoder, self.ranks.device)
+            self.monitor.figures(step, figures)
+            self.monitor.resume_clock(paused)
+
     def picture(self, step: int, batch: Batch) -> None:
         """Draw the fixed pictures with the weights after `step` steps (collective)."""
         paused = self.monitor.pause()
@@ -239,19 +252,25 @@ def train(run: Run) -> None:
                 batch.key.to(device, non_blocking=True),
                 batch.epoch,
                 run.teacher,
+                None if batch.second is None else batch.second.to(device, non_blocking=True),
             )
             run.monitor.add(loss, terms, 1.0 / run.plan.accumulation)
+        run.skipped.note(step, run.engine.skipped)
         values: dict[str, Any] = {
             "lr": lr,
             "epoch": (step + 1) / run.epoch_steps,
             "grad_norm": run.engine.gradient_norm,
             "skipped": skipped.skipped,
+            "skipped_steps": run.skipped.total,
         }
         if run.teacher is not None:
             momentum = ema_momentum(recipe, step, run.total)
-            run.teacher.update(run.objective, momentum)
+            run.teacher.update(run.objective, momentum, run.engine.gathered)
             values["ema"] = momentum
+            distance = partial(run.teacher.distance, run.objective, run.engine.gathered)
+            values["teacher_distance"] = distance
         run.monitor.step(step, values, device)
+        run.probe(step + 1)
         if (step + 1) % m.picture_steps == 0 or step + 1 == run.last:
             run.picture(step + 1, shown)
         if (step + 1) % m.save_steps == 0 or step + 1 == run.last:

@@ -14,6 +14,8 @@ ALLOWED = {
     "shard_tools.manifest": set(),
     "pipeline.sections": set(),
     "pipeline.recipe": {"sections"},
+    "pipeline.similarity": {"kernels"},
+    "pipeline.strong": set(),
     "pipeline.views": {"kernels", "recipe"},
     "pipeline.encoder": {"kernels", "recipe"},
     "pipeline.measures": {"views", "encoder", "kernels", "recipe"},
@@ -26,7 +28,7 @@ ALLOWED = {
     "pipeline.reader": {"order", "decode", "cache", "shard_tools.manifest"},
     "pipeline.data": {"order", "decode", "cache", "reader", "shard_tools.manifest"},
 }
-EVAL_MAY = {"encoder", "data", "order", "recipe", "views", "kernels", "engine"}
+EVAL_MAY = {"similarity", "encoder", "data", "order", "recipe", "views", "kernels", "engine"}
 
 
 def modules():

@@ -1,0 +1,143 @@
+"""Is the run healthy: skipped steps, occlusion invariance and a k-NN probe while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import CentreCrop
+from pipeline.encoder import Encoder
+from pipeline.measures import gather_keys
+from pipeline.reader import Reader
+from pipeline.recipe import Recipe
+from pipeline.similarity import cka, kept_patches, vote
+from pipeline.views import whole_view
+from shard_tools.manifest import read_manifest
+
+RATIOS = (0.25, 0.5, 0.75)  # shares of dropped patches
+REFERENCES = 4  # training images per held-out image in the k-NN probe
+K, TEMPERATURE = 20, 0.07
+
+
+class UnhealthyError(ValueError):
+    """A run that cannot go on, in one sentence."""
+
+
+class SkippedSteps:
+    """Counts the steps that were left out since their gradient was not finite."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.total = limit, 0
+        self._row: list[int] = []
+
+    def note(self, step: int, skipped: bool) -> None:
+        """Note step `step` (0-based). UnhealthyError after `limit` skipped steps in a row."""
+        if not skipped:
+            self._row = []
+            return
+        self.total += 1
+        self._row.append(step + 1)
+        if len(self._row) >= self.limit:
+            raise UnhealthyError(
+                f"the gradient was not finite in steps {self._row[0]} to {step + 1} in a row "
+                f"(optimizer.skip_limit {self.limit}); the weights are those after step "
+                f"{self._row[0] - 1}: go on from the last checkpoint with a lower "
+                "optimizer.base_lr or with optimizer.gradient_clipping"
+            )
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Images of this rank, the same at every probe: uint8 [n, H, W, 3], numbers and labels [n]."""
+
+    image: Tensor
+    sample: Tensor
+    label: Tensor
+
+
+def fixed_images(folder: str | Path, count: int, size: int, rank: int, world: int) -> Fixed:
+    """This rank's share of `count` images taken evenly from a shard folder, centre-cropped.
+
+    Every rank gets equally many, so at most world - 1 images are left out.
+    """
+    manifest = read_manifest(folder)
+    share = min(count, manifest.samples) // world
+    if share * world < 4:
+        raise UnhealthyError(f"{folder}: {manifest.samples} images are too few for the probes")
+    chosen = np.linspace(0, manifest.samples - 1, share * world).astype(np.int64)
+    chosen = chosen[rank * share : (rank + 1) * share]
+    reader = Reader(manifest, size, "bicubic", "auto", None)
+    crop, image = CentreCrop(size, round(size * 256 / 224)), reader.empty(share)
+    for place, sample in enumerate(chosen.tolist()):
+        reader.decode(sample, crop, image[place].numpy())
+    return Fixed(image, torch.from_numpy(chosen), reader.labels(chosen))
+
+
+class Probes:
+    """The recipe's probes of the encoder while it trains (monitor.occlusion_steps, knn_steps)."""
+
+    def __init__(self, recipe: Recipe, data: str, rank: int, world: int, batch: int) -> None:
+        self.recipe, self.batch = recipe, batch
+        m, size = recipe.monitor, recipe.encoder.image_size
+        self.held_out: Fixed | None = None
+        self.training: Fixed | None = None
+        if m.occlusion_steps or m.knn_steps:
+            folder = m.held_out or str(Path(data).parent / "val")
+            self.held_out = fixed_images(folder, m.images, size, rank, world)
+        if m.knn_steps:
+            self.training = fixed_images(data, REFERENCES * m.images, size, rank, world)
+            if any(f.label.min() < 0 for f in (self.training, self.held_out) if f):
+                raise UnhealthyError(f"{data}: monitor.knn_steps needs labels, which it has not")
+
+    def due(self, step: int) -> bool:
+        """Whether a probe follows step `step` (counted from 1)."""
+        m = self.recipe.monitor
+        return any(every and step % every == 0 for every in (m.occlusion_steps, m.knn_steps))
+
+    @torch.no_grad()
+    def __call__(self, step: int, encoder: Encoder, device: torch.device) -> dict[str, float]:
+        """The figures due after step `step`; collective, the same on every rank."""
+        m, figures = self.recipe.monitor, {}
+        assert self.held_out is not None
+        training = encoder.training
+        encoder.eval()
+        whole = self._features(encoder, self.held_out, 0.0, device)
+        if m.occlusion_steps and step % m.occlusion_steps == 0:
+            for ratio in RATIOS:
+                part = self._features(encoder, self.held_out, ratio, device)
+                figures[f"occlusion/cka_{ratio:g}"] = float(cka(whole, part))
+        if m.knn_steps and step % m.knn_steps == 0 and self.training is not None:
+            reference = self._features(encoder, self.training, 0.0, device)
+            figures["probe/knn_top1"] = self._knn(whole, reference)
+        encoder.train(training)
+        return figures
+
+    def _features(
+        self, encoder: Encoder, fixed: Fixed, ratio: float, device: torch.device
+    ) -> Tensor:
+        """Mean patch token [n of all ranks, D], fp32, of images with a share of patches dropped."""
+        parts = []
+        for image, sample in zip(
+            fixed.image.split(self.batch), fixed.sample.split(self.batch), strict=True
+        ):
+            view = whole_view(image.to(device), encoder.patch)
+            kept = kept_patches(sample, view.visible.shape[1], ratio, self.recipe.seed)
+            tokens = encoder(view.image, kept.int().to(device), view.inverse, drop=True)
+            parts.append(tokens[:, 1:].mean(dim=1).float())
+        return gather_keys(torch.cat(parts)[:, None])[0][:, 0]
+
+    def _knn(self, query: Tensor, reference: Tensor) -> float:
+        """Accuracy in percent of a weighted k-NN vote for the held-out images."""
+        assert self.held_out is not None and self.training is not None
+        truth, label = (
+            gather_keys(f.label.to(query.device)[:, None])[0][:, 0]
+            for f in (self.held_out, self.training)
+        )
+        classes = int(torch.maximum(truth.max(), label.max())) + 1
+        k = min(K, len(reference))
+        votes = vote(query, reference, label, classes, k=k, temperature=TEMPERATURE)
+        return float((votes.argmax(dim=1) == truth).float().mean()) * 100
