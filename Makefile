@@ -13,7 +13,7 @@ help:   ## show this list
 
 setup: .venv/ready   ## create .venv from requirements.lock and build the fused ops
 
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock pyproject.toml setup.py pipeline/_jpegcrop.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python >= 3.11 is needed, $(PYTHON) is older; set PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -m venv .venv || \
@@ -60,6 +60,37 @@ else
 	$(PY) shard_tools/make_shards.py data/demo/images/train $(SHARDS)/train --resume --shard-size 1MiB
 	$(PY) shard_tools/make_shards.py data/demo/images/val $(SHARDS)/val --resume --shard-size 1MiB --classes-from $(SHARDS)/train
 endif
+
+report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.html
+	$(PY) eval/report.py $(RUNS) --output runs/report.html
+
+.PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
+bench: bench-shards bench-data bench-infonce   ## all benchmarks that need no GPU
+
+bench-data: .venv/ready bench-peers   ## loading against ImageFolder + Pillow, webdataset and DALI, one core
+	$(PY) tests/bench_data.py
+
+# Stock Pillow beside pillow-simd, and DALI in a venv of its own; the bench skips what cannot be had.
+bench-peers: .venv/ready
+	@test -d build/bench/pillow || $(PY) -m pip install -q --disable-pip-version-check --no-deps \
+		--target build/bench/pillow pillow || true
+	@test -x build/bench/dali/bin/python || { $(PYTHON) -m venv build/bench/dali && \
+		build/bench/dali/bin/pip install -q --disable-pip-version-check nvidia-dali-cuda120 numpy; } || true
+
+bench-shards: .venv/ready   ## sharding against webdataset's ShardWriter, one process
+	$(PY) tests/bench_shards.py
+
+bench-infonce: .venv/ready   ## token_infonce against the materialised computation: memory and time
+	@$(PY) tests/bench_infonce.py
+
+kernels-report: .venv/ready   ## kernels compiled for sm_80/90/100 without a GPU, and the bytes they move
+	@$(PY) tests/kernels_report.py
+
+test-gpu: .venv/ready   ## the kernel tests on a CUDA device, interpreter off
+	@$(PY) tests/run_on_gpu.py
+
+bench-gpu: .venv/ready   ## each kernel against its reference and a device copy, on a CUDA device
+	@$(PY) tests/bench_gpu.py
 
 lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
 	$(PY) -m pip install -q --dry-run --ignore-installed --report build/lock.json -r requirements.in

@@ -436,6 +436,23 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+_control: list[Any] = []  # the group for `any_rank`, made once
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank (collective).
+
+    It goes over CPU tensors and gloo, so that asking in every step does not make a GPU wait.
+    """
+    if deepspeed.comm.get_world_size() == 1:
+        return flag
+    if not _control:
+        _control.append(torch.distributed.new_group(backend="gloo"))
+    value = torch.tensor(int(flag))
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_control[0])
+    return bool(value)
+
+
 def agree(make: Callable[[], Any]) -> Any:
     """Rank 0's result of make() on every rank; an EngineError there is raised on every rank."""
     box: list[Any] = [None, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -23,6 +24,7 @@ from pipeline.engine import (
     Plan,
     Ranks,
     agree,
+    any_rank,
     close,
     init_ranks,
     make_plan,
@@ -54,6 +56,7 @@ from pipeline.runs import (
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
+PREEMPTED = 85  # exit code: stopped by a signal, saved, to be started again with --resume auto
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -233,8 +236,23 @@ class Run:
         self.monitor.resume_clock(paused)
 
 
-def train(run: Run) -> None:
-    """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint."""
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 (Slurm's preemption), so that the step in hand can be finished."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
+
+
+def train(run: Run, stop: StopSignal) -> int:
+    """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint.
+
+    Returns the exit code: 0, or PREEMPTED where any rank was told to stop.
+    """
     recipe, device, m = run.recipe, run.ranks.device, run.recipe.monitor
     shown = next(iter(fixed_images(run.data, recipe)))
     batches, skipped = iter(run.loader), run.loader
@@ -273,9 +291,15 @@ def train(run: Run) -> None:
         run.probe(step + 1)
         if (step + 1) % m.picture_steps == 0 or step + 1 == run.last:
             run.picture(step + 1, shown)
-        if (step + 1) % m.save_steps == 0 or step + 1 == run.last:
+        stopping = any_rank(bool(stop.name)) and step + 1 < run.last
+        if (step + 1) % m.save_steps == 0 or step + 1 == run.last or stopping:
             run.save(step + 1)
+        if stopping:
+            signal_name = stop.name or "a signal to another rank"
+            run.monitor.say(f"stopped by {signal_name}: saved at step {step + 1} of {run.last}")
+            return PREEMPTED
     run.monitor.say(f"done: step {run.last}; encoder in {run.output / 'encoder'}")
+    return 0
 
 
 def fixed_images(data: str, recipe: Recipe) -> Loader:
@@ -299,8 +323,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; returns the exit code (0 done, 2 bad input)."""
+    """Run it; returns the exit code (0 done, 2 bad input, 85 stopped by a signal and saved)."""
     args = parse_args(argv)
+    stop = StopSignal()
     ranks = init_ranks()
     try:
         run = Run(args, ranks)
@@ -309,13 +334,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     try:
-        train(run)
+        return train(run, stop)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         run.close()
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """The command line: help, defaults, and bad input refused in one sentence with exit code 2."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -142,3 +146,52 @@ def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
     line = refused(capsys, *words, "--max-steps", "2")
     assert state.name in line
     assert not proof.exists()
+
+
+def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
+    shards, tmp_path, capsys, monkeypatch
+):
+    words = arguments(shards, tmp_path, "mae", "optimizer.epochs=1", "optimizer.warmup_epochs=0")
+    words += ["--set", "optimizer.base_lr=0.02", "--set", "monitor.log_steps=1", "--max-steps", "4"]
+    other = [str(tmp_path / "torch") if w == str(tmp_path / "run") else w for w in words]
+    assert pretrain.main(words) == 0
+    assert "optimizer: DeepSpeed's fused AdamW" in capsys.readouterr().out
+    monkeypatch.setenv("CXX", "/no/compiler")
+    assert pretrain.main(other) == 0
+    assert "optimizer: torch's fused AdamW" in capsys.readouterr().out
+
+    def losses(folder):
+        rows = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(row)["loss"] for row in rows]
+
+    assert losses("torch") == pytest.approx(losses("run"), rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path):
+    command = [sys.executable, "pipeline/pretrain.py", *arguments(shards, tmp_path, "mae")]
+    command += ["--set", "monitor.log_steps=1"]
+    with open(tmp_path / "out", "w") as out:
+        run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            wait_for(lambda: "step 2/" in (tmp_path / "out").read_text(), run)
+            run.send_signal(number)
+            assert run.wait(timeout=60) == pretrain.PREEMPTED
+        finally:
+            run.kill()
+            run.wait()
+    text = (tmp_path / "out").read_text()
+    assert f"stopped by {number.name}: saved at step" in text
+    latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
+    assert (tmp_path / "run/checkpoints" / latest / "state.json").is_file()
+    assert "Traceback" not in text
+
+
+def wait_for(condition, process, seconds=240):
+    """Poll until the condition holds; fails where the process ends before."""
+    for _ in range(seconds * 10):
+        if condition():
+            return
+        assert process.poll() is None, "ended too early"
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
