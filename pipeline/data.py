@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,9 @@ __all__ = [
     "Batch", "Box", "CentreCrop", "Crop", "Loader", "Order", "SampleError",
     "eval_loader", "global_batch", "steps_per_epoch", "train_loader",
 ]  # fmt: skip
+
+# Changes a crop, uint8 [S, S, 3], in place: (pixels, epoch, key, number of the view).
+Augment = Callable[[np.ndarray, int, int, int], None]
 
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
@@ -81,12 +84,12 @@ class _Train(Dataset):
 
     def __init__(
         self, reader: Reader, order: Order, crop: Crop, micro_batch: int, rank: int, world: int,
-        on_error: str, second_crop: bool,
+        on_error: str, second_crop: bool, augment: Augment | None,
     ) -> None:  # fmt: skip
         self.reader, self.order, self.crop = reader, order, crop
         self.micro_batch, self.first = micro_batch, rank * order.batch_size // world
         self.per_step = order.batch_size // (world * micro_batch)
-        self.on_error = on_error
+        self.on_error, self.augment = on_error, augment
         self.streams = (CROPS, SECOND_CROPS) if second_crop else (CROPS,)
 
     def __getitem__(self, task: int) -> Batch | Exception:
@@ -128,10 +131,12 @@ class _Train(Dataset):
 
     def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
         """Write the crops of a sample, one per stream of random numbers."""
-        for stream, out in zip(self.streams, outs, strict=True):
+        for view, (stream, out) in enumerate(zip(self.streams, outs, strict=True)):
             bits = random_bits(self.order.seed, epoch, stream, int(key), Crop.UNIFORMS)
             uniform = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
             self.reader.decode(int(sample), self.crop.choose(uniform), out)
+            if self.augment is not None:
+                self.augment(out, epoch, int(key), view)
 
     def _replace(
         self, epoch: int, step: int, place: int, outs: list[np.ndarray], error: SampleError
@@ -273,6 +278,7 @@ def train_loader(
     on_error: Literal["fail", "skip"] = "fail",
     samples_per_epoch: int = 0,
     second_crop: bool = False,
+    augment: Augment | None = None,
     decode: str = "auto",
     cache: str | Path | None = None,
     cache_bytes: int = 100 * GIB,
@@ -283,9 +289,9 @@ def train_loader(
     batch_size is global; a step has batch_size / (world · micro_batch) micro-batches per rank.
     window: shards that are shuffled together. on_error: `skip` replaces a sample that will not
     decode by the next one of its partition, counts and logs it. samples_per_epoch: > 0 makes an
-    epoch of that many draws with replacement. second_crop: fill Batch.second. cache, cache_bytes:
-    where remote shards are kept on this node (default $RELAXMIM_CACHE) and how many bytes of
-    them. Raises ManifestError for a folder that is not a shard folder and ValueError for numbers
+    epoch of that many draws with replacement. second_crop: fill Batch.second. augment: applied
+    to each crop in the worker. cache, cache_bytes: where remote shards are kept on this node
+    (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a folder that is not a shard folder and ValueError for numbers
     that do not fit together.
     """
     _check_ranks(rank, world, workers)
@@ -310,7 +316,9 @@ def train_loader(
     remote = _cache(manifest, cache, cache_bytes)
     _warn_of_small_cache(order, manifest, world, cache_bytes)
     reader = Reader(manifest, crop.image_size, crop.interpolation, decode, remote)
-    dataset = _Train(reader, order, crop, micro_batch, rank, world, on_error, second_crop)
+    dataset = _Train(
+        reader, order, crop, micro_batch, rank, world, on_error, second_crop, augment
+    )
     tasks = range(start_step * dataset.per_step, total_steps * dataset.per_step)
     return Loader(dataset, tasks, workers, pin_memory, reader)
 

@@ -53,6 +53,7 @@ from pipeline.runs import (
     write_atomic,
     write_json,
 )
+from pipeline.strong import RandAugment
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,7 +155,10 @@ class Run:
         return checkpoint
 
     def _loader(self) -> Loader:
-        d = self.recipe.data
+        d, size = self.recipe.data, self.recipe.encoder.image_size
+        augment = None
+        if d.randaugment:
+            augment = RandAugment(d.randaugment, size, d.mean, self.recipe.seed)
         return train_loader(
             self.data,
             batch_size=self.recipe.batch_size,
@@ -164,13 +168,14 @@ class Run:
             seed=self.recipe.seed,
             start_step=min(self.first, self.last),
             total_steps=self.last,
-            crop=Crop(self.recipe.encoder.image_size, d.crop.scale, d.crop.ratio, d.crop.flip),
+            crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip),
             workers=loader_workers(d.workers, self.ranks.local_world),
             partitions=d.partitions,
             window=d.window,
             on_error=d.on_error,
             samples_per_epoch=d.samples_per_epoch,
             second_crop=self.recipe.views.second == "crop",
+            augment=augment,
             pin_memory=self.ranks.device.type == "cuda",
         )
 
