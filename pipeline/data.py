@@ -291,8 +291,8 @@ def train_loader(
     decode by the next one of its partition, counts and logs it. samples_per_epoch: > 0 makes an
     epoch of that many draws with replacement. second_crop: fill Batch.second. augment: applied
     to each crop in the worker. cache, cache_bytes: where remote shards are kept on this node
-    (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a folder that is not a shard folder and ValueError for numbers
-    that do not fit together.
+    (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a folder that
+    is not a shard folder and ValueError for numbers that do not fit together.
     """
     _check_ranks(rank, world, workers)
     _check_shared_memory(workers, micro_batch * (1 + second_crop), crop.image_size)

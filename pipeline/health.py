@@ -132,7 +132,8 @@ class Probes:
 
     def _knn(self, query: Tensor, reference: Tensor) -> float:
         """Accuracy in percent of a weighted k-NN vote for the held-out images."""
-        assert self.held_out is not None and self.training is not None
+        assert self.held_out is not None
+        assert self.training is not None
         truth, label = (
             gather_keys(f.label.to(query.device)[:, None])[0][:, 0]
             for f in (self.held_out, self.training)
