@@ -316,9 +316,7 @@ def train_loader(
     remote = _cache(manifest, cache, cache_bytes)
     _warn_of_small_cache(order, manifest, world, cache_bytes)
     reader = Reader(manifest, crop.image_size, crop.interpolation, decode, remote)
-    dataset = _Train(
-        reader, order, crop, micro_batch, rank, world, on_error, second_crop, augment
-    )
+    dataset = _Train(reader, order, crop, micro_batch, rank, world, on_error, second_crop, augment)
     tasks = range(start_step * dataset.per_step, total_steps * dataset.per_step)
     return Loader(dataset, tasks, workers, pin_memory, reader)
 

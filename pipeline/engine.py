@@ -320,7 +320,12 @@ class Engine:
             self._norm = torch.nn.utils.get_total_norm(gradients)
             self.skipped = not bool(self._norm.isfinite())
             if self.skipped:
-                self.module.zero_grad(set_to_none=True)  # without gradients AdamW does nothing
+                # What DeepSpeed's step would do, but for the update.
+                self.module.zero_grad(set_to_none=True)
+                self.engine.micro_steps += 1
+                self.engine.global_steps += 1
+                self.engine.skipped_steps += 1
+                return loss.detach(), terms
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -329,9 +334,7 @@ class Engine:
             self.skipped = bool(self.optimizer.overflow)
         return loss.detach(), terms
 
-    def gathered(
-        self, parameters: list[nn.Parameter]
-    ) -> contextlib.AbstractContextManager[object]:
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
         """A context in which these parameters are whole on every rank, to be read (collective)."""
         if self.plan.stage < 3:
             return contextlib.nullcontext()

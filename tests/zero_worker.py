@@ -56,9 +56,7 @@ def skips(engine, objective, teacher, recipe, ranks):
     """Step 10 with a gradient that is not finite on the last rank only, then a good one."""
     before = engine.full_state()
     last = list(objective.parameters())[-1]
-    poison = last.register_hook(
-        lambda g: g * float("nan") if ranks.rank == ranks.world - 1 else g
-    )
+    poison = last.register_hook(lambda g: g * float("nan") if ranks.rank == ranks.world - 1 else g)
     skipped = [False] * 5
     for step in (STEPS, STEPS + 1):
         steps(engine, objective, teacher, recipe, step, step + 1, ranks)
