@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
-NAMES = {"demo_rmae": "R-MAE (RelaxMIM)", "demo_cmae": "C-MAE (contrastive MAE)"}
+NAMES = {"demo_rmae": "R-MAE (RelaxMIM)", "demo_cmae": "C-MAE without mask tokens"}
 PARTITIONS = 8  # of the demo recipes: the number of ranks must divide it
 
 
@@ -127,7 +127,7 @@ def probe(args: argparse.Namespace, run: Path, seed: int, *, random: bool) -> fl
     result = run / "eval" / f"linprobe-cached{'-random' if random else ''}.json"
     command: list[str | Path] = [
         sys.executable, ROOT / "eval" / "linprobe.py", "--encoder", run,
-        "--protocol", "cached",
+        "--protocol", "cached", "--feature", "mean", "--batch-size", "512",
         "--train", args.data / "shards" / "train", "--val", args.data / "shards" / "val",
         "--seed", str(seed), "--output", result,
     ]  # fmt: skip
