@@ -18,7 +18,7 @@ from pipeline.kernels import choice
 DEVICE = os.environ.get("RELAXMIM_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("triton was imported before TRITON_INTERPRET=1 could be set")
+        raise RuntimeError("triton was imported (torchvision does it) before TRITON_INTERPRET=1")
     os.environ["TRITON_INTERPRET"] = "1"
 elif not torch.cuda.is_available():
     raise RuntimeError(f"RELAXMIM_TEST_DEVICE={DEVICE}, but there is no CUDA device here")
