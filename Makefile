@@ -2,7 +2,9 @@
 PYTHON ?= python3
 SHARDS ?= data/shards
 SEEDS ?= 1
+JOBS ?= 2
 PY := .venv/bin/python
+PIP = $(PY) -m pip -q --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DELETE_ON_ERROR:
@@ -18,24 +20,26 @@ setup: .venv/ready   ## create .venv from requirements.lock and build the fused 
 		{ echo "error: Python >= 3.11 is needed, $(PYTHON) is older; set PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -m venv .venv || \
 		{ echo "error: $(PYTHON) has no venv module; on Debian: apt install python3-venv"; exit 2; }
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps -r requirements.lock
-	$(PY) -m pip install -q --disable-pip-version-check --no-deps -e .
-	@$(MAKE) --no-print-directory pillow-simd
-	@echo "building DeepSpeed's fused ops (about two minutes, once)"
+	@mkdir -p build && grep -v '^pillow==' requirements.lock > build/requirements.txt
+	$(PIP) install --no-deps -r build/requirements.txt
+	@$(MAKE) --no-print-directory pillow
+	$(PIP) install --no-deps -e .
+	@echo "building DeepSpeed's fused ops (two to three minutes, once)"
 	@$(PY) -c 'from pipeline.engine import build_ops; print("built:", ", ".join(build_ops()) or "nothing (no compiler); torch is used instead")'
 	@touch $@
 
-# Same files as Pillow, faster; needs a compiler and the headers of libjpeg and zlib.
-.PHONY: pillow-simd
-pillow-simd:
-	@mkdir -p build
+# pillow-simd where a compiler and the headers of libjpeg and zlib are, otherwise the locked Pillow.
+.PHONY: pillow
+pillow:
 	@flag=$$(grep -qw avx2 /proc/cpuinfo && echo -mavx2); \
-	if CC="cc $$flag" $(PY) -m pip wheel -q --disable-pip-version-check --no-deps --no-cache-dir \
-		--no-binary :all: -w build/wheels pillow-simd==12.1.1.post0 2>build/pillow-simd.log; then \
-		$(PY) -m pip uninstall -q -y pillow && \
-		$(PY) -m pip install -q --disable-pip-version-check --no-deps build/wheels/pillow_simd-*.whl && \
+	if $(PY) -c 'import PIL, sys; sys.exit("post" not in PIL.__version__)' 2>/dev/null; then :; \
+	elif CC="cc $$flag" $(PIP) wheel --no-deps --no-cache-dir --no-binary :all: -w build/wheels \
+		pillow-simd==12.1.1.post0 2>build/pillow-simd.log; then \
+		$(PIP) uninstall -y pillow 2>/dev/null; \
+		$(PIP) install --no-deps build/wheels/pillow_simd-*.whl && \
 		echo "pillow-simd: built $${flag:+with AVX2}"; \
 	else \
+		$(PIP) install --no-deps $$(grep '^pillow==' requirements.lock) && \
 		echo "pillow-simd: not built (see build/pillow-simd.log); plain Pillow is used instead"; \
 	fi
 
@@ -43,7 +47,7 @@ demo: .venv/ready   ## pretrain R-MAE and C-MAE on demo photographs, probe them,
 	$(PY) eval/demo.py --seeds $(SEEDS)
 
 test: .venv/ready   ## run the test suite
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 check: .venv/ready   ## style and types; changes nothing
 	.venv/bin/ruff check
@@ -72,7 +76,7 @@ bench-data: .venv/ready bench-peers   ## loading against ImageFolder + Pillow, w
 
 # Stock Pillow beside pillow-simd, and DALI in a venv of its own; the bench skips what cannot be had.
 bench-peers: .venv/ready
-	@test -d build/bench/pillow || $(PY) -m pip install -q --disable-pip-version-check --no-deps \
+	@test -d build/bench/pillow || $(PIP) install --no-deps \
 		--target build/bench/pillow pillow || true
 	@test -x build/bench/dali/bin/python || { $(PYTHON) -m venv build/bench/dali && \
 		build/bench/dali/bin/pip install -q --disable-pip-version-check nvidia-dali-cuda120 numpy; } || true
@@ -93,7 +97,7 @@ bench-gpu: .venv/ready   ## each kernel against its reference and a device copy,
 	@$(PY) tests/bench_gpu.py
 
 lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
-	$(PY) -m pip install -q --dry-run --ignore-installed --report build/lock.json -r requirements.in
+	$(PIP) install --dry-run --ignore-installed --report build/lock.json -r requirements.in
 	$(PY) -c 'import json; r = json.load(open("build/lock.json"))["install"]; \
 	print("\n".join(sorted("{name}=={version}".format(**p["metadata"]) for p in r)))' > requirements.lock
 
