@@ -81,12 +81,14 @@ class Monitor:
     def step(self, step: int, values: dict[str, Any], device: torch.device) -> dict[str, float]:
         """Count a finished step (0-based); at a log interval report and return the means.
 
+        The first and the last step are reported too: a long step should not look like a hang.
+
         `values`: floats or functions without arguments, read only when reporting.
         """
         self._steps += 1
         if self.rank == 0:
             self._bar.update(1)
-        if (step + 1) % self.log_steps and step + 1 != self.total:
+        if (step + 1) % self.log_steps and step + 1 != self.total and step != self.first:
             return {}
         names = sorted(self._sums)
         stacked = torch.stack([self._sums[name] for name in names]) / self._steps

@@ -38,19 +38,19 @@ def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
     monitor.close()
 
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4, 5]  # the last step is always reported
-    assert [row["loss"] for row in rows] == pytest.approx([5.5, 25.5, 40.5])
-    assert [row["similarity"] for row in rows] == pytest.approx([2.75, 12.75, 20.25])
-    assert len(read) == 3  # what may synchronise is read only when reporting
+    assert [row["step"] for row in rows] == [1, 2, 4, 5]  # first and last are always reported
+    assert [row["loss"] for row in rows] == pytest.approx([0.5, 10.5, 25.5, 40.5])
+    assert [row["similarity"] for row in rows] == pytest.approx([0.25, 5.25, 12.75, 20.25])
+    assert len(read) == 4  # what may synchronise is read only when reporting
     for row in rows:
         assert row["images_per_second"] > 0
         assert row["data_wait"] > 0
         assert row["memory_gb"] > 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
+    assert [line.split()[1] for line in lines] == ["1/5", "2/5", "4/5", "5/5"]
     assert "skipped 4" in lines[-1]
     assert "ETA 0:00:00" in lines[-1]
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
     assert Image.open(tmp_path / "pictures/step-00000005.png").size == (6, 4)
 
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -58,7 +58,7 @@ def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
             "speed/images_per_second", "speed/data_wait", "speed/memory_gb"} <= set(
         board.Tags()["scalars"]
     )  # fmt: skip
-    assert [e.value for e in board.Scalars("loss/loss")] == pytest.approx([5.5, 25.5, 40.5])
+    assert [e.value for e in board.Scalars("loss/loss")] == pytest.approx([0.5, 10.5, 25.5, 40.5])
     assert board.Tags()["images"] == ["pictures/views"]
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import tiny_overrides
 
 from pipeline import pretrain
@@ -20,6 +21,12 @@ def arguments(shards, tmp_path, name="mae", *overrides):
     for override in (*tiny_overrides(name), *overrides):
         words += ["--set", override]
     return words
+
+
+def losses(folder):
+    """The logged losses of a run."""
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +112,8 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     assert pretrain.main([*map(str, other), "--max-steps", "4"]) == 0
     capsys.readouterr()
 
-    def losses(folder):
-        rows = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(row)["loss"] for row in rows]
-
-    assert losses("run") == losses("other")
-    assert len(losses("run")) == 4
+    assert losses(tmp_path / "run") == losses(tmp_path / "other")
+    assert len(losses(tmp_path / "run")) == 4
     for name in ("encoder/encoder.safetensors", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
@@ -160,11 +163,25 @@ def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
     assert pretrain.main(other) == 0
     assert "optimizer: torch's fused AdamW" in capsys.readouterr().out
 
-    def losses(folder):
-        rows = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(row)["loss"] for row in rows]
+    assert losses(tmp_path / "torch") == pytest.approx(losses(tmp_path / "run"), rel=1e-5)
 
-    assert losses("torch") == pytest.approx(losses("run"), rel=1e-5)
+
+@pytest.mark.parametrize("name", ["rmae", "cmae"])
+def test_bf16_follows_fp32(name, shards, tmp_path, capsys, monkeypatch):
+    """Tiny, since bf16 is emulated on this kind of CPU; the teacher and the losses stay fp32."""
+    words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
+    words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "3"]
+    words[words.index("ds_configs/zero0.json")] = "ds_configs/zero2.json"
+    other = [str(tmp_path / "bf16") if w == str(tmp_path / "run") else w for w in words]
+    assert pretrain.main(words) == 0
+    monkeypatch.setattr("pipeline.engine.native_bf16", lambda: True)
+    assert pretrain.main(other) == 0
+    assert "precision: bf16" in capsys.readouterr().out
+
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "run")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), rel=0.02)
+    weights = load_file(tmp_path / "bf16/encoder/encoder.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
