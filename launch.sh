@@ -146,7 +146,7 @@ stop() { # SIGNAL REASON
 }
 
 watch_over() { # wait for all of pids; the first failure ends the others in bounded time
-  local i code=0 rc deadline='' linked=0 links
+  local i code=0 rc deadline='' links most=0 late=''
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -161,12 +161,16 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       send TERM
       deadline=$((SECONDS + 20))
     done
-    links=$(pgrep -c -x -s "${pids[0]:-0}" ssh) # pdsh holds one per host; the first to end is a failure or the end
-    ((${#hosts[@]} && links == ${#hosts[@]})) && linked=1
-    ((linked && links < ${#hosts[@]})) && deadline=${deadline:-$((SECONDS + 60))}
+    if [[ $mode == hosts ]]; then # pdsh holds one ssh per host; the first to end is a failure or the end
+      links=$(pgrep -c -x -P "$(pgrep -d, -s "${pids[0]:-0}")" ssh)
+      ((links < most)) && deadline=${deadline:-$((SECONDS + 60))}
+      ((most = links > most ? links : most))
+      sleep 1
+    fi
     [[ -z $deadline ]] && [[ -n $stopping || $code != 0 ]] && deadline=$((SECONDS + grace))
     if [[ -n $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})); then
-      printf 'error: some ranks did not end in time; killing them\n' >&2
+      [[ -n $late ]] || printf 'error: some ranks did not end in time; killing them\n' >&2
+      late=yes
       send KILL >/dev/null
       deadline=$((SECONDS + 20))
     fi
