@@ -1,14 +1,17 @@
 """Weights under other projects' names. Names are facts; no code of those projects is used.
 
-facebookresearch/mae: one flat state dict for encoder and decoder.
+facebookresearch/mae: one flat state dict for encoder and decoder. Hugging Face: ViTModel (encoder)
+and ViTMAEForPreTraining (encoder and decoder), q, k and v apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
+from pipeline.encoder import Encoder, encoder_state
 from pipeline.measures import Reconstruction
 from pipeline.objective import Objective
 
@@ -71,3 +74,98 @@ def to_mae(objective: Objective) -> dict[str, Tensor]:
             ours = next(prefix for prefix in back if name.startswith(prefix))
             state[back[ours] + name.removeprefix(ours)] = value
     return state
+
+
+def vit_facts(encoder: Encoder) -> dict[str, int]:
+    """Sizes of a ViT that a configuration names."""
+    block = encoder.blocks[0]
+    return {
+        "hidden_size": encoder.width,
+        "num_hidden_layers": len(encoder.blocks),
+        "num_attention_heads": block.attn.num_heads,  # type: ignore[dict-item,union-attr]
+        "intermediate_size": block.mlp.fc1.out_features,  # type: ignore[dict-item,union-attr]
+        "image_size": encoder.grid[0] * encoder.patch,
+        "patch_size": encoder.patch,
+    }
+
+
+_HF_COMMON: dict[str, Any] = {
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-6,
+    "num_channels": 3,
+    "qkv_bias": True,
+}
+
+
+def _hf_block(state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
+    """One transformer block under Hugging Face's names (q, k and v apart)."""
+    names = {
+        "norm1": "layernorm_before",
+        "attn.proj": "attention.output.dense",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }
+    result: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        for mine, other in names.items():
+            result[f"{theirs}.{other}.{kind}"] = state[f"{ours}.{mine}.{kind}"]
+        parts = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
+        for name, part in zip(("query", "key", "value"), parts, strict=True):
+            result[f"{theirs}.attention.attention.{name}.{kind}"] = part.contiguous()
+    return result
+
+
+def _hf_encoder(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    result = {
+        "embeddings.cls_token": state["cls_token"],
+        "embeddings.position_embeddings": state["pos_embed"],
+        "embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+        "layernorm.weight": state["norm.weight"],
+        "layernorm.bias": state["norm.bias"],
+    }
+    for number in range(depth):
+        result |= _hf_block(state, f"blocks.{number}", f"encoder.layer.{number}")
+    return result
+
+
+def to_hf_vit(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state, config) of the encoder in the layout of Hugging Face's ViTModel, without a pooler."""
+    encoder = objective.encoder
+    state = _hf_encoder(encoder_state(encoder.state_dict(), encoder), len(encoder.blocks))
+    config = {"architectures": ["ViTModel"], "model_type": "vit"} | vit_facts(encoder)
+    return state, config | _HF_COMMON | {"encoder_stride": encoder.patch}
+
+
+def to_hf_mae(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state, config) in the layout of Hugging Face's ViTMAEForPreTraining."""
+    encoder, measure = objective.encoder, objective.measure
+    if not isinstance(measure, Reconstruction):
+        raise ValueError("only a reconstruction measure has a decoder to write for ViTMAE")
+    whole = to_mae(objective)
+    mine = encoder_state(encoder.state_dict(), encoder)
+    state = {f"vit.{k}": v for k, v in _hf_encoder(mine, len(encoder.blocks)).items()}
+    state |= {
+        "decoder.mask_token": whole["mask_token"],
+        "decoder.decoder_pos_embed": whole["decoder_pos_embed"],
+    }
+    for part in ("decoder_embed", "decoder_norm", "decoder_pred"):
+        for kind in ("weight", "bias"):
+            state[f"decoder.{part}.{kind}"] = whole[f"{part}.{kind}"]
+    decoder = measure.recipe.decoder
+    for number in range(decoder.depth):
+        state |= _hf_block(whole, f"decoder_blocks.{number}", f"decoder.decoder_layers.{number}")
+    config = {"architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae"}
+    config |= vit_facts(encoder) | _HF_COMMON
+    return state, config | {
+        "decoder_hidden_size": decoder.width,
+        "decoder_num_hidden_layers": decoder.depth,
+        "decoder_num_attention_heads": decoder.heads,
+        "decoder_intermediate_size": 4 * decoder.width,
+        "mask_ratio": objective.recipe.views.hide,
+        "norm_pix_loss": measure.recipe.norm_pix,
+    }

@@ -1,0 +1,152 @@
+"""Write the weights of a run under other projects' names.
+
+    python pipeline/export.py runs/rmae --format timm rmae.safetensors
+
+  timm    FILE.safetensors   the encoder, for timm.create_model(…, checkpoint_path=FILE)
+  mae     FILE.pth           encoder and decoder, as facebookresearch/mae's checkpoints
+  hf      FOLDER             the encoder, for transformers' ViTModel.from_pretrained(FOLDER)
+  hf-mae  FOLDER             encoder and decoder, for ViTMAEForPreTraining.from_pretrained(FOLDER)
+  run     FOLDER             from a classifier that eval/finetune.py wrote: its encoder, as a run
+                             folder for the protocols of eval/ (supervised pretraining)
+
+A run's model.safetensors is whole and fp32 whatever the ZeRO stage: each save consolidates it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pipeline.encoder import encoder_state, vit_options
+from pipeline.interop import to_hf_mae, to_hf_vit, to_mae
+from pipeline.objective import Objective, build_objective
+from pipeline.recipe import load_recipe
+from pipeline.runs import write_atomic, write_json
+
+FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
+
+
+def load_run(run: Path) -> Objective:
+    """The objective of a run folder with its newest exported weights, fp32, on the CPU.
+
+    Raises ValueError in one sentence where the folder is no run or the weights do not fit.
+    """
+    objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
+    path = run / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    # The position tables are exact in the new objective, rounded in a bf16 run.
+    state = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
+    problem = None
+    try:
+        missing, unexpected = objective.load_state_dict(state, strict=False)
+        left = [k for k in (*missing, *unexpected) if not k.endswith("pos_embed")]
+        problem = f"weight {left[0]} is in only one of them" if left else None
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+    if problem:
+        raise ValueError(f"{path}: does not fit the run's recipe: {problem}")
+    return objective.eval()
+
+
+def export(objective: Objective, kind: str, out: Path) -> str:
+    """Write one format to `out`; returns a line that says how to open it."""
+    recipe = objective.recipe
+    if kind == "timm":
+        _need_suffix(out, ".safetensors")
+        write_atomic(out, save(encoder_state(objective.encoder.state_dict(), objective.encoder)))
+        options = "".join(f", {k}={v!r}" for k, v in vit_options(recipe.encoder).items())
+        arch = recipe.encoder.arch
+        return f"timm.create_model({arch!r}, checkpoint_path={str(out)!r}, num_classes=0{options})"
+    if kind == "mae":
+        _need_suffix(out, ".pth")
+        data = io.BytesIO()
+        torch.save({"model": to_mae(objective)}, data)
+        write_atomic(out, data.getvalue())
+        return f"torch.load({str(out)!r})['model']"
+    state, config = to_hf_vit(objective) if kind == "hf" else to_hf_mae(objective)
+    whole: dict[str, Tensor] = {k: v.detach().float().contiguous() for k, v in state.items()}
+    write_json(out / "config.json", config)
+    write_json(out / "preprocessor_config.json", _preprocessor(objective))
+    write_atomic(out / "model.safetensors", save(whole, metadata={"format": "pt"}))
+    return f"transformers.{config['architectures'][0]}.from_pretrained({str(out)!r})"
+
+
+def classifier_encoder(folder: Path, out: Path) -> str:
+    """Write the encoder of a finetuned classifier to out/encoder/; returns how to use it.
+
+    The classifier pools the mean of the patch tokens and normalises it with fc_norm, which becomes
+    the encoder's norm; so evaluate it with the feature `mean`.
+    """
+    try:
+        info = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "classifier.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
+    weights = {
+        k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
+    }
+    info.pop("classes", None)
+    name = {"method": "supervised", "recipe": "supervised"}
+    write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
+    write_json(out / "encoder" / "encoder.json", info | name)
+    return f"--encoder {out} --feature mean"
+
+
+def _need_suffix(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise ValueError(f"{out}: name the output with {suffix}")
+
+
+def _preprocessor(objective: Objective) -> dict[str, object]:
+    """Hugging Face's description of the pixels that the encoder expects."""
+    recipe = objective.recipe
+    size = recipe.encoder.image_size
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(recipe.data.mean),
+        "image_std": list(recipe.data.std),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; returns the exit code (0 done, 2 bad input)."""
+    parser = argparse.ArgumentParser(
+        description="Write the weights of a run under other projects' names.",
+        epilog=str(__doc__).split("\n\n", 2)[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("out", type=Path, help="file or folder to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.format == "run":
+            line = classifier_encoder(args.run, args.out)
+        else:
+            line = export(load_run(args.run), args.format, args.out)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    print(f"written: {args.out}; open it with {line}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Export: other projects' names, read back by independent code, give our outputs."""
+
+import json
+
+import oracle
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
+
+from pipeline.encoder import read_encoder, vit_options
+from pipeline.export import load_run, main
+from pipeline.interop import from_mae
+from pipeline.measures import reconstruct
+from pipeline.objective import build_objective
+from pipeline.recipe import dump_recipe
+from pipeline.views import make_views, whole_view
+
+SAMPLE = torch.tensor([5, 1, 8])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a tiny MAE of random weights, and its objective."""
+    recipe = tiny_recipe("mae")
+    objective, _ = build_objective(recipe)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.normal_(std=0.2)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    save_file({k: v.contiguous() for k, v in objective.state_dict().items()},
+              folder / "model.safetensors")  # fmt: skip
+    return folder, objective.eval()
+
+
+def pixels(image):
+    return ((image / 255 - torch.tensor(oracle.MEAN)) / torch.tensor(oracle.STD)).permute(
+        0, 3, 1, 2
+    )
+
+
+def test_timm_opens_the_checkpoint_and_gives_the_same_features(run, tmp_path, capsys):
+    folder, objective = run
+    out = tmp_path / "encoder.safetensors"
+    assert main([str(folder), "--format", "timm", str(out)]) == 0
+    assert "timm.create_model('vit_tiny_patch16_224'" in capsys.readouterr().out
+    recipe = objective.recipe.encoder
+    vit = timm.create_model(
+        recipe.arch, checkpoint_path=str(out), num_classes=0, **vit_options(recipe)
+    ).eval()
+    with torch.no_grad():
+        theirs = vit.forward_features(pixels(images()))
+        ours = objective.encoder(*whole_view(images(), PATCH))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_mae_checkpoint_goes_there_and_back(run, tmp_path):
+    folder, objective = run
+    out = tmp_path / "mae.pth"
+    assert main([str(folder), "--format", "mae", str(out)]) == 0
+    state = torch.load(out, weights_only=True)["model"]
+    fresh, _ = build_objective(tiny_recipe("mae", "seed=9"))
+    from_mae(fresh, state)
+    for name, value in objective.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def from_hf(state, layers, ours):
+    """Weights of transformer blocks, from Hugging Face's names to the oracle's."""
+    names = {
+        "layernorm_before": "norm1", "attention.output.dense": "attn.proj",
+        "layernorm_after": "norm2", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+    }  # fmt: skip
+    w = {}
+    number = 0
+    while f"{layers}.{number}.layernorm_before.weight" in state:
+        for kind in ("weight", "bias"):
+            for theirs, mine in names.items():
+                w[f"{ours}.{number}.{mine}.{kind}"] = state[f"{layers}.{number}.{theirs}.{kind}"]
+            w[f"{ours}.{number}.attn.qkv.{kind}"] = torch.cat(
+                [state[f"{layers}.{number}.attention.attention.{p}.{kind}"]
+                 for p in ("query", "key", "value")]
+            )  # fmt: skip
+        number += 1
+    return w
+
+
+def hf_encoder_weights(state, prefix=""):
+    e = f"{prefix}embeddings."
+    w = {
+        "encoder.cls_token": state[e + "cls_token"],
+        "encoder.patch_embed.proj.weight": state[e + "patch_embeddings.projection.weight"],
+        "encoder.patch_embed.proj.bias": state[e + "patch_embeddings.projection.bias"],
+        "encoder.norm.weight": state[f"{prefix}layernorm.weight"],
+        "encoder.norm.bias": state[f"{prefix}layernorm.bias"],
+    }
+    return w | from_hf(state, f"{prefix}encoder.layer", "encoder.blocks")
+
+
+def test_hugging_face_vit(run, tmp_path):
+    folder, objective = run
+    out = tmp_path / "hf"
+    assert main([str(folder), "--format", "hf", str(out)]) == 0
+    state = load_file(out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "vit"
+    assert (config["hidden_size"], config["num_hidden_layers"], config["patch_size"]) == (16, 2, 4)
+    torch.testing.assert_close(
+        state["embeddings.position_embeddings"][0], oracle.sincos(4, 4, 16), rtol=1e-5, atol=1e-6
+    )
+    w = hf_encoder_weights(state)
+    z = oracle.encode(w, images()[0], list(range(16)), patch=PATCH, heads=HEADS)
+    with torch.no_grad():
+        ours = objective.encoder(*whole_view(images(), PATCH))[0]
+    torch.testing.assert_close(ours, z, rtol=1e-4, atol=1e-4)
+
+
+def test_hugging_face_mae(run, tmp_path):
+    folder, objective = run
+    out = tmp_path / "hf"
+    assert main([str(folder), "--format", "hf-mae", str(out)]) == 0
+    state = load_file(out / "model.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["decoder_hidden_size"], config["mask_ratio"], config["norm_pix_loss"]) == (
+        8, 0.75, True,
+    )  # fmt: skip
+    d = "measure.decoder"
+    w = hf_encoder_weights(state, "vit.") | from_hf(state, "decoder.decoder_layers", f"{d}.blocks")
+    w[f"{d}.mask_token"] = state["decoder.mask_token"].reshape(-1)
+    for theirs, mine in (("decoder_embed", "embed"), ("decoder_norm", "norm"),
+                         ("decoder_pred", "head")):  # fmt: skip
+        for kind in ("weight", "bias"):
+            w[f"{d}.{mine}.{kind}"] = state[f"decoder.{theirs}.{kind}"]
+    views = make_views(images(), SAMPLE, recipe=objective.recipe, epoch=0, patch=PATCH)
+    with torch.no_grad():
+        ours = reconstruct(objective.measure, objective.encoder(*views.first), views.first)[0]
+    visible = views.first.visible[0].tolist()
+    z = oracle.encode(w, images()[0], visible, patch=PATCH, heads=HEADS)
+    theirs = oracle.decode(w, z, visible, (4, 4), DECODER_HEADS)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_itself_opens_them(run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, objective = run
+    main([str(folder), "--format", "hf", str(tmp_path / "vit")])
+    main([str(folder), "--format", "hf-mae", str(tmp_path / "mae")])
+    vit = transformers.ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False).eval()
+    mae = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "mae").eval()
+    noise = torch.rand(3, 16)
+    kept = noise.argsort(1)[:, :4].sort(1).values.int()
+    inverse = torch.full((3, 16), 4, dtype=torch.int32)
+    inverse.scatter_(1, kept.long(), torch.arange(4, dtype=torch.int32).expand(3, 4))
+    with torch.no_grad():
+        theirs = vit(pixels(images())).last_hidden_state
+        ours = objective.encoder(*whole_view(images(), PATCH))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        theirs = mae(pixels(images()), noise=noise).logits
+        view = whole_view(images(), PATCH)._replace(visible=kept, inverse=inverse)
+        ours = reconstruct(objective.measure, objective.encoder(*view), view)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_classifier_becomes_an_encoder(run, tmp_path):
+    _, objective = run
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=5, global_pool="avg", fc_norm=True,
+        **vit_options(objective.recipe.encoder),
+    ).eval()  # fmt: skip
+    folder = tmp_path / "classifier"
+    folder.mkdir()
+    save_file(vit.state_dict(), folder / "classifier.safetensors")
+    info = {"arch": "vit_tiny_patch16_224", "options": vit_options(objective.recipe.encoder)}
+    info |= {"mean": oracle.MEAN, "std": oracle.STD, "step": 3, "classes": list("abcde")}
+    (folder / "classifier.json").write_text(json.dumps(info))
+    assert main([str(folder), "--format", "run", str(tmp_path / "supervised")]) == 0
+    encoder, info = read_encoder(tmp_path / "supervised")
+    assert info["recipe"] == "supervised"
+    x = pixels(images())
+    with torch.no_grad():
+        tokens = encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(x)))
+        for block in encoder.blocks:
+            tokens = block(tokens)
+        ours = vit.head(encoder.norm(tokens[:, 1:].mean(1)))
+        torch.testing.assert_close(ours, vit(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "out", "words"),
+    [
+        ("timm", "x.pth", "name the output with .safetensors"),
+        ("mae", "x", "name the output with .pth"),
+        ("run", "x", "no classifier"),
+    ],
+)
+def test_bad_outputs_are_one_sentence(kind, out, words, run, tmp_path, capsys):
+    assert main([str(run[0]), "--format", kind, str(tmp_path / out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_weights_of_another_recipe_are_refused(run, tmp_path):
+    folder, _ = run
+    (folder / "recipe.yaml").write_text(dump_recipe(tiny_recipe("cmae")))
+    with pytest.raises(ValueError, match=r"model\.safetensors: does not fit"):
+        load_run(folder)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_run(tmp_path)

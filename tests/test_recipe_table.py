@@ -1,0 +1,82 @@
+"""pipeline/recipes/README.md: its commands are valid, and no row of the paper is forgotten."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from eval.paper import read_paper
+from pipeline.recipe import RECIPES, first_difference, load_recipe
+
+ROOT = Path(__file__).parent.parent
+TEXT = (RECIPES / "README.md").read_text()
+ROWS = re.findall(r"^\| ([^|]+) \| `pretrain ([^`]+)` \|$", TEXT, re.M)
+
+
+def options(command):
+    """(recipe, overrides, data) of a command."""
+    words = shlex.split(command)
+    pairs = list(zip(words[::2], words[1::2], strict=True))
+    assert {key for key, _ in pairs} <= {"--recipe", "--set", "--data"}
+    single = dict(pairs)
+    return single["--recipe"], [v for k, v in pairs if k == "--set"], single.get("--data", "")
+
+
+def resolved(command):
+    path, overrides, _ = options(command)
+    return load_recipe(ROOT / path, overrides)
+
+
+@pytest.mark.parametrize(("name", "command"), ROWS, ids=lambda v: v[:40])
+def test_commands_give_valid_recipes(name, command):
+    recipe = resolved(command)
+    _, _, data = options(command)
+    few = re.search(r"train-10*(-|$)", data)
+    assert bool(recipe.data.samples_per_epoch) == bool(few)
+    assert not data or f"subset.py data/shards/train {data} " in TEXT
+
+
+def test_every_row_of_the_paper_that_we_train_has_a_command():
+    ours = [resolved(command) for _, command in ROWS]
+    for table in read_paper():
+        for row in table.rows:
+            if row.recipe is None or row.recipe == "supervised" or row.augment is not None:
+                continue
+            recipe = "mae_strong" if row.strong else row.recipe
+            few = ["data.samples_per_epoch=1281167"] if row.images else []
+            epochs = ["optimizer.epochs=100"] if row.recipe == "mocov3" else []
+            wanted = load_recipe(RECIPES / f"{recipe}.yaml", [*row.set, *few, *epochs])
+            assert any(first_difference(wanted, r) is None for r in ours), (table.number, row.name)
+
+
+def test_tab_5_has_all_combinations():
+    seen = set()
+    for name, command in ROWS:
+        recipe = resolved(command)
+        if not recipe.name.endswith("_vits"):
+            continue
+        assert recipe.encoder.arch.startswith("vit_small")
+        on = {"mask": recipe.views.hide > 0, "cutmix": recipe.views.cutmix > 0,
+              "colour": recipe.views.jitter.where == "visible"}  # fmt: skip
+        said = name.split(", ", 1)[1]
+        for word, value in on.items():
+            assert value == (word in said or said == "all"), (name, word)
+        seen.add((recipe.name, *on.values()))
+    assert len(seen) == 16
+
+
+def test_mocov3_settings():
+    recipe = load_recipe(RECIPES / "mocov3.yaml")
+    o, m = recipe.optimizer, recipe.measure
+    assert (o.base_lr, o.weight_decay.value, recipe.batch_size) == (1.5e-4, 0.1, 4096)
+    assert (o.warmup_epochs, o.betas, recipe.ema.momentum, recipe.ema.schedule) == (
+        40, (0.9, 0.999), 0.99, "cosine",
+    )  # fmt: skip
+    assert (m.heads.hidden, m.heads.out, m.heads.projector_layers, m.heads.predictor_layers) == (
+        4096, 256, 3, 2,
+    )  # fmt: skip
+    assert m.heads.batch_norm
+    assert m.symmetric
+    assert m.scale_2tau
+    assert (recipe.encoder.style, recipe.encoder.freeze_patch) == ("mocov3", True)
