@@ -40,7 +40,8 @@ from eval.common import (
 )
 from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
 from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
-from pipeline.engine import Engine, Plan, init_ranks, make_plan, native_bf16, read_ds_config
+from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
+from pipeline.ranks import native_bf16
 from pipeline.recipe import Recipe, learning_rate, parse_recipe
 from shard_tools import subset
 

@@ -9,11 +9,9 @@ import json
 import logging
 import os
 import pickle
-import shutil
 import socket
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.ranks import EngineError, Ranks, can_build, native_bf16
 from pipeline.recipe import Recipe
 
 # DeepSpeed chooses its accelerator at import; without this it warns on every machine without one.
@@ -80,21 +79,6 @@ _RECIPE_KEYS = {
 }
 
 
-class EngineError(ValueError):
-    """A configuration or a machine that cannot run the recipe, in one sentence."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all: rank and world size, the same within its host, and its device."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    device: torch.device
-
-
 @dataclass(frozen=True)
 class Plan:
     """How one recipe runs on these ranks: DeepSpeed's configuration and what follows from it."""
@@ -146,15 +130,6 @@ def _free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def can_build() -> bool:
-    """Whether DeepSpeed's fused ops can be compiled here: a C++ compiler and ninja (and nvcc)."""
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    tools = [compiler, "ninja"]
-    if torch.cuda.is_available() and shutil.which("nvcc") is None:
-        tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
-    return all(shutil.which(tool) for tool in tools)
-
-
 def _without_built_ops() -> None:
     """Tell DeepSpeed's communication not to compile its shared-memory reduction."""
     name = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -173,14 +148,6 @@ def build_ops() -> list[str]:
         builder.load(verbose=False)
         built.append(builder.NAME)
     return built
-
-
-def native_bf16() -> bool:
-    """Whether bf16 is a speed-up here: a GPU with bf16 units, or a CPU with AVX-512-BF16 or AMX."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def read_ds_config(path: str | Path) -> dict[str, Any]:
@@ -424,66 +391,3 @@ def _checkpoint_types() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    deepspeed.comm.barrier()
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a small tensor over all ranks."""
-    if deepspeed.comm.get_world_size() > 1:
-        deepspeed.comm.all_reduce(values)
-        values /= deepspeed.comm.get_world_size()
-    return values
-
-
-_control: list[Any] = []  # the group for `any_rank`, made once
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank (collective).
-
-    It goes over CPU tensors and gloo, so that asking in every step does not make a GPU wait.
-    """
-    if deepspeed.comm.get_world_size() == 1:
-        return flag
-    if not _control:
-        _control.append(torch.distributed.new_group(backend="gloo"))
-    value = torch.tensor(int(flag))
-    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_control[0])
-    return bool(value)
-
-
-def agree(make: Callable[[], Any]) -> Any:
-    """Rank 0's result of make() on every rank; an EngineError there is raised on every rank."""
-    box: list[Any] = [None, None]
-    if deepspeed.comm.get_rank() == 0:
-        try:
-            box[0] = make()
-        except ValueError as error:
-            box[1] = str(error)
-    if deepspeed.comm.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise EngineError(box[1])
-    return box[0]
-
-
-def close() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def versions() -> dict[str, str]:
-    """The versions that a run records."""
-    import timm
-
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "timm": timm.__version__,
-    }

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.engine import mean_over_ranks
+from pipeline.ranks import mean_over_ranks
 
 
 def memory_gb(device: torch.device) -> float:

@@ -20,22 +20,17 @@ from pipeline import kernels
 from pipeline.data import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.engine import (
     Engine,
-    EngineError,
     Plan,
-    Ranks,
-    agree,
-    any_rank,
-    close,
     init_ranks,
     make_plan,
     read_ds_config,
-    versions,
 )
 from pipeline.health import Probes, SkippedSteps
 from pipeline.monitor import Monitor
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.order import steps_per_epoch
 from pipeline.pictures import draw
+from pipeline.ranks import EngineError, Ranks, agree, any_rank, close
 from pipeline.recipe import (
     RECIPES,
     Recipe,
@@ -50,6 +45,7 @@ from pipeline.runs import (
     export,
     load_checkpoint,
     save_checkpoint,
+    versions,
     write_atomic,
     write_json,
 )

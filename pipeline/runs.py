@@ -18,8 +18,10 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import socket
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.encoder import encoder_info, encoder_state
-from pipeline.engine import Engine, EngineError, barrier
+from pipeline.engine import Engine
 from pipeline.objective import Objective, Teacher
+from pipeline.ranks import EngineError, barrier
 from pipeline.recipe import Recipe, RecipeError, first_difference, load_recipe
 
 STATE, FILES, TEACHER = "state.json", "files.json", "teacher.safetensors"
@@ -224,3 +227,9 @@ def export(output: Path, engine: Engine, objective: Objective, recipe: Recipe, s
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+
+
+def versions() -> dict[str, str]:
+    """The versions that a run records."""
+    packages = ("torch", "deepspeed", "timm")
+    return {"python": platform.python_version()} | {p: version(p) for p in packages}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.engine import EngineError, make_plan, native_bf16, read_ds_config
+from pipeline.engine import make_plan, read_ds_config
 from pipeline.objective import build_objective, parameter_groups
+from pipeline.ranks import EngineError, native_bf16
 from pipeline.recipe import RECIPES, learning_rate, load_recipe
 
 ROOT = Path(__file__).parent.parent

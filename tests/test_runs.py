@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny import tiny_recipe
 
-from pipeline.engine import EngineError
+from pipeline.ranks import EngineError
 from pipeline.recipe import dump_recipe
 from pipeline.runs import (
     FILES,

@@ -1,0 +1,98 @@
+"""What a rank knows of its machine, and what the ranks of a run do together.
+
+The engine makes the process group.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class EngineError(ValueError):
+    """A configuration, a machine or a run folder that cannot be used, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank and world size, the same within its host, and its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+
+def can_build() -> bool:
+    """Whether DeepSpeed's fused ops can be compiled here: a C++ compiler and ninja (and nvcc)."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    tools = [compiler, "ninja"]
+    if torch.cuda.is_available() and shutil.which("nvcc") is None:
+        tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
+    return all(shutil.which(tool) for tool in tools)
+
+
+def native_bf16() -> bool:
+    """Whether bf16 is a speed-up here: a GPU with bf16 units, or a CPU with AVX-512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    torch.distributed.barrier()
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of a small tensor over all ranks."""
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
+
+
+_control: list[Any] = []  # the group for `any_rank`, made once
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank (collective).
+
+    It goes over CPU tensors and gloo, so that asking in every step does not make a GPU wait.
+    """
+    if torch.distributed.get_world_size() == 1:
+        return flag
+    if not _control:
+        _control.append(torch.distributed.new_group(backend="gloo"))
+    value = torch.tensor(int(flag))
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, group=_control[0])
+    return bool(value)
+
+
+def agree(make: Callable[[], Any]) -> Any:
+    """Rank 0's result of make() on every rank; an EngineError there is raised on every rank."""
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = make()
+        except ValueError as error:
+            box[1] = str(error)
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise EngineError(box[1])
+    return box[0]
+
+
+def close() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
