@@ -1,5 +1,5 @@
 """Bytes moved: by chains of PyTorch ops (counted as they run) and by the kernels (from their index
-ranges, which `traced` checks against what a kernel does under Triton's interpreter).
+ranges, which the tests check against what a kernel does: kernels_traced.py).
 
 Two figures per kernel. `requested`: what all programs ask for, a tile that two programs read
 counted twice, bytes that several lanes of one instruction read counted once. `moved`: what must
@@ -307,63 +307,6 @@ def sample_masks_traffic(sizes: Sizes) -> Traffic:
     s = sizes
     total = s.batch * (8 + 4 * (s.length + s.length + s.length))
     return Traffic(total, total, total)
-
-
-# ---- what a kernel does, seen by the interpreter -------------------------------------------------
-
-
-@dataclass
-class Trace:
-    """Bytes asked for, and the addresses of all sectors touched."""
-
-    requested: int = 0
-    sectors: set[int] | None = None
-
-    def add(self, pointers: Any, mask: Any) -> None:
-        """Count one load or store instruction of one program."""
-        size = np.dtype(_numpy_type(pointers)).itemsize
-        addresses = np.unique(
-            np.broadcast_to(pointers.data, np.shape(mask))[np.asarray(mask, bool)]
-        )
-        self.requested += int(addresses.size) * size
-        if self.sectors is None:
-            self.sectors = set()
-        self.sectors.update(np.unique(addresses // SECTOR).tolist())
-
-    @property
-    def moved(self) -> int:
-        return SECTOR * len(self.sectors or ())
-
-
-def _numpy_type(pointers: Any) -> Any:
-    from triton.runtime.interpreter import _get_np_dtype
-
-    return _get_np_dtype(pointers.get_element_ty())
-
-
-@contextmanager
-def traced() -> Iterator[Trace]:
-    """Record the loads and stores of kernels run under Triton's interpreter."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    trace = Trace()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def traced_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        trace.add(pointers, mask.data)
-        return load(self, pointers, mask, *rest)
-
-    def traced_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        trace.add(pointers, mask.data)
-        return store(self, pointers, value, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = traced_load
-    InterpreterBuilder.create_masked_store = traced_store
-    try:
-        yield trace
-    finally:
-        InterpreterBuilder.create_masked_load = load
-        InterpreterBuilder.create_masked_store = store
 
 
 # ---- the table -----------------------------------------------------------------------------------

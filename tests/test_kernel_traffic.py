@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernels_testing import DEVICE, IMAGENET, noise, random_images, some_positions, using
+from kernels_traced import traced
 from kernels_traffic import (
     Sizes,
     count_bytes,
@@ -17,7 +18,6 @@ from kernels_traffic import (
     reference_loss,
     reference_place,
     sample_masks_traffic,
-    traced,
 )
 
 from pipeline import kernels
