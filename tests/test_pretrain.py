@@ -193,7 +193,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path)
         try:
             wait_for(lambda: "step 2/" in (tmp_path / "out").read_text(), run)
             run.send_signal(number)
-            assert run.wait(timeout=60) == pretrain.PREEMPTED
+            assert run.wait(timeout=240) == pretrain.PREEMPTED
         finally:
             run.kill()
             run.wait()
