@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import socket
+import socketserver
 import threading
 import time
 from collections import Counter
@@ -269,10 +270,47 @@ def test_a_small_cache_still_serves_everything(server, shards, tmp_path, caplog)
     assert sum(path.stat().st_size for path in cached(tmp_path)) <= limit
 
 
+class CuttingProxy(socketserver.ThreadingTCPServer):
+    """Relays TCP to `target` and breaks the connection in the middle of the first `cuts` tars."""
+
+    daemon_threads = True
+
+    def __init__(self, target: tuple[str, int], cuts: int) -> None:
+        super().__init__(("127.0.0.1", 0), CuttingRelay)
+        self.target, self.cuts, self.cut = target, cuts, 0
+        self.lock = threading.Lock()
+
+
+class CuttingRelay(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        server: CuttingProxy = self.server  # type: ignore[assignment]
+        doomed = threading.Event()
+        with socket.create_connection(server.target) as upstream:
+            back = threading.Thread(target=self.answer, args=(upstream, doomed), daemon=True)
+            back.start()
+            while data := self.request.recv(65536):
+                wanted = data.startswith(b"GET ") and b".tar" in data.split(b"\r\n")[0]
+                with server.lock:
+                    if wanted and server.cut < server.cuts:
+                        server.cut += 1
+                        doomed.set()
+                upstream.sendall(data)
+
+    def answer(self, upstream: socket.socket, doomed: threading.Event) -> None:
+        try:
+            while data := upstream.recv(65536):
+                self.request.sendall(data[:1500] if doomed.is_set() else data)
+                if doomed.is_set():
+                    break
+            self.request.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # the client has gone
+
+
 def test_training_from_s3(shards: Path, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("moto")
     boto3 = pytest.importorskip("boto3")
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
     from moto.server import ThreadedMotoServer
 
     for name, value in {
@@ -293,6 +331,15 @@ def test_training_from_s3(shards: Path, tmp_path: Path, monkeypatch) -> None:
         for workers in (0, 1):
             ours = pixels("s3://bucket/imagenet", workers=workers, cache=tmp_path / str(workers))
             assert torch.equal(ours, expected)
+        with CuttingProxy((host, port), cuts=3) as proxy:
+            threading.Thread(target=proxy.serve_forever, daemon=True).start()
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+            s3fs.S3FileSystem.clear_instance_cache()  # it keeps clients of the old endpoint
+            assert torch.equal(pixels("s3://bucket/imagenet", cache=tmp_path / "cut"), expected)
+            assert proxy.cut == 3
+            proxy.shutdown()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        s3fs.S3FileSystem.clear_instance_cache()
         client.put_object(Bucket="bucket", Key="imagenet/t-000000.tar", Body=b"other content")
         monkeypatch.setattr(cache_module, "TRIES", 2)
         with pytest.raises(CacheError, match=r"t-000000\.tar: cannot be fetched, 2 tries failed"):
