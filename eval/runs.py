@@ -17,7 +17,7 @@ NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")
 # Keys of metrics.jsonl that describe the run; every other number is a term of the loss.
 NOT_TERMS = {
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "memory_gb",
-    "ema", "skipped",
+    "ema", "skipped", "skipped_steps", "feature_std", "teacher_distance",
 }  # fmt: skip
 
 
