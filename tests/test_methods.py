@@ -299,3 +299,35 @@ def test_teacher_distance():
             parameter.mul_(1.25)
     assert teacher.distance(objective) == pytest.approx(0.25, rel=1e-5)
     assert isinstance(objective.measure, Contrast)
+
+
+@pytest.mark.parametrize("name", ["rmae", "cmae"])
+def test_gradient_checkpointing_changes_no_gradient(name):
+    gradients = []
+    for checkpointing in (False, True):
+        objective, teacher = build_objective(tiny_recipe(name))
+        for part in objective.modules():
+            if hasattr(part, "grad_checkpointing"):
+                part.grad_checkpointing = checkpointing
+        loss, _ = objective(images(), SAMPLE, 0, teacher)
+        loss.backward()
+        gradients.append({k: p.grad for k, p in objective.named_parameters()})
+    for key, value in gradients[0].items():
+        assert torch.equal(value, gradients[1][key]), key
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_loss_and_gradients():
+    results = []
+    for compiled in (False, True):
+        objective, _ = build_objective(tiny_recipe("mae"))
+        if compiled:
+            for block in objective.encoder.blocks:
+                block.compile(dynamic=False)
+        loss, _ = objective(images(), SAMPLE, 0)
+        loss.backward()
+        results.append((loss.detach(), {k: p.grad for k, p in objective.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    assert results[0][1].keys() == results[1][1].keys()  # names stay as they were
+    for key, value in results[0][1].items():
+        torch.testing.assert_close(value, results[1][1][key], rtol=1e-3, atol=1e-5, msg=key)
