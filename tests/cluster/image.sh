@@ -22,6 +22,7 @@ if ! buildah "${storage[@]}" inspect --type image localhost/debian:bookworm >/de
   buildah "${storage[@]}" config --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$base"
   buildah "${storage[@]}" commit --quiet --rm "$base" localhost/debian:bookworm >/dev/null
 fi
-exec buildah "${storage[@]}" bud --isolation chroot --network host --pull-never --layers \
+# Docker format: the OCI one has no SHELL. No --layers: each would be a whole copy where there is no overlay.
+exec buildah "${storage[@]}" bud --format docker --isolation chroot --network host --pull-never \
   --build-arg BASE=localhost/debian:bookworm --build-arg VARIANT=cpu "${@:2}" \
   -f "$root/Dockerfile" -t localhost/relaxmim:cpu "$root"
