@@ -196,13 +196,15 @@ run_pids() { # RUN: its ranks and their workers on this host
 }
 
 signal_run() { # SIGNAL RUN: to the run's ranks on this host; KILL: workers too; END: KILL after 15 s
-  local all pid parent tries=0
+  local all pid parent targets=() tries=0
   while [[ $1 == END && -n $(run_pids "$2") ]] && ((tries++ < 15)); do sleep 1; done
   all=$(run_pids "$2")
   for pid in $all; do
     parent=$(awk '/^PPid:/ {print $2}' "/proc/$pid/status" 2>/dev/null)
-    [[ $1 != KILL && $1 != END && " $all " == *" $parent "* ]] || kill -s "${1/END/KILL}" "$pid" 2>/dev/null
+    [[ $1 != KILL && $1 != END && " $all " == *" $parent "* ]] || targets+=("$pid")
   done
+  # Only now: a worker whose rank has just ended would pass for a rank.
+  ((${#targets[@]} == 0)) || kill -s "${1/END/KILL}" "${targets[@]}" 2>/dev/null
   exit 0
 }
 
