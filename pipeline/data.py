@@ -181,8 +181,8 @@ class _Eval(Dataset):
 def _quiet_worker(_: int) -> None:
     # The launcher signals every process of the group; the rank, not its workers, decides when
     # to stop. Workers end when the rank closes the loader or is gone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Loader:

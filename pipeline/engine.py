@@ -27,6 +27,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed compiles its fused ops with ninja, which lies beside this interpreter in a venv.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+# Compiled ops belong to this environment: a cache shared by several would be built over and over.
+if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
