@@ -1,4 +1,4 @@
-# The image that trains: launch.sh is its entry point, /work the folder for data and runs.
+# The image that trains: launch.sh is its entry point, /data the folder for data and runs.
 #   CUDA  docker build -t relaxmim .
 #   CPU   docker build -t relaxmim:cpu --build-arg BASE=debian:bookworm-slim --build-arg VARIANT=cpu .
 # The CUDA release of BASE is the one that the torch of requirements.lock is built with.
@@ -20,7 +20,7 @@ RUN apt-get update && \
     python3 -m venv /opt/venv && \
     useradd --uid 10001 --create-home relaxmim && \
     chmod 1777 /home/relaxmim && \
-    install -d -m 1777 /work
+    install -d -m 1777 /data
 # HOME and USER: also for `docker run --user`, where the container has no such account.
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH HOME=/home/relaxmim USER=relaxmim \
     PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -58,6 +58,6 @@ LABEL org.opencontainers.image.title="relaxmim" \
       org.opencontainers.image.description="Masked-image-modelling pretraining: MAE, R-MAE, C-MAE" \
       org.opencontainers.image.licenses="Apache-2.0"
 USER 10001
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["/opt/relaxmim/launch.sh"]
 CMD ["--help"]
