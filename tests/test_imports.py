@@ -29,7 +29,17 @@ ALLOWED = {
     "pipeline.reader": {"order", "decode", "cache", "shard_tools.manifest"},
     "pipeline.data": {"order", "decode", "cache", "reader", "shard_tools.manifest"},
 }
-EVAL_MAY = {"similarity", "encoder", "data", "order", "recipe", "views", "kernels", "engine", "ranks"}
+EVAL_MAY = {
+    "similarity",
+    "encoder",
+    "data",
+    "order",
+    "recipe",
+    "views",
+    "kernels",
+    "engine",
+    "ranks",
+}
 
 
 def modules():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_overrides
 
-from pipeline import pretrain
+from pipeline import kernels, pretrain
 from pipeline.recipe import RECIPES
 
 
@@ -215,3 +215,19 @@ def wait_for(condition, process, seconds=240):
         assert process.poll() is None, "ended too early"
         time.sleep(0.1)
     raise AssertionError("waited in vain")
+
+
+@pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
+def test_triton_kernels_train_as_the_reference(name, shards, tmp_path):
+    """Five steps of the whole trainer, Triton under its interpreter against PyTorch."""
+    words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
+    words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "5"]
+    other = [str(tmp_path / "triton") if w == str(tmp_path / "run") else w for w in words]
+    try:
+        assert pretrain.main([*words, "--set", "kernels=reference"]) == 0
+        assert pretrain.main([*other, "--set", "kernels=triton"]) == 0
+    finally:
+        kernels.use("reference")
+    ours = json.loads((tmp_path / "triton/versions.json").read_text())
+    assert ours["kernels"] == "triton"
+    assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
