@@ -8,6 +8,7 @@ while the others wait. When the bound would be passed, the shards unused for lon
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
@@ -108,6 +109,12 @@ class ShardCache:
                 self._ahead = _Ahead(self.fetch)
             self._ahead.add(shard)
 
+    def close(self) -> None:
+        """Fetch nothing ahead any more; waits some seconds for a shard that is under way."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
     def _path(self, shard: int) -> Path:
         return self.folder / f"{self.manifest.shards[shard].sha256}.tar"
 
@@ -149,17 +156,18 @@ class ShardCache:
             time.sleep(0.05)  # all of the bound is being fetched by others; soon it is evictable
 
     def _make_room(self, size: int) -> bool:
-        total, complete = size, []
+        total, there = size, set()
         for path in self.folder.iterdir():
-            try:
-                if path.suffix == ".part" and not _abandoned(path):
-                    total += int(path.suffixes[0][1:])
-                elif path.suffix == ".tar":
-                    stat = path.stat()
-                    total += stat.st_size
-                    complete.append((stat.st_mtime_ns, stat.st_size, path))
-            except FileNotFoundError:
-                continue
+            if path.suffix == ".part" and not _abandoned(path):
+                total += int(path.suffixes[0][1:])
+            elif path.suffix in (".part", ".tar"):  # a part that is gone may be complete by now
+                there.add(self.folder / f"{path.name.partition('.')[0]}.tar")
+        complete = []
+        for path in there:
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                complete.append((stat.st_mtime_ns, stat.st_size, path))
+        total += sum(length for _, length, _ in complete)
         for _, length, path in sorted(complete):
             if total <= self.limit:
                 break
@@ -172,18 +180,23 @@ class _Ahead:
     """A thread that fetches shards before they are needed; it ends with its process."""
 
     def __init__(self, fetch: Callable[[int], Path]) -> None:
-        self.fetch, self.known = fetch, set[int]()
-        self.queue: queue.SimpleQueue[int] = queue.SimpleQueue()
-        threading.Thread(target=self._run, daemon=True).start()
+        self.fetch, self.known, self.closed = fetch, set[int](), False
+        self.queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
     def add(self, shard: int) -> None:
         if shard not in self.known:
             self.known.add(shard)
             self.queue.put(shard)
 
+    def close(self) -> None:
+        self.closed = True
+        self.queue.put(None)
+        self.thread.join(5)
+
     def _run(self) -> None:
-        while True:
-            shard = self.queue.get()
+        while (shard := self.queue.get()) is not None and not self.closed:
             try:
                 self.fetch(shard)
             except CacheError as error:

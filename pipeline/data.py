@@ -196,7 +196,7 @@ class Loader:
         self, dataset: Any, tasks: range, workers: int, pin_memory: bool, reader: Reader
     ) -> None:
         self.tasks, self.skipped, self.decoder = tasks, 0, reader.decoder
-        self.manifest = reader.manifest
+        self.reader, self.manifest = reader, reader.manifest
         self._iterator: Iterator[Any] | None = None
         self._workers: list[Any] = []
         self._loader = DataLoader(
@@ -242,7 +242,8 @@ class Loader:
         self._workers = [c for c in multiprocessing.active_children() if c not in others]
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and what fetches ahead."""
+        self.reader.close()
         self._iterator = None  # its destructor asks them to stop, unless a traceback holds it
         for worker in self._workers:
             worker.join(2)

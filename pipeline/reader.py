@@ -66,6 +66,11 @@ class Reader:
             where = self.manifest.path(self.shard(sample))
             raise SampleError(f"sample {sample} of {where} will not decode: {error}") from error
 
+    def close(self) -> None:
+        """Stop what goes on in the background of this process."""
+        if self.cache is not None:
+            self.cache.close()
+
     def empty(self, count: int) -> torch.Tensor:
         """An uninitialised uint8 batch [count, S, S, 3]; in a worker, memory that the main
         process can map, which saves a copy."""

@@ -119,7 +119,7 @@ def test_a_shard_is_fetched_once_and_whole(server: Server, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fault", ["cut", "flip", "stall", "busy"])
 def test_faults_on_the_way_are_tried_again(server, tmp_path, fault, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(cache_module, "STALL", 0.3)
+    monkeypatch.setattr(cache_module, "STALL", 1.0)
     cache = ShardCache(plain(server), tmp_path, pause=0.01)
     server.faults["/s0.tar"] = [fault] * 3
     assert cache.read(0, 0, SHARD) == server.files["/s0.tar"]
@@ -201,6 +201,21 @@ def test_processes_share_one_cache(server: Server, tmp_path: Path, limit: int) -
         assert server.counts == {f"/s{n}.tar": 2 for n in range(5)}
 
 
+def test_a_shard_that_is_complete_as_we_look_counts(server, tmp_path, monkeypatch) -> None:
+    cache = ShardCache(plain(server), tmp_path, limit=2 * SHARD)
+    cache.fetch(0)
+    partial = tmp_path / f"{cache.manifest.shards[1].sha256}.{SHARD}.part"
+    partial.write_bytes(server.files["/s1.tar"])
+
+    def completed(path: Path) -> bool:  # another process names it and frees its lock just now
+        path.rename(cache._path(1))
+        return True
+
+    monkeypatch.setattr(cache_module, "_abandoned", completed)
+    cache.fetch(2)
+    assert cached(tmp_path) == sorted(cache._path(n) for n in (1, 2))
+
+
 def test_leftovers_of_a_killed_process_are_no_burden(server: Server, tmp_path: Path) -> None:
     cache = ShardCache(plain(server), tmp_path, limit=2 * SHARD)
     own, other = (cache.manifest.shards[n].sha256 for n in (0, 1))
@@ -260,6 +275,19 @@ def test_training_from_http_equals_training_from_disk(server, shards, tmp_path) 
     assert torch.equal(pixels(server.url, cache=tmp_path), expected)  # all is there now
     assert sum(server.counts.values()) <= before + 4  # manifest and index only
     assert len(cached(tmp_path)) == 6
+
+
+def test_after_closing_nothing_is_fetched(server: Server, tmp_path: Path) -> None:
+    cache = ShardCache(plain(server), tmp_path)
+    server.delay = 0.3
+    for shard in range(5):
+        cache.fetch_ahead(shard)
+    cache.close()  # at the latest the first shard was under way
+    there = cached(tmp_path)
+    assert len(there) < 5
+    time.sleep(0.7)
+    assert cached(tmp_path) == there
+    cache.fetch(4)  # what is read is still fetched
 
 
 def test_a_small_cache_still_serves_everything(server, shards, tmp_path, caplog) -> None:
