@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from pipeline import kernels
-from pipeline.encoder import init_weights, run_blocks, sincos_position
+from pipeline.decoder import Decoder, take_rows
+from pipeline.encoder import init_weights
 from pipeline.recipe import (
     BYOLRecipe,
     DataRecipe,
-    DecoderRecipe,
     HeadsRecipe,
     InfoNCERecipe,
     ReconstructionRecipe,
@@ -24,64 +23,6 @@ from pipeline.recipe import (
 from pipeline.views import View, Views
 
 Terms = dict[str, Tensor]
-
-
-class Decoder(nn.Module):
-    """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
-
-    pos_embed: Tensor
-
-    def __init__(
-        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        if recipe.width % recipe.heads:
-            raise ValueError(
-                f"measure.decoder.width {recipe.width} is not divisible by its heads {recipe.heads}"
-            )
-        self.grad_checkpointing = False  # as Encoder's
-        self.embed = nn.Linear(width, recipe.width)
-        self.mask_token = nn.Parameter(torch.zeros(recipe.width))
-        self.register_buffer("pos_embed", sincos_position(grid, recipe.width))
-        self.blocks = nn.ModuleList(
-            Block(recipe.width, recipe.heads, qkv_bias=True, norm_layer=_LayerNorm)
-            for _ in range(recipe.depth)
-        )
-        self.norm = _LayerNorm(recipe.width)
-        self.head = nn.Linear(recipe.width, patch * patch * 3)
-        init_weights(self)
-
-    def forward(self, tokens: Tensor, inverse: Tensor, region: Tensor) -> Tensor:
-        """tokens [B, 1 + K, D], inverse int32 [B, L], region int32 [B, R] → [B, R, p·p·3].
-
-        Values of a patch in the order (row, column, channel). Norm and head see the region only.
-        """
-        x = kernels.place_tokens(
-            self.embed(tokens), inverse, self.mask_token, self.pos_embed, prefix=1
-        )
-        x = run_blocks(self.blocks, x, self.grad_checkpointing)
-        return self.head(self.norm(take_rows(x, region + 1)))
-
-
-class _LayerNorm(nn.LayerNorm):
-    """LayerNorm with the eps of every ViT here."""
-
-    def __init__(self, width: int, eps: float = 1e-6, **keywords: object) -> None:
-        super().__init__(width, eps=eps, **keywords)  # type: ignore[arg-type]
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [B, N, D], rows int [B, R] → [B, R, D] with row rows[b, r] of sample b.
-
-    One index per row (index_select), so no index is materialised over the channels.
-    """
-    batch, n, width = x.shape
-    start = torch.arange(batch, device=x.device, dtype=rows.dtype)[:, None] * n
-    return (
-        x.reshape(batch * n, width)
-        .index_select(0, (rows + start).flatten())
-        .view(batch, rows.shape[1], width)
-    )
 
 
 class Reconstruction(nn.Module):
@@ -108,11 +49,11 @@ class Reconstruction(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor | None, views: Views) -> tuple[Tensor, Terms]:
         """Tokens of both branches (z2 None for MAE) → fp32 loss and its terms (SPEC §2)."""
-        first = self.decoder(z1, views.first.inverse, views.region)
+        first = self.decoder(z1, views.first, views.region)
         if z2 is None or views.second is None:
             loss = self._patch_loss(first, None, views)[0]
             return loss, {"reconstruction": loss.detach()}
-        second = self.decoder(z2, views.second.inverse, views.region)
+        second = self.decoder(z2, views.second, views.region)
         constraint, similarity = self._patch_loss(second, first, views).unbind()
         loss = similarity + self.recipe.lambda_ * constraint
         return loss, {"similarity": similarity.detach(), "constraint": constraint.detach()}
@@ -330,4 +271,4 @@ def reconstruct(measure: Reconstruction, z: Tensor, view: View) -> Tensor:
     """Predictions for every patch: tokens [B, 1 + K, D] of a view → [B, L, p·p·3]."""
     batch, length = view.inverse.shape
     everything = torch.arange(length, dtype=torch.int32, device=z.device).expand(batch, length)
-    return measure.decoder(z, view.inverse, everything)
+    return measure.decoder(z, view, everything)

@@ -18,11 +18,13 @@ ALLOWED = {
     "pipeline.strong": set(),
     "pipeline.views": {"kernels", "recipe"},
     "pipeline.encoder": {"kernels", "recipe"},
-    "pipeline.measures": {"views", "encoder", "kernels", "recipe"},
+    "pipeline.decoder": {"views", "encoder", "kernels", "recipe"},
+    "pipeline.measures": {"views", "encoder", "decoder", "kernels", "recipe"},
     "pipeline.objective": {"views", "encoder", "measures", "recipe"},
     "pipeline.interop": {"objective", "measures", "encoder"},
     "pipeline.ranks": set(),
     "pipeline.engine": {"recipe", "ranks"},
+    "pipeline.whole": {"engine", "ranks"},
     "pipeline.order": set(),
     "pipeline.decode": set(),
     "pipeline.cache": {"shard_tools.manifest"},
@@ -39,6 +41,7 @@ EVAL_MAY = {
     "kernels",
     "engine",
     "ranks",
+    "whole",
 }
 
 

@@ -4,23 +4,10 @@ import oracle
 import pytest
 import torch
 import torch.multiprocessing as mp
-from tiny import DECODER_HEADS, images, tiny_recipe
+from tiny import images, tiny_recipe
 
-from pipeline.measures import Contrast, Decoder, choose_tokens, gather_keys, take_rows
+from pipeline.measures import Contrast, choose_tokens, gather_keys
 from pipeline.objective import build_objective
-from pipeline.recipe import DecoderRecipe
-
-
-def test_take_rows_is_plain_indexing_with_its_gradient():
-    x = torch.randn(3, 5, 2, requires_grad=True)
-    rows = torch.tensor([[0, 4], [2, 2], [3, 1]], dtype=torch.int32)
-    taken = take_rows(x, rows)
-    expected = torch.stack([x[b, rows[b].long()] for b in range(3)])
-    assert torch.equal(taken, expected)
-    upstream = torch.randn_like(taken)
-    (ours,) = torch.autograd.grad(taken, x, upstream)
-    (theirs,) = torch.autograd.grad(expected, x, upstream)
-    torch.testing.assert_close(ours, theirs)
 
 
 def test_choose_tokens():
@@ -31,30 +18,6 @@ def test_choose_tokens():
     torch.testing.assert_close(
         choose_tokens(z, "mean"), (z[:, 1:2] + z[:, 2:3] + z[:, 3:4] + z[:, 4:5]) / 4
     )
-
-
-def test_decoder_predicts_the_region_only_and_as_the_oracle_does():
-    torch.manual_seed(0)
-    decoder = Decoder(DecoderRecipe(width=8, depth=1, heads=2), width=16, patch=4, grid=(3, 5))
-    weights = {f"measure.decoder.{k}": v for k, v in decoder.state_dict().items()}
-    visible = torch.tensor([[7, 0, 3], [14, 2, 9]], dtype=torch.int32)
-    inverse = torch.empty(2, 15, dtype=torch.int32)
-    for b in range(2):
-        hidden = [p for p in range(15) if p not in visible[b].tolist()]
-        for slot, p in enumerate([*visible[b].tolist(), *hidden]):
-            inverse[b, p] = slot
-    region = torch.tensor([[1, 13], [0, 5]], dtype=torch.int32)
-    z = torch.randn(2, 4, 16)
-    ours = decoder(z, inverse, region)
-    assert ours.shape == (2, 2, 48)
-    for b in range(2):
-        theirs = oracle.decode(weights, z[b], visible[b].tolist(), (3, 5), DECODER_HEADS)
-        torch.testing.assert_close(ours[b], theirs[region[b].long()], rtol=1e-5, atol=1e-5)
-
-
-def test_decoder_width_must_fit_its_heads():
-    with pytest.raises(ValueError, match="not divisible by its heads 3"):
-        Decoder(DecoderRecipe(width=8, depth=1, heads=3), width=16, patch=4, grid=(2, 2))
 
 
 @pytest.mark.parametrize("negatives", ["all", "position", "image"])

@@ -1,0 +1,164 @@
+"""d: MAE's decoder, without the work whose result is known or never read.
+
+Exact, since in a transformer only attention mixes tokens:
+
+- The tokens of hidden places enter the first block as mask token + position, the same in every
+  image: their norm and their queries, keys and values are computed once per position.
+- The loss reads the region only: the last block computes keys and values of all tokens, but
+  queries, projection and MLP of the region alone, and so do the last norm and the head.
+
+Weights have the names of plain timm blocks. Shape suffixes: B batch, K visible, L all patches,
+R region, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pipeline import kernels
+from pipeline.encoder import init_weights, sincos_position
+from pipeline.recipe import DecoderRecipe
+from pipeline.views import View
+
+
+class Decoder(nn.Module):
+    """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        if recipe.width % recipe.heads:
+            raise ValueError(
+                f"measure.decoder.width {recipe.width} is not divisible by its heads {recipe.heads}"
+            )
+        self.grad_checkpointing = False  # as Encoder's
+        self.embed = nn.Linear(width, recipe.width)
+        self.mask_token = nn.Parameter(torch.zeros(recipe.width))
+        self.register_buffer("pos_embed", sincos_position(grid, recipe.width))
+        self.blocks = nn.ModuleList(
+            DecoderBlock(recipe.width, recipe.heads) for _ in range(recipe.depth)
+        )
+        self.norm = _LayerNorm(recipe.width)
+        self.head = nn.Linear(recipe.width, patch * patch * 3)
+        init_weights(self)
+
+    def forward(self, tokens: Tensor, view: View, region: Tensor) -> Tensor:
+        """tokens [B, 1 + K, D] of a view, region int32 [B, R] → [B, R, p·p·3].
+
+        Values of a patch in the order (row, column, channel).
+        """
+        x = kernels.place_tokens(
+            self.embed(tokens), view.inverse, self.mask_token, self.pos_embed, prefix=1
+        )
+        own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
+        hidden = (self.mask_token + self.pos_embed[1:]).to(x.dtype)
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            known = (own, view.inverse, hidden) if number == 0 else None
+            wanted = region + 1 if number == last else None
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, known, wanted, use_reentrant=False)
+            else:
+                x = block(x, known, wanted)
+        return self.head(self.norm(x))
+
+
+class _LayerNorm(nn.LayerNorm):
+    """LayerNorm with the eps of every ViT here."""
+
+    def __init__(self, width: int, eps: float = 1e-6, **keywords: object) -> None:
+        super().__init__(width, eps=eps, **keywords)  # type: ignore[arg-type]
+
+
+class DecoderBlock(Block):
+    """timm's ViT block (no dropout, no layer scale), with what the decoder can leave out."""
+
+    attn: Attention
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads, qkv_bias=True, norm_layer=_LayerNorm)
+        self.attn.qkv = Projection(width, 3 * width)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        known: tuple[Tensor, Tensor, Tensor] | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, D] → [B, N, D], or [B, R, D] where `wanted` int [B, R] names the rows to return.
+
+        known: (own int [B, 1 + K], inverse int32 [B, L], hidden [L, D]): x holds rows `own` of
+        its own, and hidden[l] at every place l that inverse[b, l] >= K calls hidden.
+        """
+        project = self.attn.qkv
+        if known is not None:
+            own, inverse, hidden = known
+            qkv = place_rows(
+                project(self.norm1(take_rows(x, own))), project(self.norm1(hidden)), inverse
+            )
+            q, k, v = qkv.chunk(3, dim=-1)
+            q = q if wanted is None else take_rows(q, wanted)
+        elif wanted is not None:
+            q, k, v = project(self.norm1(x), wanted)
+        else:
+            q, k, v = project(self.norm1(x)).chunk(3, dim=-1)
+        x = x if wanted is None else take_rows(x, wanted)
+        x = x + self._attend(q, k, v)
+        return x + self.mlp(self.norm2(x))
+
+    def _attend(self, *qkv: Tensor) -> Tensor:
+        """q [B, R, D], k and v [B, N, D] → [B, R, D], projected."""
+        heads = [t.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for t in qkv]
+        mixed = F.scaled_dot_product_attention(*heads)
+        return self.attn.proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Projection(nn.Linear):
+    """The linear to queries, keys and values: x [..., D] → [..., 3 D]; with rows int [B, R] of
+    x [B, N, D], (queries [B, R, D] of those rows, keys [B, N, D], values [B, N, D]).
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rows: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if rows is None:
+            return super().forward(x)
+        width = x.shape[-1]
+        query = F.linear(take_rows(x, rows), self.weight[:width], self.bias[:width])
+        key, value = F.linear(x, self.weight[width:], self.bias[width:]).chunk(2, dim=-1)
+        return query, key, value
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x [B, N, D], rows int [B, R] → [B, R, D] with row rows[b, r] of sample b.
+
+    One index per row (index_select), so no index is materialised over the channels.
+    """
+    batch, n, width = x.shape
+    start = torch.arange(batch, device=x.device, dtype=rows.dtype)[:, None] * n
+    return (
+        x.reshape(batch * n, width)
+        .index_select(0, (rows + start).flatten())
+        .view(batch, rows.shape[1], width)
+    )
+
+
+def place_rows(own: Tensor, hidden: Tensor, inverse: Tensor) -> Tensor:
+    """own [B, 1 + K, D], hidden [L, D], inverse int32 [B, L] → [B, 1 + L, D]: the class token's
+    row, then for each place l the row 1 + inverse[b, l] of own, or hidden[l] where that is past K.
+    """
+    batch, count, width = own.shape
+    slot = F.pad(inverse + 1, (1, 0))
+    start = torch.arange(batch, device=own.device, dtype=slot.dtype)[:, None] * count
+    place = torch.arange(slot.shape[1], device=own.device, dtype=slot.dtype) - 1
+    row = torch.where(slot < count, slot + start, batch * count + place)
+    table = torch.cat([own.reshape(batch * count, width), hidden])
+    return table.index_select(0, row.flatten()).view(batch, slot.shape[1], width)
