@@ -27,8 +27,8 @@ from eval.common import (
     EvalError,
     World,
     autocast,
-    default_output,
     join_world,
+    output_path,
     parser,
     progress,
     run_command,
@@ -87,6 +87,17 @@ def batch_hsic(
     return torch.stack(result)
 
 
+def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
+    """Refuse an encoder whose patches cannot be left out, or that lacks the class token."""
+    if not isinstance(vit, VisionTransformer):
+        raise EvalError(
+            f"{arch} is a {type(vit).__name__}, whose blocks know patches by their place in a "
+            "whole image: none can be left out"
+        )
+    if pool == "token" and not vit.has_class_token:
+        raise EvalError(f"{arch} has no class token: take --pool mean")
+
+
 def check(args: argparse.Namespace) -> int:
     """Refuse what cannot be computed; the number of images that are used."""
     images = read_manifest(args.val).samples
@@ -109,6 +120,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     images = check(args)
     seed_everything(args.seed)
     vit, info = open_encoder(args, world)
+    check_encoder(vit, info["arch"], args.pool)
     loader = eval_loader(
         args.val,
         batch_size=args.batch_size,
@@ -160,8 +172,7 @@ def main() -> None:
     args = build_parser().parse_args()
     world = join_world()
     result = evaluate(args, world)
-    name = f"cka-{args.pool}" + (f"-random-{args.seed}" if args.random else "")
-    output = args.output or default_output(args.encoder, name)
+    output = output_path(args, f"cka-{args.pool}")
     if world.first:
         write_result(output, result)
         last = ", ".join(

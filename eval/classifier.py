@@ -34,23 +34,20 @@ def build_classifier(
         global_pool="avg",
         drop_path_rate=drop_path,
     )
-    assert isinstance(model, VisionTransformer)
-    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("norm.")}
+    own = ("norm.", "fc_norm.", "attn_pool.")
+    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(own)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) != FRESH or unexpected:
         raise EvalError(f"{info['arch']} does not fit a classifier: {missing}, {unexpected}")
-    for module in model.blocks.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
     assert isinstance(model.head, nn.Linear)
     nn.init.trunc_normal_(model.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
     nn.init.zeros_(model.head.bias)
-    return model
+    return model  # type: ignore[return-value]
 
 
 def layer_of(name: str, depth: int) -> int:
     """Layer number of a parameter: embeddings 0, block i is i + 1, fc_norm and head depth + 1."""
-    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
@@ -65,9 +62,10 @@ def layer_groups(
     1-D parameters, the class token and the positions do not decay.
     """
     depth = len(model.blocks)
+    fixed = model.no_weight_decay()  # class and register tokens, positions, biases of positions
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        decays = parameter.ndim > 1 and name not in fixed
         layer = layer_of(name, depth)
         group = groups.setdefault(
             (layer, decays),

@@ -102,7 +102,14 @@ def parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     result.add_argument(
-        "--encoder", required=True, help="a run's folder, or its encoder/ folder, to evaluate"
+        "--encoder",
+        required=True,
+        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO or BEiT, with --arch; "
+        "timm:NAME; or random, with --arch",
+    )
+    result.add_argument("--arch", help="timm's name of what a FILE or random is")
+    result.add_argument(
+        "--options", default="{}", help="further keywords of that timm model, {img_size: 384}"
     )
     result.add_argument(
         "--random",
@@ -156,11 +163,22 @@ def progress(items: Iterable[T], world: World, text: str, total: int | None = No
     return tqdm(items, desc=text, total=total, disable=None if world.first else True, leave=False)
 
 
-def default_output(encoder: str, name: str) -> Path:
-    """RUN/eval/NAME.json for a run folder or its encoder/ folder, else eval/NAME.json beside it."""
-    folder = Path(encoder)
-    run = folder.parent if folder.name == "encoder" or folder.is_file() else folder
-    return run / "eval" / f"{name}.json"
+def output_path(args: argparse.Namespace, name: str) -> Path:
+    """Where a result goes: --output, or RUN/eval/NAME.json, with the seed of a random encoder.
+
+    An encoder that is no run of ours has the folder runs/<its name>.
+    """
+    if args.output:
+        return Path(args.output)
+    place = Path(args.encoder)
+    if place.is_file():
+        place = Path("runs") / place.stem
+    elif args.encoder == "random" or args.encoder.startswith("timm:"):
+        place = Path("runs") / args.encoder.replace(":", "-")
+    elif place.name == "encoder":
+        place = place.parent
+    is_random = args.random or args.encoder == "random"
+    return place / "eval" / f"{name}{f'-random-{args.seed}' if is_random else ''}.json"
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -11,8 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eval.common import EvalError, World, autocast, progress
+from eval.foreign import check_feature, choose_encoder
 from pipeline.data import eval_loader
-from pipeline.encoder import random_encoder, read_encoder
 from shard_tools.manifest import Manifest, read_manifest
 
 FEATURES = ("cls", "mean")
@@ -20,12 +20,8 @@ FEATURES = ("cls", "mean")
 
 def open_encoder(args: argparse.Namespace, world: World) -> tuple[VisionTransformer, dict]:
     """The encoder that the command line names, frozen, in eval mode, on this rank's device."""
-    vit, info = read_encoder(args.encoder)
-    if args.random:
-        vit = random_encoder(info, args.seed)
-    info = {**info, "random": bool(args.random), "source": str(args.encoder)}
-    if args.random:
-        info["random_seed"] = args.seed
+    vit, info = choose_encoder(args)
+    check_feature(vit, getattr(args, "feature", "mean"))
     vit.requires_grad_(False).eval().to(world.device)
     return vit, info
 
@@ -45,10 +41,11 @@ def pool(tokens: Tensor, prefix: int, feature: str) -> Tensor:
 
 @torch.no_grad()
 def image_features(vit: VisionTransformer, pixels: Tensor, feature: str, precision: str) -> Tensor:
-    """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
+    """Features float32 [b, D] of normalised pixels [b, 3, H, W]; where the encoder was trained to
+    normalise the mean of its patches (fc_norm), they are normalised."""
     with autocast(precision, pixels.device):
         tokens = vit.forward_features(pixels)
-    return pool(tokens.float(), vit.num_prefix_tokens, feature)
+    return vit.fc_norm(pool(tokens.float(), vit.num_prefix_tokens, feature))
 
 
 def image_size(vit: VisionTransformer) -> int:

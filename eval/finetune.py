@@ -31,7 +31,7 @@ from eval.common import (
     World,
     as_percent,
     count_correct,
-    default_output,
+    output_path,
     parser,
     progress,
     run_command,
@@ -43,6 +43,7 @@ from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
 from pipeline.ranks import native_bf16
 from pipeline.recipe import Recipe, learning_rate, parse_recipe
+from pipeline.whole import load_whole, save_whole
 from shard_tools import subset
 
 
@@ -56,7 +57,7 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels [b, 3, H, W] and soft targets fp32 [b, classes] → mean loss, no terms."""
-        logits = self.model(pixels.to(self.model.cls_token.dtype))  # type: ignore[union-attr]
+        logits = self.model(pixels.to(self.model.patch_embed.proj.weight.dtype))
         return self.criterion(logits.float(), target), {}
 
 
@@ -174,7 +175,7 @@ class Finetuning:
         count = torch.zeros(3, dtype=torch.int64, device=self.world.device)
         with torch.random.fork_rng(devices=[]):
             for pixels, label, _ in batches(self.args.val, model, self.info, self.world, self.args):
-                logits = model(pixels.to(model.cls_token.dtype))  # type: ignore[union-attr]
+                logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
         top1, top5, images = self.world.sum(count).tolist()
@@ -187,7 +188,7 @@ class Finetuning:
     def save(self, folder: Path, step: int, history: list[dict[str, Any]]) -> None:
         """Write a checkpoint; `latest.json` last, so that a broken one is never gone on from."""
         tag = f"step-{step:08d}"
-        self.engine.save(folder, tag)
+        save_whole(self.engine, folder / tag)
         self.world.sum(torch.zeros(1, device=self.world.device))  # all ranks have written
         if self.world.first:
             content = {
@@ -213,7 +214,7 @@ class Finetuning:
                 f"{folder} holds a finetuning with another {', '.join(changed)}; "
                 "remove it or choose another --output"
             )
-        self.engine.load(folder, latest["tag"])
+        load_whole(self.engine, folder / latest["tag"])
         return int(latest["step"]), list(latest["history"])
 
 
@@ -339,20 +340,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def result_name(args: argparse.Namespace) -> str:
-    """finetune, finetune-10percent, finetune-random-0 …: names the folder and the result file."""
+    """finetune, finetune-10percent …: names the folder and the result file."""
     name = "finetune"
     if args.subset:
         name += f"-{Path(args.subset).stem}"
     elif args.fraction != 1.0:
         name += f"-{100 * args.fraction:g}percent"
-    return name + (f"-random-{args.seed}" if args.random else "")
+    return name
 
 
 def main() -> None:
     args = build_parser().parse_args()
     ranks = init_ranks()
     world = World(ranks.rank, ranks.world, ranks.device)
-    output = Path(args.output or default_output(args.encoder, result_name(args)))
+    output = output_path(args, result_name(args))
     result = evaluate(args, world, output.with_suffix(""))
     if world.first:
         write_result(output, result)

@@ -17,8 +17,8 @@ from eval.common import (
     World,
     as_percent,
     count_correct,
-    default_output,
     join_world,
+    output_path,
     parser,
     run_command,
     seed_everything,
@@ -82,8 +82,7 @@ def main() -> None:
     args = build_parser().parse_args()
     world = join_world()
     result = evaluate(args, world)
-    name = "knn" + (f"-random-{args.seed}" if args.random else "")
-    output = args.output or default_output(args.encoder, name)
+    output = output_path(args, "knn")
     if world.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)

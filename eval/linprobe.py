@@ -35,8 +35,8 @@ from eval.common import (
     World,
     as_percent,
     count_correct,
-    default_output,
     join_world,
+    output_path,
     parser,
     progress,
     run_command,
@@ -329,8 +329,7 @@ def main() -> None:
     args = build_parser().parse_args()
     world = join_world()
     result = evaluate(args, world)
-    name = f"linprobe-{args.protocol}" + (f"-random-{args.seed}" if args.random else "")
-    output = args.output or default_output(args.encoder, name)
+    output = output_path(args, f"linprobe-{args.protocol}")
     if world.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)

@@ -1,0 +1,207 @@
+"""Encoders of other projects give the features that they give in timm, or one clear sentence."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from eval_helpers import ALONE, OPTIONS, coloured_images, write_encoder, write_shards
+from safetensors.torch import save_file
+from tiny import tiny_recipe
+
+from eval import cka, finetune, knn
+from eval.classifier import build_classifier, layer_groups
+from eval.common import EvalError, output_path, parser
+from eval.features import image_features, open_encoder
+from pipeline.interop import to_mae
+from pipeline.objective import build_objective
+
+ARCH = "vit_base_patch16_224"
+WORDS = ["--arch", ARCH, "--options", json.dumps(OPTIONS)]
+
+
+def parse(*words: object, feature: str = "mean") -> argparse.Namespace:
+    args = parser("").parse_args([str(word) for word in words])
+    args.feature = feature
+    return args
+
+
+def tiny(arch: str = ARCH, **more: object) -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = timm.create_model(arch, num_classes=7, **OPTIONS, **more).eval()
+    for parameter in model.parameters():  # so that no norm or bias is trivial
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def features(args: argparse.Namespace, pixels: torch.Tensor) -> torch.Tensor:
+    vit, info = open_encoder(args, ALONE)
+    assert not vit.training
+    assert info["options"]["img_size"] == 16
+    return image_features(vit, pixels, args.feature, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("file", "wrap", "mean"),
+    [
+        ("timm.safetensors", lambda s: s, 0.5),
+        ("timm.pth", lambda s: {"state_dict": s, "arch": ARCH}, 0.5),
+        ("mocov3.pth.tar", lambda s: {"state_dict": moco(s), "epoch": 3}, 0.485),
+        ("dino.pth", lambda s: {"teacher": dino(s), "args": argparse.Namespace(a=1)}, 0.485),
+        ("mae.pth", lambda s: {"model": s, "args": argparse.Namespace(a=1)}, 0.485),
+    ],
+)
+def test_checkpoint_files_give_the_features_of_timm(tmp_path, file, wrap, mean):
+    model = tiny(global_pool="token")
+    path = tmp_path / file
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(wrap(state), path)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        tokens = model.forward_features(pixels)
+    for feature, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(1))):
+        found = features(parse("--encoder", path, *WORDS, feature=feature), pixels)
+        torch.testing.assert_close(found, expected)
+    _, info = open_encoder(parse("--encoder", path, *WORDS), ALONE)
+    assert info["mean"][0] == mean
+    assert (info["recipe"], info["random"]) == (path.stem, False)
+
+
+def moco(state):
+    online = {f"module.base_encoder.{k}": v for k, v in state.items() if "head" not in k}
+    heads = {"module.base_encoder.head.0.weight": torch.ones(2), "module.predictor.0.weight": 0}
+    slow = {k.replace("base", "momentum"): v + 1 for k, v in online.items()}
+    return online | heads | slow
+
+
+def dino(state):
+    kept = {f"backbone.{k}": v for k, v in state.items() if "head" not in k}
+    return kept | {"head.mlp.0.weight": torch.ones(2)}
+
+
+def test_a_masked_autoencoder_with_its_decoder(tmp_path):
+    objective, _ = build_objective(tiny_recipe("mae"))
+    torch.save({"model": to_mae(objective)}, tmp_path / "mae.pth")
+    options = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    words = ["--arch", "vit_tiny_patch16_224", "--options", json.dumps(options)]
+    vit, _ = open_encoder(parse("--encoder", tmp_path / "mae.pth", *words), ALONE)
+    ours = objective.encoder.state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in vit.state_dict().items())
+
+
+def test_pooled_norms_registers_and_beit(tmp_path):
+    """A supervised ViT (fc_norm), a BEiT and one with registers give their own pre-logits."""
+    pixels = torch.randn(2, 3, 16, 16)
+    for number, (arch, more) in enumerate(
+        [
+            (ARCH, {"global_pool": "avg"}),
+            ("beit_base_patch16_224", {}),
+            (ARCH, {"global_pool": "avg", "class_token": False, "reg_tokens": 2}),
+        ]
+    ):
+        model = tiny(arch, **more)
+        path = tmp_path / f"{number}.pth"
+        torch.save(model.state_dict(), path)
+        more.pop("global_pool", None)
+        words = ["--arch", arch, "--options", json.dumps(OPTIONS | more)]
+        args = parse("--encoder", path, *words)
+        with torch.no_grad():
+            expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
+        torch.testing.assert_close(features(args, pixels), expected)
+        with pytest.raises(EvalError, match="take the mean of the patches"):
+            open_encoder(parse("--encoder", path, *words, feature="cls"), ALONE)
+        vit, info = open_encoder(args, ALONE)
+        classifier = build_classifier(vit, info, 5, drop_path=0.1)
+        assert torch.equal(classifier.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
+        assert torch.equal(classifier.fc_norm.weight, torch.ones(32))
+        groups = layer_groups(classifier, weight_decay=0.1, layer_decay=0.5)
+        assert min(g["lr_scale"] for g in groups) == 0.125
+    with pytest.raises(EvalError, match="Beit, whose blocks know patches by their place"):
+        cka.check_encoder(tiny("beit_base_patch16_224"), "beit", "mean")
+
+
+def test_positions_fit_another_image_size(tmp_path):
+    model = tiny(global_pool="token")
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    options = json.dumps(OPTIONS | {"img_size": 24})
+    args = parse("--encoder", tmp_path / "small.pth", "--arch", ARCH, "--options", options)
+    vit, info = open_encoder(args, ALONE)
+    assert vit.pos_embed.shape == (1, 37, 32)
+    assert info["options"]["img_size"] == 24
+
+
+def test_random_encoders_depend_on_the_seed_alone(tmp_path):
+    first, info = open_encoder(parse("--encoder", "random", *WORDS, "--seed", 4), ALONE)
+    run = write_encoder(tmp_path / "run")
+    same, _ = open_encoder(parse("--encoder", run, "--random", "--seed", 4), ALONE)
+    assert (info["random"], info["random_seed"]) == (True, 4)
+    for name, value in same.state_dict().items():
+        assert torch.equal(first.state_dict()[name], value), name
+    tagged = parse("--encoder", "random", "--arch", f"{ARCH}.mae", *WORDS[2:], "--seed", 4)
+    assert torch.equal(open_encoder(tagged, ALONE)[0].cls_token, first.cls_token)
+
+
+def test_every_protocol_takes_a_file(tmp_path):
+    """Through the command lines: k-NN of a DINO file; finetuning accepts the same words."""
+    write_shards(tmp_path / "train", *coloured_images(40, 4, seed=1))
+    write_shards(tmp_path / "val", *coloured_images(12, 4, seed=2))
+    torch.save({"teacher": dino(tiny(global_pool="token").state_dict())}, tmp_path / "dino.pth")
+    data = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--workers", "0"]
+    words = ["--encoder", str(tmp_path / "dino.pth"), *WORDS, *data]
+    result = knn.evaluate(knn.build_parser().parse_args([*words, "--k", "3"]), ALONE)
+    assert result["images"] == 12
+    assert result["encoder"]["recipe"] == "dino"
+    args = finetune.build_parser().parse_args(words)
+    assert output_path(args, finetune.result_name(args)) == Path("runs/dino/eval/finetune.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--encoder", "random"], "needs --arch"),
+        (["--encoder", "random", "--arch", "vit_huge"], "not a timm model"),
+        (["--encoder", "random", "--arch", ARCH, "--options", "[1]"], "--options"),
+        (["--encoder", "FILE/bad.pth", *WORDS], "cannot be read as a file of weights"),
+        (["--encoder", "FILE/evil.pth", *WORDS], "cannot be read as a file of weights"),
+        (["--encoder", "FILE/other.pth", *WORDS], r"first entries are conv\.weight"),
+        (["--encoder", "FILE/part.pth", *WORDS], r"norm\.bias is missing"),
+        (["--encoder", "FILE/whole.pth", "--arch", ARCH], "do not fit"),
+        (["--encoder", "FILE/whole.pth", "--arch", "resnet18"], "is a ResNet|do not fit"),
+        (["--encoder", "timm:nothing"], "not a timm model"),
+        (["--encoder", "nowhere"], "no exported encoder"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, words, sentence):
+    whole = tiny(global_pool="token").state_dict()
+    torch.save(whole, tmp_path / "whole.pth")
+    torch.save({k: v for k, v in whole.items() if k != "norm.bias"}, tmp_path / "part.pth")
+    torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
+    torch.save({"model": whole, "f": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "bad.pth").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=sentence):
+        open_encoder(parse(*[w.replace("FILE", str(tmp_path)) for w in words]), ALONE)
+    assert not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+def test_unreachable_hub_is_one_sentence(tmp_path):
+    """A process of its own: the hub's client reads its environment when it is imported."""
+    command = [sys.executable, knn.__file__, "--encoder", f"timm:{ARCH}.dino"]
+    write_shards(tmp_path / "train", *coloured_images(8, 2, seed=1))
+    data = ["--train", tmp_path / "train", "--val", tmp_path / "train", "--k", "1"]
+    done = subprocess.run(
+        [*command, *data], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot be fetched" in done.stderr.splitlines()[-1]
+    assert f"--encoder FILE --arch {ARCH}.dino" in done.stderr.splitlines()[-1]
