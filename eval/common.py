@@ -96,11 +96,20 @@ def run_command(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Argument parser with the options of each evaluation; DeepSpeed adds `--local_rank`."""
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Argument parser of an evaluation of encoders, ours or others'."""
+    result = base_parser(description)
     result.add_argument(
         "--encoder",
         required=True,
@@ -116,11 +125,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="take a randomly initialised encoder of the same architecture: the baseline",
     )
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
     result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
-    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 
 
@@ -181,16 +187,21 @@ def output_path(args: argparse.Namespace, name: str) -> Path:
     return place / "eval" / f"{name}{f'-random-{args.seed}' if is_random else ''}.json"
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader sees the old one or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:

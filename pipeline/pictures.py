@@ -56,7 +56,12 @@ def paste(prediction: Tensor, view: View, grid: tuple[int, int], patch: int) -> 
 
 
 def predict(objective: Objective, view: View, target: Tensor) -> Tensor:
-    """The whole image as decoded from a view: uint8 [B, H, W, 3].
+    """The whole image as decoded from a view: uint8 [B, H, W, 3]; target as for `decode`."""
+    return (decode(objective, view, target) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def decode(objective: Objective, view: View, target: Tensor) -> Tensor:
+    """The whole image as decoded from a view: float32 [B, H, W, 3], pixels 0 … 1, not clipped.
 
     target: uint8 [B, H, W, 3], whose true patch statistics un-normalise a norm_pix prediction.
     """
@@ -73,5 +78,4 @@ def predict(objective: Objective, view: View, target: Tensor) -> Tensor:
         variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
         values = values * (variance + 1e-6).sqrt() + mean
     image = fold(values, objective.encoder.grid, measure.patch)
-    image = image * image.new_tensor(data.std) + image.new_tensor(data.mean)
-    return (image * 255).round().clamp(0, 255).to(torch.uint8)
+    return image * image.new_tensor(data.std) + image.new_tensor(data.mean)

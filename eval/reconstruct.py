@@ -1,0 +1,99 @@
+"""A picture of reconstructions: original | masked | reconstruction | reconstruction + visible.
+
+    python eval/reconstruct.py --encoder runs/rmae --data data/shards/val --output grid.png
+    python eval/reconstruct.py --encoder runs/rmae --files cat.jpg dog.jpg --output grid.png
+
+The picture and the command say whether the true mean and deviation of each patch were given back,
+as they are where the recipe predicts patch-normalised pixels (norm_pix). The mask of a picture is
+drawn by --seed and its number.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from eval.common import EvalError, base_parser, run_command, write_bytes
+from eval.psnr import TRUE_STATISTICS, add_model
+from eval.shape_bias import evaluation_crop
+from pipeline.data import eval_loader
+from pipeline.reconstruction import Reconstructor, read_reconstructor
+
+COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
+SMALLEST = 112  # side in pixels that a small picture is enlarged to at least
+MARGIN, LINE = 4, 14  # pixels between pictures, and of a line of text
+
+
+def read_images(args: argparse.Namespace, size: int) -> tuple[Tensor, Tensor]:
+    """uint8 [n, size, size, 3] and their numbers int64 [n], centre crops of files or of shards."""
+    if args.files:
+        crops = np.stack([evaluation_crop(Path(path), size) for path in args.files])
+        return torch.from_numpy(crops), torch.arange(len(crops))
+    loader = eval_loader(
+        args.data, batch_size=args.images, rank=0, world=1, image_size=size, workers=0
+    )
+    batch = next(iter(loader))
+    return batch.image, batch.sample
+
+
+def compose(columns: tuple[Tensor, ...], note: str) -> Image.Image:
+    """Rows of pictures, uint8 [n, S, S, 3] per column, under their names, with a note below."""
+    rows, size = len(columns[0]), columns[0].shape[1]
+    side = size * -(-SMALLEST // size)
+    width = (side + MARGIN) * len(columns) + MARGIN
+    sheet = Image.new("RGB", (width, LINE * 3 + (side + MARGIN) * rows), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, (name, pictures) in enumerate(zip(COLUMNS, columns, strict=True)):
+        left = MARGIN + number * (side + MARGIN)
+        pen.text((left, 1), name, "black", font_size=9)
+        for row, pixels in enumerate(pictures.cpu().numpy()):
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, LINE + row * (side + MARGIN)))
+    pen.text((MARGIN, LINE + (side + MARGIN) * rows), note, "black", font_size=9)
+    return sheet
+
+
+def draw(
+    model: Reconstructor, image: Tensor, sample: Tensor, args: argparse.Namespace
+) -> tuple[Image.Image, str]:
+    """The sheet of images uint8 [n, S, S, 3], and its note."""
+    share = model.recipe.views.hide if args.hide is None else args.hide
+    note = f"{share:.0%} hidden; " + (
+        f"{TRUE_STATISTICS}:\nbrightness and contrast of a patch are not predicted"
+        if model.true_statistics
+        else "pixels as predicted"
+    )
+    visible, inverse = model.hide(sample, share, args.seed)
+    return compose((image, *model.pictures(image, visible, inverse)), note), note
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = base_parser(str(__doc__).split("\n", 1)[0])
+    add_model(result)
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="shards: the first images")
+    source.add_argument("--files", nargs="+", help="picture files")
+    result.add_argument("--images", type=int, default=8, help="so many of --data")
+    result.add_argument("--output", required=True, help="PNG to write")
+    return result
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    if args.images < 1 or not str(args.output).endswith(".png"):
+        raise EvalError("--images must be at least 1 and --output must end in .png")
+    model = read_reconstructor(args.encoder, args.recipe, args.overrides)
+    sheet, note = draw(model, *read_images(args, model.size), args)
+    data = io.BytesIO()
+    sheet.save(data, "png")
+    write_bytes(args.output, data.getvalue())
+    print(f"{args.output}: {' | '.join(COLUMNS)}; {' '.join(note.split())}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,108 @@
+"""Reconstructions of a finished run: the one door through which eval reaches an objective.
+
+PSNR and picture grids need the decoder, which belongs to the measure; every other evaluation
+reads the exported encoder alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import kernels
+from pipeline.export import load_run
+from pipeline.interop import from_mae
+from pipeline.measures import Reconstruction
+from pipeline.objective import Objective, build_objective
+from pipeline.pictures import decode, paste, predict, shown
+from pipeline.recipe import load_recipe
+from pipeline.views import View, visible_count
+
+
+class Reconstructor:
+    """A pretrained encoder with its decoder; images in, reconstructions out.
+
+    size: side of the images in pixels; patch: of a patch; true_statistics: whether predictions
+    are patch-normalised pixels, which get the true mean and deviation of each patch back.
+    """
+
+    def __init__(self, objective: Objective, source: str) -> None:
+        if not isinstance(objective.measure, Reconstruction):
+            kind = objective.recipe.measure.kind
+            raise ValueError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
+        self.objective, self.recipe = objective.eval().requires_grad_(False), objective.recipe
+        self.size = self.recipe.encoder.image_size
+        self.patch, self.grid = objective.encoder.patch, objective.encoder.grid
+        self.true_statistics = objective.measure.recipe.norm_pix
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a result says about it."""
+        encoder = self.recipe.encoder
+        return {"recipe": self.recipe.name, "arch": encoder.arch, "options": encoder.options}
+
+    def to(self, device: torch.device) -> Reconstructor:
+        """Move the weights."""
+        self.objective.to(device)
+        return self
+
+    def hide(self, sample: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+        """(visible int32 [B, K], inverse int32 [B, L]) of a random mask per sample number.
+
+        Drawn by seed and sample number alone: the same for every model, batch and rank.
+        """
+        length = self.grid[0] * self.grid[1]
+        counts = (visible_count(length, share), 0)
+        masks = kernels.sample_masks(
+            sample, seed=seed, epoch=0, length=length, visible=counts, policy="random"
+        )
+        return masks.visible1, masks.inverse1
+
+    @torch.no_grad()
+    def predict(self, image: Tensor, visible: Tensor, inverse: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3], of which the visible patches are seen → float32 [B, H, W, 3].
+
+        Every patch as predicted, in the range of pixels 0 … 1, which it may leave.
+        """
+        return decode(self.objective, View(image, visible, inverse), image)
+
+    def pictures(self, image: Tensor, visible: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [B, H, W, 3] each: masked, reconstruction, reconstruction with visible patches."""
+        view = View(image, visible, inverse)
+        with torch.no_grad():
+            whole = predict(self.objective, view, image)
+        return (
+            shown(view, self.grid, self.patch), whole, paste(whole, view, self.grid, self.patch),
+        )  # fmt: skip
+
+
+def read_reconstructor(
+    place: str | Path, recipe: str = "", set_: Sequence[str] = ()
+) -> Reconstructor:
+    """From a run folder, or from a facebookresearch/mae checkpoint with its decoder (FILE).
+
+    recipe, set_: the recipe file and overrides that a FILE fits. ValueError in one sentence.
+    """
+    place = Path(place)
+    if not place.is_file():
+        return Reconstructor(load_run(place), str(place))
+    if not recipe:
+        raise ValueError(
+            f"{place}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"
+        )
+    objective, _ = build_objective(load_recipe(recipe, list(set_)))
+    try:
+        content = torch.load(place, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{place}: cannot be read ({' '.join(str(error).split())[:160]})"
+        ) from None
+    if not isinstance(content, dict) or "model" not in content:
+        raise ValueError(f"{place}: no facebookresearch/mae checkpoint: it has no entry 'model'")
+    from_mae(objective, content["model"])
+    return Reconstructor(objective, str(place))

@@ -1,0 +1,177 @@
+"""PSNR against plain loops, at any number of ranks; picture grids show what they name."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_helpers import ALONE, MEAN, STD, coloured_images, on_two_ranks, write_shards
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import tiny_recipe
+
+from eval import psnr, reconstruct
+from eval.common import World, run_command
+from pipeline.data import eval_loader
+from pipeline.interop import to_mae
+from pipeline.objective import build_objective
+from pipeline.recipe import RECIPES, dump_recipe
+from pipeline.reconstruction import read_reconstructor
+
+
+def write_run(folder: Path, name: str, *overrides: str, blind: bool = False) -> Path:
+    """A run folder with initial weights; blind: its decoder predicts zero everywhere."""
+    recipe = tiny_recipe(name, *overrides)
+    objective, _ = build_objective(recipe)
+    state = {k: v.clone().contiguous() for k, v in objective.state_dict().items()}
+    if blind:
+        for key in ("weight", "bias"):
+            state[f"measure.decoder.head.{key}"].zero_()
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    save_file(state, folder / "model.safetensors")
+    torch.save({"model": to_mae(objective)}, folder / "mae.pth") if name == "mae" else None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("psnr")
+    write_shards(folder / "val", *coloured_images(21, 3, seed=2))
+    write_run(folder / "mae", "mae")
+    write_run(folder / "blind", "mae", blind=True)
+    write_run(folder / "plain", "rmae", "measure.norm_pix=false", blind=True)
+    write_run(folder / "cmae", "cmae")
+    return folder
+
+
+def parse(place, run, *more):
+    words = ["--encoder", place / run, "--val", place / "val", "--workers", "0", *more]
+    return psnr.build_parser().parse_args([str(word) for word in words])
+
+
+def plain_psnr(place, run, guess):
+    """(hidden, image) by loops over patches; guess(original patch, 0 … 1) → predicted patch."""
+    model = read_reconstructor(place / run)
+    batch = next(iter(eval_loader(place / "val", batch_size=21, rank=0, world=1, image_size=16,
+                                  workers=0)))  # fmt: skip
+    visible, _ = model.hide(batch.sample, 0.75, 0)
+    figures = []
+    for image, shown in zip(batch.image.double().numpy() / 255, visible.tolist(), strict=True):
+        errors = []
+        for p in range(16):
+            r, c = 4 * (p // 4), 4 * (p % 4)
+            cut = image[r : r + 4, c : c + 4]
+            if p not in shown:
+                errors.append(np.square(np.clip(guess(cut), 0, 1) - cut).mean())
+        assert len(errors) == 12
+        figures.append([-10 * np.log10(np.mean(errors)), -10 * np.log10(np.sum(errors) / 16)])
+    return np.mean(figures, axis=0)
+
+
+def mean_colour(patch):
+    """A patch is normalised by one mean over all its values, after the channels' own."""
+    mean, std = np.array(MEAN), np.array(STD)
+    return ((patch - mean) / std).mean() * std + mean
+
+
+def test_true_statistics_give_a_blind_decoder_the_means_of_the_patches(place):
+    result = psnr.evaluate(parse(place, "blind"), ALONE)
+    hidden, image = plain_psnr(place, "blind", mean_colour)
+    assert result["hidden"] == pytest.approx(hidden, abs=1e-3)
+    assert result["image"] == pytest.approx(image, abs=1e-3)
+    assert result["images"] == 21
+    assert "true mean and deviation" in result["statistics"]
+
+
+def test_without_norm_pix_nothing_is_given_back(place):
+    """Zero is then the data set's mean colour, whatever the patch."""
+    result = psnr.evaluate(parse(place, "plain"), ALONE)
+    expected = plain_psnr(place, "plain", lambda patch: np.array(MEAN))
+    assert [result["hidden"], result["image"]] == pytest.approx(expected, abs=1e-3)
+    assert "as they are" in result["statistics"]
+
+
+def test_predictions_are_clipped_and_perfect_ones_are_finite():
+    image = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    inverse = torch.tensor([[0, 1, 2, 3]])  # two visible, two hidden, patch 2
+    far = torch.full((1, 4, 4, 3), -9.0)
+    assert psnr.squared_errors(image, far, inverse, 2, 2).tolist() == [[0, 0]]
+    far[0, 2:, :2] = 0.5  # patch 2: one of two hidden ones
+    assert psnr.squared_errors(image, far, inverse, 2, 2).tolist() == [[0.125, 0.0625]]
+    assert psnr.decibel(torch.tensor(0.0)).item() == pytest.approx(100)
+
+
+def work(world: World, place: str) -> None:
+    args = parse(Path(place), "mae", "--micro-batch", "4")
+    (Path(place) / f"{world.rank}.json").write_text(json.dumps(psnr.evaluate(args, world)))
+
+
+def test_ranks_batches_and_layouts_change_nothing(place):
+    alone = psnr.evaluate(parse(place, "mae"), ALONE)
+    on_two_ranks(work, str(place))
+    results = [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)]
+    words = ["--recipe", str(RECIPES / "mae.yaml")]
+    for line in (place / "mae/recipe.yaml").read_text().splitlines():
+        key, _, value = line.partition(": ")
+        words += ["--set", f"{key}={value}"] if key == "batch_size" else []
+    words += ["--set", "encoder.arch=vit_tiny_patch16_224", "--set", "encoder.image_size=16"]
+    options = "{patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}"
+    words += ["--set", f"encoder.options={options}", "--set", "data.partitions=4"]
+    words += ["--set", "measure.decoder={width: 8, depth: 1, heads: 2}"]
+    results.append(psnr.evaluate(parse(place, "mae/mae.pth", *words), ALONE))
+    for result in results:
+        assert result["images"] == 21
+        assert result["image"] == pytest.approx(alone["image"], abs=2e-4)
+        assert result["hidden"] == pytest.approx(alone["hidden"], abs=2e-4)
+
+
+def test_the_grid_has_its_four_columns_and_says_what_it_shows(place, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "grid.png"
+    words = ["--encoder", place / "mae", "--data", place / "val", "--images", 3, "--output", output]
+    monkeypatch.setattr("sys.argv", ["reconstruct.py", *map(str, words)])
+    run_command(reconstruct.main)
+    printed = capsys.readouterr().out
+    assert "original | masked | reconstruction | reconstruction + visible" in printed
+    assert "true mean and deviation" in printed
+    model = read_reconstructor(place / "mae")
+    batch = next(iter(eval_loader(place / "val", batch_size=3, rank=0, world=1, image_size=16,
+                                  workers=0)))  # fmt: skip
+    visible, inverse = model.hide(batch.sample, 0.75, 0)
+    masked, whole, pasted = model.pictures(batch.image, visible, inverse)
+    sheet = np.asarray(Image.open(output))
+    side = reconstruct.SMALLEST
+    for row in range(3):
+        top = reconstruct.LINE + row * (side + reconstruct.MARGIN)
+        for column, pictures in enumerate((batch.image, masked, whole, pasted)):
+            left = reconstruct.MARGIN + column * (side + reconstruct.MARGIN)
+            cut = sheet[top : top + side : 7, left : left + side : 7]
+            assert np.array_equal(cut, pictures[row].numpy()), (row, column)
+    seen = (batch.image == pasted).all(-1)
+    assert seen.float().mean() > 0.24
+
+
+def test_pictures_from_files(place, tmp_path):
+    Image.fromarray(coloured_images(1, 1, seed=0)[0][0]).save(tmp_path / "a.jpg")
+    words = ["--encoder", place / "plain", "--files", tmp_path / "a.jpg", "--output", "x.png"]
+    args = reconstruct.build_parser().parse_args(list(map(str, words)))
+    model = read_reconstructor(args.encoder)
+    sheet, note = reconstruct.draw(model, *reconstruct.read_images(args, model.size), args)
+    assert sheet.height == 3 * reconstruct.LINE + reconstruct.SMALLEST + reconstruct.MARGIN
+    assert note == "75% hidden; pixels as predicted"
+
+
+@pytest.mark.parametrize(
+    ("run", "more", "sentence"),
+    [
+        ("cmae", [], "its measure is infonce: no decoder"),
+        ("nowhere", [], "nowhere"),
+        ("mae/mae.pth", [], "needs --recipe"),
+        ("mae/recipe.yaml", ["--recipe", str(RECIPES / "mae_vits.yaml")], "cannot be read"),
+        ("mae", ["--hide", "1"], "--hide 1.0: must leave some of 16 patches"),
+    ],
+)
+def test_bad_input_is_one_sentence(place, run, more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        psnr.evaluate(parse(place, run, *more), ALONE)
