@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import pickle
 import socket
 import sys
 import warnings
@@ -38,7 +37,14 @@ import deepspeed.comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 # How it runs: what a file in ds_configs/ may say. None: any value DeepSpeed takes.
 _MECHANICS: dict[str, set[str] | None] = {
@@ -276,7 +282,6 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective, model_parameters=groups, config=copy.deepcopy(plan.config)
         )
-        self.engine.checkpoint_engine = _SafeCheckpointEngine(self.engine.checkpoint_engine)
         self._norm: Tensor | None = None
         self.skipped = False  # the last step, since its gradient was not finite
 
@@ -315,32 +320,63 @@ class Engine:
         norm = self._norm if self.plan.stage == 0 else self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write DeepSpeed's files of all ranks to folder/tag (collective)."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read DeepSpeed's files from folder/tag (collective); no pickled code runs."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise EngineError(f"{folder / tag}: DeepSpeed finds no checkpoint there")
-        _replay_bias_correction(self.engine.basic_optimizer)
-
-    def full_state(self) -> dict[str, Tensor]:
-        """All weights and buffers, whole, fp32, on the CPU; on rank 0 only (collective)."""
+    def full_state(self, kind: str = "model") -> dict[str, Tensor]:
+        """All weights and buffers, or a moment (`exp_avg`, `exp_avg_sq`) of all that is trained:
+        whole, fp32, on the CPU; on rank 0 only (collective)."""
         state: dict[str, Tensor] = {}
-        for name, parameter in self.module.named_parameters():
-            whole = None
-            if self.plan.stage > 0 and parameter.requires_grad:
-                whole = safe_get_full_fp32_param(parameter)
-            if whole is None:
-                with self.gathered([parameter]):
-                    whole = parameter.detach().clone()
+        for name, parameter in self.parameters(kind).items():
+            whole = self._whole(parameter, kind)
             if self.rank == 0:
                 state[name] = whole.float().cpu().clone()
-        if self.rank == 0:
+        if self.rank == 0 and kind == "model":
             state |= {k: b.float().cpu().clone() for k, b in self.module.named_buffers()}
         return state
+
+    def parameters(self, kind: str) -> dict[str, nn.Parameter]:
+        """The parameters of the model, or those that have a moment, by name."""
+        named = self.module.named_parameters()
+        return {k: p for k, p in named if kind == "model" or p.requires_grad}
+
+    @property
+    def adam(self) -> Any:
+        """The AdamW inside: its state has this rank's moments."""
+        return self.engine.basic_optimizer
+
+    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """A parameter or its moment, whole on every rank (collective)."""
+        if self.plan.stage > 0 and parameter.requires_grad:
+            if kind == "model":
+                return safe_get_full_fp32_param(parameter)
+            return safe_get_full_optimizer_state(parameter, kind)
+        if kind == "model":
+            with self.gathered([parameter]):
+                return parameter.detach().clone()
+        # Stage 0: a parameter that never had a gradient has no moments.
+        return self.adam.state[parameter].get(kind, torch.zeros_like(parameter))
+
+    @torch.no_grad()
+    def put(self, target: Any, kind: str, value: Tensor) -> None:
+        """Write a whole fp32 value to where this rank keeps its part of it."""
+        stage = self.plan.stage if target.requires_grad else 0
+        if kind == "model":
+            partitioned = self.plan.stage == 3 and isinstance(target, nn.Parameter)
+            with deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=partitioned):
+                target.copy_(value)
+            if stage in (1, 2):
+                safe_set_full_fp32_param(target, value.to(target.device))
+        elif stage == 0:
+            self.adam.state[target][kind].copy_(value)
+        elif stage < 3:
+            safe_set_full_optimizer_state(target, value.to(target.device), kind)
+        if stage == 3:  # DeepSpeed's full setters forget the padding of the last rank
+            size = target.ds_tensor.numel()
+            start = size * self.rank
+            part = value.flatten()[start : start + size]
+            part = nn.functional.pad(part, (0, size - part.numel())).to(target.ds_tensor.device)
+            if kind == "model":
+                safe_set_local_fp32_param(target, part)
+            else:
+                safe_set_local_optimizer_state(target, part, kind)
 
     @property
     def rank(self) -> int:
@@ -350,47 +386,3 @@ class Engine:
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self.engine.destroy()
-
-
-def _replay_bias_correction(optimizer: Any) -> None:
-    """Bring the C++ state of DeepSpeed's CPU FusedAdam to where an undisturbed run has it.
-
-    It keeps beta^t as a running product outside its state dict; after a load it would start
-    again from pow(beta, t), which differs in the last bit. One scratch number makes the steps.
-    """
-    kernel = getattr(optimizer, "multi_tensor_adam", None)
-    if kernel is None or torch.cuda.is_available():
-        return
-    done = [s["step"] for s in optimizer.state.values() if "step" in s]
-    scratch = [[torch.zeros(1)] for _ in range(4)]
-    betas = optimizer.param_groups[0]["betas"]
-    for step in range(1, int(max(done, default=0)) + 1):
-        kernel(1, optimizer._dummy_overflow_buf, scratch, 0.0, *betas, 1e-8, step, 1, 1, 0.0)
-
-
-class _SafeCheckpointEngine:
-    """DeepSpeed's checkpoint files, read with weights_only: a crafted file cannot run code."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        try:
-            with torch.serialization.safe_globals(_checkpoint_types()):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError:
-            raise EngineError(
-                f"{path}: refused, since it holds more than weights (pickled code?)"
-            ) from None
-
-
-def _checkpoint_types() -> list[Any]:
-    """The plain types that DeepSpeed's own checkpoints hold beside tensors."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]

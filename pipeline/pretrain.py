@@ -129,10 +129,11 @@ class Run:
         self.engine = Engine(self.objective, parameter_groups(self.objective), self.plan)
         if self.teacher is not None:
             self.teacher.to(ranks.device)
-        self.first = 0
+        self.first, saved = 0, ""
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, self.engine, self.teacher, ranks.world)
+            state = load_checkpoint(checkpoint, self.engine, self.teacher)
             self.first = int(state["step"])
+            saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['stage']}"
         self.loader = self._loader()
         self.skipped = SkippedSteps(recipe.optimizer.skip_limit)
         self.probes = Probes(recipe, self.data, ranks.rank, ranks.world, self.plan.micro_batch)
@@ -144,7 +145,11 @@ class Run:
             images=recipe.batch_size,
             log_steps=recipe.monitor.log_steps,
         )
-        self._announce(kernel_line, manifest.samples, checkpoint)
+        self._announce(kernel_line, manifest.samples)
+        if checkpoint is not None:
+            self.monitor.say(
+                f"resumed: {checkpoint}, at step {self.first} of {self.last} ({saved})"
+            )
 
     def _claim(self, resume: str) -> Path | None:
         self.lock, checkpoint = claim(self.output, self.recipe, resume)
@@ -175,7 +180,7 @@ class Run:
             pin_memory=self.ranks.device.type == "cuda",
         )
 
-    def _announce(self, kernel_line: str, samples: int, checkpoint: Path | None) -> None:
+    def _announce(self, kernel_line: str, samples: int) -> None:
         if self.ranks.rank == 0:
             write_atomic(self.output / "recipe.yaml", dump_recipe(self.recipe))
             write_json(self.output / "ds_config.json", self.plan.config)
@@ -193,8 +198,6 @@ class Run:
         for note in (*self.plan.notes, kernel_line, f"decoder: {self.loader.decoder}"):
             say(note)
         say(f"data: {samples} images in {self.data}, {self.epoch_steps} steps per epoch")
-        if checkpoint is not None:
-            say(f"resumed: {checkpoint}, at step {self.first} of {self.last}")
 
     def close(self) -> None:
         """End the workers, flush the logs, free the folder."""

@@ -33,6 +33,7 @@ from pipeline.engine import Engine
 from pipeline.objective import Objective, Teacher
 from pipeline.ranks import EngineError, barrier
 from pipeline.recipe import Recipe, RecipeError, first_difference, load_recipe
+from pipeline.whole import load_whole, save_whole
 
 STATE, FILES, TEACHER = "state.json", "files.json", "teacher.safetensors"
 
@@ -170,7 +171,7 @@ def save_checkpoint(
     if engine.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
     barrier()
-    engine.save(folder, temporary.name)
+    save_whole(engine, temporary)
     barrier()
     if engine.rank == 0:
         if teacher is not None:
@@ -194,19 +195,18 @@ def save_checkpoint(
     barrier()
 
 
-def load_checkpoint(
-    checkpoint: Path, engine: Engine, teacher: Teacher | None, world: int
-) -> dict[str, Any]:
-    """Restore weights, optimizer and teacher (collective) and return the saved state."""
-    state = json.loads((checkpoint / STATE).read_text())
-    here = {"ranks": world, "stage": engine.plan.stage, "precision": engine.plan.precision}
-    for key, value in here.items():
-        if state[key] != value:
-            raise EngineError(
-                f"{checkpoint}: written with {key} {state[key]}, this run has {value}; go on with "
-                f"the same {key}"
-            )
-    engine.load(checkpoint.parent, checkpoint.name)
+def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -> dict[str, Any]:
+    """Restore weights, optimizer and teacher (collective) and return the saved state.
+
+    The ranks and the ZeRO stage may be others than those that saved; the precision may not.
+    """
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    if state["precision"] != engine.plan.precision:
+        raise EngineError(
+            f"{checkpoint}: written with precision {state['precision']}, this run has "
+            f"{engine.plan.precision}; go on with the same precision"
+        )
+    load_whole(engine, checkpoint)
     if teacher is not None:
         teacher.load_state_dict(load_file(checkpoint / TEACHER))
     return state

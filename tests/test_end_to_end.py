@@ -83,11 +83,13 @@ def test_one_rank_and_other_workers_follow_the_same_curve(reference, shards, tmp
     assert losses(tmp_path / "one") == pytest.approx(losses(output), rel=1e-4)
 
 
-def test_zero_3_trains_saves_and_goes_on(reference, shards, tmp_path):
+def test_zero_3_goes_on_alone_under_zero_1(reference, shards, tmp_path):
+    """Two ranks under stage 3, then one rank under stage 1: the undisturbed run's curve."""
     output, _ = reference
-    for last in ("6", "12"):
-        done = launch(shards, tmp_path / "three", "--max-steps", last, config="zero3")
+    for last, config, ranks in (("6", "zero3", 2), ("12", "zero1", 1)):
+        done = launch(shards, tmp_path / "three", "--max-steps", last, config=config, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert "at step 6 of 12 (saved by 2 ranks under ZeRO stage 3)" in done.stdout
     assert losses(tmp_path / "three") == pytest.approx(losses(output), rel=1e-4)
 
 

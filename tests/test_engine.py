@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.engine import make_plan, read_ds_config
+from pipeline.engine import init_ranks, make_plan, read_ds_config
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.ranks import EngineError, native_bf16
 from pipeline.recipe import RECIPES, learning_rate, load_recipe
@@ -90,7 +91,7 @@ def test_split_of_the_batch_and_its_negatives():
 
 def plain_loop(method):
     """The same ten steps in plain torch, one process, the whole batch at once."""
-    from zero_worker import BATCH, STEPS, recipe_of
+    from zero_worker import BATCH, MICRO, STEPS, recipe_of
 
     recipe = recipe_of(method)
     objective, teacher = build_objective(recipe)
@@ -108,8 +109,8 @@ def plain_loop(method):
             loss, _ = objective(image, sample, step)
             loss.backward()
             total = loss.item()
-        else:  # negatives come from one micro-batch of both ranks, here {0, 1, 4, 5} and the rest
-            for part in ([0, 1, 4, 5], [2, 3, 6, 7]):
+        else:  # negatives come from one micro-batch of both ranks
+            for part in MICRO:
                 loss, _ = objective(image[part], sample[part], step, teacher)
                 (loss / 2).backward()
                 total += loss.item() / 2
@@ -122,15 +123,39 @@ def plain_loop(method):
 
 
 @pytest.fixture(scope="module")
-def zero_results(tmp_path_factory):
-    output = tmp_path_factory.mktemp("zero")
+def one_rank(tmp_path_factory):
+    """This process as one rank, a folder of its checkpoints, and the losses of those runs."""
+    import zero_worker
+
+    ranks, folder = init_ranks(), tmp_path_factory.mktemp("one")
+    losses = {
+        f"{method}-{stage}": zero_worker.train(folder / f"{method}-{stage}", method, stage, ranks)[
+            0
+        ]
+        for method, stages in zero_worker.ELASTIC.items()
+        for stage in stages
+    }
+    return ranks, folder, losses
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, one_rank):
+    """A folder of the checkpoints of two ranks, and their results."""
+    output = tmp_path_factory.mktemp("two")
     command = [
         Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2",
-        "--master_port", "29617", Path(__file__).parent / "zero_worker.py", output,
+        "--master_port", "29617", Path(__file__).parent / "zero_worker.py", output, one_rank[1],
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of this process
+    env = {k: v for k, v in os.environ.items() if k not in ranks}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads((output / "results.json").read_text())
+    return output, json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def zero_results(two_ranks):
+    return two_ranks[1]
 
 
 @pytest.mark.parametrize("method", ["rmae", "cmae"])
@@ -149,6 +174,21 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(zero_results):
     for name, run in zero_results.items():
         assert run["again"] == run["losses"][5:], name
         assert run["same_weights"], name
+
+
+def test_another_stage_or_number_of_ranks_goes_on(one_rank, two_ranks):
+    """Same global batches from one checkpoint: only the order of sums differs."""
+    import zero_worker
+
+    (ranks, _, alone), (output, results) = one_rank, two_ranks
+    for name, run in results.items():
+        method, stage = name.split("-")
+        undisturbed = pytest.approx(run["losses"][5:], rel=1e-4)
+        assert alone[name] == pytest.approx(run["losses"], rel=1e-4), name
+        assert run["from_one_rank"] == undisturbed, f"{name}: to two ranks under another stage"
+        other = zero_worker.ELASTIC[method][int(stage)]
+        losses, _, _ = zero_worker.go_on(output / name, method, other, ranks)
+        assert losses == undisturbed, f"{name}: to one rank under stage {other}"
 
 
 def test_a_step_that_is_not_finite_is_skipped_under_every_stage(zero_results):

@@ -139,7 +139,7 @@ def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
         def __reduce__(self):
             return (open, (str(proof), "w"))
 
-    state = next(p for p in place.iterdir() if p.name.endswith("model_states.pt"))
+    state = place / "model.safetensors"
     torch.save({"module": Crafted()}, state)
     from pipeline.runs import FILES, _sha256
 

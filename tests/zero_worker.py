@@ -1,6 +1,7 @@
-"""Two ranks: ten steps under every ZeRO stage, then the last five again from a checkpoint.
+"""Ten steps under every ZeRO stage, then the last five again from a checkpoint.
 
-Started by test_engine.py through the deepspeed launcher; rank 0 writes the losses as JSON.
+Started by test_engine.py on two ranks through the deepspeed launcher; rank 0 writes the losses as
+JSON. The last five steps also go on from a checkpoint of one rank under another stage.
 """
 
 import json
@@ -17,6 +18,8 @@ from pipeline.recipe import Recipe, learning_rate
 from pipeline.runs import load_checkpoint, save_checkpoint
 
 STEPS, BATCH = 10, 8
+MICRO = ([0, 1, 4, 5], [2, 3, 6, 7])  # images of the two micro-batches of all ranks
+ELASTIC = {"rmae": {0: 1, 1: 3, 2: 0, 3: 1}, "cmae": {0: 2, 2: 0, 3: 2}}  # stage -> stage
 SCHEDULE = ("optimizer.base_lr=0.2", "optimizer.epochs=12", "optimizer.warmup_epochs=3")
 
 
@@ -27,7 +30,9 @@ def recipe_of(method: str) -> Recipe:
 def start(method: str, stage: int, world: int):
     recipe = recipe_of(method)
     plan = make_plan(
-        {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}, recipe, world
+        {"train_micro_batch_size_per_gpu": 4 // world, "zero_optimization": {"stage": stage}},
+        recipe,
+        world,
     )
     objective, teacher = build_objective(recipe)
     return Engine(objective, parameter_groups(objective), plan), objective, teacher, recipe
@@ -35,17 +40,14 @@ def start(method: str, stage: int, world: int):
 
 def steps(engine, objective, teacher, recipe, first, last, ranks):
     losses, norms = [], []
-    per_rank = BATCH // ranks.world
     for step in range(first, last):
-        image, sample = images(BATCH, seed=step), torch.arange(BATCH)
+        image = images(BATCH, seed=step)
         total = torch.zeros(())
-        for micro in range(per_rank // 2):
-            low = ranks.rank * per_rank + micro * 2
+        for micro in MICRO:  # negatives come from the micro-batch of all ranks
+            mine = torch.tensor(micro).chunk(ranks.world)[ranks.rank]
             lr = learning_rate(recipe, step, 1)
-            loss, _ = engine.micro_step(
-                lr, image[low : low + 2], sample[low : low + 2], step, teacher
-            )
-            total += loss / (per_rank // 2)
+            loss, _ = engine.micro_step(lr, image[mine], mine, step, teacher)
+            total += loss / len(MICRO)
         if teacher is not None:
             teacher.update(objective, 0.9, engine.gathered)
         losses.append(mean_over_ranks(total).item())
@@ -73,30 +75,42 @@ def skips(engine, objective, teacher, recipe, ranks):
     }
 
 
-def main(output: Path) -> None:
+def go_on(folder, method, stage, ranks, extra=None):
+    """Load folder's checkpoint after step 5 and take the other five: losses and weights."""
+    engine, objective, teacher, recipe = start(method, stage, ranks.world)
+    load_checkpoint(folder / "checkpoints/step-00000005", engine, teacher)
+    losses, _ = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
+    whole = engine.full_state()
+    more = extra(engine, objective, teacher, recipe, ranks) if extra else {}
+    engine.destroy()
+    return losses, whole, more
+
+
+def train(folder, method, stage, ranks):
+    """Ten steps with a checkpoint after five: losses, gradient norms, weights."""
+    engine, objective, teacher, recipe = start(method, stage, ranks.world)
+    losses, norms = steps(engine, objective, teacher, recipe, 0, 5, ranks)
+    save_checkpoint(folder, engine, teacher, "name: x\n", {"step": 5, "precision": "fp32"}, keep=1)
+    rest, more = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
+    whole = engine.full_state()
+    engine.destroy()
+    return losses + rest, norms + more, whole
+
+
+def main(output: Path, single: Path) -> None:
     ranks = init_ranks()
     results = {}
-    for method, stages in (("rmae", (0, 1, 2, 3)), ("cmae", (0, 2, 3))):
-        for stage in stages:
+    for method, stages in ELASTIC.items():
+        for stage, other in stages.items():
             folder = output / f"{method}-{stage}"
-            engine, objective, teacher, recipe = start(method, stage, ranks.world)
-            losses, norms = steps(engine, objective, teacher, recipe, 0, 5, ranks)
-            state = {"step": 5, "ranks": ranks.world, "stage": stage, "precision": "fp32"}
-            save_checkpoint(folder, engine, teacher, "name: x\n", state, keep=1)
-            rest, more = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
-            whole = engine.full_state()
-            engine.destroy()
-            engine, objective, teacher, recipe = start(method, stage, ranks.world)
-            load_checkpoint(folder / "checkpoints/step-00000005", engine, teacher, ranks.world)
-            again, _ = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
-            after = engine.full_state()
-            skipping = skips(engine, objective, teacher, recipe, ranks)
-            engine.destroy()
-            results[f"{method}-{stage}"] = {
-                "losses": losses + rest,
-                "norms": norms + more,
+            losses, norms, whole = train(folder, method, stage, ranks)
+            again, after, skipping = go_on(folder, method, stage, ranks, skips)
+            results[folder.name] = {
+                "losses": losses,
+                "norms": norms,
                 "again": again,
                 "same_weights": all(torch.equal(whole[k], after[k]) for k in whole),
+                "from_one_rank": go_on(single / folder.name, method, other, ranks)[0],
                 "names": sorted(whole),
                 **skipping,
             }
@@ -107,4 +121,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(next(a for a in sys.argv[1:] if not a.startswith("--"))))
+    main(*(Path(a) for a in sys.argv[1:] if not a.startswith("--")))

@@ -1,0 +1,113 @@
+"""Weights and AdamW's moments on disk: whole, fp32, by parameter name.
+
+A folder holds model.safetensors, exp_avg.safetensors and exp_avg_sq.safetensors, with AdamW's step
+count. They know neither ranks nor ZeRO stage: any number of ranks goes on from them under any
+stage, and bit for bit where both are the same. DeepSpeed's own files are not written. They hold the
+same numbers cut per rank, as pickles, and its universal checkpoints, tried first, refuse stage
+2 -> 0 and 2 -> 3 and lose the weight decay of the groups under stage 3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.engine import Engine
+from pipeline.ranks import EngineError
+
+MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
+
+
+def save_whole(engine: Engine, folder: Path) -> None:
+    """Write the files (collective; rank 0 writes and holds one of them in memory at a time)."""
+    states = engine.adam.state.values()
+    # AdamW's steps: those that were not skipped. Under stage 0 only some states count them.
+    step = max((int(s["step"]) for s in states if "step" in s), default=0)
+    if step:
+        _link_moments(engine)
+    for kind in (MODEL, *(MOMENTS if step else ())):
+        whole = engine.full_state(kind)
+        if engine.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(whole, folder / f"{kind}.safetensors", {"step": str(step)})
+
+
+def load_whole(engine: Engine, folder: Path) -> None:
+    """Read the files into an engine that has not stepped yet (collective; every rank reads).
+
+    Raises EngineError in one sentence where a file is no safetensors or is of another model.
+    """
+    step = _read(engine, folder, MODEL)
+    if step:
+        _make_moments(engine, step)
+        for kind in MOMENTS:
+            _read(engine, folder, kind)
+    _replay_bias_correction(engine.adam)
+
+
+def _read(engine: Engine, folder: Path, kind: str) -> int:
+    """Load one file; AdamW's step count in it."""
+    path = folder / f"{kind}.safetensors"
+    targets: dict[str, Tensor] = {**engine.parameters(kind)}
+    if kind == MODEL:
+        targets |= dict(engine.module.named_buffers())
+    try:
+        with safe_open(path, "pt") as file:
+            odd = sorted(targets.keys() ^ set(file.keys()))
+            if odd:
+                raise EngineError(f"{path}: {odd[0]!r} is only in the file or only in the run")
+            for name, target in targets.items():
+                value, shape = file.get_tensor(name), getattr(target, "ds_shape", target.shape)
+                if value.shape != shape:
+                    found = f"{list(value.shape)}, the run needs {list(shape)}"
+                    raise EngineError(f"{path}: {name!r} has shape {found}")
+                engine.put(target, kind, value)
+            return int((file.metadata() or {}).get("step", 0))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise EngineError(f"{path}: cannot be loaded ({reason})") from None
+
+
+def _make_moments(engine: Engine, step: int) -> None:
+    """AdamW's state as after `step` steps, with moments of zero (DeepSpeed makes it late)."""
+    adam = engine.adam
+    if engine.plan.stage == 3:
+        flat = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        flat = [p for group in adam.param_groups for p in group["params"]]
+    for p in flat:
+        adam.state[p] = {kind: torch.zeros_like(p) for kind in MOMENTS}
+        tensor = isinstance(adam, torch.optim.AdamW)  # torch counts in a tensor
+        adam.state[p]["step"] = torch.tensor(float(step), device=p.device) if tensor else step
+    _link_moments(engine)
+
+
+def _link_moments(engine: Engine) -> None:
+    """Tell DeepSpeed's parameters where their moments are.
+
+    It does so itself after the first step of the first parameter group, too early for the others.
+    """
+    if engine.plan.stage in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _replay_bias_correction(optimizer: Any) -> None:
+    """Bring the C++ state of DeepSpeed's CPU FusedAdam to where an undisturbed run has it.
+
+    It keeps beta^t as a running product outside its state dict; after a load it would start
+    again from pow(beta, t), which differs in the last bit. One scratch number makes the steps.
+    """
+    kernel = getattr(optimizer, "multi_tensor_adam", None)
+    if kernel is None or torch.cuda.is_available():
+        return
+    done = [s["step"] for s in optimizer.state.values() if "step" in s]
+    scratch = [[torch.zeros(1)] for _ in range(4)]
+    betas = optimizer.param_groups[0]["betas"]
+    for step in range(1, int(max(done, default=0)) + 1):
+        kernel(1, optimizer._dummy_overflow_buf, scratch, 0.0, *betas, 1e-8, step, 1, 1, 0.0)
