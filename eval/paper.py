@@ -36,7 +36,7 @@ class PaperRow:
     images: int | None = None
     sampling: str = "random"
     strong: bool = False
-    augment: tuple[str, ...] | None = None
+    classes: int | None = None
     initial: str | None = None
     finetune: dict[str, Any] = field(default_factory=dict)
     caveat: str = ""
@@ -44,7 +44,8 @@ class PaperRow:
     @property
     def plain(self) -> bool:
         """Whether recipe and overrides alone say how to pretrain it, on the whole training set."""
-        return self.recipe is not None and self.images is None and self.augment is None
+        whole = self.images is None and self.classes is None
+        return self.recipe is not None and whole and self.initial is None
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,8 @@ def read_paper(path: Path = PAPER) -> list[PaperTable]:
     for number, table in content.items():
         rows = []
         for row in table["rows"]:
-            lists = {key: tuple(row[key]) for key in ("set", "augment") if key in row}
             try:
-                rows.append(PaperRow(**{**row, **lists}))
+                rows.append(PaperRow(**{**row, "set": tuple(row.get("set", ()))}))
             except TypeError as error:
                 raise EvalError(f"{path}, table {number}, {row.get('name')}: {error}") from error
             unknown = set(row["published"]) - set(table["columns"])

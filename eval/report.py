@@ -138,10 +138,9 @@ def course_section(groups: Sequence[Group]) -> Section:
         ]
         if lines:
             charts.append(line_chart(lines, title=title, x="step", y=unit))
-    runs = [run for group in groups for run in group.runs]
-    return Section(
-        "course", "Throughput and schedule", tables=(throughput_table(runs),), charts=tuple(charts)
-    )
+    runs = [run for group in groups for run in group.runs if run.metrics]
+    tables = (throughput_table(runs),) if runs else ()
+    return Section("course", "Throughput and schedule", tables=tables, charts=tuple(charts))
 
 
 def picture_section(groups: Sequence[Group]) -> Section:
@@ -177,6 +176,7 @@ def read_picture(run: Run, path: Path, label: str) -> Picture:
 
 def settings_section(groups: Sequence[Group]) -> Section:
     """Recipes, DeepSpeed configurations and versions: the differences first, then everything."""
+    groups = [group for group in groups if group.pretrained]
     runs = [run for group in groups for run in group.runs]
     difference = difference_table(groups) if len(groups) > 1 else None
     tables = [t for t in (difference, versions_table(runs)) if t and t.rows]
@@ -244,11 +244,13 @@ def markdown_table(table: Table) -> list[str]:
 
 
 def write_report(
-    folders: Sequence[str | Path], output: str | Path, title: str
+    folders: Sequence[str | Path], output: str | Path, title: str, first: Sequence[Section] = ()
 ) -> tuple[Path, Path]:
-    """Read the runs and write OUTPUT.html and OUTPUT.md; their paths."""
+    """Read the runs and write OUTPUT.html and OUTPUT.md; their paths. first: chapters before
+    those of the runs; one that has the title of theirs stands in its place."""
     groups = group_runs([read_run(folder) for folder in folders])
-    sections = build_sections(groups)
+    own = {section.title for section in first}
+    sections = [*first, *(s for s in build_sections(groups) if s.title not in own)]
     page = Path(output).with_suffix(".html")
     markdown = page.with_suffix(".md")
     write_text(page, render_html(title, groups, sections))

@@ -78,19 +78,31 @@ class Group:
     label: str
     runs: tuple[Run, ...]
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether these are runs of ours, not results of an encoder from elsewhere."""
+        return (self.runs[0].folder / "recipe.yaml").is_file()
+
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder; only recipe.yaml must be there. EvalError where a file cannot be used."""
+    """Read a run folder. EvalError where a file cannot be used.
+
+    Only recipe.yaml must be there; or, for an encoder that is no run of ours (timm's, MoCo v3's, a
+    random one), results in eval/, whose name of the encoder then stands for the recipe.
+    """
     folder = Path(folder)
+    results = tuple(read_json(path) for path in sorted((folder / "eval").glob("*.json")))
     if not (folder / "recipe.yaml").is_file():
-        raise EvalError(f"{folder} is not a run folder: it has no recipe.yaml")
+        if not results:
+            raise EvalError(f"{folder} is not a run folder: it has no recipe.yaml")
+        recipe = {"name": results[0].get("encoder", {}).get("recipe", folder.name)}
+        return Run(folder.resolve(), recipe, {}, {}, (), (), results, recipe)
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise EvalError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise EvalError(f"{folder / 'recipe.yaml'} holds no keys")
-    results = tuple(read_json(path) for path in sorted((folder / "eval").glob("*.json")))
     return Run(
         folder=folder.resolve(),
         recipe=recipe,

@@ -90,6 +90,9 @@ def accuracy_table(groups: Sequence[Group]) -> Table | None:
     random = {key: random_values(groups, column) for key, column in columns.items()}
     rows = []
     for group in groups:
+        results = [result for run in group.runs for result in run.results]
+        if results and all(is_random(result) for result in results):
+            continue  # its figures stand in the row of the random encoders
         cells = [
             accuracy_cell(group_values(group, column), random[key], column)
             for key, column in columns.items()
