@@ -1,0 +1,346 @@
+"""What a recipe will need on a cluster, before any of it is bought: memory per GPU by ZeRO stage,
+bytes sent per step, FLOPs per step, hours.
+
+    python pipeline/plan.py --recipe pipeline/recipes/rmae.yaml --gpus 64 --gpu-memory 80
+
+FLOPs and kept activations come from a dry run of the recipe's own step on tensors without data;
+weights, gradients and optimizer state from the formulas of ZeRO (Rajbhandari et al. 2020, Sec. 5
+and 7) with DeepSpeed's padding. Not counted: the CUDA context (about 1 GB), what
+the allocator wastes and what a step needs only for a moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import kernels
+from pipeline.objective import Objective, Teacher, parameter_groups
+from pipeline.order import steps_per_epoch
+from pipeline.recipe import RECIPES, Recipe, load_recipe
+
+# Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
+PEAKS = {
+    "a100": {"bf16": 312.0, "fp32": 19.5},
+    "h100": {"bf16": 989.4, "fp32": 66.9},
+    "b200": {"bf16": 2250.0, "fp32": 75.0},
+}
+MOST = 128  # images of a micro-batch; more of them make a GPU no faster
+ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
+
+
+class PlanError(ValueError):
+    """A plan that cannot be made, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of `images` on one rank: FLOPs of forward and backward (2 per multiply-add,
+    matrix products and attention), bytes of activations kept for backward, bytes of keys that
+    a contrastive measure gathers."""
+
+    images: int
+    flops: int
+    activations: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
+    """The objective and its teacher without data."""
+    with torch.device("meta"):
+        objective = Objective(recipe)
+        return objective, Teacher(objective) if recipe.teacher else None
+
+
+def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = False) -> Work:
+    """One micro-batch of the recipe's step on tensors without data. Colour jitter, which has
+    neither matrix products nor a backward, is left out."""
+    still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
+    recipe = recipe.model_copy(update={"views": still})
+    objective, teacher = meta_objective(recipe)
+    if precision == "bf16":
+        objective.bfloat16()
+    for part in objective.modules():
+        if checkpointing and hasattr(part, "grad_checkpointing"):
+            part.grad_checkpointing = True  # type: ignore[assignment]
+    kernels.use("reference")
+    side, keys = recipe.encoder.image_size, []
+    # As if on the CPU: the meta device knows neither autocast nor fused attention.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective.to_empty(device="cpu")
+        if teacher is not None:
+            teacher.to_empty(device="cpu")
+            teacher.register_forward_hook(lambda module, given, key: keys.append(key))
+        image = torch.empty(images, side, side, 3, dtype=torch.uint8)
+        sample = torch.empty(images, dtype=torch.int64)
+        crop = image if recipe.views.second == "crop" else None
+        kept = _Kept(objective)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as work:
+            with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+                loss, _ = objective(image, sample, 0, teacher, crop)
+            loss.backward()
+    gathered = sum(key.numel() * key.element_size() for key in keys)
+    return Work(images, work.get_total_flops(), kept.bytes, gathered)
+
+
+def _attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of q k' and of their product with v, from the shapes [B, heads, N, d]."""
+    return int(4 * q[0] * q[1] * q[2] * k[2] * q[3])
+
+
+def _attention_backward(gradient: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """Twice the forward: what a kernel computes again is not counted."""
+    return 2 * _attention(q, k)
+
+
+# torch's counter does not know the CPU's fused attention.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class _Kept:
+    """Sums the storages that autograd keeps, the weights apart."""
+
+    def __init__(self, module: nn.Module) -> None:
+        held = [*module.parameters(), *module.buffers()]
+        self._seen = {t.untyped_storage()._cdata: t for t in held}
+        self.bytes = 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = tensor  # held, so that no other takes its address
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def shard(groups: list[list[int]], stage: int, ranks: int) -> int:
+    """Elements of the optimizer's part on one rank; groups: the parameters' sizes per group."""
+    if stage == 0:
+        return sum(map(sum, groups))
+    if stage == 3:  # every parameter is cut by itself
+        return sum(-(-n // ranks) for group in groups for n in group)
+    return sum(-(-sum(group) // (ALIGN * ranks)) * ALIGN for group in groups)
+
+
+def stage2_gradients(groups: list[list[int]], ranks: int) -> list[int]:
+    """Elements of gradients that each rank keeps between micro-batches under stage 2: DeepSpeed
+    keeps the parameters of the rank's part whole, those at its borders too."""
+    kept = [0] * ranks
+    for group in groups:
+        part, first = shard([group], 2, ranks), 0
+        for size in group:
+            for rank in range(first // part, (first + size - 1) // part + 1):
+                kept[rank] += size
+            first += size
+    return kept
+
+
+def memory(
+    objective: Objective,
+    teacher: Teacher | None,
+    work: Work,
+    stage: int,
+    ranks: int,
+    precision: str,
+) -> Memory:
+    """Bytes on the fullest rank. Stage 1 shares the optimizer's state, 2 also gradients, 3 also
+    weights.
+
+    Per trained parameter: weight and gradient in the precision of the run; fp32 exp_avg and
+    exp_avg_sq; from stage 1 on an fp32 weight beside it.
+    """
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]  # type: ignore[attr-defined]
+    size = 2 if precision == "bf16" else 4
+    trained, part = sum(map(sum, groups)), shard(groups, stage, ranks)
+    frozen = [p.numel() for p in objective.parameters() if not p.requires_grad]
+    here = [-(-n // ranks) for n in frozen] if stage == 3 else frozen
+    kept = {2: max(stage2_gradients(groups, ranks)), 3: part}.get(stage, trained)
+    return Memory(
+        weights=((part if stage == 3 else trained) + sum(here)) * size,
+        gradients=kept * size,
+        optimizer=part * (12 if stage else 8),
+        teacher=sum(p.numel() for p in teacher.parameters()) * 4 if teacher else 0,
+        activations=work.activations,
+    )
+
+
+def traffic(
+    objective: Objective,
+    teacher: Teacher | None,
+    work: Work,
+    stage: int,
+    ranks: int,
+    accumulation: int,
+    precision: str,
+) -> int:
+    """Bytes that one rank sends per optimizer step: ring collectives, each part to every rank.
+
+    Gradients: all-reduced at stage 0, scattered at 1 (once a step) and at 2 and 3 (every
+    micro-batch). Weights: gathered after the step at 1 and 2; at 3 in every forward and backward,
+    and once more for a teacher. Keys: gathered in every micro-batch.
+    """
+    size = 2 if precision == "bf16" else 4
+    whole = sum(p.numel() for p in objective.parameters() if p.requires_grad) * size
+    passes = {
+        0: 2,
+        1: 2,
+        2: accumulation + 1,
+        3: 3 * accumulation + (teacher is not None),
+    }[stage]
+    share = (ranks - 1) / ranks
+    return round(share * whole * passes + (ranks - 1) * work.keys * accumulation)
+
+
+def split(recipe: Recipe, ranks: int) -> list[int]:
+    """Micro-batches that divide a rank's images of a step, the largest first."""
+    per_rank, left = divmod(recipe.batch_size, ranks)
+    if left or not per_rank or recipe.data.partitions % ranks:
+        raise PlanError(
+            f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
+            f"{recipe.data.partitions} must be multiples of the number of GPUs"
+        )
+    return [n for n in range(min(per_rank, MOST), 0, -1) if per_rank % n == 0]
+
+
+def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time."""
+    objective, teacher = meta_objective(recipe)
+    sizes = [args.micro_batch] if args.micro_batch else split(recipe, args.gpus)
+    if args.micro_batch and args.micro_batch not in split(recipe, args.gpus):
+        raise PlanError(
+            f"--micro-batch {args.micro_batch}: must be one of {split(recipe, args.gpus)}"
+        )
+    one = dry_run(recipe, 2, args.precision, args.checkpointing)
+    rows = []
+    for stage in (0, 1, 2, 3):
+        if stage == 0 and args.precision == "bf16":
+            continue  # the engine refuses it: DeepSpeed's stage 0 loses accuracy in bf16
+        for micro in sizes:
+            work = Work(micro, *(n * micro // 2 for n in (one.flops, one.activations, one.keys)))
+            need = memory(objective, teacher, work, stage, args.gpus, args.precision)
+            if need.total <= args.gpu_memory * 1e9 or micro == sizes[-1]:
+                break
+        accumulation = recipe.batch_size // args.gpus // micro
+        sent = traffic(objective, teacher, work, stage, args.gpus, accumulation, args.precision)
+        rows.append(
+            {"stage": stage, "micro_batch": micro, "accumulation": accumulation}
+            | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need).items()}
+            | {
+                "memory_gb": round(need.total / 1e9, 3),
+                "fits": need.total <= args.gpu_memory * 1e9,
+                "sent_gb_per_step": round(sent / 1e9, 3),
+            }
+        )
+    images = recipe.data.samples_per_epoch or args.images
+    steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
+    total = round(steps * recipe.optimizer.epochs)
+    flops = one.flops * recipe.batch_size // 2
+    speed = args.gpus * PEAKS[args.gpu][args.precision] * 1e12 * args.utilisation
+    return {
+        "recipe": recipe.name,
+        "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        "gpus": args.gpus,
+        "gpu": args.gpu,
+        "precision": args.precision,
+        "flops_per_step": flops,
+        "steps": total,
+        "hours": round(total * flops / speed / 3600, 2),
+        "utilisation": args.utilisation,
+        "stages": rows,
+    }
+
+
+def show(plan: dict[str, Any]) -> str:
+    """The plan as text."""
+    lines = [
+        f"{plan['recipe']}: {plan['trained_parameters'] / 1e6:.1f} M trained parameters, "
+        f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",
+        f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} at "
+        f"{plan['utilisation']:.0%} of the peak in {plan['precision']}",
+        "",
+        "ZeRO  micro-batch  accum.  weights  gradients  optimizer  teacher  activations   sum GB"
+        "  sent GB/step",
+    ]
+    for row in plan["stages"]:
+        parts = ("weights", "gradients", "optimizer", "teacher", "activations")
+        widths = (9, 11, 11, 9, 13)
+        cells = "".join(f"{row[f'{p}_gb']:{w}.2f}" for p, w in zip(parts, widths, strict=True))
+        fits = "" if row["fits"] else "  does not fit"
+        lines.append(
+            f"{row['stage']:4}{row['micro_batch']:13}{row['accumulation']:8}{cells}"
+            f"{row['memory_gb']:9.2f}{row['sent_gb_per_step']:14.3f}{fits}"
+        )
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Predict memory, communication, FLOPs and hours of a pretraining run.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--recipe", default=RECIPES / "rmae.yaml", metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--gpus", type=int, default=8, help="over all nodes")
+    parser.add_argument("--gpu", choices=PEAKS, default="h100", help="whose peak the hours take")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="10^9 bytes")
+    # fmt: off
+    parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                        help=f"images per GPU and pass; 0: the most up to {MOST} that fit")
+    # fmt: on
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
+    parser.add_argument("--images", type=int, default=1281167, help="of the training set")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    args = parser.parse_args(argv)
+    if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
+        parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
+    if not 0 < args.utilisation <= 1 or args.gpu_memory <= 0:
+        parser.error("--utilisation must lie in (0, 1], --gpu-memory above 0")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the plan; 0, or 2 for bad input."""
+    args = parse_args(argv)
+    try:
+        plan = predict(load_recipe(args.recipe, args.overrides), args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(show(plan))
+    if args.json:
+        args.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The training step against MAE's, written plainly: time, peak memory, FLOPs, and our loop.
+
+Usage: python tests/bench_step.py [--batch 32] [--rounds 5] [--mae CHECKOUT]. Behind `make
+bench-step`; the last line is JSON. ViT-B/16 at 224 x 224, fp32, on one thread; a step is forward,
+backward and torch's fused AdamW, the same for all. Times are medians of alternating steps, in
+seconds of processor time, which on one thread is wall time less what other programs took. Peak
+memory is that of a fresh process, weights and optimizer state included. --mae: a checkout of
+facebookresearch/mae, whose own model is then a third party.
+
+mae_vs_reference, memory_vs_reference: ours / the plain writing's (tests/peer_mae.py).
+rmae_flops_vs_mae, cmae_flops_vs_mae: FLOP per second of their steps / those of our MAE step.
+loop_overhead: our training loop / a bare DeepSpeed loop - 1 (tests/bench_loop.py).
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peer_mae import PlainMAE
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import kernels
+from pipeline.interop import _ours, to_mae
+from pipeline.objective import Objective, Teacher, build_objective, parameter_groups
+from pipeline.plan import ATTENTION
+from pipeline.recipe import RECIPES, load_recipe
+from pipeline.views import make_views
+
+METHODS = ("mae", "rmae", "cmae")
+Step = Callable[[], Tensor]
+
+
+def images(batch: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, side, side, 3), dtype=torch.uint8, generator=generator)
+
+
+def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+
+
+def our_step(name: str, batch: int) -> tuple[Step, Objective, Teacher | None]:
+    """One optimizer step of a recipe, EMA included, on a fixed batch."""
+    objective, teacher = build_objective(load_recipe(RECIPES / f"{name}.yaml", []))
+    update = optimizer(parameter_groups(objective))
+    image, sample = images(batch, objective.recipe.encoder.image_size), torch.arange(batch)
+
+    def step() -> Tensor:
+        loss, _ = objective(image, sample, 0, teacher)
+        loss.backward()
+        update.step()
+        update.zero_grad(set_to_none=True)
+        if teacher is not None:
+            teacher.update(objective, 0.996)
+        return loss.detach()
+
+    return step, objective, teacher
+
+
+def normalised(objective: Objective, image: Tensor) -> tuple[Tensor, Tensor]:
+    """(images as MAE's loader gives them, float [B, 3, H, W]; noise that leaves our patches)."""
+    data = objective.recipe.data
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
+    pixels = (image.permute(0, 3, 1, 2) / 255 - mean) / std
+    sample = torch.arange(len(image))
+    views = make_views(image, sample, recipe=objective.recipe, epoch=0, patch=16)
+    return pixels.contiguous(), views.first.inverse.float()
+
+
+def peer_step(batch: int, model: torch.nn.Module, forward: Callable, objective: Objective) -> Step:
+    """The same step of another model, with the objective's weights and masks."""
+    model.load_state_dict(to_mae(objective))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}]
+    update = optimizer(
+        [*decay, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
+    )
+    pixels, noise = normalised(objective, images(batch, 224))
+
+    def step() -> Tensor:
+        loss = forward(model, pixels, noise)
+        loss.backward()
+        update.step()
+        update.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def facebook_mae(checkout: Path) -> torch.nn.Module:
+    """The model of a facebookresearch/mae checkout, whose timm and numpy were older."""
+    import numpy
+    import timm.models.vision_transformer as vit
+
+    def block(*args: object, qk_scale: None = None, **keywords: object) -> torch.nn.Module:
+        return vit.Block(*args, **keywords)  # type: ignore[arg-type]
+
+    setattr(numpy, "float", float)  # noqa: B010 (gone from numpy)
+    spec = importlib.util.spec_from_file_location("models_mae", checkout / "models_mae.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(checkout))  # it imports its util.pos_embed
+    spec.loader.exec_module(module)
+    sys.path.remove(str(checkout))
+    module.Block = block  # type: ignore[attr-defined]
+    model = module.mae_vit_base_patch16(norm_pix_loss=True)
+    # Its masks come from torch.rand inside; ours are given instead, to compare the losses.
+    model.given = None
+    masking = model.random_masking
+
+    def given_masking(x: Tensor, ratio: float) -> tuple[Tensor, ...]:
+        draw, torch.rand = torch.rand, lambda *_, **__: model.given  # type: ignore[assignment]
+        try:
+            return masking(x, ratio)
+        finally:
+            torch.rand = draw  # type: ignore[assignment]
+
+    model.random_masking = given_masking
+    return model
+
+
+def run_facebook(model: torch.nn.Module, pixels: Tensor, noise: Tensor) -> Tensor:
+    model.given = noise
+    return model(pixels, mask_ratio=0.75)[0]
+
+
+def run_plain(model: torch.nn.Module, pixels: Tensor, noise: Tensor) -> Tensor:
+    return model(pixels, noise)
+
+
+def peer(way: str, batch: int, objective: Objective, checkout: Path | None) -> Step:
+    if way == "reference":
+        return peer_step(batch, PlainMAE(), run_plain, objective)
+    assert checkout is not None
+    return peer_step(batch, facebook_mae(checkout), run_facebook, objective)
+
+
+def flops(step: Step) -> int:
+    """FLOPs of the matrix products and attentions of a step, 2 for a multiply-add."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def seconds(step: Step) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def agreement(objective: Objective) -> float:
+    """The largest difference of a gradient between ours and the plain writing, relative to its
+    largest entry; the losses count as one more."""
+    plain = PlainMAE()
+    plain.load_state_dict(to_mae(objective))
+    image = images(2, 224)
+    ours, _ = objective(image, torch.arange(2), 0)
+    theirs = plain(*normalised(objective, image))
+    ours.backward()
+    theirs.backward()
+    worst = abs(float(ours.detach() / theirs.detach()) - 1)
+    mine = dict(objective.named_parameters())
+    for name, parameter in plain.named_parameters():
+        gradient = mine[_ours(name)].grad.reshape(parameter.shape)
+        apart = (gradient - parameter.grad).abs().max() / parameter.grad.abs().max()
+        worst = max(worst, float(apart))
+    objective.zero_grad(set_to_none=True)
+    return worst
+
+
+def peak_of(way: str, args: argparse.Namespace) -> float:
+    """Peak MiB of a fresh process that makes two steps."""
+    command = [sys.executable, __file__, "--measure", way, "--batch", str(args.batch)]
+    command += ["--mae", str(args.mae)] if args.mae else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def peak_mib() -> float:
+    """The most memory that this program had resident (getrusage counts its parent's too)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def measure_peak(way: str, args: argparse.Namespace) -> None:
+    before = peak_mib()
+    step, objective, _ = our_step("mae", args.batch)
+    if way != "ours":
+        step = peer(way, args.batch, objective, args.mae)
+        del objective
+    for _ in range(2):
+        step()
+    print(peak_mib() - before)
+
+
+def compare_mae(args: argparse.Namespace) -> dict[str, float]:
+    """Ours against the peers: seconds, FLOPs, memory."""
+    ours, objective, _ = our_step("mae", args.batch)
+    apart = agreement(objective)
+    peers = ["reference", *(["facebookresearch"] if args.mae else [])]
+    steps = {"ours": ours} | {w: peer(w, args.batch, objective, args.mae) for w in peers}
+    work = {way: flops(step) for way, step in steps.items()}  # warms up too
+    times: dict[str, list[float]] = {way: [] for way in steps}
+    for _ in range(args.rounds):
+        for way, step in steps.items():
+            times[way].append(seconds(step))
+    memory = {way: peak_of(way, args) for way in steps}
+    print(f"MAE, batch {args.batch}; loss and gradients agree within {apart:.1e}")
+    print(f"{'':18}{'seconds':>9}{'TFLOP':>8}{'MiB':>8}   ours / it (least-most)")
+    for way in steps:
+        ratio = sorted(a / b for a, b in zip(times["ours"], times[way], strict=True))
+        middle = statistics.median(times[way])
+        print(
+            f"{way:18}{middle:9.2f}{work[way] / 1e12:8.3f}{memory[way]:8.0f}   "
+            f"{statistics.median(ratio):.3f} ({ratio[0]:.3f}-{ratio[-1]:.3f}) time, "
+            f"{memory['ours'] / memory[way]:.3f} memory, {work['ours'] / work[way]:.4f} FLOPs"
+        )
+    result = {}
+    for way in peers:
+        key = "reference" if way == "reference" else way
+        ratio = [a / b for a, b in zip(times["ours"], times[way], strict=True)]
+        result[f"mae_vs_{key}"] = round(statistics.median(ratio), 4)
+        result[f"memory_vs_{key}"] = round(memory["ours"] / memory[way], 4)
+    return result | {"agreement": apart}
+
+
+def compare_methods(args: argparse.Namespace) -> dict[str, float]:
+    """FLOP per second of R-MAE's and C-MAE's steps over MAE's."""
+    steps = {name: our_step(name, args.batch)[0] for name in METHODS}
+    work = {name: flops(step) for name, step in steps.items()}
+    rates: dict[str, list[float]] = {name: [] for name in METHODS}
+    for _ in range(max(1, args.rounds // 2)):
+        for name, step in steps.items():
+            rates[name].append(work[name] / seconds(step))
+    base = statistics.median(rates["mae"])
+    print(f"{'':18}{'TFLOP':>9}{'x MAE':>8}{'GFLOP/s':>9}")
+    for name in METHODS:
+        rate = statistics.median(rates[name]) / 1e9
+        print(f"{name:18}{work[name] / 1e12:9.3f}{work[name] / work['mae']:8.2f}{rate:9.1f}")
+    return {
+        f"{name}_flops_vs_mae": round(statistics.median(rates[name]) / base, 4)
+        for name in METHODS[1:]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mae", type=Path, help="a checkout of facebookresearch/mae")
+    parser.add_argument("--parts", nargs="+", default=["mae", "methods", "loop"])
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    kernels.use("reference")
+    if args.measure:
+        measure_peak(args.measure, args)
+        return
+    result: dict[str, float] = {}
+    if "mae" in args.parts:
+        result |= compare_mae(args)
+    if "methods" in args.parts:
+        result |= compare_methods(args)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The planner against what is measurable: a closed formula, a real step, DeepSpeed's memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import images, tiny_recipe
+
+from pipeline import plan
+from pipeline.objective import build_objective
+from pipeline.plan import PlanError, Work, dry_run, memory, shard, split, stage2_gradients
+from pipeline.recipe import RECIPES, load_recipe
+
+ROOT = Path(__file__).parent.parent
+
+
+def block(rows: int, keys: int, width: int, projected: int | None = None) -> int:
+    """Multiply-adds of a ViT block's forward: q of `rows`, k and v of `projected` tokens."""
+    projected = keys if projected is None else projected
+    linear = width * width * (rows + 2 * projected) + rows * width * width * 9
+    return linear + 2 * rows * keys * width
+
+
+def mae_flops(second: bool = False) -> int:
+    """FLOPs per image of a MAE step with ViT-B/16 (or of R-MAE's), by hand: thrice the forward,
+    but only twice in the patch embedding, whose input needs no gradient."""
+    total = 0
+    for visible in (49, 147) if second else (49,):
+        embed = visible * 768 * 768
+        encoder = 12 * block(visible + 1, visible + 1, 768)
+        # First block: q, k, v of the visible tokens; those of hidden places once per batch.
+        first = block(197, 197, 512) - 3 * 512 * 512 * (196 - visible)
+        middle = 6 * block(197, 197, 512)
+        last = block(147, 197, 512)
+        ends = (visible + 1) * 768 * 512 + 147 * 512 * 768
+        total += 3 * (encoder + first + middle + last + ends) + 2 * embed
+    return 2 * total
+
+
+@pytest.mark.parametrize(("name", "second"), [("mae", False), ("rmae", True)])
+def test_flops_are_those_of_the_closed_formula(name, second):
+    work = dry_run(load_recipe(RECIPES / f"{name}.yaml"), 64, "bf16")
+    assert work.flops / 64 == pytest.approx(mae_flops(second), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
+def test_the_dry_run_counts_what_a_real_step_does(name):
+    recipe = tiny_recipe(name, "views.jitter.where=none")
+    objective, teacher = build_objective(recipe)
+    kept = plan._Kept(objective)
+    with plan.FlopCounterMode(display=False, custom_mapping=plan.ATTENTION) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+            loss, _ = objective(images(6), torch.arange(6), 0, teacher)
+        loss.backward()
+    work = dry_run(recipe, 6, "fp32")
+    assert work.flops == counter.get_total_flops()
+    assert work.activations == pytest.approx(kept.bytes, rel=0.01)
+    assert work.keys == (6 * 16 * 12 * 4 if name == "cmae" else 0)
+
+
+def test_checkpointing_keeps_less_and_computes_more():
+    recipe = load_recipe(RECIPES / "mae.yaml")
+    plain, saved = (dry_run(recipe, 2, "bf16", flag) for flag in (False, True))
+    assert saved.activations < 0.3 * plain.activations
+    assert 1.2 * plain.flops < saved.flops < 1.4 * plain.flops
+
+
+def test_shards_cover_every_element():
+    groups = [[10, 7, 3], [5, 1]]
+    for ranks in (1, 2, 3, 8):
+        assert shard(groups, 0, ranks) == 26
+        for stage in (1, 2, 3):
+            assert shard(groups, stage, ranks) * ranks >= 26
+    assert shard(groups, 2, 2) == 10 + 4  # 20 / 2; 6 / 2 padded to a multiple of 2
+    assert shard(groups, 3, 2) == 5 + 4 + 2 + 3 + 1
+    assert stage2_gradients(groups, 1) == [26]
+    assert stage2_gradients(groups, 2) == [10 + 5, 10 + 6]  # 5 lies across the border of 4
+    assert stage2_gradients([[8]], 2) == [8, 8]
+
+
+def test_memory_of_one_gpu_in_bf16_is_the_formula_of_the_paper():
+    objective, teacher = plan.meta_objective(load_recipe(RECIPES / "cmae.yaml"))
+    assert teacher is not None
+    trained = sum(p.numel() for p in objective.parameters())
+    held = sum(p.numel() for p in teacher.parameters())
+    work = Work(1, 0, 1000, 0)
+    for stage in (1, 2, 3):
+        need = memory(objective, teacher, work, stage, 1, "bf16")
+        assert need.total == pytest.approx(16 * trained + 4 * held + 1000, abs=100)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    output = tmp_path_factory.mktemp("memory") / "memory.json"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    command += ["--master_port", "29671", str(ROOT / "tests/memory_worker.py"), str(output)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+def test_deepspeed_keeps_exactly_the_predicted_bytes(measured, stage):
+    assert len(measured) == 2
+    for part in ("weights", "gradients", "optimizer"):
+        sizes = [rank[stage][part] for rank in measured]
+        assert max(size["measured"] for size in sizes) == sizes[0]["predicted"], part
+
+
+def test_micro_batches_divide_a_ranks_images():
+    recipe = load_recipe(RECIPES / "mae.yaml")
+    assert split(recipe, 8)[:2] == [128, 64]
+    assert split(recipe, 64) == [16, 8, 4, 2, 1]
+    with pytest.raises(PlanError, match=r"--gpus 3: batch_size 1024 .* multiples"):
+        split(recipe, 3)
+
+
+def test_command_line(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    recipe = str(RECIPES / "demo_rmae.yaml")
+    options = ["--recipe", recipe, "--gpus", "2", "--images", "1000", "--json", str(path)]
+    assert plan.main([*options, "--gpu", "a100"]) == 0
+    text = capsys.readouterr().out
+    assert "hours on 2 A100 at 35% of the peak in bf16" in text
+    made = json.loads(path.read_text())
+    assert [row["stage"] for row in made["stages"]] == [1, 2, 3]
+    expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * 0.35) / 3600
+    assert made["hours"] == pytest.approx(expected, abs=0.005)
+    assert plan.main([*options, "--gpu-memory", "0.001"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert plan.main([*options[:2], "--gpus", "7"]) == 2
+    assert "error: --gpus 7" in capsys.readouterr().err
