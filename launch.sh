@@ -25,8 +25,9 @@ Starts pipeline/pretrain.py, or another --script, once per rank; every other ARG
 
 SIGTERM and SIGUSR1 go on to every rank, which saves and exits with 85; Ctrl-C does the same, a
 second Ctrl-C kills. Ranks that are still alive after --grace seconds (300) are killed.
-Exit code: 0 done, 2 something is missing (one sentence says what), 85 preempted: start the same
-command again to go on; otherwise that of the first rank that failed.
+Exit code: 0 done, 2 something is missing (one sentence says what), 75 a rank made no progress
+(watchdog_seconds of the ds_config), 85 preempted: start the same command again to go on; otherwise
+that of the first rank that failed.
 See docs/cluster/README.md.
 END
 }
@@ -156,8 +157,10 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       unset "pids[i]"
       ((rc == 0 || code != 0)) && continue
       code=$rc
-      [[ $mode$stopping == node && $rc != "$PREEMPTED" && $rc != 2 ]] || continue
-      printf 'error: rank %d on %s failed with exit code %d; ending the others\n' "$i" "$host" "$rc" >&2
+      [[ $mode$stopping == node && $rc != "$PREEMPTED" ]] || continue
+      # Bad input ends every rank by itself, with one line.
+      [[ $rc == 2 ]] && deadline=$((SECONDS + 60)) && continue
+      printf 'error: rank %d on %s failed with exit code %d%s; ending the others\n' "$i" "$host" "$rc" "$(reason "$rc")" >&2
       send TERM
       deadline=$((SECONDS + 20))
     done
@@ -180,6 +183,17 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
   # (A shell reports signal 15 as 143, the deepspeed launcher as 241.)
   [[ -n $stopping && " 143 138 241 246 " == *" $code "* ]] && code=$PREEMPTED
   return "$code"
+}
+
+reason() { # CODE: why the first rank failed, as it told the run's folder, or what the code means
+  local note=$output/failure.txt
+  if [[ -n $output && -f $note && $(stat -c %Y "$note") -ge $((EPOCHSECONDS - SECONDS)) ]]; then
+    printf ' (%s)' "$(head -c 500 "$note" | tr -d '\n')"
+  elif [[ $1 == 137 ]]; then
+    printf ' (killed: the kernel does so where memory runs out)'
+  elif [[ $1 == 75 ]]; then
+    printf ' (no progress: see its stack above)'
+  fi
 }
 
 on_hosts() { # COMMAND …: on every host at once; prints the hosts where it failed

@@ -9,12 +9,14 @@ patch tokens, a fresh fc_norm and head.
     deepspeed eval/finetune.py --ds_config ds_configs/zero2.json --encoder runs/rmae \\
         --train data/shards/train --val data/shards/val [--fraction 0.1 | --subset FILE]
 
-It goes on from its last checkpoint when called again. `--random` trains from scratch.
+It goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save and exit with 85.
+`--random` trains from scratch.
 """
 
 import argparse
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,7 @@ from eval.common import (
 from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
 from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
-from pipeline.ranks import native_bf16
+from pipeline.ranks import PREEMPTED, StopSignal, agree, any_rank, native_bf16
 from pipeline.recipe import Recipe, learning_rate, parse_recipe
 from pipeline.whole import load_whole, save_whole
 from shard_tools import subset
@@ -188,19 +190,19 @@ class Finetuning:
     def save(self, folder: Path, step: int, history: list[dict[str, Any]]) -> None:
         """Write a checkpoint; `latest.json` last, so that a broken one is never gone on from."""
         tag = f"step-{step:08d}"
-        save_whole(self.engine, folder / tag)
-        self.world.sum(torch.zeros(1, device=self.world.device))  # all ranks have written
-        if self.world.first:
-            content = {
-                "tag": tag,
-                "step": step,
-                "settings": settings(self.args),
-                "history": history,
-            }
+        problem = save_whole(self.engine, folder / tag)
+        content = {"tag": tag, "step": step, "settings": settings(self.args), "history": history}
+
+        def complete() -> None:
+            if problem:
+                remove_tree(folder / tag)
+                raise EvalError(f"{folder / tag} could not be written: {problem}")
             write_text(folder / "latest.json", json.dumps(content))
             for old in folder.glob("step-*"):
                 if old.name != tag:
                     remove_tree(old)
+
+        agree(complete)  # on the first rank, which wrote
 
     def load(self, folder: Path) -> tuple[int, list[dict[str, Any]]]:
         """Go on from the last checkpoint: (step, results so far), or (0, []) without one."""
@@ -273,6 +275,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
     args.micro_batch = 256  # of validation
     choose_labels(args, folder, world)
     classes = complete(args)
+    stop = StopSignal()
     run = Finetuning(args, world)
     step, history = run.load(folder / "checkpoints")
     loader = run.batches(step)
@@ -291,6 +294,9 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
             run.save(folder / "checkpoints", step + 1, history)
             if world.first:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if any_rank(bool(stop.name)) and not last:
+            run.save(folder / "checkpoints", step + 1, history)
+            sys.exit(PREEMPTED)
     if "top1" not in history[-1]:
         history[-1] |= run.validate()
     state = run.engine.full_state()

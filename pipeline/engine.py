@@ -72,6 +72,7 @@ _MECHANICS: dict[str, set[str] | None] = {
     "timers": None,
     "train_micro_batch_size_per_gpu": None,
     "wall_clock_breakdown": None,
+    "watchdog_seconds": None,
     "zero_allow_untested_optimizer": None,
 }
 # What changes the result, and the recipe key that owns it.
@@ -100,6 +101,7 @@ class Plan:
     notes: tuple[str, ...]
     checkpointing: bool = False
     compile: bool = False
+    watchdog_seconds: float = 1800.0
 
 
 def init_ranks() -> Ranks:
@@ -194,6 +196,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     for key in ("gradient_checkpointing", "compile"):
         if not isinstance(config.get(key, False), bool):
             raise EngineError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
+    patience = config.get("watchdog_seconds", 0)
+    if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
+        raise EngineError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
     if stage == 3 and config.get("compile"):
         raise EngineError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
     return config
@@ -225,6 +230,7 @@ def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
     full = copy.deepcopy(config)
     checkpointing = full.pop("gradient_checkpointing", False)
     compiled = full.pop("compile", False)
+    watchdog_seconds = float(full.pop("watchdog_seconds", Plan.watchdog_seconds))
     if full.get("bf16"):
         full["bf16"]["check_grad_overflow"] = True  # a step that is not finite is never taken
     precision = "bf16" if full.get("bf16", {}).get("enabled") else "fp32"
@@ -263,8 +269,9 @@ def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
     if compiled:
         notes.append("compile: the first steps compile the blocks")
     return Plan(
-        full, stage, micro, per_rank // micro, precision, tuple(notes), checkpointing, compiled
-    )
+        full, stage, micro, per_rank // micro, precision, tuple(notes), checkpointing, compiled,
+        watchdog_seconds,
+    )  # fmt: skip
 
 
 class Engine:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,6 +46,8 @@ class Monitor:
         if rank:
             return
         output.mkdir(parents=True, exist_ok=True)
+        self._unwritable = False
+        _keep_rows(output / "metrics.jsonl", first)
         self._log, self._metrics = (
             open(output / name, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
             for name in ("log.txt", "metrics.jsonl")
@@ -65,8 +69,19 @@ class Monitor:
         self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + text)
 
     def _write(self, file: TextIO, line: str) -> None:
-        file.write(line + "\n")
-        file.flush()
+        with self._spared():
+            file.write(line + "\n")
+            file.flush()
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """A full disk costs lines and pictures, said once; it does not end the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._unwritable:
+                print(f"warning: {self.output}: logs are incomplete: {error}", flush=True)
+            self._unwritable = True
 
     def waited(self, seconds: float) -> None:
         """Time that the device waited for data."""
@@ -111,9 +126,10 @@ class Monitor:
         step = int(row["step"])
         finite = {k: v for k, v in row.items() if math.isfinite(v)}
         self._write(self._metrics, json.dumps(finite))
-        for name, value in finite.items():
-            if name != "step":
-                self._board.add_scalar(_group(name), value, step)
+        with self._spared():
+            for name, value in finite.items():
+                if name != "step":
+                    self._board.add_scalar(_group(name), value, step)
         left = (self.total - step) * self.images / row["images_per_second"]
         text = (
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
@@ -132,8 +148,9 @@ class Monitor:
         """Keep figures of a probe after `step` steps in TensorBoard and log.txt (rank 0)."""
         if self.rank:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._spared():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
         self.say(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def picture(self, step: int, grid: Tensor) -> None:
@@ -142,9 +159,10 @@ class Monitor:
             return
         pixels = grid.cpu().numpy()
         folder = self.output / "pictures"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"step-{step:08d}.png")
-        self._board.add_image("pictures/views", pixels, step, dataformats="HWC")
+        with self._spared():
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"step-{step:08d}.png")
+            self._board.add_image("pictures/views", pixels, step, dataformats="HWC")
 
     def pause(self) -> float:
         """Now, for `resume_clock`: work that is not training must not count as throughput."""
@@ -158,9 +176,31 @@ class Monitor:
         """Flush and close the files."""
         if self.rank == 0:
             self._bar.close()
-            self._board.close()
+            with self._spared():
+                self._board.close()
         for file in self._files:
-            file.close()
+            with self._spared():
+                file.close()
+
+
+def _keep_rows(path: Path, last: int) -> None:
+    """Keep the rows of metrics.jsonl up to step `last`, from which a resumed run goes on."""
+    if not path.exists():
+        return
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [row for row in rows if _step(row) <= last]
+    if kept != rows:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def _step(row: str) -> float:
+    """The step of a row; infinite where a kill has cut it."""
+    try:
+        return int(json.loads(row)["step"]) if row.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _group(name: str) -> str:

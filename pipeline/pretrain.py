@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ from pipeline.engine import (
     make_plan,
     read_ds_config,
 )
+from pipeline.failures import Watchdog, last_failure, note_failure
 from pipeline.health import Probes, SkippedSteps
 from pipeline.monitor import Monitor
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.order import steps_per_epoch
 from pipeline.pictures import draw
-from pipeline.ranks import EngineError, Ranks, agree, any_rank, close
+from pipeline.ranks import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
 from pipeline.recipe import (
     RECIPES,
     Recipe,
@@ -41,6 +42,7 @@ from pipeline.recipe import (
 )
 from pipeline.runs import (
     RunLock,
+    SaveError,
     claim,
     export,
     load_checkpoint,
@@ -53,7 +55,6 @@ from pipeline.strong import RandAugment
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
-PREEMPTED = 85  # exit code: stopped by a signal, saved, to be started again with --resume auto
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -125,15 +126,19 @@ class Run:
         self.objective, self.teacher = build_objective(recipe)
         self.output: Path = agree(lambda: Path(args.output or default_output(recipe)))
         self.lock: RunLock | None = None
-        checkpoint = agree(lambda: self._claim(args.resume))
+        checkpoint, failed = agree(lambda: self._claim(args.resume))
+        self.watchdog = Watchdog(self.plan.watchdog_seconds, ranks.rank, self.output)
         self.engine = Engine(self.objective, parameter_groups(self.objective), self.plan)
         if self.teacher is not None:
             self.teacher.to(ranks.device)
-        self.first, saved = 0, ""
+        self.first, saved, self.saving = 0, "", 0.0
+        self.start = time.perf_counter()
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.engine, self.teacher)
             self.first = int(state["step"])
             saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['stage']}"
+            if self.first >= self.last:  # killed before the encoder was written, perhaps
+                export(self.output, checkpoint, self.objective, recipe, self.first)
         self.loader = self._loader()
         self.skipped = SkippedSteps(recipe.optimizer.skip_limit)
         self.probes = Probes(recipe, self.data, ranks.rank, ranks.world, self.plan.micro_batch)
@@ -145,15 +150,17 @@ class Run:
             images=recipe.batch_size,
             log_steps=recipe.monitor.log_steps,
         )
+        if failed:
+            self.monitor.say(f"the last start failed: {failed}")
         self._announce(kernel_line, manifest.samples)
         if checkpoint is not None:
             self.monitor.say(
                 f"resumed: {checkpoint}, at step {self.first} of {self.last} ({saved})"
             )
 
-    def _claim(self, resume: str) -> Path | None:
+    def _claim(self, resume: str) -> tuple[Path | None, str]:
         self.lock, checkpoint = claim(self.output, self.recipe, resume)
-        return checkpoint
+        return checkpoint, last_failure(self.output, clear=True)
 
     def _loader(self) -> Loader:
         d, size = self.recipe.data, self.recipe.encoder.image_size
@@ -199,15 +206,34 @@ class Run:
             say(note)
         say(f"data: {samples} images in {self.data}, {self.epoch_steps} steps per epoch")
 
+    def failed(self, error: Exception) -> int:
+        """Say why this rank ends, unless another one said the same; the exit code."""
+        gone = isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
+        reason = "lost contact to another rank" if gone else str(error) or type(error).__name__
+        rank, where = self.ranks.rank, self.watchdog.where
+        if note_failure(self.output, rank, where, reason):
+            who = f" (rank {rank}, {where})" if self.ranks.world > 1 else ""
+            print(f"error{who}: {reason}", file=sys.stderr, flush=True)
+        if isinstance(error, ValueError):
+            return 2
+        if not gone:
+            traceback.print_exception(error)
+        return 1
+
     def close(self) -> None:
         """End the workers, flush the logs, free the folder."""
+        self.watchdog.close()
         self.loader.close()
         self.monitor.close()
         if self.lock is not None:
             self.lock.release()
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint and the encoder as it is after `step` steps (collective)."""
+    def save(self, step: int, must: bool) -> None:
+        """Write a checkpoint and the encoder as it is after `step` steps (collective).
+
+        must: raise SaveError where they cannot be written, whatever monitor.on_disk_full says.
+        """
+        self.watchdog.note(f"saving step {step}")
         paused = self.monitor.pause()
         state = {
             "step": step,
@@ -216,11 +242,17 @@ class Run:
             "precision": self.plan.precision,
             "versions": versions(),
         }
-        keep = self.recipe.monitor.keep_checkpoints
-        save_checkpoint(
-            self.output, self.engine, self.teacher, dump_recipe(self.recipe), state, keep
-        )
-        export(self.output, self.engine, self.objective, self.recipe, step)
+        m, text = self.recipe.monitor, dump_recipe(self.recipe)
+        try:
+            place = save_checkpoint(
+                self.output, self.engine, self.teacher, text, state, m.keep_checkpoints
+            )
+            export(self.output, place, self.objective, self.recipe, step)
+        except SaveError as error:
+            if must or m.on_disk_full == "stop":
+                raise
+            self.monitor.say(f"warning: {error}; going on (monitor.on_disk_full: continue)")
+        self.saving += time.perf_counter() - paused
         self.monitor.resume_clock(paused)
 
     def probe(self, step: int) -> None:
@@ -240,18 +272,6 @@ class Run:
         self.monitor.resume_clock(paused)
 
 
-class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (Slurm's preemption), so that the step in hand can be finished."""
-
-    def __init__(self) -> None:
-        self.name = ""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
-
-
 def train(run: Run, stop: StopSignal) -> int:
     """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint.
 
@@ -262,10 +282,13 @@ def train(run: Run, stop: StopSignal) -> int:
     batches, skipped = iter(run.loader), run.loader
     for step in range(run.first, run.last):
         lr = learning_rate(recipe, step, run.epoch_steps)
+        patience = 4 if step == run.first else 1  # kernels and blocks are compiled
         for micro in range(run.plan.accumulation):
+            run.watchdog.note(f"step {step + 1}, waiting for data", patience)
             waiting = time.perf_counter()
             batch = next(batches)
             run.monitor.waited(time.perf_counter() - waiting)
+            run.watchdog.note(f"step {step + 1}, forward, backward and update", patience)
             # Whatever draws from torch (dropout of an option) is a function of the step too.
             torch.manual_seed(hash((recipe.seed, step, micro, run.ranks.rank)))
             loss, terms = run.engine.micro_step(
@@ -291,18 +314,22 @@ def train(run: Run, stop: StopSignal) -> int:
             values["ema"] = momentum
             distance = partial(run.teacher.distance, run.objective, run.engine.gathered)
             values["teacher_distance"] = distance
+        run.watchdog.note(f"step {step + 1}, after the update", patience)
         run.monitor.step(step, values, device)
         run.probe(step + 1)
         if (step + 1) % m.picture_steps == 0 or step + 1 == run.last:
             run.picture(step + 1, shown)
         stopping = any_rank(bool(stop.name)) and step + 1 < run.last
-        if (step + 1) % m.save_steps == 0 or step + 1 == run.last or stopping:
-            run.save(step + 1)
+        must = stopping or step + 1 == run.last
+        if must or (step + 1) % m.save_steps == 0:
+            run.save(step + 1, must)
         if stopping:
             signal_name = stop.name or "a signal to another rank"
             run.monitor.say(f"stopped by {signal_name}: saved at step {step + 1} of {run.last}")
             return PREEMPTED
+    share = run.saving / (time.perf_counter() - run.start)
     run.monitor.say(f"done: step {run.last}; encoder in {run.output / 'encoder'}")
+    run.monitor.say(f"saving took {run.saving:.1f} s, {share:.1%} of this start")
     return 0
 
 
@@ -327,7 +354,11 @@ def _device_name(device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; returns the exit code (0 done, 2 bad input, 85 stopped by a signal and saved)."""
+    """Run it; returns the exit code.
+
+    0 done, 1 another rank is gone or a bug, 2 bad input or a full disk, 75 (by the watchdog) no
+    progress, 85 stopped by a signal and saved.
+    """
     args = parse_args(argv)
     stop = StopSignal()
     ranks = init_ranks()
@@ -339,14 +370,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return train(run, stop)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except Exception as error:
+        return run.failed(error)
     finally:
         run.close()
 
 
 if __name__ == "__main__":
     code = main()
+    if code not in (0, PREEMPTED):
+        sys.stdout.flush()
+        os._exit(code)  # not waiting for ranks that may be gone
     close()
     sys.exit(code)

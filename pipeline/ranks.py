@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command goes on
 
 
 class EngineError(ValueError):
@@ -58,6 +61,18 @@ def mean_over_ranks(values: Tensor) -> Tensor:
         torch.distributed.all_reduce(values)
         values /= torch.distributed.get_world_size()
     return values
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGUSR1 (Slurm's preemption), so that the step in hand can be finished."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.name = signal.Signals(number).name
 
 
 _control: list[Any] = []  # the group for `any_rank`, made once

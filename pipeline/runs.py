@@ -6,6 +6,7 @@
       checkpoints/step-00001000/  checkpoints/latest   to go on from
       encoder/encoder.safetensors  encoder.json   timm weights, what eval reads
       model.safetensors   encoder and decoder (or heads), whole and fp32
+      failure.txt   why the last start failed, if it did
       lock   held while the run is alive
 
 A checkpoint is written under a temporary name, listed with sha256 in files.json, fsynced and
@@ -14,6 +15,7 @@ renamed; `latest` changes last. So a name without a dot in front is always a who
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,17 +23,19 @@ import os
 import platform
 import shutil
 import socket
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.encoder import encoder_info, encoder_state
 from pipeline.engine import Engine
 from pipeline.objective import Objective, Teacher
-from pipeline.ranks import EngineError, barrier
+from pipeline.ranks import EngineError, agree
 from pipeline.recipe import Recipe, RecipeError, first_difference, load_recipe
 from pipeline.whole import load_whole, save_whole
 
@@ -48,7 +52,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-        _fsync_folder(path.parent)
+        _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -58,8 +62,8 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -100,6 +104,7 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
     another recipe and for a folder that already holds a run under `none`.
     """
     lock = RunLock(output)
+    _remove_leftovers(output)
     if resume == "none":
         if any((output / "checkpoints").glob("step-*")):
             raise EngineError(
@@ -117,6 +122,13 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
     if found is not None:
         _check_recipe(found, recipe)
     return lock, found
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what a killed run had half written; only the holder of the lock may."""
+    for folder in ("checkpoints/.step-*", ".*.tmp", "*/.*.tmp"):
+        for path in output.glob(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
@@ -160,39 +172,74 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+class SaveError(EngineError):
+    """A checkpoint that could not be written, in one sentence; those before it are whole."""
+
+
 def save_checkpoint(
     output: Path, engine: Engine, teacher: Teacher | None, recipe_text: str, state: dict[str, Any],
     keep: int,
-) -> None:  # fmt: skip
-    """Write checkpoints/step-<step> (collective) and remove all but the newest `keep`."""
+) -> Path:  # fmt: skip
+    """Write checkpoints/step-<step> (collective) and remove all but the newest `keep`.
+
+    Raises SaveError on every rank where the disk is full or a write fails; what was half written
+    is removed.
+    """
     folder = output / "checkpoints"
     name = f"step-{state['step']:08d}"
     temporary = folder / f".{name}"
     if engine.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    barrier()
-    save_whole(engine, temporary)
-    barrier()
-    if engine.rank == 0:
-        if teacher is not None:
-            (temporary / TEACHER).write_bytes(save(_contiguous(teacher.state_dict())))
-        (temporary / "recipe.yaml").write_text(recipe_text)
-        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        files = {
-            str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)]
-            for p in sorted(temporary.rglob("*"))
-            if p.is_file()
-        }
-        (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
-        for path in temporary.rglob("*"):
-            _fsync_folder(path)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(temporary, folder / name)
-        _fsync_folder(folder)
-        write_atomic(folder / "latest", name + "\n")
+    problem = save_whole(engine, temporary)
+
+    def complete() -> None:
+        try:
+            if problem:
+                raise OSError(problem)
+            if teacher is not None:
+                save_file(_contiguous(teacher.state_dict()), temporary / TEACHER)
+            (temporary / "recipe.yaml").write_text(recipe_text)
+            (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+            _name_checkpoint(temporary, folder / name)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            before = [p.name for p in sorted(folder.glob("step-*")) if p.name != name]
+            raise SaveError(_unwritten(folder / name, error, before)) from None
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
-    barrier()
+
+    _on_rank_0(complete)
+    return folder / name
+
+
+def _name_checkpoint(temporary: Path, place: Path) -> None:
+    """List the files of a temporary folder with their sha256, fsync all, and give it its name."""
+    paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+    files = {str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)] for p in paths}
+    (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
+    for path in (*paths, temporary / FILES, temporary):
+        _fsync(path)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(temporary, place)
+    _fsync(place.parent)
+    write_atomic(place.parent / "latest", place.name + "\n")
+
+
+def _on_rank_0(write: Callable[[], None]) -> None:
+    """Run `write` on rank 0; its EngineError is a SaveError on every rank (collective)."""
+    try:
+        agree(write)
+    except EngineError as error:
+        raise SaveError(str(error)) from None
+
+
+def _unwritten(path: Path, error: Exception, good: list[str]) -> str:
+    """One sentence: what could not be written, why, and the newest of the good checkpoints."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    full = full or "No space left" in str(error) or "Disk quota" in str(error)
+    reason = "the disk is full" if full else str(error)
+    last = good[-1] if good else "none"
+    return f"{path} could not be written: {reason}; the last good checkpoint is {last}"
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -> dict[str, Any]:
@@ -212,17 +259,25 @@ def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -
     return state
 
 
-def export(output: Path, engine: Engine, objective: Objective, recipe: Recipe, step: int) -> None:
-    """Write encoder/ (timm names) and model.safetensors (collective)."""
-    whole = engine.full_state()
-    if engine.rank == 0:
+def export(output: Path, checkpoint: Path, objective: Objective, recipe: Recipe, step: int) -> None:
+    """Write encoder/ (timm names) and model.safetensors from a checkpoint (collective).
+
+    Raises SaveError on every rank where they cannot be written.
+    """
+
+    def write() -> None:
+        whole = load_file(checkpoint / "model.safetensors")
         prefix = "encoder."
         encoder = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
         weights = encoder_state(encoder, objective.encoder)
-        write_atomic(output / "encoder" / "encoder.safetensors", save(weights))
-        write_json(output / "encoder" / "encoder.json", encoder_info(recipe, step))
-        write_atomic(output / "model.safetensors", save(_contiguous(whole)))
-    barrier()
+        try:
+            write_atomic(output / "encoder" / "encoder.safetensors", save(weights))
+            write_json(output / "encoder" / "encoder.json", encoder_info(recipe, step))
+            write_atomic(output / "model.safetensors", save(whole))
+        except OSError as error:
+            raise SaveError(_unwritten(output / "encoder", error, [checkpoint.name])) from None
+
+    _on_rank_0(write)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -180,12 +180,15 @@ class MonitorRecipe(Section):
     occlusion_steps: CKA of the features of whole and occluded images; knn_steps: a k-NN
     classifier of the features; 0 is off. Both look at `images` held-out images, taken evenly
     from the shard folder `held_out` ("": the folder `val` beside the training shards).
+    on_disk_full: where a checkpoint cannot be written, stop, or continue to the next one (the last
+    one of a run must be written).
     """
 
     log_steps: Positive = 20
     picture_steps: Positive = 1000
     save_steps: Positive = 1000
     keep_checkpoints: Positive = 2
+    on_disk_full: Literal["stop", "continue"] = "stop"
     occlusion_steps: Steps = 0
     knn_steps: Steps = 0
     held_out: str = ""

@@ -23,8 +23,12 @@ from pipeline.ranks import EngineError
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
 
 
-def save_whole(engine: Engine, folder: Path) -> None:
-    """Write the files (collective; rank 0 writes and holds one of them in memory at a time)."""
+def save_whole(engine: Engine, folder: Path) -> str:
+    """Write the files (collective; rank 0 writes and holds one of them in memory at a time).
+
+    Returns why it failed, "" where it did not; on rank 0 only, since the others do not write.
+    """
+    problem = ""
     states = engine.adam.state.values()
     # AdamW's steps: those that were not skipped. Under stage 0 only some states count them.
     step = max((int(s["step"]) for s in states if "step" in s), default=0)
@@ -32,9 +36,13 @@ def save_whole(engine: Engine, folder: Path) -> None:
         _link_moments(engine)
     for kind in (MODEL, *(MOMENTS if step else ())):
         whole = engine.full_state(kind)
-        if engine.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(whole, folder / f"{kind}.safetensors", {"step": str(step)})
+        if engine.rank == 0 and not problem:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(whole, folder / f"{kind}.safetensors", {"step": str(step)})
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+    return problem
 
 
 def load_whole(engine: Engine, folder: Path) -> None:

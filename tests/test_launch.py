@@ -332,7 +332,8 @@ def test_a_hidden_output_folder_is_noticed(script, tmp_path):
     copy.write_text(text)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline/pretrain.py").write_text(RANK)
-    env = os.environ | NODE | {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
+    clean = {k: v for k, v in os.environ.items() if k not in NAMES}
+    env = clean | NODE | {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
     words = ["bash", copy, tmp_path, "end", "--output", tmp_path / "run"]
     alone = subprocess.run(words, env=env, capture_output=True, text=True)
     assert alone.returncode == 2

@@ -1,0 +1,89 @@
+"""Why a rank ended, and a watchdog over one that no longer moves.
+
+The first rank that fails writes failure.txt into the run's folder: one line with the rank, the step
+and the reason. launch.sh shows it, and the next start on the folder begins its log with it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+FAILURE = "failure.txt"
+STUCK = 75  # exit code: no progress for `watchdog_seconds`
+
+
+def note_failure(output: Path, rank: int, where: str, reason: str) -> bool:
+    """Leave failure.txt unless another rank was first; False where its reason was the same."""
+    line = f"rank {rank} on {socket.gethostname()}, {where}: {reason}\n"
+    try:
+        with open(output / FAILURE, "x", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:  # another rank was first, or the folder cannot be written
+        return last_failure(output).partition(": ")[2] != reason
+    return True
+
+
+def last_failure(output: Path, *, clear: bool = False) -> str:
+    """The line of failure.txt, "" without one; `clear` removes it."""
+    path = output / FAILURE
+    try:
+        line = path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+    if clear:
+        path.unlink(missing_ok=True)
+    return line
+
+
+class Watchdog:
+    """Ends the process with exit code 75 when nothing was noted for too long.
+
+    It names rank and step, prints every thread's stack and leaves failure.txt. Where a C call
+    holds the interpreter, so that no thread of Python runs, faulthandler prints the stacks and
+    ends the process with exit code 1. The clock is monotonic: setting the time changes nothing.
+    """
+
+    def __init__(self, seconds: float, rank: int, output: Path) -> None:
+        """seconds: without progress; 0 is off."""
+        self.seconds, self.rank, self.output = seconds, rank, output
+        self._closed = threading.Event()
+        self.note("start", patience=4)
+        if seconds:
+            self._arm()
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def note(self, where: str, patience: float = 1) -> None:
+        """Progress: what begins now, and how many times `seconds` it may take."""
+        self.where, self._limit = where, self.seconds * patience
+        self._since = time.monotonic()
+
+    def _arm(self) -> None:
+        """For the case that the watching thread cannot run: it puts this off in every round."""
+        faulthandler.dump_traceback_later(self._limit + self.seconds, exit=True, file=2)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(5.0, self.seconds / 4)):
+            self._arm()
+            idle = time.monotonic() - self._since
+            if idle > self._limit:
+                self._bite(idle)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _bite(self, idle: float) -> None:
+        reason = f"no progress for {idle:.0f} s (watchdog_seconds {self.seconds:g})"
+        note_failure(self.output, self.rank, self.where, reason)
+        print(f"error: rank {self.rank}, {self.where}: {reason}", flush=True)
+        faulthandler.dump_traceback(file=2)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(STUCK)
+
+    def close(self) -> None:
+        """Watch no longer."""
+        self._closed.set()
