@@ -68,8 +68,19 @@ endif
 report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.html
 	$(PY) eval/report.py $(RUNS) --output runs/report.html
 
+.PHONY: bench-step bench-memory roofline
+bench-step: .venv/ready   ## time, memory and FLOPs of the training step against MAE's; our loop (MAE=checkout of facebookresearch/mae)
+	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
+	$(PY) tests/bench_step.py $(if $(MAE),--mae $(MAE))
+
+bench-memory: .venv/ready   ## bytes per rank by ZeRO stage on 1, 2 and 4 ranks against the planner's formula
+	$(PY) tests/bench_memory.py
+
+roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
+	$(PY) tests/roofline.py
+
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
-bench: bench-shards bench-data bench-infonce   ## all benchmarks that need no GPU
+bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU
 
 bench-data: .venv/ready bench-peers   ## loading against ImageFolder + Pillow, webdataset and DALI, one core
 	$(PY) tests/bench_data.py

@@ -15,6 +15,7 @@ loop_overhead: our training loop / a bare DeepSpeed loop - 1 (tests/bench_loop.p
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,8 @@ def facebook_mae(checkout: Path) -> torch.nn.Module:
 
     setattr(numpy, "float", float)  # noqa: B010 (gone from numpy)
     spec = importlib.util.spec_from_file_location("models_mae", checkout / "models_mae.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(checkout))  # it imports its util.pos_embed
     spec.loader.exec_module(module)
@@ -251,6 +253,28 @@ def compare_methods(args: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def loop(args: argparse.Namespace) -> dict[str, float]:
+    """Our loop over a bare one, and a table of phases on two ranks (tests/bench_loop.py)."""
+    here, script = Path(sys.executable).parent, str(Path(__file__).with_name("bench_loop.py"))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def last_object(*command: str) -> dict[str, float]:
+        done = subprocess.run([*command, "--batch", str(args.batch)], env=env, check=True,
+                              capture_output=True, text=True)  # fmt: skip
+        return json.loads([row for row in done.stdout.splitlines() if row.startswith("{")][-1])
+
+    shares = {}
+    for name in METHODS:
+        launch = [str(here / "deepspeed"), "--num_accelerators", "2", script, "phases"]
+        recipe = str(RECIPES / f"{name}.yaml")
+        shares[name] = last_object(*launch, "--recipe", recipe, "--rounds", "2")
+    print("share of a step's time on 2 CPU ranks, ZeRO-2, fp32 (rank 0)")
+    print(f"{'':15}" + "".join(f"{name:>8}" for name in METHODS))
+    for phase in shares["mae"]:
+        print(f"{phase:15}" + "".join(f"{shares[name][phase]:8.1%}" for name in METHODS))
+    return last_object(sys.executable, script, "overhead", "--rounds", str(args.rounds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--batch", type=int, default=32)
@@ -269,6 +293,8 @@ def main() -> None:
         result |= compare_mae(args)
     if "methods" in args.parts:
         result |= compare_methods(args)
+    if "loop" in args.parts:
+        result |= loop(args)
     print(json.dumps(result))
 
 

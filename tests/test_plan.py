@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import roofline
 import torch
 from tiny import images, tiny_recipe
 
@@ -60,6 +61,15 @@ def test_the_dry_run_counts_what_a_real_step_does(name):
     assert work.flops == counter.get_total_flops()
     assert work.activations == pytest.approx(kept.bytes, rel=0.01)
     assert work.keys == (6 * 16 * 12 * 4 if name == "cmae" else 0)
+
+
+@pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
+def test_the_roofline_counts_the_same_work(name):
+    book = roofline.ours(name, 2)
+    work = dry_run(load_recipe(RECIPES / f"{name}.yaml"), 2, "bf16")
+    assert book.flops.total() == pytest.approx(work.flops, rel=0.01)
+    assert "rest" not in book.flops  # every op has its phase
+    assert book.seconds["b200"].total() < book.seconds["a100"].total()
 
 
 def test_checkpointing_keeps_less_and_computes_more():

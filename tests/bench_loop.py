@@ -1,0 +1,210 @@
+"""Our training loop against a bare DeepSpeed loop, and where the time of its steps goes.
+
+    python tests/bench_loop.py overhead [--rounds 5]
+    deepspeed --num_accelerators 2 tests/bench_loop.py phases --recipe pipeline/recipes/cmae.yaml
+
+overhead: one rank; seconds per step of `pretrain.train` (data, learning rate, monitor, checks) over
+those of forward, backward and step of the same engine on one fixed batch, in alternation, minus 1.
+phases: seconds of each phase of the real loop, what is nested counted once; pictures, saving and
+probes, which come every some thousand steps, are left out of both. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import kernels, objective, pretrain
+from pipeline.data import Batch
+from pipeline.engine import init_ranks
+from pipeline.ranks import Ranks, close
+from pipeline.recipe import RECIPES
+
+ROOT = Path(__file__).parent.parent
+COLLECTIVES = (
+    "all_reduce", "reduce", "broadcast", "barrier", "all_gather_into_tensor",
+    "reduce_scatter_tensor", "all_gather", "reduce_scatter",
+)  # fmt: skip
+ORDER = (
+    "data wait", "masks", "embed", "encoder", "teacher", "decoder", "heads", "loss", "backward",
+    "communication", "optimizer", "EMA", "rest",
+)  # fmt: skip
+
+
+class Run(pretrain.Run):
+    """A run whose loop has no pictures, checkpoints and probes, and that notes when steps end."""
+
+    def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
+        self.ends: list[float] = []
+        super().__init__(args, ranks)
+
+    def save(self, step: int, must: bool = False) -> None:
+        pass
+
+    def picture(self, step: int, batch: Batch) -> None:
+        pass
+
+    def probe(self, step: int) -> None:
+        self.ends.append(time.perf_counter())
+
+    def slice(self, steps: int) -> list[float]:
+        """Train some steps more; the seconds of all but the first, which starts the workers."""
+        self.last = self.first + steps
+        self.loader.close()
+        self.loader = self._loader()
+        self.ends = []
+        pretrain.train(self, stop)
+        self.first = self.last
+        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+
+stop = pretrain.StopSignal()
+
+
+def make_run(args: argparse.Namespace, ranks: Ranks) -> Run:
+    """A run of the recipe for long enough, in a folder that does not stay."""
+    options = ["--recipe", str(args.recipe), "--data", str(args.data), "--output", args.output]
+    options += ["--ds_config", str(ROOT / f"ds_configs/zero{args.stage}.json"), "--resume", "none"]
+    for text in (f"batch_size={args.batch}", "optimizer.epochs=1000", *args.overrides):
+        options += ["--set", text]
+    return Run(pretrain.parse_args(options), ranks)
+
+
+def bare(run: Run, steps: int) -> list[float]:
+    """Seconds of forward, backward and step of the run's engine on one batch."""
+    micro, side = run.plan.micro_batch, run.recipe.encoder.image_size
+    image = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
+    inputs = (image, torch.arange(micro), 0, run.teacher)
+    engine, seconds = run.engine.engine, []
+    for _ in range(steps):
+        start = time.perf_counter()
+        for _ in range(run.plan.accumulation):
+            loss, _ = engine(*inputs)
+            engine.backward(loss)
+            engine.step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def overhead(run: Run, rounds: int) -> dict[str, float]:
+    """Median over rounds of (our loop / the bare loop) - 1."""
+    bare(run, 1)
+    ratios, ours, theirs = [], [], []
+    for _ in range(rounds):
+        ours.append(statistics.median(run.slice(3)))
+        theirs.append(statistics.median(bare(run, 2)))
+        ratios.append(ours[-1] / theirs[-1] - 1)
+        print(f"our loop {ours[-1]:.3f} s, bare {theirs[-1]:.3f} s: {ratios[-1]:+.3%}", flush=True)
+    return {"loop_overhead": round(statistics.median(ratios), 4)}
+
+
+class Phases:
+    """Seconds by phase; a phase inside another is taken from the outer one."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._open: list[str] = []
+        self._mark = time.perf_counter()
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self._open[-1] if self._open else "rest"] += now - self._mark
+        self._mark = now
+
+    def watch(self, name: str, owner: Any, attribute: str) -> None:
+        """Time every call of owner.attribute under a name."""
+        inner = getattr(owner, attribute)
+
+        def timed(*args: Any, **keywords: Any) -> Any:
+            self._turn()
+            self._open.append(name)
+            try:
+                return inner(*args, **keywords)
+            finally:
+                self._turn()
+                self._open.pop()
+
+        setattr(owner, attribute, timed)
+
+    def watch_run(self, run: Run) -> None:
+        measure = run.objective.measure
+        self.watch("masks", objective, "make_views")
+        self.watch("encoder", run.objective.encoder, "forward")
+        self.watch("embed", run.objective.encoder.patch_embed["proj"], "forward")
+        for name, attribute in (
+            ("decoder", "decoder"),
+            ("heads", "projector"),
+            ("heads", "predictor"),
+        ):
+            if hasattr(measure, attribute):
+                self.watch(name, getattr(measure, attribute), "forward")
+        for op in ("patch_loss", "token_infonce"):
+            self.watch("loss", kernels, op)
+        self.watch("backward", run.engine.engine, "backward")
+        self.watch("optimizer", run.engine.engine, "step")
+        if run.teacher is not None:
+            self.watch("teacher", run.teacher, "forward")
+            self.watch("EMA", run.teacher, "update")
+        for name in COLLECTIVES:
+            self.watch("communication", torch.distributed, name)
+
+
+def phases(run: Run, steps: int) -> dict[str, float]:
+    """Share of each phase in the seconds of `steps` steps of the real loop (this rank's)."""
+    watched, waited = Phases(), []
+    watched.watch_run(run)
+    note = run.monitor.waited
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        note(seconds)
+
+    run.monitor.waited = wait  # type: ignore[method-assign]
+    run.slice(2)
+    watched.seconds.clear()
+    waited.clear()
+    watched._mark = start = time.perf_counter()
+    run.slice(steps)
+    watched._turn()
+    total = time.perf_counter() - start - waited[0]  # the first wait starts the workers
+    watched.seconds["data wait"] = sum(waited[1:])
+    watched.seconds["rest"] -= sum(waited)
+    return {name: round(watched.seconds[name] / total, 4) for name in ORDER}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=["overhead", "phases"])
+    parser.add_argument("--recipe", type=Path, default=RECIPES / "mae.yaml")
+    parser.add_argument("--data", type=Path, default=ROOT / "data/shards/train")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    ranks = init_ranks()
+    args.overrides = [f"data.partitions={args.batch}", "data.workers=1", *args.overrides]
+    with tempfile.TemporaryDirectory() as folder:
+        args.output = folder
+        run = make_run(args, ranks)
+        try:
+            result = (
+                overhead(run, args.rounds) if args.what == "overhead" else phases(run, args.rounds)
+            )
+        finally:
+            run.close()
+    if ranks.rank == 0:
+        print(json.dumps(result), flush=True)
+    close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""A step makes the host wait for the device nowhere but where DeepSpeed itself does."""
+
+import pytest
+import torch
+from tiny import images, tiny_recipe
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.engine import Engine, init_ranks, make_plan
+from pipeline.monitor import Monitor
+from pipeline.objective import build_objective, parameter_groups
+
+# Ops whose result the host reads, or whose output's size it must know.
+READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
+
+
+class CountReads(TorchDispatchMode):
+    """Counts the ops after which the host must have waited for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            t.dtype == torch.bool for t in args[1] if t is not None
+        )
+        self.count += name in READS or masks
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_makes_the_host_wait():
+    x = torch.tensor([1.0, 0.0])
+    with CountReads() as reads:
+        x.sum().item()
+        bool(x[0] > 0)
+        x[x > 0]
+    assert reads.count == 3
+
+
+# Jitter is a kernel where there is a device; its reference on the CPU does read.
+@pytest.mark.parametrize("name", ["mae", "rmae", "rmae_dagger", "cmae"])
+def test_objective_teacher_and_monitor_read_nothing(name, tmp_path):
+    recipe = tiny_recipe(name, "views.jitter.where=none")
+    objective, teacher = build_objective(recipe)
+    monitor = Monitor(tmp_path, rank=0, first=0, total=9, images=8, log_steps=5)
+    image, sample = images(4), torch.arange(4)
+    with CountReads() as reads:
+        for _ in range(2):
+            loss, terms = objective(image, sample, 0, teacher)
+            loss.backward()
+            monitor.add(loss, terms, 1.0)
+            if teacher is not None:
+                teacher.update(objective, 0.99)
+    monitor.close()
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize(("stage", "more"), [(0, 1), (1, 0), (2, 0), (3, 0)])
+def test_the_engine_adds_no_read_to_deepspeeds(stage, more):
+    """Stage 0 reads one number, whether the gradient is finite, which DeepSpeed leaves out."""
+    init_ranks()
+    recipe = tiny_recipe("mae")
+    objective, _ = build_objective(recipe)
+    config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
+    engine = Engine(objective, parameter_groups(objective), make_plan(config, recipe, 1))
+    inputs = (images(8), torch.arange(8), 0)
+    for _ in range(2):
+        engine.micro_step(1e-3, *inputs)
+    with CountReads() as ours:
+        engine.micro_step(1e-3, *inputs)
+    with CountReads() as bare:
+        loss, _ = engine.engine(*inputs)
+        engine.engine.backward(loss)
+        engine.engine.step()
+    engine.destroy()
+    assert ours.count == bare.count + more
