@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.ranks import agree, any_rank
+
 T = TypeVar("T")
 
 
@@ -49,6 +51,14 @@ class World:
         total = value.to(self.device, copy=True)
         dist.all_reduce(total)
         return total
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        """The first rank's result of make() on every rank; its ValueError too."""
+        return make() if self.size == 1 else agree(make)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.size == 1 else any_rank(flag)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite each tensor by that of rank 0."""

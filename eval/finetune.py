@@ -15,9 +15,9 @@ It goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save 
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.augment import RandAugment, make_erasing, make_mixup, seed_all
+from eval.checkpoints import Checkpoints
 from eval.classifier import build_classifier, layer_groups, write_classifier
 from eval.common import (
     EvalError,
@@ -38,12 +39,11 @@ from eval.common import (
     progress,
     run_command,
     write_result,
-    write_text,
 )
 from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
 from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
-from pipeline.ranks import PREEMPTED, StopSignal, agree, any_rank, native_bf16
+from pipeline.ranks import PREEMPTED, StopSignal, native_bf16
 from pipeline.recipe import Recipe, learning_rate, parse_recipe
 from pipeline.whole import load_whole, save_whole
 from shard_tools import subset
@@ -187,45 +187,6 @@ class Finetuning:
             "images": images,
         }
 
-    def save(self, folder: Path, step: int, history: list[dict[str, Any]]) -> None:
-        """Write a checkpoint; `latest.json` last, so that a broken one is never gone on from."""
-        tag = f"step-{step:08d}"
-        problem = save_whole(self.engine, folder / tag)
-        content = {"tag": tag, "step": step, "settings": settings(self.args), "history": history}
-
-        def complete() -> None:
-            if problem:
-                remove_tree(folder / tag)
-                raise EvalError(f"{folder / tag} could not be written: {problem}")
-            write_text(folder / "latest.json", json.dumps(content))
-            for old in folder.glob("step-*"):
-                if old.name != tag:
-                    remove_tree(old)
-
-        agree(complete)  # on the first rank, which wrote
-
-    def load(self, folder: Path) -> tuple[int, list[dict[str, Any]]]:
-        """Go on from the last checkpoint: (step, results so far), or (0, []) without one."""
-        if not (folder / "latest.json").is_file():
-            return 0, []
-        latest = json.loads((folder / "latest.json").read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(settings(self.args)))
-        if latest["settings"] != now:
-            changed = sorted(k for k in now if now[k] != latest["settings"].get(k))
-            raise EvalError(
-                f"{folder} holds a finetuning with another {', '.join(changed)}; "
-                "remove it or choose another --output"
-            )
-        load_whole(self.engine, folder / latest["tag"])
-        return int(latest["step"]), list(latest["history"])
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a checkpoint that a newer one replaces."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    folder.rmdir()
-
 
 def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
     """Replace args.train by the subset that --fraction or --subset asks for, kept in `folder`."""
@@ -277,7 +238,9 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
     classes = complete(args)
     stop = StopSignal()
     run = Finetuning(args, world)
-    step, history = run.load(folder / "checkpoints")
+    checkpoints = Checkpoints(folder, settings(args), world)
+    latest = checkpoints.load(partial(load_whole, run.engine))
+    step, history = latest.get("step", 0), latest.get("history", [])
     loader = run.batches(step)
     steps = progress(range(step, args.total_steps), world, "finetuning")
     for step in steps:
@@ -291,11 +254,11 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
             if last or round(epoch) % args.validate_epochs == 0:
                 row |= run.validate()
             history.append(row)
-            run.save(folder / "checkpoints", step + 1, history)
+            checkpoints.save(step + 1, partial(save_whole, run.engine), history=history)
             if world.first:
                 print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        if any_rank(bool(stop.name)) and not last:
-            run.save(folder / "checkpoints", step + 1, history)
+        if world.any(bool(stop.name)) and not last:
+            checkpoints.save(step + 1, partial(save_whole, run.engine), history=history)
             sys.exit(PREEMPTED)
     if "top1" not in history[-1]:
         history[-1] |= run.validate()

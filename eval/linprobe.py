@@ -17,19 +17,26 @@ The statistics of BatchNorm and the gradients are those of the global batch: eve
 its part, the features are gathered, and every rank makes the same update. The result so does not
 depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
 
+The protocol `mae` goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save and
+exit with 85.
+
     python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
     deepspeed eval/linprobe.py --protocol cached --encoder runs/rmae --train … --val …
 """
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from eval.checkpoints import Checkpoints
 from eval.common import (
     EvalError,
     World,
@@ -57,6 +64,7 @@ from eval.features import (
 )
 from eval.probe import Probe, Training
 from pipeline.data import Box, Crop, steps_per_epoch, train_loader
+from pipeline.ranks import PREEMPTED, StopSignal
 
 PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -132,33 +140,43 @@ def score(
 
 
 def probe_mae(
-    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """MAE's protocol on augmented images; the result's accuracy fields."""
+    """MAE's protocol on augmented images; the result's accuracy fields. Goes on from the last
+    checkpoint in `folder`, of which there is one per epoch."""
     probe = Probe(vit.num_features, args.classes, seed=args.seed).to(world.device)
     world.broadcast(probe.state_dict().values())
     training = Training(
         probe, (args.base_lr,), batch=args.batch_size, steps=args.steps_per_epoch, args=args
     )
-    losses = []
-    stream = global_features(vit, info, world, args, 0)
-    for step, (feature, label) in enumerate(
-        progress(stream, world, "linear probe", args.total_steps)
-    ):
-        losses.append(training.step(step, feature, label))
-        if world.first and (step + 1) % args.steps_per_epoch == 0:
-            announce(step, training, losses[-1], args)
-    return {**score(probe, vit, info, world, args), "train_loss": round(losses[-1].item(), 5)}
+    known = settings(args) | {"encoder": info["source"], "random": info["random"]}
+    checkpoints = Checkpoints(folder, known | {"feature": args.feature}, world)
+    latest, stop = checkpoints.load(training.read), StopSignal()
+    first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
+    stream = global_features(vit, info, world, args, first)
+    left = args.total_steps - first
+    for step, batch in enumerate(progress(stream, world, "linear probe", left), first):
+        losses = training.step(step, *batch)
+        ended, last = (step + 1) % args.steps_per_epoch == 0, step + 1 == args.total_steps
+        stopping = world.any(bool(stop.name)) and not last
+        if ended or last or stopping:
+            loss = losses.item()
+            checkpoints.save(step + 1, partial(training.write, world.first), loss=loss)
+        if ended:
+            announce(step, training, loss, world, args)
+        if stopping:
+            sys.exit(PREEMPTED)
+    return {**score(probe, vit, info, world, args), "train_loss": round(loss, 5)}
 
 
-def announce(step: int, training: Training, loss: Tensor, args: argparse.Namespace) -> None:
-    """A line per tenth of the epochs."""
+def announce(
+    step: int, training: Training, loss: float, world: World, args: argparse.Namespace
+) -> None:
+    """A line per tenth of the epochs, on the first rank."""
     epoch = (step + 1) // args.steps_per_epoch
-    if epoch % max(1, args.epochs // 10) == 0:
-        print(
-            f"epoch {epoch}/{args.epochs}  loss {loss[0].item():.4f}  lr {training.rate(step):.4g}",
-            flush=True,
-        )
+    if world.first and epoch % max(1, args.epochs // 10) == 0:
+        lr = f"lr {training.rate(step):.4g}"
+        print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {lr}", flush=True)
 
 
 # ------------------------------------------------------------------ cached features
@@ -224,9 +242,9 @@ def grid_scores(
 
 
 def probe_cached(
-    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, _: Path
 ) -> dict[str, Any]:
-    """The cached protocol; the result's accuracy fields and the whole grid."""
+    """The cached protocol, too short to resume; the accuracy fields and the whole grid."""
     feature, label = extract(args.train, vit, info, world, args)
     val = extract(args.val, vit, info, world, args)
     images = len(val[1])
@@ -306,14 +324,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**chosen, **fixed, "max_steps": args.max_steps, "classes": args.classes}
 
 
-def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Run the protocol that the arguments name; the whole result, alike on every rank."""
+def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
+    """Run the protocol that the arguments name; the whole result, alike on every rank.
+
+    folder: where checkpoints are kept.
+    """
     timer = Timer()
     complete(args, world)
     seed_everything(args.seed)
     vit, info = open_encoder(args, world)
     run: Callable[..., dict[str, Any]] = probe_mae if args.protocol == "mae" else probe_cached
-    accuracy = run(vit, info, world, args)
+    accuracy = run(vit, info, world, args, folder)
     return {
         "protocol": f"linprobe-{args.protocol}",
         "feature": args.feature,
@@ -328,8 +349,8 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
 def main() -> None:
     args = build_parser().parse_args()
     world = join_world()
-    result = evaluate(args, world)
     output = output_path(args, f"linprobe-{args.protocol}")
+    result = evaluate(args, world, output.with_suffix(""))
     if world.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)

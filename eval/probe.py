@@ -1,9 +1,12 @@
 """The linear probe's classifier and its optimizer, for one or many learning rates at once."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eval.common import warmup_cosine
@@ -52,6 +55,28 @@ class Training:
         """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
         settings = {"epochs": self.args.epochs, "warmup": self.args.warmup_epochs}
         return warmup_cosine(step / self.steps, peak=self.peaks[head], **settings)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that training goes on from: weights, statistics, momentum. Not copies."""
+        return self.probe.state_dict() | dict(zip(("speed.w", "speed.b"), self.speed, strict=True))
+
+    def write(self, first: bool, folder: Path) -> str:
+        """Write the state, which all ranks share, on the first; why that failed, or ""."""
+        try:
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
+                state = {k: v.detach().cpu() for k, v in self.state().items()}
+                save_file(state, folder / "probe.safetensors")
+        except (OSError, SafetensorError) as error:
+            return str(error)
+        return ""
+
+    @torch.no_grad()
+    def read(self, folder: Path) -> None:
+        """Go on from a state that was written."""
+        saved = load_file(folder / "probe.safetensors")
+        for name, tensor in self.state().items():
+            tensor.copy_(saved[name])
 
     def step(self, step: int, feature: Tensor, label: Tensor) -> Tensor:
         """One update on features [B, D], labels [B] of the global batch; mean losses [heads]."""

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -68,9 +69,15 @@ def make_place(args: argparse.Namespace, scale_name: str) -> Place:
     return Place(args.output or Path(f"runs/reproduce-{scale.name}"), scale, args.classes)
 
 
+@cache
+def known_tables() -> dict[int, PaperTable]:
+    """The paper's tables by number."""
+    return {table.number: table for table in read_paper()}
+
+
 def find_table(number: int) -> PaperTable:
     """A table of paper.yaml by its number."""
-    tables = {table.number: table for table in read_paper()}
+    tables = known_tables()
     if number not in tables:
         raise EvalError(f"--table {number}: the paper's tables are {', '.join(map(str, tables))}")
     return tables[number]

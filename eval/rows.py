@@ -1,10 +1,13 @@
 """From a row of the paper's tables to the commands that make it, at full scale or in miniature."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from eval.common import EvalError
@@ -79,13 +82,19 @@ class Place:
 
 def overrides(row: PaperRow, scale: Scale) -> list[str]:
     """The recipe's overrides of a row at a scale, without seed and data."""
-    recipe = load_recipe(RECIPES / f"{base_recipe(row)}.yaml", row.set)
+    recipe = read_recipe(base_recipe(row), tuple(row.set))
     kind = "reconstruction" if recipe.measure.kind == "reconstruction" else "contrast"
     result = [*row.set, *scale.recipe, *getattr(scale, kind)]
     if scale.epochs is not None:
         epochs = scale.epochs * max(1.0, recipe.optimizer.epochs / 100)
         result.append(f"optimizer.epochs={epochs:g}")
     return result
+
+
+@cache
+def read_recipe(name: str, sets: tuple[str, ...]) -> Recipe:
+    """A recipe with overrides, read once."""
+    return load_recipe(RECIPES / f"{name}.yaml", sets)
 
 
 def base_recipe(row: PaperRow) -> str:
@@ -152,8 +161,7 @@ def pretrain_job(place: Place, row: PaperRow, seed: int) -> list[Job]:
     samples = read_manifest(place.scale.train).samples
     sets = [*overrides(row, place.scale), f"seed={seed}"]
     sets += [] if row.images is None else [f"data.samples_per_epoch={samples}"]
-    path = RECIPES / f"{base_recipe(row)}.yaml"
-    recipe = load_recipe(path, sets)
+    path, recipe = RECIPES / f"{base_recipe(row)}.yaml", row_recipe(place, row)
     steps = steps_per_epoch(samples, recipe.batch_size, recipe.data.partitions)
     total = round(recipe.optimizer.epochs * steps)
     run = place.output / run_name(row, seed)
@@ -198,7 +206,7 @@ def random_words(place: Place, row: PaperRow, seed: int) -> list[str]:
 
 def row_recipe(place: Place, row: PaperRow) -> Recipe:
     """The recipe of a row at the scale (of a random one: MAE's)."""
-    return load_recipe(RECIPES / f"{base_recipe(row)}.yaml", overrides(row, place.scale))
+    return read_recipe(base_recipe(row), tuple(overrides(row, place.scale)))
 
 
 def eval_job(
@@ -269,7 +277,13 @@ def blocks_flops(tokens: int, width: int, depth: int) -> float:
 
 def shape_of(recipe: Recipe) -> tuple[int, int, int]:
     """(patches, width, depth) of a recipe's encoder."""
-    vit = build_vit(recipe.encoder.arch, vit_options(recipe.encoder))
+    return _shape(recipe.encoder.arch, json.dumps(vit_options(recipe.encoder)))
+
+
+@cache
+def _shape(arch: str, options: str) -> tuple[int, int, int]:
+    with torch.device("meta"):
+        vit = build_vit(arch, json.loads(options))
     return vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
 
 

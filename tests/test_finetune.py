@@ -241,7 +241,7 @@ def test_going_on_equals_never_stopping(place: Path, tmp_path: Path) -> None:
     assert results[0] == results[1]
     other = arguments(place, tmp_path / "whole", "--base-lr", "0.1")
     args = finetune.build_parser().parse_args(other)
-    with pytest.raises(ValueError, match="holds a finetuning with another base_lr"):
+    with pytest.raises(ValueError, match="holds a training with another base_lr"):
         finetune.evaluate(args, ALONE, tmp_path / "whole")
 
 

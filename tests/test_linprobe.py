@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from eval_helpers import (
     write_shards,
 )
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from eval import linprobe
@@ -181,12 +184,12 @@ def test_features_are_those_of_the_evaluation_crop(place: Path) -> None:
     assert label.tolist() == expected_label.tolist()
 
 
-def test_encoder_is_frozen_and_random_differs(place: Path) -> None:
+def test_encoder_is_frozen_and_random_differs(place: Path, tmp_path: Path) -> None:
     before, _ = read_encoder(place / "run")
     vit, info = open_encoder(parse(place), ALONE)
     assert not vit.training
     assert not any(p.requires_grad for p in vit.parameters())
-    linprobe.evaluate(parse(place), ALONE)
+    linprobe.evaluate(parse(place), ALONE, tmp_path)
     after, _ = read_encoder(place / "run")
     for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -195,9 +198,9 @@ def test_encoder_is_frozen_and_random_differs(place: Path) -> None:
     assert not torch.allclose(vit.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
 
 
-def test_cached_and_augmented_runs_learn_something(place: Path) -> None:
+def test_cached_and_augmented_runs_learn_something(place: Path, tmp_path: Path) -> None:
     easy = ("--epochs", "60", "--feature", "mean")
-    cached = linprobe.evaluate(parse(place, "--protocol", "cached", *easy), ALONE)
+    cached = linprobe.evaluate(parse(place, "--protocol", "cached", *easy), ALONE, tmp_path)
     assert cached["top1"] > 60  # chance is 16.7
     assert [row["base_lr"] for row in cached["grid"]] == list(linprobe.GRID)
     best = next(row for row in cached["grid"] if row["base_lr"] == cached["base_lr"])
@@ -205,10 +208,10 @@ def test_cached_and_augmented_runs_learn_something(place: Path) -> None:
     assert (cached["top1"], cached["top5"]) == (best["validation"], best["validation_top5"])
     assert "held-out" in cached["base_lr_chosen_on"]
     optimistic = parse(place, "--protocol", "cached", "--select", "validation", *easy)
-    scored = linprobe.evaluate(optimistic, ALONE)
+    scored = linprobe.evaluate(optimistic, ALONE, tmp_path)
     assert scored["top1"] == max(row["validation"] for row in scored["grid"])
     assert "optimistic" in scored["base_lr_chosen_on"]
-    augmented = linprobe.evaluate(parse(place, "--base-lr", "100", *easy), ALONE)
+    augmented = linprobe.evaluate(parse(place, "--base-lr", "100", *easy), ALONE, tmp_path)
     assert augmented["top1"] > 60
     assert augmented["images"] == cached["images"] == 37
 
@@ -216,14 +219,52 @@ def test_cached_and_augmented_runs_learn_something(place: Path) -> None:
 def work(world: World, place: str) -> None:
     for protocol in ("mae", "cached"):
         args = parse(Path(place), "--protocol", protocol, "--base-lr", "20")
-        result = linprobe.evaluate(args, world)
+        result = linprobe.evaluate(args, world, Path(place) / f"two-{protocol}")
         (Path(place) / f"{protocol}-{world.rank}.json").write_text(json.dumps(result))
+
+
+def test_going_on_equals_never_stopping(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by SIGTERM in the middle of an epoch, and again by the end of --max-steps' trial."""
+    args = parse(place, "--base-lr", "20")
+    whole = linprobe.evaluate(args, ALONE, tmp_path / "whole")
+    step = Training.step
+
+    def stop_at_five(training: Training, number: int, *batch: torch.Tensor) -> torch.Tensor:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(training, number, *batch)
+
+    monkeypatch.setattr(Training, "step", stop_at_five)
+    with pytest.raises(SystemExit) as stopped:
+        linprobe.evaluate(args, ALONE, tmp_path / "parts")
+    assert stopped.value.code == 85
+    latest = json.loads((tmp_path / "parts/checkpoints/latest.json").read_text())
+    assert latest["step"] == 5
+    seen = []
+    monkeypatch.setattr(Training, "step", lambda t, n, *b: (seen.append(n), step(t, n, *b))[1])
+    parts = linprobe.evaluate(args, ALONE, tmp_path / "parts")
+    assert seen == [5, 6, 7]
+    names = ("top1", "top5", "train_loss")
+    assert [parts[n] for n in names] == [whole[n] for n in names]
+    saved = [
+        load_file(tmp_path / n / "checkpoints/step-00000008/probe.safetensors")
+        for n in ("whole", "parts")
+    ]
+    assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
+    assert set(saved[0]) >= {"norm.running_mean", "weight", "bias", "speed.w", "speed.b"}
+    again = linprobe.evaluate(args, ALONE, tmp_path / "parts")  # all is done
+    assert [again[n] for n in names] == [whole[n] for n in names]
+    with pytest.raises(ValueError, match="another base_lr"):
+        linprobe.evaluate(parse(place, "--base-lr", "2"), ALONE, tmp_path / "parts")
 
 
 def test_two_ranks_give_the_result_of_one(place: Path) -> None:
     on_two_ranks(work, str(place))
     for protocol in ("mae", "cached"):
-        alone = linprobe.evaluate(parse(place, "--protocol", protocol, "--base-lr", "20"), ALONE)
+        args = parse(place, "--protocol", protocol, "--base-lr", "20")
+        alone = linprobe.evaluate(args, ALONE, place / f"one-{protocol}")
         for rank in (0, 1):
             result = json.loads((place / f"{protocol}-{rank}.json").read_text())
             assert result["ranks"] == 2
@@ -261,9 +302,11 @@ def test_command_writes_its_result(place: Path) -> None:
         (("--epochs", "0"), "--epochs"),
     ],
 )
-def test_bad_input_is_one_sentence(place: Path, change: tuple[str, str], words: str) -> None:
+def test_bad_input_is_one_sentence(
+    place: Path, tmp_path: Path, change: tuple[str, str], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
-        linprobe.evaluate(parse(place, *change), ALONE)
+        linprobe.evaluate(parse(place, *change), ALONE, tmp_path)
 
 
 def test_bad_input_ends_the_command_with_two(

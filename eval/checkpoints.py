@@ -1,0 +1,57 @@
+"""Where an evaluation that trains goes on from when it is called again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from eval.common import EvalError, World, write_text
+
+
+class Checkpoints:
+    """The newest checkpoint in FOLDER/checkpoints: step-<step>/ and, written last, latest.json.
+
+    settings: what the result depends on; a checkpoint of other settings is refused.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], world: World) -> None:
+        self.folder, self.world = folder / "checkpoints", world
+        self.settings = json.loads(json.dumps(settings))
+
+    def save(self, step: int, write: Callable[[Path], str], **more: Any) -> None:
+        """Let `write` fill a folder; `more` (JSON) goes beside it (collective).
+
+        write: returns why it failed, "" where it did not, on the first rank. The checkpoint before
+        is removed last, so that a broken one is never gone on from.
+        """
+        tag = f"step-{step:08d}"
+        problem = write(self.folder / tag)
+        content = {"tag": tag, "step": step, "settings": self.settings, **more}
+
+        def complete() -> None:
+            if problem:
+                shutil.rmtree(self.folder / tag, ignore_errors=True)
+                raise EvalError(f"{self.folder / tag} could not be written: {problem}")
+            write_text(self.folder / "latest.json", json.dumps(content))
+            for old in self.folder.glob("step-*"):
+                if old.name != tag:
+                    shutil.rmtree(old)
+
+        self.world.agree(complete)  # on the first rank, which wrote
+
+    def load(self, read: Callable[[Path], None]) -> dict[str, Any]:
+        """`read` the newest checkpoint's folder; its step and what was saved beside it, or {}."""
+        path = self.folder / "latest.json"
+        if not path.is_file():
+            return {}
+        latest = json.loads(path.read_text(encoding="utf-8"))
+        if latest["settings"] != self.settings:
+            keys = self.settings.keys() | latest["settings"].keys()
+            changed = sorted(k for k in keys if self.settings.get(k) != latest["settings"].get(k))
+            raise EvalError(
+                f"{self.folder} holds a training with another {', '.join(changed)}; "
+                "remove it or choose another --output"
+            )
+        read(self.folder / latest["tag"])
+        return dict(latest)
