@@ -239,18 +239,21 @@ def compare_methods(args: argparse.Namespace) -> dict[str, float]:
     steps = {name: our_step(name, args.batch)[0] for name in METHODS}
     work = {name: flops(step) for name, step in steps.items()}
     rates: dict[str, list[float]] = {name: [] for name in METHODS}
-    for _ in range(max(1, args.rounds // 2)):
+    for _ in range(args.rounds):
         for name, step in steps.items():
             rates[name].append(work[name] / seconds(step))
-    base = statistics.median(rates["mae"])
-    print(f"{'':18}{'TFLOP':>9}{'x MAE':>8}{'GFLOP/s':>9}")
+    print(f"{'':18}{'TFLOP':>9}{'x MAE':>8}{'GFLOP/s':>9}   / MAE's (least-most)")
+    result = {}
     for name in METHODS:
-        rate = statistics.median(rates[name]) / 1e9
-        print(f"{name:18}{work[name] / 1e12:9.3f}{work[name] / work['mae']:8.2f}{rate:9.1f}")
-    return {
-        f"{name}_flops_vs_mae": round(statistics.median(rates[name]) / base, 4)
-        for name in METHODS[1:]
-    }
+        ratio = sorted(a / b for a, b in zip(rates[name], rates["mae"], strict=True))
+        result[f"{name}_flops_vs_mae"] = round(statistics.median(ratio), 4)
+        print(
+            f"{name:18}{work[name] / 1e12:9.3f}{work[name] / work['mae']:8.2f}"
+            f"{statistics.median(rates[name]) / 1e9:9.1f}   "
+            f"{statistics.median(ratio):.3f} ({ratio[0]:.3f}-{ratio[-1]:.3f})"
+        )
+    del result["mae_flops_vs_mae"]
+    return result
 
 
 def loop(args: argparse.Namespace) -> dict[str, float]:

@@ -129,6 +129,30 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000004\n"
 
 
+FEW_IMAGES = [
+    "data.samples_per_epoch=32", "data.randaugment=rand-m9-mstd0.5-inc1", "views.cutmix=0.5",
+    "views.jitter.where=whole", "views.jitter.grayscale=0.2",
+]  # fmt: skip
+PROBES = ["monitor.occlusion_steps=2", "monitor.knn_steps=2", "monitor.images=8"]
+HEADS = "measure.heads={hidden: 24, out: 12, batch_norm: true, projector_layers: 3}"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("mocov3", [HEADS]), ("mae", FEW_IMAGES), ("rmae_ddagger", PROBES)]
+)
+def test_other_methods_and_switches_from_end_to_end(name, overrides, shards, tmp_path, capsys):
+    overrides = [*overrides, f"monitor.held_out={shards / 'val'}", "monitor.log_steps=1"]
+    words = arguments(shards, tmp_path, name, *overrides)
+    assert pretrain.main([*words, "--max-steps", "2"]) == 0
+    values = losses(tmp_path / "run")
+    assert len(values) == 2
+    assert all(0 < value < 100 for value in values)
+    encoder = load_file(tmp_path / "run/encoder/encoder.safetensors")
+    assert all(weight.isfinite().all() for weight in encoder.values())
+    printed = capsys.readouterr().out
+    assert ("occlusion/cka_0.75" in printed) == ("probe/knn_top1" in printed) == (name[0] == "r")
+
+
 def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
     words = arguments(shards, tmp_path, "mae", "optimizer.epochs=1", "optimizer.warmup_epochs=0")
     assert pretrain.main([*words, "--max-steps", "1"]) == 0
