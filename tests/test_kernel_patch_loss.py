@@ -144,6 +144,7 @@ def test_opcheck():
     [
         ({"image": torch.zeros(2, 16, 16, 3)}, "image must be uint8"),
         ({"region": torch.zeros(2, 3)}, "region must be int32"),
+        ({"region": torch.zeros(2, 0, dtype=torch.int32)}, "region is empty"),
         ({"prediction": torch.zeros(2, 3, 64)}, "predictions must be"),
         ({"other": torch.zeros(2, 4, 192)}, "predictions must be"),
         ({"weight": torch.zeros(2, 3, dtype=torch.int32)}, "weight must be float32"),

@@ -45,6 +45,8 @@ def patch_loss(
     """
     grid_of(image, patch)
     check_positions("region", region, image)
+    if not region.numel():
+        raise ValueError("region is empty: there is no patch to take the mean over")
     shape = (*region.shape, patch * patch * 3)
     if prediction.shape != shape or (other is not None and other.shape != shape):
         found = [list(t.shape) for t in (prediction, other) if t is not None]
