@@ -80,7 +80,8 @@ class RunLock:
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: loader workers would inherit it and hold it for a while after a kill.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
@@ -113,6 +114,8 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
         return lock, None
     if resume == "auto":
         found = newest_checkpoint(output / "checkpoints")
+        if found is not None:  # a run killed before it wrote `latest`, or whose newest is broken
+            write_atomic(found.parent / "latest", found.name + "\n")
     else:
         place = Path(resume)
         found = place if (place / STATE).is_file() else newest_checkpoint(place / "checkpoints")
