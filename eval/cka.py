@@ -124,19 +124,18 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     loader = eval_loader(
         args.val,
         batch_size=args.batch_size,
-        rank=0,
-        world=1,
+        rank=world.rank,
+        world=world.size,
         image_size=image_size(vit),
         workers=args.workers,
+        interleave=True,
     )
     total = torch.zeros(len(args.ratios), len(vit.blocks), 3, dtype=torch.float64)
     total = total.to(world.device)
     steps = images // args.batch_size
-    for number, batch in enumerate(progress(loader, world, "CKA", steps)):
-        if number >= steps:
-            break
-        if number % world.size == world.rank:
-            total += batch_hsic(vit, normalise(batch.image, info, world.device), batch.sample, args)
+    mine = range(world.rank, steps, world.size)
+    for _, batch in zip(mine, progress(loader, world, "CKA", len(mine)), strict=False):
+        total += batch_hsic(vit, normalise(batch.image, info, world.device), batch.sample, args)
     total = world.sum(total) / steps
     cka = total[..., 0] / (total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)).sqrt()
     return {

@@ -78,7 +78,8 @@ def class_count(train: Manifest, val: Manifest) -> int:
 def batches(
     folder: str | Path, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This rank's part of a set, each image once over all ranks, evaluation crop.
+    """This rank's batches of a set, each image once over all ranks, evaluation crop. What is in a
+    batch does not depend on the number of ranks, and so neither does the rounding of its features.
 
     Yields normalised pixels [b, 3, H, W], labels int64 [b], sample numbers int64 [b].
     """
@@ -89,6 +90,7 @@ def batches(
         world=world.size,
         image_size=image_size(vit),
         workers=args.workers,
+        interleave=True,
     )
     for batch in loader:
         pixels = normalise(batch.image, info, world.device)

@@ -27,8 +27,10 @@ class Probe(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, classes))
 
     def forward(self, feature: Tensor) -> Tensor:
-        logits = F.linear(self.norm(feature), self.weight.flatten(0, 1), self.bias.flatten())
-        return logits.unflatten(1, self.bias.shape).transpose(0, 1)
+        feature = self.norm(feature)
+        # One product per head: its rounding then does not depend on how many heads there are.
+        heads = zip(self.weight, self.bias, strict=True)
+        return torch.stack([F.linear(feature, weight, bias) for weight, bias in heads])
 
 
 class Training:

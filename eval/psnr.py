@@ -70,6 +70,7 @@ def measure(
         world=world.size,
         image_size=model.size,
         workers=args.workers,
+        interleave=True,
     )
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in progress(loader, world, "PSNR"):

@@ -332,6 +332,7 @@ def eval_loader(
     workers: int,
     resize: int | None = None,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    interleave: bool = False,
     decode: str = "auto",
     cache: str | Path | None = None,
     cache_bytes: int = 100 * GIB,
@@ -340,7 +341,9 @@ def eval_loader(
     """Centre crops, each sample exactly once over all ranks, in manifest order, without padding.
 
     batch_size is per rank; the last batch may be smaller, and ranks may have different numbers of
-    batches. resize: pixels of the shorter side before the crop, by default image_size · 256 / 224.
+    batches. interleave: the whole set is cut into batches, of which a rank takes every world-th,
+    so that the batches do not depend on the number of ranks; else a rank takes one piece of the
+    set. resize: pixels of the shorter side before the crop, by default image_size · 256 / 224.
     A sample that will not decode raises SampleError: a score over fewer images is another score.
     """
     _check_ranks(rank, world, workers)
@@ -352,8 +355,12 @@ def eval_loader(
     remote = _cache(manifest, cache, cache_bytes)
     reader = Reader(manifest, image_size, interpolation, decode, remote)
     low, high = (manifest.samples * r // world for r in (rank, rank + 1))
+    if interleave:
+        low, high = 0, manifest.samples
     dataset = _Eval(reader, crop, batch_size, low, high)
-    return Loader(dataset, range(-(-(high - low) // batch_size)), workers, pin_memory, reader)
+    tasks = range(-(-(high - low) // batch_size))
+    tasks = tasks[rank::world] if interleave else tasks
+    return Loader(dataset, tasks, workers, pin_memory, reader)
 
 
 def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:

@@ -273,6 +273,22 @@ def test_eval_crop_is_torchvisions(shards: Path) -> None:
         assert np.abs(batch.image[place].numpy() - expected).max() <= 3
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_interleaved_batches_do_not_depend_on_the_ranks(shards: Path, world: int) -> None:
+    """40 samples in batches of 7: the last one is short, and with 7 ranks one has none."""
+    served = {}
+    for rank in range(world):
+        loader = eval_loader(
+            shards, batch_size=7, rank=rank, world=world, image_size=8, workers=0, interleave=True
+        )
+        for number, batch in enumerate(loader):
+            served[rank + number * world] = batch.sample.tolist()
+        assert len(loader) == len(range(rank, 6, world))
+    assert [served[n] for n in range(6)] == [
+        list(range(a, min(a + 7, 40))) for a in range(0, 40, 7)
+    ]
+
+
 def test_crops_have_torchvisions_distribution() -> None:
     torch.manual_seed(0)
     rng, crop, shape = np.random.default_rng(0), Crop(), (60, 200)  # some tries do not fit

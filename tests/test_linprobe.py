@@ -141,6 +141,19 @@ def test_heads_do_not_touch_each_other() -> None:
     assert not torch.allclose(together.probe.weight[0], alone.probe.weight[0])
 
 
+def test_a_head_is_the_same_bit_for_bit_however_many_others_there_are(place: Path) -> None:
+    """So it does not matter how the grid is shared among ranks."""
+    args = parse(place, "--protocol", "cached", "--epochs", "20")
+    args.classes = 5
+    torch.manual_seed(2)
+    feature, label = torch.randn(64, 24), torch.randint(0, 5, (64,))
+    together = linprobe.train_heads(feature, label, (0.1, 3.0, 100.0), args)
+    for number, rate in enumerate((0.1, 3.0, 100.0)):
+        alone = linprobe.train_heads(feature, label, (rate,), args)
+        assert torch.equal(together.weight[number], alone.weight[0])
+        assert torch.equal(together.bias[number], alone.bias[0])
+
+
 def test_counts_top1_and_top5() -> None:
     logits = torch.arange(12.0).repeat(3, 1)
     assert count_correct(logits, torch.tensor([11, 7, 6])).tolist() == [1, 2, 3]
