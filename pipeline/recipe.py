@@ -8,6 +8,7 @@ buckets) belongs to ds_configs/, never here.
 from __future__ import annotations
 
 import math
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -39,6 +40,11 @@ __all__ = [
 ]  # fmt: skip
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+# YAML aliases can make a value of a few bytes endless when written out.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class RecipeError(ValueError):
@@ -260,7 +266,7 @@ def _sentence(error: ValidationError) -> str:
     if not key:
         return message
     message = message[0].lower() + message[1:]
-    return f"key {key!r}: {message}, got {first['input']!r}"
+    return f"key {key!r}: {message}, got {_SHORT.repr(first['input'])}"
 
 
 def _valid_keys(place: list[str]) -> list[str]:
