@@ -165,7 +165,7 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       deadline=$((SECONDS + 20))
     done
     if [[ $mode == hosts ]]; then # pdsh holds one ssh per host; the first to end is a failure or the end
-      links=$(pgrep -c -x -P "$(pgrep -d, -s "${pids[0]:-0}")" ssh)
+      links=$(pgrep -c -x -P "$(pgrep -d, -s "${pids[0]:-0}" || echo 0)" ssh)
       ((links < most)) && deadline=${deadline:-$((SECONDS + 60))}
       ((most = links > most ? links : most))
       sleep 1
