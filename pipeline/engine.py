@@ -170,7 +170,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise EngineError(f"{path}: a DeepSpeed configuration is a JSON object")

@@ -203,7 +203,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not a YAML text ({type(error).__name__})") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
@@ -236,13 +236,12 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {text}: write it as key.subkey=value")
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {text}: the value is not valid YAML") from None
-    change: Any = value
-    for part in reversed(key.split(".")):
-        change = {part: change}
-    merged = _merge(values, change)
+        change: Any = yaml.safe_load(raw)
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        merged = _merge(values, change)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RecipeError(f"--set {text[:80]}: the value is not valid YAML") from None
     values.clear()
     values.update(merged)
 

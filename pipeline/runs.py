@@ -208,7 +208,9 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             before = [p.name for p in sorted(folder.glob("step-*")) if p.name != name]
             raise SaveError(_unwritten(folder / name, error, before)) from None
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        # Those of later steps are broken ones that this start has passed over.
+        done = [p for p in sorted(folder.glob("step-*")) if p.name <= name]
+        for old in done[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     _on_rank_0(complete)

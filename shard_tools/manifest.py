@@ -149,15 +149,19 @@ def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
         raise ManifestError(f"{where}: version {version!r} is not known, this code reads {VERSION}")
     if checksum != _checksum(content):
         raise ManifestError(f"{where}: damaged, its checksum does not match its content")
-    manifest = Manifest(
-        folder=_resolve(home, content["folder"]),
-        shards=tuple(Shard(**shard) for shard in content["shards"]),
-        classes=tuple(content["classes"]),
-        made=content["made"],
-        home=home,
-        index_sha256=content["index_sha256"],
-        names_sha256=content["names_sha256"],
-    )
+    try:
+        manifest = Manifest(
+            folder=_resolve(home, content["folder"]),
+            shards=tuple(Shard(**shard) for shard in content["shards"]),
+            classes=tuple(content["classes"]),
+            made=content["made"],
+            home=home,
+            index_sha256=content["index_sha256"],
+            names_sha256=content["names_sha256"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
+    _check_types(where, manifest)
     _check_files(manifest, check_shards)
     return manifest
 
@@ -313,6 +317,18 @@ def _parse_header(where: str, head: bytes, size: int) -> tuple[int, bytes]:
             f"{where}: holds {size} bytes where {count} samples need {_HEADER.size + count * width}"
         )
     return count, digest
+
+
+def _check_types(where: str, manifest: Manifest) -> None:
+    """Every field has its type, and no number is negative."""
+    texts = [manifest.index_sha256, manifest.names_sha256, *manifest.classes]
+    for shard in manifest.shards:
+        texts += [shard.name, shard.sha256]
+        for number in (shard.samples, shard.bytes):
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise ManifestError(f"{where}: {number!r:.80} is no count of samples or bytes")
+    if not all(isinstance(text, str) and "\0" not in text for text in texts):
+        raise ManifestError(f"{where}: a name, class or checksum is not a text")
 
 
 def _check_files(manifest: Manifest, check_shards: bool) -> None:
