@@ -65,6 +65,10 @@ else
 	$(PY) shard_tools/make_shards.py data/demo/images/val $(SHARDS)/val --resume --shard-size 1MiB --classes-from $(SHARDS)/train
 endif
 
+.PHONY: mini-paper
+mini-paper: .venv/ready   ## five claims of the paper on demo photographs, three seeds → runs/mini-paper/report.html
+	@$(PY) eval/mini_paper.py --seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS))
+
 report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.html
 	$(PY) eval/report.py $(RUNS) --output runs/report.html
 

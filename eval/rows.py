@@ -136,16 +136,19 @@ def row_data(place: Place, row: PaperRow, part: str) -> tuple[str, list[Job]]:
         source = str(jobs[0].makes.parent)
     if part != "pretrain" or row.images is None:
         return source, jobs
-    manifest = read_manifest(source)
-    count = min(row.images, manifest.samples // 4)
-    if row.sampling == "one-per-class":
-        count = min(row.images, len(manifest.classes))
-    elif row.sampling == "in-one-class":
-        count = min(row.images, manifest.samples // len(manifest.classes) // 2)
+    count = few_images(place, row)
     choose = "one-class" if row.sampling == "in-one-class" else row.sampling
     name = f"train-{row.images}" + ("" if choose == "random" else f"-{choose}")
     jobs.append(subset_job(place, source, name, "--count", count, "--choose", choose))
     return str(jobs[-1].makes.parent), jobs
+
+
+def few_images(place: Place, row: PaperRow) -> int:
+    """How many images a row of few is made of: the paper's, or as many as smaller data offer."""
+    manifest = read_manifest(place.scale.train)
+    samples, classes = manifest.samples, len(manifest.classes)
+    most = {"one-per-class": classes, "in-one-class": samples // classes // 2}
+    return min(row.images or samples, most.get(row.sampling, samples // 4))
 
 
 # ------------------------------------------------------------------ jobs of a row
@@ -162,7 +165,8 @@ def pretrain_job(place: Place, row: PaperRow, seed: int) -> list[Job]:
     sets = [*overrides(row, place.scale), f"seed={seed}"]
     sets += [] if row.images is None else [f"data.samples_per_epoch={samples}"]
     path, recipe = RECIPES / f"{base_recipe(row)}.yaml", row_recipe(place, row)
-    steps = steps_per_epoch(samples, recipe.batch_size, recipe.data.partitions)
+    drawn = recipe.data.samples_per_epoch or samples
+    steps = steps_per_epoch(drawn, recipe.batch_size, recipe.data.partitions)
     total = round(recipe.optimizer.epochs * steps)
     run = place.output / run_name(row, seed)
     words = ["--recipe", path, "--data", data, "--output", run]
@@ -191,6 +195,9 @@ def supervised_jobs(place: Place, row: PaperRow, seed: int) -> list[Job]:
     scratch = replace(row, recipe=None, initial="random")
     result = place.output / run_name(scratch, seed) / "eval" / "finetune.json"
     words, val = random_words(place, scratch, seed), place.scale.val
+    batch = 1 << few_images(place, row).bit_length() - 1
+    if row.images and batch < int(option(place.scale.options["finetune"], "--batch-size", 1024)):
+        words += ["--batch-size", str(batch)]
     train = eval_job(place, scratch, seed, "finetune", words, result, data, val, jobs)
     export = python(ROOT / "pipeline/export.py", result.with_suffix(""), "--format", "run", run)
     made = run / "encoder" / "encoder.json"
@@ -215,9 +222,9 @@ def eval_job(
 ) -> Job:  # fmt: skip
     """One evaluation of an encoder, its result file and its cost."""
     scale, script = place.scale, SCRIPTS.get(protocol, protocol)
-    words = [*encoder, "--val", val, "--seed", seed, "--output", result]
+    words = ["--val", val, "--seed", seed, "--output", result]
     words += [] if protocol in ("psnr", "cka") else ["--train", train]
-    words += scale.options.get(protocol, ())
+    words += [*scale.options.get(protocol, ()), *encoder]
     images = read_manifest(scale.val).samples
     flops = images * encoder_flops(row_recipe(place, row))
     if script == "finetune":

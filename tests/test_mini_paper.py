@@ -1,0 +1,119 @@
+"""Claims are judged by Student's interval; a slice of the paper in miniature, by its command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_1samp
+
+from eval import mini_paper
+from eval.claims import CLAIMS, Difference, interval, judge, verdict
+from eval.reproduce import parse_args
+from eval.rows import read_scale
+
+ROOT = Path(__file__).parent.parent
+
+
+def values(table):
+    return lambda row, figure: table[row, figure]
+
+
+@pytest.mark.parametrize("numbers", [(1.0, 2.0, 4.0), (0.5, -0.25), (3.0, 3.5, 2.0, 9.0)])
+def test_the_interval_is_students(numbers):
+    expected = ttest_1samp(numbers, 0).confidence_interval(0.95)
+    assert interval(numbers) == pytest.approx((expected.low, expected.high))
+
+
+def test_pairs_count_not_the_spread_over_seeds():
+    """Seeds that differ a lot, but always in the same direction by about the same."""
+    table = {("a", "finetune"): [50.0, 70.0, 60.0], ("b", "finetune"): [48.0, 67.5, 57.9]}
+    one = judge(Difference("a", "b", "finetune"), values(table))
+    assert one.mean == pytest.approx((2 + 2.5 + 2.1) / 3)
+    assert one.holds
+    assert judge(Difference("b", "a", "finetune"), values(table)).verdict == "the opposite holds"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        ([3.0, 1.0, 2.0], [1.0, 2.0, 1.0], "undecided"),
+        ([3.0], [1.0], "undecided"),  # one seed has no interval
+        ([3.0, None, None], [1.0, 1.0, 1.0], "undecided"),
+        ([None, None], [1.0, 1.0], "undecided"),
+        ([3.0, 3.1, None], [1.0, 1.0, 1.0], "holds"),
+        ([1.0, 1.0], [1.0, 1.0], "undecided"),  # no difference at all
+    ],
+)
+def test_doubt_is_not_a_yes(first, second, word):
+    one = judge(Difference("a", "b", "x"), values({("a", "x"): first, ("b", "x"): second}))
+    assert one.verdict == word
+    assert verdict([one]) is (word == "holds")
+    assert not verdict([])
+
+
+def test_a_claim_needs_all_its_differences():
+    table = {("a", "x"): [3.0, 3.1], ("b", "x"): [1.0, 1.0], ("c", "x"): [3.0, 1.0]}
+    sure, unsure = (judge(Difference(n, "b", "x"), values(table)) for n in ("a", "c"))
+    assert verdict([sure, sure])
+    assert not verdict([sure, unsure])
+
+
+def test_every_claim_names_rows_and_figures_that_are_made():
+    wanted = mini_paper.wanted_figures(CLAIMS)
+    assert wanted["random"] == ["finetune", "fewshot", "cka"]
+    assert wanted["MAE"] == ["finetune", "fewshot", "psnr", "cka"]
+    assert wanted["C-MAE without mask tokens"] == ["linprobe"]
+    assert [mini_paper.paper_row(name).name for name in wanted][-1] == "supervised"
+    assert [claim.number for claim in CLAIMS] == [1, 2, 3, 4, 5]
+    assert mini_paper.parse_args([]).seeds == 3
+    with pytest.raises(SystemExit):
+        mini_paper.parse_args(["--claims", "6"])
+    assert parse_args(["--table", "1"]).seeds == 1
+
+
+def test_cka_counts_all_blocks_where_most_is_dropped(tmp_path):
+    place = mini_paper.Place(tmp_path, read_scale("mini"))
+    folder = tmp_path / "mae-0" / "eval"
+    folder.mkdir(parents=True)
+    cka = {"ratios": [0.6, 0.7, 0.8], "cka": [[0, 0], [0.5, 0.75], [0.25, 0.5]]}
+    (folder / "cka.json").write_text(json.dumps(cka))
+    assert mini_paper.our_figure(place, "MAE", 0, "cka") == 0.5
+    assert mini_paper.our_figure(place, "MAE", 1, "cka") is None
+
+
+@pytest.mark.slow
+def test_a_slice_from_photographs_to_claims(shards, tmp_path):
+    """Claim 5 with two seeds and a smaller model: pretrain, PSNR, report, verdict; then again."""
+    small = "encoder.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}"
+    command = [
+        sys.executable, ROOT / "eval/mini_paper.py", "--claims", "5", "--seeds", "2",
+        "--train", shards / "train", "--val", shards / "val", "--output", tmp_path / "mini",
+        "--set", "data.samples_per_epoch=128", "--set", small,
+    ]  # fmt: skip
+    for _ in (1, 2):  # the second call finds that all is done
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, timeout=400, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    last = json.loads(done.stdout.strip().splitlines()[-1])
+    assert list(last) == ["claims"]
+    assert set(last["claims"]) == {"5"}
+    jobs = (tmp_path / "mini/jobs.jsonl").read_text().splitlines()
+    assert len(jobs) == 8
+    psnr = {
+        name: [
+            json.loads((tmp_path / f"mini/{name}-{seed}/eval/psnr.json").read_text())["image"]
+            for seed in (0, 1)
+        ]
+        for name in ("mae", "rmae")
+    }
+    low, _ = interval([r - m for r, m in zip(psnr["rmae"], psnr["mae"], strict=True)])
+    assert last["claims"]["5"] is (low > 0)
+    markdown = (tmp_path / "mini/report.md").read_text()
+    assert "Claim 5" in markdown
+    assert "true mean and deviation" in markdown
+    page = (tmp_path / "mini/report.html").read_text()
+    assert f"{sum(psnr['rmae']) / 2:.2f}" in page
+    assert "<svg" in page

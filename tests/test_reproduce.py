@@ -1,0 +1,218 @@
+"""Rows become the commands of the recipes' README; jobs run once, in order, and say what failed."""
+
+import json
+import re
+import shlex
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from eval_helpers import coloured_images, write_shards
+from tiny import tiny_recipe
+
+from eval import reproduce, rows
+from eval.common import EvalError
+from eval.jobs import Job, costs, python, quoted, run_jobs, show_plan
+from eval.paper import read_paper
+from pipeline.recipe import RECIPES, load_recipe
+
+README = RECIPES / "README.md"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    write_shards(folder / "train", *coloured_images(640, 8, seed=1), per_shard=64)
+    write_shards(folder / "val", *coloured_images(32, 8, seed=2))
+    return folder
+
+
+def place_of(shards, scale, output="out"):
+    return rows.Place(
+        Path(output), rows.read_scale(scale, str(shards / "train"), str(shards / "val"))
+    )
+
+
+def documented():
+    """Recipes that the README's commands describe, as (recipe, samples per epoch or 0)."""
+    found = []
+    for command in re.findall(r"`(pretrain --.*?)`", README.read_text()):
+        words = shlex.split(command)
+        name = Path(words[words.index("--recipe") + 1]).name
+        sets = [b for a, b in pairwise(words) if a == "--set"]
+        found.append(plain(load_recipe(RECIPES / name, sets)))
+    return found
+
+
+def plain(recipe):
+    """A recipe's content without its name, its seed and how many images it draws."""
+    content = recipe.model_dump(mode="json")
+    content["data"].pop("samples_per_epoch")
+    return json.dumps(content | {"name": "", "seed": 0}, sort_keys=True)
+
+
+def test_full_scale_runs_the_commands_of_the_readme(shards):
+    """Each pretraining of each table, at full scale, is a documented command's recipe."""
+    known, seen = documented(), []
+    place = place_of(shards, "full")
+    for table in read_paper():
+        for row in table.rows:
+            jobs = [j for j in rows.pretrain_job(place, row, 0) if "pretrain.py" in str(j.command)]
+            for job in jobs:
+                assert Path(job.command[0]).name == "deepspeed"
+                sets = [b for a, b in pairwise(job.command) if a == "--set"]
+                path = job.command[job.command.index("--recipe") + 1]
+                seen.append(plain(load_recipe(path, sets)))
+                assert seen[-1] in known, (table.number, row.name)
+    assert len(seen) == 49
+
+
+def test_few_images_draw_as_many_as_the_whole_set_has(shards):
+    place = place_of(shards, "full")
+    row = next(r for r in reproduce.find_table(7).rows if r.name == "one per class")
+    data, job = rows.pretrain_job(place, replace(row, images=8), 3)
+    assert data.command[2:] == (
+        str(shards / "train"), "out/data/train-8-one-per-class",
+        "--count", "8", "--choose", "one-per-class",
+    )  # fmt: skip
+    assert "data.samples_per_epoch=640" in job.command
+    assert "seed=3" in job.command
+    assert job.needs == (data.name,)
+
+
+def test_evaluations_of_a_row(shards):
+    place = place_of(shards, "full")
+    table = reproduce.find_table(4)
+    row = reproduce.choose_rows(table, ["C-MAE, BYOL"])[0]
+    jobs = rows.row_jobs(place, row, 1, reproduce.columns_of(table, row))
+    names = [Path(job.command[1]).name for job in jobs]
+    assert names == ["pretrain.py", "linprobe.py", "finetune.py", "finetune.py"]
+    probe, whole, few = (" ".join(job.command[2:]) for job in jobs[1:])
+    assert "--fraction 0.1 --subset-seed 1" in few
+    assert "--fraction" not in whole
+    assert "--protocol" not in probe  # MAE's
+    assert all(job.needs == (jobs[0].name,) for job in jobs[1:])
+    random = next(r for r in reproduce.find_table(1).rows if r.name == "random, 300 epochs")
+    (job,) = rows.row_jobs(place, random, 0, ["finetune"])
+    words = " ".join(job.command)
+    assert "--encoder random --arch vit_base_patch16_224" in words
+    assert words.endswith("--epochs 300")
+    (mini,) = rows.row_jobs(place_of(shards, "mini"), random, 0, ["finetune"])
+    assert rows.option(mini.command, "--epochs", None) == "12"  # three times the scale's 4
+
+
+def test_a_run_is_shared_by_the_tables_that_name_it():
+    first = next(r for r in reproduce.find_table(1).rows if r.name == "MAE, 100 epochs")
+    fourth = next(r for r in reproduce.find_table(4).rows if r.name == "MAE")
+    assert rows.run_name(first, 2) == rows.run_name(fourth, 2) == "mae-2"
+    names = {}
+    for table in read_paper():
+        for row in table.rows:
+            if row.recipe or row.initial:
+                names.setdefault(rows.run_name(row, 0), set()).add((row.recipe, row.set, row.images,
+                    row.sampling if row.images else "", row.strong, row.classes, row.initial,
+                    str(row.finetune)))  # fmt: skip
+    assert all(len(kinds) == 1 for kinds in names.values()), names
+
+
+def test_every_row_has_a_plan_in_miniature(shards):
+    place = place_of(shards, "mini")
+    for table in read_paper():
+        for row in reproduce.choose_rows(table, None):
+            for job in rows.row_jobs(place, row, 0, reproduce.columns_of(table, row)):
+                assert job.flops < 1e14, job.name
+
+
+def test_flops_are_those_of_a_vit_b():
+    """17.6 GFLOP multiply-adds of ViT-B/16 at 224 (Dosovitskiy et al.: 55.4 at 384): 35 GFLOP."""
+    recipe = load_recipe(RECIPES / "mae.yaml")
+    assert rows.encoder_flops(recipe) == pytest.approx(35e9, rel=0.02)
+    cost = rows.pretrain_flops(recipe)
+    assert 2.5 < rows.pretrain_flops(load_recipe(RECIPES / "rmae.yaml")) / cost < 3.2
+    assert rows.pretrain_flops(tiny_recipe("cmae")) > rows.pretrain_flops(tiny_recipe("mae"))
+
+
+# ------------------------------------------------------------------ jobs
+
+
+def touch(path, text="", *, code=0, needs=()):
+    program = f"import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.write_text({text!r}); "
+    program += f"print('said', p.name); sys.exit({code})"
+    return Job(path.name, (sys.executable, "-c", program, str(path)), path, needs)
+
+
+def test_jobs_run_once_and_after_what_they_need(tmp_path, capsys):
+    second = touch(tmp_path / "b", needs=("a",))
+    need = f"import pathlib; pathlib.Path({str(tmp_path / 'a')!r}).read_text(); "
+    second = replace(
+        second, command=(*second.command[:2], need + second.command[2], str(second.makes))
+    )
+    first = touch(tmp_path / "a")
+    spent = run_jobs([second, first, touch(tmp_path / "c"), first], 2, tmp_path / "out")
+    assert set(spent) == {"a", "b", "c"}
+    assert all(seconds > 0 for seconds in spent.values())
+    assert (tmp_path / "out/logs/b.log").read_text() == "said b\n"
+    assert "[3/3]" in capsys.readouterr().out
+    before = [p.stat().st_mtime_ns for p in (tmp_path / "a", tmp_path / "b")]
+    assert run_jobs([second, first], 2, tmp_path / "out") == spent
+    assert [p.stat().st_mtime_ns for p in (tmp_path / "a", tmp_path / "b")] == before
+    assert "done" in show_plan([first])[0]
+
+
+def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
+    bad = replace(touch(tmp_path / "bad", code=3), makes=tmp_path / "never")
+    after = touch(tmp_path / "after", needs=("bad",))
+    with pytest.raises(EvalError, match=r"1 of 3 jobs failed: bad \(see .*logs/bad\.log\)"):
+        run_jobs([bad, after, touch(tmp_path / "good")], 1, tmp_path / "out")
+    assert (tmp_path / "good").is_file()
+    assert not (tmp_path / "after").exists()
+    assert "bad" in costs(tmp_path / "out")
+
+
+def test_an_earlier_export_does_not_count_as_done(tmp_path):
+    made = tmp_path / "encoder.json"
+    job = Job("a", python("x.py"), made, step=20)
+    made.write_text('{"step": 10}')
+    assert not job.done
+    made.write_text('{"step": 20}')
+    assert job.done
+
+
+def test_two_commands_of_one_name_are_refused(tmp_path):
+    with pytest.raises(EvalError, match="two different commands are called a"):
+        run_jobs([touch(tmp_path / "a"), touch(tmp_path / "a", "other")], 1, tmp_path)
+
+
+def test_words_are_quoted_for_a_shell():
+    for word in ("a=b", "{a: 1}", "", "x y"):
+        assert shlex.split(quoted(word)) == [word]
+
+
+# ------------------------------------------------------------------ command
+
+
+def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, capsys):
+    words = ["--table", "1", "--scale", "mini", "--rows", "R-MAE", "--dry-run", "--seeds", "2"]
+    data = ["--train", shards / "train", "--val", shards / "val", "--output", tmp_path / "o"]
+    reproduce.reproduce(reproduce.parse_args([*words, *map(str, data)]))
+    printed = capsys.readouterr().out
+    assert "rmae-1 pretrain" in printed
+    assert "6 of 6 jobs to run" in printed
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--table", "9"], "--table 9: the paper's tables are 1, 2"),
+        (["--table", "4", "--rows", "MEA"], "rows of table 4 are: MAE; MAE, jitter"),
+        (["--table", "4", "--scale", "huge"], "knows full, mini"),
+        (["--table", "4", "--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(shards, words, sentence):
+    data = ["--train", str(shards / "train"), "--val", str(shards / "val"), "--dry-run"]
+    with pytest.raises(ValueError, match=sentence):
+        reproduce.reproduce(reproduce.parse_args([*words, *data]))
