@@ -1,15 +1,11 @@
-"""Finetuning's augmentations, all of them timm's: RandAugment, random erasing, mixup and cutmix."""
+"""Finetuning's augmentations of batches, all of them timm's: random erasing, mixup and cutmix."""
 
 import random
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-from torch import Tensor
 
 
 def seed_all(*numbers: int) -> None:
@@ -18,28 +14,6 @@ def seed_all(*numbers: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))  # noqa: NPY002 - timm draws from the global generator
     torch.manual_seed(int(state[2]))
-
-
-class RandAugment:
-    """timm's RandAugment on uint8 images, keyed by (seed, epoch, sample): the same on any rank."""
-
-    def __init__(self, policy: str, size: int, mean: list[float], seed: int) -> None:
-        fill = tuple(min(255, round(255 * m)) for m in mean)
-        settings: dict[str, Any] = {"translate_const": int(size * 0.45), "img_mean": fill}
-        settings["interpolation"] = Image.Resampling.BICUBIC
-        self.transform = rand_augment_transform(policy, settings) if policy else None
-        self.seed = seed
-
-    def __call__(self, image: Tensor, sample: Tensor, epoch: int) -> Tensor:
-        """uint8 [b, H, W, 3] and the samples' numbers int64 [b] → uint8 [b, H, W, 3]."""
-        if self.transform is None:
-            return image
-        result = torch.empty_like(image)
-        for place, number in enumerate(sample.tolist()):
-            seed_all(self.seed, epoch, number)
-            picture = self.transform(Image.fromarray(image[place].numpy()))
-            result[place] = torch.from_numpy(np.array(picture))
-        return result
 
 
 def make_erasing(probability: float, device: torch.device) -> RandomErasing | None:

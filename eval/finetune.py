@@ -26,7 +26,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.augment import RandAugment, make_erasing, make_mixup, seed_all
+from eval.augment import make_erasing, make_mixup, seed_all
 from eval.checkpoints import Checkpoints
 from eval.classifier import build_classifier, layer_groups, write_classifier
 from eval.common import (
@@ -45,6 +45,7 @@ from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
 from pipeline.ranks import PREEMPTED, StopSignal, native_bf16
 from pipeline.recipe import Recipe, learning_rate, parse_recipe
+from pipeline.strong import RandAugment
 from pipeline.whole import load_whole, save_whole
 from shard_tools import subset
 
@@ -114,7 +115,10 @@ class Finetuning:
         groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         self.module = Classifier(model)
         self.engine = LayerEngine(self.module, groups, self.plan)
-        self.augment = RandAugment(args.randaugment, self.size, self.info["mean"], args.seed)
+        self.augment = None  # in the loader's workers, after the crop
+        if args.randaugment:
+            mean = tuple(self.info["mean"])
+            self.augment = RandAugment(args.randaugment, self.size, mean, args.seed)
         self.erase = make_erasing(args.erasing, world.device)
         self.mix = make_mixup(
             mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
@@ -152,6 +156,7 @@ class Finetuning:
                 crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
                 workers=self.args.workers,
                 partitions=self.args.partitions,
+                augment=self.augment,
             )
         )
 
@@ -160,8 +165,7 @@ class Finetuning:
         lr = learning_rate(self.recipe, step, self.args.steps_per_epoch)
         losses = []
         for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
-            image = self.augment(batch.image, batch.sample, batch.epoch)
-            pixels = normalise(image, self.info, self.world.device)
+            pixels = normalise(batch.image, self.info, self.world.device)
             seed_all(self.args.seed, step, number, self.world.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)

@@ -1,4 +1,4 @@
-"""Stronger augmentation for pretraining on few images: timm's RandAugment after the crop."""
+"""timm's RandAugment after the crop: for finetuning, and for pretraining on few images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RandAugment:
             self.transform = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
             raise ValueError(
-                f"data.randaugment {policy!r} is not a policy of timm such as "
+                f"randaugment {policy!r} is not a policy of timm such as "
                 f"rand-m9-mstd0.5-inc1 ({type(error).__name__})"
             ) from None
         self.seed = seed

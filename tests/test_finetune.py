@@ -9,7 +9,6 @@ import timm
 import torch
 from eval_helpers import (
     ALONE,
-    MEAN,
     OPTIONS,
     coloured_images,
     on_two_ranks,
@@ -162,18 +161,25 @@ def test_either_mixup_or_cutmix_changes_every_batch() -> None:
     torch.testing.assert_close(target, torch.eye(4) * 0.9 + 0.025)
 
 
-def test_rand_augment_depends_on_sample_and_epoch_only() -> None:
-    image, _ = coloured_images(4, 4, seed=0)
-    image = torch.from_numpy(np.ascontiguousarray(image[:, :20, :20]))
-    sample = torch.tensor([3, 5, 7, 9])
-    transform = augment.RandAugment("rand-m9-mstd0.5-inc1", 20, MEAN, seed=1)
-    first = transform(image, sample, epoch=2)
-    assert first.shape == image.shape
-    assert not torch.equal(first, image)
-    assert torch.equal(transform(image.flip(0), sample.flip(0), epoch=2).flip(0), first)
-    assert not torch.equal(transform(image, sample, epoch=3), first)
-    off = augment.RandAugment("", 20, MEAN, seed=1)
-    assert torch.equal(off(image, sample, epoch=2), image)
+def test_rand_augment_is_done_by_the_loader(place: Path) -> None:
+    """Crops are alike with and without it, and each is augmented by its sample and epoch alone."""
+    init_ranks()
+    images = {}
+    for policy in ("", "rand-m9-mstd0.5-inc1"):
+        for workers in (0, 1):
+            args = finetune.build_parser().parse_args(arguments(place, place / "x.json"))
+            args.randaugment, args.workers = policy, workers
+            finetune.complete(args)
+            run = finetune.Finetuning(args, ALONE)
+            batches = [next(run.batches(step)) for step in (0, 4)]
+            images[policy, workers] = [(b.sample, b.image) for b in batches]
+            run.engine.destroy()
+    for (a, x), (b, y) in zip(images["", 0], images["rand-m9-mstd0.5-inc1", 0], strict=True):
+        assert torch.equal(a, b)
+        assert (x != y).flatten(1).any(1).float().mean() > 0.7
+    for policy in ("", "rand-m9-mstd0.5-inc1"):
+        for (_, x), (_, y) in zip(images[policy, 0], images[policy, 1], strict=True):
+            assert torch.equal(x, y)
 
 
 def test_erasing_takes_a_quarter_of_the_images() -> None:

@@ -42,6 +42,7 @@ EVAL_MAY = {
     "engine",
     "ranks",
     "whole",
+    "strong",
     "reconstruction",  # PSNR and picture grids need the decoder, which an exported encoder lacks
 }
 
