@@ -49,6 +49,13 @@ demo: .venv/ready   ## pretrain R-MAE and C-MAE on demo photographs, probe them,
 test: .venv/ready   ## run the test suite
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
+.PHONY: test-faults test-cluster
+test-faults: .venv/ready   ## 50 random kills and every known fault → docs/faults.md
+	@PYTHONPATH=tests $(PY) tests/faults --kills 50 --write docs/faults.md
+
+test-cluster: .venv/ready   ## the trainer on two namespace hosts over pdsh, one killed, then gone on from; needs root
+	@tests/cluster/run.sh
+
 check: .venv/ready   ## style and types; changes nothing
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check

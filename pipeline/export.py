@@ -9,7 +9,8 @@
   run     FOLDER             from a classifier that eval/finetune.py wrote: its encoder, as a run
                              folder for the protocols of eval/ (supervised pretraining)
 
-A run's model.safetensors is whole and fp32 whatever the ZeRO stage: each save consolidates it.
+In place of the run, one of its checkpoints may be named (RUN/checkpoints/step-…). Both hold
+model.safetensors, whole and fp32 whatever the ZeRO stage: each save consolidates it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 
 
 def load_run(run: Path) -> Objective:
-    """The objective of a run folder with its newest exported weights, fp32, on the CPU.
+    """The objective of a run folder with its newest weights, or of a checkpoint; fp32, on the CPU.
 
     Raises ValueError in one sentence where the folder is no run or the weights do not fit.
     """
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=str(__doc__).split("\n\n", 2)[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint")
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument("out", type=Path, help="file or folder to write")
     args = parser.parse_args(argv)

@@ -137,6 +137,9 @@ class Run:
             state = load_checkpoint(checkpoint, self.engine, self.teacher)
             self.first = int(state["step"])
             saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['stage']}"
+            together = ranks.world * self.plan.micro_batch
+            if recipe.measure.kind == "infonce" and state["together"] != together:
+                saved += f"; negatives came from {state['together']} images, now from {together}"
             if self.first >= self.last:  # killed before the encoder was written, perhaps
                 export(self.output, checkpoint, self.objective, recipe, self.first)
         self.loader = self._loader()
@@ -240,6 +243,7 @@ class Run:
             "ranks": self.ranks.world,
             "stage": self.plan.stage,
             "precision": self.plan.precision,
+            "together": self.ranks.world * self.plan.micro_batch,  # images that share negatives
             "versions": versions(),
         }
         m, text = self.recipe.monitor, dump_recipe(self.recipe)

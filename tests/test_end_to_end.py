@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny import tiny_overrides
 
 from pipeline.encoder import read_encoder
+from pipeline.export import main as export
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -90,6 +93,13 @@ def test_zero_3_goes_on_alone_under_zero_1(reference, shards, tmp_path):
         done = launch(shards, tmp_path / "three", "--max-steps", last, config=config, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "at step 6 of 12 (saved by 2 ranks under ZeRO stage 3)" in done.stdout
+    for step in ("06", "12"):  # consolidated in one command, whatever the stage
+        place = tmp_path / f"three/checkpoints/step-000000{step}"
+        assert export([str(place), "--format", "timm", str(tmp_path / f"{step}.safetensors")]) == 0
+    whole = load_file(tmp_path / "three/encoder/encoder.safetensors")
+    last, first = (load_file(tmp_path / f"{step}.safetensors") for step in ("12", "06"))
+    assert all(torch.equal(whole[name], last[name]) for name in whole)
+    assert not torch.equal(whole["cls_token"], first["cls_token"])
     assert losses(tmp_path / "three") == pytest.approx(losses(output), rel=1e-4)
 
 

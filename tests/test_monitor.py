@@ -85,3 +85,22 @@ def test_time_spent_on_saving_is_not_counted_as_training(tmp_path, alone, monkey
     row = monitor.step(0, {"lr": 0.1, "epoch": 1.0}, CPU)
     monitor.close()
     assert row["images_per_second"] == pytest.approx(25.0)
+
+
+def test_a_resumed_run_drops_the_rows_after_its_checkpoint_and_a_cut_one(tmp_path, alone):
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 4, "lo')
+    Monitor(tmp_path, rank=0, first=2, total=5, images=16, log_steps=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:2]
+
+
+def test_logs_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys, alone):
+    monitor = Monitor(tmp_path, rank=0, first=0, total=5, images=16, log_steps=1)
+    full = open("/dev/full", "w")  # noqa: SIM115 (the monitor closes it)
+    monitor._log = monitor._metrics = full
+    monitor._files.append(full)
+    for step in range(2):
+        monitor.add(torch.tensor(1.0), {}, share=1.0)
+        monitor.step(step, {"lr": 0.1, "epoch": 0.1}, CPU)
+    monitor.close()
+    assert capsys.readouterr().out.count("logs are incomplete") == 1

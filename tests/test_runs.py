@@ -115,3 +115,35 @@ def test_half_written_checkpoints_are_never_seen(tmp_path):
     place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
     place.rename(place.with_name(".step-00000020"))
     assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+def test_a_start_removes_what_a_kill_left_and_points_latest_to_where_it_goes_on(tmp_path):
+    recipe = tiny_recipe("mae")
+    found = fake_checkpoint(tmp_path, 10, recipe)
+    fake_checkpoint(tmp_path, 20, recipe).rename(tmp_path / "checkpoints/.step-00000020")
+    for name in (".recipe.yaml.7.tmp", "checkpoints/.latest.7.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / "checkpoints/latest").write_text("step-00000005\n")  # killed before it was written
+    lock, place = claim(tmp_path, recipe, "auto")
+    assert place == found
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000010\n"
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
+    lock.release()
+
+
+def test_a_child_does_not_keep_the_lock(tmp_path):
+    """As a loader worker outlives a killed rank for some seconds."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from pipeline.runs import RunLock; "
+        "lock = RunLock(Path(sys.argv[1])); child = os.fork(); "
+        "child or time.sleep(60); print(child, flush=True); os._exit(9)"
+    )
+    done = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    child = int(done.stdout.readline())
+    done.wait()
+    try:
+        RunLock(tmp_path).release()
+    finally:
+        os.kill(child, 9)
