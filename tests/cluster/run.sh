@@ -8,10 +8,12 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=${1:-$(mktemp -d)}
 hosts=$root/tests/cluster/hosts.sh
+[[ ${1:-} != -* ]] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2; }
 [[ $(id -u) == 0 ]] || { echo "skipped: needs root, for namespaces" && exit; }
 for tool in ip sshd ssh pdsh unshare nsenter; do
   type -P "$tool" >/dev/null || { echo "skipped: needs $tool" && exit; }
 done
+! ip netns list | grep -q ^rmim- || { echo "skipped: such hosts are up already" && exit; }
 cd "$root"
 PATH=$root/.venv/bin:$PATH
 "$hosts" up "$dir"
