@@ -1,4 +1,4 @@
-"""The only module that imports deepspeed: configuration, start, step, save, load, export."""
+"""The only module that imports deepspeed: configuration, start, step, whole weights and moments."""
 
 from __future__ import annotations
 
