@@ -10,23 +10,19 @@ Names of weights are facts; no code of those projects is used. Nothing is unpick
 """
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.common import EvalError
-from pipeline.encoder import random_encoder, read_encoder
+from pipeline.encoder import load_tensors, random_encoder, read_encoder
 from pipeline.recipe import DataRecipe
 
 # Where a checkpoint keeps its weights: facebookresearch/mae and BEiT, MoCo v3 and timm, DINO.
@@ -141,19 +137,8 @@ def from_file(
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights of a checkpoint file under timm's names, and whose layout it has.
-
-    Reads tensors (and argparse.Namespace, which training scripts store) only: no code runs.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise EvalError(f"{path}: cannot be read as a file of weights ({reason})") from None
+    """The weights of a checkpoint file under timm's names, and whose layout it has."""
+    content = load_tensors(path)
     box = next((k for k in CONTAINERS if isinstance(content, dict) and k in content), None)
     state = content[box] if box else content
     names = list(state) if isinstance(state, dict) else []

@@ -5,14 +5,17 @@ Shape suffixes: B batch, K visible patches, L all patches, D width.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -271,3 +274,19 @@ def random_encoder(info: dict[str, Any], seed: int) -> VisionTransformer:
     with torch.no_grad():
         vit.pos_embed.copy_(sincos_position(vit.patch_embed.grid_size, vit.embed_dim)[None])
     return vit.eval()
+
+
+def load_tensors(path: Path) -> Any:
+    """The content of a file of weights (.safetensors, or of torch.save), on the CPU.
+
+    Reads tensors and plain values only (and argparse.Namespace, which training scripts store): no
+    code of the file runs. Raises ValueError in one sentence.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path}: cannot be read as a file of weights ({reason})") from None

@@ -6,7 +6,6 @@ reads the exported encoder alone.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
+from pipeline.encoder import load_tensors
 from pipeline.export import load_run
 from pipeline.interop import from_mae
 from pipeline.measures import Reconstruction
@@ -96,12 +96,7 @@ def read_reconstructor(
             f"{place}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"
         )
     objective, _ = build_objective(load_recipe(recipe, list(set_)))
-    try:
-        content = torch.load(place, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{place}: cannot be read ({' '.join(str(error).split())[:160]})"
-        ) from None
+    content = load_tensors(place)
     if not isinstance(content, dict) or "model" not in content:
         raise ValueError(f"{place}: no facebookresearch/mae checkpoint: it has no entry 'model'")
     from_mae(objective, content["model"])
