@@ -14,6 +14,7 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,7 +24,7 @@ from eval.demo import make_shards
 from eval.jobs import Job, run_jobs, show_plan
 from eval.paper import FIGURES, PaperRow, PaperTable, read_paper
 from eval.report import Section, markdown_table, write_report
-from eval.rows import Place, Scale, read_scale, row_jobs, run_name
+from eval.rows import Place, read_scale, row_jobs, run_name
 from eval.tables import KNOWN, NONE, Cell, Row, Table
 
 # Figure of the tables → main field of its result.
@@ -51,15 +52,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--train", default="", help="training shards (default: the scale's)")
     add("--val", default="", help="validation shards (default: the scale's)")
     add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--dry-run", action="store_true", help="print the plan and its cost, run nothing")
 
 
 def make_place(args: argparse.Namespace, scale_name: str) -> Place:
     """Where and how large; the demo's shards are built where the scale's own are not there."""
-    scale = read_scale(scale_name, args.train, args.val)
-    scale = Scale(**{**vars(scale), "recipe": (*scale.recipe, *args.set)})
+    scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
     if scale.name != "full" and not args.train and not args.val:
         data = Path(scale.train).parent.parent
         make_shards(argparse.Namespace(data=data, train=4096, val=1024))

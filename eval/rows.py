@@ -39,6 +39,7 @@ class Scale:
     recipe: tuple[str, ...] = ()
     reconstruction: tuple[str, ...] = ()
     contrast: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()  # overrides after all others: --set
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def command(self, script: str, *words: object) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def overrides(row: PaperRow, scale: Scale) -> list[str]:
     if scale.epochs is not None:
         epochs = scale.epochs * max(1.0, recipe.optimizer.epochs / 100)
         result.append(f"optimizer.epochs={epochs:g}")
-    return result
+    return [*result, *scale.last]
 
 
 @cache

@@ -195,10 +195,12 @@ def test_words_are_quoted_for_a_shell():
 
 def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, capsys):
     words = ["--table", "1", "--scale", "mini", "--rows", "R-MAE", "--dry-run", "--seeds", "2"]
+    words += ["--set", "optimizer.epochs=7"]
     data = ["--train", shards / "train", "--val", shards / "val", "--output", tmp_path / "o"]
     reproduce.reproduce(reproduce.parse_args([*words, *map(str, data)]))
     printed = capsys.readouterr().out
     assert "rmae-1 pretrain" in printed
+    assert printed.count("--set optimizer.epochs=10 --set optimizer.epochs=7 --set seed=") == 2
     assert "6 of 6 jobs to run" in printed
     assert not (tmp_path / "o").exists()
 
