@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from scipy.stats import t as student
 
 CONFIDENCE = 0.95
+REFUTED = "the opposite holds"
 
 # (row, figure) → our values by seed, None where one is missing.
 Values = Callable[[str, str], Sequence[float | None]]
@@ -54,7 +55,7 @@ class Judged:
     def verdict(self) -> str:
         if self.holds:
             return "holds"
-        return "the opposite holds" if self.high < 0 else "undecided"
+        return REFUTED if self.high < 0 else "undecided"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

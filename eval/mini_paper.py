@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.claims import CLAIMS, CONFIDENCE, Claim, Judged, judge, verdict
+from eval.claims import CLAIMS, CONFIDENCE, REFUTED, Claim, Judged, judge, verdict
 from eval.common import run_command
 from eval.jobs import Job, costs, run_jobs, show_plan
 from eval.paper import FIGURES, PaperRow
@@ -111,10 +111,13 @@ def claim_table(claim: Claim, judged: Sequence[Judged]) -> Table:
         d, digits = one.difference, 3 if one.difference.figure == "cka" else 2
         means = [f"{sum(v) / len(v):.{digits}f}" if v else "-" for v in (one.better, one.worse)]
         bounds = f"{one.low:+.{digits}f} … {one.high:+.{digits}f}"
+        if len(one.better) < 2:
+            bounds = "no interval: fewer than two seeds"
         apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip()
         cells = [f"{d.better} - {d.worse}", FIGURES.get(d.figure, d.figure.upper()), *means]
         rows.append(Row((*map(Cell, cells), Cell(apart, bounds), Cell(one.verdict))))
-    mark = "holds" if verdict(judged) else "does not hold"
+    refuted = any(one.verdict == REFUTED for one in judged)
+    mark = "holds" if verdict(judged) else "does not hold" if refuted else "is undecided"
     return Table(head, tuple(rows), f"Claim {claim.number} {mark} here: {claim.text}")
 
 

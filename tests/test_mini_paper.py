@@ -1,6 +1,7 @@
 """Claims are judged by Student's interval; a slice of the paper in miniature, by its command."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_a_slice_from_photographs_to_claims(shards, tmp_path):
     low, _ = interval([r - m for r, m in zip(psnr["rmae"], psnr["mae"], strict=True)])
     assert last["claims"]["5"] is (low > 0)
     markdown = (tmp_path / "mini/report.md").read_text()
-    assert "Claim 5" in markdown
+    assert re.search(r"Claim 5 (holds|does not hold|is undecided) here", markdown)
     assert "true mean and deviation" in markdown
     page = (tmp_path / "mini/report.html").read_text()
     assert f"{sum(psnr['rmae']) / 2:.2f}" in page
