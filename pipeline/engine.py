@@ -334,7 +334,7 @@ class Engine:
         for name, parameter in self.parameters(kind).items():
             whole = self._whole(parameter, kind)
             if self.rank == 0:
-                state[name] = whole.float().cpu().clone()
+                state[name] = whole.float().cpu()
         if self.rank == 0 and kind == "model":
             state |= {k: b.float().cpu().clone() for k, b in self.module.named_buffers()}
         return state
