@@ -200,7 +200,7 @@ def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, ca
     reproduce.reproduce(reproduce.parse_args([*words, *map(str, data)]))
     printed = capsys.readouterr().out
     assert "rmae-1 pretrain" in printed
-    assert printed.count("--set optimizer.epochs=10 --set optimizer.epochs=7 --set seed=") == 2
+    assert printed.count("--set optimizer.epochs=28 --set optimizer.epochs=7 --set seed=") == 2
     assert "6 of 6 jobs to run" in printed
     assert not (tmp_path / "o").exists()
 
