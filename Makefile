@@ -53,7 +53,7 @@ test: .venv/ready   ## run the test suite
 test-faults: .venv/ready   ## 50 random kills and every known fault → docs/faults.md
 	@PYTHONPATH=tests $(PY) tests/faults --kills 50 --write docs/faults.md
 
-test-cluster: .venv/ready   ## the trainer on two namespace hosts over pdsh, one killed, then gone on from; needs root
+test-cluster: .venv/ready   ## the trainer on two namespace hosts: one killed, one cut off, preempted under Slurm; needs root
 	@tests/cluster/run.sh
 
 check: .venv/ready   ## style and types; changes nothing
