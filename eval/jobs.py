@@ -143,7 +143,7 @@ def show_plan(jobs: Sequence[Job]) -> list[str]:
     lines.append(
         f"{len(left)} of {len(unique(jobs))} jobs to run: {sum(j.images for j in left):,} images, "
         f"{flops / 1e12:,.1f} TFLOP: {flops / 3.6e3 / 300e12:,.2f} hours of a GPU at 300 TFLOP/s, "
-        f"{flops / 3.6e3 / 20e9:,.2f} hours of a CPU core at 20 GFLOP/s"
+        f"{flops / 3.6e3 / 30e9:,.2f} hours of a CPU core at 30 GFLOP/s"
     )
     return lines
 

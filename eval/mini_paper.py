@@ -11,6 +11,7 @@ printed is {"claims": {"1": true, …}}.
 
 import argparse
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from eval.reproduce import (
     find_table,
     make_place,
     run_folders,
+    stop_children,
 )
 from eval.rows import PROTOCOLS, Place, row_jobs, run_name
 from eval.tables import Cell, Row, Table
@@ -172,6 +174,7 @@ def mini_paper(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, stop_children)
     mini_paper(parse_args())
 
 
