@@ -315,6 +315,24 @@ def test_the_first_failure_ends_the_others_with_its_code(script, tmp_path):
     assert not alive(seen(tmp_path, 0)["pid"])
 
 
+def test_the_reason_of_the_first_failure_is_told_first(tmp_path):
+    """What the failed rank left in the run's folder, but not what an earlier start left there."""
+    script, output = tmp_path / "pipeline/pretrain.py", tmp_path / "run"
+    script.parent.mkdir()
+    output.mkdir()
+    words = ["--ranks", 2, "--script", script, tmp_path, "fail-1", "--output", output]
+    (output / "failure.txt").write_text("rank 0 on old, step 2: long ago\n")
+    os.utime(output / "failure.txt", (1, 1))
+    script.write_text(RANK)
+    assert "long ago" not in finish(start(*words))[2].splitlines()[0]
+    note = f"Path({str(output / 'failure.txt')!r}).write_text('rank 1 on x, step 4: no shard')"
+    script.write_text(RANK.replace("sys.exit(3)", f"{note}; sys.exit(3)"))
+    code, _, err = finish(start(*words))
+    assert code == 3
+    line = "failed with exit code 3 (rank 1 on x, step 4: no shard); ending the others"
+    assert line in err.splitlines()[0]
+
+
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
 def test_ranks_do_not_outlive_a_killed_launcher(script, tmp_path):
     process = start("--ranks", 2, "--script", script, tmp_path, "wait")
