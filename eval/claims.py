@@ -62,7 +62,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Student's 95 % interval of the mean; without bounds for fewer than two values."""
     if len(values) < 2:
         return float("-inf"), float("inf")
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / sqrt(len(values))
+    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    half = quantile * stdev(values) / sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
 

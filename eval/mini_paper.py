@@ -13,6 +13,7 @@ import argparse
 import json
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eval.claims import CLAIMS, CONFIDENCE, REFUTED, Claim, Judged, judge, verdict
@@ -26,6 +27,7 @@ from eval.reproduce import (
     choose_rows,
     figure,
     find_table,
+    known_tables,
     make_place,
     run_folders,
     stop_children,
@@ -60,11 +62,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def paper_row(name: str) -> PaperRow:
-    """The row that a claim names."""
+    """The row that a claim names, with the figures that the paper's other tables give it."""
     if name == SUPERVISED.name:
         return SUPERVISED
-    table, row = ROWS[name]
-    return choose_rows(find_table(table), [row])[0]
+    table, called = ROWS[name]
+    row = choose_rows(find_table(table), [called])[0]
+    others = [other for known in known_tables().values() for other in known.rows]
+    same = [o for o in others if (o.recipe or o.initial) and run_name(o, 0) == run_name(row, 0)]
+    published = {figure: value for o in same for figure, value in o.published.items()}
+    return replace(row, published=published)
 
 
 def wanted_figures(claims: Sequence[Claim]) -> dict[str, list[str]]:

@@ -68,6 +68,8 @@ def test_every_claim_names_rows_and_figures_that_are_made():
     assert wanted["C-MAE without mask tokens"] == ["linprobe"]
     assert [mini_paper.paper_row(name).name for name in wanted][-1] == "supervised"
     assert [claim.number for claim in CLAIMS] == [1, 2, 3, 4, 5]
+    expected = {"linprobe": 54.5, "finetune": 83.1, "fewshot": 67.5, "psnr": 22.2}
+    assert mini_paper.paper_row("MAE").published == expected  # of Tab. 1 and of Tab. 4
     assert mini_paper.parse_args([]).seeds == 3
     with pytest.raises(SystemExit):
         mini_paper.parse_args(["--claims", "6"])
