@@ -16,6 +16,12 @@ import torch
 
 from eval.common import EvalError
 
+# A job is a launch of its own, also where this process has joined ranks.
+LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+    "MASTER_PORT",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Job:
@@ -95,7 +101,8 @@ _writing = threading.Lock()
 def run_one(job: Job, folder: Path, threads: int, children: set) -> dict[str, Any]:
     """Run a job to its end; what jobs.jsonl keeps of it."""
     log = folder / "logs" / f"{''.join(c if c.isalnum() else '-' for c in job.name)}.log"
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    environment["OMP_NUM_THREADS"] = str(threads)
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
     start = time.monotonic()

@@ -234,14 +234,14 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 def _override(values: dict[str, Any], text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {text}: write it as key.subkey=value")
+        raise RecipeError(f"--set {text[:80]!r}: write it as key.subkey=value")
     try:
         change: Any = yaml.safe_load(raw)
         for part in reversed(key.split(".")):
             change = {part: change}
         merged = _merge(values, change)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise RecipeError(f"--set {text[:80]}: the value is not valid YAML") from None
+        raise RecipeError(f"--set {text[:80]!r}: the value is not valid YAML") from None
     values.clear()
     values.update(merged)
 

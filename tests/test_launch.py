@@ -57,6 +57,15 @@ def start(*words, **env):
     foreign = ("SLURM", "PET_", "CUDA", "OMP_", "NCCL", "GLOO", "RELAXMIM", *NAMES)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     clean |= {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"} | env
+    # Where the suite runs in the background Ctrl-C is ignored, which children would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return popen(words, clean)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def popen(words, clean):
     return subprocess.Popen(
         [LAUNCH, *map(str, words)], env=clean, cwd=ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

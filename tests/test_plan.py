@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     output = tmp_path_factory.mktemp("memory") / "memory.json"
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    command += ["--master_port", "29671", str(ROOT / "tests/memory_worker.py"), str(output)]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        command += ["--master_port", str(s.getsockname()[1])]
+    command += [str(ROOT / "tests/memory_worker.py"), str(output)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(output.read_text())
