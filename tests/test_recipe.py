@@ -74,7 +74,7 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
         ("measure.kind=l2", ["measure.kind", "infonce"]),
         ("batch_size=1000", ["batch_size 1000", "data.partitions 64"]),
         ("optimizer.epochs=20", ["warmup_epochs 20", "epochs 20"]),
-        ("optimizer", ["--set optimizer", "key.subkey=value"]),
+        ("optimizer", ["--set 'optimizer'", "key.subkey=value"]),
         ("nosuch.key=1", ["nosuch", "valid keys"]),
     ],
 )
