@@ -327,6 +327,8 @@ def test_bad_input_ends_the_command_with_two(
 ) -> None:
     arguments_ = arguments(place, "--train", str(place))
     monkeypatch.setattr(sys, "argv", ["linprobe.py", *arguments_])
+    # The command leaves the ranks at its end; other tests of this process are still in them.
+    monkeypatch.setattr("eval.common.dist.is_initialized", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         run_command(linprobe.main)
     assert stopped.value.code == 2
