@@ -6,6 +6,7 @@ Exact, since in a transformer only attention mixes tokens:
   image: their norm and their queries, keys and values are computed once per position.
 - The loss reads the region only: the last block computes keys and values of all tokens, but
   queries, projection and MLP of the region alone, and so do the last norm and the head.
+- Backward makes the normed tensors again from their norms' inputs, which it keeps in any case.
 
 Weights have the names of plain timm blocks. Shape suffixes: B batch, K visible, L all patches,
 R region, N tokens, D width.
@@ -13,9 +14,13 @@ R region, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
+from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -65,7 +70,7 @@ class Decoder(nn.Module):
             known = (own, view.inverse, hidden) if number == 0 else None
             wanted = region + 1 if number == last else None
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, known, wanted, use_reentrant=False)
+                x = checkpoint(block, x, known, wanted, False, use_reentrant=False)
             else:
                 x = block(x, known, wanted)
         return self.head(self.norm(x))
@@ -82,6 +87,7 @@ class DecoderBlock(Block):
     """timm's ViT block (no dropout, no layer scale), with what the decoder can leave out."""
 
     attn: Attention
+    mlp: Mlp
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads, qkv_bias=True, norm_layer=_LayerNorm)
@@ -92,33 +98,61 @@ class DecoderBlock(Block):
         x: Tensor,
         known: tuple[Tensor, Tensor, Tensor] | None = None,
         wanted: Tensor | None = None,
+        again: bool = True,
     ) -> Tensor:
         """x [B, N, D] → [B, N, D], or [B, R, D] where `wanted` int [B, R] names the rows to return.
 
         known: (own int [B, 1 + K], inverse int32 [B, L], hidden [L, D]): x holds rows `own` of
-        its own, and hidden[l] at every place l that inverse[b, l] >= K calls hidden.
+        its own, and hidden[l] at every place l that inverse[b, l] >= K calls hidden. again: normed
+        tensors are made again for backward instead of kept (False where the whole block is).
         """
+        apply = _apply_to_normed if again else _apply
         project = self.attn.qkv
         if known is not None:
             own, inverse, hidden = known
-            qkv = place_rows(
-                project(self.norm1(take_rows(x, own))), project(self.norm1(hidden)), inverse
-            )
+            rows = apply(project, self.norm1, take_rows(x, own))
+            qkv = place_rows(rows, project(self.norm1(hidden)), inverse)
             q, k, v = qkv.chunk(3, dim=-1)
             q = q if wanted is None else take_rows(q, wanted)
         elif wanted is not None:
-            q, k, v = project(self.norm1(x), wanted)
+            q, k, v = apply(partial(project, rows=wanted), self.norm1, x)
         else:
-            q, k, v = project(self.norm1(x)).chunk(3, dim=-1)
+            q, k, v = apply(project, self.norm1, x).chunk(3, dim=-1)
         x = x if wanted is None else take_rows(x, wanted)
         x = x + self._attend(q, k, v)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp.fc2(self.mlp.act(apply(self.mlp.fc1, self.norm2, x)))
 
     def _attend(self, *qkv: Tensor) -> Tensor:
         """q [B, R, D], k and v [B, N, D] → [B, R, D], projected."""
         heads = [t.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for t in qkv]
         mixed = F.scaled_dot_product_attention(*heads)
         return self.attn.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _apply(layer: Callable, norm: nn.Module, x: Tensor) -> Any:
+    """layer(norm(x))."""
+    return layer(norm(x))
+
+
+def _apply_to_normed(layer: Callable, norm: nn.Module, x: Tensor) -> Any:
+    """layer(norm(x)), which keeps x for backward but not norm(x): that is made from x again there.
+
+    x is kept in any case, by the norm. `layer` applies linears only.
+    """
+    if torch.compiler.is_compiling():  # inductor makes norms again of its own accord
+        return layer(norm(x))
+    normed, kept = norm(x), x.detach()
+    whole = normed.untyped_storage()._cdata, normed.numel()
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        same = (saved.untyped_storage()._cdata, saved.numel()) == whole
+        return saved.shape if same else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else norm(kept).view(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return layer(normed)
 
 
 class Projection(nn.Linear):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from peer_mae import PlainMAE
 from tiny import DECODER_HEADS, HEADS, images, tiny_recipe
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from pipeline.decoder import Decoder, place_rows, take_rows
+from pipeline.decoder import Decoder, DecoderBlock, place_rows, take_rows
 from pipeline.interop import _ours, to_mae
 from pipeline.objective import build_objective
 from pipeline.recipe import DecoderRecipe
@@ -63,6 +64,30 @@ def test_decoder_predicts_the_region_only_and_as_the_oracle_does(depth):
     for b in range(2):
         theirs = oracle.decode(weights, z[b], visible[b].tolist(), (3, 5), DECODER_HEADS)
         torch.testing.assert_close(ours[b], theirs[region[b].long()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([[3, 0], [1, 1]], dtype=torch.int32)])
+def test_normed_tensors_are_made_again_for_backward_and_not_kept(rows):
+    torch.manual_seed(0)
+    block = DecoderBlock(8, 2)
+    x = torch.randn(2, 5, 8)
+    gradients = []
+    for again in (False, True):
+        normed = []
+        hooks = [
+            norm.register_forward_hook(
+                lambda _m, _i, out, to=normed: to.append(StorageWeakRef(out.untyped_storage()))
+            )
+            for norm in (block.norm1, block.norm2)
+        ]
+        mine = x.clone().requires_grad_()
+        loss = block(mine, None, rows, again).square().sum()
+        assert [ref.expired() for ref in normed] == [again, again]
+        for hook in hooks:
+            hook.remove()
+        gradients.append(torch.autograd.grad(loss, [mine, *block.parameters()]))
+    for kept, made_again in zip(*gradients, strict=True):
+        assert torch.equal(kept, made_again)
 
 
 def test_decoder_width_must_fit_its_heads():
