@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import time
 import traceback
@@ -369,8 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = Run(args, ranks)
     except ValueError as error:
-        if ranks.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if ranks.local_rank == 0:  # once per host: one may lack what the others have
+            who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
+            print(f"error{who}: {error}", file=sys.stderr, flush=True)
         return 2
     try:
         return train(run, stop)

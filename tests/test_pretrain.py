@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -229,6 +230,29 @@ def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path)
     latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
     assert (tmp_path / "run/checkpoints" / latest / "state.json").is_file()
     assert "Traceback" not in text
+
+
+def test_a_host_that_lacks_its_shards_says_so_itself(shards, tmp_path):
+    """Two hosts of one rank each: the other sees only that a rank is gone."""
+    words = arguments(shards, tmp_path, "mae")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank in range(2):
+        env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        env |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        here = words if rank == 0 else [*words, "--data", str(tmp_path / "nowhere")]
+        command = [sys.executable, "pipeline/pretrain.py", *here]
+        runs.append(
+            subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        )
+    texts = [run.communicate(timeout=240)[1].decode() for run in runs]
+    lines = [line for line in texts[1].splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error (rank 1 on {socket.gethostname()}): ")
+    assert "nowhere" in lines[0]
+    assert [run.returncode for run in runs] == [1, 2]
 
 
 def wait_for(condition, process, seconds=240):
