@@ -3,10 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.common import EvalError, World, write_text
+from eval.common import EvalError, World
+from pipeline.files import seal, verify, write_atomic
 
 
 class Checkpoints:
@@ -26,14 +28,21 @@ class Checkpoints:
         is removed last, so that a broken one is never gone on from.
         """
         tag = f"step-{step:08d}"
-        problem = write(self.folder / tag)
+        temporary = self.folder / f".{tag}"
+        if self.world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        problem = write(temporary)
         content = {"tag": tag, "step": step, "settings": self.settings, **more}
 
         def complete() -> None:
-            if problem:
-                shutil.rmtree(self.folder / tag, ignore_errors=True)
-                raise EvalError(f"{self.folder / tag} could not be written: {problem}")
-            write_text(self.folder / "latest.json", json.dumps(content))
+            try:
+                if problem:
+                    raise OSError(problem)
+                seal(temporary, self.folder / tag)
+                write_atomic(self.folder / "latest.json", json.dumps(content))
+            except OSError as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise EvalError(f"{self.folder / tag} could not be written: {error}") from None
             for old in self.folder.glob("step-*"):
                 if old.name != tag:
                     shutil.rmtree(old)
@@ -45,7 +54,10 @@ class Checkpoints:
         path = self.folder / "latest.json"
         if not path.is_file():
             return {}
-        latest = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            latest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise EvalError(f"{path}: {error}; remove {self.folder} to start anew") from None
         if latest["settings"] != self.settings:
             keys = self.settings.keys() | latest["settings"].keys()
             changed = sorted(k for k in keys if self.settings.get(k) != latest["settings"].get(k))
@@ -53,5 +65,9 @@ class Checkpoints:
                 f"{self.folder} holds a training with another {', '.join(changed)}; "
                 "remove it or choose another --output"
             )
+        try:
+            self.world.agree(partial(verify, self.folder / latest["tag"]))
+        except ValueError as error:
+            raise EvalError(f"{error}; remove {self.folder} to start anew") from None
         read(self.folder / latest["tag"])
         return dict(latest)

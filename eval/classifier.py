@@ -9,11 +9,12 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.common import EvalError, write_text
+from eval.common import EvalError
+from pipeline.files import write_atomic
 
 FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 HEAD_STD = 2e-5
@@ -84,13 +85,11 @@ def write_classifier(
     folder: Path, state: dict[str, Tensor], info: dict[str, Any], classes: tuple[str, ...]
 ) -> None:
     """Write classifier.safetensors (timm names, fp32) and, last, classifier.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".classifier.safetensors"
-    save_file({k: v.contiguous() for k, v in state.items()}, temporary)
-    temporary.replace(folder / "classifier.safetensors")
+    weights = save({k: v.contiguous() for k, v in state.items()})
+    write_atomic(folder / "classifier.safetensors", weights)
     keys = ("arch", "options", "mean", "std", "recipe", "method", "step")
     content = {key: info[key] for key in keys if key in info} | {"classes": list(classes)}
-    write_text(folder / "classifier.json", json.dumps(content, indent=1) + "\n")
+    write_atomic(folder / "classifier.json", json.dumps(content, indent=1) + "\n")
 
 
 def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:

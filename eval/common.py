@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.files import write_atomic
 from pipeline.ranks import agree, any_rank
 
 T = TypeVar("T")
@@ -197,26 +198,9 @@ def output_path(args: argparse.Namespace, name: str) -> Path:
     return place / "eval" / f"{name}{f'-random-{args.seed}' if is_random else ''}.json"
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
-
-
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write a result as JSON, whole or not at all."""
-    write_text(path, json.dumps(result, indent=1) + "\n")
+    write_atomic(Path(path), json.dumps(result, indent=1) + "\n")
 
 
 def as_percent(count: float, images: float) -> float:

@@ -17,10 +17,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eval.common import EvalError, base_parser, run_command, write_bytes
+from eval.common import EvalError, base_parser, run_command
 from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
 from pipeline.data import eval_loader
+from pipeline.files import write_atomic
 from pipeline.reconstruction import Reconstructor, read_reconstructor
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -91,7 +92,7 @@ def main() -> None:
     sheet, note = draw(model, *read_images(args, model.size), args)
     data = io.BytesIO()
     sheet.save(data, "png")
-    write_bytes(args.output, data.getvalue())
+    write_atomic(args.output, data.getvalue())
     print(f"{args.output}: {' | '.join(COLUMNS)}; {' '.join(note.split())}", flush=True)
 
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.charts import Line, line_chart
 from eval.cka_charts import cka_charts
-from eval.common import EvalError, run_command, write_text
+from eval.common import EvalError, run_command
 from eval.paper_tables import paper_tables
 from eval.runs import Group, Run, group_runs, read_run
 from eval.tables import (
@@ -28,6 +28,7 @@ from eval.tables import (
     throughput_table,
     versions_table,
 )
+from pipeline.files import write_atomic
 
 TRUE_STATISTICS = (
     "predictions are patch-normalised pixels (norm_pix); the pictures give each patch its true "
@@ -253,8 +254,8 @@ def write_report(
     sections = [*first, *(s for s in build_sections(groups) if s.title not in own)]
     page = Path(output).with_suffix(".html")
     markdown = page.with_suffix(".md")
-    write_text(page, render_html(title, groups, sections))
-    write_text(markdown, render_markdown(title, sections))
+    write_atomic(page, render_html(title, groups, sections))
+    write_atomic(markdown, render_markdown(title, sections))
     return page, markdown
 
 

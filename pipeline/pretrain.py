@@ -27,6 +27,7 @@ from pipeline.engine import (
     read_ds_config,
 )
 from pipeline.failures import Watchdog, last_failure, note_failure
+from pipeline.files import write_atomic, write_json
 from pipeline.health import Probes, SkippedSteps
 from pipeline.monitor import Monitor
 from pipeline.objective import build_objective, parameter_groups
@@ -49,8 +50,6 @@ from pipeline.runs import (
     load_checkpoint,
     save_checkpoint,
     versions,
-    write_atomic,
-    write_json,
 )
 from pipeline.strong import RandAugment
 from shard_tools.manifest import read_manifest

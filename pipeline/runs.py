@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -34,40 +33,13 @@ from torch import Tensor
 
 from pipeline.encoder import encoder_info, encoder_state
 from pipeline.engine import Engine
+from pipeline.files import seal, verify, write_atomic, write_json
 from pipeline.objective import Objective, Teacher
 from pipeline.ranks import EngineError, agree
 from pipeline.recipe import Recipe, RecipeError, first_difference, load_recipe
 from pipeline.whole import load_whole, save_whole
 
-STATE, FILES, TEACHER = "state.json", "files.json", "teacher.safetensors"
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+STATE, TEACHER = "state.json", "teacher.safetensors"
 
 
 class RunLock:
@@ -156,25 +128,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def verify(checkpoint: Path) -> None:
-    """Compare every file of a checkpoint with its list. EngineError names the first bad one."""
-    try:
-        files = json.loads((checkpoint / FILES).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise EngineError(f"{checkpoint}: {FILES} cannot be read ({error})") from None
-    for name, (size, digest) in files.items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise EngineError(f"{path}: missing or of the wrong size")
-        if _sha256(path) != digest:
-            raise EngineError(f"{path}: damaged (its sha256 is not that of {FILES})")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 class SaveError(EngineError):
     """A checkpoint that could not be written, in one sentence; those before it are whole."""
 
@@ -203,7 +156,8 @@ def save_checkpoint(
                 save_file(_contiguous(teacher.state_dict()), temporary / TEACHER)
             (temporary / "recipe.yaml").write_text(recipe_text)
             (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-            _name_checkpoint(temporary, folder / name)
+            seal(temporary, folder / name)
+            write_atomic(folder / "latest", name + "\n")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             before = [p.name for p in sorted(folder.glob("step-*")) if p.name != name]
@@ -215,19 +169,6 @@ def save_checkpoint(
 
     _on_rank_0(complete)
     return folder / name
-
-
-def _name_checkpoint(temporary: Path, place: Path) -> None:
-    """List the files of a temporary folder with their sha256, fsync all, and give it its name."""
-    paths = sorted(p for p in temporary.rglob("*") if p.is_file())
-    files = {str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)] for p in paths}
-    (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
-    for path in (*paths, temporary / FILES, temporary):
-        _fsync(path)
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(temporary, place)
-    _fsync(place.parent)
-    write_atomic(place.parent / "latest", place.name + "\n")
 
 
 def _on_rank_0(write: Callable[[], None]) -> None:

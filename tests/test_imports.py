@@ -25,6 +25,7 @@ ALLOWED = {
     "pipeline.ranks": set(),
     "pipeline.engine": {"recipe", "ranks"},
     "pipeline.whole": {"engine", "ranks"},
+    "pipeline.files": {"ranks"},
     "pipeline.order": set(),
     "pipeline.decode": set(),
     "pipeline.cache": {"shard_tools.manifest"},
@@ -42,6 +43,7 @@ EVAL_MAY = {
     "engine",
     "ranks",
     "whole",
+    "files",
     "strong",
     "reconstruction",  # PSNR and picture grids need the decoder, which an exported encoder lacks
 }

@@ -271,6 +271,12 @@ def test_going_on_equals_never_stopping(
     assert [again[n] for n in names] == [whole[n] for n in names]
     with pytest.raises(ValueError, match="another base_lr"):
         linprobe.evaluate(parse(place, "--base-lr", "2"), ALONE, tmp_path / "parts")
+    probe = tmp_path / "parts/checkpoints/step-00000008/probe.safetensors"
+    content = bytearray(probe.read_bytes())
+    content[-1] ^= 1
+    probe.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{probe}: damaged .*; remove .* to start anew"):
+        linprobe.evaluate(args, ALONE, tmp_path / "parts")
 
 
 def test_two_ranks_give_the_result_of_one(place: Path) -> None:

@@ -8,42 +8,22 @@ import sys
 import pytest
 from tiny import tiny_recipe
 
+from pipeline.files import FILES, seal, verify
 from pipeline.ranks import EngineError
 from pipeline.recipe import dump_recipe
-from pipeline.runs import (
-    FILES,
-    STATE,
-    RunLock,
-    _sha256,
-    claim,
-    newest_checkpoint,
-    verify,
-    write_atomic,
-    write_json,
-)
+from pipeline.runs import STATE, RunLock, claim, newest_checkpoint
 
 
 def fake_checkpoint(run, step, recipe):
     """A folder with the shape of a checkpoint (its weights are not read here)."""
-    place = run / "checkpoints" / f"step-{step:08d}"
+    name = f"step-{step:08d}"
+    place = run / "checkpoints" / f".{name}"
     place.mkdir(parents=True)
     (place / "weights.bin").write_bytes(os.urandom(100))
     (place / STATE).write_text(json.dumps({"step": step}))
     (place / "recipe.yaml").write_text(dump_recipe(recipe))
-    files = {p.name: [p.stat().st_size, _sha256(p)] for p in place.iterdir()}
-    (place / FILES).write_text(json.dumps(files))
-    return place
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
-    path = tmp_path / "a" / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    with pytest.raises(TypeError):
-        write_atomic(path, 3)
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+    seal(place, place.with_name(name))
+    return place.with_name(name)
 
 
 def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):

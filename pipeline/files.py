@@ -1,0 +1,74 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.ranks import EngineError
+
+FILES = "files.json"
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file so that it is there whole or not at all: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(temporary: Path, place: Path) -> None:
+    """List the files of a temporary folder with their sha256, fsync all, and give it its name."""
+    paths = sorted(p for p in temporary.rglob("*") if p.is_file())
+    files = {str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)] for p in paths}
+    (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
+    for path in (*paths, temporary / FILES, temporary):
+        fsync(path)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(temporary, place)
+    fsync(place.parent)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file of a sealed folder with its list. EngineError names the first bad one."""
+    try:
+        files = json.loads((folder / FILES).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise EngineError(f"{folder}: {FILES} cannot be read ({error})") from None
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise EngineError(f"{path}: missing or of the wrong size")
+        if _sha256(path) != digest:
+            raise EngineError(f"{path}: damaged (its sha256 is not that of {FILES})")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
