@@ -139,6 +139,7 @@ def sections(place: Place, claims: Sequence[Claim], seeds: int, cpu: float) -> l
         "are not corrected for their number.",
         f"Scale: {place.scale.name} of eval/scales.yaml: a small model, a short schedule, 16 "
         "photographs. What fails here may hold at the paper's scale, and the reverse.",
+        place.scale.tried,
         f"Cost: {cpu:.0f} CPU seconds.",
     )
     rows = [(paper_row(n), figures) for n, figures in wanted_figures(claims).items() if n in ROWS]

@@ -41,6 +41,7 @@ class Scale:
     contrast: tuple[str, ...] = ()
     last: tuple[str, ...] = ()  # overrides after all others: --set
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    tried: str = ""
 
     def command(self, script: str, *words: object) -> tuple[str, ...]:
         """A script of ours over all devices, or in one process."""
