@@ -132,7 +132,21 @@ def init_ranks() -> Ranks:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints which op it has loaded
         deepspeed.init_distributed(verbose=False)
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    if device.type == "cpu" and world > 1:
+        _forget_buffer(rank)
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def _forget_buffer(rank: int) -> None:
+    """Take the name from DeepSpeed's buffer of shared memory, once every rank has opened it.
+
+    DeepSpeed never does: 66 MiB of /dev/shm would be lost with every rank and port, until it is
+    full. Without its name the buffer lasts as long as the ranks that use it.
+    """
+    deepspeed.comm.barrier()
+    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _free_port() -> int:

@@ -153,6 +153,11 @@ def two_ranks(tmp_path_factory, one_rank):
     return output, json.loads((output / "results.json").read_text())
 
 
+def test_ranks_leave_no_shared_memory(two_ranks):
+    """Two ranks loaded DeepSpeed's all-reduce over shared memory, where there is a compiler."""
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29617_*"))
+
+
 @pytest.fixture(scope="module")
 def zero_results(two_ranks):
     return two_ranks[1]
