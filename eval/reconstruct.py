@@ -92,7 +92,7 @@ def main() -> None:
     sheet, note = draw(model, *read_images(args, model.size), args)
     data = io.BytesIO()
     sheet.save(data, "png")
-    write_atomic(args.output, data.getvalue())
+    write_atomic(Path(args.output), data.getvalue())
     print(f"{args.output}: {' | '.join(COLUMNS)}; {' '.join(note.split())}", flush=True)
 
 
