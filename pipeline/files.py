@@ -10,37 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.ranks import EngineError
+from shard_tools import manifest
 
 FILES = "files.json"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, fsync, rename."""
+    """Write a file, and the folders above it, so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    manifest.write_atomic(path, data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")
-
-
-def fsync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def seal(temporary: Path, place: Path) -> None:
@@ -49,10 +32,10 @@ def seal(temporary: Path, place: Path) -> None:
     files = {str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)] for p in paths}
     (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
     for path in (*paths, temporary / FILES, temporary):
-        fsync(path)
+        manifest.fsync(path)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(temporary, place)
-    fsync(place.parent)
+    manifest.fsync(place.parent)
 
 
 def verify(folder: Path) -> None:

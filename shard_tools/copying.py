@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from shard_tools.console import ToolError
-from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, sync_folder, write_manifest
+from shard_tools.manifest import SAMPLE, Manifest, Shard, fsync, is_remote, write_manifest
 from shard_tools.pool import report, run_jobs
 from shard_tools.tarfmt import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
 
@@ -67,7 +67,7 @@ def copy_samples(
         if dest.exists():
             dest.rmdir()  # the caller saw that it is empty
         partial.rename(dest)
-        sync_folder(dest.absolute().parent)
+        fsync(dest.absolute().parent)
         return sum(new.bytes for new, _ in found)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

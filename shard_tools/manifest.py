@@ -231,12 +231,12 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    fsync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, so that a rename inside it survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Bring a file to the disk; of a folder its names, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 
 from shard_tools.checks import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.console import ToolError
-from shard_tools.manifest import FORMATS, SAMPLE, Shard, sync_folder
+from shard_tools.manifest import FORMATS, SAMPLE, Shard, fsync
 from shard_tools.plan import Part, Plan, shard_items, write_part
 from shard_tools.pool import report, run_jobs
 from shard_tools.sources import Item, read_item
@@ -100,7 +100,7 @@ def write_shard(job: Job) -> Part:
         if not names:
             return Part(None, rows[:0], names, remarks)
         os.replace(partial, job.dest / job.name)
-        sync_folder(job.dest)
+        fsync(job.dest)
         shard = Shard(job.name, len(names), writer.bytes, digest)
         return Part(shard, rows[: len(names)], names, remarks)
     finally:

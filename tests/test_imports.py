@@ -25,7 +25,7 @@ ALLOWED = {
     "pipeline.ranks": set(),
     "pipeline.engine": {"recipe", "ranks"},
     "pipeline.whole": {"engine", "ranks"},
-    "pipeline.files": {"ranks"},
+    "pipeline.files": {"ranks", "shard_tools.manifest"},
     "pipeline.order": set(),
     "pipeline.decode": set(),
     "pipeline.cache": {"shard_tools.manifest"},
