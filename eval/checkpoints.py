@@ -43,8 +43,8 @@ class Checkpoints:
             except OSError as error:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise EvalError(f"{self.folder / tag} could not be written: {error}") from None
-            for old in self.folder.glob("step-*"):
-                if old.name != tag:
+            for old in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
+                if old.name != tag:  # those with a dot are what a kill left
                     shutil.rmtree(old)
 
         self.world.agree(complete)  # on the first rank, which wrote

@@ -255,10 +255,13 @@ def test_going_on_equals_never_stopping(
     assert stopped.value.code == 85
     latest = json.loads((tmp_path / "parts/checkpoints/latest.json").read_text())
     assert latest["step"] == 5
+    left = tmp_path / "parts/checkpoints/.step-00000006"  # by a kill
+    left.mkdir()
     seen = []
     monkeypatch.setattr(Training, "step", lambda t, n, *b: (seen.append(n), step(t, n, *b))[1])
     parts = linprobe.evaluate(args, ALONE, tmp_path / "parts")
     assert seen == [5, 6, 7]
+    assert not left.exists()
     names = ("top1", "top5", "train_loss")
     assert [parts[n] for n in names] == [whole[n] for n in names]
     saved = [
