@@ -252,17 +252,19 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
             break  # goes on from here when called again
         loss = run.train_step(step, loader)
         last = step + 1 == args.total_steps
-        if (step + 1) % args.steps_per_epoch == 0 or last:
+        stopping = world.any(bool(stop.name)) and not last
+        epoch_ends = (step + 1) % args.steps_per_epoch == 0 or last
+        if epoch_ends:
             epoch = (step + 1) / args.steps_per_epoch
             row = {"epoch": round(epoch, 3), "loss": round(loss.item(), 5)}
             if last or round(epoch) % args.validate_epochs == 0:
                 row |= run.validate()
             history.append(row)
+        if epoch_ends or stopping:
             checkpoints.save(step + 1, partial(save_whole, run.engine), history=history)
-            if world.first:
-                print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        if world.any(bool(stop.name)) and not last:
-            checkpoints.save(step + 1, partial(save_whole, run.engine), history=history)
+        if epoch_ends and world.first:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if stopping:
             sys.exit(PREEMPTED)
     if "top1" not in history[-1]:
         history[-1] |= run.validate()

@@ -1,6 +1,8 @@
 """Finetuning follows MAE's protocol, learns, resumes and writes a classifier."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from eval_helpers import (
 from timm.layers import DropPath
 
 from eval import augment, finetune
+from eval.checkpoints import Checkpoints
 from eval.classifier import (
     build_classifier,
     classify,
@@ -29,6 +32,7 @@ from eval.common import World
 from pipeline.data import eval_loader
 from pipeline.encoder import read_encoder
 from pipeline.engine import init_ranks
+from pipeline.ranks import PREEMPTED
 from pipeline.recipe import learning_rate
 from shard_tools.manifest import read_manifest
 
@@ -249,6 +253,43 @@ def test_going_on_equals_never_stopping(place: Path, tmp_path: Path) -> None:
     args = finetune.build_parser().parse_args(other)
     with pytest.raises(ValueError, match="holds a training with another base_lr"):
         finetune.evaluate(args, ALONE, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop_at", [3, 4], ids=["within an epoch", "at its end"])
+def test_a_signal_saves_once_and_going_on_equals_never_stopping(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    init_ranks()
+    saved, done, train_step, save = [], [], finetune.Finetuning.train_step, Checkpoints.save
+
+    def kill_at(self: finetune.Finetuning, step: int, micro: object) -> torch.Tensor:
+        done.append(step)
+        if len(done) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, step, micro)
+
+    def count(self: Checkpoints, step: int, *rest: object, **more: object) -> None:
+        saved.append(step)
+        save(self, step, *rest, **more)
+
+    monkeypatch.setattr(finetune.Finetuning, "train_step", kill_at)
+    monkeypatch.setattr(Checkpoints, "save", count)
+    words = arguments(place, tmp_path / "stopped", "--epochs", "2", "--warmup-epochs", "1")
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            finetune.evaluate(finetune.build_parser().parse_args(words), ALONE, tmp_path / "a")
+        assert stopped.value.code == PREEMPTED
+        assert saved == ([3] if stop_at == 3 else [4])
+        going_on, whole = (
+            finetune.evaluate(finetune.build_parser().parse_args(words), ALONE, tmp_path / name)
+            for name in ("a", "b")
+        )
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert going_on["history"] == whole["history"]
+    assert done == [*range(8), *range(8)]
 
 
 @pytest.mark.parametrize(
