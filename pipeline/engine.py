@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.ranks import EngineError, Ranks, can_build, native_bf16
+from pipeline.ranks import EngineError, Ranks, can_build, forget_buffer, free_port, native_bf16
 from pipeline.recipe import Recipe
 
 # DeepSpeed chooses its accelerator at import; without this it warns on every machine without one.
@@ -111,7 +110,7 @@ def init_ranks() -> Ranks:
         "WORLD_SIZE": "1",
         "LOCAL_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }.items():
         os.environ.setdefault(key, value)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -133,26 +132,8 @@ def init_ranks() -> Ranks:
         deepspeed.init_distributed(verbose=False)
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
-        _forget_buffer(rank)
+        forget_buffer(rank)
     return Ranks(rank, world, local_rank, local_world, device)
-
-
-def _forget_buffer(rank: int) -> None:
-    """Take the name from DeepSpeed's buffer of shared memory, once every rank has opened it.
-
-    DeepSpeed never does: 66 MiB of /dev/shm would be lost with every rank and port, until it is
-    full. Without its name the buffer lasts as long as the ranks that use it.
-    """
-    deepspeed.comm.barrier()
-    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{rank}"
-    Path("/dev/shm", name).unlink(missing_ok=True)  # noqa: S108 (where Linux keeps it)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _without_built_ops() -> None:

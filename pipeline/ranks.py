@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +52,28 @@ def native_bf16() -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
+def free_port() -> int:
+    """A port of this host that nobody listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     torch.distributed.barrier()
+
+
+def forget_buffer(rank: int) -> None:
+    """Take the name from DeepSpeed's buffer of shared memory, once every rank has opened it.
+
+    DeepSpeed never does: 66 MiB of /dev/shm would be lost with every rank and port, until it is
+    full. Without its name the buffer lasts as long as the ranks that use it.
+    """
+    barrier()
+    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)  # noqa: S108 (where Linux keeps it)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -29,6 +28,7 @@ from eval.common import run_command
 from pipeline import pretrain
 from pipeline.engine import build_ops
 from pipeline.failures import Watchdog
+from pipeline.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds that any child may take
@@ -193,7 +193,7 @@ def pretraining(
     order: tuple[int, ...] | None = None, pause: float = 0.0,
 ) -> list[Child]:  # fmt: skip
     """Start a run: one child per rank, rank 0 first unless `order` says otherwise."""
-    words, port = config.words(data, output), str(_free_port())
+    words, port = config.words(data, output), str(free_port())
 
     def main() -> int:
         if prepare is not None:
@@ -219,12 +219,6 @@ def evaluation(module: Any, words: list[str], log: Path) -> Child:
         return 0
 
     return Child(main, log)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def run_to_end(config: Config, data: str | Path, output: Path) -> list[int]:
