@@ -74,10 +74,20 @@ def line_chart(
         if limits is not None:
             axes.set_ylim(*limits)
         if any(line.label for line in lines):
-            figure.legend(loc="outside lower center", ncols=4)
+            add_legend(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return inline(buffer.getvalue(), title)
+
+
+def add_legend(figure: Figure) -> None:
+    """A legend under the axes with as many columns as fit, four at most."""
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(loc="outside lower center", ncols=columns)
+        # The reader's font may be wider than the one measured here.
+        if columns == 1 or legend.get_window_extent().width < 0.9 * figure.bbox.width:
+            return
+        legend.remove()
 
 
 def inline(svg: str, title: str) -> str:

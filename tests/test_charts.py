@@ -1,0 +1,32 @@
+"""Charts keep what they say within their edges."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+from matplotlib.textpath import TextPath
+
+from eval.charts import Line, line_chart
+
+SHORT = ["mae", "rmae", "cmae", "random encoder"]
+LONG = ["mae", "rmae", "cmae (hidden token, tokens patch)", "supervised", "random encoder"]
+
+
+def places(chart: str) -> dict[str, tuple[float, float, float]]:
+    """Text → its left and right edge and its height, in points, as the SVG's own font sets it."""
+    found = {}
+    for text in ElementTree.fromstring(chart).iter("{http://www.w3.org/2000/svg}text"):
+        x, y = map(float, re.findall(r"-?[0-9.]+", text.get("transform", "")[10:])[:2])
+        width = TextPath((0, 0), text.text, size=8).get_extents().width
+        found[str(text.text)] = (x, x + width, y)
+    return found
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(SHORT, 1), (LONG, 2), ([9 * "long " + "a"], 1)])
+def test_no_name_of_a_legend_is_cut(labels: list[str], rows: int) -> None:
+    lines = [Line((0, 1), (0, n), n, label) for n, label in enumerate(labels)]
+    chart = line_chart(lines, title="t", x="x", y="y")
+    width = float(ElementTree.fromstring(chart).get("viewBox", "").split()[2])
+    edges = [places(chart)[label] for label in labels]
+    assert all(left >= 0 and right <= width for left, right, _ in edges)
+    assert len({y for *_, y in edges}) == rows
