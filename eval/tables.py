@@ -36,12 +36,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Column:
-    """A kind of result: what it is called, which field counts, its unit."""
+    """A kind of result: its title, how long it trained ("" = not at all), its field and unit."""
 
-    key: str
     title: str
+    length: str = ""
     field: str = "top1"
     unit: str = "%"
+
+    @property
+    def name(self) -> str:
+        """What tells it from every other column."""
+        return f"{self.title}, {self.length}" if self.length else self.title
 
 
 NONE = "-"  # what a table shows where there is no figure
@@ -69,14 +74,16 @@ def column_of(result: dict[str, Any]) -> Column | None:
         title += f", {100 * fraction:g} % of the labels"
     if result.get("feature") == "mean":
         title += ", mean of patches"
-    return Column(title, f"{title} ({unit})" if unit else title, main, unit)
+    epochs = settings.get("epochs")
+    return Column(title, f"{epochs:g} epochs" if epochs else "", main, unit)
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table | None:
     """One row per group and one for random encoders, one column per protocol; None if empty.
 
-    A cell holds the mean over the seeds ± the sample standard deviation, and the distance to the
-    random encoders' mean.
+    What was trained for fewer or more epochs has a column of its own, which names them. A cell
+    holds the mean over the seeds ± the sample standard deviation, and the distance to the random
+    encoders' mean.
     """
     columns: dict[str, Column] = {}
     for group in groups:
@@ -84,7 +91,7 @@ def accuracy_table(groups: Sequence[Group]) -> Table | None:
             for result in run.results:
                 column = column_of(result)
                 if column:
-                    columns.setdefault(column.key, column)
+                    columns.setdefault(column.name, column)
     if not columns:
         return None
     random = {key: random_values(groups, column) for key, column in columns.items()}
@@ -101,8 +108,13 @@ def accuracy_table(groups: Sequence[Group]) -> Table | None:
     if any(random.values()):
         cells = [accuracy_cell(random[key], [], column) for key, column in columns.items()]
         rows.append(Row((Cell("random encoder"), *cells), baseline=True))
+    titles = [column.title for column in columns.values()]
+    heads = [
+        (c.title if titles.count(c.title) == 1 else c.name) + (f" ({c.unit})" if c.unit else "")
+        for c in columns.values()
+    ]
     return Table(
-        head=("recipe", *(column.title for column in columns.values())),
+        head=("recipe", *heads),
         rows=tuple(rows),
         notes=tuple(protocol_notes(groups)),
     )
@@ -162,7 +174,7 @@ def protocol_notes(groups: Sequence[Group]) -> list[str]:
             for result in run.results:
                 column = column_of(result)
                 if column:
-                    notes.append(f"{column.key}: {', '.join(facts(result))}.")
+                    notes.append(f"{column.name}: {', '.join(facts(result))}.")
     return list(dict.fromkeys(notes))
 
 
@@ -170,7 +182,6 @@ def facts(result: dict[str, Any]) -> list[str]:
     """How a figure came about, in a few words each."""
     settings = result.get("settings", {})
     words = [f"{result['images']} validation images"] if "images" in result else []
-    words += [f"{settings['epochs']:g} epochs"] if settings.get("epochs") else []
     words += [f"batch {settings['batch_size']}"] if settings.get("batch_size") else []
     words += [f"k = {settings['k']}"] if "k" in settings else []
     if "base_lr_chosen_on" in result:

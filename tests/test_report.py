@@ -165,6 +165,25 @@ def test_accuracy_is_mean_and_spread_over_seeds(runs: list[Path]) -> None:
     assert cells["mae"].value == "30.00"
 
 
+def test_another_number_of_epochs_is_another_column(runs: list[Path]) -> None:
+    """A random encoder finetuned three times as long is no baseline of the others."""
+    longer = runs[0].parent / "random-longer"
+    (longer / "eval").mkdir(parents=True)
+    found = result(60.0, random=True, random_seed=0)
+    found["settings"]["epochs"] = 270
+    (longer / "eval/linprobe-cached.json").write_text(json.dumps(found))
+    table = accuracy_table(group_runs([read_run(run) for run in (*runs, longer)]))
+    assert table is not None
+    assert table.head[1:] == (
+        "linear probe, cached, 90 epochs (%)",
+        "linear probe, cached, 270 epochs (%)",
+    )
+    cells = {row.cells[0].value: row.cells[1:] for row in table.rows}
+    assert [c.value for c in cells["random encoder"]] == ["20.50 ± 0.71", "60.00"]
+    assert (cells["rmae"][0].note, cells["rmae"][1].value) == ("+21.50 over random", "-")
+    assert any(note.startswith("linear probe, cached, 270 epochs: 37 val") for note in table.notes)
+
+
 def test_cka_is_drawn_as_in_figure_1(runs: list[Path], tmp_path: Path) -> None:
     copies = []
     for run in runs[:2]:
