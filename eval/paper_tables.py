@@ -48,38 +48,67 @@ def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequen
 
 def random_runs(row: PaperRow, groups: Sequence[Group]) -> list[Run]:
     """Where a row without pretraining finds our figures: in every run's random baselines."""
-    random = row.initial == "random" and not row.finetune
+    random = row.initial == "random" and row.classes is None
     return [run for group in groups for run in group.runs] if random else []
 
 
 def one_row(table: PaperTable, row: PaperRow, label: str, runs: Sequence[Run]) -> Row:
     """A published row and the figures of the runs that stand for it."""
     cells = [Cell(row.name, f"ours: {label}" if label else "")]
+    times = row.finetune.get("epochs", 100) / 100
     for name in table.columns:
-        values = figures(runs, name, random=row.initial == "random")
-        ours = accuracy_cell(values, [], Column(name, name))
+        if row.initial == "random":
+            values = random_figures(runs, name, times)
+        else:
+            values = figures(runs, name)
+        ours = accuracy_cell(values, [], Column(name))
         cells += [Cell(str(row.published.get(name, NONE))), ours]
     return Row(tuple(cells), baseline=row.initial == "random")
 
 
-def figures(runs: Sequence[Run], name: str, random: bool = False) -> list[float]:
-    """The runs' values of one of the paper's figures, each random encoder once."""
+def figures(runs: Sequence[Run], name: str) -> list[float]:
+    """The pretrained runs' values of one of the paper's figures."""
+    found = {run.folder: result for run, result in fitting(runs, name) if not is_random(result)}
+    return [main_figure(result) for result in found.values()]
+
+
+def random_figures(runs: Sequence[Run], name: str, times: float) -> list[float]:
+    """The values of random encoders, each once, that trained `times` as long as the usual.
+
+    Usual are the epochs of the pretrained encoders; without one, the fewest.
+    """
+    results = [result for _, result in fitting(runs, name)]
+    usual = min(map(epochs, [r for r in results if not is_random(r)] or results), default=0.0)
+    found = {}
+    for result in results:
+        if is_random(result) and epochs(result) == times * usual:
+            encoder = result["encoder"]
+            options = str([encoder.get(k) for k in ("arch", "options", "random_seed")])
+            found[options] = main_figure(result)
+    return list(found.values())
+
+
+def fitting(runs: Sequence[Run], name: str) -> list[tuple[Run, dict[str, Any]]]:
+    """The results that stand for one of the paper's figures, with their runs."""
+    share = 0.1 if name == "fewshot" else 1
     for protocol in STANDS_FOR[name]:
-        found: dict[str, float] = {}
-        for run in runs:
-            for result in run.results:
-                if result.get("protocol") == protocol and fits(result, name, random):
-                    encoder = result.get("encoder", {})
-                    options = str([encoder.get(k) for k in ("arch", "options", "random_seed")])
-                    found[options if random else str(run.folder)] = float(
-                        result[KNOWN[protocol][1]]
-                    )
+        found = [
+            (run, result)
+            for run in runs
+            for result in run.results
+            if result.get("protocol") == protocol
+            and (result.get("settings", {}).get("fraction") or 1) == share
+        ]
         if found:
-            return list(found.values())
+            return found
     return []
 
 
-def fits(result: dict[str, Any], name: str, random: bool) -> bool:
-    """Whether a result is of the wanted kind of encoder and share of the labels."""
-    share = result.get("settings", {}).get("fraction") or 1
-    return is_random(result) == random and share == (0.1 if name == "fewshot" else 1)
+def epochs(result: dict[str, Any]) -> float:
+    """How long a result was trained, 0 where nothing was."""
+    return float(result.get("settings", {}).get("epochs") or 0)
+
+
+def main_figure(result: dict[str, Any]) -> float:
+    """The figure of a result that counts."""
+    return float(result[KNOWN[str(result["protocol"])][1]])

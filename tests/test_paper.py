@@ -7,7 +7,7 @@ import yaml
 
 from eval.common import EvalError
 from eval.paper import FIGURES, PaperTable, find_row, read_paper, row_recipe
-from eval.paper_tables import paper_tables
+from eval.paper_tables import one_table, paper_tables
 from eval.runs import Group, Run, flatten
 from pipeline.recipe import RECIPES, dump_recipe, load_recipe
 
@@ -92,7 +92,7 @@ def test_small_data_rows_are_not_taken_for_the_whole_set() -> None:
 
 
 def result(protocol: str, top1: float, fraction: float = 1.0, **encoder: object) -> dict:
-    settings = {"fraction": fraction}
+    settings = {"fraction": fraction, "epochs": 100}
     return {"protocol": protocol, "top1": top1, "settings": settings, "encoder": encoder}
 
 
@@ -112,6 +112,27 @@ def test_ours_stand_beside_the_published_figures() -> None:
     first = {row.cells[0].value: [cell.value for cell in row.cells[1:]] for row in shown[0].rows}
     assert first["random, 100 epochs"] == ["80.9", "20.00", "-", "-"]
     assert first["random, 300 epochs"] == ["82.1", "-", "-", "-"]
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_random_encoder_trained_longer_stands_in_its_own_row(pretrained: bool) -> None:
+    def trained(top1: float, epochs: int, **encoder: object) -> dict:
+        found = result("finetune", top1, **encoder)
+        found["settings"]["epochs"] = epochs
+        return found
+
+    random = {"random": True, "random_seed": 0}
+    longer, usual = trained(40.0, 12, **random), trained(20.0, 4, **random)
+    elsewhere = trained(99.0, 7, **random)
+    mae = Group("mine", (run("mae", results=(trained(50.0, 4),)),))
+    alone = Group("alone", (run("mae", results=(longer, usual, elsewhere)),))
+    shown = one_table(
+        table(1), {"MAE, 100 epochs": [mae]} if pretrained else {}, [mae, alone][not pretrained :]
+    )
+    rows = {row.cells[0].value: row.cells[2].value for row in shown.rows}
+    assert rows["random, 100 epochs"] == "20.00"
+    assert rows["random, 300 epochs"] == "40.00"
+    assert rows["MAE, 100 epochs"] == ("50.00" if pretrained else "-")
 
 
 def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
