@@ -1,11 +1,13 @@
 """Our figures beside the published ones, for the report."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.paper import FIGURES, PaperRow, PaperTable, find_row, read_paper
 from eval.runs import Group, Run
-from eval.tables import KNOWN, NONE, Cell, Column, Row, Table, accuracy_cell, is_random
+from eval.tables import KNOWN, NONE, Cell, Column, Row, Table, accuracy_cell, is_random, random_key
 
 # Protocols that stand for one of the paper's figures; the first that there are results for counts.
 STANDS_FOR = {
@@ -82,9 +84,7 @@ def random_figures(runs: Sequence[Run], name: str, times: float) -> list[float]:
     found = {}
     for result in results:
         if is_random(result) and epochs(result) == times * usual:
-            encoder = result["encoder"]
-            options = str([encoder.get(k) for k in ("arch", "options", "random_seed")])
-            found[options] = main_figure(result)
+            found[random_key(result)] = main_figure(result)
     return list(found.values())
 
 
@@ -96,12 +96,22 @@ def fitting(runs: Sequence[Run], name: str) -> list[tuple[Run, dict[str, Any]]]:
             (run, result)
             for run in runs
             for result in run.results
-            if result.get("protocol") == protocol
-            and (result.get("settings", {}).get("fraction") or 1) == share
+            if result.get("protocol") == protocol and label_share(result) == share
         ]
         if found:
             return found
     return []
+
+
+def label_share(result: dict[str, Any]) -> float:
+    """The share of the labels that a result was trained on; nan where a list of names chose them.
+
+    SimCLR's list of a tenth is known by its name.
+    """
+    settings = result.get("settings", {})
+    if settings.get("subset"):
+        return 0.1 if Path(settings["subset"]).name == "10percent.txt" else math.nan
+    return float(settings.get("fraction") or 1)
 
 
 def epochs(result: dict[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from eval.runs import Group, Run, differing, spread
@@ -70,7 +71,9 @@ def column_of(result: dict[str, Any]) -> Column | None:
     title, main, unit = KNOWN[protocol]
     settings = result.get("settings", {})
     fraction = settings.get("fraction")
-    if fraction not in (None, 1, 1.0):
+    if settings.get("subset"):
+        title += f", the labels of {Path(settings['subset']).name}"
+    elif fraction not in (None, 1, 1.0):
         title += f", {100 * fraction:g} % of the labels"
     if result.get("feature") == "mean":
         title += ", mean of patches"
@@ -142,10 +145,13 @@ def random_values(groups: Sequence[Group], column: Column) -> list[float]:
         for run in group.runs:
             for result in run.results:
                 if is_random(result) and column_of(result) == column:
-                    encoder = result["encoder"]
-                    key = [encoder.get(k) for k in ("arch", "options", "random_seed")]
-                    found.setdefault(str(key), float(result[column.field]))
+                    found.setdefault(random_key(result), float(result[column.field]))
     return list(found.values())
+
+
+def random_key(result: dict[str, Any]) -> str:
+    """What tells the random encoder of a result from another."""
+    return str([result["encoder"].get(k) for k in ("arch", "options", "random_seed")])
 
 
 def is_random(result: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from eval.common import EvalError
 from eval.paper import FIGURES, PaperTable, find_row, read_paper, row_recipe
 from eval.paper_tables import one_table, paper_tables
 from eval.runs import Group, Run, flatten
+from eval.tables import accuracy_table
 from pipeline.recipe import RECIPES, dump_recipe, load_recipe
 
 # Baselines of Tab. 5 and 8 whose recipes are not masked image modelling.
@@ -112,6 +113,19 @@ def test_ours_stand_beside_the_published_figures() -> None:
     first = {row.cells[0].value: [cell.value for cell in row.cells[1:]] for row in shown[0].rows}
     assert first["random, 100 epochs"] == ["80.9", "20.00", "-", "-"]
     assert first["random, 300 epochs"] == ["82.1", "-", "-", "-"]
+
+
+@pytest.mark.parametrize(("name", "shown"), [("lists/10percent.txt", "30.00"), ("some.txt", "-")])
+def test_a_list_of_names_is_never_all_labels(name: str, shown: str) -> None:
+    few = result("finetune", 30.0)
+    few["settings"]["subset"] = name
+    group = Group("mine", (run("mae", results=(few, result("finetune", 50.0))),))
+    rows = {row.cells[0].value: row for row in paper_tables([group])[2].rows}
+    assert [cell.value for cell in rows["MAE"].cells[3:]] == ["83.1", "50.00", "67.5", shown]
+    accuracies = accuracy_table([group])
+    assert accuracies is not None
+    named = f"finetuning, the labels of {Path(name).name} (%)"
+    assert set(accuracies.head[1:]) == {"finetuning (%)", named}
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
