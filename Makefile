@@ -87,6 +87,10 @@ bench-step: .venv/ready   ## time, memory and FLOPs of the training step against
 bench-memory: .venv/ready   ## bytes per rank by ZeRO stage on 1, 2 and 4 ranks against the planner's formula
 	$(PY) tests/bench_memory.py
 
+.PHONY: bench-micro-batch
+bench-micro-batch: .venv/ready   ## images/s by micro-batch on this CPU: what "auto" rests on
+	@$(PY) tests/bench_micro_batch.py
+
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/roofline.py
 

@@ -43,7 +43,7 @@ from eval.common import (
 from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
 from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
-from pipeline.ranks import PREEMPTED, StopSignal, native_bf16
+from pipeline.ranks import PREEMPTED, StopSignal
 from pipeline.recipe import Recipe, learning_rate, parse_recipe
 from pipeline.strong import RandAugment
 from pipeline.whole import load_whole, save_whole
@@ -111,7 +111,7 @@ class Finetuning:
         model = build_classifier(encoder, self.info, args.classes, args.drop_path)
         recipe = as_recipe(args, self.info)
         self.recipe = recipe
-        self.plan = self._plan(recipe)
+        self.plan = self._plan(recipe, encoder.patch_embed.num_patches)
         groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         self.module = Classifier(model)
         self.engine = LayerEngine(self.module, groups, self.plan)
@@ -124,11 +124,11 @@ class Finetuning:
             mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
         )
 
-    def _plan(self, recipe: Recipe) -> Plan:
+    def _plan(self, recipe: Recipe, patches: int) -> Plan:
         config = read_ds_config(self.args.ds_config)
-        if not native_bf16() or self.args.precision == "fp32":
-            config["bf16"] = {"enabled": False}
-        plan = make_plan(config, recipe, self.world.size)
+        if self.args.precision != "auto":
+            config["bf16"] = {"enabled": self.args.precision == "bf16"}
+        plan = make_plan(config, recipe, self.world.size, patches)
         if plan.stage == 3:
             raise EvalError(
                 f"{self.args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "

@@ -62,20 +62,12 @@ def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
     options = {"img_size": recipe.image_size} | recipe.options
     if options["img_size"] != recipe.image_size:
         raise ValueError("encoder.options.img_size: set encoder.image_size instead")
-    patch = options.get("patch_size") or _patch_of(recipe.arch)
-    if recipe.image_size % patch:
+    patch = recipe.patch_size
+    if patch and recipe.image_size % patch:
         raise ValueError(
             f"encoder.image_size {recipe.image_size} is not divisible by the patch size {patch}"
         )
     return options
-
-
-def _patch_of(arch: str) -> int:
-    """The patch side in a timm name such as vit_base_patch16_224; 1 where it names none."""
-    for part in arch.split("_"):
-        if part.startswith("patch") and part[5:].isdigit():
-            return int(part[5:])
-    return 1
 
 
 class PatchProjection(nn.Conv2d):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.ranks import EngineError, Ranks, can_build, forget_buffer, free_port, native_bf16
+from pipeline.ranks import EngineError, Ranks, bf16_units, can_build, forget_buffer, free_port
 from pipeline.recipe import Recipe
 
 # DeepSpeed chooses its accelerator at import; without this it warns on every machine without one.
@@ -86,6 +86,9 @@ _RECIPE_KEYS = {
     "weight_decay": "optimizer.weight_decay",
     "seed": "seed",
 }
+
+# DeepSpeed's stage 0 under bf16 was 0.04 off plain torch's loss, the other stages 0.006.
+STAGE_0_BF16 = "bf16 needs zero_optimization.stage 1, 2 or 3"
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,11 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise EngineError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
-    if stage == 0 and config.get("bf16", {}).get("enabled"):
-        raise EngineError(f"{path}: bf16 needs zero_optimization.stage 1, 2 or 3")
+    wanted = config.get("bf16", {}).get("enabled", False)
+    if not (isinstance(wanted, bool) or wanted == "auto"):
+        raise EngineError(f'{path}: bf16.enabled must be true, false or "auto", not {wanted!r}')
+    if stage == 0 and wanted:
+        raise EngineError(f"{path}: {STAGE_0_BF16}")
     for key in ("gradient_checkpointing", "compile"):
         if not isinstance(config.get(key, False), bool):
             raise EngineError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
@@ -199,11 +205,55 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
+def resolve_precision(config: dict[str, Any]) -> tuple[str, str]:
+    """Replace `bf16.enabled: "auto"` in place; ("bf16" or "fp32", a line for the log).
+
+    "auto" is bf16 on a GPU with bf16 units and fp32 elsewhere, so that a CPU run gives the same
+    numbers whether or not the processor multiplies bf16 natively. true is bf16 on every CPU
+    (emulated where the processor lacks it). EngineError where a GPU cannot do what was asked for.
+    """
+    wanted = config.get("bf16", {}).get("enabled", False)
+    gpu = torch.cuda.is_available()
+    if wanted is True and gpu and not bf16_units():
+        name = torch.cuda.get_device_name()
+        raise EngineError(f'bf16.enabled true: {name} has no bf16 units; use false or "auto"')
+    if wanted is True and not config.get("zero_optimization", {}).get("stage", 0):
+        raise EngineError(STAGE_0_BF16)
+    enabled = gpu and bf16_units() if wanted == "auto" else wanted
+    if not enabled:
+        if "bf16" in config:
+            config["bf16"] = {"enabled": False}
+        asked = wanted == "auto"
+        why = " (auto: bf16 on a GPU with bf16 units only)" if asked else ""
+        return "fp32", f"precision: fp32{why}"
+    # A step that is not finite is never taken.
+    config["bf16"] |= {"enabled": True, "check_grad_overflow": True}
+    emulated = " (emulated: this processor has no bf16 units)" if not bf16_units() else ""
+    return "bf16", f"precision: bf16{emulated}"
+
+
+# Images of an "auto" micro-batch at the most, and on a CPU tokens too: of 128 images of 64 patches,
+# or of about 50 of 224 x 224. A function of the recipe alone, since InfoNCE's negatives come from
+# the micro-batch; where the speed no longer rises was measured (make bench-micro-batch).
+MOST_IMAGES, MOST_TOKENS_ON_CPU = 128, 10_000
+
+
+def auto_micro_batch(per_rank: int, patches: int) -> int:
+    """The largest divisor of a rank's `per_rank` images per step within the limits above."""
+    most = min(per_rank, MOST_IMAGES)
+    if not torch.cuda.is_available():
+        most = max(1, min(most, MOST_TOKENS_ON_CPU // (patches + 1)))
+    return next(m for m in range(most, 0, -1) if per_rank % m == 0)
+
+
+def make_plan(
+    config: dict[str, Any], recipe: Recipe, world: int, patches: int | None = None
+) -> Plan:
     """Split the recipe's batch over the ranks and fill in what the recipe owns.
 
-    `train_micro_batch_size_per_gpu: "auto"` takes the largest divisor of batch / ranks up to 128
-    on a GPU and 32 on a CPU. Raises EngineError where the batch cannot be split.
+    patches of an image, where the recipe's encoder does not say it; they limit the micro-batch
+    that `train_micro_batch_size_per_gpu: "auto"` takes. EngineError where the batch cannot be
+    split.
     """
     notes = []
     per_rank, left = divmod(recipe.batch_size, world)
@@ -214,8 +264,7 @@ def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
         )
     micro = config.get("train_micro_batch_size_per_gpu", "auto")
     if micro == "auto":
-        most = min(per_rank, 128 if torch.cuda.is_available() else 32)
-        micro = next(m for m in range(most, 0, -1) if per_rank % m == 0)
+        micro = auto_micro_batch(per_rank, patches or recipe.encoder.patches)
     if not isinstance(micro, int) or micro < 1 or per_rank % micro:
         raise EngineError(
             f"train_micro_batch_size_per_gpu {micro!r} does not divide the {per_rank} images per "
@@ -226,17 +275,8 @@ def make_plan(config: dict[str, Any], recipe: Recipe, world: int) -> Plan:
     checkpointing = full.pop("gradient_checkpointing", False)
     compiled = full.pop("compile", False)
     watchdog_seconds = float(full.pop("watchdog_seconds", Plan.watchdog_seconds))
-    if full.get("bf16"):
-        full["bf16"]["check_grad_overflow"] = True  # a step that is not finite is never taken
-    precision = "bf16" if full.get("bf16", {}).get("enabled") else "fp32"
-    if precision == "bf16" and not native_bf16():
-        precision = "fp32"
-        full["bf16"] = {"enabled": False}
-        notes.append(
-            f"precision: fp32, since {get_accelerator().device_name()} here has no native bf16"
-        )
-    else:
-        notes.append(f"precision: {precision}")
+    precision, note = resolve_precision(full)
+    notes.append(note)
     o = recipe.optimizer
     torch_adam = not can_build()
     full["optimizer"] = {

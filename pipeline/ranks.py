@@ -44,8 +44,8 @@ def can_build() -> bool:
     return all(shutil.which(tool) for tool in tools)
 
 
-def native_bf16() -> bool:
-    """Whether bf16 is a speed-up here: a GPU with bf16 units, or a CPU with AVX-512-BF16 or AMX."""
+def bf16_units() -> bool:
+    """Whether this device multiplies bf16 natively: a GPU since Ampere, AVX-512-BF16 or AMX."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     features = torch.cpu.get_capabilities()

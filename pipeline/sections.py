@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,6 +35,20 @@ class EncoderRecipe(Section):
     hidden: Literal["drop", "token"] = "drop"
     style: Literal["mae", "mocov3"] = "mae"
     freeze_patch: bool = False
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of a patch in pixels, from the options or the name (vit_base_patch16_224)."""
+        given = self.options.get("patch_size")
+        if isinstance(given, int) and given > 0:
+            return given
+        named = re.search(r"(?:^|_)patch([1-9]\d*)(?:_|$)", self.arch)
+        return int(named[1]) if named else None
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image; as if 16 pixels wide where neither options nor name say it."""
+        return (self.image_size // (self.patch_size or 16)) ** 2
 
 
 class JitterRecipe(Section):

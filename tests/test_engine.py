@@ -11,9 +11,15 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.engine import init_ranks, make_plan, read_ds_config
+from pipeline.engine import (
+    auto_micro_batch,
+    init_ranks,
+    make_plan,
+    read_ds_config,
+    resolve_precision,
+)
 from pipeline.objective import build_objective, parameter_groups
-from pipeline.ranks import EngineError, native_bf16
+from pipeline.ranks import EngineError
 from pipeline.recipe import RECIPES, learning_rate, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +39,57 @@ def test_shipped_configs_are_taken(stage):
     assert (plan.stage, plan.micro_batch * plan.accumulation) == (stage, 128)
     assert plan.config["gradient_clipping"] == 0.0
     assert plan.config["optimizer"]["params"]["betas"] == [0.9, 0.95]
-    assert plan.precision == ("bf16" if stage and native_bf16() else "fp32")
-    if stage and not native_bf16():
-        assert any("no native bf16" in note for note in plan.notes)
+    assert plan.precision == "fp32"  # on any CPU: bf16 only where it is asked for
+    assert any(note.startswith("precision: fp32") for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "units", "precision", "words"),
+    [
+        (True, False, True, "bf16", "precision: bf16"),
+        (True, False, False, "bf16", "emulated"),
+        ("auto", False, True, "fp32", "auto"),
+        ("auto", True, True, "bf16", "precision: bf16"),
+        ("auto", True, False, "fp32", "auto"),
+        (False, True, True, "fp32", "precision: fp32"),
+    ],
+)
+def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
+    wanted, gpu, units, precision, words, monkeypatch
+):
+    """The processor's own bf16 units change nothing but a word in the log."""
+    monkeypatch.setattr("pipeline.engine.torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("pipeline.engine.bf16_units", lambda: units)
+    config = {"bf16": {"enabled": wanted}, "zero_optimization": {"stage": 2}}
+    found, note = resolve_precision(config)
+    assert found == precision
+    assert words in note
+    assert config["bf16"]["enabled"] is (precision == "bf16")
+    assert config["bf16"].get("check_grad_overflow", False) is (precision == "bf16")
+
+
+def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(EngineError, match="bf16 needs"):
+        resolve_precision({"bf16": {"enabled": True}})
+    monkeypatch.setattr("pipeline.engine.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.engine.torch.cuda.get_device_name", lambda: "V100")
+    monkeypatch.setattr("pipeline.engine.bf16_units", lambda: False)
+    with pytest.raises(EngineError, match="V100 has no bf16 units"):
+        resolve_precision({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+
+
+def test_auto_micro_batch_is_a_function_of_the_recipe():
+    """Never of the machine's speed or memory: InfoNCE's negatives come from it."""
+    assert auto_micro_batch(512, 196) == 32  # ViT at 224 x 224 with patches of 16
+    assert auto_micro_batch(512, 64) == 128  # CIFAR-10 and the demo
+    assert auto_micro_batch(48, 64) == 48
+    assert auto_micro_batch(34, 196) == 34
+    assert auto_micro_batch(7 * 11, 400) == 11
+    assert auto_micro_batch(5, 10**6) == 1
+    demo = load_recipe(RECIPES / "demo_cmae.yaml")
+    assert demo.encoder.patches == 64
+    assert make_plan({}, demo, world=2).micro_batch == 64
+    assert load_recipe(RECIPES / "mae.yaml").encoder.patches == 196
 
 
 @pytest.mark.parametrize(
@@ -50,6 +104,8 @@ def test_shipped_configs_are_taken(stage):
         ({"zero_optimization": 2}, ["must be an object"]),
         ({"zero_optimization": {"stage": 4}}, ["0, 1, 2 or 3"]),
         ({"bf16": {"enabled": True}}, ["bf16 needs zero_optimization.stage"]),
+        ({"bf16": {"enabled": "yes"}}, ["bf16.enabled must be true, false or", "yes"]),
+        ({"bf16": {"enabled": 1}}, ["bf16.enabled must be true, false or", "1"]),
         ({"fp16": {"enabled": True}}, ["unknown key 'fp16'"]),
         ({"compile": "yes"}, ["'compile' must be true or false"]),
         ({"compile": True, "zero_optimization": {"stage": 3}}, ["compile needs"]),

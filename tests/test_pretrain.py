@@ -193,16 +193,24 @@ def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
 
 
 @pytest.mark.parametrize("name", ["rmae", "cmae"])
-def test_bf16_follows_fp32(name, shards, tmp_path, capsys, monkeypatch):
-    """Tiny, since bf16 is emulated on this kind of CPU; the teacher and the losses stay fp32."""
+def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
+    """bf16 asked for, native or emulated; the teacher and the losses stay fp32."""
     words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
     words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "3"]
     words[words.index("ds_configs/zero0.json")] = "ds_configs/zero2.json"
-    other = [str(tmp_path / "bf16") if w == str(tmp_path / "run") else w for w in words]
     assert pretrain.main(words) == 0
-    monkeypatch.setattr("pipeline.engine.native_bf16", lambda: True)
+    assert "precision: fp32 (auto" in capsys.readouterr().out
+    config = json.loads((pretrain.ROOT / "ds_configs/zero2.json").read_text())
+    config["bf16"] = {"enabled": True}
+    (tmp_path / "bf16.json").write_text(json.dumps(config))
+    other = [str(tmp_path / "bf16") if w == str(tmp_path / "run") else w for w in words]
+    other[other.index("ds_configs/zero2.json")] = str(tmp_path / "bf16.json")
     assert pretrain.main(other) == 0
     assert "precision: bf16" in capsys.readouterr().out
+    for folder, precision in (("run", "fp32"), ("bf16", "bf16")):
+        assert (
+            json.loads((tmp_path / folder / "versions.json").read_text())["precision"] == precision
+        )
 
     assert losses(tmp_path / "bf16") != losses(tmp_path / "run")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), rel=0.02)
