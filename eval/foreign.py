@@ -22,8 +22,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.common import EvalError
+from pipeline.config.recipe import DataRecipe
 from pipeline.encoder import load_tensors, random_encoder, read_encoder
-from pipeline.recipe import DataRecipe
 
 # Where a checkpoint keeps its weights: facebookresearch/mae and BEiT, MoCo v3 and timm, DINO.
 CONTAINERS = ("model", "state_dict", "teacher")

@@ -8,7 +8,7 @@ import yaml
 
 from eval.common import EvalError
 from eval.runs import Run, flatten
-from pipeline.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 
 PAPER = Path(__file__).with_name("paper.yaml")
 

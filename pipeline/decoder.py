@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
+from pipeline.config.recipe import DecoderRecipe
 from pipeline.encoder import init_weights, sincos_position
-from pipeline.recipe import DecoderRecipe
 from pipeline.views import View
 
 

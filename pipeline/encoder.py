@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
-from pipeline.recipe import EncoderRecipe, Recipe
+from pipeline.config.recipe import EncoderRecipe, Recipe
 
 
 def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:

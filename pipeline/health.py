@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.config.recipe import Recipe
 from pipeline.data import CentreCrop
 from pipeline.encoder import Encoder
 from pipeline.measures import gather_keys
 from pipeline.reader import Reader
-from pipeline.recipe import Recipe
 from pipeline.similarity import cka, kept_patches, vote
 from pipeline.views import whole_view
 from shard_tools.manifest import read_manifest

@@ -11,15 +11,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import kernels
-from pipeline.decoder import Decoder, take_rows
-from pipeline.encoder import init_weights
-from pipeline.recipe import (
+from pipeline.config.recipe import (
     BYOLRecipe,
     DataRecipe,
     HeadsRecipe,
     InfoNCERecipe,
     ReconstructionRecipe,
 )
+from pipeline.decoder import Decoder, take_rows
+from pipeline.encoder import init_weights
 from pipeline.views import View, Views
 
 Terms = dict[str, Tensor]

@@ -23,9 +23,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.recipe import Recipe, ReconstructionRecipe
 from pipeline.encoder import Encoder
 from pipeline.measures import Contrast, Reconstruction, Terms, choose_tokens, feature_std
-from pipeline.recipe import Recipe, ReconstructionRecipe
 from pipeline.views import View, Views, make_views
 
 # A context in which the given parameters are whole (engine.Engine.gathered); None: they are.

@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
+from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.objective import Objective, Teacher, parameter_groups
 from pipeline.order import steps_per_epoch
-from pipeline.recipe import RECIPES, Recipe, load_recipe
 
 # Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
 PEAKS = {

@@ -18,6 +18,14 @@ from typing import Any
 import torch
 
 from pipeline import kernels
+from pipeline.config.recipe import (
+    RECIPES,
+    Recipe,
+    dump_recipe,
+    ema_momentum,
+    learning_rate,
+    load_recipe,
+)
 from pipeline.data import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.engine import (
     Engine,
@@ -34,14 +42,6 @@ from pipeline.objective import build_objective, parameter_groups
 from pipeline.order import steps_per_epoch
 from pipeline.pictures import draw
 from pipeline.ranks import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
-from pipeline.recipe import (
-    RECIPES,
-    Recipe,
-    dump_recipe,
-    ema_momentum,
-    learning_rate,
-    load_recipe,
-)
 from pipeline.runs import (
     RunLock,
     SaveError,

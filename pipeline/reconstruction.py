@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
+from pipeline.config.recipe import load_recipe
 from pipeline.encoder import load_tensors
 from pipeline.export import load_run
 from pipeline.interop import from_mae
 from pipeline.measures import Reconstruction
 from pipeline.objective import Objective, build_objective
 from pipeline.pictures import decode, paste, predict, shown
-from pipeline.recipe import load_recipe
 from pipeline.views import View, visible_count
 
 

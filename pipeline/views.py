@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
+from pipeline.config.recipe import JitterRecipe, Recipe
 from pipeline.kernels import philox
-from pipeline.recipe import JitterRecipe, Recipe
 
 # The counter streams of the jitter draws; masks have their own streams inside the kernel.
 FIRST, SECOND, WHOLE = 0, 1, 2

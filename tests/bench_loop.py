@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from pipeline import kernels, objective, pretrain
+from pipeline.config.recipe import RECIPES
 from pipeline.data import Batch
 from pipeline.engine import init_ranks
 from pipeline.ranks import Ranks, close
-from pipeline.recipe import RECIPES
 
 ROOT = Path(__file__).parent.parent
 COLLECTIVES = (

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline.recipe import RECIPES
+from pipeline.config.recipe import RECIPES
 
 PARTS = ("weights", "gradients", "optimizer")
 

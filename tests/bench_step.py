@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
+from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.interop import _ours, to_mae
 from pipeline.objective import Objective, Teacher, build_objective, parameter_groups
 from pipeline.plan import ATTENTION
-from pipeline.recipe import RECIPES, load_recipe
 from pipeline.views import make_views
 
 METHODS = ("mae", "rmae", "cmae")

@@ -15,11 +15,11 @@ import torch
 from tiny import tiny_recipe
 from torch import Tensor
 
+from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.engine import Engine, init_ranks, make_plan
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.plan import Work, memory
 from pipeline.ranks import barrier, close
-from pipeline.recipe import Recipe, load_recipe
 
 PARTS = ("weights", "gradients", "optimizer")
 

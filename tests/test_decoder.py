@@ -7,10 +7,10 @@ from peer_mae import PlainMAE
 from tiny import DECODER_HEADS, HEADS, images, tiny_recipe
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pipeline.config.recipe import DecoderRecipe
 from pipeline.decoder import Decoder, DecoderBlock, place_rows, take_rows
 from pipeline.interop import _ours, to_mae
 from pipeline.objective import build_objective
-from pipeline.recipe import DecoderRecipe
 from pipeline.views import View, make_views
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import HEADS, PATCH, images, tiny_recipe
 
+from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.encoder import (
     Encoder,
     build_vit,
@@ -17,7 +18,6 @@ from pipeline.encoder import (
     read_encoder,
     sincos_position,
 )
-from pipeline.recipe import RECIPES, load_recipe
 from pipeline.views import make_views, whole_view
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
+from pipeline.config.recipe import RECIPES, learning_rate, load_recipe
 from pipeline.engine import (
     auto_micro_batch,
     init_ranks,
@@ -20,7 +21,6 @@ from pipeline.engine import (
 )
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.ranks import EngineError
-from pipeline.recipe import RECIPES, learning_rate, load_recipe
 
 ROOT = Path(__file__).parent.parent
 

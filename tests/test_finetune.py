@@ -29,11 +29,11 @@ from eval.classifier import (
     read_classifier,
 )
 from eval.common import World
+from pipeline.config.recipe import learning_rate
 from pipeline.data import eval_loader
 from pipeline.encoder import read_encoder
 from pipeline.engine import init_ranks
 from pipeline.ranks import PREEMPTED
-from pipeline.recipe import learning_rate
 from shard_tools.manifest import read_manifest
 
 ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
+from pipeline.config.recipe import load_recipe
 from pipeline.health import Probes, SkippedSteps, UnhealthyError, fixed_images
 from pipeline.objective import build_objective
-from pipeline.recipe import load_recipe
 from pipeline.similarity import cka, gram, hsic
 from pipeline.strong import RandAugment
 from shard_tools.manifest import read_manifest
@@ -109,7 +109,7 @@ def test_randaugment_is_keyed_and_leaves_the_global_generators_alone():
 
 
 def test_probes_change_no_result():
-    from pipeline.recipe import RECIPES, first_difference
+    from pipeline.config.recipe import RECIPES, first_difference
 
     a = load_recipe(RECIPES / "mae.yaml")
     b = load_recipe(RECIPES / "mae.yaml", ["monitor.knn_steps=5"])

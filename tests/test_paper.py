@@ -10,7 +10,7 @@ from eval.paper import FIGURES, PaperTable, find_row, read_paper, row_recipe
 from eval.paper_tables import one_table, paper_tables
 from eval.runs import Group, Run, flatten
 from eval.tables import accuracy_table
-from pipeline.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 
 # Baselines of Tab. 5 and 8 whose recipes are not masked image modelling.
 BASELINES = {"mocov3", "supervised"}

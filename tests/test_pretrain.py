@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_overrides
 
 from pipeline import kernels, pretrain
-from pipeline.recipe import RECIPES
+from pipeline.config.recipe import RECIPES
 
 
 def arguments(shards, tmp_path, name="mae", *overrides):

@@ -13,10 +13,10 @@ from tiny import tiny_recipe
 
 from eval import psnr, reconstruct
 from eval.common import World, run_command
+from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data import eval_loader
 from pipeline.interop import to_mae
 from pipeline.objective import build_objective
-from pipeline.recipe import RECIPES, dump_recipe
 from pipeline.reconstruction import read_reconstructor
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipeline.recipe import (
+from pipeline.config.recipe import (
     RECIPES,
     RecipeError,
     dump_recipe,

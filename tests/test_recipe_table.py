@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.recipe import RECIPES, load_recipe
+from pipeline.config.recipe import RECIPES, load_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (RECIPES / "README.md").read_text()

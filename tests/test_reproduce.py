@@ -16,7 +16,7 @@ from eval import reproduce, rows
 from eval.common import EvalError
 from eval.jobs import Job, costs, python, quoted, run_jobs, show_plan
 from eval.paper import read_paper
-from pipeline.recipe import RECIPES, load_recipe
+from pipeline.config.recipe import RECIPES, load_recipe
 
 README = RECIPES / "README.md"
 

@@ -8,9 +8,9 @@ import sys
 import pytest
 from tiny import tiny_recipe
 
+from pipeline.config.recipe import dump_recipe
 from pipeline.files import FILES, seal, verify
 from pipeline.ranks import EngineError
-from pipeline.recipe import dump_recipe
 from pipeline.runs import STATE, RunLock, claim, newest_checkpoint
 
 

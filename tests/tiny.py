@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.recipe import RECIPES, Recipe, load_recipe
+from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 
 HEADS, DECODER_HEADS, PATCH = 2, 2, 4
 METHODS = ("mae", "rmae", "rmae_dagger", "rmae_ddagger", "cmae")

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from tiny import images, tiny_recipe
 
+from pipeline.config.recipe import Recipe, learning_rate
 from pipeline.engine import Engine, init_ranks, make_plan
 from pipeline.objective import build_objective, parameter_groups
 from pipeline.ranks import barrier, close, mean_over_ranks
-from pipeline.recipe import Recipe, learning_rate
 from pipeline.runs import load_checkpoint, save_checkpoint
 
 STEPS, BATCH = 10, 8

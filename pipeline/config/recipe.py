@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.sections import (
+from pipeline.config.schema import (
     BYOLRecipe,
     DataRecipe,
     DecoderRecipe,
@@ -39,7 +39,7 @@ __all__ = [
     "parse_recipe",
 ]  # fmt: skip
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 # YAML aliases can make a value of a few bytes endless when written out.
