@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pipeline import kernels
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 
 CAPABILITIES = (80, 90, 100)
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
@@ -66,12 +66,12 @@ def recorded() -> Iterator[list[Launch]]:
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, args, kwargs, grid))
 
-    run, before = JITFunction.run, choice._implementation
-    JITFunction.run, choice._implementation = record, "triton"
+    run, before = JITFunction.run, backend._implementation
+    JITFunction.run, backend._implementation = record, "triton"
     try:
         yield launches
     finally:
-        JITFunction.run, choice._implementation = run, before
+        JITFunction.run, backend._implementation = run, before
 
 
 def compile_for(launch: Launch, capability: int) -> Compiled:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 
 DEVICE = os.environ.get("RELAXMIM_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -34,14 +34,14 @@ Leaves = dict[str, Tensor]
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
     """Run with one implementation; memory that nobody has written holds NaN, or the largest int."""
-    before = choice._implementation
+    before = backend._implementation
     kernels.use(implementation, DEVICE)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        choice._implementation = before
+        backend._implementation = before
 
 
 def gradients(function: Callable[..., Tensor], leaves: Leaves) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline import kernels
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 
 SECTOR = 32
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -223,7 +223,7 @@ def patch_bytes(image: Tensor, positions: Tensor, patch: int) -> int:
 
 def place_tokens_traffic(sizes: Sizes, prefix: int = 1) -> dict[str, Traffic]:
     """Forward and backward of place_tokens."""
-    from pipeline.kernels.place_tokens_triton import CHUNK, ROWS
+    from pipeline.kernels.place_tokens.triton import CHUNK, ROWS
 
     s = sizes
     block = min(512, 1 << (s.decoder - 1).bit_length())
@@ -257,7 +257,7 @@ def patch_loss_traffic(
     sizes: Sizes, image: Tensor, region: Tensor, relaxed: bool = False
 ) -> dict[str, Traffic]:
     """Forward and backward of patch_loss, without weights."""
-    from pipeline.kernels.patch_loss_triton import ROWS
+    from pipeline.kernels.patch_loss.triton import ROWS
 
     s = sizes
     rows = region.numel()
@@ -281,7 +281,7 @@ def patch_loss_traffic(
 
 def embed_visible_traffic(sizes: Sizes, image: Tensor, visible: Tensor) -> Traffic:
     """Forward of embed_visible with positions."""
-    from pipeline.kernels.embed_visible_triton import BLOCKS
+    from pipeline.kernels.embed_visible.triton import BLOCKS
 
     s = sizes
     m, n, _ = BLOCKS[s.dtype]
@@ -315,12 +315,12 @@ def sample_masks_traffic(sizes: Sizes) -> Traffic:
 @contextmanager
 def references() -> Iterator[None]:
     """Run the PyTorch references, whatever is chosen."""
-    before = choice._implementation
+    before = backend._implementation
     kernels.use("reference")
     try:
         yield
     finally:
-        choice._implementation = before
+        backend._implementation = before
 
 
 @references()

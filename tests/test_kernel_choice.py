@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from pipeline import kernels
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    monkeypatch.setattr(choice, "_implementation", "reference")
+    monkeypatch.setattr(backend, "_implementation", "reference")
 
 
 def test_auto_takes_the_reference_on_a_cpu():
@@ -33,7 +33,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert kernels.use("auto", "cuda") == "kernels: reference (auto on cuda)"
     with pytest.raises(ValueError, match="triton is not installed"):
         kernels.use("triton", "cuda")

@@ -120,7 +120,7 @@ def test_the_two_views_are_jittered_differently():
 def test_opcheck():
     image, visible = colourful(2, 8, 12), some_positions(2, 6, 3)
     with using("triton"):
-        from pipeline.kernels.color_jitter_triton import _color_jitter
+        from pipeline.kernels.color_jitter.triton import _color_jitter
 
         torch.library.opcheck(_color_jitter, (image, *parameters(2), None, 1))
         torch.library.opcheck(_color_jitter, (image, *parameters(2), visible, 4))

@@ -100,7 +100,7 @@ def test_kernel_with_planes_and_strided_inputs():
 
 
 def test_kernel_splits_the_rows_of_the_weight_gradient(monkeypatch):
-    from pipeline.kernels import embed_visible_triton
+    from pipeline.kernels.embed_visible import triton as embed_visible_triton
 
     monkeypatch.setattr(embed_visible_triton, "SPLIT_ROWS", 64)
     image, visible = random_images(5, 56, 56), some_positions(5, 49, 30)
@@ -128,7 +128,7 @@ def test_opcheck():
     image, visible = random_images(2, 16, 24), some_positions(2, 6, 3)
     weights = [x.requires_grad_() for x in leaves(8, 16, 6).values()]
     with using("triton"):
-        from pipeline.kernels.embed_visible_triton import _embed_visible
+        from pipeline.kernels.embed_visible.triton import _embed_visible
 
         arguments = (image, visible, *weights, [0.5] * 3, [0.2] * 3)
         torch.library.opcheck(_embed_visible, arguments)

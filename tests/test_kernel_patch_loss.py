@@ -131,7 +131,7 @@ def test_opcheck():
     image, region = random_images(2, 16, 16), some_positions(2, 4, 3)
     prediction, other = (x.requires_grad_() for x in leaves(2, 8, 3, relaxed=True).values())
     with using("triton"):
-        from pipeline.kernels.patch_loss_triton import _patch_loss
+        from pipeline.kernels.patch_loss.triton import _patch_loss
 
         settings = (8, [0.5] * 3, [0.2] * 3, True)
         both = (prediction, other, image, region, weights(2, 3), *settings)

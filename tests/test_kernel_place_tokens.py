@@ -112,7 +112,7 @@ def test_opcheck():
     inverse = some_positions(2, 5, 5)
     tokens, mask_token, position = (x.requires_grad_() for x in leaves(2, 5, 1, 2, 16).values())
     with using("triton"):
-        from pipeline.kernels.place_tokens_triton import _place_tokens
+        from pipeline.kernels.place_tokens.triton import _place_tokens
 
         torch.library.opcheck(_place_tokens, (tokens, inverse, mask_token, position, 1))
 

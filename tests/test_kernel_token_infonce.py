@@ -155,7 +155,7 @@ def test_gradcheck_of_the_reference(negatives):
 def test_opcheck(negatives):
     query, key = (x.requires_grad_() for x in leaves(2, 3, 2, 16).values())
     with using("triton"):
-        from pipeline.kernels.token_infonce_triton import _token_infonce
+        from pipeline.kernels.token_infonce.triton import _token_infonce
 
         torch.library.opcheck(_token_infonce, (query, key, 0.2, negatives, 1))
         torch.library.opcheck(_token_infonce, (query, key.detach(), 0.2, negatives, 1))

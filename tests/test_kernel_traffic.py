@@ -64,7 +64,7 @@ def test_place_tokens_moves_what_its_index_ranges_say():
     assert_traced(trace, place_tokens_traffic(s)["forward"])
     grad = noise(s.batch, 17, s.decoder, dtype=s.dtype)
     with using("triton"):
-        from pipeline.kernels.place_tokens_triton import _place_tokens_backward as backward
+        from pipeline.kernels.place_tokens.triton import _place_tokens_backward as backward
     trace = trace_of(lambda: backward(grad, inverse, 1, s.keep + 1))
     assert_traced(trace, place_tokens_traffic(s)["backward"])
 
@@ -80,7 +80,7 @@ def test_patch_loss_moves_what_its_index_ranges_say(relaxed):
     trace = trace_of(lambda: kernels.patch_loss(prediction, image, region, **settings))
     assert_traced(trace, expected["forward"])
     with using("triton"):
-        from pipeline.kernels.patch_loss_triton import _patch_loss_backward as backward
+        from pipeline.kernels.patch_loss.triton import _patch_loss_backward as backward
     grad, floats = torch.ones(2), [0.5] * 3
     trace = trace_of(
         lambda: backward(

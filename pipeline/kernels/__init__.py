@@ -5,7 +5,7 @@ function; the file beside it, `<op>_triton.py`, holds the kernel and is imported
 """
 
 from pipeline.kernels import philox
-from pipeline.kernels.choice import implementation, use
+from pipeline.kernels.backend import implementation, use
 from pipeline.kernels.color_jitter import color_jitter, jitter_parameters
 from pipeline.kernels.embed_visible import embed_visible
 from pipeline.kernels.patch_loss import patch_loss, patch_target

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 from pipeline.kernels.patches import check_positions, gather_patches, grid_of, normalise
 
 EPSILON = 1e-6
@@ -55,8 +55,8 @@ def patch_loss(
         raise ValueError(
             f"weight must be float32 {list(region.shape)}, not {weight.dtype} {list(weight.shape)}"
         )
-    if choice.implementation() == "triton":
-        from pipeline.kernels.patch_loss_triton import patch_loss_triton as run
+    if backend.implementation() == "triton":
+        from pipeline.kernels.patch_loss.triton import patch_loss_triton as run
     else:
         run = patch_loss_reference
     settings: Any = {"patch": patch, "mean": mean, "std": std, "norm_pix": norm_pix}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 from pipeline.kernels.patches import check_positions, gather_patches, grid_of, normalise
 
 
@@ -45,8 +45,8 @@ def embed_visible(
         raise ValueError(
             f"position must be [{rows * columns},{len(weight)}], not {list(position.shape)}"
         )
-    if choice.implementation() == "triton":
-        from pipeline.kernels.embed_visible_triton import embed_visible_triton as run
+    if backend.implementation() == "triton":
+        from pipeline.kernels.embed_visible.triton import embed_visible_triton as run
     else:
         run = embed_visible_reference
     return run(image, visible, weight, bias, position, mean=mean, std=std)

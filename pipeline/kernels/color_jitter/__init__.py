@@ -17,7 +17,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from pipeline.kernels import choice, philox
+from pipeline.kernels import backend, philox
 from pipeline.kernels.patches import check_positions, gather_patches, grid_of
 
 ORDERS = tuple(itertools.permutations(range(4)))  # number -> order of the four steps
@@ -89,8 +89,8 @@ def color_jitter(
     grid_of(image, patch or 1)
     if visible is not None:
         check_positions("visible", visible, image)
-    if choice.implementation() == "triton":
-        from pipeline.kernels.color_jitter_triton import color_jitter_triton as run
+    if backend.implementation() == "triton":
+        from pipeline.kernels.color_jitter.triton import color_jitter_triton as run
     else:
         run = color_jitter_reference
     return run(image, factors, order, apply, gray, visible=visible, patch=patch)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 
 NEGATIVES = ("all", "position", "image")
 CHUNK = 2**21  # similarities held at a time (8 MiB in fp32)
@@ -50,8 +50,8 @@ def token_infonce(
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    if choice.implementation() == "triton":
-        from pipeline.kernels.token_infonce_triton import token_infonce_triton as run
+    if backend.implementation() == "triton":
+        from pipeline.kernels.token_infonce.triton import token_infonce_triton as run
     else:
         run = token_infonce_reference
     return run(query, key, temperature=temperature, negatives=negatives, offset=offset)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.kernels import choice, philox
+from pipeline.kernels import backend, philox
 
 POLICIES = ("random", "complement", "independent", "none")
 
@@ -65,8 +65,8 @@ def sample_masks(
     """
     philox.check_key(sample, seed, epoch)
     sizes = view_sizes(length, visible, policy)
-    if choice.implementation() == "triton":
-        from pipeline.kernels.sample_masks_triton import sample_masks_triton as run
+    if backend.implementation() == "triton":
+        from pipeline.kernels.sample_masks.triton import sample_masks_triton as run
     else:
         run = sample_masks_reference
     return run(sample, seed=seed, epoch=epoch, length=length, visible=sizes, policy=policy)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.kernels import choice
+from pipeline.kernels import backend
 
 
 def place_tokens(
@@ -40,8 +40,8 @@ def place_tokens(
             f"mask_token must be [{width}] and position [{prefix + length},{width}], not "
             f"{list(mask_token.shape)} and {list(position.shape)}"
         )
-    if choice.implementation() == "triton":
-        from pipeline.kernels.place_tokens_triton import place_tokens_triton as run
+    if backend.implementation() == "triton":
+        from pipeline.kernels.place_tokens.triton import place_tokens_triton as run
     else:
         run = place_tokens_reference
     return run(tokens, inverse, mask_token, position, prefix=prefix)
