@@ -37,7 +37,7 @@ from eval.common import (
 )
 from eval.features import Timer, image_size, normalise, open_encoder
 from pipeline.data import eval_loader
-from pipeline.similarity import gram, hsic, kept_patches
+from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 
 RATIOS = tuple(n / 10 for n in range(1, 10))

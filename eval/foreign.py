@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from eval.common import EvalError
 from pipeline.config.recipe import DataRecipe
-from pipeline.encoder import load_tensors, random_encoder, read_encoder
+from pipeline.method.encoder import load_tensors, random_encoder, read_encoder
 
 # Where a checkpoint keeps its weights: facebookresearch/mae and BEiT, MoCo v3 and timm, DINO.
 CONTAINERS = ("model", "state_dict", "teacher")

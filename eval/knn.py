@@ -25,7 +25,7 @@ from eval.common import (
     write_result,
 )
 from eval.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
-from pipeline.similarity import vote
+from pipeline.method.metrics import vote
 
 
 def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from eval.common import (
 )
 from eval.features import Timer
 from pipeline.data import eval_loader
-from pipeline.reconstruction import Reconstructor, read_reconstructor
+from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 
 TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
 SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB

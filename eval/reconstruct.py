@@ -22,7 +22,7 @@ from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
 from pipeline.data import eval_loader
 from pipeline.files import write_atomic
-from pipeline.reconstruction import Reconstructor, read_reconstructor
+from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 SMALLEST = 112  # side in pixels that a small picture is enlarged to at least

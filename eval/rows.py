@@ -15,7 +15,7 @@ from eval.jobs import Job, python
 from eval.paper import PaperRow
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data import steps_per_epoch
-from pipeline.encoder import build_vit, vit_options
+from pipeline.method.encoder import build_vit, vit_options
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pipeline.config.recipe import Recipe
 from pipeline.data import CentreCrop
-from pipeline.encoder import Encoder
-from pipeline.measures import gather_keys
+from pipeline.method.encoder import Encoder
+from pipeline.method.measures import gather_keys
+from pipeline.method.metrics import cka, kept_patches, vote
+from pipeline.method.views import whole_view
 from pipeline.reader import Reader
-from pipeline.similarity import cka, kept_patches, vote
-from pipeline.views import whole_view
 from shard_tools.manifest import read_manifest
 
 RATIOS = (0.25, 0.5, 0.75)  # shares of dropped patches

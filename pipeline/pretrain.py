@@ -37,10 +37,10 @@ from pipeline.engine import (
 from pipeline.failures import Watchdog, last_failure, note_failure
 from pipeline.files import write_atomic, write_json
 from pipeline.health import Probes, SkippedSteps
+from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.pictures import draw
 from pipeline.monitor import Monitor
-from pipeline.objective import build_objective, parameter_groups
 from pipeline.order import steps_per_epoch
-from pipeline.pictures import draw
 from pipeline.ranks import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
 from pipeline.runs import (
     RunLock,

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from pipeline import kernels, objective, pretrain
+from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
 from pipeline.data import Batch
 from pipeline.engine import init_ranks
+from pipeline.method import objective
 from pipeline.ranks import Ranks, close
 
 ROOT = Path(__file__).parent.parent

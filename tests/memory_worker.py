@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.engine import Engine, init_ranks, make_plan
-from pipeline.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.plan import Work, memory
 from pipeline.ranks import barrier, close
 

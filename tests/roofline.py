@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from pipeline import kernels, objective
+from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.method import objective
 from pipeline.plan import ATTENTION, PEAKS, meta_objective
 
 # Memory bandwidth in 10^12 bytes/s (makers' data sheets: A100 SXM 80 GB, H100 SXM, HGX B200).

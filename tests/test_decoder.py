@@ -8,10 +8,10 @@ from tiny import DECODER_HEADS, HEADS, images, tiny_recipe
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.config.recipe import DecoderRecipe
-from pipeline.decoder import Decoder, DecoderBlock, place_rows, take_rows
-from pipeline.interop import _ours, to_mae
-from pipeline.objective import build_objective
-from pipeline.views import View, make_views
+from pipeline.method.decoder import Decoder, DecoderBlock, place_rows, take_rows
+from pipeline.method.interop import _ours, to_mae
+from pipeline.method.objective import build_objective
+from pipeline.method.views import View, make_views
 
 
 def test_take_rows_is_plain_indexing_with_its_gradient():

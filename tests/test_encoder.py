@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tiny import HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.encoder import (
+from pipeline.method.encoder import (
     Encoder,
     build_vit,
     encoder_info,
@@ -18,7 +18,7 @@ from pipeline.encoder import (
     read_encoder,
     sincos_position,
 )
-from pipeline.views import make_views, whole_view
+from pipeline.method.views import make_views, whole_view
 
 
 def normalised(image):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_overrides
 
-from pipeline.encoder import read_encoder
 from pipeline.export import main as export
+from pipeline.method.encoder import read_encoder
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

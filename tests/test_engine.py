@@ -19,7 +19,7 @@ from pipeline.engine import (
     read_ds_config,
     resolve_precision,
 )
-from pipeline.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.ranks import EngineError
 
 ROOT = Path(__file__).parent.parent

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
-from pipeline.encoder import read_encoder, vit_options
 from pipeline.export import load_run, main
-from pipeline.interop import from_mae
-from pipeline.measures import reconstruct
-from pipeline.objective import build_objective
-from pipeline.views import make_views, whole_view
+from pipeline.method.encoder import read_encoder, vit_options
+from pipeline.method.interop import from_mae
+from pipeline.method.measures import reconstruct
+from pipeline.method.objective import build_objective
+from pipeline.method.views import make_views, whole_view
 
 SAMPLE = torch.tensor([5, 1, 8])
 

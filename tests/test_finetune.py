@@ -31,8 +31,8 @@ from eval.classifier import (
 from eval.common import World
 from pipeline.config.recipe import learning_rate
 from pipeline.data import eval_loader
-from pipeline.encoder import read_encoder
 from pipeline.engine import init_ranks
+from pipeline.method.encoder import read_encoder
 from pipeline.ranks import PREEMPTED
 from shard_tools.manifest import read_manifest
 

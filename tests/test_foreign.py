@@ -18,8 +18,8 @@ from eval import cka, finetune, knn
 from eval.classifier import build_classifier, layer_groups
 from eval.common import EvalError, output_path, parser
 from eval.features import image_features, open_encoder
-from pipeline.interop import to_mae
-from pipeline.objective import build_objective
+from pipeline.method.interop import to_mae
+from pipeline.method.objective import build_objective
 
 ARCH = "vit_base_patch16_224"
 WORDS = ["--arch", ARCH, "--options", json.dumps(OPTIONS)]

@@ -9,8 +9,8 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import load_recipe
 from pipeline.health import Probes, SkippedSteps, UnhealthyError, fixed_images
-from pipeline.objective import build_objective
-from pipeline.similarity import cka, gram, hsic
+from pipeline.method.metrics import cka, gram, hsic
+from pipeline.method.objective import build_objective
 from pipeline.strong import RandAugment
 from shard_tools.manifest import read_manifest
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
-from pipeline.interop import from_mae, to_mae
-from pipeline.objective import build_objective
-from pipeline.views import make_views
+from pipeline.method.interop import from_mae, to_mae
+from pipeline.method.objective import build_objective
+from pipeline.method.views import make_views
 
 
 def random_mae_state(width=16, decoder=8, depth=2, decoder_depth=1, patch=4, grid=4):

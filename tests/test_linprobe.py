@@ -29,7 +29,7 @@ from eval import linprobe
 from eval.common import World, count_correct, run_command
 from eval.features import extract, open_encoder
 from eval.probe import Probe, Training
-from pipeline.encoder import read_encoder
+from pipeline.method.encoder import read_encoder
 
 
 @pytest.fixture(scope="module")

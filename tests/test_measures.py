@@ -6,8 +6,8 @@ import torch
 import torch.multiprocessing as mp
 from tiny import images, tiny_recipe
 
-from pipeline.measures import Contrast, choose_tokens, gather_keys
-from pipeline.objective import build_objective
+from pipeline.method.measures import Contrast, choose_tokens, gather_keys
+from pipeline.method.objective import build_objective
 
 
 def test_choose_tokens():

@@ -7,10 +7,10 @@ import torch.multiprocessing as mp
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import HeadsRecipe, RecipeError
-from pipeline.encoder import Encoder, encoder_state, sincos_position
-from pipeline.measures import Contrast, GlobalBatchNorm, feature_std, mlp
-from pipeline.objective import build_objective, parameter_groups
-from pipeline.views import FIRST, SECOND, cutmix, make_views
+from pipeline.method.encoder import Encoder, encoder_state, sincos_position
+from pipeline.method.measures import Contrast, GlobalBatchNorm, feature_std, mlp
+from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.views import FIRST, SECOND, cutmix, make_views
 
 SAMPLE = torch.tensor([11, 4, 29])
 MOCO = (

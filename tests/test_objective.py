@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny import DECODER_HEADS, HEADS, METHODS, PATCH, images, tiny_recipe
 
-from pipeline.objective import Teacher, build_objective, parameter_groups
-from pipeline.views import make_views
+from pipeline.method.objective import Teacher, build_objective, parameter_groups
+from pipeline.method.views import make_views
 
 SAMPLE = torch.tensor([11, 4, 29])
 

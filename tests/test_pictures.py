@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny import PATCH, images, tiny_recipe
 
-from pipeline import kernels, pictures
-from pipeline.objective import build_objective
-from pipeline.pictures import draw, fold, paste, predict, shown
-from pipeline.views import make_views
+from pipeline import kernels
+from pipeline.method import pictures
+from pipeline.method.objective import build_objective
+from pipeline.method.pictures import draw, fold, paste, predict, shown
+from pipeline.method.views import make_views
 
 
 def positions(batch=3, length=16):

@@ -14,7 +14,7 @@ from tiny import images, tiny_recipe
 
 from pipeline import plan
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.objective import build_objective
+from pipeline.method.objective import build_objective
 from pipeline.plan import PlanError, Work, dry_run, memory, shard, split, stage2_gradients
 
 ROOT = Path(__file__).parent.parent

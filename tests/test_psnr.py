@@ -15,9 +15,9 @@ from eval import psnr, reconstruct
 from eval.common import World, run_command
 from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data import eval_loader
-from pipeline.interop import to_mae
-from pipeline.objective import build_objective
-from pipeline.reconstruction import read_reconstructor
+from pipeline.method.interop import to_mae
+from pipeline.method.objective import build_objective
+from pipeline.method.reconstructor import read_reconstructor
 
 
 def write_run(folder: Path, name: str, *overrides: str, blind: bool = False) -> Path:

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.jobs import LAUNCHER
 from pipeline.engine import Engine, init_ranks, make_plan
+from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.monitor import Monitor
-from pipeline.objective import build_objective, parameter_groups
 from pipeline.ranks import close
 
 # Ops whose result the host reads, or whose output's size it must know.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import METHODS, PATCH, images, tiny_recipe
 
-from pipeline.views import make_views, visible_count, whole_view
+from pipeline.method.views import make_views, visible_count, whole_view
 
 
 def views_of(name, *overrides, sample=(5, 6, 7), epoch=0):

@@ -13,7 +13,7 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import Recipe, learning_rate
 from pipeline.engine import Engine, init_ranks, make_plan
-from pipeline.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.ranks import barrier, close, mean_over_ranks
 from pipeline.runs import load_checkpoint, save_checkpoint
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe, ReconstructionRecipe
-from pipeline.encoder import Encoder
-from pipeline.measures import Contrast, Reconstruction, Terms, choose_tokens, feature_std
-from pipeline.views import View, Views, make_views
+from pipeline.method.encoder import Encoder
+from pipeline.method.measures import Contrast, Reconstruction, Terms, choose_tokens, feature_std
+from pipeline.method.views import View, Views, make_views
 
 # A context in which the given parameters are whole (engine.Engine.gathered); None: they are.
 Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[object]] | None

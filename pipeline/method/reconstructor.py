@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.config.recipe import load_recipe
-from pipeline.encoder import load_tensors
 from pipeline.export import load_run
-from pipeline.interop import from_mae
-from pipeline.measures import Reconstruction
-from pipeline.objective import Objective, build_objective
-from pipeline.pictures import decode, paste, predict, shown
-from pipeline.views import View, visible_count
+from pipeline.method.encoder import load_tensors
+from pipeline.method.interop import from_mae
+from pipeline.method.measures import Reconstruction
+from pipeline.method.objective import Objective, build_objective
+from pipeline.method.pictures import decode, paste, predict, shown
+from pipeline.method.views import View, visible_count
 
 
 class Reconstructor:

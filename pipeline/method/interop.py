@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.encoder import Encoder, encoder_state
-from pipeline.measures import Reconstruction
-from pipeline.objective import Objective
+from pipeline.method.encoder import Encoder, encoder_state
+from pipeline.method.measures import Reconstruction
+from pipeline.method.objective import Objective
 
 # facebookresearch/mae's prefix → ours, inside an Objective with a Reconstruction measure.
 _MAE_DECODER = {

@@ -18,9 +18,9 @@ from pipeline.config.recipe import (
     InfoNCERecipe,
     ReconstructionRecipe,
 )
-from pipeline.decoder import Decoder, take_rows
-from pipeline.encoder import init_weights
-from pipeline.views import View, Views
+from pipeline.method.decoder import Decoder, take_rows
+from pipeline.method.encoder import init_weights
+from pipeline.method.views import View, Views
 
 Terms = dict[str, Tensor]
 

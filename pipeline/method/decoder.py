@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
-from pipeline.encoder import init_weights, sincos_position
-from pipeline.views import View
+from pipeline.method.encoder import init_weights, sincos_position
+from pipeline.method.views import View
 
 
 class Decoder(nn.Module):

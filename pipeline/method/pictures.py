@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
-from pipeline.measures import Reconstruction, reconstruct
-from pipeline.objective import Objective
-from pipeline.views import View, make_views
+from pipeline.method.measures import Reconstruction, reconstruct
+from pipeline.method.objective import Objective
+from pipeline.method.views import View, make_views
 
 GREY = 127
 
