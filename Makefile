@@ -15,7 +15,7 @@ help:   ## show this list
 
 setup: .venv/ready   ## create .venv from requirements.lock and build the fused ops
 
-.venv/ready: requirements.lock pyproject.toml setup.py pipeline/_jpegcrop.c
+.venv/ready: requirements.lock pyproject.toml setup.py pipeline/data/_jpegcrop.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: Python >= 3.11 is needed, $(PYTHON) is older; set PYTHON=python3.11"; exit 2; }
 	@$(PYTHON) -m venv .venv || \

@@ -36,7 +36,7 @@ from eval.common import (
     write_result,
 )
 from eval.features import Timer, image_size, normalise, open_encoder
-from pipeline.data import eval_loader
+from pipeline.data.loader import eval_loader
 from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 

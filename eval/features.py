@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval.common import EvalError, World, autocast, progress
 from eval.foreign import check_feature, choose_encoder
-from pipeline.data import eval_loader
+from pipeline.data.loader import eval_loader
 from shard_tools.manifest import Manifest, read_manifest
 
 FEATURES = ("cls", "mean")

@@ -42,10 +42,10 @@ from eval.common import (
 )
 from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
 from pipeline.config.recipe import Recipe, learning_rate, parse_recipe
-from pipeline.data import Batch, Crop, steps_per_epoch, train_loader
+from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
+from pipeline.data.randaugment import RandAugment
 from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
 from pipeline.ranks import PREEMPTED, StopSignal
-from pipeline.strong import RandAugment
 from pipeline.whole import load_whole, save_whole
 from shard_tools import subset
 

@@ -63,7 +63,7 @@ from eval.features import (
     open_encoder,
 )
 from eval.probe import Probe, Training
-from pipeline.data import Box, Crop, steps_per_epoch, train_loader
+from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
 from pipeline.ranks import PREEMPTED, StopSignal
 
 PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly

@@ -30,7 +30,7 @@ from eval.common import (
     write_result,
 )
 from eval.features import Timer
-from pipeline.data import eval_loader
+from pipeline.data.loader import eval_loader
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 
 TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"

@@ -20,7 +20,7 @@ from torch import Tensor
 from eval.common import EvalError, base_parser, run_command
 from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
-from pipeline.data import eval_loader
+from pipeline.data.loader import eval_loader
 from pipeline.files import write_atomic
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 

@@ -14,7 +14,7 @@ from eval.common import EvalError
 from eval.jobs import Job, python
 from eval.paper import PaperRow
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
-from pipeline.data import steps_per_epoch
+from pipeline.data.loader import steps_per_epoch
 from pipeline.method.encoder import build_vit, vit_options
 from shard_tools.manifest import read_manifest
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
-from pipeline.data import CentreCrop
+from pipeline.data.loader import CentreCrop
+from pipeline.data.reader import Reader
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import gather_keys
 from pipeline.method.metrics import cka, kept_patches, vote
 from pipeline.method.views import whole_view
-from pipeline.reader import Reader
 from shard_tools.manifest import read_manifest
 
 RATIOS = (0.25, 0.5, 0.75)  # shares of dropped patches

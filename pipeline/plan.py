@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
+from pipeline.data.order import steps_per_epoch
 from pipeline.method.objective import Objective, Teacher, parameter_groups
-from pipeline.order import steps_per_epoch
 
 # Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
 PEAKS = {

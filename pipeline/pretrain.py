@@ -26,7 +26,9 @@ from pipeline.config.recipe import (
     learning_rate,
     load_recipe,
 )
-from pipeline.data import Batch, Crop, Loader, eval_loader, train_loader
+from pipeline.data.loader import Batch, Crop, Loader, eval_loader, train_loader
+from pipeline.data.order import steps_per_epoch
+from pipeline.data.randaugment import RandAugment
 from pipeline.engine import (
     Engine,
     Plan,
@@ -40,7 +42,6 @@ from pipeline.health import Probes, SkippedSteps
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.method.pictures import draw
 from pipeline.monitor import Monitor
-from pipeline.order import steps_per_epoch
 from pipeline.ranks import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
 from pipeline.runs import (
     RunLock,
@@ -51,7 +52,6 @@ from pipeline.runs import (
     save_checkpoint,
     versions,
 )
-from pipeline.strong import RandAugment
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -39,7 +39,7 @@ DETAILED = ("galaxies", "grass", "gravel", "motorcycle", "pagoda", "tissue")
 def ours(folder: Path, decode: str) -> Iterator[int]:
     import torch
 
-    from pipeline.data import Crop, train_loader
+    from pipeline.data.loader import Crop, train_loader
 
     torch.set_num_threads(1)
     for batch in train_loader(
@@ -164,7 +164,7 @@ def median_psnr(folder: Path) -> float:
     """Our decoder against Pillow, the same rectangles, dB."""
     import numpy as np
 
-    from pipeline.decode import Crop, decoder
+    from pipeline.data.jpeg import Crop, decoder
 
     rng, figures = np.random.default_rng(0), []
     for path in sorted((folder / "images").rglob("*.jpg"))[:128]:
@@ -179,7 +179,7 @@ def median_psnr(folder: Path) -> float:
 
 def contestants(args: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Title → (interpreter and arguments, environment); prints why a peer is left out."""
-    from pipeline.decode import available
+    from pipeline.data.jpeg import available
 
     plain = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     python = [sys.executable]

@@ -23,7 +23,7 @@ import torch
 
 from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
-from pipeline.data import Batch
+from pipeline.data.loader import Batch
 from pipeline.engine import init_ranks
 from pipeline.method import objective
 from pipeline.ranks import Ranks, close

@@ -18,9 +18,9 @@ import torch
 from filelock import FileLock
 from loader_helpers import jpeg, write_shards
 
-from pipeline import cache as cache_module
-from pipeline.cache import CacheError, ShardCache
-from pipeline.data import Crop, train_loader
+from pipeline.data.loader import Crop, train_loader
+from pipeline.data.loader import shard_cache as cache_module
+from pipeline.data.shard_cache import CacheError, ShardCache
 from shard_tools.manifest import Manifest, Shard
 
 SHARD = 200_000  # bytes of the plain shards below

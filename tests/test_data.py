@@ -19,8 +19,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from pipeline.data import Crop, Order, SampleError, eval_loader, global_batch, train_loader
-from pipeline.order import partition_order, random_bits, steps_per_epoch
+from pipeline.data.loader import Crop, Order, SampleError, eval_loader, global_batch, train_loader
+from pipeline.data.order import partition_order, random_bits, steps_per_epoch
 from shard_tools import index_shards, subset
 from shard_tools.manifest import ManifestError
 
@@ -440,7 +440,7 @@ def test_bad_crops_and_folders(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from pipeline.data import Crop, train_loader
+from pipeline.data.loader import Crop, train_loader
 loader = train_loader(sys.argv[1], batch_size=8, micro_batch=8, rank=0, world=1, seed=0,
                       start_step=0, total_steps=1000, crop=Crop(16), workers=2, partitions=4)
 batches = iter(loader)

@@ -30,7 +30,7 @@ from eval.classifier import (
 )
 from eval.common import World
 from pipeline.config.recipe import learning_rate
-from pipeline.data import eval_loader
+from pipeline.data.loader import eval_loader
 from pipeline.engine import init_ranks
 from pipeline.method.encoder import read_encoder
 from pipeline.ranks import PREEMPTED

@@ -14,7 +14,7 @@ from tiny import tiny_recipe
 from eval import psnr, reconstruct
 from eval.common import World, run_command
 from pipeline.config.recipe import RECIPES, dump_recipe
-from pipeline.data import eval_loader
+from pipeline.data.loader import eval_loader
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.reconstructor import read_reconstructor

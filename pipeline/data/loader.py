@@ -1,4 +1,4 @@
-"""Shards → uint8 batches, in the order of pipeline/order.py.
+"""Shards → uint8 batches, in the order of pipeline/data/order.py.
 
 A worker process reads a sample's bytes at its offset, decodes, crops and flips it into a uint8
 batch; normalisation belongs to the device. The state of the data is one integer, the step.
@@ -22,10 +22,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.cache import GIB, ShardCache
-from pipeline.decode import Box, CentreCrop, Crop
-from pipeline.order import CROPS, SECOND_CROPS, Order, global_batch, random_bits, steps_per_epoch
-from pipeline.reader import Reader, SampleError
+from pipeline.data.jpeg import Box, CentreCrop, Crop
+from pipeline.data.order import (
+    CROPS,
+    SECOND_CROPS,
+    Order,
+    global_batch,
+    random_bits,
+    steps_per_epoch,
+)
+from pipeline.data.reader import Reader, SampleError
+from pipeline.data.shard_cache import GIB, ShardCache
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
 __all__ = [

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 try:  # built at set-up where a compiler and libjpeg-turbo's headers are
-    from pipeline import _jpegcrop
+    from pipeline.data import _jpegcrop
 except ImportError:
     _jpegcrop = None  # type: ignore[assignment]
 try:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from pipeline.cache import ShardCache
-from pipeline.decode import Choose, DecodeError, decoder
+from pipeline.data.jpeg import Choose, DecodeError, decoder
+from pipeline.data.shard_cache import ShardCache
 from shard_tools.manifest import Manifest, ManifestError
 
 _OPEN_SHARDS = 256  # file handles that one worker keeps
@@ -25,7 +25,7 @@ class SampleError(ValueError):
 class Reader:
     """Samples of a manifest as uint8 crops; a copy of it lives in each worker process.
 
-    interpolation and `how`: see pipeline/decode.py; cache: for remote shards.
+    interpolation and `how`: see pipeline/data/jpeg.py; cache: for remote shards.
     """
 
     def __init__(
