@@ -25,7 +25,7 @@ setup: .venv/ready   ## create .venv from requirements.lock and build the fused 
 	@$(MAKE) --no-print-directory pillow
 	$(PIP) install --no-deps -e .
 	@echo "building DeepSpeed's fused ops (two to three minutes, once)"
-	@$(PY) -c 'from pipeline.engine import build_ops; print("built:", ", ".join(build_ops()) or "nothing (no compiler); torch is used instead")'
+	@$(PY) -c 'from pipeline.runtime.engine import build_ops; print("built:", ", ".join(build_ops()) or "nothing (no compiler); torch is used instead")'
 	@touch $@
 
 # pillow-simd where a compiler and the headers of libjpeg and zlib are, otherwise the locked Pillow.

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline.distributed import agree, any_rank
 from pipeline.files import write_atomic
-from pipeline.ranks import agree, any_rank
 
 T = TypeVar("T")
 

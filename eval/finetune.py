@@ -44,9 +44,9 @@ from eval.features import Timer, batches, class_count, image_size, labelled, nor
 from pipeline.config.recipe import Recipe, learning_rate, parse_recipe
 from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.data.randaugment import RandAugment
-from pipeline.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
-from pipeline.ranks import PREEMPTED, StopSignal
-from pipeline.whole import load_whole, save_whole
+from pipeline.distributed import PREEMPTED, StopSignal
+from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
+from pipeline.runtime.optimizer_state import load_whole, save_whole
 from shard_tools import subset
 
 

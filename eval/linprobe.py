@@ -64,7 +64,7 @@ from eval.features import (
 )
 from eval.probe import Probe, Training
 from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
-from pipeline.ranks import PREEMPTED, StopSignal
+from pipeline.distributed import PREEMPTED, StopSignal
 
 PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)

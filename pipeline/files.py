@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.ranks import EngineError
+from pipeline.distributed import EngineError
 from shard_tools import manifest
 
 FILES = "files.json"

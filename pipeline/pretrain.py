@@ -29,21 +29,20 @@ from pipeline.config.recipe import (
 from pipeline.data.loader import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
-from pipeline.engine import (
+from pipeline.distributed import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
+from pipeline.files import write_atomic, write_json
+from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.pictures import draw
+from pipeline.runtime.engine import (
     Engine,
     Plan,
     init_ranks,
     make_plan,
     read_ds_config,
 )
-from pipeline.failures import Watchdog, last_failure, note_failure
-from pipeline.files import write_atomic, write_json
-from pipeline.health import Probes, SkippedSteps
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.method.pictures import draw
-from pipeline.monitor import Monitor
-from pipeline.ranks import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
-from pipeline.runs import (
+from pipeline.runtime.monitor import Monitor
+from pipeline.runtime.probes import Probes, SkippedSteps
+from pipeline.runtime.run_folder import (
     RunLock,
     SaveError,
     claim,
@@ -52,6 +51,7 @@ from pipeline.runs import (
     save_checkpoint,
     versions,
 )
+from pipeline.runtime.watchdog import Watchdog, last_failure, note_failure
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

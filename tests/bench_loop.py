@@ -24,9 +24,9 @@ import torch
 from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
 from pipeline.data.loader import Batch
-from pipeline.engine import init_ranks
+from pipeline.distributed import Ranks, close
 from pipeline.method import objective
-from pipeline.ranks import Ranks, close
+from pipeline.runtime.engine import init_ranks
 
 ROOT = Path(__file__).parent.parent
 COLLECTIVES = (

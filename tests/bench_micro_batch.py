@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.engine import Engine, init_ranks, make_plan
 from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.runtime.engine import Engine, init_ranks, make_plan
 
 SMALL = ["encoder.image_size=32", "data.partitions=8",
          "encoder.options={patch_size: 4, embed_dim: 192, depth: 6, num_heads: 3}"]  # fmt: skip

@@ -30,10 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.estimate import ATTENTION
 from pipeline.method.interop import _ours, to_mae
 from pipeline.method.objective import Objective, Teacher, build_objective, parameter_groups
 from pipeline.method.views import make_views
-from pipeline.plan import ATTENTION
 
 METHODS = ("mae", "rmae", "cmae")
 Step = Callable[[], Tensor]

@@ -16,10 +16,10 @@ from tiny import tiny_recipe
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe, load_recipe
-from pipeline.engine import Engine, init_ranks, make_plan
+from pipeline.distributed import barrier, close
+from pipeline.estimate import Work, memory
 from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.plan import Work, memory
-from pipeline.ranks import barrier, close
+from pipeline.runtime.engine import Engine, init_ranks, make_plan
 
 PARTS = ("weights", "gradients", "optimizer")
 

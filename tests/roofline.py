@@ -24,8 +24,8 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.estimate import ATTENTION, PEAKS, meta_objective
 from pipeline.method import objective
-from pipeline.plan import ATTENTION, PEAKS, meta_objective
 
 # Memory bandwidth in 10^12 bytes/s (makers' data sheets: A100 SXM 80 GB, H100 SXM, HGX B200).
 BANDWIDTH = {"a100": 2.039, "h100": 3.35, "b200": 8.0}

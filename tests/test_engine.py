@@ -12,15 +12,15 @@ import torch
 from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, learning_rate, load_recipe
-from pipeline.engine import (
+from pipeline.distributed import EngineError
+from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.runtime.engine import (
     auto_micro_batch,
     init_ranks,
     make_plan,
     read_ds_config,
     resolve_precision,
 )
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.ranks import EngineError
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,8 +58,8 @@ def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
     wanted, gpu, units, precision, words, monkeypatch
 ):
     """The processor's own bf16 units change nothing but a word in the log."""
-    monkeypatch.setattr("pipeline.engine.torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("pipeline.engine.bf16_units", lambda: units)
+    monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("pipeline.runtime.engine.bf16_units", lambda: units)
     config = {"bf16": {"enabled": wanted}, "zero_optimization": {"stage": 2}}
     found, note = resolve_precision(config)
     assert found == precision
@@ -71,9 +71,9 @@ def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
 def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(EngineError, match="bf16 needs"):
         resolve_precision({"bf16": {"enabled": True}})
-    monkeypatch.setattr("pipeline.engine.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("pipeline.engine.torch.cuda.get_device_name", lambda: "V100")
-    monkeypatch.setattr("pipeline.engine.bf16_units", lambda: False)
+    monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.get_device_name", lambda: "V100")
+    monkeypatch.setattr("pipeline.runtime.engine.bf16_units", lambda: False)
     with pytest.raises(EngineError, match="V100 has no bf16 units"):
         resolve_precision({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
 

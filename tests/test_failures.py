@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from pipeline.failures import FAILURE, STUCK, Watchdog, last_failure, note_failure
+from pipeline.runtime.watchdog import FAILURE, STUCK, Watchdog, last_failure, note_failure
 
 START = (
-    "import ctypes, sys, time; from pathlib import Path; from pipeline.failures import Watchdog; "
+    "import ctypes, sys, time; from pathlib import Path; from pipeline.runtime.watchdog import Watchdog; "
     "dog = Watchdog(0.4, 3, Path(sys.argv[1])); dog.note('step 7, waiting for data'); "
 )
 

@@ -31,9 +31,9 @@ from eval.classifier import (
 from eval.common import World
 from pipeline.config.recipe import learning_rate
 from pipeline.data.loader import eval_loader
-from pipeline.engine import init_ranks
+from pipeline.distributed import PREEMPTED
 from pipeline.method.encoder import read_encoder
-from pipeline.ranks import PREEMPTED
+from pipeline.runtime.engine import init_ranks
 from shard_tools.manifest import read_manifest
 
 ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"

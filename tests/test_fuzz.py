@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.recipe import RECIPES, RecipeError, load_recipe
-from pipeline.engine import make_plan, read_ds_config
-from pipeline.ranks import EngineError
+from pipeline.distributed import EngineError
+from pipeline.runtime.engine import make_plan, read_ds_config
 from shard_tools.manifest import (
     INDEX,
     MANIFEST,

@@ -9,9 +9,9 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import load_recipe
 from pipeline.data.randaugment import RandAugment
-from pipeline.health import Probes, SkippedSteps, UnhealthyError, fixed_images
 from pipeline.method.metrics import cka, gram, hsic
 from pipeline.method.objective import build_objective
+from pipeline.runtime.probes import Probes, SkippedSteps, UnhealthyError, fixed_images
 from shard_tools.manifest import read_manifest
 
 

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.engine import init_ranks
-from pipeline.monitor import Monitor
+from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.monitor import Monitor
 
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys, alone):
 
 def test_time_spent_on_saving_is_not_counted_as_training(tmp_path, alone, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("pipeline.monitor.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("pipeline.runtime.monitor.time.perf_counter", lambda: now[0])
     monitor = Monitor(tmp_path, rank=0, first=0, total=1, images=50, log_steps=1)
     monitor.add(torch.tensor(1.0), {}, 1.0)
     paused = monitor.pause()

@@ -12,10 +12,10 @@ import roofline
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline import plan
+from pipeline import estimate as plan
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.estimate import PlanError, Work, dry_run, memory, shard, split, stage2_gradients
 from pipeline.method.objective import build_objective
-from pipeline.plan import PlanError, Work, dry_run, memory, shard, split, stage2_gradients
 
 ROOT = Path(__file__).parent.parent
 

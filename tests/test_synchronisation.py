@@ -11,10 +11,10 @@ from tiny import images, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.jobs import LAUNCHER
-from pipeline.engine import Engine, init_ranks, make_plan
+from pipeline.distributed import close
 from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.monitor import Monitor
-from pipeline.ranks import close
+from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.runtime.monitor import Monitor
 
 # Ops whose result the host reads, or whose output's size it must know.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")

@@ -12,10 +12,10 @@ import torch
 from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import Recipe, learning_rate
-from pipeline.engine import Engine, init_ranks, make_plan
+from pipeline.distributed import barrier, close, mean_over_ranks
 from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.ranks import barrier, close, mean_over_ranks
-from pipeline.runs import load_checkpoint, save_checkpoint
+from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 
 STEPS, BATCH = 10, 8
 MICRO = ([0, 1, 4, 5], [2, 3, 6, 7])  # images of the two micro-batches of all ranks

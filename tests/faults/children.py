@@ -26,9 +26,9 @@ from eval import finetune, linprobe
 from eval.checkpoints import Checkpoints
 from eval.common import run_command
 from pipeline import pretrain
-from pipeline.engine import build_ops
-from pipeline.failures import Watchdog
-from pipeline.ranks import free_port
+from pipeline.distributed import free_port
+from pipeline.runtime.engine import build_ops
+from pipeline.runtime.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240  # seconds that any child may take

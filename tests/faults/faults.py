@@ -22,9 +22,9 @@ from children import ROOT, Child, Config, differences, pretraining, result, run_
 from test_cache import Server
 
 from pipeline import pretrain
-from pipeline.engine import Engine
-from pipeline.failures import FAILURE, STUCK
-from pipeline.ranks import PREEMPTED
+from pipeline.distributed import PREEMPTED
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.watchdog import FAILURE, STUCK
 
 
 class SkippedError(Exception):

@@ -1,7 +1,7 @@
 """What a recipe will need on a cluster, before any of it is bought: memory per GPU by ZeRO stage,
 bytes sent per step, FLOPs per step, hours.
 
-    python pipeline/plan.py --recipe pipeline/recipes/rmae.yaml --gpus 64 --gpu-memory 80
+    python pipeline/estimate.py --recipe pipeline/recipes/rmae.yaml --gpus 64 --gpu-memory 80
 
 FLOPs and kept activations come from a dry run of the recipe's own step on tensors without data;
 weights, gradients and optimizer state from the formulas of ZeRO (Rajbhandari et al. 2020, Sec. 5

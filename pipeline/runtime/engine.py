@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
-from pipeline.ranks import EngineError, Ranks, bf16_units, can_build, forget_buffer, free_port
+from pipeline.distributed import EngineError, Ranks, bf16_units, can_build, forget_buffer, free_port
 
 # DeepSpeed chooses its accelerator at import; without this it warns on every machine without one.
 if not torch.cuda.is_available():

@@ -32,12 +32,12 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
-from pipeline.engine import Engine
+from pipeline.distributed import EngineError, agree
 from pipeline.files import seal, verify, write_atomic, write_json
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective, Teacher
-from pipeline.ranks import EngineError, agree
-from pipeline.whole import load_whole, save_whole
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.optimizer_state import load_whole, save_whole
 
 STATE, TEACHER = "state.json", "teacher.safetensors"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.ranks import mean_over_ranks
+from pipeline.distributed import mean_over_ranks
 
 
 def memory_gb(device: torch.device) -> float:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.engine import Engine
-from pipeline.ranks import EngineError
+from pipeline.distributed import EngineError
+from pipeline.runtime.engine import Engine
 
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
 
