@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.common import EvalError, World
-from pipeline.files import seal, verify, write_atomic
+from shard_tools.atomic import seal, verify, write_atomic
 
 
 class Checkpoints:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.common import EvalError
-from pipeline.files import write_atomic
+from shard_tools.atomic import write_atomic
 
 FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 HEAD_STD = 2e-5

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.distributed import agree, any_rank
-from pipeline.files import write_atomic
+from shard_tools.atomic import write_atomic
 
 T = TypeVar("T")
 

@@ -21,8 +21,8 @@ from eval.common import EvalError, base_parser, run_command
 from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
 from pipeline.data.loader import eval_loader
-from pipeline.files import write_atomic
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
+from shard_tools.atomic import write_atomic
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 SMALLEST = 112  # side in pixels that a small picture is enlarged to at least

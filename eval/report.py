@@ -28,7 +28,7 @@ from eval.tables import (
     throughput_table,
     versions_table,
 )
-from pipeline.files import write_atomic
+from shard_tools.atomic import write_atomic
 
 TRUE_STATISTICS = (
     "predictions are patch-normalised pixels (norm_pix); the pictures give each patch its true "

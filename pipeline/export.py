@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config.recipe import load_recipe
-from pipeline.files import write_atomic, write_json
 from pipeline.method.encoder import encoder_state, vit_options
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import Objective, build_objective
+from shard_tools.atomic import write_atomic, write_json
 
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 

@@ -30,7 +30,6 @@ from pipeline.data.loader import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
-from pipeline.files import write_atomic, write_json
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.method.pictures import draw
 from pipeline.runtime.engine import (
@@ -52,6 +51,7 @@ from pipeline.runtime.run_folder import (
     versions,
 )
 from pipeline.runtime.watchdog import Watchdog, last_failure, note_failure
+from shard_tools.atomic import write_atomic, write_json
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,15 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.checks import ImageFault, probe
-from shard_tools.console import HelpFormatter, ToolError, cores, run
+from shard_tools.cli import HelpFormatter, ToolError, cores, run
 from shard_tools.make_shards import read_classes
 from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_atomic, write_manifest
-from shard_tools.merge import REPORT, report_lines
-from shard_tools.plan import Part
-from shard_tools.pool import report, run_jobs
-from shard_tools.sources import MOST_CLASSES
-from shard_tools.tarfmt import (
+from shard_tools.sharding.images import ImageFault, probe
+from shard_tools.sharding.layout import Part
+from shard_tools.sharding.merge import REPORT, report_lines
+from shard_tools.sharding.sources import MOST_CLASSES
+from shard_tools.tar import (
     Sample,
     TarError,
     file_sha256,
@@ -36,6 +35,7 @@ from shard_tools.tarfmt import (
     read_range,
     read_samples,
 )
+from shard_tools.workers import report, run_jobs
 
 _NAME_KEYS = ("name", "filename", "url", "key")  # of the json, for the original name
 

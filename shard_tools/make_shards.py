@@ -15,11 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from shard_tools.checks import ImageSettings
-from shard_tools.console import HelpFormatter, ToolError, cores, run
+from shard_tools.cli import HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import MANIFEST, read_manifest, write_atomic
-from shard_tools.merge import clean_up, merge_parts, remove_leftovers
-from shard_tools.plan import (
+from shard_tools.sharding.images import ImageSettings
+from shard_tools.sharding.layout import (
     PARTS,
     PLAN,
     Plan,
@@ -29,8 +28,9 @@ from shard_tools.plan import (
     read_part,
     read_plan_record,
 )
-from shard_tools.sources import open_source
-from shard_tools.write import write_shards
+from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
+from shard_tools.sharding.sources import open_source
+from shard_tools.sharding.writer import write_shards
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

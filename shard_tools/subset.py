@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.console import HelpFormatter, ToolError, cores, run
-from shard_tools.copying import copy_samples
+from shard_tools.cli import HelpFormatter, ToolError, cores, run
 from shard_tools.make_shards import byte_size
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
+from shard_tools.sharding.copy_samples import copy_samples
 
 CHOICES = ("random", "first", "one-class", "one-per-class")
 

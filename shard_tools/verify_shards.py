@@ -19,8 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shard_tools.checks import decode_fully, probe
-from shard_tools.console import FAULTS, HelpFormatter, ToolError, cores, run
+from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import (
     FORMATS,
     Manifest,
@@ -29,9 +28,9 @@ from shard_tools.manifest import (
     is_remote,
     read_manifest,
 )
-from shard_tools.plan import PARTS
-from shard_tools.pool import report, run_jobs
-from shard_tools.tarfmt import (
+from shard_tools.sharding.images import decode_fully, probe
+from shard_tools.sharding.layout import PARTS
+from shard_tools.tar import (
     Sample,
     TarError,
     file_sha256,
@@ -39,6 +38,7 @@ from shard_tools.tarfmt import (
     read_range,
     read_samples,
 )
+from shard_tools.workers import report, run_jobs
 
 LISTED = 20  # faults that are named of one shard; the rest is counted
 

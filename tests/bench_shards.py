@@ -27,11 +27,11 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from shard_tools.checks import ImageSettings
 from shard_tools.demo_images import PHOTOGRAPHS, photograph
-from shard_tools.sources import Item
-from shard_tools.tarfmt import ShardWriter
-from shard_tools.write import Job, write_shard
+from shard_tools.sharding.images import ImageSettings
+from shard_tools.sharding.sources import Item
+from shard_tools.sharding.writer import Job, write_shard
+from shard_tools.tar import ShardWriter
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 

@@ -19,9 +19,9 @@ from shard_samples import (
     report,
 )
 
-from shard_tools.checks import ImageFault, ImageSettings, check_image
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
+from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
 
 
 @pytest.fixture

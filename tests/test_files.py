@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pipeline.distributed import EngineError
-from pipeline.files import FILES, seal, verify, write_atomic, write_json
+from shard_tools.atomic import FILES, seal, verify, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):

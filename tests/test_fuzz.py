@@ -30,7 +30,7 @@ from shard_tools.manifest import (
     read_manifest,
     write_manifest,
 )
-from shard_tools.tarfmt import ShardWriter, TarError, read_samples
+from shard_tools.tar import ShardWriter, TarError, read_samples
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)

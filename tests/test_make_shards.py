@@ -22,7 +22,7 @@ from shard_samples import (
 )
 from torchvision.datasets import ImageFolder
 
-from shard_tools import tarfmt
+from shard_tools import tar as tarfmt
 from shard_tools.make_shards import byte_size, main
 from shard_tools.manifest import read_manifest
 

@@ -166,7 +166,7 @@ def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
 
     state = place / "model.safetensors"
     torch.save({"module": Crafted()}, state)
-    from pipeline.files import FILES, _sha256
+    from shard_tools.atomic import FILES, _sha256
 
     files = json.loads((place / FILES).read_text())
     files[state.name] = [state.stat().st_size, _sha256(state)]

@@ -10,8 +10,8 @@ from tiny import tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
 from pipeline.distributed import EngineError
-from pipeline.files import FILES, seal, verify
 from pipeline.runtime.run_folder import STATE, RunLock, claim, newest_checkpoint
+from shard_tools.atomic import FILES, seal, verify
 
 
 def fake_checkpoint(run, step, recipe):

@@ -23,10 +23,10 @@ from shard_samples import (
     tars_of,
 )
 
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
-from shard_tools.sources import open_source, read_item
+from shard_tools.sharding.sources import open_source, read_item
 
 COUNTS = {"n03": 17, "n01": 9, "n02": 30}
 

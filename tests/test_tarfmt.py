@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shard_tools import tarfmt
+from shard_tools import tar as tarfmt
 
 
 @settings(max_examples=200, deadline=None)

@@ -33,11 +33,11 @@ from torch import Tensor
 
 from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
 from pipeline.distributed import EngineError, agree
-from pipeline.files import seal, verify, write_atomic, write_json
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective, Teacher
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_whole, save_whole
+from shard_tools.atomic import seal, verify, write_atomic, write_json
 
 STATE, TEACHER = "state.json", "teacher.safetensors"
 

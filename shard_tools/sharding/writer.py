@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.checks import CheckedImage, ImageFault, ImageSettings, check_image
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 from shard_tools.manifest import FORMATS, SAMPLE, Shard, fsync
-from shard_tools.plan import Part, Plan, shard_items, write_part
-from shard_tools.pool import report, run_jobs
-from shard_tools.sources import Item, read_item
-from shard_tools.tarfmt import ShardWriter
+from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
+from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
+from shard_tools.sharding.sources import Item, read_item
+from shard_tools.tar import ShardWriter
+from shard_tools.workers import report, run_jobs
 
 
 @dataclass(frozen=True)

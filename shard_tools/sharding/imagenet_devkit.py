@@ -11,7 +11,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 
 TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.checks import ImageFault, ImageSettings, check_image
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Shard, write_atomic
-from shard_tools.sources import Item, Source, read_item
-from shard_tools.tarfmt import BLOCK, RECORD, padded
+from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
+from shard_tools.sharding.sources import Item, Source, read_item
+from shard_tools.tar import BLOCK, RECORD, padded
 
 PARTS = ".parts"  # folder inside DEST while the job runs
 PLAN = "plan.json"

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, Shard, fsync, is_remote, write_manifest
-from shard_tools.pool import report, run_jobs
-from shard_tools.tarfmt import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
+from shard_tools.tar import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
+from shard_tools.workers import report, run_jobs
 
 
 @dataclass(frozen=True)

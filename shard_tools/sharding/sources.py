@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 
 # torchvision's IMG_EXTENSIONS, and GIF; other files in a folder are left out and reported.
 EXTENSIONS = (
@@ -227,7 +227,7 @@ def _val_labels(synsets: Path | None, devkit: Path | None) -> dict[str, str] | l
     if synsets and devkit:
         raise ToolError("give --synsets or --devkit, not both")
     if devkit:
-        from shard_tools.devkit import validation_synsets  # needs scipy
+        from shard_tools.sharding.imagenet_devkit import validation_synsets  # needs scipy
 
         return validation_synsets(devkit)
     if not synsets:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from shard_tools.console import ToolError, progress, signals_held
+from shard_tools.cli import ToolError, progress, signals_held
 
 J = TypeVar("J")
 R = TypeVar("R")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from shard_tools.console import ToolError
+from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, write_atomic, write_manifest
-from shard_tools.plan import PARTS, Part, read_part, read_plan_record
+from shard_tools.sharding.layout import PARTS, Part, read_part, read_plan_record
 
 REPORT = "report.jsonl"
 
