@@ -23,7 +23,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eval.common import (
+from eval.shared.cli import (
     EvalError,
     World,
     autocast,
@@ -35,7 +35,7 @@ from eval.common import (
     seed_everything,
     write_result,
 )
-from eval.features import Timer, image_size, normalise, open_encoder
+from eval.shared.features import Timer, image_size, normalise, open_encoder
 from pipeline.data.loader import eval_loader
 from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest

@@ -26,10 +26,10 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.augment import make_erasing, make_mixup, seed_all
-from eval.checkpoints import Checkpoints
-from eval.classifier import build_classifier, layer_groups, write_classifier
-from eval.common import (
+from eval.shared.batch_augment import make_erasing, make_mixup, seed_all
+from eval.shared.checkpoints import Checkpoints
+from eval.shared.classifier import build_classifier, layer_groups, write_classifier
+from eval.shared.cli import (
     EvalError,
     World,
     as_percent,
@@ -40,7 +40,15 @@ from eval.common import (
     run_command,
     write_result,
 )
-from eval.features import Timer, batches, class_count, image_size, labelled, normalise, open_encoder
+from eval.shared.features import (
+    Timer,
+    batches,
+    class_count,
+    image_size,
+    labelled,
+    normalise,
+    open_encoder,
+)
 from pipeline.config.recipe import Recipe, learning_rate, parse_recipe
 from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.data.randaugment import RandAugment

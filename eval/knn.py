@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from eval.common import (
+from eval.shared.cli import (
     EvalError,
     World,
     as_percent,
@@ -24,7 +24,7 @@ from eval.common import (
     seed_everything,
     write_result,
 )
-from eval.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
+from eval.shared.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
 from pipeline.method.metrics import vote
 
 

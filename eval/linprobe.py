@@ -36,8 +36,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eval.checkpoints import Checkpoints
-from eval.common import (
+from eval.shared.checkpoints import Checkpoints
+from eval.shared.cli import (
     EvalError,
     World,
     as_percent,
@@ -50,7 +50,7 @@ from eval.common import (
     seed_everything,
     write_result,
 )
-from eval.features import (
+from eval.shared.features import (
     FEATURES,
     Timer,
     batches,
@@ -62,7 +62,7 @@ from eval.features import (
     normalise,
     open_encoder,
 )
-from eval.probe import Probe, Training
+from eval.shared.lars_probe import Probe, Training
 from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
 from pipeline.distributed import PREEMPTED, StopSignal
 

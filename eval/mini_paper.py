@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from eval.claims import CLAIMS, CONFIDENCE, REFUTED, Claim, Judged, judge, verdict
-from eval.common import run_command
-from eval.jobs import Job, costs, run_jobs, show_plan
-from eval.paper import FIGURES, PaperRow
+from eval.paper.claims import CLAIMS, CONFIDENCE, REFUTED, Claim, Judged, judge, verdict
+from eval.paper.commands import PROTOCOLS, Place, row_jobs, run_name
+from eval.paper.job_runner import Job, costs, run_jobs, show_plan
+from eval.paper.published import FIGURES, PaperRow
 from eval.report import Section, markdown_table, write_report
+from eval.reporting.tables import Cell, Row, Table
 from eval.reproduce import (
     add_options,
     beside,
@@ -32,8 +33,7 @@ from eval.reproduce import (
     run_folders,
     stop_children,
 )
-from eval.rows import PROTOCOLS, Place, row_jobs, run_name
-from eval.tables import Cell, Row, Table
+from eval.shared.cli import run_command
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
 ROWS = {
@@ -137,7 +137,7 @@ def sections(place: Place, claims: Sequence[Claim], seeds: int, cpu: float) -> l
         "finetuning and its own 10 % of the labels, and pairs are of one seed. A claim holds where "
         f"Student's {CONFIDENCE:.0%} interval of each paired difference lies above 0; intervals "
         "are not corrected for their number.",
-        f"Scale: {place.scale.name} of eval/scales.yaml: a small model, a short schedule, 16 "
+        f"Scale: {place.scale.name} of eval/paper/scales.yaml: a small model, a short schedule, 16 "
         "photographs. What fails here may hold at the paper's scale, and the reverse.",
         place.scale.tried,
         f"Cost: {cpu:.0f} CPU seconds.",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.common import (
+from eval.shared.cli import (
     EvalError,
     World,
     base_parser,
@@ -29,7 +29,7 @@ from eval.common import (
     run_command,
     write_result,
 )
-from eval.features import Timer
+from eval.shared.features import Timer
 from pipeline.data.loader import eval_loader
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 

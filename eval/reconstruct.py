@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eval.common import EvalError, base_parser, run_command
 from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
+from eval.shared.cli import EvalError, base_parser, run_command
 from pipeline.data.loader import eval_loader
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 from shard_tools.atomic import write_atomic

@@ -16,18 +16,18 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from eval.charts import Line, line_chart
-from eval.cka_charts import cka_charts
-from eval.common import EvalError, run_command
-from eval.paper_tables import paper_tables
-from eval.runs import Group, Run, group_runs, read_run
-from eval.tables import (
+from eval.paper.beside import paper_tables
+from eval.reporting.charts import Line, line_chart
+from eval.reporting.cka_charts import cka_charts
+from eval.reporting.run_records import Group, Run, group_runs, read_run
+from eval.reporting.tables import (
     Table,
     accuracy_table,
     difference_table,
     throughput_table,
     versions_table,
 )
+from eval.shared.cli import EvalError, run_command
 from shard_tools.atomic import write_atomic
 
 TRUE_STATISTICS = (
@@ -206,7 +206,9 @@ def build_sections(groups: Sequence[Group]) -> list[Section]:
 def render_html(title: str, groups: Sequence[Group], sections: Sequence[Section]) -> str:
     """The page as one string."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+        loader=FileSystemLoader(Path(__file__).parent / "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
     )
     runs = [run for group in groups for run in group.runs]
     template = environment.get_template("report.html")

@@ -3,9 +3,9 @@
     python eval/reproduce.py --table 4 --scale full --dry-run     what it would run, and its cost
     python eval/reproduce.py --table 4 --scale mini --seeds 3     in miniature, on a CPU
 
-The rows come from eval/paper.yaml, their size from eval/scales.yaml. Each command runs as a process
-of its own, is printed by --dry-run, and is left out where its result is there already: called again
-it goes on, and a pretraining or finetuning that was cut off goes on from its checkpoint. Runs go to
+The rows come from eval/paper/paper.yaml, their size from eval/paper/scales.yaml. Each command runs
+as a process of its own, is printed by --dry-run, and is skipped where its result is there already:
+a rerun resumes, also a pretraining or finetuning that was cut off. Runs go to
 OUTPUT/<recipe>-<seed>, shared by the tables; the page and its Markdown to OUTPUT/table-<n>.html.
 """
 
@@ -19,13 +19,13 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from eval.common import EvalError, run_command
 from eval.demo import make_shards
-from eval.jobs import Job, run_jobs, show_plan
-from eval.paper import FIGURES, PaperRow, PaperTable, read_paper
+from eval.paper.commands import Place, read_scale, row_jobs, run_name
+from eval.paper.job_runner import Job, run_jobs, show_plan
+from eval.paper.published import FIGURES, PaperRow, PaperTable, read_paper
 from eval.report import Section, markdown_table, write_report
-from eval.rows import Place, read_scale, row_jobs, run_name
-from eval.tables import KNOWN, NONE, Cell, Row, Table
+from eval.reporting.tables import KNOWN, NONE, Cell, Row, Table
+from eval.shared.cli import EvalError, run_command
 
 # Figure of the tables → main field of its result.
 FIELDS = {"linprobe": "top1", "finetune": "top1", "fewshot": "top1", "psnr": "image"}
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--table", type=int, required=True, help="number of the paper's table")
-    parser.add_argument("--scale", default="full", help="full, mini: see eval/scales.yaml")
+    parser.add_argument("--scale", default="full", help="full, mini: see eval/paper/scales.yaml")
     parser.add_argument("--rows", nargs="+", help="names of rows (default: all)")
     add_options(parser)
     return parser.parse_args(argv)

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.classifier import classify, read_classifier
-from eval.common import (
+from eval.shared.classifier import classify, read_classifier
+from eval.shared.cli import (
     EvalError,
     World,
     as_percent,
@@ -37,7 +37,7 @@ from eval.common import (
     run_command,
     write_result,
 )
-from eval.features import Timer, normalise
+from eval.shared.features import Timer, normalise
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
 # human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.

@@ -17,7 +17,7 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import save_file
 
-from eval.common import World, join_world
+from eval.shared.cli import World, join_world
 from shard_tools.manifest import SAMPLE, Shard, write_manifest
 
 SIZE = 16

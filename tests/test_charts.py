@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.textpath import TextPath
 
-from eval.charts import Line, line_chart
+from eval.reporting.charts import Line, line_chart
 
 SHORT = ["mae", "rmae", "cmae", "random encoder"]
 LONG = ["mae", "rmae", "cmae (hidden token, tokens patch)", "supervised", "random encoder"]

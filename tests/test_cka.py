@@ -10,8 +10,8 @@ from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, wr
 from torch import Tensor
 
 from eval import cka
-from eval.common import World
-from eval.features import open_encoder
+from eval.shared.cli import World
+from eval.shared.features import open_encoder
 
 COUNT = 48
 

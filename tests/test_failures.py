@@ -9,7 +9,8 @@ import pytest
 from pipeline.runtime.watchdog import FAILURE, STUCK, Watchdog, last_failure, note_failure
 
 START = (
-    "import ctypes, sys, time; from pathlib import Path; from pipeline.runtime.watchdog import Watchdog; "
+    "import ctypes, sys, time; from pathlib import Path; "
+    "from pipeline.runtime.watchdog import Watchdog; "
     "dog = Watchdog(0.4, 3, Path(sys.argv[1])); dog.note('step 7, waiting for data'); "
 )
 

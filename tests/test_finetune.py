@@ -19,16 +19,17 @@ from eval_helpers import (
 )
 from timm.layers import DropPath
 
-from eval import augment, finetune
-from eval.checkpoints import Checkpoints
-from eval.classifier import (
+from eval import finetune
+from eval.shared import batch_augment as augment
+from eval.shared.checkpoints import Checkpoints
+from eval.shared.classifier import (
     build_classifier,
     classify,
     layer_groups,
     layer_of,
     read_classifier,
 )
-from eval.common import World
+from eval.shared.cli import World
 from pipeline.config.recipe import learning_rate
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import PREEMPTED

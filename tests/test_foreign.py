@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from eval import cka, finetune, knn
-from eval.classifier import build_classifier, layer_groups
-from eval.common import EvalError, output_path, parser
-from eval.features import image_features, open_encoder
+from eval.shared.classifier import build_classifier, layer_groups
+from eval.shared.cli import EvalError, output_path, parser
+from eval.shared.features import image_features, open_encoder
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
 

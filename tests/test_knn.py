@@ -9,7 +9,7 @@ import torch
 from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
 
 from eval import knn
-from eval.common import World
+from eval.shared.cli import World
 
 
 @pytest.fixture(scope="module")

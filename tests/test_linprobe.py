@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from eval import linprobe
-from eval.common import World, count_correct, run_command
-from eval.features import extract, open_encoder
-from eval.probe import Probe, Training
+from eval.shared.cli import World, count_correct, run_command
+from eval.shared.features import extract, open_encoder
+from eval.shared.lars_probe import Probe, Training
 from pipeline.method.encoder import read_encoder
 
 
@@ -337,7 +337,7 @@ def test_bad_input_ends_the_command_with_two(
     arguments_ = arguments(place, "--train", str(place))
     monkeypatch.setattr(sys, "argv", ["linprobe.py", *arguments_])
     # The command leaves the ranks at its end; other tests of this process are still in them.
-    monkeypatch.setattr("eval.common.dist.is_initialized", lambda: False)
+    monkeypatch.setattr("eval.shared.cli.dist.is_initialized", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         run_command(linprobe.main)
     assert stopped.value.code == 2

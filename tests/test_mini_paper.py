@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from eval import mini_paper
-from eval.claims import CLAIMS, Difference, interval, judge, verdict
+from eval.paper.claims import CLAIMS, Difference, interval, judge, verdict
+from eval.paper.commands import read_scale
 from eval.reproduce import parse_args
-from eval.rows import read_scale
 
 ROOT = Path(__file__).parent.parent
 

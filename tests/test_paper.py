@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eval.common import EvalError
-from eval.paper import FIGURES, PaperTable, find_row, read_paper, row_recipe
-from eval.paper_tables import one_table, paper_tables
-from eval.runs import Group, Run, flatten
-from eval.tables import accuracy_table
+from eval.paper.beside import one_table, paper_tables
+from eval.paper.published import FIGURES, PaperTable, find_row, read_paper, row_recipe
+from eval.reporting.run_records import Group, Run, flatten
+from eval.reporting.tables import accuracy_table
+from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 
 # Baselines of Tab. 5 and 8 whose recipes are not masked image modelling.

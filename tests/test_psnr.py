@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from eval import psnr, reconstruct
-from eval.common import World, run_command
+from eval.shared.cli import World, run_command
 from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data.loader import eval_loader
 from pipeline.method.interop import to_mae

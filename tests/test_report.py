@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from eval import report
-from eval.common import EvalError
-from eval.runs import group_runs, read_lines, read_run
-from eval.tables import accuracy_table
+from eval.reporting.run_records import group_runs, read_lines, read_run
+from eval.reporting.tables import accuracy_table
+from eval.shared.cli import EvalError
 
 RECIPES = {
     "mae": {"kind": "reconstruction", "norm_pix": True},

@@ -12,10 +12,11 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 from tiny import tiny_recipe
 
-from eval import reproduce, rows
-from eval.common import EvalError
-from eval.jobs import Job, costs, python, quoted, run_jobs, show_plan
-from eval.paper import read_paper
+from eval import reproduce
+from eval.paper.job_runner import Job, costs, python, quoted, run_jobs, show_plan
+from eval.paper.published import commands as rows
+from eval.paper.published import read_paper
+from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, load_recipe
 
 README = RECIPES / "README.md"

@@ -30,7 +30,8 @@ def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
     holder = subprocess.Popen(
         [
             sys.executable, "-c",
-            "import sys, time; from pathlib import Path; from pipeline.runtime.run_folder import RunLock; "
+            "import sys, time; from pathlib import Path; "
+            "from pipeline.runtime.run_folder import RunLock; "
             "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
             tmp_path,
         ],
@@ -114,7 +115,8 @@ def test_a_start_removes_what_a_kill_left_and_points_latest_to_where_it_goes_on(
 def test_a_child_does_not_keep_the_lock(tmp_path):
     """As a loader worker outlives a killed rank for some seconds."""
     code = (
-        "import os, sys, time; from pathlib import Path; from pipeline.runtime.run_folder import RunLock; "
+        "import os, sys, time; from pathlib import Path; "
+        "from pipeline.runtime.run_folder import RunLock; "
         "lock = RunLock(Path(sys.argv[1])); child = os.fork(); "
         "child or time.sleep(60); print(child, flush=True); os._exit(9)"
     )

@@ -12,8 +12,8 @@ from eval_helpers import ALONE, MEAN, OPTIONS, STD, on_two_ranks
 from PIL import Image
 
 from eval import shape_bias
-from eval.classifier import write_classifier
-from eval.common import World
+from eval.shared.classifier import write_classifier
+from eval.shared.cli import World
 
 HUMANS = Path(__file__).parent / "oracles/cue_conflict_human_decisions.csv"
 

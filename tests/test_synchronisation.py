@@ -10,7 +10,7 @@ import torch
 from tiny import images, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eval.jobs import LAUNCHER
+from eval.paper.job_runner import LAUNCHER
 from pipeline.distributed import close
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks, make_plan

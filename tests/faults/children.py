@@ -23,8 +23,8 @@ import torch
 from tiny import tiny_overrides
 
 from eval import finetune, linprobe
-from eval.checkpoints import Checkpoints
-from eval.common import run_command
+from eval.shared.checkpoints import Checkpoints
+from eval.shared.cli import run_command
 from pipeline import pretrain
 from pipeline.distributed import free_port
 from pipeline.runtime.engine import build_ops

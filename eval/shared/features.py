@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eval.common import EvalError, World, autocast, progress
-from eval.foreign import check_feature, choose_encoder
+from eval.shared.cli import EvalError, World, autocast, progress
+from eval.shared.encoders import check_feature, choose_encoder
 from pipeline.data.loader import eval_loader
 from shard_tools.manifest import Manifest, read_manifest
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 import yaml
 
-from eval.common import EvalError
-from eval.jobs import Job, python
-from eval.paper import PaperRow
+from eval.paper.job_runner import Job, python
+from eval.paper.published import PaperRow
+from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data.loader import steps_per_epoch
 from pipeline.method.encoder import build_vit, vit_options
 from shard_tools.manifest import read_manifest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCALES = Path(__file__).with_name("scales.yaml")
 BASELINE = "mae"  # the recipe whose architecture a random encoder has
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eval.common import EvalError
+from eval.shared.cli import EvalError
 
 # A job is a launch of its own, also where this process has joined ranks.
 LAUNCHER = (

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eval.common import warmup_cosine
+from eval.shared.cli import warmup_cosine
 
 
 class Probe(nn.Module):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.runs import Group, Run, differing, spread
+from eval.reporting.run_records import Group, Run, differing, spread
 
 
 @dataclass(frozen=True)

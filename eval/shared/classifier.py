@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.common import EvalError
+from eval.shared.cli import EvalError
 from shard_tools.atomic import write_atomic
 
 FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}

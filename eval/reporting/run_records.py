@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from eval.common import EvalError
+from eval.shared.cli import EvalError
 
 # Recipe keys that do not make two runs different methods.
 NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")

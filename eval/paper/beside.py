@@ -5,9 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.paper import FIGURES, PaperRow, PaperTable, find_row, read_paper
-from eval.runs import Group, Run
-from eval.tables import KNOWN, NONE, Cell, Column, Row, Table, accuracy_cell, is_random, random_key
+from eval.paper.published import FIGURES, PaperRow, PaperTable, find_row, read_paper
+from eval.reporting.run_records import Group, Run
+from eval.reporting.tables import (
+    KNOWN,
+    NONE,
+    Cell,
+    Column,
+    Row,
+    Table,
+    accuracy_cell,
+    is_random,
+    random_key,
+)
 
 # Protocols that stand for one of the paper's figures; the first that there are results for counts.
 STANDS_FOR = {

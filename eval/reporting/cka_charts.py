@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.charts import Line, line_chart
-from eval.runs import Group
-from eval.tables import is_random
+from eval.reporting.charts import Line, line_chart
+from eval.reporting.run_records import Group
+from eval.reporting.tables import is_random
 
 
 def cka_charts(groups: Sequence[Group]) -> list[str]:

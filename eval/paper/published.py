@@ -1,4 +1,4 @@
-"""The published tables (eval/paper.yaml) and which of their rows a run belongs to."""
+"""The published tables (eval/paper/paper.yaml) and which of their rows a run belongs to."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from eval.common import EvalError
-from eval.runs import Run, flatten
+from eval.reporting.run_records import Run, flatten
+from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 
 PAPER = Path(__file__).with_name("paper.yaml")

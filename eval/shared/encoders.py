@@ -21,7 +21,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.common import EvalError
+from eval.shared.cli import EvalError
 from pipeline.config.recipe import DataRecipe
 from pipeline.method.encoder import load_tensors, random_encoder, read_encoder
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.common import EvalError, World
+from eval.shared.cli import EvalError, World
 from shard_tools.atomic import seal, verify, write_atomic
 
 
