@@ -6,6 +6,7 @@ JOBS ?= 2
 PY := .venv/bin/python
 PIP = $(PY) -m pip -q --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONPATH := $(CURDIR):$(CURDIR)/tests/helpers
 
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test check shards lock clean
@@ -51,7 +52,7 @@ test: .venv/ready   ## run the test suite
 
 .PHONY: test-faults test-cluster
 test-faults: .venv/ready   ## 50 random kills and every known fault → docs/faults.md
-	@PYTHONPATH=tests $(PY) tests/faults --kills 50 --write docs/faults.md
+	@$(PY) tests/faults --kills 50 --write docs/faults.md
 
 test-cluster: .venv/ready   ## the trainer on two namespace hosts: one killed, one cut off, preempted under Slurm; needs root
 	@tests/cluster/run.sh
@@ -82,23 +83,23 @@ report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.htm
 .PHONY: bench-step bench-memory roofline
 bench-step: .venv/ready   ## time, memory and FLOPs of the training step against MAE's; our loop (MAE=checkout of facebookresearch/mae)
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
-	$(PY) tests/bench_step.py $(if $(MAE),--mae $(MAE))
+	$(PY) tests/bench/bench_step.py $(if $(MAE),--mae $(MAE))
 
 bench-memory: .venv/ready   ## bytes per rank by ZeRO stage on 1, 2 and 4 ranks against the planner's formula
-	$(PY) tests/bench_memory.py
+	$(PY) tests/bench/bench_memory.py
 
 .PHONY: bench-micro-batch
 bench-micro-batch: .venv/ready   ## images/s by micro-batch on this CPU: what "auto" rests on
-	@$(PY) tests/bench_micro_batch.py
+	@$(PY) tests/bench/bench_micro_batch.py
 
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
-	$(PY) tests/roofline.py
+	$(PY) tests/bench/roofline.py
 
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
 bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU
 
 bench-data: .venv/ready bench-peers   ## loading against ImageFolder + Pillow, webdataset and DALI, one core
-	$(PY) tests/bench_data.py
+	$(PY) tests/bench/bench_data.py
 
 # Stock Pillow beside pillow-simd, and DALI in a venv of its own; the bench skips what cannot be had.
 bench-peers: .venv/ready
@@ -108,19 +109,19 @@ bench-peers: .venv/ready
 		build/bench/dali/bin/pip install -q --disable-pip-version-check nvidia-dali-cuda120 numpy; } || true
 
 bench-shards: .venv/ready   ## sharding against webdataset's ShardWriter, one process
-	$(PY) tests/bench_shards.py
+	$(PY) tests/bench/bench_shards.py
 
 bench-infonce: .venv/ready   ## token_infonce against the materialised computation: memory and time
-	@$(PY) tests/bench_infonce.py
+	@$(PY) tests/bench/bench_infonce.py
 
 kernels-report: .venv/ready   ## kernels compiled for sm_80/90/100 without a GPU, and the bytes they move
-	@$(PY) tests/kernels_report.py
+	@$(PY) tests/bench/kernels_report.py
 
 test-gpu: .venv/ready   ## the kernel tests on a CUDA device, interpreter off
-	@$(PY) tests/run_on_gpu.py
+	@$(PY) tests/kernels/run_on_gpu.py
 
 bench-gpu: .venv/ready   ## each kernel against its reference and a device copy, on a CUDA device
-	@$(PY) tests/bench_gpu.py
+	@$(PY) tests/bench/bench_gpu.py
 
 lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
 	$(PIP) install --dry-run --ignore-installed --report build/lock.json -r requirements.in

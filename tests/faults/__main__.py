@@ -1,6 +1,6 @@
 """Break real runs in every way known, and check that nothing is lost.
 
-    PYTHONPATH=tests python tests/faults [--kills 50] [--seed 0] [--quick] [--write docs/faults.md]
+    PYTHONPATH=tests/helpers python tests/faults [--kills 50] [--seed 0] [--quick] [--write FILE]
 
 The last line printed is JSON: {"kills": 50, "lost": 0, "faults": 15, "failed": 0, …}.
 Exit code: 0 where nothing was lost and nothing failed.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from children import ROOT, Child, Config, differences, pretraining, result, run_to_end
-from test_cache import Server
+from http_server import Server
 
 from pipeline import pretrain
 from pipeline.distributed import PREEMPTED

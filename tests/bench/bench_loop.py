@@ -1,7 +1,7 @@
 """Our training loop against a bare DeepSpeed loop, and where the time of its steps goes.
 
-    python tests/bench_loop.py overhead [--rounds 5]
-    deepspeed --num_accelerators 2 tests/bench_loop.py phases --recipe pipeline/recipes/cmae.yaml
+    python tests/bench/bench_loop.py overhead [--rounds 5]
+    deepspeed --num_accelerators 2 tests/bench/bench_loop.py phases --recipe FILE
 
 overhead: one rank; seconds per step of `pretrain.train` (data, learning rate, monitor, checks) over
 those of forward, backward and step of the same engine on one fixed batch, in alternation, minus 1.
@@ -28,7 +28,7 @@ from pipeline.distributed import Ranks, close
 from pipeline.method import objective
 from pipeline.runtime.engine import init_ranks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "barrier", "all_gather_into_tensor",
     "reduce_scatter_tensor", "all_gather", "reduce_scatter",

@@ -17,7 +17,7 @@ from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.estimate import PlanError, Work, dry_run, memory, shard, split, stage2_gradients
 from pipeline.method.objective import build_objective
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def block(rows: int, keys: int, width: int, projected: int | None = None) -> int:
@@ -112,7 +112,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         command += ["--master_port", str(s.getsockname()[1])]
-    command += [str(ROOT / "tests/memory_worker.py"), str(output)]
+    command += [str(ROOT / "tests/bench/memory_worker.py"), str(output)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(output.read_text())

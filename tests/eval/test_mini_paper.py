@@ -14,7 +14,7 @@ from eval.paper.claims import CLAIMS, Difference, interval, judge, verdict
 from eval.paper.commands import read_scale
 from eval.reproduce import parse_args
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def values(table):

@@ -1,7 +1,7 @@
 """Report on the Triton kernels without a GPU: what the compiler made of them, what they move.
 
-Usage: python tests/kernels_report.py [--quick]. Behind `make -s kernels-report`; the last line is
-JSON. --quick compiles ViT-B/16 only, in bf16, and in fp32 for sm_80.
+Usage: python tests/bench/kernels_report.py [--quick]. Behind `make -s kernels-report`; the last
+line is JSON. --quick compiles ViT-B/16 only, in bf16, and in fp32 for sm_80.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """The training step against MAE's, written plainly: time, peak memory, FLOPs, and our loop.
 
-Usage: python tests/bench_step.py [--batch 32] [--rounds 5] [--mae CHECKOUT]. Behind `make
+Usage: python tests/bench/bench_step.py [--batch 32] [--rounds 5] [--mae CHECKOUT]. Behind `make
 bench-step`; the last line is JSON. ViT-B/16 at 224 x 224, fp32, on one thread; a step is forward,
 backward and torch's fused AdamW, the same for all. Times are medians of alternating steps, in
 seconds of processor time, which on one thread is wall time less what other programs took. Peak
 memory is that of a fresh process, weights and optimizer state included. --mae: a checkout of
 facebookresearch/mae, whose own model is then a third party.
 
-mae_vs_reference, memory_vs_reference: ours / the plain writing's (tests/peer_mae.py).
+mae_vs_reference, memory_vs_reference: ours / the plain writing's (tests/bench/peer_mae.py).
 rmae_flops_vs_mae, cmae_flops_vs_mae: FLOP per second of their steps / those of our MAE step.
-loop_overhead: our training loop / a bare DeepSpeed loop - 1 (tests/bench_loop.py).
+loop_overhead: our training loop / a bare DeepSpeed loop - 1 (tests/bench/bench_loop.py).
 """
 
 import argparse
@@ -262,7 +262,7 @@ def compare_methods(args: argparse.Namespace) -> dict[str, float]:
 
 
 def loop(args: argparse.Namespace) -> dict[str, float]:
-    """Our loop over a bare one, and a table of phases on two ranks (tests/bench_loop.py)."""
+    """Our loop over a bare one, and a table of phases on two ranks (tests/bench/bench_loop.py)."""
     here, script = Path(sys.executable).parent, str(Path(__file__).with_name("bench_loop.py"))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
 

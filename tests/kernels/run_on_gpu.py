@@ -1,7 +1,7 @@
 """Run the kernel tests on a CUDA device, compiled instead of interpreted.
 
-Usage: python tests/run_on_gpu.py [pytest options]. Behind `make test-gpu`. Without a CUDA device
-it says so and exits with 2.
+Usage: python tests/kernels/run_on_gpu.py [pytest options]. Behind `make test-gpu`. Without a CUDA
+device it says so and exits with 2.
 """
 
 import os

@@ -14,7 +14,7 @@ from tiny import tiny_overrides
 from pipeline.export import main as export
 from pipeline.method.encoder import read_encoder
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 
 

@@ -22,7 +22,7 @@ from pipeline.runtime.engine import (
     resolve_precision,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def write(tmp_path, value):
@@ -200,7 +200,7 @@ def two_ranks(tmp_path_factory, one_rank):
     output = tmp_path_factory.mktemp("two")
     command = [
         Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2",
-        "--master_port", "29617", Path(__file__).parent / "zero_worker.py", output, one_rank[1],
+        "--master_port", "29617", ROOT / "tests/helpers/zero_worker.py", output, one_rank[1],
     ]  # fmt: skip
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of this process
     env = {k: v for k, v in os.environ.items() if k not in ranks}

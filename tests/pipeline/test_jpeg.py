@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from skimage import data as photographs
 
+from pipeline.data import jpeg as decode
 from pipeline.data.jpeg import Box, CentreCrop, Crop, DecodeError, available, decoder
-from pipeline.data.loader import jpeg as decode
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))
 DECODERS = available()

@@ -1,7 +1,7 @@
 """Bytes per rank by ZeRO stage on 1, 2 and 4 ranks, measured and as the planner predicts them.
 
-Usage: python tests/bench_memory.py [--ranks 1 2 4] [--recipe FILE]. Behind `make bench-memory`;
-the last line is JSON. fp32 on the CPU, R-MAE with a ViT-S unless told otherwise.
+Usage: python tests/bench/bench_memory.py [--ranks 1 2 4] [--recipe FILE]. Behind `make
+bench-memory`; the last line is JSON. fp32 on the CPU, R-MAE with a ViT-S unless told otherwise.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """token_infonce on the CPU: peak memory and time against the materialised N x N computation.
 
-Usage: python tests/bench_infonce.py [--tokens 16384] [--width 256] [--rounds 3]. Behind
+Usage: python tests/bench/bench_infonce.py [--tokens 16384] [--width 256] [--rounds 3]. Behind
 `make bench-infonce`; the last line is JSON. Peak memory is that of a fresh process over what it
 held before the call. Times are medians of alternating calls in one process on one thread, in
 seconds of processor time, which on one thread is wall time less what other programs took.

@@ -13,8 +13,8 @@ from eval_helpers import coloured_images, write_shards
 from tiny import tiny_recipe
 
 from eval import reproduce
+from eval.paper import commands as rows
 from eval.paper.job_runner import Job, costs, python, quoted, run_jobs, show_plan
-from eval.paper.published import commands as rows
 from eval.paper.published import read_paper
 from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, load_recipe

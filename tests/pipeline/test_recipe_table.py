@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.recipe import RECIPES, load_recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (RECIPES / "README.md").read_text()
 ROWS = re.findall(r"^\| ([^|]+) \| `pretrain ([^`]+)` \|$", TEXT, re.M)
 

@@ -33,7 +33,7 @@ STREAMING = {"place_tokens", "place_tokens_backward", "patch_loss_backward", "em
 def report():
     """The last line of the quick report, made by compiling for real in another process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script = Path(__file__).parent / "kernels_report.py"
+    script = Path(__file__).parents[1] / "bench/kernels_report.py"
     done = subprocess.run(
         [sys.executable, str(script), "--quick"],
         env=environment,

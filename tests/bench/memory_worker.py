@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer state on every rank, by ZeRO stage, beside the formula.
 
-    deepspeed --num_accelerators 4 tests/memory_worker.py OUTPUT.json [--recipe FILE]
+    deepspeed --num_accelerators 4 tests/bench/memory_worker.py OUTPUT.json [--recipe FILE]
 
 Counted where DeepSpeed keeps them: distinct storages, after a backward and after a step. Used by
 test_plan.py on a tiny model; `make bench-memory` runs it for ViT-S on 1, 2 and 4 ranks.

@@ -142,7 +142,7 @@ def test_any_override(text):
     answers(lambda: load_recipe(RECIPES / "mae.yaml", [text]), RecipeError)
 
 
-DS = json.loads((Path(__file__).parent.parent / "ds_configs/zero3.json").read_text())
+DS = json.loads((Path(__file__).parents[2] / "ds_configs/zero3.json").read_text())
 DS |= {"watchdog_seconds": 10, "gradient_checkpointing": True, "compile": False}
 
 

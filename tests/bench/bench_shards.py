@@ -1,6 +1,6 @@
 """Sharding speed of one process against webdataset's ShardWriter, on 500x375 JPEGs of ~100 KB.
 
-    python tests/bench_shards.py            (make bench-shards)
+    python tests/bench/bench_shards.py            (make bench-shards)
 
 The corpus is cut from photographs inside installed packages. The contestants take turns on the
 same samples and write to the same disk; a round gives one ratio of CPU time each, the table shows

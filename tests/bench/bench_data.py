@@ -1,7 +1,7 @@
 """Loading speed on one core: ours, ImageFolder + Pillow (facebookresearch/mae's loader),
 webdataset's own pipeline and DALI on the CPU, on 500x375 JPEGs of ~100 KB.
 
-    python tests/bench_data.py            (make bench-data)
+    python tests/bench/bench_data.py            (make bench-data)
 
 The corpus is cut from photographs inside installed packages. Every contestant does
 RandomResizedCrop(224, scale 0.2-1, bicubic) and a flip in batches of 64, with one worker; the
