@@ -24,7 +24,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eval.shared.cli import (
-    EvalError,
     World,
     autocast,
     join_world,
@@ -37,6 +36,7 @@ from eval.shared.cli import (
 )
 from eval.shared.features import Timer, image_size, normalise, open_encoder
 from pipeline.data.loader import eval_loader
+from pipeline.errors import UserError
 from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 
@@ -90,23 +90,23 @@ def batch_hsic(
 def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
     """Refuse an encoder whose patches cannot be left out, or that lacks the class token."""
     if not isinstance(vit, VisionTransformer):
-        raise EvalError(
+        raise UserError(
             f"{arch} is a {type(vit).__name__}, whose blocks know patches by their place in a "
             "whole image: none can be left out"
         )
     if pool == "token" and not vit.has_class_token:
-        raise EvalError(f"{arch} has no class token: take --pool mean")
+        raise UserError(f"{arch} has no class token: take --pool mean")
 
 
 def check(args: argparse.Namespace) -> int:
     """Refuse what cannot be computed; the number of images that are used."""
     images = read_manifest(args.val).samples
     if args.batch_size < 4:
-        raise EvalError("--batch-size: the unbiased estimator needs at least 4 images")
+        raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
     if images < args.batch_size:
-        raise EvalError(f"{args.val} has {images} images, fewer than --batch-size")
+        raise UserError(f"{args.val} has {images} images, fewer than --batch-size")
     if not args.ratios or not all(0 < ratio < 1 for ratio in args.ratios):
-        raise EvalError("--ratios: each must lie between 0 and 1")
+        raise UserError("--ratios: each must lie between 0 and 1")
     return min(images, args.images or images) // args.batch_size * args.batch_size
 
 

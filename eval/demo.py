@@ -20,13 +20,15 @@ from statistics import mean, stdev
 
 import torch
 
+from pipeline.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
 NAMES = {"demo_rmae": "R-MAE (RelaxMIM)", "demo_cmae": "C-MAE without mask tokens"}
 PARTITIONS = 8  # of the demo recipes: the number of ranks must divide it
 
 
-class DemoError(RuntimeError):
+class DemoError(UserError):
     """A step of the demo that failed, in one sentence."""
 
 

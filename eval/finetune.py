@@ -30,7 +30,6 @@ from eval.shared.batch_augment import make_erasing, make_mixup, seed_all
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import (
-    EvalError,
     World,
     as_percent,
     count_correct,
@@ -53,6 +52,7 @@ from pipeline.config.recipe import Recipe, learning_rate, parse_recipe
 from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, StopSignal
+from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
 from pipeline.runtime.optimizer_state import load_whole, save_whole
 from shard_tools import subset
@@ -138,12 +138,12 @@ class Finetuning:
             config["bf16"] = {"enabled": self.args.precision == "bf16"}
         plan = make_plan(config, recipe, self.world.size, patches)
         if plan.stage == 3:
-            raise EvalError(
+            raise UserError(
                 f"{self.args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
                 "use ds_configs/zero2.json (or zero0, zero1)"
             )
         if plan.micro_batch % 2:
-            raise EvalError(
+            raise UserError(
                 f"mixup pairs images: {plan.micro_batch} images per micro-batch must be even; "
                 "choose another --batch-size"
             )
@@ -209,7 +209,7 @@ def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
         how = ["--names", args.subset] if args.subset else ["--fraction", str(args.fraction)]
         options = [str(args.train), str(place), *how, "--seed", str(args.subset_seed)]
         if subset.main(options):
-            raise EvalError(f"the subset of {args.train} could not be written to {place}")
+            raise UserError(f"the subset of {args.train} could not be written to {place}")
     world.sum(torch.zeros(1, device=world.device))  # the first rank has written it
     args.train = str(place)
 
@@ -218,12 +218,12 @@ def complete(args: argparse.Namespace) -> tuple[str, ...]:
     """Check the arguments against the data and derive the rest; the names of the classes."""
     train, val = labelled(args.train), labelled(args.val)
     if args.batch_size < 1 or (args.max_steps is not None and args.max_steps < 1):
-        raise EvalError("--batch-size and --max-steps must be at least 1")
+        raise UserError("--batch-size and --max-steps must be at least 1")
     args.classes = class_count(train, val)
     args.partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if args.batch_size % p == 0)
     args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, args.partitions)
     if not args.steps_per_epoch:
-        raise EvalError(
+        raise UserError(
             f"{args.train} has {train.samples} samples, too few for --batch-size {args.batch_size}"
         )
     total = round(args.steps_per_epoch * args.epochs)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from eval.shared.cli import (
-    EvalError,
     World,
     as_percent,
     count_correct,
@@ -25,6 +24,7 @@ from eval.shared.cli import (
     write_result,
 )
 from eval.shared.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
+from pipeline.errors import UserError
 from pipeline.method.metrics import vote
 
 
@@ -33,7 +33,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     timer = Timer()
     train, val = labelled(args.train), labelled(args.val)
     if not 1 <= args.k <= train.samples:
-        raise EvalError(f"--k {args.k}: must lie between 1 and {train.samples} training images")
+        raise UserError(f"--k {args.k}: must lie between 1 and {train.samples} training images")
     classes = class_count(train, val)
     seed_everything(args.seed)
     vit, info = open_encoder(args, world)

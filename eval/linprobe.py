@@ -38,7 +38,6 @@ from torch import Tensor
 
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.cli import (
-    EvalError,
     World,
     as_percent,
     count_correct,
@@ -65,6 +64,7 @@ from eval.shared.features import (
 from eval.shared.lars_probe import Probe, Training
 from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
 from pipeline.distributed import PREEMPTED, StopSignal
+from pipeline.errors import UserError
 
 PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -295,19 +295,19 @@ def complete(args: argparse.Namespace, world: World) -> None:
     train, val = labelled(args.train), labelled(args.val)
     args.classes = class_count(train, val)
     if min(args.epochs, args.batch_size, args.micro_batch) < 1:
-        raise EvalError("--epochs, --batch-size and --micro-batch must be at least 1")
+        raise UserError("--epochs, --batch-size and --micro-batch must be at least 1")
     if args.max_steps is not None and args.max_steps < 1:
-        raise EvalError("--max-steps must be at least 1")
+        raise UserError("--max-steps must be at least 1")
     if args.protocol == "cached":
         return
     if args.batch_size % world.size:
-        raise EvalError(f"--batch-size {args.batch_size} cannot be split over {world.size} ranks")
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {world.size} ranks")
     share = args.batch_size // world.size
     args.micro_batch = max(n for n in range(1, min(share, args.micro_batch) + 1) if share % n == 0)
     partitions = math.gcd(args.batch_size, PARTITIONS)
     args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, partitions)
     if args.steps_per_epoch < 1:
-        raise EvalError(
+        raise UserError(
             f"{args.train} has {train.samples} samples, too few for --batch-size "
             f"{args.batch_size}; choose a smaller one"
         )

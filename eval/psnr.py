@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from eval.shared.cli import (
-    EvalError,
     World,
     base_parser,
     join_world,
@@ -31,6 +30,7 @@ from eval.shared.cli import (
 )
 from eval.shared.features import Timer
 from pipeline.data.loader import eval_loader
+from pipeline.errors import UserError
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 
 TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
@@ -91,7 +91,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     length = model.grid[0] * model.grid[1]
     args.hide = model.recipe.views.hide if args.hide is None else args.hide
     if not 0 < args.hide < 1 or int(length * (1 - args.hide)) in (0, length):
-        raise EvalError(f"--hide {args.hide}: must leave some of {length} patches hidden and shown")
+        raise UserError(f"--hide {args.hide}: must leave some of {length} patches hidden and shown")
     (hidden, whole), images = measure(model, world, args)
     statistics = TRUE_STATISTICS if model.true_statistics else "pixels are predicted as they are"
     return {

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
-from eval.shared.cli import EvalError, base_parser, run_command
+from eval.shared.cli import base_parser, run_command
 from pipeline.data.loader import eval_loader
+from pipeline.errors import UserError
 from pipeline.method.reconstructor import Reconstructor, read_reconstructor
 from shard_tools.atomic import write_atomic
 
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     if args.images < 1 or not str(args.output).endswith(".png"):
-        raise EvalError("--images must be at least 1 and --output must end in .png")
+        raise UserError("--images must be at least 1 and --output must end in .png")
     model = read_reconstructor(args.encoder, args.recipe, args.overrides)
     sheet, note = draw(model, *read_images(args, model.size), args)
     data = io.BytesIO()

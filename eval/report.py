@@ -27,7 +27,8 @@ from eval.reporting.tables import (
     throughput_table,
     versions_table,
 )
-from eval.shared.cli import EvalError, run_command
+from eval.shared.cli import run_command
+from pipeline.errors import UserError
 from shard_tools.atomic import write_atomic
 
 TRUE_STATISTICS = (
@@ -159,10 +160,10 @@ def picture_section(groups: Sequence[Group]) -> Section:
 
 
 def read_picture(run: Run, path: Path, label: str) -> Picture:
-    """A run's picture as a data URI; raises EvalError for a file that is not a PNG."""
+    """A run's picture as a data URI; raises UserError for a file that is not a PNG."""
     data = path.read_bytes()
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
-        raise EvalError(f"{path} is not a PNG")
+        raise UserError(f"{path} is not a PNG")
     width, height = struct.unpack(">II", data[16:24])
     step = "".join(c for c in path.stem if c.isdigit()).lstrip("0") or "0"
     if run.reconstructs:

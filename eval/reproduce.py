@@ -25,7 +25,8 @@ from eval.paper.job_runner import Job, run_jobs, show_plan
 from eval.paper.published import FIGURES, PaperRow, PaperTable, read_paper
 from eval.report import Section, markdown_table, write_report
 from eval.reporting.tables import KNOWN, NONE, Cell, Row, Table
-from eval.shared.cli import EvalError, run_command
+from eval.shared.cli import run_command
+from pipeline.errors import UserError
 
 # Figure of the tables → main field of its result.
 FIELDS = {"linprobe": "top1", "finetune": "top1", "fewshot": "top1", "psnr": "image"}
@@ -64,7 +65,7 @@ def make_place(args: argparse.Namespace, scale_name: str) -> Place:
         data = Path(scale.train).parent.parent
         make_shards(argparse.Namespace(data=data, train=4096, val=1024))
     if args.seeds < 1 or args.jobs < 0:
-        raise EvalError("--seeds must be at least 1 and --jobs not negative")
+        raise UserError("--seeds must be at least 1 and --jobs not negative")
     args.jobs = args.jobs or (1 if scale.launch != "python" else len(os.sched_getaffinity(0)))
     return Place(args.output or Path(f"runs/reproduce-{scale.name}"), scale, args.classes)
 
@@ -79,7 +80,7 @@ def find_table(number: int) -> PaperTable:
     """A table of paper.yaml by its number."""
     tables = known_tables()
     if number not in tables:
-        raise EvalError(f"--table {number}: the paper's tables are {', '.join(map(str, tables))}")
+        raise UserError(f"--table {number}: the paper's tables are {', '.join(map(str, tables))}")
     return tables[number]
 
 
@@ -89,7 +90,7 @@ def choose_rows(table: PaperTable, names: Sequence[str] | None) -> list[PaperRow
     for name in names or ():
         if name not in known:
             listed = "; ".join(known)
-            raise EvalError(f"--rows {name!r}: rows of table {table.number} are: {listed}")
+            raise UserError(f"--rows {name!r}: rows of table {table.number} are: {listed}")
     return [known[name] for name in names or known]
 
 

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from eval.shared.classifier import classify, read_classifier
 from eval.shared.cli import (
-    EvalError,
     World,
     as_percent,
     join_world,
@@ -38,6 +37,7 @@ from eval.shared.cli import (
     write_result,
 )
 from eval.shared.features import Timer, normalise
+from pipeline.errors import UserError
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
 # human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.
@@ -88,7 +88,7 @@ def texture_of(image_name: str) -> str:
     stem = image_name.rsplit("_", 1)[-1].split(".", 1)[0]
     texture = "".join(c for c in stem.rsplit("-", 1)[-1] if not c.isdigit())
     if texture not in CATEGORIES or "-" not in stem:
-        raise EvalError(
+        raise UserError(
             f"{image_name}: the name should end in <shape><n>-<texture><m>, such as "
             "cat1-elephant2.png"
         )
@@ -134,7 +134,7 @@ def read_decisions(paths: Iterable[str | Path]) -> list[tuple[str, str, str]]:
             rows = csv.DictReader(file)
             missing = {"object_response", "category", "imagename"} - set(rows.fieldnames or [])
             if missing:
-                raise EvalError(f"{path}: the column {sorted(missing)[0]} is missing")
+                raise UserError(f"{path}: the column {sorted(missing)[0]} is missing")
             for row in rows:
                 texture = texture_of(row["imagename"])
                 trials.append((row["object_response"], row["category"], texture))
@@ -147,10 +147,10 @@ def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
     for path in sorted(Path(folder).glob("*/*")):
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             if path.parent.name not in CATEGORIES:
-                raise EvalError(f"{path.parent}: not one of the 16 categories")
+                raise UserError(f"{path.parent}: not one of the 16 categories")
             found.append((path, path.parent.name, texture_of(path.name)))
     if not found:
-        raise EvalError(f"{folder}: has no images in folders named by shape")
+        raise UserError(f"{folder}: has no images in folders named by shape")
     return found
 
 
@@ -169,7 +169,7 @@ def classifier_trials(args: argparse.Namespace, world: World) -> tuple[list, dic
     """Trials of the classifier on all images, whole on every rank, and the classifier's info."""
     model, info = read_classifier(args.classifier)
     if len(info["classes"]) != 1000:
-        raise EvalError(
+        raise UserError(
             f"{args.classifier} knows {len(info['classes'])} classes; the 16 categories are made "
             "of ImageNet's 1000"
         )
@@ -196,7 +196,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """Shape bias of a classifier or of recorded decisions; the whole result."""
     timer = Timer()
     if bool(args.classifier) != bool(args.images) or bool(args.classifier) == bool(args.decisions):
-        raise EvalError("give either --classifier with --images, or --decisions")
+        raise UserError("give either --classifier with --images, or --decisions")
     if args.decisions:
         trials, info = read_decisions(args.decisions), {"source": [str(p) for p in args.decisions]}
     else:

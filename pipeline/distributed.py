@@ -17,11 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command goes on
-
-
-class EngineError(ValueError):
-    """A configuration, a machine or a run folder that cannot be used, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +112,17 @@ def any_rank(flag: bool) -> bool:
 
 
 def agree(make: Callable[[], Any]) -> Any:
-    """Rank 0's result of make() on every rank; an EngineError there is raised on every rank."""
+    """Rank 0's result of make() on every rank; an UserError there is raised on every rank."""
     box: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:
             box[0] = make()
-        except ValueError as error:
+        except UserError as error:
             box[1] = str(error)
     if torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise EngineError(box[1])
+        raise UserError(box[1])
     return box[0]
 
 

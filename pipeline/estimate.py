@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
+from pipeline.errors import UserError, refuse
 from pipeline.method.objective import Objective, Teacher, parameter_groups
 
 # Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
@@ -38,7 +39,7 @@ MOST = 128  # images of a micro-batch; more of them make a GPU no faster
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """A plan that cannot be made, in one sentence."""
 
 
@@ -333,9 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         plan = predict(load_recipe(args.recipe, args.overrides), args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return refuse(error)
     print(show(plan))
     if args.json:
         args.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config.recipe import load_recipe
+from pipeline.errors import UserError, refuse
 from pipeline.method.encoder import encoder_state, vit_options
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import Objective, build_objective
@@ -38,14 +39,14 @@ FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 def load_run(run: Path) -> Objective:
     """The objective of a run folder with its newest weights, or of a checkpoint; fp32, on the CPU.
 
-    Raises ValueError in one sentence where the folder is no run or the weights do not fit.
+    Raises UserError in one sentence where the folder is no run or the weights do not fit.
     """
     objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
     path = run / "model.safetensors"
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     # The position tables are exact in the new objective, rounded in a bf16 run.
     state = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
     problem = None
@@ -56,7 +57,7 @@ def load_run(run: Path) -> Objective:
     except RuntimeError as error:
         problem = " ".join(str(error).split())[:200]
     if problem:
-        raise ValueError(f"{path}: does not fit the run's recipe: {problem}")
+        raise UserError(f"{path}: does not fit the run's recipe: {problem}")
     return objective.eval()
 
 
@@ -93,7 +94,7 @@ def classifier_encoder(folder: Path, out: Path) -> str:
         info = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         state = load_file(folder / "classifier.safetensors")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
+        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
     weights = {
         k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
     }
@@ -106,7 +107,7 @@ def classifier_encoder(folder: Path, out: Path) -> str:
 
 def _need_suffix(out: Path, suffix: str) -> None:
     if out.suffix != suffix:
-        raise ValueError(f"{out}: name the output with {suffix}")
+        raise UserError(f"{out}: name the output with {suffix}")
 
 
 def _preprocessor(objective: Objective) -> dict[str, object]:
@@ -142,9 +143,8 @@ def main(argv: list[str] | None = None) -> int:
             line = classifier_encoder(args.run, args.out)
         else:
             line = export(load_run(args.run), args.format, args.out)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    except UserError as error:
+        return refuse(error)
     print(f"written: {args.out}; open it with {line}", flush=True)
     return 0
 

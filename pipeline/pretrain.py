@@ -29,7 +29,8 @@ from pipeline.config.recipe import (
 from pipeline.data.loader import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import PREEMPTED, EngineError, Ranks, StopSignal, agree, any_rank, close
+from pipeline.distributed import PREEMPTED, Ranks, StopSignal, agree, any_rank, close
+from pipeline.errors import UserError, refuse
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.method.pictures import draw
 from pipeline.runtime.engine import (
@@ -116,7 +117,7 @@ class Run:
         epoch = recipe.data.samples_per_epoch or manifest.samples
         self.epoch_steps = steps_per_epoch(epoch, recipe.batch_size, recipe.data.partitions)
         if self.epoch_steps == 0:
-            raise EngineError(
+            raise UserError(
                 f"{args.data}: {epoch} samples are fewer than one batch of {recipe.batch_size}; "
                 "set batch_size (and data.partitions) lower, or data.samples_per_epoch"
             )
@@ -217,7 +218,7 @@ class Run:
         if note_failure(self.output, rank, where, reason):
             who = f" (rank {rank}, {where})" if self.ranks.world > 1 else ""
             print(f"error{who}: {reason}", file=sys.stderr, flush=True)
-        if isinstance(error, ValueError):
+        if isinstance(error, UserError):
             return 2
         if not gone:
             traceback.print_exception(error)
@@ -368,11 +369,10 @@ def main(argv: list[str] | None = None) -> int:
     ranks = init_ranks()
     try:
         run = Run(args, ranks)
-    except ValueError as error:
-        if ranks.local_rank == 0:  # once per host: one may lack what the others have
-            who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
-            print(f"error{who}: {error}", file=sys.stderr, flush=True)
-        return 2
+    except UserError as error:
+        # Once per host: one may lack what the others have.
+        who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
+        return refuse(error, who) if ranks.local_rank == 0 else 2
     try:
         return train(run, stop)
     except Exception as error:

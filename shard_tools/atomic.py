@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline.distributed import EngineError
+from pipeline.errors import UserError
 from shard_tools import manifest
 
 FILES = "files.json"
@@ -39,17 +39,17 @@ def seal(temporary: Path, place: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of a sealed folder with its list. EngineError names the first bad one."""
+    """Compare every file of a sealed folder with its list. UserError names the first bad one."""
     try:
         files = json.loads((folder / FILES).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise EngineError(f"{folder}: {FILES} cannot be read ({error})") from None
+        raise UserError(f"{folder}: {FILES} cannot be read ({error})") from None
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
-            raise EngineError(f"{path}: missing or of the wrong size")
+            raise UserError(f"{path}: missing or of the wrong size")
         if _sha256(path) != digest:
-            raise EngineError(f"{path}: damaged (its sha256 is not that of {FILES})")
+            raise UserError(f"{path}: damaged (its sha256 is not that of {FILES})")
 
 
 def _sha256(path: Path) -> str:

@@ -12,10 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.errors import UserError, refuse
+
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
 
 
-class ToolError(ValueError):
+class ToolError(UserError):
     """A command that cannot be carried out, in one sentence that names the file or the option."""
 
 
@@ -55,9 +57,8 @@ def run(command: Callable[[Any], int], options: Any) -> int:
         signal.signal(number, stop)
     try:
         return command(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
+    except UserError as error:
+        return refuse(error)
     except Stopped as stopped:
         print(f"error: stopped by {stopped}; no half-written file was left", file=sys.stderr)
         return stopped.code

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import UserError
+
 VERSION = 1
 MANIFEST, INDEX, NAMES = "manifest.json", "index.bin", "names.bin"
 
@@ -50,7 +52,7 @@ _MAGIC = b"RMIMINDX"
 _HEADER = struct.Struct("<8sIIQ32s8x")  # magic, version, row size, rows, sha256 of the rows
 
 
-class ManifestError(ValueError):
+class ManifestError(UserError):
     """A shard folder that cannot be used, in one sentence that names the file."""
 
 

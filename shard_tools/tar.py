@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 BLOCK = 512
 # Fields that may hold the image of a sample, in the order of preference.
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "JPEG", "JPG", "PNG", "WEBP")
@@ -26,7 +28,7 @@ _SIZE_LIMIT = 8**11  # what the octal size field of a ustar header can hold
 _ZEROS = bytes(RECORD)
 
 
-class TarError(ValueError):
+class TarError(UserError):
     """A tar that is damaged or is no WebDataset tar, in one sentence."""
 
 

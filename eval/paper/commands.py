@@ -12,9 +12,9 @@ import yaml
 
 from eval.paper.job_runner import Job, python
 from eval.paper.published import PaperRow
-from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data.loader import steps_per_epoch
+from pipeline.errors import UserError
 from pipeline.method.encoder import build_vit, vit_options
 from shard_tools.manifest import read_manifest
 
@@ -56,7 +56,7 @@ def read_scale(name: str, train: str = "", val: str = "", path: Path = SCALES) -
     """A scale of scales.yaml, on other shards where they are named."""
     scales = yaml.safe_load(path.read_text(encoding="utf-8"))
     if name not in scales:
-        raise EvalError(f"--scale {name}: {path} knows {', '.join(scales)}")
+        raise UserError(f"--scale {name}: {path} knows {', '.join(scales)}")
     values = dict(scales[name])
     options = {p: tuple(map(from_root, values.pop(p, ()))) for p in ("pretrain", *PROTOCOLS)}
     values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
@@ -64,7 +64,7 @@ def read_scale(name: str, train: str = "", val: str = "", path: Path = SCALES) -
     try:
         return Scale(name, **values, options=options)
     except TypeError as error:
-        raise EvalError(f"{path}, {name}: {error}") from error
+        raise UserError(f"{path}, {name}: {error}") from error
 
 
 def from_root(word: object) -> str:

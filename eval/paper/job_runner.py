@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from eval.shared.cli import EvalError
+from pipeline.errors import UserError
 
 # A job is a launch of its own, also where this process has joined ranks.
 LAUNCHER = (
@@ -48,11 +48,11 @@ class Job:
 
 
 def unique(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs in order, each name once; EvalError where one name stands for two commands."""
+    """Jobs in order, each name once; UserError where one name stands for two commands."""
     found: dict[str, Job] = {}
     for job in jobs:
         if found.setdefault(job.name, job).command != job.command:
-            raise EvalError(f"two different commands are called {job.name}")
+            raise UserError(f"two different commands are called {job.name}")
     return list(found.values())
 
 
@@ -60,7 +60,7 @@ def run_jobs(jobs: Sequence[Job], slots: int, folder: Path) -> dict[str, float]:
     """Run what is not done, `slots` at a time; CPU seconds by name, of earlier calls too.
 
     A job's output goes to folder/logs/NAME.log, its cost to folder/jobs.jsonl. What needs a
-    failed job is left out, the rest goes on; then EvalError names each failure and its log.
+    failed job is left out, the rest goes on; then UserError names each failure and its log.
     """
     jobs, failed = unique(jobs), dict[str, Path]()
     left = [job for job in jobs if not job.done]
@@ -91,7 +91,7 @@ def run_jobs(jobs: Sequence[Job], slots: int, folder: Path) -> dict[str, float]:
                 child.terminate()
     if failed:
         names = "; ".join(f"{name} (see {log})" for name, log in failed.items())
-        raise EvalError(f"{len(failed)} of {len(jobs)} jobs failed: {names}")
+        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {names}")
     return costs(folder)
 
 

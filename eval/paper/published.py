@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from eval.reporting.run_records import Run, flatten
-from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.errors import UserError
 
 PAPER = Path(__file__).with_name("paper.yaml")
 
@@ -60,7 +60,7 @@ class PaperTable:
 
 
 def read_paper(path: Path = PAPER) -> list[PaperTable]:
-    """All tables in order. EvalError names the table and row that cannot be read."""
+    """All tables in order. UserError names the table and row that cannot be read."""
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     tables = []
     for number, table in content.items():
@@ -69,10 +69,10 @@ def read_paper(path: Path = PAPER) -> list[PaperTable]:
             try:
                 rows.append(PaperRow(**{**row, "set": tuple(row.get("set", ()))}))
             except TypeError as error:
-                raise EvalError(f"{path}, table {number}, {row.get('name')}: {error}") from error
+                raise UserError(f"{path}, table {number}, {row.get('name')}: {error}") from error
             unknown = set(row["published"]) - set(table["columns"])
             if unknown:
-                raise EvalError(f"{path}, table {number}, {row['name']}: unknown figure {unknown}")
+                raise UserError(f"{path}, table {number}, {row['name']}: unknown figure {unknown}")
         columns = tuple(table["columns"])
         note = " ".join(table.get("note", "").split())
         tables.append(PaperTable(int(number), table["title"], columns, tuple(rows), note))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from eval.shared.cli import EvalError
+from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
 NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")
@@ -85,7 +85,7 @@ class Group:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read a run folder. EvalError where a file cannot be used.
+    """Read a run folder. UserError where a file cannot be used.
 
     Only recipe.yaml must be there; or, for an encoder that is no run of ours (timm's, MoCo v3's, a
     random one), results in eval/, whose name of the encoder then stands for the recipe.
@@ -94,15 +94,15 @@ def read_run(folder: str | Path) -> Run:
     results = tuple(read_json(path) for path in sorted((folder / "eval").glob("*.json")))
     if not (folder / "recipe.yaml").is_file():
         if not results:
-            raise EvalError(f"{folder} is not a run folder: it has no recipe.yaml")
+            raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
         recipe = {"name": results[0].get("encoder", {}).get("recipe", folder.name)}
         return Run(folder.resolve(), recipe, {}, {}, (), (), results, recipe)
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise EvalError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
+        raise UserError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise EvalError(f"{folder / 'recipe.yaml'} holds no keys")
+        raise UserError(f"{folder / 'recipe.yaml'} holds no keys")
     return Run(
         folder=folder.resolve(),
         recipe=recipe,
@@ -122,9 +122,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise EvalError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise EvalError(f"{path} should hold a JSON object")
+        raise UserError(f"{path} should hold a JSON object")
     return content
 
 
@@ -146,7 +146,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise EvalError(f"{path}, line {number}, is not a logged step: {error}") from error
+            raise UserError(f"{path}, line {number}, is not a logged step: {error}") from error
     return [rows[step] for step in sorted(rows)]
 
 

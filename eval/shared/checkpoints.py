@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.shared.cli import EvalError, World
+from eval.shared.cli import World
+from pipeline.errors import UserError
 from shard_tools.atomic import seal, verify, write_atomic
 
 
@@ -42,7 +43,7 @@ class Checkpoints:
                 write_atomic(self.folder / "latest.json", json.dumps(content))
             except OSError as error:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise EvalError(f"{self.folder / tag} could not be written: {error}") from None
+                raise UserError(f"{self.folder / tag} could not be written: {error}") from None
             for old in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
                 if old.name != tag:  # those with a dot are what a kill left
                     shutil.rmtree(old)
@@ -57,17 +58,17 @@ class Checkpoints:
         try:
             latest = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise EvalError(f"{path}: {error}; remove {self.folder} to start anew") from None
+            raise UserError(f"{path}: {error}; remove {self.folder} to start anew") from None
         if latest["settings"] != self.settings:
             keys = self.settings.keys() | latest["settings"].keys()
             changed = sorted(k for k in keys if self.settings.get(k) != latest["settings"].get(k))
-            raise EvalError(
+            raise UserError(
                 f"{self.folder} holds a training with another {', '.join(changed)}; "
                 "remove it or choose another --output"
             )
         try:
             self.world.agree(partial(verify, self.folder / latest["tag"]))
-        except ValueError as error:
-            raise EvalError(f"{error}; remove {self.folder} to start anew") from None
+        except UserError as error:
+            raise UserError(f"{error}; remove {self.folder} to start anew") from None
         read(self.folder / latest["tag"])
         return dict(latest)

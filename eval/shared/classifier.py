@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.shared.cli import EvalError
+from pipeline.errors import UserError
 from shard_tools.atomic import write_atomic
 
 FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
@@ -39,7 +39,7 @@ def build_classifier(
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(own)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) != FRESH or unexpected:
-        raise EvalError(f"{info['arch']} does not fit a classifier: {missing}, {unexpected}")
+        raise UserError(f"{info['arch']} does not fit a classifier: {missing}, {unexpected}")
     assert isinstance(model.head, nn.Linear)
     nn.init.trunc_normal_(model.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
     nn.init.zeros_(model.head.bias)
@@ -114,7 +114,7 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict(load_file(place / "classifier.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise EvalError(f"{folder}: no classifier of eval/finetune.py there ({reason})") from error
+        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({reason})") from error
     return model.eval(), info
 
 

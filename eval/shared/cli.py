@@ -23,13 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.distributed import agree, any_rank
+from pipeline.errors import UserError, refuse
 from shard_tools.atomic import write_atomic
 
 T = TypeVar("T")
-
-
-class EvalError(ValueError):
-    """Input that an evaluation cannot use: one sentence that says what and what would be right."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class World:
         return total
 
     def agree(self, make: Callable[[], Any]) -> Any:
-        """The first rank's result of make() on every rank; its ValueError too."""
+        """The first rank's result of make() on every rank; its UserError too."""
         return make() if self.size == 1 else agree(make)
 
     def any(self, flag: bool) -> bool:
@@ -98,10 +95,9 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a command line: bad input ends as `error: …` on stderr and exit code 2."""
     try:
         main()
-    except (ValueError, OSError) as error:
+    except UserError as error:
         rank = int(os.environ.get("RANK", 0))
-        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -21,8 +21,8 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.shared.cli import EvalError
 from pipeline.config.recipe import DataRecipe
+from pipeline.errors import UserError
 from pipeline.method.encoder import load_tensors, random_encoder, read_encoder
 
 # Where a checkpoint keeps its weights: facebookresearch/mae and BEiT, MoCo v3 and timm, DINO.
@@ -37,7 +37,7 @@ def choose_encoder(args: argparse.Namespace) -> tuple[VisionTransformer, dict[st
     """The encoder of `args` (encoder, arch, options, random, seed) and its info, on the CPU.
 
     info: arch and options (of timm.create_model), mean, std, recipe (what a table calls it),
-    random, source. Raises ValueError in one sentence.
+    random, source. Raises UserError in one sentence.
     """
     source = str(args.encoder)
     is_random = bool(args.random) or source == "random"
@@ -59,13 +59,13 @@ def choose_encoder(args: argparse.Namespace) -> tuple[VisionTransformer, dict[st
 def needed_arch(args: argparse.Namespace) -> str:
     """--arch, which a file and a random encoder need, with the assurance that timm knows it."""
     if not args.arch:
-        raise EvalError(
+        raise UserError(
             f"--encoder {args.encoder} is no run folder and needs --arch: the name of a vision "
             "transformer of timm such as vit_base_patch16_224"
         )
     if not timm.is_model(args.arch.split(".")[0]):
         near = ", ".join(timm.list_models("vit_*_patch16_224")[:6])
-        raise EvalError(f"--arch {args.arch} is not a timm model; for example: {near}")
+        raise UserError(f"--arch {args.arch} is not a timm model; for example: {near}")
     return str(args.arch)
 
 
@@ -76,7 +76,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     except yaml.YAMLError:
         options = None
     if not isinstance(options, dict):
-        raise EvalError(
+        raise UserError(
             f"--options {args.options}: write them as {{img_size: 384, patch_size: 16}}"
         )
     return options
@@ -92,12 +92,12 @@ def named(arch: str, name: str) -> dict[str, Any]:
 def from_hub(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
     """A timm model with the weights that timm publishes for it."""
     if not timm.is_model(name.split(".")[0]):
-        raise EvalError(f"--encoder timm:{name}: not a timm model; timm.list_models() lists them")
+        raise UserError(f"--encoder timm:{name}: not a timm model; timm.list_models() lists them")
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # each version of the hub's client has its own kinds
         reason = " ".join(str(error).split())[:160]
-        raise EvalError(
+        raise UserError(
             f"--encoder timm:{name}: its weights cannot be fetched ({reason}); where no hub can be "
             f"reached give a local file: --encoder FILE --arch {name}"
         ) from None
@@ -128,10 +128,10 @@ def from_file(
         missing, unexpected = vit.load_state_dict(state, strict=False)
     except (RuntimeError, TypeError, AssertionError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise EvalError(f"{path}: the weights do not fit {arch}: {reason}") from None
+        raise UserError(f"{path}: the weights do not fit {arch}: {reason}") from None
     if missing or unexpected:
         what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} has no place in it"
-        raise EvalError(f"{path}: the weights do not fit {arch}: {what}")
+        raise UserError(f"{path}: the weights do not fit {arch}: {what}")
     statistics = timm_statistics(vit) if layout == "timm" else None
     return vit, finish(named(arch, path.stem), vit, statistics, options)
 
@@ -148,7 +148,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
             ours = not prefix and box in (None, "state_dict")
             return found, "timm" if ours else "other"
     shown = ", ".join(map(str, names[:3])) or type(state).__name__
-    raise EvalError(
+    raise UserError(
         f"{path}: holds no patch_embed.proj.weight, so no vision transformer under timm's names; "
         f"its first entries are {shown}"
     )
@@ -157,7 +157,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 def as_vit(model: nn.Module, arch: str) -> VisionTransformer:
     """The model, if the protocols can read tokens from it."""
     if not isinstance(model, VisionTransformer | Beit):
-        raise EvalError(
+        raise UserError(
             f"{arch} is a {type(model).__name__}; the protocols take vision transformers of timm "
             "(VisionTransformer, Beit)"
         )
@@ -187,9 +187,9 @@ def check_feature(vit: VisionTransformer, feature: str) -> None:
     if feature == "mean":
         return
     if getattr(vit, "cls_token", None) is None:
-        raise EvalError("this encoder has no class token; take the mean of the patches instead")
+        raise UserError("this encoder has no class token; take the mean of the patches instead")
     if isinstance(vit.norm, nn.Identity):
-        raise EvalError(
+        raise UserError(
             "this encoder normalises the mean of its patches, not its class token; take the mean "
             "of the patches instead"
         )

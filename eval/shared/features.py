@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eval.shared.cli import EvalError, World, autocast, progress
+from eval.shared.cli import World, autocast, progress
 from eval.shared.encoders import check_feature, choose_encoder
 from pipeline.data.loader import eval_loader
+from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 
 FEATURES = ("cls", "mean")
@@ -52,7 +53,7 @@ def image_size(vit: VisionTransformer) -> int:
     """Side of the (square) images that the encoder takes, in pixels."""
     height, width = vit.patch_embed.img_size
     if height != width:
-        raise EvalError(f"the encoder takes {height} by {width} images; square ones are needed")
+        raise UserError(f"the encoder takes {height} by {width} images; square ones are needed")
     return height
 
 
@@ -60,14 +61,14 @@ def labelled(folder: str | Path) -> Manifest:
     """The manifest of a shard folder, with the assurance that every sample has a label."""
     manifest = read_manifest(folder)
     if bool((manifest.index["label"] < 0).any()):
-        raise EvalError(f"{folder}: some samples have no label; an evaluation needs every label")
+        raise UserError(f"{folder}: some samples have no label; an evaluation needs every label")
     return manifest
 
 
 def class_count(train: Manifest, val: Manifest) -> int:
     """Number of classes, with the assurance that both sets number the same classes alike."""
     if train.classes and val.classes and train.classes != val.classes:
-        raise EvalError(
+        raise UserError(
             f"{train.folder} and {val.folder} do not have the same classes "
             f"({len(train.classes)} and {len(val.classes)}); make both from one dataset"
         )
@@ -120,7 +121,7 @@ def extract(
     sample = world.gather(torch.cat([empty, *[p[2] for p in parts]]))
     order = sample.argsort()
     if not torch.equal(sample[order], torch.arange(total, device=world.device)):
-        raise EvalError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
+        raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
     return feature[order], label[order]
 
 

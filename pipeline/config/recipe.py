@@ -31,6 +31,7 @@ from pipeline.config.schema import (
     Section,
     ViewsRecipe,
 )
+from pipeline.errors import UserError
 
 __all__ = [
     "RECIPES", "BYOLRecipe", "DataRecipe", "DecoderRecipe", "EncoderRecipe", "HeadsRecipe",
@@ -47,7 +48,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe or an override that cannot be used; the message is one sentence."""
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.errors import UserError
+
 try:  # built at set-up where a compiler and libjpeg-turbo's headers are
     from pipeline.data import _jpegcrop
 except ImportError:
@@ -38,7 +40,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-class DecodeError(ValueError):
+class DecodeError(UserError):
     """Image bytes that cannot be turned into pixels, in one sentence."""
 
 
@@ -82,7 +84,7 @@ class Crop:
         _check_output(self.image_size, self.interpolation)
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high or (name == "scale" and high > 1):
-                raise ValueError(
+                raise UserError(
                     f"crop {name} ({low}, {high}): needs 0 < low <= high"
                     + (" <= 1" if name == "scale" else "")
                 )
@@ -109,7 +111,7 @@ class CentreCrop:
     def __post_init__(self) -> None:
         _check_output(self.image_size, self.interpolation)
         if self.resize < self.image_size:
-            raise ValueError(
+            raise UserError(
                 f"centre crop: resize {self.resize} is smaller than image_size {self.image_size}"
             )
 
@@ -124,9 +126,9 @@ class CentreCrop:
 
 def _check_output(image_size: int, interpolation: str) -> None:
     if not 1 <= image_size <= 4096:
-        raise ValueError(f"image_size {image_size}: must lie between 1 and 4096 pixels")
+        raise UserError(f"image_size {image_size}: must lie between 1 and 4096 pixels")
     if interpolation not in _FILTERS:
-        raise ValueError(f"interpolation {interpolation!r}: must be one of {', '.join(_FILTERS)}")
+        raise UserError(f"interpolation {interpolation!r}: must be one of {', '.join(_FILTERS)}")
 
 
 def _random_box(width: int, height: int, crop: Crop, uniform: Sequence[float]) -> Box:
@@ -258,7 +260,7 @@ def decoder(name: str = "auto") -> tuple[str, Decode]:
     """
     name = available()[0] if name == "auto" else name
     if name not in _FUNCTIONS:
-        raise ValueError(
+        raise UserError(
             f"decoder {name!r} is not available here: use auto or one of {', '.join(_FUNCTIONS)}"
         )
     return name, _FUNCTIONS[name]

@@ -33,6 +33,7 @@ from pipeline.data.order import (
 )
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import GIB, ShardCache
+from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
 __all__ = [
@@ -300,24 +301,24 @@ def train_loader(
     epoch of that many draws with replacement. second_crop: fill Batch.second. augment: applied
     to each crop in the worker. cache, cache_bytes: where remote shards are kept on this node
     (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a folder that
-    is not a shard folder and ValueError for numbers that do not fit together.
+    is not a shard folder and UserError for numbers that do not fit together.
     """
     _check_ranks(rank, world, workers)
     _check_shared_memory(workers, micro_batch * (1 + second_crop), crop.image_size)
     if partitions % world:
-        raise ValueError(
+        raise UserError(
             f"{partitions} partitions cannot be shared by {world} ranks; "
             f"use a world size that divides {partitions}, or a multiple of {world} as partitions"
         )
     if micro_batch < 1 or batch_size % (world * micro_batch):
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} cannot be split over {world} ranks in micro-batches of "
             f"{micro_batch}; use a multiple of {world * micro_batch}"
         )
     if not 0 <= start_step <= total_steps:
-        raise ValueError(f"start_step {start_step}: must lie between 0 and {total_steps}")
+        raise UserError(f"start_step {start_step}: must lie between 0 and {total_steps}")
     if on_error not in ("fail", "skip"):
-        raise ValueError(f"on_error {on_error!r}: must be 'fail' or 'skip'")
+        raise UserError(f"on_error {on_error!r}: must be 'fail' or 'skip'")
     manifest = read_manifest(folder)
     sizes = tuple(shard.samples for shard in manifest.shards)
     order = Order(sizes, seed, batch_size, partitions, window, samples_per_epoch)
@@ -355,7 +356,7 @@ def eval_loader(
     """
     _check_ranks(rank, world, workers)
     if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size}: must be at least 1")
+        raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
     manifest = read_manifest(folder)
     crop = CentreCrop(image_size, resize or round(image_size * 256 / 224), interpolation)
@@ -387,9 +388,9 @@ def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: in
 
 def _check_ranks(rank: int, world: int, workers: int) -> None:
     if world < 1 or not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of {world}: ranks run from 0 to world - 1")
+        raise UserError(f"rank {rank} of {world}: ranks run from 0 to world - 1")
     if workers < 0:
-        raise ValueError(f"workers {workers}: must be 0 or more")
+        raise UserError(f"workers {workers}: must be 0 or more")
 
 
 def _check_shared_memory(workers: int, batch: int, image_size: int) -> None:
@@ -398,7 +399,7 @@ def _check_shared_memory(workers: int, batch: int, image_size: int) -> None:
     if workers and os.path.isdir(_SHARED):
         free = shutil.disk_usage(_SHARED).free
         if free < needed:
-            raise ValueError(
+            raise UserError(
                 f"workers {workers}: their batches need {needed >> 20} MiB of shared memory where "
                 f"{_SHARED} has {free >> 20} MiB free; use fewer workers or a smaller batch, or "
                 "start the container with a larger --shm-size or --ipc=host"

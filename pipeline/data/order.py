@@ -20,6 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from pipeline.errors import UserError
+
 SHARDS, WINDOWS, DRAWS, CROPS, SECOND_CROPS = range(5)  # streams of random numbers
 
 
@@ -58,7 +60,7 @@ def global_batch(
 ) -> np.ndarray:  # fmt: skip
     """Sample numbers (int64 [batch_size]) of global batch `step` (counted within the epoch).
 
-    Rank r of W takes the r-th of W equal contiguous pieces. Raises ValueError where `step` lies
+    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` lies
     outside the epoch or the batch cannot be cut into partitions.
     """
     order = _known_order(tuple(shard_sizes), seed, batch_size, partitions, window)
@@ -83,12 +85,12 @@ class Order:
     def __post_init__(self) -> None:
         _check_batch(self.batch_size, self.partitions)
         if self.window < 1:
-            raise ValueError(f"window {self.window}: must be at least one shard")
+            raise UserError(f"window {self.window}: must be at least one shard")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed}: must lie between 0 and 2**63 - 1")
+            raise UserError(f"seed {self.seed}: must lie between 0 and 2**63 - 1")
         if not self.steps:
             what = f"an epoch of {self.draws} draws" if self.draws else f"{sum(self.sizes)} samples"
-            raise ValueError(
+            raise UserError(
                 f"batch_size {self.batch_size}: {what} cannot fill one batch; "
                 "use a smaller batch_size or set samples_per_epoch"
             )
@@ -103,7 +105,7 @@ class Order:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers and randomness keys, int64, of places [first, last) of a global batch."""
         if not 0 <= step < self.steps:
-            raise ValueError(f"step {step}: an epoch has the steps 0 to {self.steps - 1}")
+            raise UserError(f"step {step}: an epoch has the steps 0 to {self.steps - 1}")
         share = self.batch_size // self.partitions
         samples, keys = [], []
         for number in range(first // share, -(-last // share)):
@@ -180,9 +182,9 @@ def _shard_order(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _check_batch(batch_size: int, partitions: int) -> None:
     if partitions < 1:
-        raise ValueError(f"partitions {partitions}: must be at least 1")
+        raise UserError(f"partitions {partitions}: must be at least 1")
     if batch_size < 1 or batch_size % partitions:
-        raise ValueError(
+        raise UserError(
             f"batch_size {batch_size} is not a multiple of the {partitions} partitions; "
             f"use a multiple of {partitions}, or a number of partitions that divides it"
         )

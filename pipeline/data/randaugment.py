@@ -8,12 +8,14 @@ import numpy as np
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
+from pipeline.errors import UserError
+
 
 class RandAugment:
     """timm's RandAugment on one uint8 picture, keyed by (seed, epoch, sample, view).
 
     policy: as in `rand-m9-mstd0.5-inc1`. mean: in 0 … 1, the colour of what moves in from
-    outside. Raises ValueError for a policy that timm does not read.
+    outside. Raises UserError for a policy that timm does not read.
     """
 
     def __init__(self, policy: str, size: int, mean: tuple[float, ...], seed: int) -> None:
@@ -25,7 +27,7 @@ class RandAugment:
         try:
             self.transform = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"randaugment {policy!r} is not a policy of timm such as "
                 f"rand-m9-mstd0.5-inc1 ({type(error).__name__})"
             ) from None

@@ -13,12 +13,13 @@ from torch.utils.data import get_worker_info
 
 from pipeline.data.jpeg import Choose, DecodeError, decoder
 from pipeline.data.shard_cache import ShardCache
+from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, ManifestError
 
 _OPEN_SHARDS = 256  # file handles that one worker keeps
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """A sample that will not decode, in one sentence that names it, its shard and the reason."""
 
 

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from pipeline.errors import UserError
+
 _implementation = "reference"
 
 
@@ -14,7 +16,7 @@ def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str
     implementation: `auto` (Triton on a CUDA device where Triton is installed, otherwise the
     reference), `triton` or `reference`. On the CPU `triton` runs under Triton's interpreter,
     which needs TRITON_INTERPRET=1 in the environment.
-    Returns the line for the log. Raises ValueError when the choice cannot run here.
+    Returns the line for the log. Raises UserError when the choice cannot run here.
     """
     global _implementation
     kind = torch.device(device).type
@@ -24,12 +26,12 @@ def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str
     elif implementation in ("triton", "reference"):
         chosen = implementation
     else:
-        raise ValueError(f"kernels must be auto, triton or reference, not {implementation!r}")
+        raise UserError(f"kernels must be auto, triton or reference, not {implementation!r}")
     if chosen == "triton" and not installed:
-        raise ValueError("kernels: triton was asked for, but the package triton is not installed")
+        raise UserError("kernels: triton was asked for, but the package triton is not installed")
     interpreted = chosen == "triton" and kind != "cuda"
     if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
+        raise UserError(
             f"kernels: triton on {kind} runs only under Triton's interpreter: set "
             "TRITON_INTERPRET=1, or choose kernels: reference"
         )

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
+from pipeline.errors import UserError
 from pipeline.method.encoder import init_weights, sincos_position
 from pipeline.method.views import View
 
@@ -41,7 +42,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         if recipe.width % recipe.heads:
-            raise ValueError(
+            raise UserError(
                 f"measure.decoder.width {recipe.width} is not divisible by its heads {recipe.heads}"
             )
         self.grad_checkpointing = False  # as Encoder's

@@ -23,23 +23,24 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.config.recipe import EncoderRecipe, Recipe
+from pipeline.errors import UserError
 
 
 def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     """A timm ViT without a head, with its options checked.
 
-    Raises ValueError in one sentence for an unknown name, an image size that the patch does not
+    Raises UserError in one sentence for an unknown name, an image size that the patch does not
     divide, or a variant whose extra parts (registers, pre-norm, no class token) f does not have.
     """
     if arch not in timm.list_models(arch):
         near = ", ".join(timm.list_models("vit_*_patch16_224")[:8])
-        raise ValueError(f"encoder.arch {arch!r} is not a timm model; for example: {near}")
+        raise UserError(f"encoder.arch {arch!r} is not a timm model; for example: {near}")
     try:
         with torch.random.fork_rng(devices=[]):  # we initialise it again; leave the state alone
             vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
+        raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
     plain = (
         type(vit) is VisionTransformer
         and vit.has_class_token
@@ -50,7 +51,7 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
     )
     if not plain:
-        raise ValueError(
+        raise UserError(
             f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
         )
     assert isinstance(vit, VisionTransformer)
@@ -61,10 +62,10 @@ def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
     """The timm keywords of a recipe; refuses an image size that the patch does not divide."""
     options = {"img_size": recipe.image_size} | recipe.options
     if options["img_size"] != recipe.image_size:
-        raise ValueError("encoder.options.img_size: set encoder.image_size instead")
+        raise UserError("encoder.options.img_size: set encoder.image_size instead")
     patch = recipe.patch_size
     if patch and recipe.image_size % patch:
-        raise ValueError(
+        raise UserError(
             f"encoder.image_size {recipe.image_size} is not divisible by the patch size {patch}"
         )
     return options
@@ -79,7 +80,7 @@ class PatchProjection(nn.Conv2d):
 
     def __init__(self, proj: nn.Conv2d, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         if proj.bias is None:
-            raise ValueError("the patch embedding of this ViT has no bias, which f expects")
+            raise UserError("the patch embedding of this ViT has no bias, which f expects")
         super().__init__(3, proj.out_channels, proj.kernel_size, proj.stride, bias=True)  # type: ignore[arg-type]
         self.bias: nn.Parameter  # always there, unlike in nn.Conv2d
         self.mean, self.std = mean, std
@@ -167,10 +168,10 @@ def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = Fals
     The first half of the channels encodes the column, the second the row (MoCo v3's table, with
     row_first, the other way round); in each half, sines then cosines of
     coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
-    Raises ValueError where 4 does not divide the width.
+    Raises UserError where 4 does not divide the width.
     """
     if width % 4:
-        raise ValueError(f"a sin-cos position table needs a width divisible by 4, not {width}")
+        raise UserError(f"a sin-cos position table needs a width divisible by 4, not {width}")
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     rows, columns = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
@@ -238,7 +239,7 @@ def encoder_info(recipe: Recipe, step: int) -> dict[str, Any]:
 def read_encoder(folder: str | os.PathLike[str]) -> tuple[VisionTransformer, dict[str, Any]]:
     """The encoder of a run as a timm ViT (fp32, eval mode, no head) and its encoder.json.
 
-    folder: a run folder or its encoder/ folder. Raises ValueError in one sentence.
+    folder: a run folder or its encoder/ folder. Raises UserError in one sentence.
     """
     place = Path(folder)
     if (place / "encoder").is_dir():
@@ -248,9 +249,9 @@ def read_encoder(folder: str | os.PathLike[str]) -> tuple[VisionTransformer, dic
         vit = build_vit(info["arch"], info["options"])
         vit.load_state_dict(load_file(place / "encoder.safetensors"))
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"{folder}: no exported encoder there ({error})") from None
+        raise UserError(f"{folder}: no exported encoder there ({error})") from None
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"{place}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"
         ) from None
     return vit.eval(), info
@@ -272,7 +273,7 @@ def load_tensors(path: Path) -> Any:
     """The content of a file of weights (.safetensors, or of torch.save), on the CPU.
 
     Reads tensors and plain values only (and argparse.Namespace, which training scripts store): no
-    code of the file runs. Raises ValueError in one sentence.
+    code of the file runs. Raises UserError in one sentence.
     """
     try:
         if path.suffix == ".safetensors":
@@ -281,4 +282,4 @@ def load_tensors(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path}: cannot be read as a file of weights ({reason})") from None
+        raise UserError(f"{path}: cannot be read as a file of weights ({reason})") from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_state
 from pipeline.method.measures import Reconstruction
 from pipeline.method.objective import Objective
@@ -39,18 +40,18 @@ def _ours(name: str) -> str:
 def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
     """Load a checkpoint in facebookresearch/mae's names (its "model" entry) into an objective.
 
-    Raises ValueError naming the first weight that is missing, unknown or of another shape.
+    Raises UserError naming the first weight that is missing, unknown or of another shape.
     """
     if not isinstance(objective.measure, Reconstruction):
-        raise ValueError("a facebookresearch/mae checkpoint holds a decoder: use a MAE recipe")
+        raise UserError("a facebookresearch/mae checkpoint holds a decoder: use a MAE recipe")
     mine = objective.state_dict()
     renamed = {_ours(name): value for name, value in state.items()}
     for name in sorted(mine.keys() ^ renamed.keys()):
         problem = "is missing from" if name in mine else "is not expected in"
-        raise ValueError(f"weight {name} {problem} the facebookresearch/mae checkpoint")
+        raise UserError(f"weight {name} {problem} the facebookresearch/mae checkpoint")
     for name, value in renamed.items():
         if value.numel() != mine[name].numel():
-            raise ValueError(
+            raise UserError(
                 f"weight {name} has shape {list(value.shape)}, the recipe needs "
                 f"{list(mine[name].shape)}"
             )
@@ -60,7 +61,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 def to_mae(objective: Objective) -> dict[str, Tensor]:
     """The state dict of an objective under facebookresearch/mae's names and shapes."""
     if not isinstance(objective.measure, Reconstruction):
-        raise ValueError("only a reconstruction measure has a decoder to write for MAE")
+        raise UserError("only a reconstruction measure has a decoder to write for MAE")
     back = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
     state: dict[str, Tensor] = {}
     for name, value in objective.state_dict().items():
@@ -145,7 +146,7 @@ def to_hf_mae(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, config) in the layout of Hugging Face's ViTMAEForPreTraining."""
     encoder, measure = objective.encoder, objective.measure
     if not isinstance(measure, Reconstruction):
-        raise ValueError("only a reconstruction measure has a decoder to write for ViTMAE")
+        raise UserError("only a reconstruction measure has a decoder to write for ViTMAE")
     whole = to_mae(objective)
     mine = encoder_state(encoder.state_dict(), encoder)
     state = {f"vit.{k}": v for k, v in _hf_encoder(mine, len(encoder.blocks)).items()}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe, ReconstructionRecipe
+from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import Contrast, Reconstruction, Terms, choose_tokens, feature_std
 from pipeline.method.views import View, Views, make_views
@@ -42,7 +43,7 @@ class Teacher(nn.Module):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         if not isinstance(objective.measure, Contrast):
-            raise ValueError("only contrastive measures have a teacher")
+            raise UserError("only contrastive measures have a teacher")
         self.tokens = objective.measure.recipe.tokens
         self.encoder = copy.deepcopy(objective.encoder).float()
         self.projector = copy.deepcopy(objective.measure.projector).float()
@@ -118,7 +119,7 @@ class Objective(nn.Module):
         if isinstance(self.measure, Reconstruction):
             return self._reconstruction(self.measure, views)
         if teacher is None:
-            raise ValueError(f"measure {self.recipe.measure.kind} needs a teacher")
+            raise UserError(f"measure {self.recipe.measure.kind} needs a teacher")
         return self._contrast(self.measure, views, teacher)
 
     def _reconstruction(self, measure: Reconstruction, views: Views) -> tuple[Tensor, Terms]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.config.recipe import load_recipe
+from pipeline.errors import UserError
 from pipeline.export import load_run
 from pipeline.method.encoder import load_tensors
 from pipeline.method.interop import from_mae
@@ -34,7 +35,7 @@ class Reconstructor:
     def __init__(self, objective: Objective, source: str) -> None:
         if not isinstance(objective.measure, Reconstruction):
             kind = objective.recipe.measure.kind
-            raise ValueError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
+            raise UserError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
         self.objective, self.recipe = objective.eval().requires_grad_(False), objective.recipe
         self.size = self.recipe.encoder.image_size
         self.patch, self.grid = objective.encoder.patch, objective.encoder.grid
@@ -86,18 +87,18 @@ def read_reconstructor(
 ) -> Reconstructor:
     """From a run folder, or from a facebookresearch/mae checkpoint with its decoder (FILE).
 
-    recipe, set_: the recipe file and overrides that a FILE fits. ValueError in one sentence.
+    recipe, set_: the recipe file and overrides that a FILE fits. UserError in one sentence.
     """
     place = Path(place)
     if not place.is_file():
         return Reconstructor(load_run(place), str(place))
     if not recipe:
-        raise ValueError(
+        raise UserError(
             f"{place}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"
         )
     objective, _ = build_objective(load_recipe(recipe, list(set_)))
     content = load_tensors(place)
     if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"{place}: no facebookresearch/mae checkpoint: it has no entry 'model'")
+        raise UserError(f"{place}: no facebookresearch/mae checkpoint: it has no entry 'model'")
     from_mae(objective, content["model"])
     return Reconstructor(objective, str(place))

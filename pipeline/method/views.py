@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.config.recipe import JitterRecipe, Recipe
+from pipeline.errors import UserError
 from pipeline.kernels import philox
 
 # The counter streams of the jitter draws; masks have their own streams inside the kernel.
@@ -74,7 +75,7 @@ def make_views(
     uint8 [B, H, W, 3], another crop of each image, where the recipe says `views.second: crop`.
     """
     if (crop is None) == (recipe.views.second == "crop"):
-        raise ValueError("a second crop is given exactly where views.second is crop")
+        raise UserError("a second crop is given exactly where views.second is crop")
     v, seed = recipe.views, recipe.seed
     length = (image.shape[1] // patch) * (image.shape[2] // patch)
     # 0 visible in T2: what the policy implies.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
-from pipeline.distributed import EngineError, Ranks, bf16_units, can_build, forget_buffer, free_port
+from pipeline.distributed import Ranks, bf16_units, can_build, forget_buffer, free_port
+from pipeline.errors import UserError
 
 # DeepSpeed chooses its accelerator at import; without this it warns on every machine without one.
 if not torch.cuda.is_available():
@@ -162,46 +163,46 @@ def build_ops() -> list[str]:
 def read_ds_config(path: str | Path) -> dict[str, Any]:
     """A file of ds_configs/, checked key by key (DeepSpeed would ignore a misspelt one).
 
-    Raises EngineError naming the file and the key, and the recipe key where that one owns it.
+    Raises UserError naming the file and the key, and the recipe key where that one owns it.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise EngineError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
-        raise EngineError(f"{path}: a DeepSpeed configuration is a JSON object")
+        raise UserError(f"{path}: a DeepSpeed configuration is a JSON object")
     for key, value in config.items():
         if key in _RECIPE_KEYS:
-            raise EngineError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
+            raise UserError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
         if key not in _MECHANICS:
-            raise EngineError(f"{path}: unknown key {key!r}; valid: {', '.join(_MECHANICS)}")
+            raise UserError(f"{path}: unknown key {key!r}; valid: {', '.join(_MECHANICS)}")
         known = _MECHANICS[key]
         if known is None:
             continue
         if not isinstance(value, dict):
-            raise EngineError(f"{path}: {key!r} must be an object, not {value!r}")
+            raise UserError(f"{path}: {key!r} must be an object, not {value!r}")
         for inner in value:
             if inner not in known:
                 valid = ", ".join(sorted(known))
-                raise EngineError(f"{path}: unknown key '{key}.{inner}'; valid: {valid}")
+                raise UserError(f"{path}: unknown key '{key}.{inner}'; valid: {valid}")
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise EngineError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
     wanted = config.get("bf16", {}).get("enabled", False)
     if not (isinstance(wanted, bool) or wanted == "auto"):
-        raise EngineError(f'{path}: bf16.enabled must be true, false or "auto", not {wanted!r}')
+        raise UserError(f'{path}: bf16.enabled must be true, false or "auto", not {wanted!r}')
     if stage == 0 and wanted:
-        raise EngineError(f"{path}: {STAGE_0_BF16}")
+        raise UserError(f"{path}: {STAGE_0_BF16}")
     for key in ("gradient_checkpointing", "compile"):
         if not isinstance(config.get(key, False), bool):
-            raise EngineError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
+            raise UserError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
     patience = config.get("watchdog_seconds", 0)
     if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
-        raise EngineError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
+        raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
     if stage == 3 and config.get("compile"):
-        raise EngineError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
+        raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
     return config
 
 
@@ -210,15 +211,15 @@ def resolve_precision(config: dict[str, Any]) -> tuple[str, str]:
 
     "auto" is bf16 on a GPU with bf16 units and fp32 elsewhere, so that a CPU run gives the same
     numbers whether or not the processor multiplies bf16 natively. true is bf16 on every CPU
-    (emulated where the processor lacks it). EngineError where a GPU cannot do what was asked for.
+    (emulated where the processor lacks it). UserError where a GPU cannot do what was asked for.
     """
     wanted = config.get("bf16", {}).get("enabled", False)
     gpu = torch.cuda.is_available()
     if wanted is True and gpu and not bf16_units():
         name = torch.cuda.get_device_name()
-        raise EngineError(f'bf16.enabled true: {name} has no bf16 units; use false or "auto"')
+        raise UserError(f'bf16.enabled true: {name} has no bf16 units; use false or "auto"')
     if wanted is True and not config.get("zero_optimization", {}).get("stage", 0):
-        raise EngineError(STAGE_0_BF16)
+        raise UserError(STAGE_0_BF16)
     enabled = gpu and bf16_units() if wanted == "auto" else wanted
     if not enabled:
         if "bf16" in config:
@@ -252,13 +253,13 @@ def make_plan(
     """Split the recipe's batch over the ranks and fill in what the recipe owns.
 
     patches of an image, where the recipe's encoder does not say it; they limit the micro-batch
-    that `train_micro_batch_size_per_gpu: "auto"` takes. EngineError where the batch cannot be
+    that `train_micro_batch_size_per_gpu: "auto"` takes. UserError where the batch cannot be
     split.
     """
     notes = []
     per_rank, left = divmod(recipe.batch_size, world)
     if left or recipe.data.partitions % world:
-        raise EngineError(
+        raise UserError(
             f"batch_size {recipe.batch_size} with data.partitions {recipe.data.partitions} cannot "
             f"be split over {world} ranks: both must be multiples of the number of ranks"
         )
@@ -266,7 +267,7 @@ def make_plan(
     if micro == "auto":
         micro = auto_micro_batch(per_rank, patches or recipe.encoder.patches)
     if not isinstance(micro, int) or micro < 1 or per_rank % micro:
-        raise EngineError(
+        raise UserError(
             f"train_micro_batch_size_per_gpu {micro!r} does not divide the {per_rank} images per "
             f"rank of batch_size {recipe.batch_size} over {world} ranks"
         )

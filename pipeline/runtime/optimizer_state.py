@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.distributed import EngineError
+from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine
 
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
@@ -48,7 +48,7 @@ def save_whole(engine: Engine, folder: Path) -> str:
 def load_whole(engine: Engine, folder: Path) -> None:
     """Read the files into an engine that has not stepped yet (collective; every rank reads).
 
-    Raises EngineError in one sentence where a file is no safetensors or is of another model.
+    Raises UserError in one sentence where a file is no safetensors or is of another model.
     """
     step = _read(engine, folder, MODEL)
     if step:
@@ -68,17 +68,17 @@ def _read(engine: Engine, folder: Path, kind: str) -> int:
         with safe_open(path, "pt") as file:
             odd = sorted(targets.keys() ^ set(file.keys()))
             if odd:
-                raise EngineError(f"{path}: {odd[0]!r} is only in the file or only in the run")
+                raise UserError(f"{path}: {odd[0]!r} is only in the file or only in the run")
             for name, target in targets.items():
                 value, shape = file.get_tensor(name), getattr(target, "ds_shape", target.shape)
                 if value.shape != shape:
                     found = f"{list(value.shape)}, the run needs {list(shape)}"
-                    raise EngineError(f"{path}: {name!r} has shape {found}")
+                    raise UserError(f"{path}: {name!r} has shape {found}")
                 engine.put(target, kind, value)
             return int((file.metadata() or {}).get("step", 0))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise EngineError(f"{path}: cannot be loaded ({reason})") from None
+        raise UserError(f"{path}: cannot be loaded ({reason})") from None
 
 
 def _make_moments(engine: Engine, step: int) -> None:

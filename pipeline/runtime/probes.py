@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.config.recipe import Recipe
 from pipeline.data.loader import CentreCrop
 from pipeline.data.reader import Reader
+from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import gather_keys
 from pipeline.method.metrics import cka, kept_patches, vote
@@ -23,7 +24,7 @@ REFERENCES = 4  # training images per held-out image in the k-NN probe
 K, TEMPERATURE = 20, 0.07
 
 
-class UnhealthyError(ValueError):
+class UnhealthyError(UserError):
     """A run that cannot go on, in one sentence."""
 
 

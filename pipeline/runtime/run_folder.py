@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
-from pipeline.distributed import EngineError, agree
+from pipeline.distributed import agree
+from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective, Teacher
 from pipeline.runtime.engine import Engine
@@ -45,7 +46,7 @@ STATE, TEACHER = "state.json", "teacher.safetensors"
 class RunLock:
     """An exclusive lock on a run folder, held until the process ends.
 
-    Raises EngineError naming the holder where another run has it.
+    Raises UserError naming the holder where another run has it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +58,7 @@ class RunLock:
         except OSError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
-            raise EngineError(
+            raise UserError(
                 f"{folder}: another run holds this folder ({holder}); choose another --output"
             ) from None
         self._file.truncate(0)
@@ -73,14 +74,14 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
     """Lock the run folder and find where to go on (rank 0).
 
     resume: `none`, `auto` (the newest whole checkpoint of this folder, if any) or the path of a
-    run folder or of a checkpoint. Raises EngineError in one sentence, also for a checkpoint of
+    run folder or of a checkpoint. Raises UserError in one sentence, also for a checkpoint of
     another recipe and for a folder that already holds a run under `none`.
     """
     lock = RunLock(output)
     _remove_leftovers(output)
     if resume == "none":
         if any((output / "checkpoints").glob("step-*")):
-            raise EngineError(
+            raise UserError(
                 f"{output}: already holds a run; choose another --output or say --resume auto"
             )
         return lock, None
@@ -92,7 +93,7 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
         place = Path(resume)
         found = place if (place / STATE).is_file() else newest_checkpoint(place / "checkpoints")
         if found is None:
-            raise EngineError(f"--resume {resume}: no whole checkpoint there")
+            raise UserError(f"--resume {resume}: no whole checkpoint there")
         verify(found)
     if found is not None:
         _check_recipe(found, recipe)
@@ -110,10 +111,10 @@ def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
     try:
         theirs = load_recipe(checkpoint / "recipe.yaml")
     except RecipeError as error:
-        raise EngineError(f"{checkpoint}: its recipe cannot be read: {error}") from None
+        raise UserError(f"{checkpoint}: its recipe cannot be read: {error}") from None
     difference = first_difference(theirs, recipe)
     if difference:
-        raise EngineError(f"{checkpoint}: a checkpoint of another recipe ({difference})")
+        raise UserError(f"{checkpoint}: a checkpoint of another recipe ({difference})")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -121,14 +122,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     for place in sorted(folder.glob("step-*"), reverse=True):
         try:
             verify(place)
-        except EngineError as error:
+        except UserError as error:
             print(f"warning: {error}; trying the one before", flush=True)
         else:
             return place
     return None
 
 
-class SaveError(EngineError):
+class SaveError(UserError):
     """A checkpoint that could not be written, in one sentence; those before it are whole."""
 
 
@@ -172,10 +173,10 @@ def save_checkpoint(
 
 
 def _on_rank_0(write: Callable[[], None]) -> None:
-    """Run `write` on rank 0; its EngineError is a SaveError on every rank (collective)."""
+    """Run `write` on rank 0; its UserError is a SaveError on every rank (collective)."""
     try:
         agree(write)
-    except EngineError as error:
+    except UserError as error:
         raise SaveError(str(error)) from None
 
 
@@ -195,7 +196,7 @@ def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -
     """
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
     if state["precision"] != engine.plan.precision:
-        raise EngineError(
+        raise UserError(
             f"{checkpoint}: written with precision {state['precision']}, this run has "
             f"{engine.plan.precision}; go on with the same precision"
         )

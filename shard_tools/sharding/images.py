@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import simplejpeg
 from PIL import Image, UnidentifiedImageError, features
 
+from pipeline.errors import UserError
+
 # Only these decoders of Pillow are ever tried on a file (its JPEG one also opens MPO).
 READABLE = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
 QUALITY = 95  # of a JPEG that has to be encoded anew and for which no quality is asked
@@ -21,7 +23,7 @@ _GREY = ("1", "L", "LA", "La")
 _EXIF_ORIENTATION = 0x0112
 
 
-class ImageFault(ValueError):
+class ImageFault(UserError):
     """An image that cannot be used; the text is the reason, without the file name."""
 
 

@@ -1,8 +1,8 @@
 """Time every kernel on a CUDA device against its PyTorch reference and a device copy.
 
 Usage: python tests/bench/bench_gpu.py [--batch 256] [--dtype bf16]. Behind `make bench-gpu`.
-Without a CUDA device it says so and exits with 2. ViT-B/16 at 224 x 224; forward, and backward where there
-is one. `copy` is the time that copying as many bytes as the op must at least move takes.
+Without a CUDA device it says so and exits with 2. ViT-B/16 at 224 x 224; forward, and backward
+where there is one. `copy`: the time to copy as many bytes as the op must at least move.
 """
 
 import argparse

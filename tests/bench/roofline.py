@@ -1,9 +1,9 @@
 """A prediction, not a measurement: the time of a training step on GPUs that are not here.
 
 Usage: python tests/bench/roofline.py [--batch 128]. Behind `make roofline`; the last line is JSON.
-Every op of a step in bf16 takes max(FLOPs / peak, bytes / bandwidth), its inputs read and its outputs
-written once; launches, caches and communication are left out, so the truth is slower. Ops are
-counted as they run on tensors without data: MAE written plainly in eager PyTorch
+Every op of a step in bf16 takes max(FLOPs / peak, bytes / bandwidth), its inputs read and its
+outputs written once; launches, caches and communication are left out, so the truth is slower. Ops
+are counted as they run on tensors without data: MAE written plainly in eager PyTorch
 (tests/bench/peer_mae.py), and our methods with each masking kernel as one launch.
 """
 

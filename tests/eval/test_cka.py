@@ -12,6 +12,7 @@ from torch import Tensor
 from eval import cka
 from eval.shared.cli import World
 from eval.shared.features import open_encoder
+from pipeline.errors import UserError
 
 COUNT = 48
 
@@ -140,7 +141,7 @@ def test_minibatches_on_two_ranks_give_the_value_of_one(place: Path) -> None:
 
 
 def test_bad_input_is_one_sentence(place: Path) -> None:
-    with pytest.raises(ValueError, match="at least 4 images"):
+    with pytest.raises(UserError, match="at least 4 images"):
         cka.evaluate(parse(place, "--batch-size", 3), ALONE)
-    with pytest.raises(ValueError, match="has 48 images, fewer than --batch-size"):
+    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size"):
         cka.evaluate(parse(place, "--batch-size", 64), ALONE)

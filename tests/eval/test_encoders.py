@@ -16,8 +16,9 @@ from tiny import tiny_recipe
 
 from eval import cka, finetune, knn
 from eval.shared.classifier import build_classifier, layer_groups
-from eval.shared.cli import EvalError, output_path, parser
+from eval.shared.cli import output_path, parser
 from eval.shared.features import image_features, open_encoder
+from pipeline.errors import UserError
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
 
@@ -113,7 +114,7 @@ def test_pooled_norms_registers_and_beit(tmp_path):
         with torch.no_grad():
             expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
         torch.testing.assert_close(features(args, pixels), expected)
-        with pytest.raises(EvalError, match="take the mean of the patches"):
+        with pytest.raises(UserError, match="take the mean of the patches"):
             open_encoder(parse("--encoder", path, *words, feature="cls"), ALONE)
         vit, info = open_encoder(args, ALONE)
         classifier = build_classifier(vit, info, 5, drop_path=0.1)
@@ -121,7 +122,7 @@ def test_pooled_norms_registers_and_beit(tmp_path):
         assert torch.equal(classifier.fc_norm.weight, torch.ones(32))
         groups = layer_groups(classifier, weight_decay=0.1, layer_decay=0.5)
         assert min(g["lr_scale"] for g in groups) == 0.125
-    with pytest.raises(EvalError, match="Beit, whose blocks know patches by their place"):
+    with pytest.raises(UserError, match="Beit, whose blocks know patches by their place"):
         cka.check_encoder(tiny("beit_base_patch16_224"), "beit", "mean")
 
 
@@ -183,7 +184,7 @@ def test_bad_input_is_one_sentence(tmp_path, words, sentence):
     torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
     torch.save({"model": whole, "f": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         open_encoder(parse(*[w.replace("FILE", str(tmp_path)) for w in words]), ALONE)
     assert not (tmp_path / "ran").exists()
 

@@ -33,6 +33,7 @@ from eval.shared.cli import World
 from pipeline.config.recipe import learning_rate
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import PREEMPTED
+from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
 from shard_tools.manifest import read_manifest
@@ -252,7 +253,7 @@ def test_going_on_equals_never_stopping(place: Path, tmp_path: Path) -> None:
     assert results[0] == results[1]
     other = arguments(place, tmp_path / "whole", "--base-lr", "0.1")
     args = finetune.build_parser().parse_args(other)
-    with pytest.raises(ValueError, match="holds a training with another base_lr"):
+    with pytest.raises(UserError, match="holds a training with another base_lr"):
         finetune.evaluate(args, ALONE, tmp_path / "whole")
 
 
@@ -307,7 +308,7 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     init_ranks()
     args = finetune.build_parser().parse_args(arguments(place, tmp_path / "x.json", *change))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         finetune.evaluate(args, ALONE, tmp_path / "x")
 
 

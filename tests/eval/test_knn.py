@@ -10,6 +10,7 @@ from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, wr
 
 from eval import knn
 from eval.shared.cli import World
+from pipeline.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -67,5 +68,5 @@ def test_two_ranks_give_the_result_of_one(place: Path) -> None:
 
 
 def test_too_many_neighbours_are_refused(place: Path) -> None:
-    with pytest.raises(ValueError, match="--k 71: must lie between 1 and 70"):
+    with pytest.raises(UserError, match="--k 71: must lie between 1 and 70"):
         knn.evaluate(parse(place, "--k", "71"), ALONE)

@@ -29,6 +29,7 @@ from eval import linprobe
 from eval.shared.cli import World, count_correct, run_command
 from eval.shared.features import extract, open_encoder
 from eval.shared.lars_probe import Probe, Training
+from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 
 
@@ -272,13 +273,13 @@ def test_going_on_equals_never_stopping(
     assert set(saved[0]) >= {"norm.running_mean", "weight", "bias", "speed.w", "speed.b"}
     again = linprobe.evaluate(args, ALONE, tmp_path / "parts")  # all is done
     assert [again[n] for n in names] == [whole[n] for n in names]
-    with pytest.raises(ValueError, match="another base_lr"):
+    with pytest.raises(UserError, match="another base_lr"):
         linprobe.evaluate(parse(place, "--base-lr", "2"), ALONE, tmp_path / "parts")
     probe = tmp_path / "parts/checkpoints/step-00000008/probe.safetensors"
     content = bytearray(probe.read_bytes())
     content[-1] ^= 1
     probe.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{probe}: damaged .*; remove .* to start anew"):
+    with pytest.raises(UserError, match=f"{probe}: damaged .*; remove .* to start anew"):
         linprobe.evaluate(args, ALONE, tmp_path / "parts")
 
 
@@ -327,7 +328,7 @@ def test_command_writes_its_result(place: Path) -> None:
 def test_bad_input_is_one_sentence(
     place: Path, tmp_path: Path, change: tuple[str, str], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         linprobe.evaluate(parse(place, *change), ALONE, tmp_path)
 
 

@@ -15,6 +15,7 @@ from eval import psnr, reconstruct
 from eval.shared.cli import World, run_command
 from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data.loader import eval_loader
+from pipeline.errors import UserError
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.reconstructor import read_reconstructor
@@ -173,5 +174,5 @@ def test_pictures_from_files(place, tmp_path):
     ],
 )
 def test_bad_input_is_one_sentence(place, run, more, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         psnr.evaluate(parse(place, run, *more), ALONE)

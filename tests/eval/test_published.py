@@ -9,8 +9,8 @@ from eval.paper.beside import one_table, paper_tables
 from eval.paper.published import FIGURES, PaperTable, find_row, read_paper, row_recipe
 from eval.reporting.run_records import Group, Run, flatten
 from eval.reporting.tables import accuracy_table
-from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.errors import UserError
 
 # Baselines of Tab. 5 and 8 whose recipes are not masked image modelling.
 BASELINES = {"mocov3", "supervised"}
@@ -153,5 +153,5 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
     path = tmp_path / "paper.yaml"
     row = {"name": "MAE", "recipes": "mae", "published": {"finetune": 1}}
     path.write_text(yaml.safe_dump({1: {"title": "", "columns": ["finetune"], "rows": [row]}}))
-    with pytest.raises(EvalError, match=r"table 1, MAE: .*'recipes'"):
+    with pytest.raises(UserError, match=r"table 1, MAE: .*'recipes'"):
         read_paper(path)

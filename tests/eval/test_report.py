@@ -17,7 +17,7 @@ import yaml
 from eval import report
 from eval.reporting.run_records import group_runs, read_lines, read_run
 from eval.reporting.tables import accuracy_table
-from eval.shared.cli import EvalError
+from pipeline.errors import UserError
 
 RECIPES = {
     "mae": {"kind": "reconstruction", "norm_pix": True},
@@ -235,12 +235,12 @@ def test_bare_run_gives_a_page(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, runs: list[Path]) -> None:
-    with pytest.raises(EvalError, match=r"is not a run folder: it has no recipe\.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
         read_run(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(runs[0], broken)
     (broken / "metrics.jsonl").write_text('{"step"\n{"step": 1}\n')
-    with pytest.raises(EvalError, match=r"metrics.jsonl, line 1, is not a logged step"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 1, is not a logged step"):
         read_run(broken)
     done = subprocess.run(
         [sys.executable, report.__file__, tmp_path], capture_output=True, text=True, timeout=120

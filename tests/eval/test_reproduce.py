@@ -16,8 +16,8 @@ from eval import reproduce
 from eval.paper import commands as rows
 from eval.paper.job_runner import Job, costs, python, quoted, run_jobs, show_plan
 from eval.paper.published import read_paper
-from eval.shared.cli import EvalError
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.errors import UserError
 
 README = RECIPES / "README.md"
 
@@ -165,7 +165,7 @@ def test_jobs_run_once_and_after_what_they_need(tmp_path, capsys):
 def test_a_failure_is_named_and_the_rest_goes_on(tmp_path):
     bad = replace(touch(tmp_path / "bad", code=3), makes=tmp_path / "never")
     after = touch(tmp_path / "after", needs=("bad",))
-    with pytest.raises(EvalError, match=r"1 of 3 jobs failed: bad \(see .*logs/bad\.log\)"):
+    with pytest.raises(UserError, match=r"1 of 3 jobs failed: bad \(see .*logs/bad\.log\)"):
         run_jobs([bad, after, touch(tmp_path / "good")], 1, tmp_path / "out")
     assert (tmp_path / "good").is_file()
     assert not (tmp_path / "after").exists()
@@ -182,7 +182,7 @@ def test_an_earlier_export_does_not_count_as_done(tmp_path):
 
 
 def test_two_commands_of_one_name_are_refused(tmp_path):
-    with pytest.raises(EvalError, match="two different commands are called a"):
+    with pytest.raises(UserError, match="two different commands are called a"):
         run_jobs([touch(tmp_path / "a"), touch(tmp_path / "a", "other")], 1, tmp_path)
 
 
@@ -217,5 +217,5 @@ def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, ca
 )
 def test_bad_input_is_one_sentence(shards, words, sentence):
     data = ["--train", str(shards / "train"), "--val", str(shards / "val"), "--dry-run"]
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         reproduce.reproduce(reproduce.parse_args([*words, *data]))

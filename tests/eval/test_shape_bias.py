@@ -14,6 +14,7 @@ from PIL import Image
 from eval import shape_bias
 from eval.shared.classifier import write_classifier
 from eval.shared.cli import World
+from pipeline.errors import UserError
 
 HUMANS = Path(__file__).parent / "oracles/cue_conflict_human_decisions.csv"
 
@@ -77,7 +78,7 @@ def test_names_of_images() -> None:
     assert shape_bias.texture_of("0001_s5n_s01_0_bird_00_bird3-clock12.png") == "clock"
     assert shape_bias.texture_of("cat1-elephant2.png") == "elephant"
     for name in ("cat1.png", "cat1-tree2.png"):
-        with pytest.raises(ValueError, match="should end in <shape><n>-<texture><m>"):
+        with pytest.raises(UserError, match="should end in <shape><n>-<texture><m>"):
             shape_bias.texture_of(name)
 
 
@@ -135,5 +136,5 @@ def test_bad_input_is_one_sentence(place: Path, tmp_path: Path) -> None:
     wrong.write_text("a,b\n1,2\n")
     cases.append((parse("--decisions", wrong), "the column category is missing"))
     for args, words in cases:
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(UserError, match=words):
             shape_bias.evaluate(args, ALONE)

@@ -8,6 +8,7 @@ from tiny import DECODER_HEADS, HEADS, images, tiny_recipe
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.config.recipe import DecoderRecipe
+from pipeline.errors import UserError
 from pipeline.method.decoder import Decoder, DecoderBlock, place_rows, take_rows
 from pipeline.method.interop import _ours, to_mae
 from pipeline.method.objective import build_objective
@@ -91,7 +92,7 @@ def test_normed_tensors_are_made_again_for_backward_and_not_kept(rows):
 
 
 def test_decoder_width_must_fit_its_heads():
-    with pytest.raises(ValueError, match="not divisible by its heads 3"):
+    with pytest.raises(UserError, match="not divisible by its heads 3"):
         Decoder(DecoderRecipe(width=8, depth=1, heads=3), width=16, patch=4, grid=(2, 2))
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tiny import HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.errors import UserError
 from pipeline.method.encoder import (
     Encoder,
     build_vit,
@@ -34,7 +35,7 @@ def test_position_table_entry_by_entry(rows, columns, width):
 
 
 def test_position_table_needs_a_width_divisible_by_four():
-    with pytest.raises(ValueError, match="divisible by 4"):
+    with pytest.raises(UserError, match="divisible by 4"):
         sincos_position((2, 2), 6)
 
 
@@ -107,22 +108,22 @@ def test_initialisation_is_maes():
     ],
 )
 def test_unusable_encoders_are_refused_in_one_sentence(overrides, words):
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         Encoder(tiny_recipe("mae", *overrides))
     assert "\n" not in str(error.value)
 
 
 def test_image_size_must_fit_the_patch_in_the_name():
-    with pytest.raises(ValueError, match="230 is not divisible by the patch size 16"):
+    with pytest.raises(UserError, match="230 is not divisible by the patch size 16"):
         Encoder(load_recipe(RECIPES / "mae.yaml", ["encoder.image_size=230"]))
 
 
 def test_reading_what_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="no exported encoder"):
+    with pytest.raises(UserError, match="no exported encoder"):
         read_encoder(tmp_path)
     (tmp_path / "encoder.json").write_text(json.dumps(encoder_info(tiny_recipe("mae"), 1)))
     save_file({"cls_token": torch.zeros(1)}, tmp_path / "encoder.safetensors")
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(UserError, match="do not fit"):
         read_encoder(tmp_path)
 
 

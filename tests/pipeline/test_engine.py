@@ -12,7 +12,7 @@ import torch
 from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, learning_rate, load_recipe
-from pipeline.distributed import EngineError
+from pipeline.errors import UserError
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.runtime.engine import (
     auto_micro_batch,
@@ -69,12 +69,12 @@ def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
 
 
 def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
-    with pytest.raises(EngineError, match="bf16 needs"):
+    with pytest.raises(UserError, match="bf16 needs"):
         resolve_precision({"bf16": {"enabled": True}})
     monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.get_device_name", lambda: "V100")
     monkeypatch.setattr("pipeline.runtime.engine.bf16_units", lambda: False)
-    with pytest.raises(EngineError, match="V100 has no bf16 units"):
+    with pytest.raises(UserError, match="V100 has no bf16 units"):
         resolve_precision({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
 
 
@@ -114,7 +114,7 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
     ],
 )
 def test_bad_configs_are_one_sentence(value, words, tmp_path):
-    with pytest.raises(EngineError) as error:
+    with pytest.raises(UserError) as error:
         read_ds_config(write(tmp_path, value))
     assert "\n" not in str(error.value)
     assert "ds.json" in str(error.value)
@@ -122,7 +122,7 @@ def test_bad_configs_are_one_sentence(value, words, tmp_path):
 
 
 def test_a_config_that_is_not_there(tmp_path):
-    with pytest.raises(EngineError, match=r"none\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         read_ds_config(tmp_path / "none.json")
 
 
@@ -131,7 +131,7 @@ def test_a_config_that_is_not_there(tmp_path):
     [("auto", 3, "3 ranks"), ("auto", 16, "16 ranks"), (3, 2, "3 does not divide"), (0, 1, "0")],
 )
 def test_a_batch_that_cannot_be_split(micro, world, words):
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(UserError, match=words):
         make_plan({"train_micro_batch_size_per_gpu": micro}, tiny_recipe("mae"), world)
 
 

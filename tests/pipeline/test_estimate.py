@@ -107,7 +107,10 @@ def test_memory_of_one_gpu_in_bf16_is_the_formula_of_the_paper():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     output = tmp_path_factory.mktemp("memory") / "memory.json"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}",
+    }
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
+from pipeline.errors import UserError
 from pipeline.export import load_run, main
 from pipeline.method.encoder import read_encoder, vit_options
 from pipeline.method.interop import from_mae
@@ -206,7 +207,7 @@ def test_bad_outputs_are_one_sentence(kind, out, words, run, tmp_path, capsys):
 def test_weights_of_another_recipe_are_refused(run, tmp_path):
     folder, _ = run
     (folder / "recipe.yaml").write_text(dump_recipe(tiny_recipe("cmae")))
-    with pytest.raises(ValueError, match=r"model\.safetensors: does not fit"):
+    with pytest.raises(UserError, match=r"model\.safetensors: does not fit"):
         load_run(folder)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_run(tmp_path)

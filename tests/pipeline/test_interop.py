@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
+from pipeline.errors import UserError
 from pipeline.method.interop import from_mae, to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views
@@ -78,14 +79,14 @@ def test_there_and_back_is_the_same_state():
 def test_what_does_not_fit_is_named():
     state = random_mae_state()
     objective, _ = build_objective(tiny_recipe("mae"))
-    with pytest.raises(ValueError, match=r"decoder\.head\.bias is missing"):
+    with pytest.raises(UserError, match=r"decoder\.head\.bias is missing"):
         from_mae(objective, {k: v for k, v in state.items() if k != "decoder_pred.bias"})
-    with pytest.raises(ValueError, match=r"head\.foo is not expected"):
+    with pytest.raises(UserError, match=r"head\.foo is not expected"):
         from_mae(objective, state | {"head.foo": torch.zeros(1)})
-    with pytest.raises(ValueError, match="cls_token has shape"):
+    with pytest.raises(UserError, match="cls_token has shape"):
         from_mae(objective, state | {"cls_token": torch.zeros(1, 1, 7)})
     contrastive, _ = build_objective(tiny_recipe("cmae"))
-    with pytest.raises(ValueError, match="MAE recipe"):
+    with pytest.raises(UserError, match="MAE recipe"):
         from_mae(contrastive, state)
-    with pytest.raises(ValueError, match="decoder"):
+    with pytest.raises(UserError, match="decoder"):
         to_mae(contrastive)

@@ -14,6 +14,7 @@ from skimage import data as photographs
 
 from pipeline.data import jpeg as decode
 from pipeline.data.jpeg import Box, CentreCrop, Crop, DecodeError, available, decoder
+from pipeline.errors import UserError
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))
 DECODERS = available()
@@ -51,7 +52,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_auto_is_the_fastest() -> None:
     assert decoder()[0] == DECODERS[0]
     assert DECODERS[-1] == "pillow"
-    with pytest.raises(ValueError, match="decoder 'x' is not available here: use auto or one of"):
+    with pytest.raises(UserError, match="decoder 'x' is not available here: use auto or one of"):
         decoder("x")
 
 
@@ -174,7 +175,7 @@ def test_impossible_crops_fall_back_to_the_centre() -> None:
         box, _ = Crop().choose([0.999] * 23)(width, height)
         assert 0 <= box.left < box.right <= width
         assert 0 <= box.top < box.bottom <= height
-    with pytest.raises(ValueError, match="resize 200 is smaller than image_size 224"):
+    with pytest.raises(UserError, match="resize 200 is smaller than image_size 224"):
         CentreCrop(224, 200)
 
 

@@ -21,6 +21,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipeline.data.loader import Crop, Order, SampleError, eval_loader, global_batch, train_loader
 from pipeline.data.order import partition_order, random_bits, steps_per_epoch
+from pipeline.errors import UserError
 from shard_tools import index_shards, subset
 from shard_tools.manifest import ManifestError
 
@@ -406,7 +407,7 @@ def test_a_shard_cut_under_our_feet(tmp_path: Path) -> None:
     ],
 )
 def test_bad_numbers_are_one_sentence(shards: Path, change: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         load(shards, **change)
     assert "\n" not in str(error.value)
 
@@ -414,7 +415,7 @@ def test_bad_numbers_are_one_sentence(shards: Path, change: dict, words: str) ->
 def test_too_little_shared_memory_is_one_sentence(shards: Path, monkeypatch) -> None:
     small = shutil._ntuple_diskusage(2**20, 2**19, 2**19)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
-    with pytest.raises(ValueError, match=r"/dev/shm has 0 MiB free; .* larger --shm-size"):
+    with pytest.raises(UserError, match=r"/dev/shm has 0 MiB free; .* larger --shm-size"):
         load(shards, workers=2, batch_size=40, micro=40, crop=Crop(224))
     assert load(shards, workers=0, batch_size=40, micro=40, total_steps=1)
 
@@ -428,13 +429,13 @@ def test_the_loader_leaves_torchs_generator_alone(shards: Path) -> None:
 
 def test_bad_crops_and_folders(tmp_path: Path) -> None:
     for wrong in ({"scale": (0.0, 1.0)}, {"ratio": (2, 1)}, {"image_size": 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(UserError, match=next(iter(wrong))):
             Crop(**wrong)
-    with pytest.raises(ValueError, match="interpolation 'nearest': must be one of bicubic, bil"):
+    with pytest.raises(UserError, match="interpolation 'nearest': must be one of bicubic, bil"):
         Crop(interpolation="nearest")
     with pytest.raises(ManifestError, match=r"has no manifest\.json"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="step 5: an epoch has the steps 0 to 4"):
+    with pytest.raises(UserError, match="step 5: an epoch has the steps 0 to 4"):
         global_batch([40], seed=0, epoch=0, step=5, batch_size=8, partitions=4, window=2)
 
 

@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import HeadsRecipe, RecipeError
+from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_state, sincos_position
 from pipeline.method.measures import Contrast, GlobalBatchNorm, feature_std, mlp
 from pipeline.method.objective import build_objective, parameter_groups
@@ -208,7 +209,7 @@ def test_mocov3_trains_with_a_frozen_patch_embedding_and_its_own_table():
     assert objective.encoder.cls_token.abs().max() < 1e-4
     swapped, _ = objective(crop, SAMPLE, 0, teacher, image)  # symmetric, jitter apart from the view
     assert swapped.item() != loss.item()
-    with pytest.raises(ValueError, match="second crop"):
+    with pytest.raises(UserError, match="second crop"):
         objective(image, SAMPLE, 0, teacher)
 
 

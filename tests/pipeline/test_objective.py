@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import DECODER_HEADS, HEADS, METHODS, PATCH, images, tiny_recipe
 
+from pipeline.errors import UserError
 from pipeline.method.objective import Teacher, build_objective, parameter_groups
 from pipeline.method.views import make_views
 
@@ -152,10 +153,10 @@ def test_teacher_stays_fp32_beside_a_bf16_student():
 def test_measures_without_a_teacher_say_so():
     objective, teacher = build_objective(tiny_recipe("mae"))
     assert teacher is None
-    with pytest.raises(ValueError, match="only contrastive"):
+    with pytest.raises(UserError, match="only contrastive"):
         Teacher(objective)
     contrastive, _ = build_objective(tiny_recipe("cmae"))
-    with pytest.raises(ValueError, match="needs a teacher"):
+    with pytest.raises(UserError, match="needs a teacher"):
         contrastive(images(), SAMPLE, 0, None)
 
 

@@ -9,6 +9,7 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import load_recipe
 from pipeline.data.randaugment import RandAugment
+from pipeline.errors import UserError
 from pipeline.method.metrics import cka, gram, hsic
 from pipeline.method.objective import build_objective
 from pipeline.runtime.probes import Probes, SkippedSteps, UnhealthyError, fixed_images
@@ -71,7 +72,7 @@ def test_probes_are_off_by_default_and_read_nothing():
 
 
 def test_probes_without_held_out_shards_say_so(tmp_path):
-    with pytest.raises(ValueError, match="val"):
+    with pytest.raises(UserError, match="val"):
         Probes(tiny_recipe("mae", "monitor.knn_steps=1"), str(tmp_path / "train"), 0, 1, batch=8)
 
 
@@ -104,7 +105,7 @@ def test_randaugment_is_keyed_and_leaves_the_global_generators_alone():
     assert np.array_equal(first, once(0, 5, 0))
     others = [once(1, 5, 0), once(0, 6, 0), once(0, 5, 1)]
     assert any(not np.array_equal(first, other) for other in others)
-    with pytest.raises(ValueError, match="not a policy of timm"):
+    with pytest.raises(UserError, match="not a policy of timm"):
         RandAugment("nonsense", 32, (0.5, 0.5, 0.5), seed=1)
 
 

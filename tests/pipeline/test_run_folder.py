@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
-from pipeline.distributed import EngineError
+from pipeline.errors import UserError
 from pipeline.runtime.run_folder import STATE, RunLock, claim, newest_checkpoint
 from shard_tools.atomic import FILES, seal, verify
 
@@ -39,9 +39,7 @@ def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
     )  # fmt: skip
     try:
         assert holder.stdout.readline().strip() == "held"
-        with pytest.raises(
-            EngineError, match=f"another run holds this folder .process {holder.pid}"
-        ):
+        with pytest.raises(UserError, match=f"another run holds this folder .process {holder.pid}"):
             RunLock(tmp_path)
     finally:
         holder.kill()
@@ -58,15 +56,15 @@ def test_where_to_go_on(tmp_path):
     other = tmp_path / "other"
     assert claim(other, recipe, str(tmp_path))[1] == newest
     assert claim(other, recipe, str(newest))[1] == newest
-    with pytest.raises(EngineError, match="already holds a run"):
+    with pytest.raises(UserError, match="already holds a run"):
         claim(tmp_path, recipe, "none")
-    with pytest.raises(EngineError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no whole checkpoint"):
         claim(other, recipe, str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_key(tmp_path):
     fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
-    with pytest.raises(EngineError, match=r"another recipe \(optimizer.base_lr: 0.00015 != 0.1\)"):
+    with pytest.raises(UserError, match=r"another recipe \(optimizer.base_lr: 0.00015 != 0.1\)"):
         claim(tmp_path, tiny_recipe("mae", "optimizer.base_lr=0.1"), "auto")
 
 
@@ -86,7 +84,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_pa
         weights.unlink()
     else:
         (bad / FILES).write_text("{")
-    with pytest.raises(EngineError, match="step-00000020"):
+    with pytest.raises(UserError, match="step-00000020"):
         verify(bad)
     assert newest_checkpoint(tmp_path / "checkpoints") == good
     assert "step-00000020" in capsys.readouterr().out

@@ -85,6 +85,7 @@ def reads_of(stage):
 def test_the_engine_adds_no_read_to_deepspeeds():
     """Stage 0 reads one number, whether the gradient is finite, which DeepSpeed leaves out."""
     env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}  # ranks of its own
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from pipeline.distributed import EngineError
+from pipeline.errors import UserError
 from shard_tools.atomic import FILES, seal, verify, write_atomic, write_json
 
 
@@ -39,5 +39,5 @@ def test_a_changed_file_of_a_sealed_folder_is_named(tmp_path):
     seal(tmp_path / ".a", tmp_path / "a")
     for content, reason in ((b"13", "damaged"), (b"1", "missing or of the wrong size")):
         (tmp_path / "a/x").write_bytes(content)
-        with pytest.raises(EngineError, match=f"a/x: {reason}"):
+        with pytest.raises(UserError, match=f"a/x: {reason}"):
             verify(tmp_path / "a")

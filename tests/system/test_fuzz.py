@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.recipe import RECIPES, RecipeError, load_recipe
-from pipeline.distributed import EngineError
+from pipeline.errors import UserError
 from pipeline.runtime.engine import make_plan, read_ds_config
 from shard_tools.manifest import (
     INDEX,
@@ -156,10 +156,10 @@ DS |= {"watchdog_seconds": 10, "gradient_checkpointing": True, "compile": False}
 def test_any_values_in_a_ds_config(tmp_path, values):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(values))
-    config = answers(lambda: read_ds_config(path), EngineError)
+    config = answers(lambda: read_ds_config(path), UserError)
     if config is not None:
         recipe = load_recipe(RECIPES / "mae.yaml")
-        answers(lambda: make_plan(config, recipe, world=4), EngineError)
+        answers(lambda: make_plan(config, recipe, world=4), UserError)
 
 
 @FEW
@@ -170,7 +170,7 @@ def test_any_values_in_a_ds_config(tmp_path, values):
 def test_any_bytes_as_a_ds_config(tmp_path, data):
     path = tmp_path / "ds.json"
     path.write_bytes(data)
-    answers(lambda: read_ds_config(path), EngineError)
+    answers(lambda: read_ds_config(path), UserError)
 
 
 @pytest.fixture(scope="module")
