@@ -10,7 +10,7 @@ Nguyen et al. 2021 (Eq. 3): with the diagonals of K and L set to zero,
 
     HSIC(K, L) = [ tr(K L) + 1ᵀK1 1ᵀL1 / ((n-1)(n-2)) - 2/(n-2) 1ᵀK L 1 ] / (n (n-3)).
 
-`--pool mean`: the mean of the patch tokens that both encodings have; `--pool token`: the class
+`--pool mean_patch`: the mean of the patch tokens that both encodings have; `--pool cls`: the class
 token. A high CKA at a large share says that the features do not mind the occlusion.
 
     python eval/cka.py --encoder runs/rmae --val data/shards/val
@@ -41,7 +41,7 @@ from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
-POOLS = ("mean", "token")
+POOLS = ("mean_patch", "cls")
 
 
 def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> list[Tensor]:
@@ -64,7 +64,7 @@ def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) 
 
 def pooled(tokens: list[Tensor], prefix: int, pool: str) -> Tensor:
     """Features [blocks, b, D] of a list of tokens [b, prefix + K, D], one per block."""
-    if pool == "token":
+    if pool == "cls":
         return torch.stack([t[:, 0] for t in tokens]).float()
     return torch.stack([t[:, prefix:].mean(1) for t in tokens]).float()
 
@@ -79,7 +79,7 @@ def batch_hsic(
         whole = gram(pooled(block_features(vit, pixels, None), prefix, args.pool))
     own = hsic(whole, whole)
     result = []
-    for ratio in args.ratios:
+    for ratio in args.mask_ratios:
         kept = kept_patches(sample, length, ratio, args.seed).to(pixels.device)
         with autocast(args.precision, pixels.device):
             part = gram(pooled(block_features(vit, pixels, kept), prefix, args.pool))
@@ -94,8 +94,8 @@ def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
             f"{arch} is a {type(vit).__name__}, whose blocks know patches by their place in a "
             "whole image: none can be left out"
         )
-    if pool == "token" and not vit.has_class_token:
-        raise UserError(f"{arch} has no class token: take --pool mean")
+    if pool == "cls" and not vit.has_class_token:
+        raise UserError(f"{arch} has no class token: take --pool mean_patch")
 
 
 def check(args: argparse.Namespace) -> int:
@@ -105,8 +105,8 @@ def check(args: argparse.Namespace) -> int:
         raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
     if images < args.batch_size:
         raise UserError(f"{args.val} has {images} images, fewer than --batch-size")
-    if not args.ratios or not all(0 < ratio < 1 for ratio in args.ratios):
-        raise UserError("--ratios: each must lie between 0 and 1")
+    if not args.mask_ratios or not all(0 < ratio < 1 for ratio in args.mask_ratios):
+        raise UserError("--mask-ratios: each must lie between 0 and 1")
     return min(images, args.images or images) // args.batch_size * args.batch_size
 
 
@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
         workers=args.workers,
         interleave=True,
     )
-    total = torch.zeros(len(args.ratios), len(vit.blocks), 3, dtype=torch.float64)
+    total = torch.zeros(len(args.mask_ratios), len(vit.blocks), 3, dtype=torch.float64)
     total = total.to(world.device)
     steps = images // args.batch_size
     mine = range(world.rank, steps, world.size)
@@ -141,7 +141,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     return {
         "protocol": "cka",
         "pool": args.pool,
-        "ratios": list(args.ratios),
+        "ratios": list(args.mask_ratios),
         "cka": [[round(value, 5) for value in row] for row in cka.tolist()],
         "images": images,
         "settings": {
@@ -160,8 +160,10 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     result = parser(str(__doc__).split("\n", 1)[0])
     result.add_argument("--val", required=True, help="shards with the images to compare")
-    result.add_argument("--pool", choices=POOLS, default="mean")
-    result.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
+    result.add_argument("--pool", choices=POOLS, default="mean_patch")
+    result.add_argument(
+        "--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped"
+    )
     result.add_argument("--batch-size", type=int, default=256, help="n of a minibatch's HSIC")
     result.add_argument("--images", type=int, default=0, help="at most so many; 0 = all")
     return result

@@ -129,7 +129,7 @@ def probe(args: argparse.Namespace, run: Path, seed: int, *, random: bool) -> fl
     result = run / "eval" / f"linprobe-cached{'-random' if random else ''}.json"
     command: list[str | Path] = [
         sys.executable, ROOT / "eval" / "linprobe.py", "--encoder", run,
-        "--protocol", "cached", "--feature", "mean", "--batch-size", "512",
+        "--protocol", "cached", "--feature", "mean_patch", "--batch-size", "512",
         "--train", args.data / "shards" / "train", "--val", args.data / "shards" / "val",
         "--seed", str(seed), "--output", result,
     ]  # fmt: skip

@@ -282,7 +282,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
         write_classifier(folder, weights, run.info, classes)
     return {
         "protocol": "finetune",
-        "feature": "mean",
+        "feature": "mean_patch",
         **{key: history[-1][key] for key in ("top1", "top5", "images")},
         "best_top1": max(row["top1"] for row in history if "top1" in row),
         "history": history,

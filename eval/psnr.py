@@ -75,7 +75,7 @@ def measure(
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in progress(loader, world, "PSNR"):
         image, sample = batch.image.to(world.device), batch.sample.to(world.device)
-        visible, inverse = model.hide(sample, args.hide, args.seed)
+        visible, inverse = model.hide(sample, args.mask_ratio, args.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
         total[:2] += decibel(error).sum(0)
@@ -89,9 +89,11 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     timer = Timer()
     model = read_reconstructor(args.encoder, args.recipe, args.overrides).to(world.device)
     length = model.grid[0] * model.grid[1]
-    args.hide = model.recipe.views.hide if args.hide is None else args.hide
-    if not 0 < args.hide < 1 or int(length * (1 - args.hide)) in (0, length):
-        raise UserError(f"--hide {args.hide}: must leave some of {length} patches hidden and shown")
+    args.mask_ratio = model.recipe.views.mask_ratio if args.mask_ratio is None else args.mask_ratio
+    if not 0 < args.mask_ratio < 1 or int(length * (1 - args.mask_ratio)) in (0, length):
+        raise UserError(
+            f"--mask-ratio {args.mask_ratio}: must leave some of {length} patches hidden and shown"
+        )
     (hidden, whole), images = measure(model, world, args)
     statistics = TRUE_STATISTICS if model.true_statistics else "pixels are predicted as they are"
     return {
@@ -100,7 +102,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
         "hidden": round(hidden, 4),
         "images": images,
         "statistics": statistics,
-        "settings": {"hide": args.hide, "seed": args.seed, "val": args.val},
+        "settings": {"mask_ratio": args.mask_ratio, "seed": args.seed, "val": args.val},
         "encoder": {**model.info, "random": False, "source": args.encoder},
         "seconds": timer.seconds,
         "ranks": world.size,
@@ -113,7 +115,7 @@ def add_model(result: argparse.ArgumentParser) -> None:
     add("--encoder", required=True, help="a run's folder, or a facebookresearch/mae FILE")
     add("--recipe", default="", help="of a FILE: the recipe that it fits")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
-    add("--hide", type=float, help="share of hidden patches (default: the recipe's)")
+    add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
 
 
 def build_parser() -> argparse.ArgumentParser:

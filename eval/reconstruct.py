@@ -63,7 +63,7 @@ def draw(
     model: Reconstructor, image: Tensor, sample: Tensor, args: argparse.Namespace
 ) -> tuple[Image.Image, str]:
     """The sheet of images uint8 [n, S, S, 3], and its note."""
-    share = model.recipe.views.hide if args.hide is None else args.hide
+    share = model.recipe.views.mask_ratio if args.mask_ratio is None else args.mask_ratio
     note = f"{share:.0%} hidden; " + (
         f"{TRUE_STATISTICS}:\nbrightness and contrast of a patch are not predicted"
         if model.true_statistics

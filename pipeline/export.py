@@ -102,7 +102,7 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     name = {"method": "supervised", "recipe": "supervised"}
     write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
     write_json(out / "encoder" / "encoder.json", info | name)
-    return f"--encoder {out} --feature mean"
+    return f"--encoder {out} --feature mean_patch"
 
 
 def _need_suffix(out: Path, suffix: str) -> None:

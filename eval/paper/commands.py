@@ -270,7 +270,7 @@ def row_jobs(place: Place, row: PaperRow, seed: int, protocols: Sequence[str]) -
     for protocol in protocols:
         words = list(encoder)
         if row.recipe == "supervised" and protocol == "linprobe":
-            words += ["--feature", "mean"]  # the feature that it was trained with
+            words += ["--feature", "mean_patch"]  # the feature that it was trained with
         result = run / "eval" / f"{protocol}.json"
         evals.append(eval_job(place, row, seed, protocol, words, result, train, val, jobs))
     return [*jobs, *evals]
@@ -305,13 +305,13 @@ def encoder_flops(recipe: Recipe) -> float:
 def pretrain_flops(recipe: Recipe) -> float:
     """Training on one image: forward and backward (three forward passes) of every branch."""
     patches, width, depth = shape_of(recipe)
-    first = int(patches * (1 - recipe.views.hide))
+    first = int(patches * (1 - recipe.views.mask_ratio))
     second = {
         "pixels": 0,
         "complement": patches - first,
-        "independent": int(patches * (1 - recipe.views.second_hide)),
+        "independent": int(patches * (1 - recipe.views.second_mask_ratio)),
     }.get(recipe.views.second, patches)
-    if recipe.encoder.hidden == "token":
+    if recipe.encoder.masked_tokens == "replace":
         first, second = patches, patches if second else 0
     total = 3 * blocks_flops(first + 1, width, depth)
     if recipe.measure.kind == "reconstruction":

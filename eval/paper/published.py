@@ -21,7 +21,7 @@ FIGURES = {
 }
 
 # Recipe keys that say which method a run is; sizes, schedules and data are left out.
-METHOD = ("encoder.hidden", "views.", "measure.")
+METHOD = ("encoder.masked_tokens", "views.", "measure.")
 NOT_METHOD = ("measure.decoder.", "measure.heads.")
 
 

@@ -14,7 +14,7 @@ def cka_charts(groups: Sequence[Group]) -> list[str]:
     """Per pooling two charts, a line per group (mean over its seeds): CKA of the last block
     against the share dropped, and CKA at the largest share against the block."""
     charts = []
-    for pool in ("mean", "token"):
+    for pool in ("mean_patch", "cls"):
         lines = []
         for colour, group in enumerate(groups):
             lines.append((colour, group.label, False, results_of([group], pool, random=False)))
@@ -22,7 +22,7 @@ def cka_charts(groups: Sequence[Group]) -> list[str]:
         shown = [line for line in lines if line[3]]
         if not shown:
             continue
-        what = "mean of patches" if pool == "mean" else "class token"
+        what = "mean of patches" if pool == "mean_patch" else "class token"
         by_ratio, by_block = [], []
         for colour, label, dashed, results in shown:
             ratios, values = average(results)

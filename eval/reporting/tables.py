@@ -75,7 +75,7 @@ def column_of(result: dict[str, Any]) -> Column | None:
         title += f", the labels of {Path(settings['subset']).name}"
     elif fraction not in (None, 1, 1.0):
         title += f", {100 * fraction:g} % of the labels"
-    if result.get("feature") == "mean":
+    if result.get("feature") == "mean_patch":
         title += ", mean of patches"
     epochs = settings.get("epochs")
     return Column(title, f"{epochs:g} epochs" if epochs else "", main, unit)

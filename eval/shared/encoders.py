@@ -184,7 +184,7 @@ def finish(
 
 def check_feature(vit: VisionTransformer, feature: str) -> None:
     """Refuse the class token of an encoder that has none, or none that was trained to be read."""
-    if feature == "mean":
+    if feature == "mean_patch":
         return
     if getattr(vit, "cls_token", None) is None:
         raise UserError("this encoder has no class token; take the mean of the patches instead")

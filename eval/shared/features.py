@@ -16,13 +16,13 @@ from pipeline.data.loader import eval_loader
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 
-FEATURES = ("cls", "mean")
+FEATURES = ("cls", "mean_patch")
 
 
 def open_encoder(args: argparse.Namespace, world: World) -> tuple[VisionTransformer, dict]:
     """The encoder that the command line names, frozen, in eval mode, on this rank's device."""
     vit, info = choose_encoder(args)
-    check_feature(vit, getattr(args, "feature", "mean"))
+    check_feature(vit, getattr(args, "feature", "mean_patch"))
     vit.requires_grad_(False).eval().to(world.device)
     return vit, info
 

@@ -91,8 +91,10 @@ class Recipe(Section):
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} is not shorter than "
                 f"optimizer.epochs {self.optimizer.epochs:g}"
             )
-        if self.views.hide == 0 and self.views.second == "complement":
-            raise ValueError("views.hide 0 leaves nothing for views.second: complement to show")
+        if self.views.mask_ratio == 0 and self.views.second == "complement":
+            raise ValueError(
+                "views.mask_ratio 0 leaves nothing for views.second: complement to show"
+            )
         if isinstance(self.measure, ReconstructionRecipe):
             self._check_reconstruction()
         else:
@@ -100,13 +102,14 @@ class Recipe(Section):
         return self
 
     def _check_reconstruction(self) -> None:
-        if self.encoder.hidden != "drop":
-            raise ValueError("measure reconstruction needs encoder.hidden: drop")
+        if self.encoder.masked_tokens != "drop":
+            raise ValueError("measure reconstruction needs encoder.masked_tokens: drop")
         if self.views.second == "crop":
             raise ValueError("measure reconstruction cannot compare two crops (views.second: crop)")
-        if self.views.hide == 0 and self.views.second != "pixels":
+        if self.views.mask_ratio == 0 and self.views.second != "pixels":
             raise ValueError(
-                "views.hide 0 leaves R-MAE no hidden patch to compare: set views.second to pixels"
+                "views.mask_ratio 0 leaves R-MAE no hidden patch to compare: set views.second to "
+                "pixels"
             )
 
     def _check_contrast(self, tokens: str) -> None:
@@ -115,17 +118,18 @@ class Recipe(Section):
                 f"measure {self.measure.kind} compares two encoded views: set views.second to "
                 "complement, independent, none or crop"
             )
-        if "patch" not in tokens:
+        if not tokens.startswith("patch"):  # mean_patch is one token
             return
         if self.views.second == "crop":
             raise ValueError(
                 "two crops (views.second: crop) share no patch position: set measure.tokens to "
-                "class or mean"
+                "cls or mean_patch"
             )
-        if self.encoder.hidden == "drop" and self.views.second == "complement":
+        if self.encoder.masked_tokens == "drop" and self.views.second == "complement":
             raise ValueError(
-                "without mask tokens (encoder.hidden: drop) complementary views share no patch "
-                "position: set measure.tokens to mean or class, or views.second to independent"
+                "without mask tokens (encoder.masked_tokens: drop) complementary views share no "
+                "patch position: set measure.tokens to mean_patch or cls, or views.second to "
+                "independent"
             )
 
 

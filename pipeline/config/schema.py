@@ -24,7 +24,7 @@ class Section(BaseModel):
 class EncoderRecipe(Section):
     """f: a timm ViT. `options` are further keywords of timm.create_model (patch_size, depth, …).
 
-    style: initial weights and position table as in `mae`, or as in `mocov3` (table with the row
+    init: initial weights and position table as in `mae`, or as in `mocov3` (table with the row
     first, q, k and v initialised apart, class token N(0, 1e-6)). freeze_patch: the patch
     embedding keeps its random weights (MoCo v3).
     """
@@ -32,8 +32,8 @@ class EncoderRecipe(Section):
     arch: str = "vit_base_patch16_224"
     image_size: Positive = 224
     options: dict[str, Any] = {}
-    hidden: Literal["drop", "token"] = "drop"
-    style: Literal["mae", "mocov3"] = "mae"
+    masked_tokens: Literal["drop", "replace"] = "drop"
+    init: Literal["mae", "mocov3"] = "mae"
     freeze_patch: bool = False
 
     @property
@@ -64,18 +64,20 @@ class JitterRecipe(Section):
 
 
 class ViewsRecipe(Section):
-    """(T1, T2). T1 hides `hide`; T2 is what `second` says; independent, it hides `second_hide`.
+    """(T1, T2). T1 masks the share `mask_ratio`; T2 is what `second` says.
+
+    second_mask_ratio: what an `independent` T2 masks.
 
     second: pixels (no second view), complement, independent, none (T2 hides nothing of the same
-    crop), crop (another random crop of the image, nothing hidden). hide 0: no masking; MAE's loss
-    is then on every patch. cutmix: the probability that a box of a view, of a share of the area
-    uniform in 0 … 1, shows another image of the micro-batch instead; each view has its own box,
-    drawn before masks and jitter are applied, and MAE's target stays the clean image.
+    crop), crop (another random crop of the image, nothing hidden). mask_ratio 0: no masking; MAE's
+    loss is then on every patch. cutmix: the probability that a box of a view, of a share of the
+    area uniform in 0 … 1, shows another image of the micro-batch instead; each view has its own
+    box, drawn before masks and jitter are applied, and MAE's target stays the clean image.
     """
 
-    hide: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
+    mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
     second: Literal["pixels", "complement", "independent", "none", "crop"] = "pixels"
-    second_hide: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    second_mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     cutmix: Fraction = 0.0
     jitter: JitterRecipe = JitterRecipe()
 
@@ -115,7 +117,7 @@ class InfoNCERecipe(Section):
     """M = Eq. 9-10."""
 
     kind: Literal["infonce"]
-    tokens: Literal["patch", "class", "mean", "patch+class"] = "patch"
+    tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
     negatives: Literal["all", "position", "image"] = "position"
     temperature: Annotated[float, Field(gt=0.0)] = 0.2
     symmetric: bool = False
@@ -127,7 +129,7 @@ class BYOLRecipe(Section):
     """M = 2 - 2 cos(q(p(z1)), p'(z2))."""
 
     kind: Literal["byol"]
-    tokens: Literal["patch", "class", "mean", "patch+class"] = "patch"
+    tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
     symmetric: bool = False
     heads: HeadsRecipe = HeadsRecipe()
 

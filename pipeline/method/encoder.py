@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": proj})
         assert vit.cls_token is not None
         self.cls_token = vit.cls_token
-        self.row_first = recipe.encoder.style == "mocov3"
+        self.row_first = recipe.encoder.init == "mocov3"
         self.register_buffer("pos_embed", self.position_table()[None])
         self.blocks = vit.blocks
         self.norm = vit.norm
@@ -119,10 +119,10 @@ class Encoder(nn.Module):
                 module.eps = 1e-6
         self.grad_checkpointing = False  # set by the engine; changes memory, not results
         self.mask_token: nn.Parameter | None = None
-        if recipe.encoder.hidden == "token":
+        if recipe.encoder.masked_tokens == "replace":
             self.mask_token = nn.Parameter(torch.zeros(self.width))
         init_weights(self)
-        if recipe.encoder.style == "mocov3":
+        if recipe.encoder.init == "mocov3":
             init_as_mocov3(self)
         proj.requires_grad_(not recipe.encoder.freeze_patch)
 

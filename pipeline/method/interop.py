@@ -167,6 +167,6 @@ def to_hf_mae(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "decoder_num_hidden_layers": decoder.depth,
         "decoder_num_attention_heads": decoder.heads,
         "decoder_intermediate_size": 4 * decoder.width,
-        "mask_ratio": objective.recipe.views.hide,
+        "mask_ratio": objective.recipe.views.mask_ratio,
         "norm_pix_loss": measure.recipe.norm_pix,
     }

@@ -135,7 +135,7 @@ class Objective(nn.Module):
             # The teacher's weights are fp32; in a bf16 run its matrix products need not be.
             with torch.autocast(query.device.type, query.dtype, query.dtype != torch.float32):
                 key = teacher(other)
-            if self.encoder.mask_token is None and "patch" in measure.recipe.tokens:
+            if self.encoder.mask_token is None and measure.recipe.tokens.startswith("patch"):
                 loss, terms = measure.paired(query, key, online, other)
             else:
                 loss, terms = measure(query, key)

@@ -79,14 +79,14 @@ def make_views(
     v, seed = recipe.views, recipe.seed
     length = (image.shape[1] // patch) * (image.shape[2] // patch)
     # 0 visible in T2: what the policy implies.
-    second = visible_count(length, v.second_hide) if v.second == "independent" else 0
+    second = visible_count(length, v.second_mask_ratio) if v.second == "independent" else 0
     policy = {"pixels": "random", "crop": "none"}.get(v.second, v.second)
     masks = kernels.sample_masks(
         sample,
         seed=seed,
         epoch=epoch,
         length=length,
-        visible=(visible_count(length, v.hide), second),
+        visible=(visible_count(length, v.mask_ratio), second),
         policy=policy,
     )
     if v.jitter.where == "whole":

@@ -71,9 +71,9 @@ def plain_cka(first: Tensor, second: Tensor) -> float:
     return float((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
 
 
-@pytest.mark.parametrize("pool", ["mean", "token"])
+@pytest.mark.parametrize("pool", ["mean_patch", "cls"])
 def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> None:
-    args = parse(place, "--pool", pool, "--batch-size", COUNT, "--ratios", 0.3, 0.8)
+    args = parse(place, "--pool", pool, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
     result = cka.evaluate(args, ALONE)
     vit, info = open_encoder(args, ALONE)
     loader = cka.eval_loader(args.val, batch_size=COUNT, rank=0, world=1, image_size=16, workers=0)
@@ -90,7 +90,7 @@ def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> N
             part = cka.block_features(vit, pixels, kept)
             for number in range(2):
                 features = [
-                    t[number][:, 0] if pool == "token" else t[number][:, 1:].mean(1)
+                    t[number][:, 0] if pool == "cls" else t[number][:, 1:].mean(1)
                     for t in (whole, part)
                 ]
                 assert result["cka"][row][number] == pytest.approx(plain_cka(*features), abs=2e-5)

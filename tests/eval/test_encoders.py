@@ -26,7 +26,7 @@ ARCH = "vit_base_patch16_224"
 WORDS = ["--arch", ARCH, "--options", json.dumps(OPTIONS)]
 
 
-def parse(*words: object, feature: str = "mean") -> argparse.Namespace:
+def parse(*words: object, feature: str = "mean_patch") -> argparse.Namespace:
     args = parser("").parse_args([str(word) for word in words])
     args.feature = feature
     return args
@@ -65,7 +65,7 @@ def test_checkpoint_files_give_the_features_of_timm(tmp_path, file, wrap, mean):
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         tokens = model.forward_features(pixels)
-    for feature, expected in (("cls", tokens[:, 0]), ("mean", tokens[:, 1:].mean(1))):
+    for feature, expected in (("cls", tokens[:, 0]), ("mean_patch", tokens[:, 1:].mean(1))):
         found = features(parse("--encoder", path, *WORDS, feature=feature), pixels)
         torch.testing.assert_close(found, expected)
     _, info = open_encoder(parse("--encoder", path, *WORDS), ALONE)

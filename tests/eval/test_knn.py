@@ -46,7 +46,7 @@ def test_vote_is_the_plain_sum(k: int) -> None:
 def test_protocol_and_result(place: Path) -> None:
     args = parse(place)
     assert (args.k, args.temperature, args.feature) == (20, 0.07, "cls")
-    result = knn.evaluate(parse(place, "--feature", "mean", "--k", "5"), ALONE)
+    result = knn.evaluate(parse(place, "--feature", "mean_patch", "--k", "5"), ALONE)
     assert result["images"] == 37
     assert result["top1"] > 60  # chance is 16.7
     assert result["top5"] >= result["top1"]

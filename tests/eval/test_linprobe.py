@@ -180,7 +180,7 @@ def test_crop_is_tensorflows() -> None:
 
 
 def test_features_are_those_of_the_evaluation_crop(place: Path) -> None:
-    args = parse(place, "--feature", "mean")
+    args = parse(place, "--feature", "mean_patch")
     vit, info = open_encoder(args, ALONE)
     feature, label = extract(args.val, vit, info, ALONE, args)
     image, expected_label = coloured_images(37, 6, seed=2)
@@ -213,7 +213,7 @@ def test_encoder_is_frozen_and_random_differs(place: Path, tmp_path: Path) -> No
 
 
 def test_cached_and_augmented_runs_learn_something(place: Path, tmp_path: Path) -> None:
-    easy = ("--epochs", "60", "--feature", "mean")
+    easy = ("--epochs", "60", "--feature", "mean_patch")
     cached = linprobe.evaluate(parse(place, "--protocol", "cached", *easy), ALONE, tmp_path)
     assert cached["top1"] > 60  # chance is 16.7
     assert [row["base_lr"] for row in cached["grid"]] == list(linprobe.GRID)

@@ -170,7 +170,7 @@ def test_pictures_from_files(place, tmp_path):
         ("nowhere", [], "nowhere"),
         ("mae/mae.pth", [], "needs --recipe"),
         ("mae/recipe.yaml", ["--recipe", str(RECIPES / "mae_vits.yaml")], "cannot be read"),
-        ("mae", ["--hide", "1"], "--hide 1.0: must leave some of 16 patches"),
+        ("mae", ["--mask-ratio", "1"], "--mask-ratio 1.0: must leave some of 16 patches"),
     ],
 )
 def test_bad_input_is_one_sentence(place, run, more, sentence):

@@ -66,10 +66,14 @@ def test_rows_find_the_runs_of_their_method() -> None:
         ("mae",): "MAE",
         ("mae", "views.jitter.where=visible"): "MAE, jitter of the visible patches",
         ("cmae",): "C-MAE",
-        ("cmae", "encoder.hidden=drop", "measure.tokens=mean"): "C-MAE without mask tokens",
+        (
+            "cmae",
+            "encoder.masked_tokens=drop",
+            "measure.tokens=mean_patch",
+        ): "C-MAE without mask tokens",
         ("cmae", "measure={kind: byol}"): "C-MAE, BYOL",
         ("rmae",): None,
-        ("mae", "views.hide=0.5"): None,
+        ("mae", "views.mask_ratio=0.5"): None,
     }
     for case, name in cases.items():
         row = find_row(table(4), run(*case))

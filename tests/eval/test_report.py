@@ -189,7 +189,12 @@ def test_cka_is_drawn_as_in_figure_1(runs: list[Path], tmp_path: Path) -> None:
     for run in runs[:2]:
         copies.append(tmp_path / run.name)
         shutil.copytree(run, copies[-1])
-    table = {"protocol": "cka", "pool": "mean", "ratios": [0.1, 0.9], "cka": [[1, 0.9], [0.5, 0.4]]}
+    table = {
+        "protocol": "cka",
+        "pool": "mean_patch",
+        "ratios": [0.1, 0.9],
+        "cka": [[1, 0.9], [0.5, 0.4]],
+    }
     (copies[0] / "eval/cka-mean.json").write_text(json.dumps(table | {"encoder": {}}))
     random = table | {"encoder": {"random": True}, "cka": [[1, 1], [0.2, 0.1]]}
     (copies[1] / "eval/cka-mean-random-0.json").write_text(json.dumps(random))

@@ -57,7 +57,7 @@ def test_a_whole_image_gives_timms_own_features(tmp_path):
 
 @pytest.mark.parametrize("hidden", ["drop", "token"])
 def test_masked_tokens_against_the_loop_oracle(hidden):
-    recipe = tiny_recipe("cmae", "measure.tokens=mean", f"encoder.hidden={hidden}")
+    recipe = tiny_recipe("cmae", "measure.tokens=mean_patch", f"encoder.masked_tokens={hidden}")
     encoder, image = Encoder(recipe), images()
     views = make_views(image, torch.arange(3), recipe=recipe, epoch=0, patch=PATCH)
     weights = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}

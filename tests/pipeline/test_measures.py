@@ -12,11 +12,11 @@ from pipeline.method.objective import build_objective
 
 def test_choose_tokens():
     z = torch.randn(2, 5, 3)
-    assert torch.equal(choose_tokens(z, "class"), z[:, :1])
+    assert torch.equal(choose_tokens(z, "cls"), z[:, :1])
     assert torch.equal(choose_tokens(z, "patch"), z[:, 1:])
-    assert torch.equal(choose_tokens(z, "patch+class"), z)
+    assert torch.equal(choose_tokens(z, "patch+cls"), z)
     torch.testing.assert_close(
-        choose_tokens(z, "mean"), (z[:, 1:2] + z[:, 2:3] + z[:, 3:4] + z[:, 4:5]) / 4
+        choose_tokens(z, "mean_patch"), (z[:, 1:2] + z[:, 2:3] + z[:, 3:4] + z[:, 4:5]) / 4
     )
 
 

@@ -15,9 +15,9 @@ from pipeline.method.views import FIRST, SECOND, cutmix, make_views
 
 SAMPLE = torch.tensor([11, 4, 29])
 MOCO = (
-    "encoder={hidden: drop, style: mocov3, freeze_patch: true}",
-    "views={hide: 0, second: crop, jitter: {where: visible, grayscale: 0.2}}",
-    "measure={kind: infonce, tokens: class, symmetric: true, scale_2tau: true}",
+    "encoder={masked_tokens: drop, init: mocov3, freeze_patch: true}",
+    "views={mask_ratio: 0, second: crop, jitter: {where: visible, grayscale: 0.2}}",
+    "measure={kind: infonce, tokens: cls, symmetric: true, scale_2tau: true}",
     "measure.heads={hidden: 24, out: 12, projector_layers: 3, predictor_layers: 2, "
     "batch_norm: true}",
 )
@@ -28,7 +28,7 @@ def views_of(recipe, image, crop=None, epoch=2):
 
 
 def test_without_masking_mae_predicts_every_patch():
-    recipe = tiny_recipe("mae", "views.hide=0")
+    recipe = tiny_recipe("mae", "views.mask_ratio=0")
     objective, _ = build_objective(recipe)
     image = images()
     views = views_of(recipe, image)
@@ -47,7 +47,7 @@ def test_without_masking_mae_predicts_every_patch():
 
 
 def test_without_masking_cmae_compares_two_whole_images():
-    recipe = tiny_recipe("cmae", "views={hide: 0, second: none}")
+    recipe = tiny_recipe("cmae", "views={mask_ratio: 0, second: none}")
     views = views_of(recipe, images())
     assert views.first.visible.shape == views.second.visible.shape == (3, 16)
     assert not torch.equal(views.first.image, views.second.image)  # jittered apart
@@ -93,10 +93,10 @@ def test_cutmix_takes_half_of_the_area_on_average_and_keeps_maes_target():
     assert not torch.equal(views.first.image, images())
 
 
-PAIRED = ("encoder.hidden=drop", "views.second=independent", "views.second_hide=0.5")
+PAIRED = ("encoder.masked_tokens=drop", "views.second=independent", "views.second_mask_ratio=0.5")
 
 
-@pytest.mark.parametrize("tokens", ["patch", "patch+class"])
+@pytest.mark.parametrize("tokens", ["patch", "patch+cls"])
 @pytest.mark.parametrize("negatives", ["all", "position", "image", "byol"])
 def test_paired_positions_against_the_oracle(tokens, negatives):
     """Dropped patches: the loss stands on the positions that both views show."""
@@ -105,12 +105,12 @@ def test_paired_positions_against_the_oracle(tokens, negatives):
         if negatives == "byol"
         else f"measure={{tokens: {tokens}, negatives: {negatives}}}"
     )
-    recipe = tiny_recipe("cmae", "views.hide=0.5", *PAIRED, measure, "measure.heads.out=12")
+    recipe = tiny_recipe("cmae", "views.mask_ratio=0.5", *PAIRED, measure, "measure.heads.out=12")
     objective, teacher = build_objective(recipe)
     image = images()
     loss, _ = objective(image, SAMPLE, 2, teacher)
     views = views_of(recipe, image)
-    prefix = int("class" in tokens)
+    prefix = int("cls" in tokens)
 
     def at(z, view):
         places = view.visible.tolist()
@@ -154,9 +154,9 @@ def test_paired_positions_against_the_oracle(tokens, negatives):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("encoder.hidden=drop",), "complementary views share no patch position"),
+        (("encoder.masked_tokens=drop",), "complementary views share no patch position"),
         (("views.second=crop",), "two crops"),
-        (("views.hide=0",), "leaves nothing"),
+        (("views.mask_ratio=0",), "leaves nothing"),
     ],
 )
 def test_pairs_that_do_not_exist_are_refused(overrides, words):
@@ -168,7 +168,7 @@ def test_pairs_that_do_not_exist_are_refused(overrides, words):
     ("overrides", "words"),
     [
         (("views.second=crop",), "two crops"),
-        (("views.second=none", "views.hide=0"), "hidden patch"),
+        (("views.second=none", "views.mask_ratio=0"), "hidden patch"),
     ],
 )
 def test_reconstructions_that_do_not_exist_are_refused(overrides, words):
@@ -257,7 +257,7 @@ def _rank(rank, port, folder):
 def cases():
     yield "moco", moco, torch.arange(4)
     for negatives in ("all", "position", "image"):
-        overrides = ("views.hide=0.5", *PAIRED, f"measure.negatives={negatives}")
+        overrides = ("views.mask_ratio=0.5", *PAIRED, f"measure.negatives={negatives}")
         yield (
             negatives,
             lambda o=overrides: build_objective(tiny_recipe("cmae", *o)),

@@ -47,12 +47,12 @@ def oracle_contrast(recipe, weights, views, image):
         z = [
             oracle.encode(
                 w, view.image[b], view.visible[b].tolist(), patch=PATCH, heads=HEADS,
-                tokens=recipe.encoder.hidden == "token",
+                tokens=recipe.encoder.masked_tokens == "replace",
             )
             for b in range(len(image))
         ]  # fmt: skip
-        tokens = [{"patch": t[1:], "mean": t[1:].mean(0, keepdim=True), "class": t[:1],
-                   "patch+class": t}[recipe.measure.tokens] for t in z]  # fmt: skip
+        tokens = [{"patch": t[1:], "mean_patch": t[1:].mean(0, keepdim=True), "cls": t[:1],
+                   "patch+cls": t}[recipe.measure.tokens] for t in z]  # fmt: skip
         return oracle.mlp(torch.stack(tokens), w, "measure.projector")
 
     frozen = {k: v.detach() for k, v in weights.items()}
@@ -79,9 +79,9 @@ def oracle_contrast(recipe, weights, views, image):
         ("rmae_dagger", ()),
         ("rmae_ddagger", ()),
         ("cmae", ()),
-        ("cmae", ("measure.negatives=all", "measure.tokens=patch+class")),
-        ("cmae", ("measure.negatives=position", "measure.tokens=class", "measure.symmetric=true")),
-        ("cmae", ("measure.tokens=mean", "encoder.hidden=drop")),
+        ("cmae", ("measure.negatives=all", "measure.tokens=patch+cls")),
+        ("cmae", ("measure.negatives=position", "measure.tokens=cls", "measure.symmetric=true")),
+        ("cmae", ("measure.tokens=mean_patch", "encoder.masked_tokens=drop")),
     ],
 )
 def test_loss_terms_and_every_gradient_against_the_loop_oracle(name, overrides):

@@ -52,7 +52,7 @@ def test_paper_settings():
 def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
     recipe = load_recipe(
         RECIPES / "cmae.yaml",
-        ["optimizer.epochs=400", "views.jitter.hue=0.2", "measure={kind: byol, tokens: class}"],
+        ["optimizer.epochs=400", "views.jitter.hue=0.2", "measure={kind: byol, tokens: cls}"],
     )
     assert recipe.optimizer.epochs == 400
     assert recipe.views.jitter.hue == 0.2
@@ -70,7 +70,7 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
         ("optimizer.base_lr=-1", ["optimizer.base_lr", "greater than 0"]),
         ("views.second=half", ["views.second", "complement"]),
         ("views.second=pixels", ["views.second", "complement"]),
-        ("encoder.hidden=drop", ["encoder.hidden", "mean or class"]),
+        ("encoder.masked_tokens=drop", ["encoder.masked_tokens", "mean_patch or cls"]),
         ("measure.kind=l2", ["measure.kind", "infonce"]),
         ("batch_size=1000", ["batch_size 1000", "data.partitions 64"]),
         ("optimizer.epochs=20", ["warmup_epochs 20", "epochs 20"]),

@@ -46,7 +46,7 @@ def test_tab_5_has_all_combinations():
         if not recipe.name.endswith("_vits"):
             continue
         assert recipe.encoder.arch.startswith("vit_small")
-        on = {"mask": recipe.views.hide > 0, "cutmix": recipe.views.cutmix > 0,
+        on = {"mask": recipe.views.mask_ratio > 0, "cutmix": recipe.views.cutmix > 0,
               "colour": recipe.views.jitter.where == "visible"}  # fmt: skip
         said = name.split(", ", 1)[1]
         for word, value in on.items():
@@ -68,4 +68,4 @@ def test_mocov3_settings():
     assert m.heads.batch_norm
     assert m.symmetric
     assert m.scale_2tau
-    assert (recipe.encoder.style, recipe.encoder.freeze_patch) == ("mocov3", True)
+    assert (recipe.encoder.init, recipe.encoder.freeze_patch) == ("mocov3", True)

@@ -249,9 +249,9 @@ def _candidates(
 
 def choose_tokens(z: Tensor, tokens: str) -> Tensor:
     """Tab. 3's choices: z [B, 1 + N, D], class token first → [B, T, D]."""
-    if tokens == "class":
+    if tokens == "cls":
         return z[:, :1]
-    if tokens == "mean":
+    if tokens == "mean_patch":
         return z[:, 1:].mean(dim=1, keepdim=True)
     return z[:, 1:] if tokens == "patch" else z
 
