@@ -66,10 +66,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
-        help="how it runs: ZeRO stage, bf16, buckets, micro-batch",
+        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such as "
+        "zero1",
     )  # fmt: skip
     parser.add_argument(
-        "--recipe", default=RECIPES / "rmae.yaml", metavar="FILE", help="what is trained"
+        "--recipe",
+        default=RECIPES / "rmae.yaml",
+        metavar="FILE",
+        help="what is trained: a file, or a bundled name such as mae",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",

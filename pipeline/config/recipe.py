@@ -31,6 +31,7 @@ from pipeline.config.schema import (
     Section,
     ViewsRecipe,
 )
+from pipeline.config.suggest import bundled, choices, meant, meant_value
 from pipeline.errors import UserError
 
 __all__ = [
@@ -156,11 +157,14 @@ def ema_momentum(recipe: Recipe, step: int, total_steps: int) -> float:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file, apply `a.b=value` overrides and check the result.
+    """Read a recipe, apply `a.b=value` overrides and check the result.
 
-    Raises RecipeError with one sentence that names the file and the key.
+    path: a file, or the bare name of a bundled recipe (`mae`). RecipeError names file and key.
     """
-    values = _read(Path(path), seen=())
+    path = bundled(path, RECIPES, ".yaml")
+    if not path.exists():
+        raise RecipeError(f"{path}: no such recipe{choices(path, RECIPES, '.yaml')}")
+    values = _read(path, seen=())
     for text in overrides:
         _override(values, text)
     return parse_recipe(values, str(path))
@@ -259,7 +263,7 @@ def _sentence(error: ValidationError) -> str:
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
         valid = ", ".join(_valid_keys([str(part) for part in first["loc"]][:-1]))
-        return f"unknown key {key!r}; valid keys here: {valid}"
+        return f"unknown key {key!r}{meant(key, Recipe)}; valid keys here: {valid}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     if first["type"] == "union_tag_not_found":
@@ -270,7 +274,8 @@ def _sentence(error: ValidationError) -> str:
     if not key:
         return message
     message = message[0].lower() + message[1:]
-    return f"key {key!r}: {message}, got {_SHORT.repr(first['input'])}"
+    given = first["input"]
+    return f"key {key!r}: {message}, got {_SHORT.repr(given)}{meant_value(key, given)}"
 
 
 def _valid_keys(place: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
+from pipeline.config.suggest import bundled, choices
 from pipeline.distributed import Ranks, bf16_units, can_build, forget_buffer, free_port
 from pipeline.errors import UserError
 
@@ -46,6 +47,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 # How it runs: what a file in ds_configs/ may say. None: any value DeepSpeed takes.
 _MECHANICS: dict[str, set[str] | None] = {
     "zero_optimization": {
@@ -165,8 +167,11 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
     Raises UserError naming the file and the key, and the recipe key where that one owns it.
     """
+    path = bundled(path, DS_CONFIGS, ".json")
+    if not path.exists():
+        raise UserError(f"{path}: no such file{choices(path, DS_CONFIGS, '.json')}")
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

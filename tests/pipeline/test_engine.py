@@ -122,8 +122,15 @@ def test_bad_configs_are_one_sentence(value, words, tmp_path):
 
 
 def test_a_config_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json: cannot be read"):
+    with pytest.raises(UserError, match=r"none\.json: no such file$"):
         read_ds_config(tmp_path / "none.json")
+    with pytest.raises(UserError, match="zero4: no such file; bundled are: zero0, zero1, zero2"):
+        read_ds_config("zero4")
+
+
+def test_a_bare_name_is_the_bundled_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_config("zero1") == read_ds_config(ROOT / "ds_configs/zero1.json")
 
 
 @pytest.mark.parametrize(

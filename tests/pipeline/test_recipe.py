@@ -76,6 +76,18 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
         ("optimizer.epochs=20", ["warmup_epochs 20", "epochs 20"]),
         ("optimizer", ["--set 'optimizer'", "key.subkey=value"]),
         ("nosuch.key=1", ["nosuch", "valid keys"]),
+        ("lr=1", ["'lr'", "did you mean optimizer.base_lr?"]),
+        ("mask_ratio=0.6", ["'mask_ratio'", "did you mean views.mask_ratio?"]),
+        ("batch=8", ["'batch'", "did you mean batch_size?"]),
+        ("data.epochs=8", ["'data.epochs'", "did you mean optimizer.epochs?"]),
+        ("jitter.hue=0.1", ["'jitter'", "did you mean views.jitter?"]),
+        ("weight_decay=0.1", ["'weight_decay'", "did you mean optimizer.weight_decay.value?"]),
+        ("views.hide=0.75", ["'views.hide'", "it is now views.mask_ratio"]),
+        ("encoder.hidden=drop", ["'encoder.hidden'", "it is now encoder.masked_tokens"]),
+        ("encoder.style=mae", ["it is now encoder.init"]),
+        ("measure.tokens=class", ["'class'; it is now cls"]),
+        ("measure.tokens=mean", ["'mean'; it is now mean_patch"]),
+        ("encoder.masked_tokens=token", ["'token'; it is now replace"]),
     ],
 )
 def test_bad_values_are_one_sentence_that_names_the_key(override, words):
@@ -104,6 +116,17 @@ def test_bad_files_are_refused(text, words, tmp_path):
     with pytest.raises(RecipeError, match=words) as error:
         load_recipe(path)
     assert "x.yaml" in str(error.value)
+
+
+def test_a_bare_name_is_the_bundled_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("mae") == load_recipe(RECIPES / "mae.yaml") == load_recipe("mae.yaml")
+    with pytest.raises(RecipeError, match=r"maee: no such recipe; bundled are: .*cmae, .*rmae"):
+        load_recipe("maee")
+    with pytest.raises(RecipeError, match=r"x/mae.yaml: no such recipe$"):
+        load_recipe("x/mae.yaml")
+    (tmp_path / "mae").write_text((RECIPES / "mae.yaml").read_text().replace("0.75", "0.5"))
+    assert load_recipe("mae").views.mask_ratio == 0.5  # a file of that name goes first
 
 
 def test_learning_rate_against_the_formula():
