@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
-        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such as "
+        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name like "
         "zero1",
     )  # fmt: skip
     parser.add_argument(

@@ -163,7 +163,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = bundled(path, RECIPES, ".yaml")
     if not path.exists():
-        raise RecipeError(f"{path}: no such recipe{choices(path, RECIPES, '.yaml')}")
+        raise RecipeError(f"{path}: cannot be read (no such file){choices(path, RECIPES, '.yaml')}")
     values = _read(path, seen=())
     for text in overrides:
         _override(values, text)

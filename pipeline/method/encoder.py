@@ -223,17 +223,20 @@ def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Ten
     return state
 
 
-def encoder_info(recipe: Recipe, step: int) -> dict[str, Any]:
+METADATA = "relaxmim"  # the key of encoder_info in the metadata of an exported file
+
+
+def encoder_info(recipe: Recipe, step: int | None = None) -> dict[str, Any]:
     """What a reader needs beside the weights: the content of encoder.json."""
-    return {
+    info: dict[str, Any] = {
         "arch": recipe.encoder.arch,
         "options": vit_options(recipe.encoder),
         "mean": list(recipe.data.mean),
         "std": list(recipe.data.std),
         "recipe": recipe.name,
         "method": recipe.name,
-        "step": step,
     }
+    return info if step is None else info | {"step": step}
 
 
 def read_encoder(folder: str | os.PathLike[str]) -> tuple[VisionTransformer, dict[str, Any]]:

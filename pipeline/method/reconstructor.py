@@ -82,7 +82,7 @@ class Reconstructor:
         )  # fmt: skip
 
 
-def read_reconstructor(
+def load_reconstructor(
     place: str | Path, recipe: str = "", set_: Sequence[str] = ()
 ) -> Reconstructor:
     """From a run folder, or from a facebookresearch/mae checkpoint with its decoder (FILE).
