@@ -47,7 +47,12 @@ pillow:
 demo: .venv/ready   ## pretrain R-MAE and C-MAE on demo photographs, probe them, write runs/demo/report.html
 	$(PY) eval/demo.py --seeds $(SEEDS)
 
-test: .venv/ready   ## run the test suite
+# As on a processor without AVX-512 and bf16 units.
+ifeq ($(CPU),avx2)
+test: export ATEN_CPU_CAPABILITY := avx2
+test: export ONEDNN_MAX_CPU_ISA := AVX2
+endif
+test: .venv/ready   ## run the test suite (CPU=avx2: as on an older processor)
 	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: test-faults test-cluster
