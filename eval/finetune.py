@@ -55,7 +55,8 @@ from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
 from pipeline.runtime.optimizer_state import load_whole, save_whole
-from shard_tools import subset
+from shard_tools.manifest import read_manifest
+from shard_tools.subset import Choice, choose_samples, write_subset
 
 
 class Classifier(nn.Module):
@@ -206,10 +207,11 @@ def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
         return
     place = folder / "subset"
     if world.first and not (place / "manifest.json").is_file():
-        how = ["--names", args.subset] if args.subset else ["--fraction", str(args.fraction)]
-        options = [str(args.train), str(place), *how, "--seed", str(args.subset_seed)]
-        if subset.main(options):
-            raise UserError(f"the subset of {args.train} could not be written to {place}")
+        names = Path(args.subset) if args.subset else None
+        fraction = None if args.subset else args.fraction
+        choice = Choice(fraction=fraction, names=names, seed=args.subset_seed)
+        manifest = read_manifest(args.train)
+        write_subset(manifest, place, choose_samples(manifest, choice), choice.record())
     world.sum(torch.zeros(1, device=world.device))  # the first rank has written it
     args.train = str(place)
 
