@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -90,13 +92,56 @@ class DecoderRecipe(Section):
     heads: Positive = 16
 
 
-class ReconstructionRecipe(Section):
+class MeasureRecipe(Section):
+    """Settings of M, common part; the class of each kind is in MEASURES.
+
+    What the kind needs and can do: needs_teacher (an EMA of f encodes T2), needs_second_view (T2
+    is a view, not pixels), reconstructs (it has a decoder), batch_negatives (its negatives come
+    from the images of a micro-batch).
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    needs_second_view: ClassVar[bool] = False
+    reconstructs: ClassVar[bool] = False
+    batch_negatives: ClassVar[bool] = False
+
+    kind: str
+
+    if TYPE_CHECKING:  # each kind has its own further settings
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """Raise ValueError, naming the keys, where encoder and views do not suit the measure."""
+        if self.needs_second_view and views.second == "pixels":
+            raise ValueError(
+                f"measure {self.kind} compares two encoded views: set views.second to "
+                "complement, independent, none or crop"
+            )
+
+
+class ReconstructionRecipe(MeasureRecipe):
     """M = Eq. 3 for MAE (second: pixels), Eq. 8 with weight `lambda` for R-MAE."""
+
+    reconstructs: ClassVar[bool] = True
 
     kind: Literal["reconstruction"]
     lambda_: Annotated[float, Field(alias="lambda", ge=0.0)] = 1.0
     norm_pix: bool = True
     decoder: DecoderRecipe = DecoderRecipe()
+
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """The decoder fills in masked patches, and both views must be of the same crop."""
+        super().check(encoder, views)
+        if encoder.masked_tokens != "drop":
+            raise ValueError(f"measure {self.kind} needs encoder.masked_tokens: drop")
+        if views.second == "crop":
+            raise ValueError(f"measure {self.kind} cannot compare two crops (views.second: crop)")
+        if views.mask_ratio == 0 and views.second != "pixels":
+            raise ValueError(
+                "views.mask_ratio 0 leaves R-MAE no masked patch to compare: set views.second to "
+                "pixels"
+            )
 
 
 class HeadsRecipe(Section):
@@ -113,25 +158,83 @@ class HeadsRecipe(Section):
     batch_norm: bool = False
 
 
-class InfoNCERecipe(Section):
-    """M = Eq. 9-10."""
+class ContrastRecipe(MeasureRecipe):
+    """What the contrastive measures share; `tokens`: which tokens are compared (Tab. 3)."""
 
-    kind: Literal["infonce"]
+    needs_teacher: ClassVar[bool] = True
+    needs_second_view: ClassVar[bool] = True
+
     tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
-    negatives: Literal["all", "position", "image"] = "position"
-    temperature: Annotated[float, Field(gt=0.0)] = 0.2
     symmetric: bool = False
-    scale_2tau: bool = False
     heads: HeadsRecipe = HeadsRecipe()
 
+    @property
+    def contrasts_patches(self) -> bool:
+        """Whether patch tokens are compared position by position (mean_patch is one token)."""
+        return self.tokens.startswith("patch")
 
-class BYOLRecipe(Section):
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """Patch tokens can be compared only at positions that both views have."""
+        super().check(encoder, views)
+        if not self.contrasts_patches:
+            return
+        if views.second == "crop":
+            raise ValueError(
+                "two crops (views.second: crop) share no patch position: set measure.tokens to "
+                "cls or mean_patch"
+            )
+        if encoder.masked_tokens == "drop" and views.second == "complement":
+            raise ValueError(
+                "without mask tokens (encoder.masked_tokens: drop) complementary views share no "
+                "patch position: set measure.tokens to mean_patch or cls, or views.second to "
+                "independent"
+            )
+
+
+class InfoNCERecipe(ContrastRecipe):
+    """M = Eq. 9-10."""
+
+    batch_negatives: ClassVar[bool] = True
+
+    kind: Literal["infonce"]
+    negatives: Literal["all", "position", "image"] = "position"
+    temperature: Annotated[float, Field(gt=0.0)] = 0.2
+    scale_2tau: bool = False
+
+
+class BYOLRecipe(ContrastRecipe):
     """M = 2 - 2 cos(q(p(z1)), p'(z2))."""
 
     kind: Literal["byol"]
-    tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
-    symmetric: bool = False
-    heads: HeadsRecipe = HeadsRecipe()
+
+
+# kind → settings. Those of a measure that is added are beside its class, in method/measures,
+# which enters them here when it is imported.
+MEASURES: dict[str, type[MeasureRecipe]] = {
+    "reconstruction": ReconstructionRecipe,
+    "infonce": InfoNCERecipe,
+    "byol": BYOLRecipe,
+}
+
+
+def measure_settings(value: Any) -> Any:
+    """The mapping of a recipe's `measure` → settings of its kind; ValidationError inside it.
+
+    A kind that is not known yet may be one of method/measures, which is then imported by its name.
+    """
+    if not isinstance(value, dict):
+        return value
+    if "kind" not in value:
+        text = "key 'measure.kind' is missing; valid: {kinds}"
+        raise PydanticCustomError("measure_kind", text, {"kinds": ", ".join(MEASURES)})
+    kind = str(value["kind"])[:80]
+    if kind not in MEASURES:
+        importlib.import_module("pipeline.method.measures")
+    if kind not in MEASURES:
+        text = "key 'measure.kind': '{kind}' is none of {kinds}"
+        context = {"kind": kind, "kinds": ", ".join(MEASURES)}
+        raise PydanticCustomError("measure_kind", text, context)
+    return MEASURES[kind].model_validate(value)
 
 
 class EMARecipe(Section):

@@ -19,7 +19,6 @@ from pipeline.errors import UserError
 from pipeline.export import load_run
 from pipeline.method.encoder import load_tensors
 from pipeline.method.interop import from_mae
-from pipeline.method.measures import Reconstruction
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.views import View, visible_count
@@ -33,7 +32,7 @@ class Reconstructor:
     """
 
     def __init__(self, objective: Objective, source: str) -> None:
-        if not isinstance(objective.measure, Reconstruction):
+        if not objective.reconstructs:
             kind = objective.recipe.measure.kind
             raise UserError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
         self.objective, self.recipe = objective.eval().requires_grad_(False), objective.recipe

@@ -12,14 +12,13 @@ from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import (
     Encoder,
-    build_vit,
     encoder_info,
     encoder_state,
     random_encoder,
     read_encoder,
-    sincos_position,
 )
 from pipeline.method.views import make_views, whole_view
+from pipeline.method.vit import build_vit, sincos_position
 
 
 def normalised(image):

@@ -12,11 +12,11 @@ from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import load_run, main
-from pipeline.method.encoder import read_encoder, vit_options
+from pipeline.method.encoder import read_encoder
 from pipeline.method.interop import from_mae
-from pipeline.method.measures import reconstruct
 from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views, whole_view
+from pipeline.method.vit import vit_options
 
 SAMPLE = torch.tensor([5, 1, 8])
 
@@ -137,7 +137,7 @@ def test_hugging_face_mae(run, tmp_path):
             w[f"{d}.{mine}.{kind}"] = state[f"decoder.{theirs}.{kind}"]
     views = make_views(images(), SAMPLE, recipe=objective.recipe, epoch=0, patch=PATCH)
     with torch.no_grad():
-        ours = reconstruct(objective.measure, objective.encoder(*views.first), views.first)[0]
+        ours = objective.measure.reconstruct(objective.encoder(*views.first), views.first)[0]
     visible = views.first.visible[0].tolist()
     z = oracle.encode(w, images()[0], visible, patch=PATCH, heads=HEADS)
     theirs = oracle.decode(w, z, visible, (4, 4), DECODER_HEADS)
@@ -161,7 +161,7 @@ def test_transformers_itself_opens_them(run, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         theirs = mae(pixels(images()), noise=noise).logits
         view = whole_view(images(), PATCH)._replace(visible=kept, inverse=inverse)
-        ours = reconstruct(objective.measure, objective.encoder(*view), view)
+        ours = objective.measure.reconstruct(objective.encoder(*view), view)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
