@@ -8,7 +8,6 @@ buckets) belongs to ds_configs/, never here.
 from __future__ import annotations
 
 import math
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +16,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 
 from pipeline.config.schema import (
     MEASURES,
+    SHORT,
     BYOLRecipe,
     DataRecipe,
     DecoderRecipe,
@@ -45,11 +45,6 @@ __all__ = [
 ]  # fmt: skip
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-# YAML aliases can make a value of a few bytes endless when written out.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class RecipeError(UserError):
@@ -240,7 +235,7 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
         return message
     message = message[0].lower() + message[1:]
     given = first["input"]
-    return f"key {key!r}: {message}, got {_SHORT.repr(given)}{meant_value(key, given)}"
+    return f"key {key!r}: {message}, got {SHORT.repr(given)}{meant_value(key, given)}"
 
 
 def _valid_keys(path: list[str], values: dict[str, Any]) -> list[str]:

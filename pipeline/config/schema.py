@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import reprlib
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Steps = Annotated[int, Field(ge=0)]  # 0: never
+
+
+# YAML aliases can make a value of a few bytes endless when written out.
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 3, 80, 80
 
 
 class Section(BaseModel):
@@ -217,24 +223,31 @@ MEASURES: dict[str, type[MeasureRecipe]] = {
 }
 
 
-def measure_settings(value: Any) -> Any:
-    """The mapping of a recipe's `measure` → settings of its kind; ValidationError inside it.
+def measure_class(kind: object) -> type[MeasureRecipe] | None:
+    """The settings class of a kind of measure, or None.
 
-    A kind that is not known yet may be one of method/measures, which is then imported by its name.
+    A kind that is not known may be one of method/measures, which is then imported by its name.
     """
+    if not isinstance(kind, str):
+        return None
+    if kind not in MEASURES:
+        importlib.import_module("pipeline.method.measures")
+    return MEASURES.get(kind)
+
+
+def measure_settings(value: Any) -> Any:
+    """The mapping of a recipe's `measure` → settings of its kind; ValidationError inside it."""
     if not isinstance(value, dict):
         return value
     if "kind" not in value:
         text = "key 'measure.kind' is missing; valid: {kinds}"
         raise PydanticCustomError("measure_kind", text, {"kinds": ", ".join(MEASURES)})
-    kind = str(value["kind"])[:80]
-    if kind not in MEASURES:
-        importlib.import_module("pipeline.method.measures")
-    if kind not in MEASURES:
-        text = "key 'measure.kind': '{kind}' is none of {kinds}"
-        context = {"kind": kind, "kinds": ", ".join(MEASURES)}
+    settings = measure_class(value["kind"])
+    if settings is None:
+        text = "key 'measure.kind': {kind} is none of {kinds}"
+        context = {"kind": SHORT.repr(value["kind"]), "kinds": ", ".join(MEASURES)}
         raise PydanticCustomError("measure_kind", text, context)
-    return MEASURES[kind].model_validate(value)
+    return settings.model_validate(value)
 
 
 class EMARecipe(Section):
