@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -71,18 +71,29 @@ class JitterRecipe(Section):
     grayscale: Fraction = 0.0
 
 
+def mask_policy(name: str) -> str:
+    """The name of a masking policy; ValueError lists them. The policies are in method/masking."""
+    if name != "random":
+        policies = importlib.import_module("pipeline.method.masking").POLICIES
+        if name not in policies:
+            raise ValueError(f"input should be {' or '.join(policies)}")
+    return name
+
+
 class ViewsRecipe(Section):
     """(T1, T2). T1 masks the share `mask_ratio`; T2 is what `second` says.
 
-    second_mask_ratio: what an `independent` T2 masks.
+    mask: how T1 (and an independent T2) choose what to mask, a policy of method/masking: random
+    patches, or blocks (BEiT). second_mask_ratio: what an `independent` T2 masks.
 
-    second: pixels (no second view), complement, independent, none (T2 hides nothing of the same
-    crop), crop (another random crop of the image, nothing hidden). mask_ratio 0: no masking; MAE's
+    second: pixels (no second view), complement, independent, none (T2 masks nothing of the same
+    crop), crop (another random crop of the image, nothing masked). mask_ratio 0: no masking; MAE's
     loss is then on every patch. cutmix: the probability that a box of a view, of a share of the
     area uniform in 0 … 1, shows another image of the micro-batch instead; each view has its own
     box, drawn before masks and jitter are applied, and MAE's target stays the clean image.
     """
 
+    mask: Annotated[str, AfterValidator(mask_policy)] = "random"
     mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
     second: Literal["pixels", "complement", "independent", "none", "crop"] = "pixels"
     second_mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25

@@ -15,6 +15,7 @@ The methods differ by recipe only: `views` makes (T1, T2), `encoder` is f, `meas
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import build_measure
 from pipeline.method.teacher import Teacher
-from pipeline.method.views import make_views
+from pipeline.method.views import make_views, visible_counts
 
 
 class Objective(nn.Module):
@@ -34,6 +35,7 @@ class Objective(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.encoder = Encoder(recipe)
+        visible_counts(recipe.views, math.prod(self.encoder.grid))  # none visible: an error
         self.measure: Any = build_measure(recipe, self.encoder)
 
     @property

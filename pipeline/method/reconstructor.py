@@ -51,13 +51,13 @@ class Reconstructor:
         self.objective.to(device)
         return self
 
-    def hide(self, sample: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    def mask(self, sample: Tensor, ratio: float, seed: int) -> tuple[Tensor, Tensor]:
         """(visible int32 [B, K], inverse int32 [B, L]) of a random mask per sample number.
 
         Drawn by seed and sample number alone: the same for every model, batch and rank.
         """
         length = self.grid[0] * self.grid[1]
-        counts = (visible_count(length, share), 0)
+        counts = (visible_count(length, ratio), 0)
         masks = kernels.sample_masks(
             sample, seed=seed, epoch=0, length=length, visible=counts, policy="random"
         )

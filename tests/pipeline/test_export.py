@@ -15,7 +15,7 @@ from pipeline.export import load_run, main
 from pipeline.method.encoder import read_encoder
 from pipeline.method.interop import from_mae
 from pipeline.method.objective import build_objective
-from pipeline.method.views import make_views, whole_view
+from pipeline.method.views import full_view, make_views
 from pipeline.method.vit import vit_options
 
 SAMPLE = torch.tensor([5, 1, 8])
@@ -54,7 +54,7 @@ def test_timm_opens_the_checkpoint_and_gives_the_same_features(run, tmp_path, ca
     ).eval()
     with torch.no_grad():
         theirs = vit.forward_features(pixels(images()))
-        ours = objective.encoder(*whole_view(images(), PATCH))
+        ours = objective.encoder(*full_view(images(), PATCH))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_hugging_face_vit(run, tmp_path):
     w = hf_encoder_weights(state)
     z = oracle.encode(w, images()[0], list(range(16)), patch=PATCH, heads=HEADS)
     with torch.no_grad():
-        ours = objective.encoder(*whole_view(images(), PATCH))[0]
+        ours = objective.encoder(*full_view(images(), PATCH))[0]
     torch.testing.assert_close(ours, z, rtol=1e-4, atol=1e-4)
 
 
@@ -157,10 +157,10 @@ def test_transformers_itself_opens_them(run, tmp_path):
     inverse.scatter_(1, kept.long(), torch.arange(4, dtype=torch.int32).expand(3, 4))
     with torch.no_grad():
         theirs = vit(pixels(images())).last_hidden_state
-        ours = objective.encoder(*whole_view(images(), PATCH))
+        ours = objective.encoder(*full_view(images(), PATCH))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         theirs = mae(pixels(images()), noise=noise).logits
-        view = whole_view(images(), PATCH)._replace(visible=kept, inverse=inverse)
+        view = full_view(images(), PATCH)._replace(visible=kept, inverse=inverse)
         ours = objective.measure.reconstruct(objective.encoder(*view), view)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
