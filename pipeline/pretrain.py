@@ -31,7 +31,8 @@ from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, Ranks, StopSignal, agree, any_rank, close
 from pipeline.errors import UserError, refuse
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.pictures import draw
 from pipeline.runtime.engine import (
     Engine,
@@ -143,7 +144,7 @@ class Run:
             self.first = int(state["step"])
             saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['stage']}"
             together = ranks.world * self.plan.micro_batch
-            if recipe.measure.kind == "infonce" and state["together"] != together:
+            if recipe.measure.batch_negatives and state["together"] != together:
                 saved += f"; negatives came from {state['together']} images, now from {together}"
             if self.first >= self.last:  # killed before the encoder was written, perhaps
                 export(self.output, checkpoint, self.objective, recipe, self.first)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from eval.protocols import by_name
+from pipeline.config.schema import measure_class
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
@@ -70,7 +71,8 @@ class Run:
     @property
     def reconstructs(self) -> bool:
         """Whether the measure predicts pixels."""
-        return bool(self.flat.get("measure.kind") == "reconstruction")
+        settings = measure_class(self.flat.get("measure.kind"))
+        return settings is not None and settings.reconstructs
 
 
 @dataclass(frozen=True)

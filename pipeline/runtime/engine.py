@@ -305,7 +305,7 @@ def make_plan(
     notes.append(
         f"batch: {recipe.batch_size} = {world} ranks x {micro} x {per_rank // micro} micro-batches"
     )
-    if recipe.teacher and per_rank > micro and recipe.measure.kind == "infonce":
+    if recipe.measure.batch_negatives and per_rank > micro:
         notes.append(f"negatives: from the {world * micro} images of one micro-batch on all ranks")
     if checkpointing:
         notes.append("gradient checkpointing: blocks are computed again in the backward pass")

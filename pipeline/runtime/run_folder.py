@@ -35,7 +35,8 @@ from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_r
 from pipeline.distributed import agree
 from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.objective import Objective, Teacher
+from pipeline.method.objective import Objective
+from pipeline.method.teacher import Teacher
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_whole, save_whole
 from shard_tools.atomic import seal, verify, write_atomic, write_json

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks, make_plan
 
 SMALL = ["encoder.image_size=32", "data.partitions=8",

@@ -13,7 +13,8 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import Recipe, learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks, make_plan
 from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 

@@ -13,7 +13,8 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, learning_rate, load_recipe
 from pipeline.errors import UserError
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import (
     auto_micro_batch,
     init_ranks,
