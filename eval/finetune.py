@@ -48,13 +48,15 @@ from eval.shared.features import (
     normalise,
     open_encoder,
 )
-from pipeline.config.recipe import Recipe, learning_rate, parse_recipe
+from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.config.schedules import warmup_cosine
 from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
 from pipeline.runtime.optimizer_state import load_whole, save_whole
+from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
 from shard_tools import subset
 
 
@@ -70,19 +72,6 @@ class Classifier(nn.Module):
         """Pixels [b, 3, H, W] and soft targets fp32 [b, classes] → mean loss, no terms."""
         logits = self.model(pixels.to(self.model.patch_embed.proj.weight.dtype))
         return self.criterion(logits.float(), target), {}
-
-
-class LayerEngine(Engine):
-    """An engine whose parameter groups scale the learning rate by their `lr_scale`."""
-
-    def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of one micro-batch; the last of a step also updates the weights."""
-        loss, terms = self.engine(*inputs)
-        self.engine.backward(loss)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.engine.step()
-        return loss.detach(), terms
 
 
 def as_recipe(args: argparse.Namespace, info: dict[str, Any]) -> Recipe:
@@ -122,7 +111,8 @@ class Finetuning:
         self.plan = self._plan(recipe, encoder.patch_embed.num_patches)
         groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         self.module = Classifier(model)
-        self.engine = LayerEngine(self.module, groups, self.plan)
+        self.engine = Engine(self.module, groups, self.plan)
+        self.skipped = SkippedSteps(SKIP_LIMIT, "limit", "use a lower --base-lr")
         self.augment = None  # in the loader's workers, after the crop
         if args.randaugment:
             mean = tuple(self.info["mean"])
@@ -168,9 +158,24 @@ class Finetuning:
             )
         )
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, before the layers' scales."""
+        args = self.args
+        return warmup_cosine(
+            step,
+            peak=args.base_lr * args.batch_size / 256,
+            total=args.epochs * args.steps_per_epoch,
+            warmup=args.warmup_epochs * args.steps_per_epoch,
+            low=args.min_lr,
+        )
+
     def train_step(self, step: int, micro: Iterator[Batch]) -> Tensor:
-        """One optimizer step; the mean loss of this rank's micro-batches."""
-        lr = learning_rate(self.recipe, step, self.args.steps_per_epoch)
+        """One optimizer step; the mean loss of this rank's micro-batches.
+
+        UserError on every rank where a loss is not finite on any; a gradient that is not finite
+        skips the step, and many of them in a row are a UserError too.
+        """
+        lr = self.learning_rate(step)
         losses = []
         for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
             pixels = normalise(batch.image, self.info, self.world.device)
@@ -179,7 +184,14 @@ class Finetuning:
                 pixels = self.erase(pixels)
             pixels, target = self.mix(pixels, batch.label.to(self.world.device))
             losses.append(self.engine.micro_step(lr, pixels, target)[0])
-        return torch.stack(losses).mean()
+        loss = torch.stack(losses).mean()
+        if self.world.any(not bool(loss.isfinite())):
+            raise UserError(
+                f"the loss of finetuning is not finite in step {step + 1}; use a lower --base-lr, "
+                "or an encoder whose features are finite"
+            )
+        self.skipped.note(step, self.engine.step_skipped)
+        return loss
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
@@ -286,6 +298,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
         **{key: history[-1][key] for key in ("top1", "top5", "images")},
         "best_top1": max(row["top1"] for row in history if "top1" in row),
         "history": history,
+        "nonfinite_steps": run.skipped.total,
         "settings": settings(args),
         "precision": run.plan.precision,
         "encoder": run.info,

@@ -157,6 +157,8 @@ def probe_mae(
     left = args.total_steps - first
     for step, batch in enumerate(progress(stream, world, "linear probe", left), first):
         losses = training.step(step, *batch)
+        if not bool(losses.isfinite().all() and training.finite.all()):
+            raise diverged([args.base_lr], f"in step {step + 1}")
         ended, last = (step + 1) % args.steps_per_epoch == 0, step + 1 == args.total_steps
         stopping = world.any(bool(stop.name)) and not last
         if ended or last or stopping:
@@ -167,6 +169,15 @@ def probe_mae(
         if stopping:
             sys.exit(PREEMPTED)
     return {**score(probe, vit, info, world, args), "train_loss": round(loss, 5)}
+
+
+def diverged(rates: list[float], where: str) -> UserError:
+    """What to say of a probe whose loss or weights are not finite: it has no accuracy."""
+    return UserError(
+        f"the loss or the weights of the probe are not finite {where} at base learning rate "
+        f"{', '.join(f'{rate:g}' for rate in rates)}; use a lower one, or an encoder with finite "
+        "features"
+    )
 
 
 def announce(
@@ -184,8 +195,9 @@ def announce(
 
 def train_heads(
     feature: Tensor, label: Tensor, rates: tuple[float, ...], args: argparse.Namespace
-) -> Probe:
-    """Heads, one per learning rate, trained on features [N, D] and labels [N] for all epochs."""
+) -> tuple[Probe, Tensor]:
+    """Heads, one per learning rate, trained on features [N, D] and labels [N] for all epochs;
+    and which of them have finite weights, bool [heads]."""
     batch = min(args.batch_size, len(feature))
     steps = len(feature) // batch
     probe = Probe(feature.shape[1], args.classes, len(rates), args.seed).to(feature.device)
@@ -198,7 +210,7 @@ def train_heads(
             order = torch.randperm(len(feature), generator=generator).to(feature.device)
         chosen = order[step % steps * batch :][:batch]
         training.step(step, feature[chosen], label[chosen])
-    return probe.eval()
+    return probe.eval(), training.finite
 
 
 @torch.no_grad()
@@ -228,12 +240,16 @@ def grid_scores(
     mine = tuple(args.grid[world.rank :: world.size])
     rows = torch.full((len(args.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
     if mine:
-        probe = train_heads(*train, mine, args)
+        probe, finite = train_heads(*train, mine, args)
         for column, (feature, label) in enumerate(tests.values()):
             rows[world.rank :: world.size, 2 * column : 2 * column + 2] = torch.tensor(
                 accuracies(probe, feature, label), dtype=torch.float64
             )
+        rows[world.rank :: world.size][~finite.cpu()] = math.nan
     rows = world.sum(rows).cpu()
+    lost = [rate for rate, row in zip(args.grid, rows, strict=True) if row.isnan().any()]
+    if lost:  # known to every rank only now
+        raise diverged(lost, "at the end")
     names = [part for name in tests for part in (name, f"{name}_top5")]
     return [
         {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}

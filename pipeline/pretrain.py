@@ -22,10 +22,9 @@ from pipeline.config.recipe import (
     RECIPES,
     Recipe,
     dump_recipe,
-    ema_momentum,
-    learning_rate,
     load_recipe,
 )
+from pipeline.config.schedules import ema_momentum, learning_rate
 from pipeline.data.loader import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
@@ -41,7 +40,7 @@ from pipeline.runtime.engine import (
     read_ds_config,
 )
 from pipeline.runtime.monitor import Monitor
-from pipeline.runtime.probes import Probes, SkippedSteps
+from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import (
     RunLock,
     SaveError,
@@ -51,6 +50,7 @@ from pipeline.runtime.run_folder import (
     save_checkpoint,
     versions,
 )
+from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.watchdog import Watchdog, last_failure, note_failure
 from shard_tools.atomic import write_atomic, write_json
 from shard_tools.manifest import read_manifest
@@ -66,8 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
-        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such as "
-        "zero1",
+        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such "
+        "as zero1",
     )  # fmt: skip
     parser.add_argument(
         "--recipe",
@@ -309,7 +309,7 @@ def train(run: Run, stop: StopSignal) -> int:
                 None if batch.second is None else batch.second.to(device, non_blocking=True),
             )
             run.monitor.add(loss, terms, 1.0 / run.plan.accumulation)
-        run.skipped.note(step, run.engine.skipped)
+        run.skipped.note(step, run.engine.step_skipped)
         values: dict[str, Any] = {
             "lr": lr,
             "epoch": (step + 1) / run.epoch_steps,

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eval.shared.cli import warmup_cosine
+from pipeline.config.schedules import warmup_cosine
 
 
 class Probe(nn.Module):
@@ -55,8 +55,16 @@ class Training:
 
     def rate(self, step: int, head: int = 0) -> float:
         """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
-        settings = {"epochs": self.args.epochs, "warmup": self.args.warmup_epochs}
-        return warmup_cosine(step / self.steps, peak=self.peaks[head], **settings)
+        epochs, warmup = self.args.epochs, self.args.warmup_epochs
+        return warmup_cosine(
+            step, peak=self.peaks[head], total=epochs * self.steps, warmup=warmup * self.steps
+        )
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether each head's weights and bias are finite: bool [heads]."""
+        parts = (self.probe.weight, self.probe.bias)
+        return torch.stack([p.isfinite().flatten(1).all(dim=1) for p in parts]).all(dim=0)
 
     def state(self) -> dict[str, Tensor]:
         """All that training goes on from: weights, statistics, momentum. Not copies."""

@@ -331,18 +331,22 @@ class Engine:
             model=objective, model_parameters=groups, config=copy.deepcopy(plan.config)
         )
         self._norm: Tensor | None = None
-        self.skipped = False  # the last step, since its gradient was not finite
+        self.step_skipped = False  # the last step, since its gradient was not finite
 
     def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of one micro-batch; the last of a step also updates the weights."""
+        """Forward and backward of one micro-batch; the last of a step also updates the weights.
+
+        lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
+        on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
+        """
         loss, terms = self.engine(*inputs)
         self.engine.backward(loss)
         if self.plan.stage == 0 and self.engine.is_gradient_accumulation_boundary():
             # DeepSpeed tells no norm under stage 0 in fp32.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
-            self.skipped = not bool(self._norm.isfinite())
-            if self.skipped:
+            self.step_skipped = not bool(self._norm.isfinite())
+            if self.step_skipped:
                 # What DeepSpeed's step would do, but for the update.
                 self.module.zero_grad(set_to_none=True)
                 self.engine.micro_steps += 1
@@ -350,11 +354,11 @@ class Engine:
                 self.engine.skipped_steps += 1
                 return loss.detach(), terms
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.engine.step()
         if self.plan.stage > 0:
             # DeepSpeed reads the norm in every step itself and leaves out what is not finite.
-            self.skipped = bool(self.optimizer.overflow)
+            self.step_skipped = bool(self.optimizer.overflow)
         return loss.detach(), terms
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.recipe import Recipe, learning_rate
+from pipeline.config.recipe import Recipe
+from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks, make_plan
@@ -63,7 +64,7 @@ def skips(engine, objective, teacher, recipe, ranks):
     skipped = [False] * 5
     for step in (STEPS, STEPS + 1):
         steps(engine, objective, teacher, recipe, step, step + 1, ranks)
-        skipped.append(engine.skipped)
+        skipped.append(engine.step_skipped)
         if step == STEPS:
             poison.remove()
             after = engine.full_state()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.recipe import RECIPES, learning_rate, load_recipe
+from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.config.schedules import learning_rate
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.runtime.engine import (
