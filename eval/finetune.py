@@ -9,7 +9,7 @@ patch tokens, a fresh fc_norm and head.
     deepspeed eval/finetune.py --ds_config ds_configs/zero2.json --encoder runs/rmae \\
         --train data/shards/train --val data/shards/val [--fraction 0.1 | --subset FILE]
 
-It goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save and exit with 85.
+It resumes from its last checkpoint when rerun; SIGTERM and SIGUSR1 save and exit with 85.
 `--random` trains from scratch.
 """
 
@@ -55,7 +55,7 @@ from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
-from pipeline.runtime.optimizer_state import load_whole, save_whole
+from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
 from shard_tools import subset
 
@@ -262,14 +262,14 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
     classes = complete(args)
     stop = StopSignal()
     run = Finetuning(args, world)
-    checkpoints = Checkpoints(folder, settings(args), world)
-    latest = checkpoints.load(partial(load_whole, run.engine))
+    checkpoints = Checkpoints(folder, settings(args))
+    latest = checkpoints.load(partial(load_consolidated, run.engine))
     step, history = latest.get("step", 0), latest.get("history", [])
     loader = run.batches(step)
     steps = progress(range(step, args.total_steps), world, "finetuning")
     for step in steps:
         if args.stop_epoch is not None and step >= args.stop_epoch * args.steps_per_epoch:
-            break  # goes on from here when called again
+            break  # resumes here when rerun
         loss = run.train_step(step, loader)
         last = step + 1 == args.total_steps
         stopping = world.any(bool(stop.name)) and not last
@@ -281,7 +281,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
                 row |= run.validate()
             history.append(row)
         if epoch_ends or stopping:
-            checkpoints.save(step + 1, partial(save_whole, run.engine), history=history)
+            checkpoints.save(step + 1, partial(save_consolidated, run.engine), history=history)
         if epoch_ends and world.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
@@ -330,7 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument("--cutmix", type=float, default=1.0)
     result.add_argument("--smoothing", type=float, default=0.1)
     result.add_argument("--validate-epochs", type=int, default=1, help="validate so often")
-    result.add_argument("--stop-epoch", type=float, help="stop here; to go on, call it again")
+    result.add_argument("--stop-epoch", type=float, help="stop here; rerun to resume")
     result.add_argument("--max-steps", type=int, help="shorten the run: a trial")
     return result
 

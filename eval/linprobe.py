@@ -17,7 +17,7 @@ The statistics of BatchNorm and the gradients are those of the global batch: eve
 its part, the features are gathered, and every rank makes the same update. The result so does not
 depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
 
-The protocol `mae` goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save and
+The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM and SIGUSR1 save and
 exit with 85.
 
     python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
@@ -142,7 +142,7 @@ def score(
 def probe_mae(
     vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """MAE's protocol on augmented images; the result's accuracy fields. Goes on from the last
+    """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
     probe = Probe(vit.num_features, args.classes, seed=args.seed).to(world.device)
     world.broadcast(probe.state_dict().values())
@@ -150,7 +150,7 @@ def probe_mae(
         probe, (args.base_lr,), batch=args.batch_size, steps=args.steps_per_epoch, args=args
     )
     known = settings(args) | {"encoder": info["source"], "random": info["random"]}
-    checkpoints = Checkpoints(folder, known | {"feature": args.feature}, world)
+    checkpoints = Checkpoints(folder, known | {"feature": args.feature})
     latest, stop = checkpoints.load(training.read), StopSignal()
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
     stream = global_features(vit, info, world, args, first)

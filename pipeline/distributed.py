@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command goes on
+PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,12 @@ def any_rank(flag: bool) -> bool:
 
 
 def agree(make: Callable[[], Any]) -> Any:
-    """Rank 0's result of make() on every rank; an UserError there is raised on every rank."""
+    """Rank 0's result of make() on every rank; its UserError is raised on every rank.
+
+    Without a process group this process is alone.
+    """
+    if not torch.distributed.is_initialized():
+        return make()
     box: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:

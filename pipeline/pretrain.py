@@ -32,6 +32,7 @@ from pipeline.distributed import PREEMPTED, Ranks, StopSignal, agree, any_rank, 
 from pipeline.errors import UserError, refuse
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.method.pictures import draw
+from pipeline.runtime.checkpoint import CheckpointStore, SaveError
 from pipeline.runtime.engine import (
     Engine,
     Plan,
@@ -43,7 +44,6 @@ from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import (
     RunLock,
-    SaveError,
     claim,
     export,
     load_checkpoint,
@@ -88,7 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|none",
-        help="go on from the newest checkpoint of --output, from another run or checkpoint, or not",
+        help="resume from the newest valid checkpoint of --output, from another run or checkpoint, "
+        "or start from scratch",
     )  # fmt: skip
     parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
@@ -131,6 +132,7 @@ class Run:
         self.objective, self.teacher = build_objective(recipe)
         self.output: Path = agree(lambda: Path(args.output or default_output(recipe)))
         self.lock: RunLock | None = None
+        self.store = CheckpointStore(self.output, recipe.monitor.keep_checkpoints)
         checkpoint, failed = agree(lambda: self._claim(args.resume))
         self.watchdog = Watchdog(self.plan.watchdog_seconds, ranks.rank, self.output)
         self.engine = Engine(self.objective, parameter_groups(self.objective), self.plan)
@@ -141,10 +143,11 @@ class Run:
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.engine, self.teacher)
             self.first = int(state["step"])
-            saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['stage']}"
+            saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['zero_stage']}"
             together = ranks.world * self.plan.micro_batch
-            if recipe.measure.kind == "infonce" and state["together"] != together:
-                saved += f"; negatives came from {state['together']} images, now from {together}"
+            if recipe.measure.kind == "infonce" and state["negatives_batch"] != together:
+                before = state["negatives_batch"]
+                saved += f"; negatives came from {before} images, now from {together}"
             if self.first >= self.last:  # killed before the encoder was written, perhaps
                 export(self.output, checkpoint, self.objective, recipe, self.first)
         self.loader = self._loader()
@@ -159,7 +162,7 @@ class Run:
             log_steps=recipe.monitor.log_steps,
         )
         if failed:
-            self.monitor.say(f"the last start failed: {failed}")
+            self.monitor.say(f"previous run failed: {failed}")
         self._announce(kernel_line, manifest.samples)
         if checkpoint is not None:
             self.monitor.say(
@@ -210,7 +213,7 @@ class Run:
             write_json(self.output / "versions.json", facts)
         say = self.monitor.say
         say(f"run: {self.output} ({self.recipe.name}, {self.recipe.encoder.arch})")
-        for note in (*self.plan.notes, kernel_line, f"decoder: {self.loader.decoder}"):
+        for note in (*self.plan.notes, kernel_line, f"image decoder: {self.loader.decoder}"):
             say(note)
         say(f"data: {samples} images in {self.data}, {self.epoch_steps} steps per epoch")
 
@@ -246,21 +249,19 @@ class Run:
         state = {
             "step": step,
             "ranks": self.ranks.world,
-            "stage": self.plan.stage,
+            "zero_stage": self.plan.stage,
             "precision": self.plan.precision,
-            "together": self.ranks.world * self.plan.micro_batch,  # images that share negatives
+            "negatives_batch": self.ranks.world * self.plan.micro_batch,
             "versions": versions(),
         }
         m, text = self.recipe.monitor, dump_recipe(self.recipe)
         try:
-            place = save_checkpoint(
-                self.output, self.engine, self.teacher, text, state, m.keep_checkpoints
-            )
+            place = save_checkpoint(self.store, self.engine, self.teacher, text, state)
             export(self.output, place, self.objective, self.recipe, step)
         except SaveError as error:
             if must or m.on_disk_full == "stop":
                 raise
-            self.monitor.say(f"warning: {error}; going on (monitor.on_disk_full: continue)")
+            self.monitor.say(f"warning: {error}; continuing (monitor.on_disk_full: continue)")
         self.saving += time.perf_counter() - paused
         self.monitor.resume_clock(paused)
 
@@ -338,7 +339,7 @@ def train(run: Run, stop: StopSignal) -> int:
             return PREEMPTED
     share = run.saving / (time.perf_counter() - run.start)
     run.monitor.say(f"done: step {run.last}; encoder in {run.output / 'encoder'}")
-    run.monitor.say(f"saving took {run.saving:.1f} s, {share:.1%} of this start")
+    run.monitor.say(f"checkpointing took {run.saving:.1f} s ({100 * share:.1f} % of wall time)")
     return 0
 
 

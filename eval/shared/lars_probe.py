@@ -67,7 +67,7 @@ class Training:
         return torch.stack([p.isfinite().flatten(1).all(dim=1) for p in parts]).all(dim=0)
 
     def state(self) -> dict[str, Tensor]:
-        """All that training goes on from: weights, statistics, momentum. Not copies."""
+        """All that training resumes from: weights, statistics, momentum. Not copies."""
         return self.probe.state_dict() | dict(zip(("speed.w", "speed.b"), self.speed, strict=True))
 
     def write(self, first: bool, folder: Path) -> str:
@@ -83,7 +83,7 @@ class Training:
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:
-        """Go on from a state that was written."""
+        """Resume from a state that was written."""
         saved = load_file(folder / "probe.safetensors")
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])

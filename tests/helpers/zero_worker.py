@@ -15,6 +15,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
 from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine, init_ranks, make_plan
 from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 
@@ -91,7 +92,8 @@ def train(folder, method, stage, ranks):
     """Ten steps with a checkpoint after five: losses, gradient norms, weights."""
     engine, objective, teacher, recipe = start(method, stage, ranks.world)
     losses, norms = steps(engine, objective, teacher, recipe, 0, 5, ranks)
-    save_checkpoint(folder, engine, teacher, "name: x\n", {"step": 5, "precision": "fp32"}, keep=1)
+    state = {"step": 5, "precision": "fp32"}
+    save_checkpoint(CheckpointStore(folder), engine, teacher, "name: x\n", state)
     rest, more = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
     whole = engine.full_state()
     engine.destroy()
