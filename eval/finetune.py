@@ -48,13 +48,14 @@ from eval.shared.features import (
     normalise,
     open_encoder,
 )
-from pipeline.config.recipe import Recipe, parse_recipe
+from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
 from pipeline.config.schedules import warmup_cosine
+from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
-from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
+from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
 from shard_tools import subset
@@ -74,29 +75,6 @@ class Classifier(nn.Module):
         return self.criterion(logits.float(), target), {}
 
 
-def as_recipe(args: argparse.Namespace, info: dict[str, Any]) -> Recipe:
-    """The settings as a recipe, which plans the batch and gives the learning rate per step."""
-    optimizer = {
-        "base_lr": args.base_lr,
-        "betas": [0.9, 0.999],
-        "weight_decay": {"value": args.weight_decay},
-        "epochs": args.epochs,
-        "warmup_epochs": args.warmup_epochs,
-        "min_lr": args.min_lr,
-        "gradient_clipping": 0.0,
-    }
-    values = {
-        "name": "finetune",
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "encoder": {"arch": info["arch"]},
-        "measure": {"kind": "reconstruction"},
-        "optimizer": optimizer,
-        "data": {"partitions": args.partitions},
-    }
-    return parse_recipe(values, "finetuning")
-
-
 class Finetuning:
     """Model, engine and data of one finetuning on this rank."""
 
@@ -106,9 +84,7 @@ class Finetuning:
         self.size = image_size(encoder)
         seed_all(args.seed)
         model = build_classifier(encoder, self.info, args.classes, args.drop_path)
-        recipe = as_recipe(args, self.info)
-        self.recipe = recipe
-        self.plan = self._plan(recipe, encoder.patch_embed.num_patches)
+        self.plan = self._plan(encoder.patch_embed.num_patches)
         groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         self.module = Classifier(model)
         self.engine = Engine(self.module, groups, self.plan)
@@ -122,14 +98,22 @@ class Finetuning:
             mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
         )
 
-    def _plan(self, recipe: Recipe, patches: int) -> Plan:
-        config = read_ds_config(self.args.ds_config)
-        if self.args.precision != "auto":
-            config["bf16"] = {"enabled": self.args.precision == "bf16"}
-        plan = make_plan(config, recipe, self.world.size, patches)
+    def _plan(self, patches: int) -> RunPlan:
+        args = self.args
+        config = read_ds_config(args.ds_config)
+        if args.precision != "auto":
+            config["bf16"] = {"enabled": args.precision == "bf16"}
+        plan = make_plan(
+            config,
+            OptimizerRecipe(base_lr=args.base_lr, betas=(0.9, 0.999)),
+            batch_size=args.batch_size,
+            partitions=args.partitions,
+            patches=patches,
+            world=self.world.size,
+        )
         if plan.stage == 3:
             raise UserError(
-                f"{self.args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
+                f"{args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
                 "use ds_configs/zero2.json (or zero0, zero1)"
             )
         if plan.micro_batch % 2:
@@ -231,6 +215,8 @@ def complete(args: argparse.Namespace) -> tuple[str, ...]:
     train, val = labelled(args.train), labelled(args.val)
     if args.batch_size < 1 or (args.max_steps is not None and args.max_steps < 1):
         raise UserError("--batch-size and --max-steps must be at least 1")
+    if args.base_lr <= 0 or not 0 <= args.warmup_epochs < args.epochs:
+        raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
     args.classes = class_count(train, val)
     args.partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if args.batch_size % p == 0)
     args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, args.partitions)

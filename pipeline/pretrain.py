@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pipeline import kernels
+from pipeline.config.ds_config import RunPlan, plan_recipe, read_ds_config
 from pipeline.config.recipe import (
     RECIPES,
     Recipe,
@@ -33,14 +34,9 @@ from pipeline.errors import UserError, refuse
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.method.pictures import draw
 from pipeline.runtime.checkpoint import CheckpointStore, SaveError
-from pipeline.runtime.engine import (
-    Engine,
-    Plan,
-    init_ranks,
-    make_plan,
-    read_ds_config,
-)
+from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
+from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import (
     RunLock,
@@ -116,7 +112,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
         self.ranks = ranks
         self.recipe = recipe = load_recipe(args.recipe, args.overrides)
-        self.plan: Plan = make_plan(read_ds_config(args.ds_config), recipe, ranks.world)
+        self.plan: RunPlan = plan_recipe(read_ds_config(args.ds_config), recipe, ranks.world)
+        optimizer_of(self.plan)  # refused before anything is made
         manifest = read_manifest(args.data)
         self.data = args.data
         epoch = recipe.data.samples_per_epoch or manifest.samples
@@ -201,7 +198,7 @@ class Run:
     def _announce(self, kernel_line: str, samples: int) -> None:
         if self.ranks.rank == 0:
             write_atomic(self.output / "recipe.yaml", dump_recipe(self.recipe))
-            write_json(self.output / "ds_config.json", self.plan.config)
+            write_json(self.output / "ds_config.json", self.engine.config)
             facts = versions() | {
                 "device": _device_name(self.ranks.device),
                 "ranks": self.ranks.world,
@@ -213,8 +210,9 @@ class Run:
             write_json(self.output / "versions.json", facts)
         say = self.monitor.say
         say(f"run: {self.output} ({self.recipe.name}, {self.recipe.encoder.arch})")
-        for note in (*self.plan.notes, kernel_line, f"image decoder: {self.loader.decoder}"):
-            say(note)
+        lines = [*self.plan.describe(), self.engine.kind.describe(), kernel_line]
+        for line in (*lines, f"image decoder: {self.loader.decoder}"):
+            say(line)
         say(f"data: {samples} images in {self.data}, {self.epoch_steps} steps per epoch")
 
     def failed(self, error: Exception) -> int:

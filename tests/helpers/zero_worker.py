@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from tiny import images, tiny_recipe
 
+from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
 from pipeline.method.objective import build_objective, parameter_groups
 from pipeline.runtime.checkpoint import CheckpointStore
-from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 
 STEPS, BATCH = 10, 8
@@ -31,7 +32,7 @@ def recipe_of(method: str) -> Recipe:
 
 def start(method: str, stage: int, world: int):
     recipe = recipe_of(method)
-    plan = make_plan(
+    plan = plan_recipe(
         {"train_micro_batch_size_per_gpu": 4 // world, "zero_optimization": {"stage": stage}},
         recipe,
         world,
