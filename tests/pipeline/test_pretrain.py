@@ -124,7 +124,7 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     )
     assert "already holds a run" in refused(capsys, *words, "--resume", "none")
     elsewhere = [str(tmp_path / "third") if w == str(tmp_path / "run") else w for w in words]
-    assert "no whole checkpoint" in refused(capsys, *elsewhere, "--resume", str(tmp_path / "none"))
+    assert "no valid checkpoint" in refused(capsys, *elsewhere, "--resume", str(tmp_path / "none"))
     kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["latest", "step-00000002", "step-00000004"]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000004\n"
