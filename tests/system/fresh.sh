@@ -58,8 +58,9 @@ bare() { # SYSTEM: its tar, made once: minbase and what the README's first line 
     "${from[@]}" && mv "$tar.part.tar" "$tar"
 }
 
-pip_files() { # the folders and files on this host that pip's settings name
-  printf '%s\n' "${pip_settings[@]}" | grep -oE "(file://)?/[^' ]+" | sed 's,^file://,,' | sort -u |
+pip_files() { # the folders and files on this host that pip's settings name; an index with its siblings
+  printf '%s\n' "${pip_settings[@]}" | grep -oE "(file://)?/[^' ]+" |
+    sed -E 's,^file://(.*)/simple/?$,\1,; s,^file://,,' | sort -u |
     while read -r path; do [[ ! -e $path ]] || echo "$path"; done
 }
 
