@@ -15,7 +15,8 @@ SHELL ["/bin/bash", "-e", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        g++ libjpeg-dev openssh-client pdsh procps python3 python3-dev python3-venv zlib1g-dev && \
+        g++ libjpeg-dev libtiff-dev libwebp-dev openssh-client pdsh procps python3 python3-dev \
+        python3-venv zlib1g-dev && \
     rm -rf /var/lib/apt/lists/* && \
     python3 -m venv /opt/venv && \
     useradd --uid 10001 --create-home relaxmim && \

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -23,15 +22,14 @@ import sys
 import sysconfig
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from setup_run import BUILD, LOG, ROOT, Failed, alone, hint, run, tail
+
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-BUILD = ROOT / "build"
-LOG = BUILD / "setup.log"
 LOCK = ROOT / "requirements.lock"
 PILLOW_SIMD = "pillow-simd==12.1.1.post0"
 # What pillow-simd must read before it replaces Pillow: the formats of the shard tools.
@@ -44,23 +42,10 @@ HEADERS = {
     "tiffio.h": "libtiff-dev",
     "webp/decode.h": "libwebp-dev",
 }
-NOISE = ("WARNING: ", "DEPRECATION: ", "[notice]")  # of pip, about settings that are not ours
-HINTS = {
-    r"No space left": "the disk is full: 7 GB are needed, and 3 GB for pip's cache (PIP_CACHE_DIR)",
-    r"name resolution|Failed to (resolve|establish)|unreachable|timed out": "no network: the first "
-    "set-up needs PyPI or a mirror of it (pip config)",
-    r"CERTIFICATE_VERIFY|SSLError": "a certificate is not trusted: apt install ca-certificates",
-    r"No matching distribution": "no wheel for this Python or machine: 3.11 to 3.14 on x86-64 have",
-}
-MARK = "RELAXMIM_SETUP"  # in the environment of all that a set-up starts: the folder it is for
 
 
 class SetupError(RuntimeError):
     """Set-up cannot end in working order; one sentence."""
-
-
-class Failed(RuntimeError):
-    """A command that failed or was stopped at its time limit; the reason."""
 
 
 class NotBuilt(RuntimeError):
@@ -142,9 +127,7 @@ def stages(tools: Tools) -> list[Stage]:
     """The five stages on this machine."""
     lock = LOCK.read_text()
     avx2 = re.search(r"\bavx2\b", Path("/proc/cpuinfo").read_text()) is not None
-    source = [
-        (ROOT / f).read_text() for f in ("setup.py", "pyproject.toml", "pipeline/_jpegcrop.c")
-    ]
+    source = [p.read_text() for p in (ROOT / "setup.py", ROOT / "pyproject.toml", decoder_source())]
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     simd, decoder, ops = tools.pillow(), tools.decoder(), tools.ops()
     wheel = BUILD / "wheels" / f"{sys.implementation.cache_tag}{'-avx2' if avx2 else ''}"
@@ -325,34 +308,39 @@ def remove_pillow() -> None:
     shutil.rmtree(site_packages() / "PIL", ignore_errors=True)
 
 
+def decoder_source() -> Path:
+    """The C file of the cropping JPEG decoder; its library is built beside it."""
+    return next((ROOT / "pipeline").rglob("_jpegcrop.c"))
+
+
 def relaxmim(decoder: bool) -> str:
     """This checkout, editable, with its one compiled part where there is a compiler."""
     remove_halves()
     suffix = ask("-I", "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-    library = ROOT / "pipeline" / f"_jpegcrop{suffix}"
+    library = decoder_source().with_name(f"_jpegcrop{suffix}")
     library.unlink(missing_ok=True)  # of other sources
     pip("--no-build-isolation", "--no-index", "-e", ROOT, limit=600)
     if decoder and not library.exists():
-        raise NotBuilt("pipeline/_jpegcrop.c was not compiled")
+        raise NotBuilt("_jpegcrop.c was not compiled")
     return "the JPEG decoder" if decoder else ""
 
 
 def fused_ops(possible: bool) -> str:
-    """DeepSpeed's fused ops. Where they fail, can_build() of pipeline/ranks.py hears of it."""
+    """DeepSpeed's fused ops; can_build() of pipeline/distributed.py hears of it where they fail."""
     failed = VENV / "torch_extensions" / "failed"
     failed.unlink(missing_ok=True)
     if not possible:
         return ""
     try:
-        run([PYTHON, "-c", "from pipeline.engine import build_ops; print(*build_ops())"], 1200)
+        run(
+            [PYTHON, "-c", "from pipeline.runtime.engine import build_ops; print(*build_ops())"],
+            1200,
+        )
     except Failed as error:
         failed.parent.mkdir(exist_ok=True)
         failed.write_text(f"{error}\n")
         raise NotBuilt(str(error)) from None
     return "DeepSpeed's fused ops"
-
-
-# ---------------------------------------------------------------- running commands
 
 
 def site_packages() -> Path:
@@ -371,95 +359,6 @@ def pip(*arguments: str | Path, limit: float = 300) -> None:
     """Install into .venv, without dependencies: the lock file names all of them."""
     quiet = ("--no-input", "--progress-bar", "off")
     run([PYTHON, "-m", "pip", "install", "--no-deps", *quiet, *arguments], limit)
-
-
-def run(command: Sequence[str | Path], limit: float, **environment: str) -> None:
-    """A command whose output goes to the log; its last line is shown every half minute.
-
-    Raises Failed on an exit code other than 0 and after `limit` seconds. However this ends, the
-    command and what it had started end too.
-    """
-    temporary = BUILD / "tmp"  # not /tmp, which may be small and would keep an interruption's GBs
-    temporary.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "PIP_USER": "0",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PYTHONUNBUFFERED": "1",
-        "TMPDIR": str(temporary),
-        MARK: str(ROOT),
-    }
-    begun = time.monotonic()
-    with LOG.open("a") as log:
-        process = subprocess.Popen(
-            [str(c) for c in command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=ROOT,
-            env=os.environ | settings | environment, start_new_session=True,
-        )  # fmt: skip
-    try:
-        while process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=min(30, max(0.0, begun + limit - time.monotonic())))
-                break
-            seconds = time.monotonic() - begun
-            if seconds >= limit:
-                raise Failed(f"stopped after its limit of {limit:.0f} s")
-            print(f"      {seconds:.0f} s: {''.join(tail(1))[:80]}", flush=True)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode:
-        shown = " ".join(map(str, command[:4]))
-        raise Failed(f"{shown} ... ended with exit code {process.returncode}")
-
-
-def section() -> str:
-    """What the log holds of the last stage."""
-    with contextlib.suppress(OSError):
-        return LOG.read_text(errors="replace").rpartition("\n== ")[2]
-    return ""
-
-
-def tail(lines: int) -> list[str]:
-    """The last lines of a stage's output that say something: without pip's remarks."""
-    said = section().splitlines()[1:]
-    return [line for line in said if line.strip() and not line.startswith(NOISE)][-lines:]
-
-
-def hint() -> str:
-    """What to do about a fault that the log of the last stage shows, or ''."""
-    text = section()
-    return next((advice for sign, advice in HINTS.items() if re.search(sign, text)), "")
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """One set-up of this checkout at a time, with nothing left of one that was killed."""
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / "setup.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print("another set-up of this folder is running: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        while end_leftovers():
-            time.sleep(0.1)
-        LOG.write_text("")
-        shutil.rmtree(BUILD / "tmp", ignore_errors=True)
-        try:
-            yield
-        finally:
-            shutil.rmtree(BUILD / "tmp", ignore_errors=True)
-
-
-def end_leftovers() -> int:
-    """Kill what a killed set-up of this checkout had started; the number found."""
-    mark, found = f"{MARK}={ROOT}\0".encode(), 0
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (process / "environ").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
-                found += 1
-    return found
 
 
 # ---------------------------------------------------------------- the command

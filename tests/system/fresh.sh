@@ -121,8 +121,8 @@ inside() { # USER host|offline COMMAND: in the checkout, in namespaces of its ow
 
 # ---------------------------------------------------------------- what is done in it
 
-demo='make demo DEMO="--train 64 --val 32 --ranks 2 --set optimizer.epochs=2 --set optimizer.warmup_epochs=0"'
-tests='make test JOBS=1 TESTS="tests/test_setup.py tests/test_recipe.py tests/test_decode.py tests/test_checks.py"'
+demo='make demo DEMO="--train 256 --val 64 --ranks 2 --set optimizer.epochs=2 --set optimizer.warmup_epochs=0"'
+tests='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools"'
 
 step() { # NAME USER host|offline COMMAND → $seconds; the case's log keeps the output
   local begun=$SECONDS
@@ -164,7 +164,7 @@ one() { # SYSTEM:COMPILER:USER[:interrupt]: the steps in order; the first that f
   step "pip check" "$user" host '.venv/bin/python -m pip check || true; .venv/bin/python -c "
 import PIL.features as f
 assert all(f.check(n) for n in (\"jpg\", \"zlib\", \"webp\", \"libtiff\"))
-import deepspeed, pipeline.decode, torch; torch.ones(2).add(1)"' || return 0
+import deepspeed, pipeline.data.jpeg, torch; torch.ones(2).add(1)"' || return 0
   step offline "$user" offline "make setup && rm -rf runs data && $demo && $tests" || return 0
   offline=$seconds
   if [[ $compiler == none ]]; then # nor ninja; numactl is in no root

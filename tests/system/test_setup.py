@@ -4,7 +4,7 @@ Bare machines are in tests/system/fresh.sh.
 """
 
 import fcntl
-import importlib.util
+import importlib
 import os
 import re
 import shutil
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PARTS = (".ci/setup_run.py", ".ci/setup_env.py")
 SCRIPT = ROOT / ".ci" / "setup_env.py"
 EVERYTHING = "build-essential python3-dev libjpeg-dev zlib1g-dev libtiff-dev libwebp-dev"
 
@@ -25,18 +26,20 @@ EVERYTHING = "build-essential python3-dev libjpeg-dev zlib1g-dev libtiff-dev lib
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
     """The module of another checkout: a copy of what set-up reads, in a temporary folder."""
-    for name in ("requirements.lock", "setup.py", "pyproject.toml", ".ci/setup_env.py"):
+    for name in ("requirements.lock", "setup.py", "pyproject.toml", *PARTS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "_jpegcrop.c").write_text("int version = 1;\n")
     (tmp_path / "build").mkdir()
-    spec = importlib.util.spec_from_file_location("setup_env", tmp_path / ".ci" / "setup_env.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "setup_env", module)
-    spec.loader.exec_module(module)
-    assert module.ROOT == tmp_path
-    return module
+    monkeypatch.syspath_prepend(tmp_path / ".ci")
+    for name in ("setup_run", "setup_env"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    module = importlib.import_module("setup_env")
+    assert Path(module.ROOT) == tmp_path
+    yield module
+    for name in ("setup_run", "setup_env"):
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -54,20 +57,21 @@ def every_header(setup_env):
 def test_a_bare_machine_is_told_every_package(setup_env):
     line = setup_env.advice(setup_env.Tools(False, False, frozenset()))
     assert line.endswith(f"apt install {EVERYTHING}")
-    assert "plain Pillow" in line and "simplejpeg" in line and "torch's" in line
+    assert all(name in line for name in ("plain Pillow", "simplejpeg", "torch's"))
 
 
 def test_only_what_is_missing_is_named(setup_env):
     headers = frozenset(setup_env.HEADERS) - {"webp/decode.h"}
     line = setup_env.advice(setup_env.Tools(True, True, headers))
     assert line.endswith("apt install libwebp-dev")
-    assert "plain Pillow" in line and "simplejpeg" not in line and "torch's" not in line
+    assert "plain Pillow" in line
+    assert not any(name in line for name in ("simplejpeg", "torch's"))
     assert setup_env.advice(every_header(setup_env)) == ""
 
 
 def test_a_compiler_without_pythons_headers_builds_nothing(setup_env):
     tools = setup_env.Tools(True, True, frozenset(setup_env.HEADERS) - {"Python.h"})
-    assert not (tools.pillow() or tools.decoder() or tools.ops())
+    assert [tools.pillow(), tools.decoder(), tools.ops()] == [False] * 3
     assert tools.missing() == ["python3-dev"]
 
 
@@ -92,38 +96,36 @@ def test_the_headers_are_those_of_the_docker_image():
     assert set(EVERYTHING.split()) - {"build-essential"} | {"g++"} <= set(packages)
 
 
-def stage(setup_env, name, **changes):
-    found = {s.name: s for s in setup_env.stages(changes.pop("tools"))}
-    return found[name]
+def stage(setup_env, name, tools):
+    return next(s for s in setup_env.stages(tools) if s.name == name)
 
 
 def test_a_stamp_holds_until_its_inputs_change(setup_env, venv):
     tools = every_header(setup_env)
     for name in ("wheels", "pillow", "relaxmim", "ops"):
-        assert not setup_env.is_done(stage(setup_env, name, tools=tools))
-        setup_env.stamp(stage(setup_env, name, tools=tools), "built")
-        assert setup_env.is_done(stage(setup_env, name, tools=tools))
+        assert not setup_env.is_done(stage(setup_env, name, tools))
+        setup_env.stamp(stage(setup_env, name, tools), "built")
+        assert setup_env.is_done(stage(setup_env, name, tools))
     setup_env.decoder_source().write_text("int version = 2;\n")
-    assert not setup_env.is_done(stage(setup_env, "relaxmim", tools=tools))
-    assert setup_env.is_done(stage(setup_env, "wheels", tools=tools))
+    assert not setup_env.is_done(stage(setup_env, "relaxmim", tools))
+    assert setup_env.is_done(stage(setup_env, "wheels", tools))
     setup_env.LOCK.write_text(setup_env.LOCK.read_text() + "another==1.0\n")
     for name in ("wheels", "pillow", "relaxmim", "ops"):
-        assert not setup_env.is_done(stage(setup_env, name, tools=tools))
-    assert "134 packages" in stage(setup_env, "wheels", tools=tools).title.replace("133", "")
+        assert not setup_env.is_done(stage(setup_env, name, tools))
 
 
 def test_a_compiler_that_comes_later_is_used_and_one_that_goes_is_not_missed(setup_env, venv):
     bare, full = setup_env.Tools(False, False, frozenset()), every_header(setup_env)
     for name in ("pillow", "relaxmim", "ops"):
-        setup_env.stamp(stage(setup_env, name, tools=bare), "")
-        assert setup_env.is_done(stage(setup_env, name, tools=bare))
-        assert not setup_env.is_done(stage(setup_env, name, tools=full))
-        setup_env.stamp(stage(setup_env, name, tools=full), "built")
-        assert setup_env.is_done(stage(setup_env, name, tools=bare))
+        setup_env.stamp(stage(setup_env, name, bare), "")
+        assert setup_env.is_done(stage(setup_env, name, bare))
+        assert not setup_env.is_done(stage(setup_env, name, full))
+        setup_env.stamp(stage(setup_env, name, full), "built")
+        assert setup_env.is_done(stage(setup_env, name, bare))
 
 
 def test_a_build_that_failed_is_tried_again_by_make_setup_only(setup_env, venv):
-    ops = stage(setup_env, "ops", tools=every_header(setup_env))
+    ops = stage(setup_env, "ops", every_header(setup_env))
     setup_env.stamp(ops, "failed")
     assert setup_env.is_done(ops)
     assert not setup_env.is_done(ops, retry=True)
@@ -233,7 +235,7 @@ def gone(pid):
 def test_what_a_killed_set_up_had_started_is_ended_by_the_next(setup_env, tmp_path):
     code = "import setup_env as s; s.run(['sh', '-c', 'echo $$ > pid; sleep 60'], 90)"
     parent = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SCRIPT_FOLDER(tmp_path))}
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path / ".ci")}
     )
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         assert parent.poll() is None
@@ -241,17 +243,9 @@ def test_what_a_killed_set_up_had_started_is_ended_by_the_next(setup_env, tmp_pa
     parent.kill()
     parent.wait()
     child = int((tmp_path / "pid").read_text())
-    assert not gone_now(child)
+    assert Path(f"/proc/{child}").exists()
     with setup_env.alone():
         assert gone(child)
-
-
-def SCRIPT_FOLDER(checkout):
-    return checkout / ".ci"
-
-
-def gone_now(pid):
-    return not Path(f"/proc/{pid}").exists()
 
 
 def test_ctrl_c_ends_set_up_with_one_line_and_130(setup_env, tmp_path):
@@ -278,5 +272,5 @@ def test_a_folder_of_someone_else_is_one_sentence(setup_env, tmp_path):
 
 
 def test_it_needs_nothing_but_the_standard_library():
-    command = [sys.executable, "-I", "-S", SCRIPT, "--help"]
+    command = [sys.executable, "-E", "-S", SCRIPT, "--help"]
     assert subprocess.run(command, capture_output=True).returncode == 0
