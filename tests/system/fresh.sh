@@ -197,7 +197,17 @@ page() {
 }
 if [[ -n $write ]]; then
   {
-    sed '/^<!-- table -->/q' "$repository/tests/system/fresh.md.head"
+    cat <<'EOF'
+# Set-up on bare machines
+
+Written by `make test-fresh`: roots that mmdebstrap makes (minbase, git, make, python3,
+python3-venv, ca-certificates), each with a checkout of its own and nothing else of the host but its
+pip configuration. "cc" adds the packages that set-up names, "part" build-essential alone. In each:
+`make setup`; a small `make demo` (256 crops, two epochs, two ranks); `make test` of set-up, recipes,
+JPEG decoding and the shard tools; everything again in a namespace without a network; and, without
+a compiler, two steps of DeepSpeed without ninja and numactl. "interrupt": before that, set-up was
+stopped in each of its five stages, by Ctrl-C and by kill -9 of make and set-up, and run again.
+EOF
     printf '\n%s, commit %s, %s cores:\n\n' "$(date -u +%F)" "$commit" "$(nproc)"
     page
   } >"$write.part"
