@@ -265,8 +265,9 @@ def pillow(possible: bool, folder: Path, avx2: bool) -> str:
         remove_pillow()
         pip("--no-index", wheel)
     except Failed as error:
+        why = "".join(tail(1))
         plain_pillow()
-        raise NotBuilt(str(error)) from None
+        raise NotBuilt(f"{error}: {why}") from None
     return "pillow-simd" + (" (AVX2)" if avx2 else "")
 
 
@@ -275,10 +276,13 @@ def pillow_wheel(folder: Path, avx2: bool) -> Path:
     for kept in folder.glob("pillow_simd-*.whl"):
         return kept
     made, scratch = BUILD / "tmp" / "wheel", BUILD / "tmp" / "pillow"
+    # Debian has tiff.h in the architecture's folder: its setup.py looks there if told, or by pkg-config.
+    architecture = f"/usr/include/{sysconfig.get_config_var('MULTIARCH') or ''}"
+    include = ":".join(filter(None, (os.environ.get("C_INCLUDE_PATH"), architecture)))
     run(
         [PYTHON, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir",
          "--no-binary", "pillow-simd", "-w", made, PILLOW_SIMD],
-        600, CC=os.environ.get("CC", "cc") + (" -mavx2" if avx2 else ""),
+        600, CC=os.environ.get("CC", "cc") + (" -mavx2" if avx2 else ""), C_INCLUDE_PATH=include,
     )  # fmt: skip
     wheel = next(made.glob("pillow_simd-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
@@ -339,7 +343,7 @@ def fused_ops(possible: bool) -> str:
     except Failed as error:
         failed.parent.mkdir(exist_ok=True)
         failed.write_text(f"{error}\n")
-        raise NotBuilt(str(error)) from None
+        raise NotBuilt(f"{error}: {''.join(tail(1))}") from None
     return "DeepSpeed's fused ops"
 
 
@@ -375,7 +379,7 @@ def do(number: int, stage: Stage, total: int) -> None:
         made = stage.work()
     except NotBuilt as error:
         made = "failed"
-        print(f"      failed: {error} (see {LOG}); it works without; `make setup` tries again")
+        print(f"      not built: {error} (see {LOG}); `make setup` tries again", flush=True)
     except Failed as error:
         print("\n".join(f"      | {text[:160]}" for text in tail(15)), file=sys.stderr)
         why = hint() and f"\n       {hint()}"

@@ -60,14 +60,14 @@ def run(command: Sequence[str | Path], limit: float, **environment: str) -> None
             seconds = time.monotonic() - begun
             if seconds >= limit:
                 raise Failed(f"stopped after its limit of {limit:.0f} s")
-            print(f"      {seconds:.0f} s: {''.join(tail(1))[:80]}", flush=True)
+            print(f"      {seconds:.0f} s  {''.join(tail(1)).strip()[:80]}", flush=True)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if process.returncode:
-        shown = " ".join(map(str, command[:4]))
-        raise Failed(f"{shown} ... ended with exit code {process.returncode}")
+        program = Path(command[0]).name
+        raise Failed(f"{program} ended with exit code {process.returncode}")
 
 
 def section() -> str:

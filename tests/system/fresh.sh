@@ -44,6 +44,7 @@ clean() {
   [[ -z $root || -n $keep ]] || rm -rf --one-file-system "$root"
   [[ -n ${FRESH_DIR:-} ]] || rm -rf --one-file-system "$base"
 }
+# shellcheck disable=SC2317 # reached by the trap
 trap clean EXIT
 
 # ---------------------------------------------------------------- a root
@@ -51,7 +52,7 @@ trap clean EXIT
 bare() { # SYSTEM: its tar, made once: minbase and what the README's first line needs
   local tar=$base/$1.tar from=()
   [[ -s $tar ]] && return
-  [[ $1 != noble ]] || from=(--components=main,universe "--keyring=${UBUNTU_KEYRING:-/usr/share/keyrings}")
+  [[ $1 != noble ]] || from=("--components=main universe" "--keyring=${UBUNTU_KEYRING:-/usr/share/keyrings}")
   [[ $1 != noble ]] || from+=(noble "$tar.part.tar" http://archive.ubuntu.com/ubuntu)
   ((${#from[@]})) || from=("$1" "$tar.part.tar")
   mmdebstrap --quiet --variant=minbase --include=git,make,python3,python3-venv,ca-certificates \
@@ -81,13 +82,12 @@ make_root() { # SYSTEM COMPILER USER → $root
     done | awk -F' = ' '!seen[$1]++'
   } >"$root/etc/pip.conf"
   case $2 in
-    cc) packages=$(sed -n 's/^    "[A-Za-z./]*": "\([a-z0-9-]*-dev\)",$/\1/p' "$repository/.ci/setup_env.py") ;;
+    cc) packages=$(sed -n 's/^    "[A-Za-z./]*": "\([a-z0-9-]*-dev\)",$/\1/p' "$repository/.ci/setup_env.py" | paste -sd" ") ;;
     *) packages='' ;;
   esac
   if [[ $2 != none ]]; then
-    # shellcheck disable=SC2086 # a list
     inside root host "apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
-      --no-install-recommends build-essential $(echo $packages)" >"$base/apt.log" 2>&1 ||
+      --no-install-recommends build-essential $packages" >"$base/apt.log" 2>&1 ||
       { tail "$base/apt.log" && return 1; }
   fi
   chroot "$root" useradd --create-home --uid 1234 user

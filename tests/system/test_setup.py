@@ -207,7 +207,7 @@ def test_a_build_that_fails_is_survived_and_stamped(setup_env, venv, capsys):
 
     optional = setup_env.Stage("ops", "compiling", "key", True, work)
     setup_env.do(5, optional, 5)
-    assert "failed: no such header" in capsys.readouterr().out
+    assert "not built: no such header" in capsys.readouterr().out
     assert (venv / "setup" / "ops").read_text() == "key\nfailed\n"
 
 
