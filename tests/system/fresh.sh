@@ -122,7 +122,7 @@ inside() { # USER host|offline COMMAND: in the checkout, in namespaces of its ow
 # ---------------------------------------------------------------- what is done in it
 
 demo='make demo DEMO="--train 256 --val 64 --ranks 2 --set optimizer.epochs=2 --set optimizer.warmup_epochs=0"'
-tests='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools"'
+tests='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools/test_images.py"'
 
 step() { # NAME USER host|offline COMMAND → $seconds; the case's log keeps the output
   local begun=$SECONDS
@@ -204,7 +204,7 @@ Written by `make test-fresh`: roots that mmdebstrap makes (minbase, git, make, p
 python3-venv, ca-certificates), each with a checkout of its own and nothing else of the host but its
 pip configuration. "cc" adds the packages that set-up names, "part" build-essential alone. In each:
 `make setup`; a small `make demo` (256 crops, two epochs, two ranks); `make test` of set-up, recipes,
-JPEG decoding and the shard tools; everything again in a namespace without a network; and, without
+JPEG decoding and image checks; everything again in a namespace without a network; and, without
 a compiler, two steps of DeepSpeed without ninja and numactl. "interrupt": before that, set-up was
 stopped in each of its five stages, by Ctrl-C and by kill -9 of make and set-up, and run again.
 EOF
