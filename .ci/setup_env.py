@@ -276,7 +276,7 @@ def pillow_wheel(folder: Path, avx2: bool) -> Path:
     for kept in folder.glob("pillow_simd-*.whl"):
         return kept
     made, scratch = BUILD / "tmp" / "wheel", BUILD / "tmp" / "pillow"
-    # Debian has tiff.h in the architecture's folder, which its setup.py finds by pkg-config or this.
+    # Its setup.py finds Debian's folder of the architecture (tiff.h) by pkg-config or by this.
     architecture = f"/usr/include/{sysconfig.get_config_var('MULTIARCH') or ''}"
     include = ":".join(filter(None, (os.environ.get("C_INCLUDE_PATH"), architecture)))
     run(
