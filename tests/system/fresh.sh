@@ -2,11 +2,12 @@
 # Both README commands in bare roots that mmdebstrap makes: set-up, a small demo, some tests; then
 # all of it again without a network, and a start of DeepSpeed without compiler, ninja and numactl.
 #
-#   fresh.sh [--write FILE] [--keep] [SYSTEM:COMPILER:USER[:interrupt] …]
+#   fresh.sh [--write FILE] [--keep] [--full] [SYSTEM:COMPILER:USER[:interrupt] …]
 #
 #   SYSTEM     bookworm (Debian 12), noble (Ubuntu 24.04), trixie (Debian 13)
 #   COMPILER   none, cc (what set-up asks for), or part (build-essential alone)
 #   USER       root or user
+#   --full     the whole suite instead of some tests
 #   interrupt  set-up is stopped in every stage, by Ctrl-C and by kill -9, and run again
 #
 # The host's pip configuration (indexes, folders of wheels, certificates) is used in the roots; its
@@ -17,11 +18,13 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2; }
+tests='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools/test_images.py"'
 write='' keep='' cases=()
 while (($#)); do
   case $1 in
     --write) write=${2:?--write needs a file} && shift ;;
     --keep) keep=1 ;;
+    --full) tests='make test JOBS=2' ;;
     -*) usage ;;
     *) cases+=("$1") ;;
   esac
@@ -114,7 +117,7 @@ inside() { # USER host|offline COMMAND: in the checkout, in namespaces of its ow
     mount --rbind /dev '$root/dev'
     mount -t tmpfs tmpfs '$root/dev/shm'
     $mounts
-    exec chroot --userspec=$1:$1 '$root' env -i HOME=$home USER=$1 LANG=C.UTF-8 TERM=dumb \
+    exec chroot --userspec=$1:$1 '$root' env -i --default-signal=INT,QUIT HOME=$home USER=$1 LANG=C.UTF-8 TERM=dumb \
       PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
       bash -c 'test ! -d /home/user/relaxmim || cd /home/user/relaxmim; eval \"\$1\"' - \"\$1\"" - "$3"
 }
@@ -122,7 +125,6 @@ inside() { # USER host|offline COMMAND: in the checkout, in namespaces of its ow
 # ---------------------------------------------------------------- what is done in it
 
 demo='make demo DEMO="--train 256 --val 64 --ranks 2 --set optimizer.epochs=2 --set optimizer.warmup_epochs=0"'
-tests='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools/test_images.py"'
 
 step() { # NAME USER host|offline COMMAND → $seconds; the case's log keeps the output
   local begun=$SECONDS
