@@ -7,7 +7,7 @@
 #   SYSTEM     bookworm (Debian 12), noble (Ubuntu 24.04), trixie (Debian 13)
 #   COMPILER   none, cc (what set-up asks for), or part (build-essential alone)
 #   USER       root or user
-#   --full     the whole suite instead of some tests
+#   --full     the whole suite instead of some tests (with a network)
 #   interrupt  set-up is stopped in every stage, by Ctrl-C and by kill -9, and run again
 #
 # The host's pip configuration (indexes, folders of wheels, certificates) is used in the roots; its
@@ -18,8 +18,8 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2; }
-tests='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools/test_images.py"'
-write='' keep='' cases=()
+few='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/test_recipe.py tests/pipeline/test_jpeg.py tests/shard_tools/test_images.py"'
+tests=$few write='' keep='' cases=()
 while (($#)); do
   case $1 in
     --write) write=${2:?--write needs a file} && shift ;;
@@ -142,7 +142,7 @@ interrupted() { # USER: stop set-up in each stage, by Ctrl-C (to make's group) a
   step interrupted "$1" host 'set -m; for stage in 1 2 3 4 5; do for signal in INT KILL; do
     make setup >/tmp/out 2>&1 & run=$!
     until grep -q "^\[$stage/5\]" /tmp/out || ! kill -0 $run 2>/dev/null; do sleep 0.05; done
-    [ $stage = 2 ] || [ $stage = 4 ] && sleep $((stage == 2 ? 25 : 1)) || sleep 0.7
+    [ $stage = 2 ] || [ $stage = 4 ] && sleep $((stage == 2 ? 40 : 1)) || sleep 0.7
     kill -$signal -- -$run 2>/dev/null || echo "too late"; wait $run; echo "stage $stage, $signal: $?"
     cat /tmp/out; [ "$(grep -c "^\[$stage/5\]" /tmp/out)" = 1 ] || echo "not reached: stage $stage"
   done; done'
@@ -167,7 +167,7 @@ one() { # SYSTEM:COMPILER:USER[:interrupt]: the steps in order; the first that f
 import PIL.features as f
 assert all(f.check(n) for n in (\"jpg\", \"zlib\", \"webp\", \"libtiff\"))
 import deepspeed, pipeline.data.jpeg, torch; torch.ones(2).add(1)"' || return 0
-  step offline "$user" offline "make setup && rm -rf runs data && $demo && $tests" || return 0
+  step offline "$user" offline "make setup && rm -rf runs data && $demo && $few" || return 0
   offline=$seconds
   if [[ $compiler == none ]]; then # nor ninja; numactl is in no root
     step "DeepSpeed without ninja" "$user" offline 'mv .venv/bin/ninja /tmp/ninja
