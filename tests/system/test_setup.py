@@ -43,6 +43,14 @@ def setup_env(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def stamps(setup_env):
+    """A folder for stamps."""
+    folder = setup_env.VENV / "setup"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
 def venv(setup_env):
     """A real .venv with pip in it."""
     setup_env.make_venv()
@@ -100,7 +108,7 @@ def stage(setup_env, name, tools):
     return next(s for s in setup_env.stages(tools) if s.name == name)
 
 
-def test_a_stamp_holds_until_its_inputs_change(setup_env, venv):
+def test_a_stamp_holds_until_its_inputs_change(setup_env, stamps):
     tools = every_header(setup_env)
     for name in ("wheels", "pillow", "relaxmim", "ops"):
         assert not setup_env.is_done(stage(setup_env, name, tools))
@@ -114,7 +122,7 @@ def test_a_stamp_holds_until_its_inputs_change(setup_env, venv):
         assert not setup_env.is_done(stage(setup_env, name, tools))
 
 
-def test_a_compiler_that_comes_later_is_used_and_one_that_goes_is_not_missed(setup_env, venv):
+def test_a_compiler_that_comes_later_is_used_and_one_that_goes_is_not_missed(setup_env, stamps):
     bare, full = setup_env.Tools(False, False, frozenset()), every_header(setup_env)
     for name in ("pillow", "relaxmim", "ops"):
         setup_env.stamp(stage(setup_env, name, bare), "")
@@ -124,7 +132,7 @@ def test_a_compiler_that_comes_later_is_used_and_one_that_goes_is_not_missed(set
         assert setup_env.is_done(stage(setup_env, name, bare))
 
 
-def test_a_build_that_failed_is_tried_again_by_make_setup_only(setup_env, venv):
+def test_a_build_that_failed_is_tried_again_by_make_setup_only(setup_env, stamps):
     ops = stage(setup_env, "ops", every_header(setup_env))
     setup_env.stamp(ops, "failed")
     assert setup_env.is_done(ops)
@@ -179,10 +187,10 @@ def test_an_installation_cut_off_is_done_again(setup_env, venv, tmp_path):
     assert not (folder / "~neother").exists()
 
 
-def test_a_failure_shows_the_end_of_the_log_and_a_hint(setup_env, venv, capsys):
+def test_a_failure_shows_the_end_of_the_log_and_a_hint(setup_env, stamps, capsys):
     noise = "DEPRECATION: old\\nWARNING: Location is ignored"
     code = f"print('{noise}\\nOSError: No space left on device'); raise SystemExit(3)"
-    work = lambda: setup_env.run([setup_env.PYTHON, "-c", code], 60)  # noqa: E731
+    work = lambda: setup_env.run([sys.executable, "-c", code], 60)  # noqa: E731
     failing = setup_env.Stage("wheels", "installing (6 GB)", "key", False, work)
     with pytest.raises(setup_env.SetupError, match=r"(?s)^installing: .*code 3.*setup.log.*7 GB"):
         setup_env.do(2, failing, 5)
@@ -192,7 +200,7 @@ def test_a_failure_shows_the_end_of_the_log_and_a_hint(setup_env, venv, capsys):
     assert not setup_env.is_done(failing)
 
 
-def test_a_network_that_is_not_there_is_the_hint_though_pip_names_another_cause(setup_env, venv):
+def test_a_network_that_is_not_there_is_the_hint_though_pip_names_another_cause(setup_env, stamps):
     with setup_env.LOG.open("a") as log:
         log.write(
             "\n== [2/5] installing\nWARNING: Retrying: Temporary failure in name resolution\n"
@@ -201,14 +209,14 @@ def test_a_network_that_is_not_there_is_the_hint_though_pip_names_another_cause(
     assert setup_env.hint().startswith("no network")
 
 
-def test_a_build_that_fails_is_survived_and_stamped(setup_env, venv, capsys):
+def test_a_build_that_fails_is_survived_and_stamped(setup_env, stamps, capsys):
     def work():
         raise setup_env.NotBuilt("no such header")
 
     optional = setup_env.Stage("ops", "compiling", "key", True, work)
     setup_env.do(5, optional, 5)
     assert "not built: no such header" in capsys.readouterr().out
-    assert (venv / "setup" / "ops").read_text() == "key\nfailed\n"
+    assert (stamps / "ops").read_text() == "key\nfailed\n"
 
 
 def test_a_time_limit_ends_the_command_and_its_children(setup_env, tmp_path):
