@@ -273,9 +273,11 @@ def pillow(possible: bool, folder: Path, avx2: bool) -> str:
 
 def pillow_wheel(folder: Path, avx2: bool) -> Path:
     """The wheel of pillow-simd in `folder`, built if not there. Failed if it lacks a format."""
-    for kept in folder.glob("pillow_simd-*.whl"):
-        return kept
-    made, scratch = BUILD / "tmp" / "wheel", BUILD / "tmp" / "pillow"
+    for kept in folder.glob(f"{PILLOW_SIMD.replace('-', '_').replace('==', '-')}-*.whl"):
+        with contextlib.suppress(Failed):  # its libraries may have gone since
+            check_formats(kept)
+            return kept
+    made = BUILD / "tmp" / "wheel"
     # Its setup.py finds Debian's folder of the architecture (tiff.h) by pkg-config or by this.
     architecture = f"/usr/include/{sysconfig.get_config_var('MULTIARCH') or ''}"
     include = ":".join(filter(None, (os.environ.get("C_INCLUDE_PATH"), architecture)))
@@ -285,14 +287,21 @@ def pillow_wheel(folder: Path, avx2: bool) -> Path:
         600, CC=os.environ.get("CC", "cc") + (" -mavx2" if avx2 else ""), C_INCLUDE_PATH=include,
     )  # fmt: skip
     wheel = next(made.glob("pillow_simd-*.whl"))
+    check_formats(wheel)
+    folder.mkdir(parents=True, exist_ok=True)
+    return wheel.replace(folder / wheel.name)
+
+
+def check_formats(wheel: Path) -> None:
+    """Failed where the Pillow in a wheel lacks one of FORMATS, or cannot be imported."""
+    scratch = BUILD / "tmp" / "pillow"
+    shutil.rmtree(scratch, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(scratch)
     check = f"""import sys; sys.path.insert(0, {str(scratch)!r}); from PIL import features
 lacking = [f for f in {FORMATS} if not features.check(f)]
-sys.exit("pillow-simd was built without " + ", ".join(lacking) if lacking else 0)"""
+sys.exit("built without " + ", ".join(lacking) if lacking else 0)"""
     run([PYTHON, "-I", "-c", check], 60)
-    folder.mkdir(parents=True, exist_ok=True)
-    return wheel.replace(folder / wheel.name)
 
 
 def plain_pillow() -> None:

@@ -93,7 +93,7 @@ make_root() { # SYSTEM COMPILER USER → $root
       --no-install-recommends build-essential $packages" >"$base/apt.log" 2>&1 ||
       { tail "$base/apt.log" && return 1; }
   fi
-  chroot "$root" useradd --create-home --uid 1234 user
+  inside root host 'useradd --create-home --uid 1234 user'
   git clone -q --no-hardlinks "$repository" "$root/home/user/relaxmim"
   git -C "$root/home/user/relaxmim" checkout -q --detach "$(git -C "$repository" rev-parse HEAD)"
   [[ $3 == root ]] || chroot "$root" chown -R user:user /home/user/relaxmim

@@ -172,6 +172,32 @@ def make_wheel(folder, name):
     return path
 
 
+def pillow_of(setup_env, folder, release, lacking=()):
+    """A wheel of pillow-simd that says which formats it has."""
+    wheel = folder / f"pillow_simd-{release}-cp311-cp311-linux_x86_64.whl"
+    present = {name: name not in lacking for name in setup_env.FORMATS}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("PIL/__init__.py", "")
+        archive.writestr("PIL/features.py", f"check = {present}.get\n")
+    return wheel
+
+
+def test_a_kept_pillow_simd_is_of_this_release_and_has_every_format(
+    setup_env, venv, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # nothing can be fetched to build another
+    release = setup_env.PILLOW_SIMD.split("==")[1]
+    pillow_of(setup_env, tmp_path, "1.0")
+    with pytest.raises(setup_env.Failed):
+        setup_env.pillow_wheel(tmp_path, avx2=True)
+    kept = pillow_of(setup_env, tmp_path, release)
+    assert setup_env.pillow_wheel(tmp_path, avx2=True) == kept
+    pillow_of(setup_env, tmp_path, release, lacking=("webp",))
+    with pytest.raises(setup_env.Failed):
+        setup_env.pillow_wheel(tmp_path, avx2=True)
+    assert "built without webp\n" in setup_env.LOG.read_text()
+
+
 def test_an_installation_cut_off_is_done_again(setup_env, venv, tmp_path):
     wheel = make_wheel(tmp_path, "onemodule")
     setup_env.pip("--no-index", wheel)
