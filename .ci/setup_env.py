@@ -225,10 +225,17 @@ def base_python() -> str:
     return os.path.realpath(python) if VENV in Path(python).parents else python
 
 
-def has_ensurepip() -> bool:
-    """Whether venv can put pip into .venv (Debian has that in a package of its own)."""
-    command = [base_python(), "-c", "import ensurepip, venv"]
-    return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+def lacking() -> str:
+    """Debian's packages without which .venv cannot be made, or torch not imported."""
+    needed = {
+        "python3-venv": "import ensurepip, venv",
+        "libstdc++6": "import ctypes; ctypes.CDLL('libstdc++.so.6')",
+    }
+    runs = {
+        package: subprocess.run([base_python(), "-c", code], stderr=subprocess.DEVNULL)
+        for package, code in needed.items()
+    }
+    return " ".join(package for package, done in runs.items() if done.returncode)
 
 
 def install_wheels() -> str:
@@ -236,9 +243,9 @@ def install_wheels() -> str:
     remove_halves()
     if list(site_packages().glob("pillow_simd-*")):  # it shares a folder with pillow
         remove_pillow()
-    pip(
-        "--use-pep517", "--only-binary", ":all:", "--no-binary", "deepspeed", "-r", LOCK, limit=7200
-    )
+    wheels = ("--use-pep517", "--only-binary", ":all:", "--no-binary", "deepspeed")
+    pip(*wheels, "-r", LOCK, limit=7200)
+    run([PYTHON, "-c", "import torch, torchvision, timm, scipy, sklearn, matplotlib"], 300)
     return "wheels"
 
 
@@ -410,11 +417,8 @@ def set_up(*, retry: bool) -> None:
         if advice(tools):
             print(advice(tools), flush=True)
         fault = venv_fault()
-        if fault and not has_ensurepip():
-            raise SetupError(
-                f"{base_python()} cannot make virtual environments; on Debian and Ubuntu: "
-                "apt install python3-venv"
-            )
+        if fault and lacking():
+            raise SetupError(f"{base_python()} lacks what set-up needs: apt install {lacking()}")
         if fault and VENV.exists():
             print(f".venv is made again: {fault}", flush=True)
         todo = stages(tools)

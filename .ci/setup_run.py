@@ -22,6 +22,7 @@ HINTS = {
     r"name resolution|Failed to (resolve|establish)|unreachable|timed out": "no network: the first "
     "set-up needs PyPI or a mirror of it (pip config)",
     r"CERTIFICATE_VERIFY|SSLError": "a certificate is not trusted: apt install ca-certificates",
+    r"cannot open shared object file": "a library of the system is missing: see the line above",
     r"No matching distribution": "no wheel for this Python or machine: 3.11 to 3.14 on x86-64 have",
 }
 MARK = "RELAXMIM_SETUP"  # in the environment of all that a set-up starts: the folder it is for

@@ -58,7 +58,7 @@ bare() { # SYSTEM: its tar, made once: minbase and what the README's first line 
   [[ $1 != noble ]] || from=("--components=main universe" "--keyring=${UBUNTU_KEYRING:-/usr/share/keyrings}")
   [[ $1 != noble ]] || from+=(noble "$tar.part.tar" http://archive.ubuntu.com/ubuntu)
   ((${#from[@]})) || from=("$1" "$tar.part.tar")
-  mmdebstrap --quiet --variant=minbase --include=git,make,python3,python3-venv,ca-certificates \
+  mmdebstrap --quiet --variant=minbase --include=apt,git,make,python3,python3-venv,ca-certificates \
     "${from[@]}" && mv "$tar.part.tar" "$tar"
 }
 

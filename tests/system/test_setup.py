@@ -308,3 +308,13 @@ def test_a_folder_of_someone_else_is_one_sentence(setup_env, tmp_path):
 def test_it_needs_nothing_but_the_standard_library():
     command = [sys.executable, "-E", "-S", SCRIPT, "--help"]
     assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_python_that_cannot_make_environments_is_named_with_its_packages(setup_env, tmp_path):
+    python = tmp_path / "python"  # one without ensurepip and libstdc++
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import nothing_of_this_name"\n')
+    python.chmod(0o755)
+    setup_env.base_python = lambda: str(python)
+    with pytest.raises(setup_env.SetupError, match=r"/python .*apt install python3-venv libstdc"):
+        setup_env.set_up(retry=False)
+    assert not setup_env.VENV.exists()
