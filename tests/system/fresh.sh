@@ -202,7 +202,7 @@ if [[ -n $write ]]; then
     cat <<'EOF'
 # Set-up on bare machines
 
-Written by `make test-fresh`: roots that mmdebstrap makes (minbase, git, make, python3,
+Written by `make test-fresh`: roots that mmdebstrap makes (minbase, apt, git, make, python3,
 python3-venv, ca-certificates), each with a checkout of its own and nothing else of the host but its
 pip configuration. "cc" adds the packages that set-up names, "part" build-essential alone. In each:
 `make setup`; a small `make demo` (256 crops, two epochs, two ranks); `make test` of set-up, recipes,
