@@ -126,7 +126,8 @@ def advice(tools: Tools) -> str:
 def stages(tools: Tools) -> list[Stage]:
     """The five stages on this machine."""
     lock = LOCK.read_text()
-    avx2 = re.search(r"\bavx2\b", Path("/proc/cpuinfo").read_text()) is not None
+    cpu = Path("/proc/cpuinfo")
+    avx2 = cpu.exists() and re.search(r"\bavx2\b", cpu.read_text()) is not None
     source = [p.read_text() for p in (ROOT / "setup.py", ROOT / "pyproject.toml", decoder_source())]
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     simd, decoder, ops = tools.pillow(), tools.decoder(), tools.ops()
