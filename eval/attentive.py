@@ -35,11 +35,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.cli import (
-    World,
     as_percent,
     autocast,
     count_correct,
-    join_world,
+    join_ranks,
     output_path,
     parser,
     progress,
@@ -57,6 +56,7 @@ from eval.shared.features import (
     open_encoder,
 )
 from pipeline.data.loader import Crop, train_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 from shard_tools.subset import write_subset
@@ -146,9 +146,9 @@ class Heads:
             for probe, (rate, decay) in zip(self.probes, settings.pairs, strict=True)
         ]
 
-    def step(self, step: int, micro: Iterable[tuple[Tensor, Tensor]], world: World) -> Tensor:
+    def step(self, step: int, micro: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> Tensor:
         """One update on this rank's (tokens, labels) of the global batch; this rank's losses."""
-        s, losses = self.settings, torch.zeros(len(self.probes), device=world.device)
+        s, losses = self.settings, torch.zeros(len(self.probes), device=ranks.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         for tokens, label in micro:
@@ -159,7 +159,7 @@ class Heads:
         for probe, optimizer, (rate, _) in zip(self.probes, self.optimizers, s.pairs, strict=True):
             for parameter in probe.parameters():
                 assert parameter.grad is not None
-                parameter.grad = world.sum(parameter.grad)
+                parameter.grad = ranks.sum(parameter.grad)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(rate, step, s.steps, s.warmup)
             optimizer.step()
@@ -167,17 +167,17 @@ class Heads:
 
 
 def training_tokens(
-    vit: VisionTransformer, info: dict[str, Any], world: World, s: Settings, train: str
+    vit: VisionTransformer, info: dict[str, Any], ranks: Ranks, s: Settings, train: str
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
-    share = s.batch_size // world.size
+    share = s.batch_size // ranks.world
     micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
     loader = train_loader(
         train,
         batch_size=s.batch_size,
         micro_batch=micro,
-        rank=world.rank,
-        world=world.size,
+        rank=ranks.rank,
+        world=ranks.world,
         seed=s.seed,
         start_step=0,
         total_steps=s.steps,
@@ -187,8 +187,8 @@ def training_tokens(
     )
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
-        pixels = normalise(batch.image, info, world.device)
-        parts.append((patch_tokens(vit, pixels, s.precision), batch.label.to(world.device)))
+        pixels = normalise(batch.image, info, ranks.device)
+        parts.append((patch_tokens(vit, pixels, s.precision), batch.label.to(ranks.device)))
         if len(parts) * micro == share:
             yield parts
             parts = []
@@ -196,16 +196,16 @@ def training_tokens(
 
 @torch.no_grad()
 def accuracies(
-    heads: Heads, folder: str, vit: VisionTransformer, info: dict[str, Any], world: World,
+    heads: Heads, folder: str, vit: VisionTransformer, info: dict[str, Any], ranks: Ranks,
     s: Settings,
 ) -> tuple[list[tuple[float, float]], int]:  # fmt: skip
     """((top-1, top-5) in percent of every head, images): each image once over all ranks."""
-    count = torch.zeros(len(heads.probes), 3, dtype=torch.int64, device=world.device)
+    count = torch.zeros(len(heads.probes), 3, dtype=torch.int64, device=ranks.device)
     args = argparse.Namespace(micro_batch=s.micro_batch, workers=s.workers)
-    for pixels, label, _ in batches(folder, vit, info, world, args):
+    for pixels, label, _ in batches(folder, vit, info, ranks, args):
         tokens = patch_tokens(vit, pixels, s.precision)
         count += count_correct(torch.stack([probe(tokens) for probe in heads.probes]), label)
-    total = world.sum(count)
+    total = ranks.sum(count)
     rows = [(as_percent(a, n), as_percent(b, n)) for a, b, n in total.tolist()]
     return rows, int(total[0, 2])
 
@@ -215,7 +215,7 @@ def held_out_count(samples: int) -> int:
     return max(1, round(HELD_OUT * samples))
 
 
-def split(manifest: Manifest, folder: Path, seed: int, world: World) -> tuple[str, str]:
+def split(manifest: Manifest, folder: Path, seed: int, ranks: Ranks) -> tuple[str, str]:
     """Folders of a small index each: the training images that are kept, and those held out."""
     order = np.random.default_rng(seed).permutation(manifest.samples)
     cut = held_out_count(manifest.samples)
@@ -228,20 +228,20 @@ def split(manifest: Manifest, folder: Path, seed: int, world: World) -> tuple[st
             if not (path / "manifest.json").is_file():
                 write_subset(manifest, path, np.sort(samples), {"part": name, "seed": seed})
 
-    world.agree(write)
+    ranks.agree(write)
     kept, held_out = (str(folder / f"{name}-{tag}") for name in parts)
     return kept, held_out
 
 
-def check(s: Settings, world: World) -> int:
+def check(s: Settings, ranks: Ranks) -> int:
     """Everything that can be wrong with the settings, before the first step; the classes."""
     train, val = labelled(s.train), labelled(s.val)
     if min(s.steps, s.batch_size, s.micro_batch) < 1 or not 0 <= s.warmup < 1:
         raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
     if min(s.rates) <= 0 or min(s.decays) < 0:
         raise UserError("--rates must be above 0, --decays at least 0")
-    if s.batch_size % world.size:
-        raise UserError(f"--batch-size {s.batch_size} cannot be split over {world.size} ranks")
+    if s.batch_size % ranks.world:
+        raise UserError(f"--batch-size {s.batch_size} cannot be split over {ranks.world} ranks")
     kept = train.samples
     if s.select == "held-out":
         kept -= held_out_count(kept)
@@ -250,32 +250,32 @@ def check(s: Settings, world: World) -> int:
     return class_count(train, val)
 
 
-def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Train the heads, choose one, score it; the whole result, alike on every rank.
 
     folder: where the indices of the kept and the held-out images go.
     """
     timer = Timer()
     s = settings_of(args)
-    classes = check(s, world)
+    classes = check(s, ranks)
     seed_everything(s.seed)
-    vit, info = open_encoder(args, world)
+    vit, info = open_encoder(args, ranks)
     train, chosen_on = s.train, s.val
     if s.select == "held-out":
-        train, chosen_on = split(read_manifest(s.train), folder, s.seed, world)
-    heads = Heads(vit.num_features, classes, s, world.device)
-    losses = torch.zeros(len(s.pairs), device=world.device)
-    stream = enumerate(training_tokens(vit, info, world, s, train))
-    for step, micro in progress(stream, world, "attentive probe", s.steps):
-        losses = heads.step(step, micro, world)
-    losses = world.sum(losses)
+        train, chosen_on = split(read_manifest(s.train), folder, s.seed, ranks)
+    heads = Heads(vit.num_features, classes, s, ranks.device)
+    losses = torch.zeros(len(s.pairs), device=ranks.device)
+    stream = enumerate(training_tokens(vit, info, ranks, s, train))
+    for step, micro in progress(stream, ranks, "attentive probe", s.steps):
+        losses = heads.step(step, micro, ranks)
+    losses = ranks.sum(losses)
     if not bool(losses.isfinite().any()):
         raise UserError("no head of the attentive probe has a finite loss: lower --rates")
-    selection, count = accuracies(heads, chosen_on, vit, info, world, s)
+    selection, count = accuracies(heads, chosen_on, vit, info, ranks, s)
     best = max(range(len(selection)), key=lambda n: selection[n][0] if losses[n].isfinite() else -1)
     final, images = selection, count
     if s.select == "held-out":
-        final, images = accuracies(heads, s.val, vit, info, world, s)
+        final, images = accuracies(heads, s.val, vit, info, ranks, s)
     what = "held-out training images" if s.select == "held-out" else "the validation set"
     grid = [
         {"lr": lr, "weight_decay": wd, "selection": a[0], "validation": b[0]}
@@ -294,7 +294,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
         "settings": asdict(s) | {"optimizer": "AdamW", "classes": classes},
         "encoder": info,
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
@@ -323,10 +323,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    world = join_world()
+    ranks = join_ranks()
     output = output_path(args, "attentive-probe")
-    result = evaluate(args, world, output.with_suffix(""))
-    if world.first:
+    result = evaluate(args, ranks, output.with_suffix(""))
+    if ranks.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
 

@@ -24,9 +24,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eval.shared.cli import (
-    World,
     autocast,
-    join_world,
+    join_ranks,
     output_path,
     parser,
     progress,
@@ -36,6 +35,7 @@ from eval.shared.cli import (
 )
 from eval.shared.features import Timer, image_size, normalise, open_encoder
 from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
@@ -110,7 +110,7 @@ def check(args: argparse.Namespace) -> int:
     return min(images, args.images or images) // args.batch_size * args.batch_size
 
 
-def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """CKA for every ratio and block; the whole result, alike on every rank.
 
     Minibatches are fixed by the order of the images, and shared among the ranks as a whole, so
@@ -119,24 +119,24 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     timer = Timer()
     images = check(args)
     seed_everything(args.seed)
-    vit, info = open_encoder(args, world)
+    vit, info = open_encoder(args, ranks)
     check_encoder(vit, info["arch"], args.pool)
     loader = eval_loader(
         args.val,
         batch_size=args.batch_size,
-        rank=world.rank,
-        world=world.size,
+        rank=ranks.rank,
+        world=ranks.world,
         image_size=image_size(vit),
         workers=args.workers,
         interleave=True,
     )
     total = torch.zeros(len(args.mask_ratios), len(vit.blocks), 3, dtype=torch.float64)
-    total = total.to(world.device)
+    total = total.to(ranks.device)
     steps = images // args.batch_size
-    mine = range(world.rank, steps, world.size)
-    for _, batch in zip(mine, progress(loader, world, "CKA", len(mine)), strict=False):
-        total += batch_hsic(vit, normalise(batch.image, info, world.device), batch.sample, args)
-    total = world.sum(total) / steps
+    mine = range(ranks.rank, steps, ranks.world)
+    for _, batch in zip(mine, progress(loader, ranks, "CKA", len(mine)), strict=False):
+        total += batch_hsic(vit, normalise(batch.image, info, ranks.device), batch.sample, args)
+    total = ranks.sum(total) / steps
     cka = total[..., 0] / (total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)).sqrt()
     return {
         "protocol": "cka",
@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
         },
         "encoder": info,
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
@@ -171,10 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    world = join_world()
-    result = evaluate(args, world)
+    ranks = join_ranks()
+    result = evaluate(args, ranks)
     output = output_path(args, f"cka-{args.pool}")
-    if world.first:
+    if ranks.first:
         write_result(output, result)
         last = ", ".join(
             f"{ratio:.0%} {row[-1]:.3f}"

@@ -30,7 +30,6 @@ from eval.shared.batch_augment import make_erasing, make_mixup, seed_all
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import (
-    World,
     as_percent,
     count_correct,
     output_path,
@@ -53,7 +52,7 @@ from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import PREEMPTED, StopSignal
+from pipeline.distributed import PREEMPTED, Ranks, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
@@ -79,9 +78,9 @@ class Classifier(nn.Module):
 class Finetuning:
     """Model, engine and data of one finetuning on this rank."""
 
-    def __init__(self, args: argparse.Namespace, world: World) -> None:
-        self.args, self.world = args, world
-        encoder, self.info = open_encoder(args, world)
+    def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
+        self.args, self.ranks = args, ranks
+        encoder, self.info = open_encoder(args, ranks)
         self.size = image_size(encoder)
         seed_all(args.seed)
         model = build_classifier(encoder, self.info, args.classes, args.drop_path)
@@ -94,7 +93,7 @@ class Finetuning:
         if args.randaugment:
             mean = tuple(self.info["mean"])
             self.augment = RandAugment(args.randaugment, self.size, mean, args.seed)
-        self.erase = make_erasing(args.erasing, world.device)
+        self.erase = make_erasing(args.erasing, ranks.device)
         self.mix = make_mixup(
             mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
         )
@@ -110,7 +109,7 @@ class Finetuning:
             batch_size=args.batch_size,
             partitions=args.partitions,
             patches=patches,
-            world=self.world.size,
+            world=self.ranks.world,
         )
         if plan.stage == 3:
             raise UserError(
@@ -131,8 +130,8 @@ class Finetuning:
                 self.args.train,
                 batch_size=self.args.batch_size,
                 micro_batch=self.plan.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
                 seed=self.args.seed,
                 start_step=start,
                 total_steps=self.args.total_steps,
@@ -163,14 +162,14 @@ class Finetuning:
         lr = self.learning_rate(step)
         losses = []
         for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
-            pixels = normalise(batch.image, self.info, self.world.device)
-            seed_all(self.args.seed, step, number, self.world.rank)
+            pixels = normalise(batch.image, self.info, self.ranks.device)
+            seed_all(self.args.seed, step, number, self.ranks.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
-            pixels, target = self.mix(pixels, batch.label.to(self.world.device))
+            pixels, target = self.mix(pixels, batch.label.to(self.ranks.device))
             losses.append(self.engine.micro_step(lr, pixels, target)[0])
         loss = torch.stack(losses).mean()
-        if self.world.any(not bool(loss.isfinite())):
+        if self.ranks.any(not bool(loss.isfinite())):
             raise UserError(
                 f"the loss of finetuning is not finite in step {step + 1}; use a lower --base-lr, "
                 "or an encoder whose features are finite"
@@ -183,13 +182,13 @@ class Finetuning:
         """Accuracy on the validation set, each image once over all ranks."""
         self.module.eval()
         model = self.module.model
-        count = torch.zeros(3, dtype=torch.int64, device=self.world.device)
+        count = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)
         with torch.random.fork_rng(devices=[]):
-            for pixels, label, _ in batches(self.args.val, model, self.info, self.world, self.args):
+            for pixels, label, _ in batches(self.args.val, model, self.info, self.ranks, self.args):
                 logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
-        top1, top5, images = self.world.sum(count).tolist()
+        top1, top5, images = self.ranks.sum(count).tolist()
         return {
             "top1": as_percent(top1, images),
             "top5": as_percent(top5, images),
@@ -197,18 +196,18 @@ class Finetuning:
         }
 
 
-def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
+def choose_labels(args: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     """Replace args.train by the subset that --fraction or --subset asks for, kept in `folder`."""
     if args.fraction == 1.0 and not args.subset:
         return
     place = folder / "subset"
-    if world.first and not (place / "manifest.json").is_file():
+    if ranks.first and not (place / "manifest.json").is_file():
         names = Path(args.subset) if args.subset else None
         fraction = None if args.subset else args.fraction
         choice = Choice(fraction=fraction, names=names, seed=args.subset_seed)
         manifest = read_manifest(args.train)
         write_subset(manifest, place, choose_samples(manifest, choice), choice.record())
-    world.sum(torch.zeros(1, device=world.device))  # the first rank has written it
+    ranks.sum(torch.zeros(1, device=ranks.device))  # the first rank has written it
     args.train = str(place)
 
 
@@ -242,25 +241,25 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Finetune, validate after every epoch, export the classifier; the result on every rank."""
     timer = Timer()
     args.micro_batch = 256  # of validation
-    choose_labels(args, folder, world)
+    choose_labels(args, folder, ranks)
     classes = complete(args)
     stop = StopSignal()
-    run = Finetuning(args, world)
+    run = Finetuning(args, ranks)
     checkpoints = Checkpoints(folder, settings(args))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
     step, history = latest.get("step", 0), latest.get("history", [])
     loader = run.batches(step)
-    steps = progress(range(step, args.total_steps), world, "finetuning")
+    steps = progress(range(step, args.total_steps), ranks, "finetuning")
     for step in steps:
         if args.stop_epoch is not None and step >= args.stop_epoch * args.steps_per_epoch:
             break  # resumes here when rerun
         loss = run.train_step(step, loader)
         last = step + 1 == args.total_steps
-        stopping = world.any(bool(stop.name)) and not last
+        stopping = ranks.any(bool(stop.name)) and not last
         epoch_ends = (step + 1) % args.steps_per_epoch == 0 or last
         if epoch_ends:
             epoch = (step + 1) / args.steps_per_epoch
@@ -270,14 +269,14 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
             history.append(row)
         if epoch_ends or stopping:
             checkpoints.save(step + 1, partial(save_consolidated, run.engine), history=history)
-        if epoch_ends and world.first:
+        if epoch_ends and ranks.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
             sys.exit(PREEMPTED)
     if "top1" not in history[-1]:
         history[-1] |= run.validate()
     state = run.engine.full_state()
-    if world.first:
+    if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
         write_classifier(folder, weights, run.info, classes)
     return {
@@ -291,7 +290,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
         "precision": run.plan.precision,
         "encoder": run.info,
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
@@ -336,10 +335,9 @@ def result_name(args: argparse.Namespace) -> str:
 def main() -> None:
     args = build_parser().parse_args()
     ranks = init_ranks()
-    world = World(ranks.rank, ranks.world, ranks.device)
     output = output_path(args, result_name(args))
-    result = evaluate(args, world, output.with_suffix(""))
-    if world.first:
+    result = evaluate(args, ranks, output.with_suffix(""))
+    if ranks.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
 

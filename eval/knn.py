@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from eval.shared.cli import (
-    World,
     as_percent,
     count_correct,
-    join_world,
+    join_ranks,
     output_path,
     parser,
     run_command,
@@ -24,11 +23,12 @@ from eval.shared.cli import (
     write_result,
 )
 from eval.shared.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.metrics import vote
 
 
-def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Accuracy of the k-NN classifier; the whole result, alike on every rank."""
     timer = Timer()
     train, val = labelled(args.train), labelled(args.val)
@@ -36,17 +36,17 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
         raise UserError(f"--k {args.k}: must lie between 1 and {train.samples} training images")
     classes = class_count(train, val)
     seed_everything(args.seed)
-    vit, info = open_encoder(args, world)
-    feature, label = extract(args.train, vit, info, world, args)
-    query, truth = extract(args.val, vit, info, world, args)
+    vit, info = open_encoder(args, ranks)
+    feature, label = extract(args.train, vit, info, ranks, args)
+    query, truth = extract(args.val, vit, info, ranks, args)
     # Each rank classifies every world-th image; features are whole on every rank.
-    count = torch.zeros(3, dtype=torch.int64, device=world.device)
-    mine = torch.arange(world.rank, len(query), world.size, device=world.device)
+    count = torch.zeros(3, dtype=torch.int64, device=ranks.device)
+    mine = torch.arange(ranks.rank, len(query), ranks.world, device=ranks.device)
     feature = F.normalize(feature, dim=1)
     for piece in mine.split(256):
         votes = vote(query[piece], feature, label, classes, k=args.k, temperature=args.temperature)
         count += count_correct(votes, truth[piece])
-    top1, top5, images = world.sum(count).tolist()
+    top1, top5, images = ranks.sum(count).tolist()
     return {
         "protocol": "knn",
         "feature": args.feature,
@@ -62,7 +62,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
         },
         "encoder": info,
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
@@ -80,10 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    world = join_world()
-    result = evaluate(args, world)
+    ranks = join_ranks()
+    result = evaluate(args, ranks)
     output = output_path(args, "knn")
-    if world.first:
+    if ranks.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
 

@@ -38,10 +38,9 @@ from torch import Tensor
 
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.cli import (
-    World,
     as_percent,
     count_correct,
-    join_world,
+    join_ranks,
     output_path,
     parser,
     progress,
@@ -63,7 +62,7 @@ from eval.shared.features import (
 )
 from eval.shared.lars_probe import Probe, Training
 from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
-from pipeline.distributed import PREEMPTED, StopSignal
+from pipeline.distributed import PREEMPTED, Ranks, StopSignal
 from pipeline.errors import UserError
 
 PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
@@ -96,15 +95,15 @@ class ProbeCrop(Crop):
 
 
 def global_features(
-    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, start: int
+    vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented training features [B, D] and labels [B], one global batch after the other."""
     loader = train_loader(
         args.train,
         batch_size=args.batch_size,
         micro_batch=args.micro_batch,
-        rank=world.rank,
-        world=world.size,
+        rank=ranks.rank,
+        world=ranks.world,
         seed=args.seed,
         start_step=start,
         total_steps=args.total_steps,
@@ -114,38 +113,38 @@ def global_features(
     )
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
-        pixels = normalise(batch.image, info, world.device)
+        pixels = normalise(batch.image, info, ranks.device)
         feature = image_features(vit, pixels, args.feature, args.precision)
-        parts.append((feature, batch.label.to(world.device)))
-        if len(parts) * args.micro_batch * world.size == args.batch_size:
+        parts.append((feature, batch.label.to(ranks.device)))
+        if len(parts) * args.micro_batch * ranks.world == args.batch_size:
             feature, label = (torch.cat(column) for column in zip(*parts, strict=True))
-            yield world.gather(feature), world.gather(label)
+            yield ranks.gather(feature), ranks.gather(label)
             parts.clear()
 
 
 def score(
-    probe: Probe, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+    probe: Probe, vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Accuracy on the validation set, each image counted once whatever the number of ranks."""
     probe.eval()
-    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=world.device)
+    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=ranks.device)
     with torch.no_grad():
         for pixels, label, _ in progress(
-            batches(args.val, vit, info, world, args), world, "validation"
+            batches(args.val, vit, info, ranks, args), ranks, "validation"
         ):
             feature = image_features(vit, pixels, args.feature, args.precision)
             count += count_correct(probe(feature), label)
-    top1, top5, images = world.sum(count)[0].tolist()
+    top1, top5, images = ranks.sum(count)[0].tolist()
     return {"top1": as_percent(top1, images), "top5": as_percent(top5, images), "images": images}
 
 
 def probe_mae(
-    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, folder: Path
+    vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
-    probe = Probe(vit.num_features, args.classes, seed=args.seed).to(world.device)
-    world.broadcast(probe.state_dict().values())
+    probe = Probe(vit.num_features, args.classes, seed=args.seed).to(ranks.device)
+    ranks.broadcast(probe.state_dict().values())
     training = Training(
         probe, (args.base_lr,), batch=args.batch_size, steps=args.steps_per_epoch, args=args
     )
@@ -153,22 +152,22 @@ def probe_mae(
     checkpoints = Checkpoints(folder, known | {"feature": args.feature})
     latest, stop = checkpoints.load(training.read), StopSignal()
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
-    stream = global_features(vit, info, world, args, first)
+    stream = global_features(vit, info, ranks, args, first)
     left = args.total_steps - first
-    for step, batch in enumerate(progress(stream, world, "linear probe", left), first):
+    for step, batch in enumerate(progress(stream, ranks, "linear probe", left), first):
         losses = training.step(step, *batch)
         if not bool(losses.isfinite().all() and training.finite.all()):
             raise diverged([args.base_lr], f"in step {step + 1}")
         ended, last = (step + 1) % args.steps_per_epoch == 0, step + 1 == args.total_steps
-        stopping = world.any(bool(stop.name)) and not last
+        stopping = ranks.any(bool(stop.name)) and not last
         if ended or last or stopping:
             loss = losses.item()
-            checkpoints.save(step + 1, partial(training.write, world.first), loss=loss)
+            checkpoints.save(step + 1, partial(training.write, ranks.first), loss=loss)
         if ended:
-            announce(step, training, loss, world, args)
+            announce(step, training, loss, ranks, args)
         if stopping:
             sys.exit(PREEMPTED)
-    return {**score(probe, vit, info, world, args), "train_loss": round(loss, 5)}
+    return {**score(probe, vit, info, ranks, args), "train_loss": round(loss, 5)}
 
 
 def diverged(rates: list[float], where: str) -> UserError:
@@ -181,11 +180,11 @@ def diverged(rates: list[float], where: str) -> UserError:
 
 
 def announce(
-    step: int, training: Training, loss: float, world: World, args: argparse.Namespace
+    step: int, training: Training, loss: float, ranks: Ranks, args: argparse.Namespace
 ) -> None:
     """A line per tenth of the epochs, on the first rank."""
     epoch = (step + 1) // args.steps_per_epoch
-    if world.first and epoch % max(1, args.epochs // 10) == 0:
+    if ranks.first and epoch % max(1, args.epochs // 10) == 0:
         lr = f"lr {training.rate(step):.4g}"
         print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {lr}", flush=True)
 
@@ -232,21 +231,21 @@ def held_out(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
 def grid_scores(
     train: tuple[Tensor, Tensor],
     tests: dict[str, tuple[Tensor, Tensor]],
-    world: World,
+    ranks: Ranks,
     args: argparse.Namespace,
 ) -> list[dict[str, float]]:
     """Train a head per learning rate of the grid, the rates shared among the ranks; score each on
     every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order."""
-    mine = tuple(args.grid[world.rank :: world.size])
+    mine = tuple(args.grid[ranks.rank :: ranks.world])
     rows = torch.full((len(args.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
     if mine:
         probe, finite = train_heads(*train, mine, args)
         for column, (feature, label) in enumerate(tests.values()):
-            rows[world.rank :: world.size, 2 * column : 2 * column + 2] = torch.tensor(
+            rows[ranks.rank :: ranks.world, 2 * column : 2 * column + 2] = torch.tensor(
                 accuracies(probe, feature, label), dtype=torch.float64
             )
-        rows[world.rank :: world.size][~finite.cpu()] = math.nan
-    rows = world.sum(rows).cpu()
+        rows[ranks.rank :: ranks.world][~finite.cpu()] = math.nan
+    rows = ranks.sum(rows).cpu()
     lost = [rate for rate, row in zip(args.grid, rows, strict=True) if row.isnan().any()]
     if lost:  # known to every rank only now
         raise diverged(lost, "at the end")
@@ -258,11 +257,11 @@ def grid_scores(
 
 
 def probe_cached(
-    vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, _: Path
+    vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace, _: Path
 ) -> dict[str, Any]:
     """The cached protocol, too short to resume; the accuracy fields and the whole grid."""
-    feature, label = extract(args.train, vit, info, world, args)
-    val = extract(args.val, vit, info, world, args)
+    feature, label = extract(args.train, vit, info, ranks, args)
+    val = extract(args.val, vit, info, ranks, args)
     images = len(val[1])
     if args.select == "validation":
         train, tests, criterion = (feature, label), {"validation": val}, "validation"
@@ -273,7 +272,7 @@ def probe_cached(
         tests = {"held_out": (feature[out], label[out]), "validation": val}
         criterion = "held_out"
         chosen_on = f"{len(out)} held-out training images (best of {len(args.grid)})"
-    grid = grid_scores(train, tests, world, args)
+    grid = grid_scores(train, tests, ranks, args)
     best = max(grid, key=lambda row: row[criterion])
     return {
         "top1": best["validation"],
@@ -306,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
     return result
 
 
-def complete(args: argparse.Namespace, world: World) -> None:
+def complete(args: argparse.Namespace, ranks: Ranks) -> None:
     """Check the arguments against the data and derive the rest from it."""
     train, val = labelled(args.train), labelled(args.val)
     args.classes = class_count(train, val)
@@ -316,9 +315,9 @@ def complete(args: argparse.Namespace, world: World) -> None:
         raise UserError("--max-steps must be at least 1")
     if args.protocol == "cached":
         return
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {world.size} ranks")
-    share = args.batch_size // world.size
+    if args.batch_size % ranks.world:
+        raise UserError(f"--batch-size {args.batch_size} cannot be split over {ranks.world} ranks")
+    share = args.batch_size // ranks.world
     args.micro_batch = max(n for n in range(1, min(share, args.micro_batch) + 1) if share % n == 0)
     partitions = math.gcd(args.batch_size, PARTITIONS)
     args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, partitions)
@@ -340,17 +339,17 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**chosen, **fixed, "max_steps": args.max_steps, "classes": args.classes}
 
 
-def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Run the protocol that the arguments name; the whole result, alike on every rank.
 
     folder: where checkpoints are kept.
     """
     timer = Timer()
-    complete(args, world)
+    complete(args, ranks)
     seed_everything(args.seed)
-    vit, info = open_encoder(args, world)
+    vit, info = open_encoder(args, ranks)
     run: Callable[..., dict[str, Any]] = probe_mae if args.protocol == "mae" else probe_cached
-    accuracy = run(vit, info, world, args, folder)
+    accuracy = run(vit, info, ranks, args, folder)
     return {
         "protocol": f"linprobe-{args.protocol}",
         "feature": args.feature,
@@ -358,16 +357,16 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
         "settings": settings(args),
         "encoder": info,
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    world = join_world()
+    ranks = join_ranks()
     output = output_path(args, f"linprobe-{args.protocol}")
-    result = evaluate(args, world, output.with_suffix(""))
-    if world.first:
+    result = evaluate(args, ranks, output.with_suffix(""))
+    if ranks.first:
         write_result(output, result)
         print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
 

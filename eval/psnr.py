@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from eval.shared.cli import (
-    World,
     base_parser,
-    join_world,
+    join_ranks,
     output_path,
     progress,
     run_command,
@@ -30,6 +29,7 @@ from eval.shared.cli import (
 )
 from eval.shared.features import Timer
 from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 
@@ -60,41 +60,41 @@ def decibel(error: Tensor) -> Tensor:
 
 
 def measure(
-    model: Reconstructor, world: World, args: argparse.Namespace
+    model: Reconstructor, ranks: Ranks, args: argparse.Namespace
 ) -> tuple[list[float], int]:
     """(hidden, image) in dB and the number of images, each counted once over all ranks."""
     loader = eval_loader(
         args.val,
         batch_size=args.micro_batch,
-        rank=world.rank,
-        world=world.size,
+        rank=ranks.rank,
+        world=ranks.world,
         image_size=model.size,
         workers=args.workers,
         interleave=True,
     )
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for batch in progress(loader, world, "PSNR"):
-        image, sample = batch.image.to(world.device), batch.sample.to(world.device)
+    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for batch in progress(loader, ranks, "PSNR"):
+        image, sample = batch.image.to(ranks.device), batch.sample.to(ranks.device)
         visible, inverse = model.mask(sample, args.mask_ratio, args.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
         total[:2] += decibel(error).sum(0)
         total[2] += len(image)
-    hidden, whole, images = world.sum(total).tolist()
+    hidden, whole, images = ranks.sum(total).tolist()
     return [hidden / images, whole / images], int(images)
 
 
-def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """PSNR of a run's reconstructions; the whole result, alike on every rank."""
     timer = Timer()
-    model = load_reconstructor(args.encoder, args.recipe, args.overrides).to(world.device)
+    model = load_reconstructor(args.encoder, args.recipe, args.overrides).to(ranks.device)
     length = model.grid[0] * model.grid[1]
     args.mask_ratio = model.recipe.views.mask_ratio if args.mask_ratio is None else args.mask_ratio
     if not 0 < args.mask_ratio < 1 or int(length * (1 - args.mask_ratio)) in (0, length):
         raise UserError(
             f"--mask-ratio {args.mask_ratio}: must leave some of {length} patches hidden and shown"
         )
-    (hidden, whole), images = measure(model, world, args)
+    (hidden, whole), images = measure(model, ranks, args)
     statistics = TRUE_STATISTICS if model.true_statistics else "pixels are predicted as they are"
     return {
         "protocol": "psnr",
@@ -105,7 +105,7 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
         "settings": {"mask_ratio": args.mask_ratio, "seed": args.seed, "val": args.val},
         "encoder": {**model.info, "random": False, "source": args.encoder},
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
@@ -131,10 +131,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    world = join_world()
-    result = evaluate(args, world)
+    ranks = join_ranks()
+    result = evaluate(args, ranks)
     output = output_path(args, "psnr")
-    if world.first:
+    if ranks.first:
         write_result(output, result)
         figures = f"{result['image']:.2f} dB (hidden patches alone {result['hidden']:.2f} dB)"
         print(f"PSNR {figures}; {result['statistics']}  → {output}", flush=True)

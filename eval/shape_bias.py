@@ -29,14 +29,14 @@ from torch import Tensor
 
 from eval.shared.classifier import classify, read_classifier
 from eval.shared.cli import (
-    World,
     as_percent,
-    join_world,
+    join_ranks,
     progress,
     run_command,
     write_result,
 )
 from eval.shared.features import Timer, normalise
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
@@ -165,7 +165,7 @@ def evaluation_crop(path: Path, size: int) -> np.ndarray:
     return np.array(picture.crop((left, top, left + size, top + size)))
 
 
-def classifier_trials(args: argparse.Namespace, world: World) -> tuple[list, dict[str, Any]]:
+def classifier_trials(args: argparse.Namespace, ranks: Ranks) -> tuple[list, dict[str, Any]]:
     """Trials of the classifier on all images, whole on every rank, and the classifier's info."""
     model, info = read_classifier(args.classifier)
     if len(info["classes"]) != 1000:
@@ -173,26 +173,26 @@ def classifier_trials(args: argparse.Namespace, world: World) -> tuple[list, dic
             f"{args.classifier} knows {len(info['classes'])} classes; the 16 categories are made "
             "of ImageNet's 1000"
         )
-    model.to(world.device)
+    model.to(ranks.device)
     images = find_images(args.images)
-    mine = images[world.rank :: world.size]
-    choice = torch.full((len(images),), -1, dtype=torch.int64, device=world.device)
+    mine = images[ranks.rank :: ranks.world]
+    choice = torch.full((len(images),), -1, dtype=torch.int64, device=ranks.device)
     names, size = list(CATEGORIES), int(info["options"]["img_size"])
     pieces = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    place = world.rank
-    for piece in progress(pieces, world, "shape bias"):
+    place = ranks.rank
+    for piece in progress(pieces, ranks, "shape bias"):
         crops = torch.from_numpy(np.stack([evaluation_crop(path, size) for path, _, _ in piece]))
-        probability = classify(model, normalise(crops, info, world.device))
+        probability = classify(model, normalise(crops, info, ranks.device))
         for decision in decide(probability):
             choice[place] = names.index(decision)
-            place += world.size
+            place += ranks.world
     # Each rank has filled its own places and left -1 in the others.
-    choice = world.sum(choice + 1) - 1
+    choice = ranks.sum(choice + 1) - 1
     trials = [(names[c], s, t) for c, (_, s, t) in zip(choice.tolist(), images, strict=True)]
     return trials, {key: value for key, value in info.items() if key != "classes"}
 
 
-def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     """Shape bias of a classifier or of recorded decisions; the whole result."""
     timer = Timer()
     if bool(args.classifier) != bool(args.images) or bool(args.classifier) == bool(args.decisions):
@@ -200,14 +200,14 @@ def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     if args.decisions:
         trials, info = read_decisions(args.decisions), {"source": [str(p) for p in args.decisions]}
     else:
-        trials, info = classifier_trials(args, world)
+        trials, info = classifier_trials(args, ranks)
     return {
         "protocol": "shape-bias",
         **shape_bias(trials),
         "settings": {"classifier": args.classifier, "images": args.images},
         "encoder": info,
         "seconds": timer.seconds,
-        "ranks": world.size,
+        "ranks": ranks.world,
     }
 
 
@@ -225,13 +225,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    world = join_world()
-    result = evaluate(args, world)
+    ranks = join_ranks()
+    result = evaluate(args, ranks)
     output = args.output
     if output is None and args.classifier and not args.classifier.startswith("timm:"):
         folder = Path(args.classifier)
         output = folder.with_name(f"shape-bias-{folder.name}.json")
-    if world.first:
+    if ranks.first:
         if output is not None:
             write_result(output, result)
         bias = result["shape_bias"]

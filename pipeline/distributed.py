@@ -13,7 +13,7 @@ import socket
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,51 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+
+    @classmethod
+    def alone(cls, device: str | torch.device = "cpu") -> Ranks:
+        """A process on its own, which needs no process group."""
+        return cls(0, 1, 0, 1, torch.device(device))
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor (any shape, same on every rank) over all ranks."""
+        if self.world == 1:
+            return value
+        total = value.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def agree(self, make: Callable[[], Any]) -> Any:
+        """The first rank's result of make() on every rank; its UserError too."""
+        return make() if self.world == 1 else agree(make)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.world == 1 else any_rank(flag)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite each tensor by that of rank 0."""
+        if self.world > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=0)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows [n, …] of every rank, in the order of the ranks: [sum of n, …]; n may differ."""
+        if self.world == 1:
+            return rows
+        rows, counts = rows.to(self.device), torch.zeros(self.world, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        counts = self.sum(counts)
+        padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        pieces = [torch.empty_like(padded) for _ in range(self.world)]
+        torch.distributed.all_gather(pieces, padded)
+        return torch.cat([p[:n] for p, n in zip(pieces, counts.tolist(), strict=True)])
 
 
 def prepare_deepspeed() -> None:

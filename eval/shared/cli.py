@@ -10,7 +10,6 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,73 +19,24 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.distributed import agree, any_rank
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError, refuse
 from shard_tools.atomic import write_json
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among the ranks; `World(0, 1, cpu)` is a run on its own."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def first(self) -> bool:
-        """True on the rank that talks and writes."""
-        return self.rank == 0
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Sum of a tensor (any shape, same on every rank) over all ranks."""
-        if self.size == 1:
-            return value
-        total = value.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total
-
-    def agree(self, make: Callable[[], Any]) -> Any:
-        """The first rank's result of make() on every rank; its UserError too."""
-        return make() if self.size == 1 else agree(make)
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return flag if self.size == 1 else any_rank(flag)
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite each tensor by that of rank 0."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Rows [n, …] of every rank, in the order of the ranks: [sum of n, …]; n may differ."""
-        if self.size == 1:
-            return rows
-        rows = rows.to(self.device)
-        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=self.device))
-        longest = int(max(counts).item())
-        padded = rows.new_zeros((longest, *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        pieces = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(pieces, padded)
-        return torch.cat([p[: int(n.item())] for p, n in zip(pieces, counts, strict=True)])
-
-
-def join_world() -> World:
+def join_ranks() -> Ranks:
     """Join the ranks named by the environment (nccl on CUDA, gloo on CPU), or run alone."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world, local_rank, local_world = (int(os.environ.get(k, v)) for k, v in names.items())
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size)
-    return World(rank, size, torch.device(device))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+    return Ranks(rank, world, local_rank, local_world, device)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -156,9 +106,9 @@ def count_correct(logits: Tensor, label: Tensor) -> Tensor:
     return torch.stack([hit[..., :1].sum((-1, -2)), hit.sum((-1, -2)), images], dim=-1)
 
 
-def progress(items: Iterable[T], world: World, text: str, total: int | None = None) -> Iterable[T]:
+def progress(items: Iterable[T], ranks: Ranks, text: str, total: int | None = None) -> Iterable[T]:
     """A progress bar with the time left, on the first rank and in a terminal only."""
-    return tqdm(items, desc=text, total=total, disable=None if world.first else True, leave=False)
+    return tqdm(items, desc=text, total=total, disable=None if ranks.first else True, leave=False)
 
 
 def output_path(args: argparse.Namespace, name: str) -> Path:

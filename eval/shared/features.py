@@ -10,20 +10,21 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eval.shared.cli import World, autocast, progress
+from eval.shared.cli import autocast, progress
 from eval.shared.encoders import check_feature, choose_encoder
 from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 
 FEATURES = ("cls", "mean_patch")
 
 
-def open_encoder(args: argparse.Namespace, world: World) -> tuple[VisionTransformer, dict]:
+def open_encoder(args: argparse.Namespace, ranks: Ranks) -> tuple[VisionTransformer, dict]:
     """The encoder that the command line names, frozen, in eval mode, on this rank's device."""
     vit, info = choose_encoder(args)
     check_feature(vit, getattr(args, "feature", "mean_patch"))
-    vit.requires_grad_(False).eval().to(world.device)
+    vit.requires_grad_(False).eval().to(ranks.device)
     return vit, info
 
 
@@ -77,7 +78,7 @@ def class_count(train: Manifest, val: Manifest) -> int:
 
 
 def batches(
-    folder: str | Path, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+    folder: str | Path, vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This rank's batches of a set, each image once over all ranks, evaluation crop. What is in a
     batch does not depend on the number of ranks, and so neither does the rounding of its features.
@@ -87,19 +88,19 @@ def batches(
     loader = eval_loader(
         folder,
         batch_size=args.micro_batch,
-        rank=world.rank,
-        world=world.size,
+        rank=ranks.rank,
+        world=ranks.world,
         image_size=image_size(vit),
         workers=args.workers,
         interleave=True,
     )
     for batch in loader:
-        pixels = normalise(batch.image, info, world.device)
-        yield pixels, batch.label.to(world.device), batch.sample.to(world.device)
+        pixels = normalise(batch.image, info, ranks.device)
+        yield pixels, batch.label.to(ranks.device), batch.sample.to(ranks.device)
 
 
 def extract(
-    folder: str | Path, vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace
+    folder: str | Path, vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace
 ) -> tuple[Tensor, Tensor]:
     """Features float32 [N, D] and labels int64 [N] of a whole set on every rank, in sample order.
 
@@ -109,18 +110,18 @@ def extract(
     total = read_manifest(folder).samples
     parts = []
     for pixels, label, sample in progress(
-        batches(folder, vit, info, world, args), world, f"features of {folder}"
+        batches(folder, vit, info, ranks, args), ranks, f"features of {folder}"
     ):
         parts.append((image_features(vit, pixels, args.feature, args.precision), label, sample))
     width = vit.num_features
-    empty = torch.zeros(0, dtype=torch.int64, device=world.device)
-    feature = world.gather(
-        torch.cat([torch.zeros(0, width).to(world.device), *[p[0] for p in parts]])
+    empty = torch.zeros(0, dtype=torch.int64, device=ranks.device)
+    feature = ranks.gather(
+        torch.cat([torch.zeros(0, width).to(ranks.device), *[p[0] for p in parts]])
     )
-    label = world.gather(torch.cat([empty, *[p[1] for p in parts]]))
-    sample = world.gather(torch.cat([empty, *[p[2] for p in parts]]))
+    label = ranks.gather(torch.cat([empty, *[p[1] for p in parts]]))
+    sample = ranks.gather(torch.cat([empty, *[p[2] for p in parts]]))
     order = sample.argsort()
-    if not torch.equal(sample[order], torch.arange(total, device=world.device)):
+    if not torch.equal(sample[order], torch.arange(total, device=ranks.device)):
         raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
     return feature[order], label[order]
 

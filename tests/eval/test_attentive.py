@@ -121,9 +121,9 @@ def test_result_names_what_was_chosen_and_how(place):
     assert sum(s["samples"] for s in held_out["shards"]) == 6
 
 
-def _two(world, place, output):
-    result = attentive.evaluate(parse(Path(place)), world, Path(output) / "probe")
-    Path(output, f"{world.rank}.json").write_text(json.dumps(result["grid"]))
+def _two(ranks, place, output):
+    result = attentive.evaluate(parse(Path(place)), ranks, Path(output) / "probe")
+    Path(output, f"{ranks.rank}.json").write_text(json.dumps(result["grid"]))
 
 
 def test_two_ranks_give_the_result_of_one(place, tmp_path):

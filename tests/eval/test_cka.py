@@ -10,8 +10,8 @@ from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, wr
 from torch import Tensor
 
 from eval import cka
-from eval.shared.cli import World
 from eval.shared.features import open_encoder
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 COUNT = 48
@@ -123,9 +123,9 @@ def test_dropped_patches_do_not_reach_the_encoder(place: Path) -> None:
             torch.testing.assert_close(a, b)
 
 
-def work(world: World, place: str) -> None:
-    result = cka.evaluate(parse(Path(place), "--batch-size", 16), world)
-    (Path(place) / f"rank{world.rank}.json").write_text(json.dumps(result))
+def work(ranks: Ranks, place: str) -> None:
+    result = cka.evaluate(parse(Path(place), "--batch-size", 16), ranks)
+    (Path(place) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 
 
 def test_minibatches_on_two_ranks_give_the_value_of_one(place: Path) -> None:

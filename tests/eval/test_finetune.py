@@ -31,9 +31,8 @@ from eval.shared.classifier import (
     layer_of,
     read_classifier,
 )
-from eval.shared.cli import World
 from pipeline.data.loader import eval_loader
-from pipeline.distributed import PREEMPTED
+from pipeline.distributed import PREEMPTED, Ranks
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
@@ -208,13 +207,13 @@ def arguments(place: Path, output: Path, *more: str) -> list[str]:
     return [str(v) for v in (*common, *small, *easy, *rest)]
 
 
-def work(world: World, place: str, output: str) -> None:
+def work(ranks: Ranks, place: str, output: str) -> None:
     """Finetune, then call it again: it finds that all is done."""
     init_ranks()
     for number in (1, 2):
         args = finetune.build_parser().parse_args(arguments(Path(place), Path(output)))
-        result = finetune.evaluate(args, world, Path(output).with_suffix(""))
-        Path(output).with_name(f"{number}-{world.rank}.json").write_text(json.dumps(result))
+        result = finetune.evaluate(args, ranks, Path(output).with_suffix(""))
+        Path(output).with_name(f"{number}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
 def test_two_ranks_finetune_resume_and_export(place: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
 
 from eval import knn
-from eval.shared.cli import World
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 
@@ -52,9 +52,9 @@ def test_protocol_and_result(place: Path) -> None:
     assert result["top5"] >= result["top1"]
 
 
-def work(world: World, place: str) -> None:
-    result = knn.evaluate(parse(Path(place)), world)
-    (Path(place) / f"rank{world.rank}.json").write_text(json.dumps(result))
+def work(ranks: Ranks, place: str) -> None:
+    result = knn.evaluate(parse(Path(place)), ranks)
+    (Path(place) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 
 
 def test_two_ranks_give_the_result_of_one(place: Path) -> None:

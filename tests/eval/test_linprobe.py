@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from eval import linprobe
-from eval.shared.cli import World, count_correct, run_command
+from eval.shared.cli import count_correct, run_command
 from eval.shared.features import extract, open_encoder
 from eval.shared.lars_probe import Probe, Training
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 
@@ -231,11 +232,11 @@ def test_cached_and_augmented_runs_learn_something(place: Path, tmp_path: Path) 
     assert augmented["images"] == cached["images"] == 37
 
 
-def work(world: World, place: str) -> None:
+def work(ranks: Ranks, place: str) -> None:
     for protocol in ("mae", "cached"):
         args = parse(Path(place), "--protocol", protocol, "--base-lr", "20")
-        result = linprobe.evaluate(args, world, Path(place) / f"two-{protocol}")
-        (Path(place) / f"{protocol}-{world.rank}.json").write_text(json.dumps(result))
+        result = linprobe.evaluate(args, ranks, Path(place) / f"two-{protocol}")
+        (Path(place) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
 def test_going_on_equals_never_stopping(

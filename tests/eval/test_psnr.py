@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from eval import psnr, reconstruct
-from eval.shared.cli import World, run_command
+from eval.shared.cli import run_command
 from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
@@ -104,9 +105,9 @@ def test_predictions_are_clipped_and_perfect_ones_are_finite():
     assert psnr.decibel(torch.tensor(0.0)).item() == pytest.approx(100)
 
 
-def work(world: World, place: str) -> None:
+def work(ranks: Ranks, place: str) -> None:
     args = parse(Path(place), "mae", "--micro-batch", "4")
-    (Path(place) / f"{world.rank}.json").write_text(json.dumps(psnr.evaluate(args, world)))
+    (Path(place) / f"{ranks.rank}.json").write_text(json.dumps(psnr.evaluate(args, ranks)))
 
 
 def test_ranks_batches_and_layouts_change_nothing(place):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval import shape_bias
 from eval.shared.classifier import write_classifier
-from eval.shared.cli import World
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 HUMANS = Path(__file__).parent / "oracles/cue_conflict_human_decisions.csv"
@@ -104,10 +104,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def work(world: World, place: str) -> None:
+def work(ranks: Ranks, place: str) -> None:
     args = parse("--classifier", f"{place}/model", "--images", f"{place}/images", "--batch-size", 2)
-    trials, _ = shape_bias.classifier_trials(args, world)
-    Path(place, f"rank{world.rank}.json").write_text(json.dumps(trials))
+    trials, _ = shape_bias.classifier_trials(args, ranks)
+    Path(place, f"rank{ranks.rank}.json").write_text(json.dumps(trials))
 
 
 def test_classifier_decides_alike_on_two_ranks(place: Path) -> None:

@@ -21,11 +21,12 @@ import torch.multiprocessing
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.shared.cli import World, join_world
+from eval.shared.cli import join_ranks
+from pipeline.distributed import Ranks
 from shard_tools.manifest import SAMPLE, Shard, write_manifest
 
 SIZE = 16
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = Ranks.alone()
 OPTIONS = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -115,13 +116,13 @@ def _on_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple) 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    world = join_world()
-    work(world, *arguments)
+    ranks = join_ranks()
+    work(ranks, *arguments)
     torch.distributed.destroy_process_group()
 
 
 def on_two_ranks(work: Callable[..., None], *arguments: str) -> None:
-    """Call work(world, *arguments) on two real processes joined by gloo."""
+    """Call work(ranks, *arguments) on two real processes joined by gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
