@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from pipeline import kernels
+from pipeline.config.ds_config import RunPlan, plan_recipe, read_ds_config
 from pipeline.config.recipe import (
     RECIPES,
     Recipe,
     dump_recipe,
-    ema_momentum,
-    learning_rate,
     load_recipe,
 )
+from pipeline.config.schedules import ema_momentum, learning_rate
 from pipeline.data.loader import Batch, Crop, Loader, eval_loader, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
@@ -34,24 +34,20 @@ from pipeline.errors import UserError, refuse
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.pictures import draw
-from pipeline.runtime.engine import (
-    Engine,
-    Plan,
-    init_ranks,
-    make_plan,
-    read_ds_config,
-)
+from pipeline.runtime.checkpoint import CheckpointStore, SaveError
+from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
-from pipeline.runtime.probes import Probes, SkippedSteps
+from pipeline.runtime.optimizers import optimizer_of
+from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import (
     RunLock,
-    SaveError,
     claim,
     export,
     load_checkpoint,
     save_checkpoint,
     versions,
 )
+from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.watchdog import Watchdog, last_failure, note_failure
 from shard_tools.atomic import write_atomic, write_json
 from shard_tools.manifest import read_manifest
@@ -67,8 +63,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
-        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name like "
-        "zero1",
+        help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such "
+        "as zero1",
     )  # fmt: skip
     parser.add_argument(
         "--recipe",
@@ -89,7 +85,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|none",
-        help="go on from the newest checkpoint of --output, from another run or checkpoint, or not",
+        help="resume from the newest valid checkpoint of --output, from another run or checkpoint, "
+        "or start from scratch",
     )  # fmt: skip
     parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
@@ -116,7 +113,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
         self.ranks = ranks
         self.recipe = recipe = load_recipe(args.recipe, args.overrides)
-        self.plan: Plan = make_plan(read_ds_config(args.ds_config), recipe, ranks.world)
+        self.plan: RunPlan = plan_recipe(read_ds_config(args.ds_config), recipe, ranks.world)
+        optimizer_of(self.plan)  # refused before anything is made
         manifest = read_manifest(args.data)
         self.data = args.data
         epoch = recipe.data.samples_per_epoch or manifest.samples
@@ -132,6 +130,7 @@ class Run:
         self.objective, self.teacher = build_objective(recipe)
         self.output: Path = agree(lambda: Path(args.output or default_output(recipe)))
         self.lock: RunLock | None = None
+        self.store = CheckpointStore(self.output, recipe.monitor.keep_checkpoints)
         checkpoint, failed = agree(lambda: self._claim(args.resume))
         self.watchdog = Watchdog(self.plan.watchdog_seconds, ranks.rank, self.output)
         self.engine = Engine(self.objective, parameter_groups(self.objective), self.plan)
@@ -142,10 +141,11 @@ class Run:
         if checkpoint is not None:
             state = load_checkpoint(checkpoint, self.engine, self.teacher)
             self.first = int(state["step"])
-            saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['stage']}"
+            saved = f"saved by {state['ranks']} ranks under ZeRO stage {state['zero_stage']}"
             together = ranks.world * self.plan.micro_batch
-            if recipe.measure.batch_negatives and state["together"] != together:
-                saved += f"; negatives came from {state['together']} images, now from {together}"
+            if recipe.measure.batch_negatives and state["negatives_batch"] != together:
+                before = state["negatives_batch"]
+                saved += f"; negatives came from {before} images, now from {together}"
             if self.first >= self.last:  # killed before the encoder was written, perhaps
                 export(self.output, checkpoint, self.objective, recipe, self.first)
         self.loader = self._loader()
@@ -160,7 +160,7 @@ class Run:
             log_steps=recipe.monitor.log_steps,
         )
         if failed:
-            self.monitor.say(f"the last start failed: {failed}")
+            self.monitor.say(f"previous run failed: {failed}")
         self._announce(kernel_line, manifest.samples)
         if checkpoint is not None:
             self.monitor.say(
@@ -199,7 +199,7 @@ class Run:
     def _announce(self, kernel_line: str, samples: int) -> None:
         if self.ranks.rank == 0:
             write_atomic(self.output / "recipe.yaml", dump_recipe(self.recipe))
-            write_json(self.output / "ds_config.json", self.plan.config)
+            write_json(self.output / "ds_config.json", self.engine.config)
             facts = versions() | {
                 "device": _device_name(self.ranks.device),
                 "ranks": self.ranks.world,
@@ -211,8 +211,9 @@ class Run:
             write_json(self.output / "versions.json", facts)
         say = self.monitor.say
         say(f"run: {self.output} ({self.recipe.name}, {self.recipe.encoder.arch})")
-        for note in (*self.plan.notes, kernel_line, f"decoder: {self.loader.decoder}"):
-            say(note)
+        lines = [*self.plan.describe(), self.engine.kind.describe(), kernel_line]
+        for line in (*lines, f"image decoder: {self.loader.decoder}"):
+            say(line)
         say(f"data: {samples} images in {self.data}, {self.epoch_steps} steps per epoch")
 
     def failed(self, error: Exception) -> int:
@@ -247,21 +248,19 @@ class Run:
         state = {
             "step": step,
             "ranks": self.ranks.world,
-            "stage": self.plan.stage,
+            "zero_stage": self.plan.stage,
             "precision": self.plan.precision,
-            "together": self.ranks.world * self.plan.micro_batch,  # images that share negatives
+            "negatives_batch": self.ranks.world * self.plan.micro_batch,
             "versions": versions(),
         }
         m, text = self.recipe.monitor, dump_recipe(self.recipe)
         try:
-            place = save_checkpoint(
-                self.output, self.engine, self.teacher, text, state, m.keep_checkpoints
-            )
+            place = save_checkpoint(self.store, self.engine, self.teacher, text, state)
             export(self.output, place, self.objective, self.recipe, step)
         except SaveError as error:
             if must or m.on_disk_full == "stop":
                 raise
-            self.monitor.say(f"warning: {error}; going on (monitor.on_disk_full: continue)")
+            self.monitor.say(f"warning: {error}; continuing (monitor.on_disk_full: continue)")
         self.saving += time.perf_counter() - paused
         self.monitor.resume_clock(paused)
 
@@ -310,7 +309,7 @@ def train(run: Run, stop: StopSignal) -> int:
                 None if batch.second is None else batch.second.to(device, non_blocking=True),
             )
             run.monitor.add(loss, terms, 1.0 / run.plan.accumulation)
-        run.skipped.note(step, run.engine.skipped)
+        run.skipped.note(step, run.engine.step_skipped)
         values: dict[str, Any] = {
             "lr": lr,
             "epoch": (step + 1) / run.epoch_steps,
@@ -339,7 +338,7 @@ def train(run: Run, stop: StopSignal) -> int:
             return PREEMPTED
     share = run.saving / (time.perf_counter() - run.start)
     run.monitor.say(f"done: step {run.last}; encoder in {run.output / 'encoder'}")
-    run.monitor.say(f"saving took {run.saving:.1f} s, {share:.1%} of this start")
+    run.monitor.say(f"checkpointing took {run.saving:.1f} s ({100 * share:.1f} % of wall time)")
     return 0
 
 

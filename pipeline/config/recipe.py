@@ -7,7 +7,6 @@ buckets) belongs to ds_configs/, never here.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -40,8 +39,7 @@ from pipeline.errors import UserError
 __all__ = [
     "RECIPES", "BYOLRecipe", "DataRecipe", "DecoderRecipe", "EncoderRecipe", "HeadsRecipe",
     "InfoNCERecipe", "JitterRecipe", "Recipe", "RecipeError", "ReconstructionRecipe",
-    "dump_recipe", "ema_momentum", "first_difference", "learning_rate", "load_recipe",
-    "parse_recipe",
+    "dump_recipe", "first_difference", "load_recipe", "parse_recipe",
 ]  # fmt: skip
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -94,28 +92,6 @@ class Recipe(Section):
             )
         self.measure.check(self.encoder, self.views)
         return self
-
-
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine.
-
-    SPEC §4, per step: step / warm-up steps of the peak during warm-up, then
-    min + (peak - min) (1 + cos(pi t)) / 2 with t from 0 to 1 over the rest.
-    """
-    o = recipe.optimizer
-    warmup, total = o.warmup_epochs * steps_per_epoch, o.epochs * steps_per_epoch
-    if step < warmup:
-        return recipe.lr * step / warmup
-    t = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
-    return o.min_lr + (recipe.lr - o.min_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
-
-
-def ema_momentum(recipe: Recipe, step: int, total_steps: int) -> float:
-    """The teacher's momentum m at a step: constant, or 1 - (1 - m) (1 + cos(pi s / S)) / 2."""
-    m = recipe.ema.momentum
-    if recipe.ema.schedule == "constant":
-        return m
-    return 1.0 - (1.0 - m) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -276,11 +276,12 @@ class WeightDecayRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """AdamW; lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
+    """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 
     A step whose gradient is not finite is skipped; skip_limit of them in a row end the run.
     """
 
+    kind: Literal["adamw"] = "adamw"
     base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8

@@ -64,7 +64,7 @@ fault() { # kill|cut: node2 is lost in the middle of a run
   "$hosts" down "$dir" && "$hosts" up "$dir" # the machine comes back
   last=$(sed 's/step-0*//' "$dir/$name/checkpoints/latest")
   train "$name" --max-steps $((last + 20)) >"$dir/$name.log" 2>&1 || { cat "$dir/$name.log" && exit 1; }
-  grep -h 'the last start failed\|resumed:\|^node1: done:' "$dir/$name.log"
+  grep -h 'previous run failed\|resumed:\|^node1: done:' "$dir/$name.log"
 }
 
 preemption() { # a job of a higher partition takes both nodes; the trainer is requeued

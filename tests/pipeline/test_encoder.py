@@ -54,7 +54,7 @@ def test_a_whole_image_gives_timms_own_features(tmp_path):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("hidden", ["drop", "token"])
+@pytest.mark.parametrize("hidden", ["drop", "replace"])
 def test_masked_tokens_against_the_loop_oracle(hidden):
     recipe = tiny_recipe("cmae", "measure.tokens=mean_patch", f"encoder.masked_tokens={hidden}")
     encoder, image = Encoder(recipe), images()
@@ -65,7 +65,7 @@ def test_masked_tokens_against_the_loop_oracle(hidden):
         for b in range(3):
             theirs = oracle.encode(
                 weights, view.image[b], view.visible[b].tolist(), patch=PATCH, heads=HEADS,
-                tokens=hidden == "token",
+                tokens=hidden == "replace",
             )  # fmt: skip
             torch.testing.assert_close(ours[b], theirs, rtol=1e-5, atol=1e-5)
 

@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import HeadsRecipe, RecipeError
+from pipeline.distributed import can_build
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_state
 from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp
@@ -319,6 +320,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not can_build(), reason="needs a C++ compiler and Python.h")
 def test_compiled_blocks_give_the_same_loss_and_gradients():
     results = []
     for compiled in (False, True):
