@@ -25,6 +25,7 @@ from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
 from pipeline.data.loader import Batch
 from pipeline.distributed import Ranks, close
+from pipeline.kernels.cases import ops
 from pipeline.method import objective
 from pipeline.runtime.engine import init_ranks
 
@@ -146,8 +147,9 @@ class Phases:
         ):
             if hasattr(measure, attribute):
                 self.watch(name, getattr(measure, attribute), "forward")
-        for op in ("patch_loss", "token_infonce"):
-            self.watch("loss", kernels, op)
+        for op, module in ops().items():
+            if module.PHASE == "loss":
+                self.watch("loss", kernels, op)
         self.watch("backward", run.engine.engine, "backward")
         self.watch("optimizer", run.engine.engine, "step")
         if run.teacher is not None:
