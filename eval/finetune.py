@@ -61,7 +61,8 @@ from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.seeding import seed_all, seed_step
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
-from shard_tools import subset
+from shard_tools.manifest import read_manifest
+from shard_tools.subset import Choice, choose_samples, write_subset
 
 
 class Classifier(nn.Module):
@@ -201,10 +202,11 @@ def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
         return
     place = folder / "subset"
     if world.first and not (place / "manifest.json").is_file():
-        how = ["--names", args.subset] if args.subset else ["--fraction", str(args.fraction)]
-        options = [str(args.train), str(place), *how, "--seed", str(args.subset_seed)]
-        if subset.main(options):
-            raise UserError(f"the subset of {args.train} could not be written to {place}")
+        names = Path(args.subset) if args.subset else None
+        fraction = None if args.subset else args.fraction
+        choice = Choice(fraction=fraction, names=names, seed=args.subset_seed)
+        manifest = read_manifest(args.train)
+        write_subset(manifest, place, choose_samples(manifest, choice), choice.record())
     world.sum(torch.zeros(1, device=world.device))  # the first rank has written it
     args.train = str(place)
 

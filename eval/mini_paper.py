@@ -17,9 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval.paper.claims import CLAIMS, CONFIDENCE, REFUTED, Claim, Judged, judge, verdict
-from eval.paper.commands import PROTOCOLS, Place, row_jobs, run_name
+from eval.paper.commands import Place, row_jobs, run_name
 from eval.paper.job_runner import Job, costs, run_jobs, show_plan
-from eval.paper.published import FIGURES, PaperRow
+from eval.paper.published import PaperRow
+from eval.protocols import headings, keys
 from eval.report import Section, markdown_table, write_report
 from eval.reporting.tables import Cell, Row, Table
 from eval.reproduce import (
@@ -82,7 +83,7 @@ def wanted_figures(claims: Sequence[Claim]) -> dict[str, list[str]]:
         for name in (difference.better, difference.worse)
     }
     names = [name for name in (*ROWS, SUPERVISED.name) if any(name == row for row, _ in pairs)]
-    return {name: [p for p in PROTOCOLS if (name, p) in pairs] for name in names}
+    return {name: [p for p in keys() if (name, p) in pairs] for name in names}
 
 
 def plan(place: Place, claims: Sequence[Claim], seeds: int) -> list[Job]:
@@ -122,7 +123,7 @@ def claim_table(claim: Claim, judged: Sequence[Judged]) -> Table:
         if len(one.better) < 2:
             bounds = "no interval: fewer than two seeds"
         apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip()
-        cells = [f"{d.better} - {d.worse}", FIGURES.get(d.figure, d.figure.upper()), *means]
+        cells = [f"{d.better} - {d.worse}", headings().get(d.figure, d.figure.upper()), *means]
         rows.append(Row((*map(Cell, cells), Cell(apart, bounds), Cell(one.verdict))))
     refuted = any(one.verdict == REFUTED for one in judged)
     mark = "holds" if verdict(judged) else "does not hold" if refuted else "is undecided"

@@ -31,7 +31,7 @@ from eval.shared.cli import (
 from eval.shared.features import Timer
 from pipeline.data.loader import eval_loader
 from pipeline.errors import UserError
-from pipeline.method.reconstructor import Reconstructor, read_reconstructor
+from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 
 TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
 SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB
@@ -75,7 +75,7 @@ def measure(
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in progress(loader, world, "PSNR"):
         image, sample = batch.image.to(world.device), batch.sample.to(world.device)
-        visible, inverse = model.hide(sample, args.mask_ratio, args.seed)
+        visible, inverse = model.mask(sample, args.mask_ratio, args.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
         total[:2] += decibel(error).sum(0)
@@ -87,7 +87,7 @@ def measure(
 def evaluate(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """PSNR of a run's reconstructions; the whole result, alike on every rank."""
     timer = Timer()
-    model = read_reconstructor(args.encoder, args.recipe, args.overrides).to(world.device)
+    model = load_reconstructor(args.encoder, args.recipe, args.overrides).to(world.device)
     length = model.grid[0] * model.grid[1]
     args.mask_ratio = model.recipe.views.mask_ratio if args.mask_ratio is None else args.mask_ratio
     if not 0 < args.mask_ratio < 1 or int(length * (1 - args.mask_ratio)) in (0, length):

@@ -22,7 +22,7 @@ from eval.shape_bias import evaluation_crop
 from eval.shared.cli import base_parser, run_command
 from pipeline.data.loader import eval_loader
 from pipeline.errors import UserError
-from pipeline.method.reconstructor import Reconstructor, read_reconstructor
+from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 from shard_tools.atomic import write_atomic
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -69,7 +69,7 @@ def draw(
         if model.true_statistics
         else "pixels as predicted"
     )
-    visible, inverse = model.hide(sample, share, args.seed)
+    visible, inverse = model.mask(sample, share, args.seed)
     return compose((image, *model.pictures(image, visible, inverse)), note), note
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.images < 1 or not str(args.output).endswith(".png"):
         raise UserError("--images must be at least 1 and --output must end in .png")
-    model = read_reconstructor(args.encoder, args.recipe, args.overrides)
+    model = load_reconstructor(args.encoder, args.recipe, args.overrides)
     sheet, note = draw(model, *read_images(args, model.size), args)
     data = io.BytesIO()
     sheet.save(data, "png")

@@ -25,6 +25,7 @@ from eval.reporting.tables import (
     accuracy_table,
     difference_table,
     throughput_table,
+    unknown_table,
     versions_table,
 )
 from eval.shared.cli import run_command
@@ -78,8 +79,8 @@ class Section:
 
 def accuracy_section(groups: Sequence[Group]) -> Section:
     """What the encoders are worth, beside random ones."""
-    table = accuracy_table(groups)
-    return Section("accuracy", "Accuracy", tables=(table,) if table else ())
+    tables = tuple(t for t in (accuracy_table(groups), unknown_table(groups)) if t)
+    return Section("accuracy", "Accuracy", tables=tables)
 
 
 def paper_section(groups: Sequence[Group]) -> Section:

@@ -22,14 +22,12 @@ from statistics import mean, stdev
 from eval.demo import make_shards
 from eval.paper.commands import Place, read_scale, row_jobs, run_name
 from eval.paper.job_runner import Job, run_jobs, show_plan
-from eval.paper.published import FIGURES, PaperRow, PaperTable, read_paper
+from eval.paper.published import PaperRow, PaperTable, read_paper
+from eval.protocols import by_key, headings, keys
 from eval.report import Section, markdown_table, write_report
-from eval.reporting.tables import KNOWN, NONE, Cell, Row, Table
+from eval.reporting.tables import NONE, Cell, Row, Table
 from eval.shared.cli import run_command
 from pipeline.errors import UserError
-
-# Figure of the tables → main field of its result.
-FIELDS = {"linprobe": "top1", "finetune": "top1", "fewshot": "top1", "psnr": "image"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
+    add("--also", nargs="+", default=[], choices=[k for k in keys() if k not in ("shape-bias",)],
+        metavar="PROTOCOL", help="evaluate every row by these too: %(choices)s")  # fmt: skip
     add("--dry-run", action="store_true", help="print the plan and its cost, run nothing")
 
 
@@ -104,7 +104,7 @@ def figure(place: Place, row: PaperRow, seed: int, protocol: str) -> float | Non
     path = place.output / run_name(row, seed) / "eval" / f"{protocol}.json"
     if not path.is_file():
         return None
-    return float(json.loads(path.read_text(encoding="utf-8"))[FIELDS[protocol]])
+    return float(json.loads(path.read_text(encoding="utf-8"))[by_key(protocol).metric])
 
 
 def spread_text(values: Sequence[float]) -> str:
@@ -118,8 +118,9 @@ def beside(
     title: str, rows: Sequence[tuple[PaperRow, Sequence[str]]], place: Place, seeds: int
 ) -> Table:
     """Rows with some of their figures: the paper's, and ours as mean ± deviation over seeds."""
-    columns = [c for c in FIGURES if any(c in wanted for _, wanted in rows)]
-    head = ["row"] + [text for c in columns for text in (f"{FIGURES[c]}: paper", "ours")]
+    titles = headings()
+    columns = [c for c in titles if any(c in wanted for _, wanted in rows)]
+    head = ["row"] + [text for c in columns for text in (f"{titles[c]}: paper", "ours")]
     lines = []
     for row, wanted in rows:
         cells = [Cell(row.name)]
@@ -133,8 +134,8 @@ def beside(
     notes = [f"Ours: {facts}; ± is the sample standard deviation over seeds."]
     if any(c == "psnr" for c in columns):
         notes.append(
-            f"{KNOWN['psnr'][0]}: with the true mean and deviation of each patch where the recipe "
-            "predicts patch-normalised pixels."
+            "PSNR: with the true mean and deviation of each patch where the recipe predicts "
+            "patch-normalised pixels."
         )
     notes += [f"{row.name}: {row.caveat}." for row, _ in rows if row.caveat]
     return Table(tuple(head), tuple(lines), title, tuple(notes))
@@ -157,7 +158,10 @@ def reproduce(args: argparse.Namespace) -> None:
     """Plan, run, and write a table."""
     place = make_place(args, args.scale)
     table = find_table(args.table)
-    rows = [(row, columns_of(table, row)) for row in choose_rows(table, args.rows)]
+    rows = [
+        (row, list(dict.fromkeys([*columns_of(table, row), *args.also])))
+        for row in choose_rows(table, args.rows)
+    ]
     jobs = [
         job
         for seed in range(args.seeds)

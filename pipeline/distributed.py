@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,12 +54,17 @@ def prepare_deepspeed() -> None:
 
 
 def can_build() -> bool:
-    """Whether DeepSpeed's fused ops can be compiled here: a C++ compiler and ninja (and nvcc)."""
+    """Whether DeepSpeed's fused ops can be compiled here: c++, Python's headers, ninja (and nvcc).
+
+    Not where set-up tried and failed: it left torch_extensions/failed in this environment then.
+    """
     compiler = os.environ.get("CXX", "c++").split()[0]
     tools = [compiler, "ninja"]
     if torch.cuda.is_available() and shutil.which("nvcc") is None:
         tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
-    return all(shutil.which(tool) for tool in tools)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    failed = Path(sys.prefix, "torch_extensions", "failed")
+    return all(map(shutil.which, tools)) and headers.is_file() and not failed.exists()
 
 
 def bf16_units() -> bool:

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError, refuse
-from pipeline.method.encoder import encoder_state, vit_options
+from pipeline.method.encoder import METADATA, encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import Objective, build_objective
+from pipeline.method.vit import vit_options
 from shard_tools.atomic import write_atomic, write_json
 
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
@@ -66,7 +67,9 @@ def export(objective: Objective, kind: str, out: Path) -> str:
     recipe = objective.recipe
     if kind == "timm":
         _need_suffix(out, ".safetensors")
-        write_atomic(out, save(encoder_state(objective.encoder.state_dict(), objective.encoder)))
+        state = encoder_state(objective.encoder.state_dict(), objective.encoder)
+        about = json.dumps(encoder_info(recipe))
+        write_atomic(out, save(state, metadata={"format": "pt", METADATA: about}))
         options = "".join(f", {k}={v!r}" for k, v in vit_options(recipe.encoder).items())
         arch = recipe.encoder.arch
         return f"timm.create_model({arch!r}, checkpoint_path={str(out)!r}, num_classes=0{options})"

@@ -71,15 +71,19 @@ def _run_pool(
         with signals_held():
             running: set[Future[R]] = {pool.submit(function, job) for job in jobs}
         while running:
-            done, running = wait(running, 0.2, FIRST_COMPLETED)
-            _show(bar, finished + counts[0] - bar.n, counts[1])
-            for future in done:
-                yield future.result()
+            # A signal's exception inside these calls would leave the lock of a future taken, and
+            # the shutdown below would wait for it forever; so it arrives between two rounds.
+            with signals_held():
+                done, running = wait(running, 0.2, FIRST_COMPLETED)
+                _show(bar, finished + counts[0] - bar.n, counts[1])
+                results = [future.result() for future in done]
+            yield from results
     except BrokenProcessPool:
         raise ToolError("a worker process died (out of memory?)") from None
     finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        with signals_held():
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _show(bar: tqdm, images: int, size: int) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.paper.published import FIGURES, PaperRow, PaperTable, find_row, read_paper
+from eval.paper.published import PaperRow, PaperTable, find_row, read_paper
+from eval.protocols import PROTOCOLS, headings, metric_of
 from eval.reporting.run_records import Group, Run
 from eval.reporting.tables import (
-    KNOWN,
     NONE,
     Cell,
     Column,
@@ -18,14 +18,6 @@ from eval.reporting.tables import (
     is_random,
     random_key,
 )
-
-# Protocols that stand for one of the paper's figures; the first that there are results for counts.
-STANDS_FOR = {
-    "linprobe": ("linprobe-mae", "linprobe-cached"),
-    "finetune": ("finetune",),
-    "fewshot": ("finetune",),
-    "psnr": ("psnr",),
-}
 
 
 def paper_tables(groups: Sequence[Group]) -> list[Table]:
@@ -52,7 +44,7 @@ def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequen
             rows.append(one_row(table, row, "", random_runs(row, groups)))
     head = ["row"]
     for name in table.columns:
-        head += [f"{FIGURES[name]}: paper", "ours"]
+        head += [f"{headings()[name]}: paper", "ours"]
     caveats = [f"{row.name}: {row.caveat}." for row in table.rows if row.caveat]
     notes = tuple(note for note in (table.note, *caveats) if note)
     return Table(tuple(head), tuple(rows), f"Tab. {table.number}: {table.title}", notes)
@@ -81,7 +73,7 @@ def one_row(table: PaperTable, row: PaperRow, label: str, runs: Sequence[Run]) -
 def figures(runs: Sequence[Run], name: str) -> list[float]:
     """The pretrained runs' values of one of the paper's figures."""
     found = {run.folder: result for run, result in fitting(runs, name) if not is_random(result)}
-    return [main_figure(result) for result in found.values()]
+    return [metric_of(result) for result in found.values()]
 
 
 def random_figures(runs: Sequence[Run], name: str, times: float) -> list[float]:
@@ -94,19 +86,18 @@ def random_figures(runs: Sequence[Run], name: str, times: float) -> list[float]:
     found = {}
     for result in results:
         if is_random(result) and epochs(result) == times * usual:
-            found[random_key(result)] = main_figure(result)
+            found[random_key(result)] = metric_of(result)
     return list(found.values())
 
 
 def fitting(runs: Sequence[Run], name: str) -> list[tuple[Run, dict[str, Any]]]:
     """The results that stand for one of the paper's figures, with their runs."""
-    share = 0.1 if name == "fewshot" else 1
-    for protocol in STANDS_FOR[name]:
+    for protocol in (p for p in PROTOCOLS if p.key == name):
         found = [
             (run, result)
             for run in runs
             for result in run.results
-            if result.get("protocol") == protocol and label_share(result) == share
+            if result.get("protocol") == protocol.name and label_share(result) == protocol.fraction
         ]
         if found:
             return found
@@ -127,8 +118,3 @@ def label_share(result: dict[str, Any]) -> float:
 def epochs(result: dict[str, Any]) -> float:
     """How long a result was trained, 0 where nothing was."""
     return float(result.get("settings", {}).get("epochs") or 0)
-
-
-def main_figure(result: dict[str, Any]) -> float:
-    """The figure of a result that counts."""
-    return float(result[KNOWN[str(result["protocol"])][1]])

@@ -12,19 +12,16 @@ import yaml
 
 from eval.paper.job_runner import Job, python
 from eval.paper.published import PaperRow
+from eval.protocols import Work, by_key, keys
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
-from pipeline.method.encoder import build_vit, vit_options
+from pipeline.method.vit import build_vit, vit_options
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = Path(__file__).with_name("scales.yaml")
 BASELINE = "mae"  # the recipe whose architecture a random encoder has
-
-# What a result file is called, by figure of the tables and beyond; and its main number.
-PROTOCOLS = ("linprobe", "finetune", "fewshot", "psnr", "cka")
-SCRIPTS = {"fewshot": "finetune"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def read_scale(name: str, train: str = "", val: str = "", path: Path = SCALES) -
     if name not in scales:
         raise UserError(f"--scale {name}: {path} knows {', '.join(scales)}")
     values = dict(scales[name])
-    options = {p: tuple(map(from_root, values.pop(p, ()))) for p in ("pretrain", *PROTOCOLS)}
+    options = {p: tuple(map(from_root, values.pop(p, ()))) for p in ("pretrain", *keys())}
     values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
     values |= {k: v for k, v in (("train", train), ("val", val)) if v}
     try:
@@ -85,7 +82,7 @@ class Place:
 def overrides(row: PaperRow, scale: Scale) -> list[str]:
     """The recipe's overrides of a row at a scale, without seed and data."""
     recipe = read_recipe(base_recipe(row), tuple(row.set))
-    kind = "reconstruction" if recipe.measure.kind == "reconstruction" else "contrast"
+    kind = "reconstruction" if recipe.measure.reconstructs else "contrast"
     result = [*row.set, *scale.recipe, *getattr(scale, kind)]
     if scale.epochs is not None:
         epochs = scale.epochs * max(1.0, recipe.optimizer.epochs / 100)
@@ -223,27 +220,19 @@ def eval_job(
     result: Path, train: str, val: str, needs: Sequence[Job],
 ) -> Job:  # fmt: skip
     """One evaluation of an encoder, its result file and its cost."""
-    scale, script = place.scale, SCRIPTS.get(protocol, protocol)
+    scale, how = place.scale, by_key(protocol)
     words = ["--val", val, "--seed", seed, "--output", result]
-    words += [] if protocol in ("psnr", "cka") else ["--train", train]
+    words += ["--train", train] if how.train else []
     words += [*scale.options.get(protocol, ()), *encoder]
-    images = read_manifest(scale.val).samples
-    flops = images * encoder_flops(row_recipe(place, row))
-    if script == "finetune":
+    if how.script == "finetune" and row.finetune:
         epochs = float(option(words, "--epochs", 100)) * row.finetune.get("epochs", 100) / 100
-        words += ["--epochs", f"{epochs:g}"] if row.finetune else []
-        words += ["--fraction", "0.1", "--subset-seed", seed] if protocol == "fewshot" else []
-        share = 0.1 if protocol == "fewshot" else 1.0
-        images = round(epochs * share * read_manifest(scale.train).samples)
-        flops = images * 3 * encoder_flops(row_recipe(place, row))
-    elif protocol == "linprobe":
-        passes = 1 if option(words, "--protocol", "mae") == "cached" else 90
-        images = passes * read_manifest(scale.train).samples
-        flops = images * encoder_flops(row_recipe(place, row))
-    elif protocol == "cka":
-        flops *= 5.5  # nine shares of the patches, and all
+        words += ["--epochs", f"{epochs:g}"]
+    words += how.words(seed)
+    forward = encoder_flops(row_recipe(place, row))
+    samples, held_out = (read_manifest(shards).samples for shards in (scale.train, scale.val))
+    images, flops = how.cost(Work(forward, samples, held_out, tuple(map(str, words))))
     name = f"{run_name(row, seed)} {protocol}"
-    command = scale.command(f"eval/{script}.py", *words)
+    command = scale.command(f"eval/{how.script}.py", *words)
     return Job(name, command, result, tuple(j.name for j in needs), 0, images, flops)
 
 
@@ -314,7 +303,7 @@ def pretrain_flops(recipe: Recipe) -> float:
     if recipe.encoder.masked_tokens == "replace":
         first, second = patches, patches if second else 0
     total = 3 * blocks_flops(first + 1, width, depth)
-    if recipe.measure.kind == "reconstruction":
+    if recipe.measure.reconstructs:
         decoder = recipe.measure.decoder
         total += 3 * blocks_flops(second + 1, width, depth) if second else 0.0
         branches = 2 if second else 1

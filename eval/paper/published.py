@@ -12,14 +12,6 @@ from pipeline.errors import UserError
 
 PAPER = Path(__file__).with_name("paper.yaml")
 
-# Figures of the tables: what they are called.
-FIGURES = {
-    "linprobe": "linear probe (%)",
-    "finetune": "finetuning (%)",
-    "fewshot": "10 % of the labels (%)",
-    "psnr": "PSNR (dB)",
-}
-
 # Recipe keys that say which method a run is; sizes, schedules and data are left out.
 METHOD = ("encoder.masked_tokens", "views.", "measure.")
 NOT_METHOD = ("measure.decoder.", "measure.heads.")

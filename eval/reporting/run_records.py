@@ -1,6 +1,7 @@
 """Run folders as pretraining leaves them, and the results that evaluations put beside them."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from eval.protocols import by_name
+from pipeline.config.schema import measure_class
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
@@ -69,7 +72,8 @@ class Run:
     @property
     def reconstructs(self) -> bool:
         """Whether the measure predicts pixels."""
-        return bool(self.flat.get("measure.kind") == "reconstruction")
+        settings = measure_class(self.flat.get("measure.kind"))
+        return settings is not None and settings.reconstructs
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def read_run(folder: str | Path) -> Run:
     random one), results in eval/, whose name of the encoder then stands for the recipe.
     """
     folder = Path(folder)
-    results = tuple(read_json(path) for path in sorted((folder / "eval").glob("*.json")))
+    results = tuple(read_result(path) for path in sorted((folder / "eval").glob("*.json")))
     if not (folder / "recipe.yaml").is_file():
         if not results:
             raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
@@ -114,6 +118,17 @@ def read_run(folder: str | Path) -> Run:
         results=results,
         flat=flatten(recipe),
     )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of an evaluation and its `file`. UserError names a metric that is no number."""
+    result = read_json(path) | {"file": str(path)}
+    protocol = by_name(result.get("protocol"))
+    if protocol is not None and protocol.metric:
+        value = result.get(protocol.metric)
+        if not _is_number(value) or not math.isfinite(float(value or 0)):
+            raise UserError(f"{path}: {protocol.metric} is {value!r}, not a number; run it again")
+    return result
 
 
 def read_json(path: Path) -> dict[str, Any]:

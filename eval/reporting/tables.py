@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.protocols import by_name
 from eval.reporting.run_records import Group, Run, differing, spread
 
 
@@ -50,25 +51,15 @@ class Column:
         return f"{self.title}, {self.length}" if self.length else self.title
 
 
-NONE = "-"  # what a table shows where there is no figure
-
-# protocol → title, main field, unit
-KNOWN = {
-    "linprobe-mae": ("linear probe", "top1", "%"),
-    "linprobe-cached": ("linear probe, cached", "top1", "%"),
-    "knn": ("k-NN", "top1", "%"),
-    "finetune": ("finetuning", "top1", "%"),
-    "psnr": ("PSNR", "image", "dB"),
-    "shape-bias": ("shape bias", "shape_bias", ""),
-}
+NONE = "-"  # what a table shows where there is no number
 
 
 def column_of(result: dict[str, Any]) -> Column | None:
-    """The column that a result belongs to, None for one that is not a single figure."""
-    protocol = str(result.get("protocol"))
-    if protocol not in KNOWN:
+    """The column that a result belongs to, None for one that is not a single number."""
+    protocol = by_name(result.get("protocol"))
+    if protocol is None or not protocol.metric:
         return None
-    title, main, unit = KNOWN[protocol]
+    title = protocol.title
     settings = result.get("settings", {})
     fraction = settings.get("fraction")
     if settings.get("subset"):
@@ -78,7 +69,22 @@ def column_of(result: dict[str, Any]) -> Column | None:
     if result.get("feature") == "mean_patch":
         title += ", mean of patches"
     epochs = settings.get("epochs")
-    return Column(title, f"{epochs:g} epochs" if epochs else "", main, unit)
+    length = f"{epochs:g} epochs" if epochs else ""
+    return Column(title, length, protocol.metric, protocol.unit)
+
+
+def unknown_table(groups: Sequence[Group]) -> Table | None:
+    """Results that no table or chart shows, by protocol and file; None where there are none."""
+    rows = [
+        Row((Cell(str(result.get("protocol"))), Cell(str(result["file"]))))
+        for group in groups
+        for run in group.runs
+        for result in run.results
+        if by_name(result.get("protocol")) is None
+    ]
+    note = "eval/protocols.py has no row for these protocols, so it is not known what to show."
+    head = ("not shown: protocol", "file")
+    return Table(head, tuple(rows), "Unknown protocols", (note,), text=True) if rows else None
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table | None:

@@ -59,7 +59,9 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """
     path = bundled(path, DS_CONFIGS, ".json")
     if not path.exists():
-        raise UserError(f"{path}: no such file{choices(path, DS_CONFIGS, '.json')}")
+        raise UserError(
+            f"{path}: cannot be read (no such file){choices(path, DS_CONFIGS, '.json')}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -265,5 +267,5 @@ def plan_recipe(
         partitions=recipe.data.partitions,
         patches=patches or recipe.encoder.patches,
         world=world,
-        negatives=recipe.measure.kind == "infonce",
+        negatives=recipe.measure.batch_negatives,
     )

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_state
-from pipeline.method.measures import Reconstruction
 from pipeline.method.objective import Objective
 
-# facebookresearch/mae's prefix → ours, inside an Objective with a Reconstruction measure.
+# facebookresearch/mae's prefix → ours, inside an Objective with a decoder.
 _MAE_DECODER = {
     "decoder_embed.": "measure.decoder.embed.",
     "decoder_blocks.": "measure.decoder.blocks.",
@@ -42,7 +42,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 
     Raises UserError naming the first weight that is missing, unknown or of another shape.
     """
-    if not isinstance(objective.measure, Reconstruction):
+    if not objective.reconstructs:
         raise UserError("a facebookresearch/mae checkpoint holds a decoder: use a MAE recipe")
     mine = objective.state_dict()
     renamed = {_ours(name): value for name, value in state.items()}
@@ -60,7 +60,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 
 def to_mae(objective: Objective) -> dict[str, Tensor]:
     """The state dict of an objective under facebookresearch/mae's names and shapes."""
-    if not isinstance(objective.measure, Reconstruction):
+    if not objective.reconstructs:
         raise UserError("only a reconstruction measure has a decoder to write for MAE")
     back = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
     state: dict[str, Tensor] = {}
@@ -101,18 +101,29 @@ _HF_COMMON: dict[str, Any] = {
 }
 
 
+# Hugging Face's names of a ViT, by ours: of a block, and outside the blocks.
+_HF_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_HF_OUTSIDE = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+
+
 def _hf_block(state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, Tensor]:
     """One transformer block under Hugging Face's names (q, k and v apart)."""
-    names = {
-        "norm1": "layernorm_before",
-        "attn.proj": "attention.output.dense",
-        "norm2": "layernorm_after",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
-    }
     result: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
-        for mine, other in names.items():
+        for mine, other in _HF_BLOCK.items():
             result[f"{theirs}.{other}.{kind}"] = state[f"{ours}.{mine}.{kind}"]
         parts = state[f"{ours}.attn.qkv.{kind}"].chunk(3)
         for name, part in zip(("query", "key", "value"), parts, strict=True):
@@ -121,17 +132,48 @@ def _hf_block(state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, 
 
 
 def _hf_encoder(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    result = {
-        "embeddings.cls_token": state["cls_token"],
-        "embeddings.position_embeddings": state["pos_embed"],
-        "embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
-        "embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
-        "layernorm.weight": state["norm.weight"],
-        "layernorm.bias": state["norm.bias"],
-    }
+    result = {theirs: state[ours] for ours, theirs in _HF_OUTSIDE.items()}
     for number in range(depth):
         result |= _hf_block(state, f"blocks.{number}", f"encoder.layer.{number}")
     return result
+
+
+def from_hf(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The encoder of a ViTModel or ViTMAEForPreTraining state dict under timm's names.
+
+    KeyError names a weight that is missing; a pooler and a decoder are left out.
+    """
+    prefix = "vit." if any(name.startswith("vit.") for name in state) else ""
+    result = {ours: state[prefix + theirs] for ours, theirs in _HF_OUTSIDE.items()}
+    for number in range(depth):
+        mine, theirs = f"blocks.{number}", f"{prefix}encoder.layer.{number}"
+        for kind in ("weight", "bias"):
+            for ours, other in _HF_BLOCK.items():
+                result[f"{mine}.{ours}.{kind}"] = state[f"{theirs}.{other}.{kind}"]
+            parts = (f"{theirs}.attention.attention.{n}.{kind}" for n in ("query", "key", "value"))
+            result[f"{mine}.attn.qkv.{kind}"] = torch.cat([state[part] for part in parts])
+    return result
+
+
+def hf_arch(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(timm's name, options of timm.create_model) of a ViT by Hugging Face's configuration.
+
+    UserError for what a plain ViT lacks (another activation, no bias of q, k and v).
+    """
+    if config.get("model_type") not in ("vit", "vit_mae"):
+        raise UserError(f"config.json: model_type {config.get('model_type')!r} is not vit, vit_mae")
+    for key in ("hidden_act", "qkv_bias", "num_channels"):
+        if config.get(key, _HF_COMMON[key]) != _HF_COMMON[key]:
+            raise UserError(f"config.json: {key} {config[key]!r} is not that of a plain ViT")
+    width = config["hidden_size"]
+    return "vit_base_patch16_224", {
+        "img_size": config["image_size"],
+        "patch_size": config["patch_size"],
+        "embed_dim": width,
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_ratio": config["intermediate_size"] / width,
+    }
 
 
 def to_hf_vit(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -145,7 +187,7 @@ def to_hf_vit(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def to_hf_mae(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, config) in the layout of Hugging Face's ViTMAEForPreTraining."""
     encoder, measure = objective.encoder, objective.measure
-    if not isinstance(measure, Reconstruction):
+    if not objective.reconstructs:
         raise UserError("only a reconstruction measure has a decoder to write for ViTMAE")
     whole = to_mae(objective)
     mine = encoder_state(encoder.state_dict(), encoder)

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import gather_keys
 from pipeline.method.metrics import cka, kept_patches, vote
-from pipeline.method.views import whole_view
+from pipeline.method.views import full_view
 from shard_tools.manifest import read_manifest
 
 RATIOS = (0.25, 0.5, 0.75)  # shares of dropped patches
@@ -98,7 +98,7 @@ class Probes:
         for image, sample in zip(
             fixed.image.split(self.batch), fixed.sample.split(self.batch), strict=True
         ):
-            view = whole_view(image.to(device), encoder.patch)
+            view = full_view(image.to(device), encoder.patch)
             kept = kept_patches(sample, view.visible.shape[1], ratio, self.recipe.seed)
             tokens = encoder(view.image, kept.int().to(device), view.inverse, drop=True)
             parts.append(tokens[:, 1:].mean(dim=1).float())

@@ -28,7 +28,8 @@ from torch import Tensor
 from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.objective import Objective, Teacher
+from pipeline.method.objective import Objective
+from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import (
     STATE,
     CheckpointStore,

@@ -17,7 +17,9 @@ from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree
 from pipeline.errors import UserError
-from pipeline.method.objective import Objective, Teacher, build_objective, parameter_groups
+from pipeline.method.objective import Objective, build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.monitor import Monitor

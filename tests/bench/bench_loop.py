@@ -26,6 +26,7 @@ from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
 from pipeline.data.loader import train_loader
 from pipeline.distributed import Ranks, close
+from pipeline.kernels.cases import ops
 from pipeline.method import objective
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.train_state import Settings, TrainState, loader_config, setup
@@ -147,8 +148,9 @@ class Phases:
         ):
             if hasattr(measure, attribute):
                 self.watch(name, getattr(measure, attribute), "forward")
-        for op in ("patch_loss", "token_infonce"):
-            self.watch("loss", kernels, op)
+        for op, module in ops().items():
+            if module.PHASE == "loss":
+                self.watch("loss", kernels, op)
         self.watch("backward", model.engine.engine, "backward")
         self.watch("optimizer", model.engine.engine, "step")
         if model.teacher is not None:

@@ -16,7 +16,8 @@ import torch
 
 from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks
 
 SMALL = ["encoder.image_size=32", "data.partitions=8",

@@ -19,7 +19,8 @@ from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.distributed import barrier, close
 from pipeline.estimate import Work, memory
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks
 
 PARTS = ("weights", "gradients", "optimizer")

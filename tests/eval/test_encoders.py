@@ -164,7 +164,7 @@ def test_every_protocol_takes_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--encoder", "random"], "needs --arch"),
+        (["--encoder", "random"], "give it with --arch"),
         (["--encoder", "random", "--arch", "vit_huge"], "not a timm model"),
         (["--encoder", "random", "--arch", ARCH, "--options", "[1]"], "--options"),
         (["--encoder", "FILE/bad.pth", *WORDS], "cannot be read as a file of weights"),

@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
         (("--batch-size", "128"), "too few for --batch-size 128"),
         (("--batch-size", "15"), "mixup pairs images"),
         (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
-        (("--fraction", "2"), "subset"),
+        (("--fraction", "2"), "--fraction must lie in"),
     ],
 )
 def test_bad_input_is_one_sentence(

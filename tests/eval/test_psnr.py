@@ -18,7 +18,7 @@ from pipeline.data.loader import eval_loader
 from pipeline.errors import UserError
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
-from pipeline.method.reconstructor import read_reconstructor
+from pipeline.method.reconstructor import load_reconstructor
 
 
 def write_run(folder: Path, name: str, *overrides: str, blind: bool = False) -> Path:
@@ -54,10 +54,10 @@ def parse(place, run, *more):
 
 def plain_psnr(place, run, guess):
     """(hidden, image) by loops over patches; guess(original patch, 0 … 1) → predicted patch."""
-    model = read_reconstructor(place / run)
+    model = load_reconstructor(place / run)
     batch = next(iter(eval_loader(place / "val", batch_size=21, rank=0, world=1, image_size=16,
                                   workers=0)))  # fmt: skip
-    visible, _ = model.hide(batch.sample, 0.75, 0)
+    visible, _ = model.mask(batch.sample, 0.75, 0)
     figures = []
     for image, shown in zip(batch.image.double().numpy() / 255, visible.tolist(), strict=True):
         errors = []
@@ -136,10 +136,10 @@ def test_the_grid_has_its_four_columns_and_says_what_it_shows(place, tmp_path, m
     printed = capsys.readouterr().out
     assert "original | masked | reconstruction | reconstruction + visible" in printed
     assert "true mean and deviation" in printed
-    model = read_reconstructor(place / "mae")
+    model = load_reconstructor(place / "mae")
     batch = next(iter(eval_loader(place / "val", batch_size=3, rank=0, world=1, image_size=16,
                                   workers=0)))  # fmt: skip
-    visible, inverse = model.hide(batch.sample, 0.75, 0)
+    visible, inverse = model.mask(batch.sample, 0.75, 0)
     masked, whole, pasted = model.pictures(batch.image, visible, inverse)
     sheet = np.asarray(Image.open(output))
     side = reconstruct.SMALLEST
@@ -157,7 +157,7 @@ def test_pictures_from_files(place, tmp_path):
     Image.fromarray(coloured_images(1, 1, seed=0)[0][0]).save(tmp_path / "a.jpg")
     words = ["--encoder", place / "plain", "--files", tmp_path / "a.jpg", "--output", "x.png"]
     args = reconstruct.build_parser().parse_args(list(map(str, words)))
-    model = read_reconstructor(args.encoder)
+    model = load_reconstructor(args.encoder)
     sheet, note = reconstruct.draw(model, *reconstruct.read_images(args, model.size), args)
     assert sheet.height == 3 * reconstruct.LINE + reconstruct.SMALLEST + reconstruct.MARGIN
     assert note == "75% hidden; pixels as predicted"

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from eval import report
+from eval.protocols import PROTOCOLS, Work, by_key
 from eval.reporting.run_records import group_runs, read_lines, read_run
 from eval.reporting.tables import accuracy_table
 from pipeline.errors import UserError
@@ -288,3 +289,44 @@ def test_page_renders_in_a_browser(page: Path, tmp_path: Path, width: int) -> No
     assert seen["width"] == width
     assert (seen["broken"], seen["images"], seen["charts"], seen["flat"]) == (0, 3, 6, 0)
     assert seen["wide"] <= 0
+
+
+def test_a_result_of_an_unknown_protocol_is_named(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    (run / "eval/new.json").write_text('{"protocol": "attentive-x", "top1": 55.5}')
+    page, text = report.write_report([run], tmp_path / "page.html", "x")
+    for written in (page, text):
+        content = Path(written).read_text()
+        assert "attentive-x" in content
+        assert "new.json" in content
+        assert "not shown" in content
+
+
+@pytest.mark.parametrize("value", ['"n/a"', "NaN", "null", "true"])
+def test_a_metric_that_is_no_number_is_one_sentence(value, runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    (run / "eval/bad.json").write_text(f'{{"protocol": "knn", "top1": {value}}}')
+    with pytest.raises(UserError, match=r"eval/bad\.json: top1 is .*, not a number"):
+        report.write_report([run], tmp_path / "page.html", "x")
+
+
+def test_every_protocol_has_its_script():
+    for protocol in PROTOCOLS:
+        assert (Path(report.__file__).with_name(f"{protocol.script}.py")).is_file(), protocol.name
+        assert by_key(protocol.key).script == protocol.script
+
+
+def test_costs_of_protocols():
+    """FLOPs of 10 training and 4 validation images at 100 FLOPs per forward pass."""
+    for key, options, expected in (
+        ("linprobe", (), 90 * 10 * 100),
+        ("linprobe", ("--protocol", "cached"), 10 * 100),
+        ("finetune", ("--epochs", "5"), 5 * 10 * 3 * 100),
+        ("fewshot", ("--epochs", "5", "--fraction", "0.1"), 5 * 1 * 3 * 100),
+        ("knn", (), 14 * 100),
+        ("psnr", (), 4 * 100),
+        ("cka", (), 5.5 * 4 * 100),
+    ):
+        assert by_key(key).cost(Work(100, 10, 4, options))[1] == expected, key

@@ -15,7 +15,8 @@ from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint

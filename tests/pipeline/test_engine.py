@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from pipeline.config.ds_config import (
 )
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.config.schedules import learning_rate
+from pipeline.distributed import can_build
 from pipeline.errors import UserError
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import optimizer_of
 
@@ -127,9 +130,11 @@ def test_bad_configs_are_one_sentence(value, words, tmp_path):
 
 
 def test_a_config_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.json: no such file$"):
+    with pytest.raises(UserError, match=r"none\.json: cannot be read \(no such file\)$"):
         read_ds_config(tmp_path / "none.json")
-    with pytest.raises(UserError, match="zero4: no such file; bundled are: zero0, zero1, zero2"):
+    with pytest.raises(
+        UserError, match=r"zero4: cannot be read \(no such file\); bundled are: zero0, zero1, zero2"
+    ):
         read_ds_config("zero4")
 
 
@@ -282,3 +287,23 @@ def test_weights_are_whole_under_every_stage(zero_results):
     assert "encoder.pos_embed" in names
     for stage in (1, 2, 3):
         assert zero_results[f"rmae-{stage}"]["names"] == names
+
+
+def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monkeypatch, tmp_path):
+    ninja, header = tmp_path / "ninja", tmp_path / "Python.h"
+    failed = tmp_path / "torch_extensions" / "failed"
+    ninja.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert not can_build()
+    header.touch()
+    assert can_build()
+    failed.parent.mkdir()
+    failed.touch()
+    assert not can_build()
+    failed.unlink()
+    ninja.unlink()
+    assert not can_build()

@@ -7,11 +7,14 @@ import torch.multiprocessing as mp
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import HeadsRecipe, RecipeError
+from pipeline.distributed import can_build
 from pipeline.errors import UserError
-from pipeline.method.encoder import Encoder, encoder_state, sincos_position
-from pipeline.method.measures import Contrast, GlobalBatchNorm, feature_std, mlp
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.encoder import Encoder, encoder_state
+from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.views import FIRST, SECOND, cutmix, make_views
+from pipeline.method.vit import sincos_position
 
 SAMPLE = torch.tensor([11, 4, 29])
 MOCO = (
@@ -168,7 +171,7 @@ def test_pairs_that_do_not_exist_are_refused(overrides, words):
     ("overrides", "words"),
     [
         (("views.second=crop",), "two crops"),
-        (("views.second=none", "views.mask_ratio=0"), "hidden patch"),
+        (("views.second=none", "views.mask_ratio=0"), "masked patch"),
     ],
 )
 def test_reconstructions_that_do_not_exist_are_refused(overrides, words):
@@ -299,7 +302,6 @@ def test_teacher_distance():
         for parameter in objective.parameters():
             parameter.mul_(1.25)
     assert teacher.distance(objective) == pytest.approx(0.25, rel=1e-5)
-    assert isinstance(objective.measure, Contrast)
 
 
 @pytest.mark.parametrize("name", ["rmae", "cmae"])
@@ -318,6 +320,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not can_build(), reason="needs a C++ compiler and Python.h")
 def test_compiled_blocks_give_the_same_loss_and_gradients():
     results = []
     for compiled in (False, True):

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from eval.paper.job_runner import LAUNCHER
 from pipeline.config.ds_config import plan_recipe
 from pipeline.distributed import close
-from pipeline.method.objective import build_objective, parameter_groups
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
 

@@ -35,4 +35,4 @@ def describe() -> str:
     """A line for the log."""
     if can_build():
         return "optimizer: DeepSpeed's fused AdamW"
-    return "optimizer: torch's fused AdamW (no compiler here to build DeepSpeed's: c++, ninja)"
+    return "optimizer: torch's fused AdamW (DeepSpeed's needs c++, Python.h and ninja)"

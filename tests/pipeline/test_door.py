@@ -1,0 +1,127 @@
+"""The door: `from pipeline import load_encoder` for runs, exports and foreign files."""
+
+import json
+import subprocess
+import sys
+
+import oracle
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from tiny import PATCH, images, tiny_recipe
+
+import pipeline
+from pipeline.config.recipe import dump_recipe
+from pipeline.errors import UserError
+from pipeline.export import main as export
+from pipeline.method.encoder import encoder_info, encoder_state
+from pipeline.method.views import full_view
+
+PIXELS = ((images() / 255 - torch.tensor(oracle.MEAN)) / torch.tensor(oracle.STD)).movedim(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder, objective): a finished run of a tiny MAE with other pixel statistics than usual."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = tiny_recipe("mae", "data.std=[0.2, 0.3, 0.25]")
+    objective, _ = pipeline.build_objective(recipe)
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.normal_(std=0.2)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    state = {k: v.contiguous() for k, v in objective.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "encoder").mkdir()
+    encoder = encoder_state(objective.encoder.state_dict(), objective.encoder)
+    save_file(encoder, folder / "encoder/encoder.safetensors")
+    (folder / "encoder/encoder.json").write_text(json.dumps(encoder_info(recipe, 7)))
+    return folder, objective.eval()
+
+
+@pytest.mark.parametrize("kind", ["run", "encoder", "timm", "hf", "hf-mae", "mae"])
+def test_every_form_of_a_run_gives_the_same_tokens(kind, run, tmp_path):
+    folder, objective = run
+    more = {}
+    if kind in ("run", "encoder"):
+        source = folder if kind == "run" else folder / "encoder"
+    else:
+        source = tmp_path / {"timm": "x.safetensors", "mae": "x.pth"}.get(kind, "x")
+        assert export([str(folder), "--format", kind, str(source)]) == 0
+    if kind == "mae":  # the one form that says nothing of itself
+        options = {"patch_size": 4, "img_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
+        more = {"arch": "vit_tiny_patch16_224", "options": options}
+    model, info = pipeline.load_encoder(source, **more)
+    assert not model.training
+    assert info["source"] == str(source)
+    expected = oracle.STD if kind == "mae" else [0.2, 0.3, 0.25]
+    assert info["std"] == pytest.approx(expected)
+    assert info["mean"] == pytest.approx(oracle.MEAN)
+    std = torch.tensor([0.2, 0.3, 0.25])[:, None, None]
+    x = PIXELS * torch.tensor(oracle.STD)[:, None, None] / std
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+        ours = objective.encoder(*full_view(images(), PATCH))
+    torch.testing.assert_close(tokens, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_file_may_be_built_at_another_size(run, tmp_path):
+    export([str(run[0]), "--format", "timm", str(tmp_path / "x.safetensors")])
+    model, info = pipeline.load_encoder(tmp_path / "x.safetensors", options={"img_size": 32})
+    assert model.pos_embed.shape == (1, 65, 16)
+    assert info["options"]["img_size"] == 32
+
+
+def test_random_weights_of_the_same_architecture(run):
+    trained, _ = pipeline.load_encoder(run[0])
+    model, info = pipeline.load_encoder(run[0], random=True, seed=3)
+    again, _ = pipeline.load_encoder(run[0], random=True, seed=3)
+    assert info["random"]
+    assert info["random_seed"] == 3
+    name = "blocks.1.mlp.fc1.weight"
+    assert torch.equal(model.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(model.state_dict()[name], trained.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "bert"}, "model_type 'bert'"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu'"),
+        ({"num_hidden_layers": 5}, "blocks|encoder.layer.2"),
+        ({"hidden_size": 24}, "do not fit"),
+    ],
+)
+def test_another_hugging_face_model_is_refused(change, words, run, tmp_path):
+    export([str(run[0]), "--format", "hf", str(tmp_path / "hf")])
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=words):
+        pipeline.load_encoder(tmp_path / "hf")
+
+
+def test_what_is_no_encoder_is_one_sentence(tmp_path):
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth does not say its architecture"):
+        pipeline.load_encoder(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no exported encoder"):
+        pipeline.load_encoder(tmp_path)
+
+
+def test_the_door_imports_little():
+    """Neither deepspeed nor anything of training; `import pipeline` alone not even torch."""
+    code = (
+        "import sys, pipeline; assert 'torch' not in sys.modules, 'torch'; "
+        "from pipeline import load_encoder, load_reconstructor, load_recipe, build_objective; "
+        "late = {'deepspeed', 'tensorboard', 'scipy', 'matplotlib', 'pipeline.runtime', 'eval'}; "
+        "assert not late & sys.modules.keys(), late & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_door_has_no_other_names():
+    assert set(pipeline.__all__) <= set(dir(pipeline))
+    with pytest.raises(AttributeError, match="no attribute 'load_decoder'"):
+        _ = pipeline.load_decoder
