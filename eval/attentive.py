@@ -55,7 +55,8 @@ from eval.shared.features import (
     normalise,
     open_encoder,
 )
-from pipeline.data.loader import Crop, train_loader
+from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
@@ -172,19 +173,16 @@ def training_tokens(
     """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
     share = s.batch_size // ranks.world
     micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
-    loader = train_loader(
+    config = LoaderConfig(
         train,
         batch_size=s.batch_size,
         micro_batch=micro,
-        rank=ranks.rank,
-        world=ranks.world,
-        seed=s.seed,
-        start_step=0,
-        total_steps=s.steps,
         crop=Crop(image_size=image_size(vit), scale=(0.08, 1.0)),
-        workers=s.workers,
+        seed=s.seed,
         partitions=math.gcd(s.batch_size, PARTITIONS),
+        workers=s.workers,
     )
+    loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
         pixels = normalise(batch.image, info, ranks.device)

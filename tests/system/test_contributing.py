@@ -154,3 +154,40 @@ def test_a_data_source_is_one_function_and_one_line(copy, tmp_path, shards):
     assert "sound" in run(copy, "shard_tools/verify_shards.py", tmp_path / "out")
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert sum(s["samples"] for s in manifest["shards"]) == 5
+
+
+LISTS = """
+from kernels_compiled import compile_for, recorded, run_case
+from pipeline.kernels.cases import all_cases, ops
+from bench_gpu import calls
+from pipeline.kernels.cases import Sizes
+import torch
+assert "double" in ops()
+assert "double" in calls(Sizes(2, side=32, patch=8, width=16, decoder=16, keep=4))
+with recorded() as launches:
+    run_case(all_cases()["double"], torch.bfloat16, "vit-b16")
+compiled = compile_for(launches[0], 90)
+assert compiled.spills == 0 and max(compiled.loads) == 128, compiled
+"""
+RUN = """
+import torch
+from pipeline import kernels
+from pipeline.kernels.double import double
+x = torch.randn(3, 700)
+for kind in ("reference", "triton"):
+    kernels.use(kind)
+    assert torch.equal(double(x), 2 * x), kind
+"""
+
+
+def test_a_kernel_is_a_folder_that_every_list_finds(copy):
+    """Compiled for a GPU that is not here, timed by the bench's list, and run on the CPU."""
+    apply(copy, sections()["A kernel"])
+    paths = (copy, copy / "tests/helpers", copy / "tests/bench")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    compiling = {k: v for k, v in env.items() if k != "TRITON_INTERPRET"}
+    for code, where in ((LISTS, compiling), (RUN, env | {"TRITON_INTERPRET": "1"})):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=copy, env=where
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
