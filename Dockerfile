@@ -15,7 +15,8 @@ SHELL ["/bin/bash", "-e", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update && \
     DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        g++ libjpeg-dev openssh-client pdsh procps python3 python3-dev python3-venv zlib1g-dev && \
+        g++ libjpeg-dev libtiff-dev libwebp-dev openssh-client pdsh procps python3 python3-dev \
+        python3-venv zlib1g-dev && \
     rm -rf /var/lib/apt/lists/* && \
     python3 -m venv /opt/venv && \
     useradd --uid 10001 --create-home relaxmim && \
@@ -46,8 +47,11 @@ RUN printf '#!/bin/bash\nset -- "${@/-march=native/-march=x86-64-v3}"\nexec g++ 
     rm /tmp/g++
 
 # Pillow-SIMD beside Pillow: Python takes it where the processor has AVX2, and Pillow elsewhere.
-RUN CC="cc -mavx2" pip install --no-deps --no-binary pillow-simd --target /opt/pillow-simd \
+RUN CC="cc -mavx2" C_INCLUDE_PATH="/usr/include/$(cc -print-multiarch)" \
+    pip install --no-deps --no-binary pillow-simd --target /opt/pillow-simd \
         pillow-simd==12.1.1.post0 && \
+    PYTHONPATH=/opt/pillow-simd python -c 'from PIL import features as f; \
+        assert all(map(f.check, ("jpg", "zlib", "webp", "libtiff")))' && \
     printf 'import sys; "avx2" in open("/proc/cpuinfo").read() and sys.path.insert(0, "/opt/pillow-simd")\n' \
         >"$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/pillow_simd.pth"
 

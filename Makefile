@@ -14,50 +14,31 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/tests/helpers
 help:   ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/' | expand -t 16
 
-setup: .venv/ready   ## create .venv from requirements.lock and build the fused ops
+setup:   ## create .venv from requirements.lock, build what the compiler at hand can (again if it failed)
+	@$(PYTHON) .ci/setup_env.py --retry
 
-.venv/ready: requirements.lock pyproject.toml setup.py pipeline/data/_jpegcrop.c
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: Python >= 3.11 is needed, $(PYTHON) is older; set PYTHON=python3.11"; exit 2; }
-	@$(PYTHON) -m venv .venv || \
-		{ echo "error: $(PYTHON) has no venv module; on Debian: apt install python3-venv"; exit 2; }
-	@mkdir -p build && grep -v '^pillow==' requirements.lock > build/requirements.txt
-	$(PIP) install --no-deps -r build/requirements.txt
-	@$(MAKE) --no-print-directory pillow
-	$(PIP) install --no-deps -e .
-	@echo "building DeepSpeed's fused ops (two to three minutes, once)"
-	@$(PY) -c 'from pipeline.runtime.engine import build_ops; print("built:", ", ".join(build_ops()) or "nothing (no compiler); torch is used instead")'
-	@touch $@
+# Before every target: does what is not done yet, and where all is, nothing (a tenth of a second).
+.PHONY: .venv/ready
+.venv/ready:
+	@$(PYTHON) .ci/setup_env.py
 
-# pillow-simd where a compiler and the headers of libjpeg and zlib are, otherwise the locked Pillow.
-.PHONY: pillow
-pillow:
-	@flag=$$(grep -qw avx2 /proc/cpuinfo && echo -mavx2); \
-	if $(PY) -c 'import PIL, sys; sys.exit("post" not in PIL.__version__)' 2>/dev/null; then :; \
-	elif CC="cc $$flag" $(PIP) wheel --no-deps --no-cache-dir --no-binary :all: -w build/wheels \
-		pillow-simd==12.1.1.post0 2>build/pillow-simd.log; then \
-		$(PIP) uninstall -y pillow 2>/dev/null; \
-		$(PIP) install --no-deps build/wheels/pillow_simd-*.whl && \
-		echo "pillow-simd: built $${flag:+with AVX2}"; \
-	else \
-		$(PIP) install --no-deps $$(grep '^pillow==' requirements.lock) && \
-		echo "pillow-simd: not built (see build/pillow-simd.log); plain Pillow is used instead"; \
-	fi
-
-demo: .venv/ready   ## pretrain R-MAE and C-MAE on demo photographs, probe them, write runs/demo/report.html
-	$(PY) eval/demo.py --seeds $(SEEDS)
+demo: .venv/ready   ## pretrain R-MAE and C-MAE on demo photographs, probe them, write runs/demo/report.html (DEMO="options")
+	$(PY) eval/demo.py --seeds $(SEEDS) $(DEMO)
 
 # As on a processor without AVX-512 and bf16 units.
 ifeq ($(CPU),avx2)
 test: export ATEN_CPU_CAPABILITY := avx2
 test: export ONEDNN_MAX_CPU_ISA := AVX2
 endif
-test: .venv/ready   ## run the test suite (CPU=avx2: as on an older processor)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+test: .venv/ready   ## run the test suite, or TESTS="tests/eval …" (CPU=avx2: as on an older processor)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
-.PHONY: test-faults test-cluster
+.PHONY: test-faults test-fresh test-cluster
 test-faults: .venv/ready   ## 50 random kills and every known fault → docs/faults.md
 	@$(PY) tests/faults --kills 50 --write docs/faults.md
+
+test-fresh:   ## both README commands in bare Debian and Ubuntu roots → docs/fresh.md; needs root, mmdebstrap
+	@tests/system/fresh.sh --write docs/fresh.md
 
 test-cluster: .venv/ready   ## the trainer on two namespace hosts: one killed, one cut off, preempted under Slurm; needs root
 	@tests/cluster/run.sh
@@ -66,6 +47,7 @@ check: .venv/ready   ## style and types; changes nothing
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/mypy .ci/setup_run.py .ci/setup_env.py
 
 shards: .venv/ready   ## shard IMAGENET=/path (train/ and val/) into SHARDS=data/shards, or demo photographs
 ifdef IMAGENET

@@ -9,7 +9,7 @@ patch tokens, a fresh fc_norm and head.
     deepspeed eval/finetune.py --ds_config ds_configs/zero2.json --encoder runs/rmae \\
         --train data/shards/train --val data/shards/val [--fraction 0.1 | --subset FILE]
 
-It goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save and exit with 85.
+It resumes from its last checkpoint when rerun; SIGTERM and SIGUSR1 save and exit with 85.
 `--random` trains from scratch.
 """
 
@@ -26,7 +26,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.shared.batch_augment import make_erasing, make_mixup, seed_all
+from eval.shared.batch_augment import make_erasing, make_mixup
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import (
@@ -48,14 +48,21 @@ from eval.shared.features import (
     normalise,
     open_encoder,
 )
-from pipeline.config.recipe import Recipe, learning_rate, parse_recipe
-from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
+from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
+from pipeline.config.schedules import warmup_cosine
+from pipeline.config.schema import OptimizerRecipe
+from pipeline.data.crops import Crop
+from pipeline.data.loader import Batch, LoaderConfig, train_loader
+from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
-from pipeline.runtime.engine import Engine, Plan, init_ranks, make_plan, read_ds_config
-from pipeline.runtime.optimizer_state import load_whole, save_whole
-from shard_tools import subset
+from pipeline.runtime.engine import Engine, init_ranks
+from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
+from pipeline.runtime.seeding import seed_all, seed_step
+from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
+from shard_tools.manifest import read_manifest
+from shard_tools.subset import Choice, choose_samples, write_subset
 
 
 class Classifier(nn.Module):
@@ -72,42 +79,6 @@ class Classifier(nn.Module):
         return self.criterion(logits.float(), target), {}
 
 
-class LayerEngine(Engine):
-    """An engine whose parameter groups scale the learning rate by their `lr_scale`."""
-
-    def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of one micro-batch; the last of a step also updates the weights."""
-        loss, terms = self.engine(*inputs)
-        self.engine.backward(loss)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.engine.step()
-        return loss.detach(), terms
-
-
-def as_recipe(args: argparse.Namespace, info: dict[str, Any]) -> Recipe:
-    """The settings as a recipe, which plans the batch and gives the learning rate per step."""
-    optimizer = {
-        "base_lr": args.base_lr,
-        "betas": [0.9, 0.999],
-        "weight_decay": {"value": args.weight_decay},
-        "epochs": args.epochs,
-        "warmup_epochs": args.warmup_epochs,
-        "min_lr": args.min_lr,
-        "gradient_clipping": 0.0,
-    }
-    values = {
-        "name": "finetune",
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "encoder": {"arch": info["arch"]},
-        "measure": {"kind": "reconstruction"},
-        "optimizer": optimizer,
-        "data": {"partitions": args.partitions},
-    }
-    return parse_recipe(values, "finetuning")
-
-
 class Finetuning:
     """Model, engine and data of one finetuning on this rank."""
 
@@ -117,12 +88,11 @@ class Finetuning:
         self.size = image_size(encoder)
         seed_all(args.seed)
         model = build_classifier(encoder, self.info, args.classes, args.drop_path)
-        recipe = as_recipe(args, self.info)
-        self.recipe = recipe
-        self.plan = self._plan(recipe, encoder.patch_embed.num_patches)
+        self.plan = self._plan(encoder.patch_embed.num_patches)
         groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         self.module = Classifier(model)
-        self.engine = LayerEngine(self.module, groups, self.plan)
+        self.engine = Engine(self.module, groups, self.plan)
+        self.skipped = SkippedSteps(SKIP_LIMIT, "limit", "use a lower --base-lr")
         self.augment = None  # in the loader's workers, after the crop
         if args.randaugment:
             mean = tuple(self.info["mean"])
@@ -132,14 +102,22 @@ class Finetuning:
             mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
         )
 
-    def _plan(self, recipe: Recipe, patches: int) -> Plan:
-        config = read_ds_config(self.args.ds_config)
-        if self.args.precision != "auto":
-            config["bf16"] = {"enabled": self.args.precision == "bf16"}
-        plan = make_plan(config, recipe, self.world.size, patches)
+    def _plan(self, patches: int) -> RunPlan:
+        args = self.args
+        config = read_ds_config(args.ds_config)
+        if args.precision != "auto":
+            config["bf16"] = {"enabled": args.precision == "bf16"}
+        plan = make_plan(
+            config,
+            OptimizerRecipe(base_lr=args.base_lr, betas=(0.9, 0.999)),
+            batch_size=args.batch_size,
+            partitions=args.partitions,
+            patches=patches,
+            world=self.world.size,
+        )
         if plan.stage == 3:
             raise UserError(
-                f"{self.args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
+                f"{args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
                 "use ds_configs/zero2.json (or zero0, zero1)"
             )
         if plan.micro_batch % 2:
@@ -151,35 +129,53 @@ class Finetuning:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """This rank's micro-batches from step `start` on."""
-        return iter(
-            train_loader(
-                self.args.train,
-                batch_size=self.args.batch_size,
-                micro_batch=self.plan.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
-                seed=self.args.seed,
-                start_step=start,
-                total_steps=self.args.total_steps,
-                crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
-                workers=self.args.workers,
-                partitions=self.args.partitions,
-                augment=self.augment,
-            )
+        config = LoaderConfig(
+            self.args.train,
+            batch_size=self.args.batch_size,
+            micro_batch=self.plan.micro_batch,
+            crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
+            seed=self.args.seed,
+            partitions=self.args.partitions,
+            augment=self.augment,
+            workers=self.args.workers,
+        )
+        steps = range(start, self.args.total_steps)
+        return iter(train_loader(config, self.world.rank, self.world.size, steps))
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, before the layers' scales."""
+        args = self.args
+        return warmup_cosine(
+            step,
+            peak=args.base_lr * args.batch_size / 256,
+            total=args.epochs * args.steps_per_epoch,
+            warmup=args.warmup_epochs * args.steps_per_epoch,
+            low=args.min_lr,
         )
 
     def train_step(self, step: int, micro: Iterator[Batch]) -> Tensor:
-        """One optimizer step; the mean loss of this rank's micro-batches."""
-        lr = learning_rate(self.recipe, step, self.args.steps_per_epoch)
+        """One optimizer step; the mean loss of this rank's micro-batches.
+
+        UserError on every rank where a loss is not finite on any; a gradient that is not finite
+        skips the step, and many of them in a row are a UserError too.
+        """
+        lr = self.learning_rate(step)
         losses = []
         for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
             pixels = normalise(batch.image, self.info, self.world.device)
-            seed_all(self.args.seed, step, number, self.world.rank)
+            seed_step(self.args.seed, step, number, self.world.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
             pixels, target = self.mix(pixels, batch.label.to(self.world.device))
             losses.append(self.engine.micro_step(lr, pixels, target)[0])
-        return torch.stack(losses).mean()
+        loss = torch.stack(losses).mean()
+        if self.world.any(not bool(loss.isfinite())):
+            raise UserError(
+                f"the loss of finetuning is not finite in step {step + 1}; use a lower --base-lr, "
+                "or an encoder whose features are finite"
+            )
+        self.skipped.note(step, self.engine.step_skipped)
+        return loss
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
@@ -206,10 +202,11 @@ def choose_labels(args: argparse.Namespace, folder: Path, world: World) -> None:
         return
     place = folder / "subset"
     if world.first and not (place / "manifest.json").is_file():
-        how = ["--names", args.subset] if args.subset else ["--fraction", str(args.fraction)]
-        options = [str(args.train), str(place), *how, "--seed", str(args.subset_seed)]
-        if subset.main(options):
-            raise UserError(f"the subset of {args.train} could not be written to {place}")
+        names = Path(args.subset) if args.subset else None
+        fraction = None if args.subset else args.fraction
+        choice = Choice(fraction=fraction, names=names, seed=args.subset_seed)
+        manifest = read_manifest(args.train)
+        write_subset(manifest, place, choose_samples(manifest, choice), choice.record())
     world.sum(torch.zeros(1, device=world.device))  # the first rank has written it
     args.train = str(place)
 
@@ -219,6 +216,8 @@ def complete(args: argparse.Namespace) -> tuple[str, ...]:
     train, val = labelled(args.train), labelled(args.val)
     if args.batch_size < 1 or (args.max_steps is not None and args.max_steps < 1):
         raise UserError("--batch-size and --max-steps must be at least 1")
+    if args.base_lr <= 0 or not 0 <= args.warmup_epochs < args.epochs:
+        raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
     args.classes = class_count(train, val)
     args.partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if args.batch_size % p == 0)
     args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, args.partitions)
@@ -250,14 +249,14 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
     classes = complete(args)
     stop = StopSignal()
     run = Finetuning(args, world)
-    checkpoints = Checkpoints(folder, settings(args), world)
-    latest = checkpoints.load(partial(load_whole, run.engine))
+    checkpoints = Checkpoints(folder, settings(args))
+    latest = checkpoints.load(partial(load_consolidated, run.engine))
     step, history = latest.get("step", 0), latest.get("history", [])
     loader = run.batches(step)
     steps = progress(range(step, args.total_steps), world, "finetuning")
     for step in steps:
         if args.stop_epoch is not None and step >= args.stop_epoch * args.steps_per_epoch:
-            break  # goes on from here when called again
+            break  # resumes here when rerun
         loss = run.train_step(step, loader)
         last = step + 1 == args.total_steps
         stopping = world.any(bool(stop.name)) and not last
@@ -269,7 +268,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
                 row |= run.validate()
             history.append(row)
         if epoch_ends or stopping:
-            checkpoints.save(step + 1, partial(save_whole, run.engine), history=history)
+            checkpoints.save(step + 1, partial(save_consolidated, run.engine), history=history)
         if epoch_ends and world.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
@@ -286,6 +285,7 @@ def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, 
         **{key: history[-1][key] for key in ("top1", "top5", "images")},
         "best_top1": max(row["top1"] for row in history if "top1" in row),
         "history": history,
+        "nonfinite_steps": run.skipped.total,
         "settings": settings(args),
         "precision": run.plan.precision,
         "encoder": run.info,
@@ -317,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument("--cutmix", type=float, default=1.0)
     result.add_argument("--smoothing", type=float, default=0.1)
     result.add_argument("--validate-epochs", type=int, default=1, help="validate so often")
-    result.add_argument("--stop-epoch", type=float, help="stop here; to go on, call it again")
+    result.add_argument("--stop-epoch", type=float, help="stop here; rerun to resume")
     result.add_argument("--max-steps", type=int, help="shorten the run: a trial")
     return result
 

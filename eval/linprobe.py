@@ -17,7 +17,7 @@ The statistics of BatchNorm and the gradients are those of the global batch: eve
 its part, the features are gathered, and every rank makes the same update. The result so does not
 depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
 
-The protocol `mae` goes on from its last checkpoint when called again; SIGTERM and SIGUSR1 save and
+The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM and SIGUSR1 save and
 exit with 85.
 
     python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
@@ -62,7 +62,9 @@ from eval.shared.features import (
     open_encoder,
 )
 from eval.shared.lars_probe import Probe, Training
-from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
+from pipeline.data.crops import Box, Crop
+from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 
@@ -99,19 +101,16 @@ def global_features(
     vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented training features [B, D] and labels [B], one global batch after the other."""
-    loader = train_loader(
+    config = LoaderConfig(
         args.train,
         batch_size=args.batch_size,
         micro_batch=args.micro_batch,
-        rank=world.rank,
-        world=world.size,
-        seed=args.seed,
-        start_step=start,
-        total_steps=args.total_steps,
         crop=ProbeCrop(image_size=image_size(vit), scale=(0.08, 1.0)),
-        workers=args.workers,
+        seed=args.seed,
         partitions=math.gcd(args.batch_size, PARTITIONS),
+        workers=args.workers,
     )
+    loader = train_loader(config, world.rank, world.size, range(start, args.total_steps))
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
         pixels = normalise(batch.image, info, world.device)
@@ -142,7 +141,7 @@ def score(
 def probe_mae(
     vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """MAE's protocol on augmented images; the result's accuracy fields. Goes on from the last
+    """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
     probe = Probe(vit.num_features, args.classes, seed=args.seed).to(world.device)
     world.broadcast(probe.state_dict().values())
@@ -150,13 +149,15 @@ def probe_mae(
         probe, (args.base_lr,), batch=args.batch_size, steps=args.steps_per_epoch, args=args
     )
     known = settings(args) | {"encoder": info["source"], "random": info["random"]}
-    checkpoints = Checkpoints(folder, known | {"feature": args.feature}, world)
+    checkpoints = Checkpoints(folder, known | {"feature": args.feature})
     latest, stop = checkpoints.load(training.read), StopSignal()
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
     stream = global_features(vit, info, world, args, first)
     left = args.total_steps - first
     for step, batch in enumerate(progress(stream, world, "linear probe", left), first):
         losses = training.step(step, *batch)
+        if not bool(losses.isfinite().all() and training.finite.all()):
+            raise diverged([args.base_lr], f"in step {step + 1}")
         ended, last = (step + 1) % args.steps_per_epoch == 0, step + 1 == args.total_steps
         stopping = world.any(bool(stop.name)) and not last
         if ended or last or stopping:
@@ -167,6 +168,15 @@ def probe_mae(
         if stopping:
             sys.exit(PREEMPTED)
     return {**score(probe, vit, info, world, args), "train_loss": round(loss, 5)}
+
+
+def diverged(rates: list[float], where: str) -> UserError:
+    """What to say of a probe whose loss or weights are not finite: it has no accuracy."""
+    return UserError(
+        f"the loss or the weights of the probe are not finite {where} at base learning rate "
+        f"{', '.join(f'{rate:g}' for rate in rates)}; use a lower one, or an encoder with finite "
+        "features"
+    )
 
 
 def announce(
@@ -184,8 +194,9 @@ def announce(
 
 def train_heads(
     feature: Tensor, label: Tensor, rates: tuple[float, ...], args: argparse.Namespace
-) -> Probe:
-    """Heads, one per learning rate, trained on features [N, D] and labels [N] for all epochs."""
+) -> tuple[Probe, Tensor]:
+    """Heads, one per learning rate, trained on features [N, D] and labels [N] for all epochs;
+    and which of them have finite weights, bool [heads]."""
     batch = min(args.batch_size, len(feature))
     steps = len(feature) // batch
     probe = Probe(feature.shape[1], args.classes, len(rates), args.seed).to(feature.device)
@@ -198,7 +209,7 @@ def train_heads(
             order = torch.randperm(len(feature), generator=generator).to(feature.device)
         chosen = order[step % steps * batch :][:batch]
         training.step(step, feature[chosen], label[chosen])
-    return probe.eval()
+    return probe.eval(), training.finite
 
 
 @torch.no_grad()
@@ -228,12 +239,16 @@ def grid_scores(
     mine = tuple(args.grid[world.rank :: world.size])
     rows = torch.full((len(args.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
     if mine:
-        probe = train_heads(*train, mine, args)
+        probe, finite = train_heads(*train, mine, args)
         for column, (feature, label) in enumerate(tests.values()):
             rows[world.rank :: world.size, 2 * column : 2 * column + 2] = torch.tensor(
                 accuracies(probe, feature, label), dtype=torch.float64
             )
+        rows[world.rank :: world.size][~finite.cpu()] = math.nan
     rows = world.sum(rows).cpu()
+    lost = [rate for rate, row in zip(args.grid, rows, strict=True) if row.isnan().any()]
+    if lost:  # known to every rank only now
+        raise diverged(lost, "at the end")
     names = [part for name in tests for part in (name, f"{name}_top5")]
     return [
         {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}

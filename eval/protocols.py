@@ -58,6 +58,12 @@ def finetuning(work: Work) -> tuple[int, float]:
     return images, images * 3 * work.forward
 
 
+def attentive_probe(work: Work) -> tuple[int, float]:
+    """A forward pass of the encoder over every crop; the heads cost little beside it."""
+    images = int(work.option("--steps", 12_500)) * int(work.option("--batch-size", 128))
+    return images, images * work.forward
+
+
 def nine_ratios(work: Work) -> tuple[int, float]:
     """The full images, and what 10 … 90 % dropped leaves of them: 4.5 more passes."""
     return work.val, 5.5 * work.val * work.forward
@@ -118,6 +124,7 @@ PROTOCOLS = (
         "psnr", "psnr", "image", "dB", "PSNR", validation_only,
         "psnr", "PSNR (dB)", train=False,
     ),
+    Protocol("attentive-probe", "attentive", "top1", "%", "attentive probe", attentive_probe),
     Protocol("knn", "knn", "top1", "%", "k-NN", features_once),
     Protocol("cka", "cka", "", "", "CKA", nine_ratios, train=False),
     Protocol("shape-bias", "shape_bias", "shape_bias", "", "shape bias", validation_only),

@@ -75,7 +75,7 @@ def measure(
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in progress(loader, world, "PSNR"):
         image, sample = batch.image.to(world.device), batch.sample.to(world.device)
-        visible, inverse = model.hide(sample, args.mask_ratio, args.seed)
+        visible, inverse = model.mask(sample, args.mask_ratio, args.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
         total[:2] += decibel(error).sum(0)

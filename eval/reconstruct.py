@@ -69,7 +69,7 @@ def draw(
         if model.true_statistics
         else "pixels as predicted"
     )
-    visible, inverse = model.hide(sample, share, args.seed)
+    visible, inverse = model.mask(sample, share, args.seed)
     return compose((image, *model.pictures(image, visible, inverse)), note), note
 
 

@@ -5,10 +5,14 @@ The engine makes the process group.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import socket
+import sys
+import sysconfig
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 
-PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command goes on
+PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,34 @@ class Ranks:
     device: torch.device
 
 
+def prepare_deepspeed() -> None:
+    """Set what DeepSpeed reads from the environment when it is imported; called again, nothing."""
+    # It chooses its accelerator; without this it warns on every machine without one.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It compiles its fused ops with ninja, which lies beside this interpreter in a venv.
+    tools = str(Path(sys.executable).parent)
+    if not os.environ.get("PATH", "").startswith(tools):
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Compiled ops belong to this environment: a cache shared by several would be rebuilt by each.
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def can_build() -> bool:
-    """Whether DeepSpeed's fused ops can be compiled here: a C++ compiler and ninja (and nvcc)."""
+    """Whether DeepSpeed's fused ops can be compiled here: c++, Python's headers, ninja (and nvcc).
+
+    Not where set-up tried and failed: it left torch_extensions/failed in this environment then.
+    """
     compiler = os.environ.get("CXX", "c++").split()[0]
     tools = [compiler, "ninja"]
     if torch.cuda.is_available() and shutil.which("nvcc") is None:
         tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
-    return all(shutil.which(tool) for tool in tools)
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    failed = Path(sys.prefix, "torch_extensions", "failed")
+    return all(map(shutil.which, tools)) and headers.is_file() and not failed.exists()
 
 
 def bf16_units() -> bool:
@@ -62,7 +87,7 @@ def barrier() -> None:
     torch.distributed.barrier()
 
 
-def forget_buffer(rank: int) -> None:
+def unlink_buffer(rank: int) -> None:
     """Take the name from DeepSpeed's buffer of shared memory, once every rank has opened it.
 
     DeepSpeed never does: 66 MiB of /dev/shm would be lost with every rank and port, until it is
@@ -112,7 +137,12 @@ def any_rank(flag: bool) -> bool:
 
 
 def agree(make: Callable[[], Any]) -> Any:
-    """Rank 0's result of make() on every rank; an UserError there is raised on every rank."""
+    """Rank 0's result of make() on every rank; its UserError is raised on every rank.
+
+    Without a process group this process is alone.
+    """
+    if not torch.distributed.is_initialized():
+        return make()
     box: list[Any] = [None, None]
     if torch.distributed.get_rank() == 0:
         try:

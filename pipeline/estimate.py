@@ -27,7 +27,9 @@ from pipeline import kernels
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, refuse
-from pipeline.method.objective import Objective, Teacher, parameter_groups
+from pipeline.method.objective import Objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.teacher import Teacher
 
 # Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
 PEAKS = {

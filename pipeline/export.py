@@ -28,9 +28,10 @@ from torch import Tensor
 
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError, refuse
-from pipeline.method.encoder import METADATA, encoder_info, encoder_state, vit_options
+from pipeline.method.encoder import METADATA, encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import Objective, build_objective
+from pipeline.method.vit import vit_options
 from shard_tools.atomic import write_atomic, write_json
 
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")

@@ -21,9 +21,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     manifest.write_atomic(path, data.encode() if isinstance(data, str) else data)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    write_atomic(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, indent: int = 2) -> None:
+    """Write a JSON file atomically. ValueError for NaN and infinity, which JSON does not have."""
+    write_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def seal(temporary: Path, place: Path) -> None:

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import os
 import sys
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -126,15 +127,45 @@ def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text().splitlines() if line.strip()]
 
 
-def choose_samples(manifest: Manifest, options: argparse.Namespace) -> np.ndarray:
-    """Sample numbers, ascending, by the one way that the options name."""
-    if options.fraction is not None:
-        return by_fraction(manifest, options.fraction, options.seed)
-    if options.names is not None:
-        return by_names(manifest, options.names)
-    if options.classes is not None:
-        return by_classes(manifest, options.classes)
-    return by_count(manifest, options.count, options.choose, options.seed, options.class_name)
+@dataclass(frozen=True)
+class Choice:
+    """One way to choose samples: exactly one of fraction, names, classes and count.
+
+    fraction: share of every class. names, classes: lists in files; classes are renumbered. count:
+    this many images, chosen as `choose` says (class_name: of one-class). seed: of every draw.
+    """
+
+    fraction: float | None = None
+    names: Path | None = None
+    classes: Path | None = None
+    count: int | None = None
+    choose: str = "random"
+    class_name: str | None = None
+    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """How the samples were chosen, for the manifest."""
+        record = asdict(self)
+        for key in ("names", "classes"):
+            record[key] = record[key].name if record[key] else None
+        if self.count is None:
+            record["choose"] = None
+        return {key: value for key, value in record.items() if value is not None}
+
+
+def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
+    """Sample numbers, ascending. ToolError where the choice cannot be made."""
+    if choice.class_name is not None and choice.choose != "one-class":
+        raise ToolError("--class belongs to --choose one-class")
+    if choice.fraction is not None:
+        return by_fraction(manifest, choice.fraction, choice.seed)
+    if choice.names is not None:
+        return by_names(manifest, choice.names)
+    if choice.classes is not None:
+        return by_classes(manifest, choice.classes)
+    if choice.count is None:
+        raise ToolError("a choice needs one of fraction, names, classes and count")
+    return by_count(manifest, choice.count, choice.choose, choice.seed, choice.class_name)
 
 
 def renumber(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -145,53 +176,90 @@ def renumber(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, tuple[st
     return rows, tuple(manifest.classes[label] for label in kept)
 
 
-def subset(options: argparse.Namespace) -> int:
-    """The command."""
-    manifest = read_manifest(options.source)
-    dest: Path = options.dest
-    if (dest / MANIFEST).exists() or (dest.is_dir() and any(dest.iterdir())):
-        raise ToolError(f"{dest}: is not empty; give another folder")
-    if options.class_name is not None and options.choose != "one-class":
-        raise ToolError("--class belongs to --choose one-class")
-    chosen = choose_samples(manifest, options)
-    shard, rows = manifest.locate(chosen)
+@dataclass(frozen=True)
+class Chosen:
+    """Samples of a manifest on their way to a folder of their own."""
+
+    shard: np.ndarray
+    rows: np.ndarray
+    names: list[str]
+    classes: tuple[str, ...]
+    made: dict[str, Any]
+
+
+def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: str) -> Chosen:
+    """The rows of chosen samples; a choice of classes renumbers them."""
+    shard, rows = manifest.locate(samples)
     classes = manifest.classes
-    if options.classes is not None:
+    if "classes" in record:
         rows, classes = renumber(manifest, rows)
-    names = [manifest.names[i] for i in chosen] if manifest.names else []
-    made: dict[str, Any] = {
-        "kind": "shards" if options.copy else "subset",
+    names = [manifest.names[i] for i in samples] if manifest.names else []
+    made = {
+        "kind": kind,
         "tool": "subset",
         "version": version("relaxmim"),
         "of": manifest.index_sha256,
-        "options": choice_record(options),
+        "options": record,
     }
-    if not options.copy and classes != stored_classes(manifest):
+    return Chosen(shard, rows, names, classes, made)
+
+
+def write_subset(
+    manifest: Manifest, dest: Path, samples: np.ndarray, record: dict[str, Any]
+) -> Chosen:
+    """Write a subset as a small index over the same tars.
+
+    samples: numbers in the manifest, ascending; record: how they were chosen. ToolError where
+    `dest` is not empty.
+    """
+    check_empty(dest)
+    chosen = take(manifest, samples, record, "subset")
+    made = dict(chosen.made)
+    if chosen.classes != stored_classes(manifest):
         made["stored_classes"] = list(stored_classes(manifest))
-    if options.copy:
-        size = copy_samples(
-            manifest,
-            shard,
-            rows,
-            dest,
-            classes=classes,
-            names=names,
-            made=made,
-            shard_size=options.shard_size,
-            workers=options.workers,
-        )
-        print(f"{dest}: copied {len(rows)} of {manifest.samples} images, {size / 1e6:.1f} MB")
-        return 0
     write_manifest(
         dest,
-        shards=kept_shards(manifest, shard),
-        index=rows,
-        classes=classes,
+        shards=kept_shards(manifest, chosen.shard),
+        index=chosen.rows,
+        classes=chosen.classes,
         made=made,
-        names=names,
+        names=chosen.names,
         shard_folder=manifest.folder,
     )
-    print(f"{dest}: {len(rows)} of {manifest.samples} images, {len(classes)} classes, by index")
+    return chosen
+
+
+def check_empty(dest: Path) -> None:
+    """ToolError unless the folder is new or empty."""
+    if (dest / MANIFEST).exists() or (dest.is_dir() and any(dest.iterdir())):
+        raise ToolError(f"{dest}: is not empty; give another folder")
+
+
+def subset(options: argparse.Namespace) -> int:
+    """The command."""
+    manifest = read_manifest(options.source)
+    choice = Choice(**{field.name: getattr(options, field.name) for field in fields(Choice)})
+    dest: Path = options.dest
+    check_empty(dest)
+    samples = choose_samples(manifest, choice)
+    if not options.copy:
+        chosen = write_subset(manifest, dest, samples, choice.record())
+        counts = f"{len(samples)} of {manifest.samples} images, {len(chosen.classes)} classes"
+        print(f"{dest}: {counts}, by index")
+        return 0
+    chosen = take(manifest, samples, choice.record(), "shards")
+    size = copy_samples(
+        manifest,
+        chosen.shard,
+        chosen.rows,
+        dest,
+        classes=chosen.classes,
+        names=chosen.names,
+        made=chosen.made,
+        shard_size=options.shard_size,
+        workers=options.workers,
+    )
+    print(f"{dest}: copied {len(samples)} of {manifest.samples} images, {size / 1e6:.1f} MB")
     return 0
 
 
@@ -208,18 +276,6 @@ def kept_shards(manifest: Manifest, shard: np.ndarray) -> list[Shard]:
 def stored_classes(manifest: Manifest) -> tuple[str, ...]:
     """What the numbers inside the tars mean: a subset of a subset keeps the first meaning."""
     return tuple(manifest.made.get("stored_classes", manifest.classes))
-
-
-def choice_record(options: argparse.Namespace) -> dict[str, Any]:
-    """How the samples were chosen, for the manifest."""
-    record = {key: getattr(options, key) for key in ("fraction", "count", "choose", "class_name")}
-    record["seed"] = options.seed
-    for key in ("names", "classes"):
-        path = getattr(options, key)
-        record[key] = path.name if path else None
-    if options.count is None:
-        record["choose"] = None
-    return {key: value for key, value in record.items() if value is not None}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,9 +14,9 @@ from eval.paper.job_runner import Job, python
 from eval.paper.published import PaperRow
 from eval.protocols import Work, by_key, keys
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
-from pipeline.data.loader import steps_per_epoch
+from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
-from pipeline.method.encoder import build_vit, vit_options
+from pipeline.method.vit import build_vit, vit_options
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ class Place:
 def overrides(row: PaperRow, scale: Scale) -> list[str]:
     """The recipe's overrides of a row at a scale, without seed and data."""
     recipe = read_recipe(base_recipe(row), tuple(row.set))
-    kind = "reconstruction" if recipe.measure.kind == "reconstruction" else "contrast"
+    kind = "reconstruction" if recipe.measure.reconstructs else "contrast"
     result = [*row.set, *scale.recipe, *getattr(scale, kind)]
     if scale.epochs is not None:
         epochs = scale.epochs * max(1.0, recipe.optimizer.epochs / 100)
@@ -303,7 +303,7 @@ def pretrain_flops(recipe: Recipe) -> float:
     if recipe.encoder.masked_tokens == "replace":
         first, second = patches, patches if second else 0
     total = 3 * blocks_flops(first + 1, width, depth)
-    if recipe.measure.kind == "reconstruction":
+    if recipe.measure.reconstructs:
         decoder = recipe.measure.decoder
         total += 3 * blocks_flops(second + 1, width, depth) if second else 0.0
         branches = 2 if second else 1

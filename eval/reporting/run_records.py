@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from eval.protocols import by_name
+from pipeline.config.schema import measure_class
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
@@ -19,7 +20,8 @@ NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")
 # Keys of metrics.jsonl that describe the run; every other number is a term of the loss.
 NOT_TERMS = {
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "memory_gb",
-    "ema", "skipped", "skipped_steps", "feature_std", "teacher_distance",
+    "ema", "bad_samples", "nonfinite_steps", "feature_std", "teacher_distance",
+    "skipped", "skipped_steps",  # of runs before these were called bad_samples, nonfinite_steps
 }  # fmt: skip
 
 
@@ -70,7 +72,8 @@ class Run:
     @property
     def reconstructs(self) -> bool:
         """Whether the measure predicts pixels."""
-        return bool(self.flat.get("measure.kind") == "reconstruction")
+        settings = measure_class(self.flat.get("measure.kind"))
+        return settings is not None and settings.reconstructs
 
 
 @dataclass(frozen=True)

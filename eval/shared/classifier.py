@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import write_atomic, write_json
 
 FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
 HEAD_STD = 2e-5
@@ -89,7 +89,7 @@ def write_classifier(
     write_atomic(folder / "classifier.safetensors", weights)
     keys = ("arch", "options", "mean", "std", "recipe", "method", "step")
     content = {key: info[key] for key in keys if key in info} | {"classes": list(classes)}
-    write_atomic(folder / "classifier.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "classifier.json", content, indent=1)
 
 
 def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the evaluations share: ranks, the learning-rate schedule, counting, results on disk.
+"""What the evaluations share: ranks, counting, results on disk.
 
 Every evaluation runs alone (`python eval/linprobe.py …`) or on several ranks
 (`deepspeed eval/linprobe.py …`, `torchrun eval/linprobe.py …`); the ranks are read from RANK,
@@ -6,8 +6,6 @@ WORLD_SIZE and LOCAL_RANK.
 """
 
 import argparse
-import json
-import math
 import os
 import random
 import sys
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.distributed import agree, any_rank
 from pipeline.errors import UserError, refuse
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import write_json
 
 T = TypeVar("T")
 
@@ -150,19 +148,6 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def warmup_cosine(
-    epoch: float, *, peak: float, epochs: float, warmup: float, low: float = 0
-) -> float:
-    """Learning rate at a fractional epoch: linear from 0 to `peak`, then half a cosine to `low`.
-
-    Source: facebookresearch/mae, `util/lr_sched.py` (the schedule of MAE's finetuning and probe).
-    """
-    if epoch < warmup:
-        return peak * epoch / warmup
-    progress = min(1.0, (epoch - warmup) / max(1e-12, epochs - warmup))
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 def count_correct(logits: Tensor, label: Tensor) -> Tensor:
     """Hits of logits [..., b, C] for labels [b]: int64 [..., 3] = top-1, top-5, images."""
     best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
@@ -196,7 +181,7 @@ def output_path(args: argparse.Namespace, name: str) -> Path:
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
     """Write a result as JSON, whole or not at all."""
-    write_atomic(Path(path), json.dumps(result, indent=1) + "\n")
+    write_json(Path(path), result, indent=1)
 
 
 def as_percent(count: float, images: float) -> float:

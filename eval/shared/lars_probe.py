@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eval.shared.cli import warmup_cosine
+from pipeline.config.schedules import warmup_cosine
 
 
 class Probe(nn.Module):
@@ -55,11 +55,19 @@ class Training:
 
     def rate(self, step: int, head: int = 0) -> float:
         """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
-        settings = {"epochs": self.args.epochs, "warmup": self.args.warmup_epochs}
-        return warmup_cosine(step / self.steps, peak=self.peaks[head], **settings)
+        epochs, warmup = self.args.epochs, self.args.warmup_epochs
+        return warmup_cosine(
+            step, peak=self.peaks[head], total=epochs * self.steps, warmup=warmup * self.steps
+        )
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether each head's weights and bias are finite: bool [heads]."""
+        parts = (self.probe.weight, self.probe.bias)
+        return torch.stack([p.isfinite().flatten(1).all(dim=1) for p in parts]).all(dim=0)
 
     def state(self) -> dict[str, Tensor]:
-        """All that training goes on from: weights, statistics, momentum. Not copies."""
+        """All that training resumes from: weights, statistics, momentum. Not copies."""
         return self.probe.state_dict() | dict(zip(("speed.w", "speed.b"), self.speed, strict=True))
 
     def write(self, first: bool, folder: Path) -> str:
@@ -75,7 +83,7 @@ class Training:
 
     @torch.no_grad()
     def read(self, folder: Path) -> None:
-        """Go on from a state that was written."""
+        """Resume from a state that was written."""
         saved = load_file(folder / "probe.safetensors")
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])

@@ -7,15 +7,15 @@ buckets) belongs to ds_configs/, never here.
 
 from __future__ import annotations
 
-import math
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from pipeline.config.schema import (
+    MEASURES,
+    SHORT,
     BYOLRecipe,
     DataRecipe,
     DecoderRecipe,
@@ -24,12 +24,14 @@ from pipeline.config.schema import (
     HeadsRecipe,
     InfoNCERecipe,
     JitterRecipe,
+    MeasureRecipe,
     MonitorRecipe,
     OptimizerRecipe,
     Positive,
     ReconstructionRecipe,
     Section,
     ViewsRecipe,
+    measure_settings,
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
 from pipeline.errors import UserError
@@ -37,16 +39,10 @@ from pipeline.errors import UserError
 __all__ = [
     "RECIPES", "BYOLRecipe", "DataRecipe", "DecoderRecipe", "EncoderRecipe", "HeadsRecipe",
     "InfoNCERecipe", "JitterRecipe", "Recipe", "RecipeError", "ReconstructionRecipe",
-    "dump_recipe", "ema_momentum", "first_difference", "learning_rate", "load_recipe",
-    "parse_recipe",
+    "dump_recipe", "first_difference", "load_recipe", "parse_recipe",
 ]  # fmt: skip
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-# YAML aliases can make a value of a few bytes endless when written out.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class RecipeError(UserError):
@@ -61,9 +57,7 @@ class Recipe(Section):
     batch_size: Positive = 1024
     encoder: EncoderRecipe = EncoderRecipe()
     views: ViewsRecipe = ViewsRecipe()
-    measure: Annotated[
-        ReconstructionRecipe | InfoNCERecipe | BYOLRecipe, Field(discriminator="kind")
-    ]
+    measure: Annotated[SerializeAsAny[MeasureRecipe], BeforeValidator(measure_settings)]
     ema: EMARecipe = EMARecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     data: DataRecipe = DataRecipe()
@@ -72,8 +66,8 @@ class Recipe(Section):
 
     @property
     def teacher(self) -> bool:
-        """Whether the second view is encoded by an EMA teacher (contrastive measures)."""
-        return self.measure.kind != "reconstruction"
+        """Whether the second view is encoded by an EMA teacher ."""
+        return self.measure.needs_teacher
 
     @property
     def lr(self) -> float:
@@ -96,64 +90,8 @@ class Recipe(Section):
             raise ValueError(
                 "views.mask_ratio 0 leaves nothing for views.second: complement to show"
             )
-        if isinstance(self.measure, ReconstructionRecipe):
-            self._check_reconstruction()
-        else:
-            self._check_contrast(self.measure.tokens)
+        self.measure.check(self.encoder, self.views)
         return self
-
-    def _check_reconstruction(self) -> None:
-        if self.encoder.masked_tokens != "drop":
-            raise ValueError("measure reconstruction needs encoder.masked_tokens: drop")
-        if self.views.second == "crop":
-            raise ValueError("measure reconstruction cannot compare two crops (views.second: crop)")
-        if self.views.mask_ratio == 0 and self.views.second != "pixels":
-            raise ValueError(
-                "views.mask_ratio 0 leaves R-MAE no hidden patch to compare: set views.second to "
-                "pixels"
-            )
-
-    def _check_contrast(self, tokens: str) -> None:
-        if self.views.second == "pixels":
-            raise ValueError(
-                f"measure {self.measure.kind} compares two encoded views: set views.second to "
-                "complement, independent, none or crop"
-            )
-        if not tokens.startswith("patch"):  # mean_patch is one token
-            return
-        if self.views.second == "crop":
-            raise ValueError(
-                "two crops (views.second: crop) share no patch position: set measure.tokens to "
-                "cls or mean_patch"
-            )
-        if self.encoder.masked_tokens == "drop" and self.views.second == "complement":
-            raise ValueError(
-                "without mask tokens (encoder.masked_tokens: drop) complementary views share no "
-                "patch position: set measure.tokens to mean_patch or cls, or views.second to "
-                "independent"
-            )
-
-
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of optimizer step `step` (0-based): linear warm-up, then half a cosine.
-
-    SPEC §4, per step: step / warm-up steps of the peak during warm-up, then
-    min + (peak - min) (1 + cos(pi t)) / 2 with t from 0 to 1 over the rest.
-    """
-    o = recipe.optimizer
-    warmup, total = o.warmup_epochs * steps_per_epoch, o.epochs * steps_per_epoch
-    if step < warmup:
-        return recipe.lr * step / warmup
-    t = min(1.0, (step - warmup) / max(total - warmup, 1e-9))
-    return o.min_lr + (recipe.lr - o.min_lr) * 0.5 * (1.0 + math.cos(math.pi * t))
-
-
-def ema_momentum(recipe: Recipe, step: int, total_steps: int) -> float:
-    """The teacher's momentum m at a step: constant, or 1 - (1 - m) (1 + cos(pi s / S)) / 2."""
-    m = recipe.ema.momentum
-    if recipe.ema.schedule == "constant":
-        return m
-    return 1.0 - (1.0 - m) * 0.5 * (1.0 + math.cos(math.pi * step / total_steps))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -175,7 +113,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {_sentence(error)}") from None
+        raise RecipeError(f"{where}: {_sentence(error, values)}") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -255,40 +193,33 @@ def _override(values: dict[str, Any], text: str) -> None:
     values.update(merged)
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
     """The first problem of a pydantic error as one clear sentence."""
     first = error.errors(include_url=False)[0]
-    kinds = {"reconstruction", "infonce", "byol"}
-    place = [str(part) for part in first["loc"] if str(part) not in kinds]
-    key = ".".join(place)
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
+    if first["type"] == "measure_kind":
+        return first["msg"]
     if first["type"] == "extra_forbidden":
-        valid = ", ".join(_valid_keys([str(part) for part in first["loc"]][:-1]))
-        return f"unknown key {key!r}{meant(key, Recipe)}; valid keys here: {valid}"
+        valid = ", ".join(_valid_keys(path[:-1], values))
+        suggestion = meant(key, Recipe, {"measure": MEASURES})
+        return f"unknown key {key!r}{suggestion}; valid keys here: {valid}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    if first["type"] == "union_tag_not_found":
-        return f"key '{key}.kind' is missing; valid: reconstruction, infonce, byol"
-    if first["type"] == "union_tag_invalid":
-        return f"key '{key}.kind': {first['ctx']['tag']!r} is none of reconstruction, infonce, byol"
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
     message = message[0].lower() + message[1:]
     given = first["input"]
-    return f"key {key!r}: {message}, got {_SHORT.repr(given)}{meant_value(key, given)}"
+    return f"key {key!r}: {message}, got {SHORT.repr(given)}{meant_value(key, given)}"
 
 
-def _valid_keys(place: list[str]) -> list[str]:
-    """The keys of the recipe section at `place` (union members are named by their kind)."""
+def _valid_keys(path: list[str], values: dict[str, Any]) -> list[str]:
+    """The keys of the recipe section at `path`; those of the measure are those of its kind."""
     section: Any = Recipe
-    measures = {
-        "reconstruction": ReconstructionRecipe,
-        "infonce": InfoNCERecipe,
-        "byol": BYOLRecipe,
-    }
-    for part in place:
-        if part in measures:
-            section = measures[part]
-        elif part != "measure":
+    for part in path:
+        if section is Recipe and part == "measure":
+            section = MEASURES[values["measure"]["kind"]]
+        else:
             section = section.model_fields[part].annotation
     return [field.alias or name for name, field in section.model_fields.items()]

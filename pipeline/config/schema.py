@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from typing import Annotated, Any, Literal
+import reprlib
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -13,6 +16,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Steps = Annotated[int, Field(ge=0)]  # 0: never
+
+
+# YAML aliases can make a value of a few bytes endless when written out.
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 3, 80, 80
 
 
 class Section(BaseModel):
@@ -63,18 +71,29 @@ class JitterRecipe(Section):
     grayscale: Fraction = 0.0
 
 
+def mask_policy(name: str) -> str:
+    """The name of a masking policy; ValueError lists them. The policies are in method/masking."""
+    if name != "random":
+        policies = importlib.import_module("pipeline.method.masking").POLICIES
+        if name not in policies:
+            raise ValueError(f"input should be {' or '.join(policies)}")
+    return name
+
+
 class ViewsRecipe(Section):
     """(T1, T2). T1 masks the share `mask_ratio`; T2 is what `second` says.
 
-    second_mask_ratio: what an `independent` T2 masks.
+    mask: how T1 (and an independent T2) choose what to mask, a policy of method/masking: random
+    patches, or blocks (BEiT). second_mask_ratio: what an `independent` T2 masks.
 
-    second: pixels (no second view), complement, independent, none (T2 hides nothing of the same
-    crop), crop (another random crop of the image, nothing hidden). mask_ratio 0: no masking; MAE's
+    second: pixels (no second view), complement, independent, none (T2 masks nothing of the same
+    crop), crop (another random crop of the image, nothing masked). mask_ratio 0: no masking; MAE's
     loss is then on every patch. cutmix: the probability that a box of a view, of a share of the
     area uniform in 0 … 1, shows another image of the micro-batch instead; each view has its own
     box, drawn before masks and jitter are applied, and MAE's target stays the clean image.
     """
 
+    mask: Annotated[str, AfterValidator(mask_policy)] = "random"
     mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.75
     second: Literal["pixels", "complement", "independent", "none", "crop"] = "pixels"
     second_mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
@@ -90,13 +109,56 @@ class DecoderRecipe(Section):
     heads: Positive = 16
 
 
-class ReconstructionRecipe(Section):
+class MeasureRecipe(Section):
+    """Settings of M, common part; the class of each kind is in MEASURES.
+
+    What the kind needs and can do: needs_teacher (an EMA of f encodes T2), needs_second_view (T2
+    is a view, not pixels), reconstructs (it has a decoder), batch_negatives (its negatives come
+    from the images of a micro-batch).
+    """
+
+    needs_teacher: ClassVar[bool] = False
+    needs_second_view: ClassVar[bool] = False
+    reconstructs: ClassVar[bool] = False
+    batch_negatives: ClassVar[bool] = False
+
+    kind: str
+
+    if TYPE_CHECKING:  # each kind has its own further settings
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """Raise ValueError, naming the keys, where encoder and views do not suit the measure."""
+        if self.needs_second_view and views.second == "pixels":
+            raise ValueError(
+                f"measure {self.kind} compares two encoded views: set views.second to "
+                "complement, independent, none or crop"
+            )
+
+
+class ReconstructionRecipe(MeasureRecipe):
     """M = Eq. 3 for MAE (second: pixels), Eq. 8 with weight `lambda` for R-MAE."""
+
+    reconstructs: ClassVar[bool] = True
 
     kind: Literal["reconstruction"]
     lambda_: Annotated[float, Field(alias="lambda", ge=0.0)] = 1.0
     norm_pix: bool = True
     decoder: DecoderRecipe = DecoderRecipe()
+
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """The decoder fills in masked patches, and both views must be of the same crop."""
+        super().check(encoder, views)
+        if encoder.masked_tokens != "drop":
+            raise ValueError(f"measure {self.kind} needs encoder.masked_tokens: drop")
+        if views.second == "crop":
+            raise ValueError(f"measure {self.kind} cannot compare two crops (views.second: crop)")
+        if views.mask_ratio == 0 and views.second != "pixels":
+            raise ValueError(
+                "views.mask_ratio 0 leaves R-MAE no masked patch to compare: set views.second to "
+                "pixels"
+            )
 
 
 class HeadsRecipe(Section):
@@ -113,25 +175,90 @@ class HeadsRecipe(Section):
     batch_norm: bool = False
 
 
-class InfoNCERecipe(Section):
-    """M = Eq. 9-10."""
+class ContrastRecipe(MeasureRecipe):
+    """What the contrastive measures share; `tokens`: which tokens are compared (Tab. 3)."""
 
-    kind: Literal["infonce"]
+    needs_teacher: ClassVar[bool] = True
+    needs_second_view: ClassVar[bool] = True
+
     tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
-    negatives: Literal["all", "position", "image"] = "position"
-    temperature: Annotated[float, Field(gt=0.0)] = 0.2
     symmetric: bool = False
-    scale_2tau: bool = False
     heads: HeadsRecipe = HeadsRecipe()
 
+    @property
+    def contrasts_patches(self) -> bool:
+        """Whether patch tokens are compared position by position (mean_patch is one token)."""
+        return self.tokens.startswith("patch")
 
-class BYOLRecipe(Section):
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """Patch tokens can be compared only at positions that both views have."""
+        super().check(encoder, views)
+        if not self.contrasts_patches:
+            return
+        if views.second == "crop":
+            raise ValueError(
+                "two crops (views.second: crop) share no patch position: set measure.tokens to "
+                "cls or mean_patch"
+            )
+        if encoder.masked_tokens == "drop" and views.second == "complement":
+            raise ValueError(
+                "without mask tokens (encoder.masked_tokens: drop) complementary views share no "
+                "patch position: set measure.tokens to mean_patch or cls, or views.second to "
+                "independent"
+            )
+
+
+class InfoNCERecipe(ContrastRecipe):
+    """M = Eq. 9-10."""
+
+    batch_negatives: ClassVar[bool] = True
+
+    kind: Literal["infonce"]
+    negatives: Literal["all", "position", "image"] = "position"
+    temperature: Annotated[float, Field(gt=0.0)] = 0.2
+    scale_2tau: bool = False
+
+
+class BYOLRecipe(ContrastRecipe):
     """M = 2 - 2 cos(q(p(z1)), p'(z2))."""
 
     kind: Literal["byol"]
-    tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
-    symmetric: bool = False
-    heads: HeadsRecipe = HeadsRecipe()
+
+
+# kind → settings. Those of a measure that is added are beside its class, in method/measures,
+# which enters them here when it is imported.
+MEASURES: dict[str, type[MeasureRecipe]] = {
+    "reconstruction": ReconstructionRecipe,
+    "infonce": InfoNCERecipe,
+    "byol": BYOLRecipe,
+}
+
+
+def measure_class(kind: object) -> type[MeasureRecipe] | None:
+    """The settings class of a kind of measure, or None.
+
+    A kind that is not known may be one of method/measures, which is then imported by its name.
+    """
+    if not isinstance(kind, str):
+        return None
+    if kind not in MEASURES:
+        importlib.import_module("pipeline.method.measures")
+    return MEASURES.get(kind)
+
+
+def measure_settings(value: Any) -> Any:
+    """The mapping of a recipe's `measure` → settings of its kind; ValidationError inside it."""
+    if not isinstance(value, dict):
+        return value
+    if "kind" not in value:
+        text = "key 'measure.kind' is missing; valid: {kinds}"
+        raise PydanticCustomError("measure_kind", text, {"kinds": ", ".join(MEASURES)})
+    settings = measure_class(value["kind"])
+    if settings is None:
+        text = "key 'measure.kind': {kind} is none of {kinds}"
+        context = {"kind": SHORT.repr(value["kind"]), "kinds": ", ".join(MEASURES)}
+        raise PydanticCustomError("measure_kind", text, context)
+    return settings.model_validate(value)
 
 
 class EMARecipe(Section):
@@ -149,11 +276,12 @@ class WeightDecayRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """AdamW; lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
+    """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 
     A step whose gradient is not finite is skipped; skip_limit of them in a row end the run.
     """
 
+    kind: Literal["adamw"] = "adamw"
     base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8

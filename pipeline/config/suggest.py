@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,14 +42,18 @@ ALIASES = {
 }
 
 
-def all_keys(model: Any, prefix: str = "") -> list[str]:
-    """The full keys `a.b.c` of a settings class and its sections, of union members too."""
+# Of a section that has one of several classes: its key → the classes by kind.
+Kinds = Mapping[str, Mapping[str, type[BaseModel]]]
+
+
+def all_keys(model: Any, kinds: Kinds, prefix: str = "") -> list[str]:
+    """The full keys `a.b.c` of a settings class and its sections."""
     keys: dict[str, None] = {}
     for name, field in model.model_fields.items():
         key = prefix + (field.alias or name)
         keys[key] = None
-        for section in _models(field.annotation):
-            keys |= dict.fromkeys(all_keys(section, f"{key}."))
+        for section in kinds[key].values() if key in kinds else _models(field.annotation):
+            keys |= dict.fromkeys(all_keys(section, kinds, f"{key}."))
     return list(keys)
 
 
@@ -58,11 +63,11 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models(part)]
 
 
-def meant(key: str, model: Any) -> str:
+def meant(key: str, model: Any, kinds: Kinds) -> str:
     """`; did you mean …?` for an unknown key of a settings class, or "" where nothing is near."""
     if key in RENAMED:
         return f"; it is now {RENAMED[key]}"
-    known = all_keys(model)
+    known = all_keys(model, kinds)
     last = key.rsplit(".", 1)[-1]
     full = [ALIASES[last]] if ALIASES.get(last) in known else []
     full = full or [k for k in known if k.rsplit(".", 1)[-1] == last]

@@ -13,10 +13,6 @@ and word `index` is output number index % 4 of that counter.
 import torch
 from torch import Tensor
 
-# Streams in use. A new consumer takes a new number, or its draws would equal another one's.
-MASK_STREAM = 0  # + view: 0 for T1, 1 for T2
-JITTER_STREAM = 16  # + view
-
 _MASK32 = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
 from pipeline.errors import UserError
-from pipeline.method.encoder import init_weights, sincos_position
 from pipeline.method.views import View
+from pipeline.method.vit import init_weights, sincos_position
 
 
 class Decoder(nn.Module):

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_state
-from pipeline.method.measures import Reconstruction
 from pipeline.method.objective import Objective
 
-# facebookresearch/mae's prefix → ours, inside an Objective with a Reconstruction measure.
+# facebookresearch/mae's prefix → ours, inside an Objective with a decoder.
 _MAE_DECODER = {
     "decoder_embed.": "measure.decoder.embed.",
     "decoder_blocks.": "measure.decoder.blocks.",
@@ -43,7 +42,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 
     Raises UserError naming the first weight that is missing, unknown or of another shape.
     """
-    if not isinstance(objective.measure, Reconstruction):
+    if not objective.reconstructs:
         raise UserError("a facebookresearch/mae checkpoint holds a decoder: use a MAE recipe")
     mine = objective.state_dict()
     renamed = {_ours(name): value for name, value in state.items()}
@@ -61,7 +60,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 
 def to_mae(objective: Objective) -> dict[str, Tensor]:
     """The state dict of an objective under facebookresearch/mae's names and shapes."""
-    if not isinstance(objective.measure, Reconstruction):
+    if not objective.reconstructs:
         raise UserError("only a reconstruction measure has a decoder to write for MAE")
     back = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
     state: dict[str, Tensor] = {}
@@ -188,7 +187,7 @@ def to_hf_vit(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def to_hf_mae(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, config) in the layout of Hugging Face's ViTMAEForPreTraining."""
     encoder, measure = objective.encoder, objective.measure
-    if not isinstance(measure, Reconstruction):
+    if not objective.reconstructs:
         raise UserError("only a reconstruction measure has a decoder to write for ViTMAE")
     whole = to_mae(objective)
     mine = encoder_state(encoder.state_dict(), encoder)

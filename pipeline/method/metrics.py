@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels import philox
-
-STREAM = 77  # of the counter-based generator: which patches are dropped
+from pipeline.kernels.streams import Stream
 
 
 def hsic(first: Tensor, second: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def kept_patches(sample: Tensor, length: int, ratio: float, seed: int) -> Tensor
 
     Drawn by sample number and seed alone: the same at any rank count and in any batch.
     """
-    noise = philox.uniform(sample, seed=seed, epoch=0, stream=STREAM, count=length)
+    noise = philox.uniform(sample, seed=seed, epoch=0, stream=Stream.OCCLUSION, count=length)
     keep = length - round(length * ratio)
     return noise.argsort(dim=1)[:, :keep].sort(dim=1).values
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
-from pipeline.method.measures import Reconstruction, reconstruct
 from pipeline.method.objective import Objective
 from pipeline.method.views import View, make_views
 
@@ -39,7 +38,7 @@ def draw(objective: Objective, image: Tensor, sample: Tensor) -> Tensor:
     crop = image if recipe.views.second == "crop" else None
     views = make_views(image, sample, recipe=recipe, epoch=0, patch=patch, crop=crop)
     columns = [image, shown(views.first, grid, patch)]
-    if isinstance(objective.measure, Reconstruction):
+    if objective.reconstructs:
         prediction = predict(objective, views.first, views.target)
         columns += [paste(prediction, views.first, grid, patch), prediction]
     elif views.second is not None:
@@ -66,8 +65,7 @@ def decode(objective: Objective, view: View, target: Tensor) -> Tensor:
     target: uint8 [B, H, W, 3], whose true patch statistics un-normalise a norm_pix prediction.
     """
     measure, data = objective.measure, objective.recipe.data
-    assert isinstance(measure, Reconstruction)
-    values = reconstruct(measure, objective.encoder(*view), view).float()
+    values = measure.reconstruct(objective.encoder(*view), view).float()
     batch, length = view.inverse.shape
     everything = torch.arange(length, dtype=torch.int32, device=target.device)
     everything = everything.expand(batch, length).contiguous()

@@ -19,7 +19,6 @@ from pipeline.errors import UserError
 from pipeline.export import load_run
 from pipeline.method.encoder import load_tensors
 from pipeline.method.interop import from_mae
-from pipeline.method.measures import Reconstruction
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.views import View, visible_count
@@ -33,7 +32,7 @@ class Reconstructor:
     """
 
     def __init__(self, objective: Objective, source: str) -> None:
-        if not isinstance(objective.measure, Reconstruction):
+        if not objective.reconstructs:
             kind = objective.recipe.measure.kind
             raise UserError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
         self.objective, self.recipe = objective.eval().requires_grad_(False), objective.recipe
@@ -52,13 +51,13 @@ class Reconstructor:
         self.objective.to(device)
         return self
 
-    def hide(self, sample: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    def mask(self, sample: Tensor, ratio: float, seed: int) -> tuple[Tensor, Tensor]:
         """(visible int32 [B, K], inverse int32 [B, L]) of a random mask per sample number.
 
         Drawn by seed and sample number alone: the same for every model, batch and rank.
         """
         length = self.grid[0] * self.grid[1]
-        counts = (visible_count(length, share), 0)
+        counts = (visible_count(length, ratio), 0)
         masks = kernels.sample_masks(
             sample, seed=seed, epoch=0, length=length, visible=counts, policy="random"
         )

@@ -4,7 +4,7 @@ A View carries *visible* indices, never a 0/1 mask. Every draw is a pure functio
 sample number), so the views do not depend on device, rank or batch layout. One exception: which
 image cutmix shows in its box is a neighbour in the micro-batch.
 
-A new masking policy is a branch of `make_views` and a word of `views.second` in the recipe.
+Which patches T1 masks is a policy of `masking`; what T2 shows is a relation to T1 (`views.second`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.config.recipe import JitterRecipe, Recipe
+from pipeline.config.schema import ViewsRecipe
 from pipeline.errors import UserError
 from pipeline.kernels import philox
+from pipeline.kernels.sample_masks.reference import complement
+from pipeline.kernels.streams import Stream
+from pipeline.method.masking import Draw, select
 
-# The counter streams of the jitter draws; masks have their own streams inside the kernel.
-FIRST, SECOND, WHOLE = 0, 1, 2
-CUTMIX_STREAM = 32  # + view; see kernels.philox for the streams of masks and jitter
+FIRST, SECOND, BOTH = 0, 1, 2  # what a draw is for: T1, T2, or the image of both
 
 
 class View(NamedTuple):
     """One transformation of a batch; `encoder(*view)` encodes it.
 
-    image: uint8 [B, H, W, 3], jittered where the recipe says so; hidden patches are never read.
+    image: uint8 [B, H, W, 3], jittered where the recipe says so; masked patches are never read.
     visible: int32 [B, K], positions of the visible patches.
-    inverse: int32 [B, L], for each position its number among the visible (< K) or hidden (>= K).
+    inverse: int32 [B, L], for each position its number among the visible (< K) or masked (>= K).
     """
 
     image: Tensor
@@ -44,7 +46,7 @@ class Views:
 
     second is None where T2 leads to pixels (MAE). target: uint8 [B, H, W, 3], the image the
     predictions are held against. region: int32 [B, R], the positions where the loss is taken,
-    those hidden by T1 (all where it hides none); weight: float32 [B, R] of 0 and 1, or None for
+    those masked by T1 (all where it masks none); weight: float32 [B, R] of 0 and 1, or None for
     all: visible in T2 (SPEC §2).
     """
 
@@ -55,9 +57,30 @@ class Views:
     weight: Tensor | None
 
 
-def visible_count(length: int, hide: float) -> int:
-    """int(L * (1 - ratio)), the same for every sample (SPEC §1); 49 of 196 at 0.75."""
-    return int(length * (1.0 - hide))
+def visible_count(length: int, ratio: float, key: str = "mask_ratio") -> int:
+    """int(L (1 - ratio)), the same for every sample (SPEC §1); 49 of 196 at 0.75.
+
+    UserError, naming the key, where that is none.
+    """
+    visible = int(length * (1.0 - ratio))
+    if not visible:
+        raise UserError(f"{key} {ratio:g} leaves none of the {length} patches visible")
+    return visible
+
+
+def visible_counts(views: ViewsRecipe, length: int) -> tuple[int, int]:
+    """Visible patches in T1 and T2, 0 where T2 leads to pixels; UserError where there are none."""
+    first = visible_count(length, views.mask_ratio, "views.mask_ratio")
+    if views.second == "pixels":
+        return first, 0
+    if views.second == "independent":
+        return first, visible_count(length, views.second_mask_ratio, "views.second_mask_ratio")
+    if views.second == "complement" and first == length:
+        raise UserError(
+            f"views.mask_ratio {views.mask_ratio:g} masks none of the {length} patches, so "
+            "views.second: complement has nothing to show"
+        )
+    return first, length - first if views.second == "complement" else length
 
 
 def make_views(
@@ -77,20 +100,10 @@ def make_views(
     if (crop is None) == (recipe.views.second == "crop"):
         raise UserError("a second crop is given exactly where views.second is crop")
     v, seed = recipe.views, recipe.seed
-    length = (image.shape[1] // patch) * (image.shape[2] // patch)
-    # 0 visible in T2: what the policy implies.
-    second = visible_count(length, v.second_mask_ratio) if v.second == "independent" else 0
-    policy = {"pixels": "random", "crop": "none"}.get(v.second, v.second)
-    masks = kernels.sample_masks(
-        sample,
-        seed=seed,
-        epoch=epoch,
-        length=length,
-        visible=(visible_count(length, v.mask_ratio), second),
-        policy=policy,
-    )
+    grid = (image.shape[1] // patch, image.shape[2] // patch)
+    masks = draw_masks(sample, v, seed=seed, epoch=epoch, grid=grid)
     if v.jitter.where == "whole":
-        image = jitter(image, sample, v.jitter, seed=seed, epoch=epoch, view=WHOLE)
+        image = jitter(image, sample, v.jitter, seed=seed, epoch=epoch, view=BOTH)
 
     def view(number: int, image: Tensor, visible: Tensor, inverse: Tensor) -> View:
         if v.cutmix:
@@ -122,6 +135,37 @@ def make_views(
     return Views(first, other, image, region, weight)
 
 
+def draw_masks(
+    sample: Tensor, views: ViewsRecipe, *, seed: int, epoch: int, grid: tuple[int, int]
+) -> kernels.Masks:
+    """The visible sets of T1 and T2 for sample numbers int64 [B] on a grid of patches.
+
+    `random` masks are drawn and sorted by one kernel; other policies give priorities, which
+    `select_visible` sorts. T2 shows what T1 masks, or all, or has its own draw of the policy.
+    """
+    length = grid[0] * grid[1]
+    counts = visible_counts(views, length)
+    if views.mask == "random":
+        policy = {"pixels": "random", "crop": "none"}.get(views.second, views.second)
+        return kernels.sample_masks(
+            sample, seed=seed, epoch=epoch, length=length, visible=counts, policy=policy
+        )
+    first, second = (
+        Draw(sample, seed, epoch, view, grid, length - count) for view, count in enumerate(counts)
+    )
+    visible, masked, inverse = select(views.mask, first)
+    if views.second == "pixels":
+        return kernels.Masks(visible, inverse, None, None, masked)
+    if views.second == "complement":
+        return kernels.Masks(visible, inverse, masked, complement(inverse, counts[0]), masked)
+    if views.second == "independent":
+        visible2, _, inverse2 = select(views.mask, second)
+        return kernels.Masks(visible, inverse, visible2, inverse2, masked)
+    everything = torch.arange(length, dtype=torch.int32, device=sample.device)
+    everything = everything.repeat(len(sample), 1)
+    return kernels.Masks(visible, inverse, everything, everything, masked)
+
+
 def cutmix(
     image: Tensor, sample: Tensor, probability: float, *, seed: int, epoch: int, view: int
 ) -> Tensor:
@@ -132,14 +176,14 @@ def cutmix(
     next image of the batch, T2 from the one before.
     """
     height, width = image.shape[1:3]
-    u = philox.uniform(sample, seed=seed, epoch=epoch, stream=CUTMIX_STREAM + view, count=4)
+    u = philox.uniform(sample, seed=seed, epoch=epoch, stream=Stream.CUTMIX + view, count=4)
     side = (1.0 - u[:, :1]).sqrt()
 
     def inside(centre: Tensor, size: int) -> Tensor:
         half = (side * size).int() // 2
         centre = (centre * size).int()
-        place = torch.arange(size, device=image.device)
-        return (place >= centre - half) & (place < centre + half)
+        pixel = torch.arange(size, device=image.device)
+        return (pixel >= centre - half) & (pixel < centre + half)
 
     box = inside(u[:, 1:2], height)[:, :, None] & inside(u[:, 2:3], width)[:, None, :]
     box &= (u[:, 3] < probability)[:, None, None]
@@ -179,8 +223,8 @@ def jitter(
     return kernels.color_jitter(image, *parameters, visible=visible, patch=patch)
 
 
-def whole_view(image: Tensor, patch: int) -> View:
-    """The view that hides nothing, for features of full images. image: uint8 [B, H, W, 3]."""
+def full_view(image: Tensor, patch: int) -> View:
+    """The view that masks nothing, for features of full images. image: uint8 [B, H, W, 3]."""
     length = (image.shape[1] // patch) * (image.shape[2] // patch)
     everything = torch.arange(length, dtype=torch.int32, device=image.device)
     everything = everything.expand(image.shape[0], length).contiguous()

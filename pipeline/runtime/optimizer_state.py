@@ -23,7 +23,7 @@ from pipeline.runtime.engine import Engine
 MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
 
 
-def save_whole(engine: Engine, folder: Path) -> str:
+def save_consolidated(engine: Engine, folder: Path) -> str:
     """Write the files (collective; rank 0 writes and holds one of them in memory at a time).
 
     Returns why it failed, "" where it did not; on rank 0 only, since the others do not write.
@@ -45,7 +45,7 @@ def save_whole(engine: Engine, folder: Path) -> str:
     return problem
 
 
-def load_whole(engine: Engine, folder: Path) -> None:
+def load_consolidated(engine: Engine, folder: Path) -> None:
     """Read the files into an engine that has not stepped yet (collective; every rank reads).
 
     Raises UserError in one sentence where a file is no safetensors or is of another model.

@@ -1,4 +1,4 @@
-"""Is the run healthy: skipped steps, occlusion invariance and a k-NN probe while it trains."""
+"""Probes of the encoder while it trains: occlusion invariance and a k-NN classifier."""
 
 from __future__ import annotations
 
@@ -10,45 +10,18 @@ import torch
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
-from pipeline.data.loader import CentreCrop
+from pipeline.data.crops import CentreCrop
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import gather_keys
 from pipeline.method.metrics import cka, kept_patches, vote
-from pipeline.method.views import whole_view
+from pipeline.method.views import full_view
 from shard_tools.manifest import read_manifest
 
 RATIOS = (0.25, 0.5, 0.75)  # shares of dropped patches
 REFERENCES = 4  # training images per held-out image in the k-NN probe
 K, TEMPERATURE = 20, 0.07
-
-
-class UnhealthyError(UserError):
-    """A run that cannot go on, in one sentence."""
-
-
-class SkippedSteps:
-    """Counts the steps that were left out since their gradient was not finite."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.total = limit, 0
-        self._row: list[int] = []
-
-    def note(self, step: int, skipped: bool) -> None:
-        """Note step `step` (0-based). UnhealthyError after `limit` skipped steps in a row."""
-        if not skipped:
-            self._row = []
-            return
-        self.total += 1
-        self._row.append(step + 1)
-        if len(self._row) >= self.limit:
-            raise UnhealthyError(
-                f"the gradient was not finite in steps {self._row[0]} to {step + 1} in a row "
-                f"(optimizer.skip_limit {self.limit}); the weights are those after step "
-                f"{self._row[0] - 1}: go on from the last checkpoint with a lower "
-                "optimizer.base_lr or with optimizer.gradient_clipping"
-            )
 
 
 @dataclass(frozen=True)
@@ -68,7 +41,7 @@ def fixed_images(folder: str | Path, count: int, size: int, rank: int, world: in
     manifest = read_manifest(folder)
     share = min(count, manifest.samples) // world
     if share * world < 4:
-        raise UnhealthyError(f"{folder}: {manifest.samples} images are too few for the probes")
+        raise UserError(f"{folder}: {manifest.samples} images are too few for the probes")
     chosen = np.linspace(0, manifest.samples - 1, share * world).astype(np.int64)
     chosen = chosen[rank * share : (rank + 1) * share]
     reader = Reader(manifest, size, "bicubic", "auto", None)
@@ -92,7 +65,7 @@ class Probes:
         if m.knn_steps:
             self.training = fixed_images(data, REFERENCES * m.images, size, rank, world)
             if any(f.label.min() < 0 for f in (self.training, self.held_out) if f):
-                raise UnhealthyError(f"{data}: monitor.knn_steps needs labels, which it has not")
+                raise UserError(f"{data}: monitor.knn_steps needs labels, which it has not")
 
     def due(self, step: int) -> bool:
         """Whether a probe follows step `step` (counted from 1)."""
@@ -125,7 +98,7 @@ class Probes:
         for image, sample in zip(
             fixed.image.split(self.batch), fixed.sample.split(self.batch), strict=True
         ):
-            view = whole_view(image.to(device), encoder.patch)
+            view = full_view(image.to(device), encoder.patch)
             kept = kept_patches(sample, view.visible.shape[1], ratio, self.recipe.seed)
             tokens = encoder(view.image, kept.int().to(device), view.inverse, drop=True)
             parts.append(tokens[:, 1:].mean(dim=1).float())

@@ -1,28 +1,22 @@
-"""The folder of a run: its lock, its checkpoints and its exported encoder.
+"""The folder of a pretraining run: its lock, what it resumes from and its exported encoder.
 
-    runs/<name>/
-      recipe.yaml  ds_config.json  versions.json   what ran
-      log.txt  metrics.jsonl  tensorboard/  pictures/   how it went
-      checkpoints/step-00001000/  checkpoints/latest   to go on from
-      encoder/encoder.safetensors  encoder.json   timm weights, what eval reads
-      model.safetensors   encoder and decoder (or heads), whole and fp32
-      failure.txt   why the last start failed, if it did
-      lock   held while the run is alive
-
-A checkpoint is written under a temporary name, listed with sha256 in files.json, fsynced and
-renamed; `latest` changes last. So a name without a dot in front is always a whole checkpoint.
+runs/<name>/
+  recipe.yaml  ds_config.json  versions.json   what ran
+  log.txt  metrics.jsonl  tensorboard/  pictures/   how it went
+  checkpoints/step-00001000/  checkpoints/latest   what it resumes from (checkpoint.py)
+  encoder/encoder.safetensors  encoder.json   timm weights, what eval reads
+  model.safetensors   encoder and decoder (or heads), unsharded and fp32
+  failure.txt   why the previous run failed, if it did
+  lock   held while the run is alive
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
 import os
 import platform
-import shutil
 import socket
-from collections.abc import Callable
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,15 +26,21 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
-from pipeline.distributed import agree
 from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.objective import Objective, Teacher
+from pipeline.method.objective import Objective
+from pipeline.method.teacher import Teacher
+from pipeline.runtime.checkpoint import (
+    STATE,
+    CheckpointStore,
+    read_state,
+    write_on_first_rank,
+)
 from pipeline.runtime.engine import Engine
-from pipeline.runtime.optimizer_state import load_whole, save_whole
-from shard_tools.atomic import seal, verify, write_atomic, write_json
+from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
+from shard_tools.atomic import verify, write_atomic, write_json
 
-STATE, TEACHER = "state.json", "teacher.safetensors"
+TEACHER = "teacher.safetensors"
 
 
 class RunLock:
@@ -70,41 +70,41 @@ class RunLock:
         self._file.close()
 
 
-def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:
-    """Lock the run folder and find where to go on (rank 0).
+def default_output(recipe: Recipe) -> Path:
+    """runs/<recipe>-<date and time>."""
+    return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
-    resume: `none`, `auto` (the newest whole checkpoint of this folder, if any) or the path of a
+
+def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:
+    """Lock the run folder and find the checkpoint to resume from (rank 0).
+
+    resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
     run folder or of a checkpoint. Raises UserError in one sentence, also for a checkpoint of
     another recipe and for a folder that already holds a run under `none`.
     """
-    lock = RunLock(output)
-    _remove_leftovers(output)
+    lock, store = RunLock(output), CheckpointStore(output)
+    store.remove_leftovers()
+    for path in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
+        path.unlink(missing_ok=True)
     if resume == "none":
-        if any((output / "checkpoints").glob("step-*")):
+        if store.all():
             raise UserError(
                 f"{output}: already holds a run; choose another --output or say --resume auto"
             )
         return lock, None
     if resume == "auto":
-        found = newest_checkpoint(output / "checkpoints")
-        if found is not None:  # a run killed before it wrote `latest`, or whose newest is broken
-            write_atomic(found.parent / "latest", found.name + "\n")
+        found = store.newest()
+        if found is not None:  # a run killed before it wrote `latest`, or whose newest is damaged
+            store.point_latest_to(found)
     else:
         place = Path(resume)
-        found = place if (place / STATE).is_file() else newest_checkpoint(place / "checkpoints")
+        found = place if (place / STATE).is_file() else CheckpointStore(place).newest()
         if found is None:
-            raise UserError(f"--resume {resume}: no whole checkpoint there")
+            raise UserError(f"--resume {resume}: no valid checkpoint there")
         verify(found)
     if found is not None:
         _check_recipe(found, recipe)
     return lock, found
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what a killed run had half written; only the holder of the lock may."""
-    for folder in ("checkpoints/.step-*", ".*.tmp", "*/.*.tmp"):
-        for path in output.glob(folder):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
@@ -117,76 +117,24 @@ def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
         raise UserError(f"{checkpoint}: a checkpoint of another recipe ({difference})")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are whole; broken ones are named and passed over."""
-    for place in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            verify(place)
-        except UserError as error:
-            print(f"warning: {error}; trying the one before", flush=True)
-        else:
-            return place
-    return None
-
-
-class SaveError(UserError):
-    """A checkpoint that could not be written, in one sentence; those before it are whole."""
-
-
 def save_checkpoint(
-    output: Path, engine: Engine, teacher: Teacher | None, recipe_text: str, state: dict[str, Any],
-    keep: int,
+    store: CheckpointStore, engine: Engine, teacher: Teacher | None, recipe_text: str,
+    state: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Write checkpoints/step-<step> (collective) and remove all but the newest `keep`.
+    """Write the checkpoint of step state["step"] (collective); SaveError on every rank."""
 
-    Raises SaveError on every rank where the disk is full or a write fails; what was half written
-    is removed.
-    """
-    folder = output / "checkpoints"
-    name = f"step-{state['step']:08d}"
-    temporary = folder / f".{name}"
-    if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-    problem = save_whole(engine, temporary)
+    def write(folder: Path) -> str:
+        problem = save_consolidated(engine, folder)
+        if engine.rank == 0 and not problem:
+            try:
+                if teacher is not None:
+                    save_file(_contiguous(teacher.state_dict()), folder / TEACHER)
+                (folder / "recipe.yaml").write_text(recipe_text)
+            except (OSError, SafetensorError) as error:
+                problem = str(error)
+        return problem
 
-    def complete() -> None:
-        try:
-            if problem:
-                raise OSError(problem)
-            if teacher is not None:
-                save_file(_contiguous(teacher.state_dict()), temporary / TEACHER)
-            (temporary / "recipe.yaml").write_text(recipe_text)
-            (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-            seal(temporary, folder / name)
-            write_atomic(folder / "latest", name + "\n")
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            before = [p.name for p in sorted(folder.glob("step-*")) if p.name != name]
-            raise SaveError(_unwritten(folder / name, error, before)) from None
-        # Those of later steps are broken ones that this start has passed over.
-        done = [p for p in sorted(folder.glob("step-*")) if p.name <= name]
-        for old in done[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    _on_rank_0(complete)
-    return folder / name
-
-
-def _on_rank_0(write: Callable[[], None]) -> None:
-    """Run `write` on rank 0; its UserError is a SaveError on every rank (collective)."""
-    try:
-        agree(write)
-    except UserError as error:
-        raise SaveError(str(error)) from None
-
-
-def _unwritten(path: Path, error: Exception, good: list[str]) -> str:
-    """One sentence: what could not be written, why, and the newest of the good checkpoints."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    full = full or "No space left" in str(error) or "Disk quota" in str(error)
-    reason = "the disk is full" if full else str(error)
-    last = good[-1] if good else "none"
-    return f"{path} could not be written: {reason}; the last good checkpoint is {last}"
+    return store.save(state["step"], write, state)
 
 
 def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -> dict[str, Any]:
@@ -194,13 +142,13 @@ def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -
 
     The ranks and the ZeRO stage may be others than those that saved; the precision may not.
     """
-    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
+    state = read_state(checkpoint)
     if state["precision"] != engine.plan.precision:
         raise UserError(
             f"{checkpoint}: written with precision {state['precision']}, this run has "
-            f"{engine.plan.precision}; go on with the same precision"
+            f"{engine.plan.precision}; resume with the same precision"
         )
-    load_whole(engine, checkpoint)
+    load_consolidated(engine, checkpoint)
     if teacher is not None:
         teacher.load_state_dict(load_file(checkpoint / TEACHER))
     return state
@@ -213,18 +161,15 @@ def export(output: Path, checkpoint: Path, objective: Objective, recipe: Recipe,
     """
 
     def write() -> None:
-        whole = load_file(checkpoint / "model.safetensors")
+        full = load_file(checkpoint / "model.safetensors")
         prefix = "encoder."
-        encoder = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+        encoder = {k.removeprefix(prefix): v for k, v in full.items() if k.startswith(prefix)}
         weights = encoder_state(encoder, objective.encoder)
-        try:
-            write_atomic(output / "encoder" / "encoder.safetensors", save(weights))
-            write_json(output / "encoder" / "encoder.json", encoder_info(recipe, step))
-            write_atomic(output / "model.safetensors", save(whole))
-        except OSError as error:
-            raise SaveError(_unwritten(output / "encoder", error, [checkpoint.name])) from None
+        write_atomic(output / "encoder" / "encoder.safetensors", save(weights))
+        write_json(output / "encoder" / "encoder.json", encoder_info(recipe, step))
+        write_atomic(output / "model.safetensors", save(full))
 
-    _on_rank_0(write)
+    write_on_first_rank(output / "encoder", checkpoint.name, write)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.engine import Engine, init_ranks
 
 SMALL = ["encoder.image_size=32", "data.partitions=8",
          "encoder.options={patch_size: 4, embed_dim: 192, depth: 6, num_heads: 3}"]  # fmt: skip
@@ -43,7 +45,7 @@ class Stepper:
         config: dict[str, Any] = {"train_micro_batch_size_per_gpu": micro}
         self.micro, self.size = micro, recipe.encoder.image_size
         self.objective, self.teacher = build_objective(recipe)
-        self.plan = make_plan(config, recipe, 1)
+        self.plan = plan_recipe(config, recipe, 1)
         self.engine = Engine(self.objective, parameter_groups(self.objective), self.plan)
 
     def images_per_second(self, steps: int) -> float:

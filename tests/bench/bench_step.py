@@ -32,7 +32,9 @@ from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.estimate import ATTENTION
 from pipeline.method.interop import _ours, to_mae
-from pipeline.method.objective import Objective, Teacher, build_objective, parameter_groups
+from pipeline.method.objective import Objective, build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.teacher import Teacher
 from pipeline.method.views import make_views
 
 METHODS = ("mae", "rmae", "cmae")

@@ -15,11 +15,13 @@ import torch
 from tiny import tiny_recipe
 from torch import Tensor
 
+from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.distributed import barrier, close
 from pipeline.estimate import Work, memory
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.engine import Engine, init_ranks
 
 PARTS = ("weights", "gradients", "optimizer")
 
@@ -62,7 +64,7 @@ def measure(recipe: Recipe, stage: int, world: int, rank: int) -> dict[str, dict
     objective, teacher = build_objective(recipe)
     groups = parameter_groups(objective)
     predicted = memory(objective, teacher, Work(micro, 0, 0, 0), stage, world, "fp32")
-    engine = Engine(objective, groups, make_plan(config, recipe, world))
+    engine = Engine(objective, groups, plan_recipe(config, recipe, world))
     side = recipe.encoder.image_size
     image = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
     sample = torch.arange(micro) + rank * micro

@@ -13,7 +13,9 @@ from eval_helpers import (
     ALONE,
     OPTIONS,
     coloured_images,
+    command,
     on_two_ranks,
+    spoil_encoder,
     write_encoder,
     write_shards,
 )
@@ -30,12 +32,12 @@ from eval.shared.classifier import (
     read_classifier,
 )
 from eval.shared.cli import World
-from pipeline.config.recipe import learning_rate
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import PREEMPTED
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.seeding import seed_all
 from shard_tools.manifest import read_manifest
 
 ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"
@@ -133,15 +135,16 @@ def test_layer_decay_and_weight_decay_of_each_parameter(place: Path) -> None:
 
 
 def test_learning_rate_at_given_steps() -> None:
-    args = finetune.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
-    args.partitions = 64
-    recipe = finetune.as_recipe(args, {"arch": "vit_base_patch16_224"})
+    words = ["--encoder", "", "--train", "", "--val", ""]
+    run = finetune.Finetuning.__new__(finetune.Finetuning)  # no engine: the schedule alone
+    run.args = finetune.build_parser().parse_args(words)
+    run.args.steps_per_epoch = 10
     peak = 1e-3 * 1024 / 256
-    assert learning_rate(recipe, 0, 10) == 0
-    assert learning_rate(recipe, 25, 10) == pytest.approx(peak / 2)
-    assert learning_rate(recipe, 50, 10) == pytest.approx(peak)
-    assert learning_rate(recipe, 525, 10) == pytest.approx(1e-6 + (peak - 1e-6) / 2)
-    assert learning_rate(recipe, 1000, 10) == pytest.approx(1e-6)
+    assert run.learning_rate(0) == 0
+    assert run.learning_rate(25) == pytest.approx(peak / 2)
+    assert run.learning_rate(50) == pytest.approx(peak)
+    assert run.learning_rate(525) == pytest.approx(1e-6 + (peak - 1e-6) / 2)
+    assert run.learning_rate(1000) == pytest.approx(1e-6)
 
 
 def test_either_mixup_or_cutmix_changes_every_batch() -> None:
@@ -149,7 +152,7 @@ def test_either_mixup_or_cutmix_changes_every_batch() -> None:
     label = torch.tensor([0, 1, 2, 3])
     kinds = []
     for seed in range(60):
-        augment.seed_all(seed)
+        seed_all(seed)
         pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
         mixed, target = mix(pixels, label)
         torch.testing.assert_close(target.sum(1), torch.ones(4))
@@ -191,7 +194,7 @@ def test_rand_augment_is_done_by_the_loader(place: Path) -> None:
 def test_erasing_takes_a_quarter_of_the_images() -> None:
     erase = augment.make_erasing(0.25, torch.device("cpu"))
     assert erase is not None
-    augment.seed_all(0)
+    seed_all(0)
     pixels = erase(torch.full((2000, 3, 8, 8), 9.0))
     changed = (pixels != 9).flatten(1).any(1).float().mean().item()
     assert changed == pytest.approx(0.25, abs=0.04)
@@ -229,8 +232,8 @@ def test_two_ranks_finetune_resume_and_export(place: Path, tmp_path: Path) -> No
     assert first[1]["top1"] == result["top1"]
     assert second[0]["history"] == result["history"]
     checkpoints = tmp_path / "result/checkpoints"
-    latest = json.loads((checkpoints / "latest.json").read_text())
-    assert [p.name for p in checkpoints.glob("step-*")] == [latest["tag"]]
+    latest = (checkpoints / "latest").read_text().strip()
+    assert [p.name for p in checkpoints.glob("step-*")] == [latest]
     model, info = read_classifier(tmp_path / "result")
     assert info["classes"] == [f"class{n}" for n in range(6)]
     correct = 0
@@ -294,13 +297,75 @@ def test_a_signal_saves_once_and_going_on_equals_never_stopping(
     assert done == [*range(8), *range(8)]
 
 
+def poisoned(monkeypatch: pytest.MonkeyPatch, steps: range) -> list:
+    """Make the head's gradient NaN in the given backward passes; the count of those so far."""
+    build, passes = finetune.build_classifier, []
+
+    def build_and_hook(*args: object, **more: object) -> torch.nn.Module:
+        model = build(*args, **more)
+
+        def poison(gradient: torch.Tensor) -> torch.Tensor:
+            passes.append(len(passes))
+            return gradient * float("nan") if passes[-1] in steps else gradient
+
+        model.head.weight.register_hook(poison)
+        return model
+
+    monkeypatch.setattr(finetune, "build_classifier", build_and_hook)
+    return passes
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    init_ranks()
+    passes = poisoned(monkeypatch, range(2, 4))
+    config = str(ZERO2.with_name(f"zero{stage}.json"))
+    words = arguments(place, tmp_path / "x.json", "--ds_config", config, "--epochs", "2")
+    words += ["--warmup-epochs", "1"]
+    result = finetune.evaluate(finetune.build_parser().parse_args(words), ALONE, tmp_path / "x")
+    assert len(passes) == 8
+    assert result["nonfinite_steps"] == 2
+    model, _ = read_classifier(tmp_path / "x")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    untouched, _ = read_encoder(place / "run")  # the other six steps have trained
+    assert not torch.equal(model.blocks[1].attn.qkv.weight, untouched.blocks[1].attn.qkv.weight)
+
+
+def test_many_skipped_steps_in_a_row_stop_finetuning(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init_ranks()
+    poisoned(monkeypatch, range(3, 100))
+    args = finetune.build_parser().parse_args(arguments(place, tmp_path / "x.json"))
+    with pytest.raises(UserError, match=r"steps 4 to 13 in a row .*use a lower --base-lr"):
+        finetune.evaluate(args, ALONE, tmp_path / "x")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
+    place: Path, tmp_path: Path, stage: int
+) -> None:
+    spoil_encoder(place / "run", tmp_path / "run")
+    config = str(ZERO2.with_name(f"zero{stage}.json"))
+    words = arguments(place, tmp_path / "x.json", "--ds_config", config)
+    words[words.index("--encoder") + 1] = str(tmp_path / "run")
+    done = command(finetune, *words)
+    assert done.returncode == 2
+    assert "error: the loss of finetuning is not finite in step 1; use a lower" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x.json").exists()
+    assert not (tmp_path / "x/classifier.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (("--batch-size", "128"), "too few for --batch-size 128"),
         (("--batch-size", "15"), "mixup pairs images"),
         (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
-        (("--fraction", "2"), "subset"),
+        (("--fraction", "2"), "--fraction must lie in"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from eval_helpers import (
     SIZE,
     STD,
     coloured_images,
+    command,
     on_two_ranks,
+    spoil_encoder,
     write_encoder,
     write_shards,
 )
@@ -148,9 +149,9 @@ def test_a_head_is_the_same_bit_for_bit_however_many_others_there_are(place: Pat
     args.classes = 5
     torch.manual_seed(2)
     feature, label = torch.randn(64, 24), torch.randint(0, 5, (64,))
-    together = linprobe.train_heads(feature, label, (0.1, 3.0, 100.0), args)
+    together, _ = linprobe.train_heads(feature, label, (0.1, 3.0, 100.0), args)
     for number, rate in enumerate((0.1, 3.0, 100.0)):
-        alone = linprobe.train_heads(feature, label, (rate,), args)
+        alone, _ = linprobe.train_heads(feature, label, (rate,), args)
         assert torch.equal(together.weight[number], alone.weight[0])
         assert torch.equal(together.bias[number], alone.bias[0])
 
@@ -254,8 +255,7 @@ def test_going_on_equals_never_stopping(
     with pytest.raises(SystemExit) as stopped:
         linprobe.evaluate(args, ALONE, tmp_path / "parts")
     assert stopped.value.code == 85
-    latest = json.loads((tmp_path / "parts/checkpoints/latest.json").read_text())
-    assert latest["step"] == 5
+    assert (tmp_path / "parts/checkpoints/latest").read_text() == "step-00000005\n"
     left = tmp_path / "parts/checkpoints/.step-00000006"  # by a kill
     left.mkdir()
     seen = []
@@ -279,7 +279,7 @@ def test_going_on_equals_never_stopping(
     content = bytearray(probe.read_bytes())
     content[-1] ^= 1
     probe.write_bytes(content)
-    with pytest.raises(UserError, match=f"{probe}: damaged .*; remove .* to start anew"):
+    with pytest.raises(UserError, match=f"{probe}: damaged .*remove .* to start from scratch"):
         linprobe.evaluate(args, ALONE, tmp_path / "parts")
 
 
@@ -299,21 +299,28 @@ def test_two_ranks_give_the_result_of_one(place: Path) -> None:
                 assert result["grid"] == alone["grid"]
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    script = Path(linprobe.__file__)
-    return subprocess.run(
-        [sys.executable, script, *arguments], capture_output=True, text=True, timeout=120
-    )
-
-
 def test_command_writes_its_result(place: Path) -> None:
-    done = command(*arguments(place, "--max-steps", "2", "--local_rank", "0"))
+    done = command(linprobe, *arguments(place, "--max-steps", "2", "--local_rank", "0"))
     assert done.returncode == 0, done.stderr
     result = json.loads((place / "run/eval/linprobe-mae.json").read_text())
     assert result["protocol"] == "linprobe-mae"
     assert result["encoder"]["recipe"] == "mae"
     assert result["settings"]["max_steps"] == 2
     assert f"top-1 {result['top1']:.2f} %" in done.stdout
+
+
+@pytest.mark.parametrize("protocol", ["mae", "cached"])
+def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_written(
+    place: Path, tmp_path: Path, protocol: str
+) -> None:
+    spoil_encoder(place / "run", tmp_path / "run")
+    words = arguments(place, "--protocol", protocol, "--output", str(tmp_path / "x.json"))
+    words[words.index("--encoder") + 1] = str(tmp_path / "run")
+    done = command(linprobe, *words)
+    assert done.returncode == 2
+    assert "error: the loss or the weights of the probe are not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x.json").exists()
 
 
 @pytest.mark.parametrize(

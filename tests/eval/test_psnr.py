@@ -57,7 +57,7 @@ def plain_psnr(place, run, guess):
     model = load_reconstructor(place / run)
     batch = next(iter(eval_loader(place / "val", batch_size=21, rank=0, world=1, image_size=16,
                                   workers=0)))  # fmt: skip
-    visible, _ = model.hide(batch.sample, 0.75, 0)
+    visible, _ = model.mask(batch.sample, 0.75, 0)
     figures = []
     for image, shown in zip(batch.image.double().numpy() / 255, visible.tolist(), strict=True):
         errors = []
@@ -139,7 +139,7 @@ def test_the_grid_has_its_four_columns_and_says_what_it_shows(place, tmp_path, m
     model = load_reconstructor(place / "mae")
     batch = next(iter(eval_loader(place / "val", batch_size=3, rank=0, world=1, image_size=16,
                                   workers=0)))  # fmt: skip
-    visible, inverse = model.hide(batch.sample, 0.75, 0)
+    visible, inverse = model.mask(batch.sample, 0.75, 0)
     masked, whole, pasted = model.pictures(batch.image, visible, inverse)
     sheet = np.asarray(Image.open(output))
     side = reconstruct.SMALLEST

@@ -23,10 +23,10 @@ import torch
 from tiny import tiny_overrides
 
 from eval import finetune, linprobe
-from eval.shared.checkpoints import Checkpoints
 from eval.shared.cli import run_command
 from pipeline import pretrain
 from pipeline.distributed import free_port
+from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import build_ops
 from pipeline.runtime.watchdog import Watchdog
 
@@ -173,7 +173,7 @@ def _tell_phases(tell: Callable[[str], object]) -> None:
     Watchdog.note = told  # type: ignore[method-assign]
     for owner, name in (
         (finetune.Finetuning, "train_step"), (finetune.Finetuning, "validate"),
-        (linprobe.Training, "step"), (linprobe, "score"), (Checkpoints, "save"),
+        (linprobe.Training, "step"), (linprobe, "score"), (CheckpointStore, "save"),
     ):  # fmt: skip
         _wrap(owner, name, tell)
 

@@ -225,7 +225,7 @@ def disk_full(place: Place, policy: str) -> str:
         word = "error" if policy == "stop" else "warning"
         lines = [x for x in text.splitlines() if x.startswith(word) and "step-00000006" in x]
         assert len(lines) == 1, text[-2000:]
-        assert lines[0].count("the disk is full; the last good checkpoint is step-00000003") == 1
+        assert lines[0].count("the disk is full; the last valid checkpoint is step-00000003") == 1
         if policy == "stop":
             codes = run_to_end(config, place.data, output)
         assert codes == [0, 0], text[-1000:]
@@ -270,7 +270,7 @@ def nan_once(place: Place) -> str:
     child = pretraining(place.config, place.data, output, lambda: poisoned(range(5, 6)))[0]
     assert child.wait() == 0
     text = (output / "metrics.jsonl").read_text()
-    assert '"skipped_steps": 1' in text
+    assert '"nonfinite_steps": 1' in text
     assert "NaN" not in text
     from safetensors.torch import load_file
 
@@ -341,7 +341,7 @@ def rank_killed(place: Place) -> str:
     took = time.monotonic() - begun
     assert "lost contact to another rank" in one_line(children[0].log.read_text())
     first = goes_on(place, reference).splitlines()[0]
-    assert first.startswith("the last start failed: rank 0 on ")
+    assert first.startswith("previous run failed: rank 0 on ")
     return f"the other ends with 1 in {took:.0f} s, one line; goes on, bit for bit"
 
 

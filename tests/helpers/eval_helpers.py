@@ -5,17 +5,21 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import timm
 import torch
 import torch.multiprocessing
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from eval.shared.cli import World, join_world
 from shard_tools.manifest import SAMPLE, Shard, write_manifest
@@ -85,6 +89,26 @@ def write_encoder(run: Path, seed: int = 0) -> Path:
     }
     (folder / "encoder.json").write_text(json.dumps(info))
     return run
+
+
+def spoil_encoder(run: Path, copy: Path) -> Path:
+    """A copy of a run's encoder with one weight NaN, so that every feature is NaN."""
+    shutil.copytree(run / "encoder", copy / "encoder")
+    path = copy / "encoder/encoder.safetensors"
+    weights = load_file(path)
+    weights["blocks.0.attn.qkv.weight"][0, 0] = float("nan")
+    save_file(weights, path)
+    return copy
+
+
+def command(module: ModuleType, *arguments: str) -> subprocess.CompletedProcess:
+    """Run an evaluation as a user would, alone, whatever ranks this process is one of."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in ranks}
+    return subprocess.run(
+        [sys.executable, str(module.__file__), *arguments],
+        capture_output=True, text=True, timeout=240, env=env,
+    )  # fmt: skip
 
 
 def _on_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple) -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.recipe import Recipe, learning_rate
+from pipeline.config.ds_config import plan_recipe
+from pipeline.config.recipe import Recipe
+from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.checkpoint import CheckpointStore
+from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 
 STEPS, BATCH = 10, 8
@@ -29,7 +33,7 @@ def recipe_of(method: str) -> Recipe:
 
 def start(method: str, stage: int, world: int):
     recipe = recipe_of(method)
-    plan = make_plan(
+    plan = plan_recipe(
         {"train_micro_batch_size_per_gpu": 4 // world, "zero_optimization": {"stage": stage}},
         recipe,
         world,
@@ -63,7 +67,7 @@ def skips(engine, objective, teacher, recipe, ranks):
     skipped = [False] * 5
     for step in (STEPS, STEPS + 1):
         steps(engine, objective, teacher, recipe, step, step + 1, ranks)
-        skipped.append(engine.skipped)
+        skipped.append(engine.step_skipped)
         if step == STEPS:
             poison.remove()
             after = engine.full_state()
@@ -90,7 +94,8 @@ def train(folder, method, stage, ranks):
     """Ten steps with a checkpoint after five: losses, gradient norms, weights."""
     engine, objective, teacher, recipe = start(method, stage, ranks.world)
     losses, norms = steps(engine, objective, teacher, recipe, 0, 5, ranks)
-    save_checkpoint(folder, engine, teacher, "name: x\n", {"step": 5, "precision": "fp32"}, keep=1)
+    state = {"step": 5, "precision": "fp32"}
+    save_checkpoint(CheckpointStore(folder), engine, teacher, "name: x\n", state)
     rest, more = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
     whole = engine.full_state()
     engine.destroy()

@@ -16,7 +16,7 @@ from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main as export
 from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.views import whole_view
+from pipeline.method.views import full_view
 
 PIXELS = ((images() / 255 - torch.tensor(oracle.MEAN)) / torch.tensor(oracle.STD)).movedim(-1, 1)
 
@@ -62,7 +62,7 @@ def test_every_form_of_a_run_gives_the_same_tokens(kind, run, tmp_path):
     x = PIXELS * torch.tensor(oracle.STD)[:, None, None] / std
     with torch.no_grad():
         tokens = model.forward_features(x)
-        ours = objective.encoder(*whole_view(images(), PATCH))
+        ours = objective.encoder(*full_view(images(), PATCH))
     torch.testing.assert_close(tokens, ours, rtol=1e-4, atol=1e-4)
 
 

@@ -12,14 +12,13 @@ from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import (
     Encoder,
-    build_vit,
     encoder_info,
     encoder_state,
     random_encoder,
     read_encoder,
-    sincos_position,
 )
-from pipeline.method.views import make_views, whole_view
+from pipeline.method.views import full_view, make_views
+from pipeline.method.vit import build_vit, sincos_position
 
 
 def normalised(image):
@@ -51,11 +50,11 @@ def test_a_whole_image_gives_timms_own_features(tmp_path):
     assert info["step"] == 7
     with torch.no_grad():
         theirs = vit.forward_features(normalised(image))
-        ours = encoder(*whole_view(image, PATCH))
+        ours = encoder(*full_view(image, PATCH))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("hidden", ["drop", "token"])
+@pytest.mark.parametrize("hidden", ["drop", "replace"])
 def test_masked_tokens_against_the_loop_oracle(hidden):
     recipe = tiny_recipe("cmae", "measure.tokens=mean_patch", f"encoder.masked_tokens={hidden}")
     encoder, image = Encoder(recipe), images()
@@ -66,7 +65,7 @@ def test_masked_tokens_against_the_loop_oracle(hidden):
         for b in range(3):
             theirs = oracle.encode(
                 weights, view.image[b], view.visible[b].tolist(), patch=PATCH, heads=HEADS,
-                tokens=hidden == "token",
+                tokens=hidden == "replace",
             )  # fmt: skip
             torch.testing.assert_close(ours[b], theirs, rtol=1e-5, atol=1e-5)
 

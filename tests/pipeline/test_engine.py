@@ -5,22 +5,27 @@ import math
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.recipe import RECIPES, learning_rate, load_recipe
-from pipeline.errors import UserError
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.runtime.engine import (
+from pipeline.config.ds_config import (
     auto_micro_batch,
-    init_ranks,
-    make_plan,
+    plan_recipe,
     read_ds_config,
     resolve_precision,
 )
+from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.config.schedules import learning_rate
+from pipeline.distributed import can_build
+from pipeline.errors import UserError
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.optimizers import optimizer_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,47 +40,50 @@ def write(tmp_path, value):
 def test_shipped_configs_are_taken(stage):
     config = read_ds_config(ROOT / f"ds_configs/zero{stage}.json")
     assert config["zero_optimization"]["stage"] == stage
-    plan = make_plan(config, load_recipe(RECIPES / "rmae.yaml"), world=8)
+    plan = plan_recipe(config, load_recipe(RECIPES / "rmae.yaml"), world=8)
     assert (plan.stage, plan.micro_batch * plan.accumulation) == (stage, 128)
     assert plan.config["gradient_clipping"] == 0.0
-    assert plan.config["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    assert optimizer_of(plan).section(plan)["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert plan.precision == "fp32"  # on any CPU: bf16 only where it is asked for
-    assert any(note.startswith("precision: fp32") for note in plan.notes)
+    assert plan.describe()[0].startswith("precision: fp32")
 
 
 @pytest.mark.parametrize(
     ("wanted", "gpu", "units", "precision", "words"),
     [
-        (True, False, True, "bf16", "precision: bf16"),
+        (True, False, True, "bf16", ""),
         (True, False, False, "bf16", "emulated"),
         ("auto", False, True, "fp32", "auto"),
-        ("auto", True, True, "bf16", "precision: bf16"),
+        ("auto", True, True, "bf16", ""),
         ("auto", True, False, "fp32", "auto"),
-        (False, True, True, "fp32", "precision: fp32"),
+        (False, True, True, "fp32", ""),
     ],
 )
 def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
     wanted, gpu, units, precision, words, monkeypatch
 ):
     """The processor's own bf16 units change nothing but a word in the log."""
-    monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("pipeline.runtime.engine.bf16_units", lambda: units)
+    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: units)
     config = {"bf16": {"enabled": wanted}, "zero_optimization": {"stage": 2}}
-    found, note = resolve_precision(config)
+    found, why = resolve_precision(wanted, stage=2)
     assert found == precision
-    assert words in note
-    assert config["bf16"]["enabled"] is (precision == "bf16")
-    assert config["bf16"].get("check_grad_overflow", False) is (precision == "bf16")
+    assert words in why if words else not why
+    plan = plan_recipe(config, tiny_recipe("mae"), world=1)
+    assert plan.precision == precision
+    assert plan.config["bf16"]["enabled"] is (precision == "bf16")
+    assert plan.config["bf16"].get("check_grad_overflow", False) is (precision == "bf16")
+    assert config["bf16"] == {"enabled": wanted}  # left as it was
 
 
 def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(UserError, match="bf16 needs"):
-        resolve_precision({"bf16": {"enabled": True}})
-    monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("pipeline.runtime.engine.torch.cuda.get_device_name", lambda: "V100")
-    monkeypatch.setattr("pipeline.runtime.engine.bf16_units", lambda: False)
+        resolve_precision(True, stage=0)
+    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.get_device_name", lambda: "V100")
+    monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: False)
     with pytest.raises(UserError, match="V100 has no bf16 units"):
-        resolve_precision({"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+        resolve_precision(True, stage=1)
 
 
 def test_auto_micro_batch_is_a_function_of_the_recipe():
@@ -88,7 +96,7 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
     assert auto_micro_batch(5, 10**6) == 1
     demo = load_recipe(RECIPES / "demo_cmae.yaml")
     assert demo.encoder.patches == 64
-    assert make_plan({}, demo, world=2).micro_batch == 64
+    assert plan_recipe({}, demo, world=2).micro_batch == 64
     assert load_recipe(RECIPES / "mae.yaml").encoder.patches == 196
 
 
@@ -141,17 +149,23 @@ def test_a_bare_name_is_the_bundled_config(tmp_path, monkeypatch):
 )
 def test_a_batch_that_cannot_be_split(micro, world, words):
     with pytest.raises(UserError, match=words):
-        make_plan({"train_micro_batch_size_per_gpu": micro}, tiny_recipe("mae"), world)
+        plan_recipe({"train_micro_batch_size_per_gpu": micro}, tiny_recipe("mae"), world)
 
 
 def test_split_of_the_batch_and_its_negatives():
     recipe = load_recipe(RECIPES / "cmae.yaml")
-    plan = make_plan({"train_micro_batch_size_per_gpu": 64}, recipe, world=4)
+    plan = plan_recipe({"train_micro_batch_size_per_gpu": 64}, recipe, world=4)
     assert (plan.micro_batch, plan.accumulation) == (64, 4)
     assert plan.config["gradient_accumulation_steps"] == 4
-    assert any("256 images of one micro-batch" in note for note in plan.notes)
-    auto = make_plan({}, load_recipe(RECIPES / "mae.yaml"), world=2)
+    assert any("256 images of one micro-batch" in line for line in plan.describe())
+    assert "batch: 1024 = 4 ranks × 64 images × 4 accumulation steps" in plan.describe()
+    auto = plan_recipe({}, load_recipe(RECIPES / "mae.yaml"), world=2)
     assert 1024 // 2 % auto.micro_batch == 0
+
+
+def test_the_log_counts_in_singular_and_plural():
+    plan = plan_recipe({"train_micro_batch_size_per_gpu": 8}, tiny_recipe("mae"), world=1)
+    assert "batch: 8 = 1 rank × 8 images × 1 accumulation step" in plan.describe()
 
 
 def plain_loop(method):
@@ -273,3 +287,23 @@ def test_weights_are_whole_under_every_stage(zero_results):
     assert "encoder.pos_embed" in names
     for stage in (1, 2, 3):
         assert zero_results[f"rmae-{stage}"]["names"] == names
+
+
+def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monkeypatch, tmp_path):
+    ninja, header = tmp_path / "ninja", tmp_path / "Python.h"
+    failed = tmp_path / "torch_extensions" / "failed"
+    ninja.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert not can_build()
+    header.touch()
+    assert can_build()
+    failed.parent.mkdir()
+    failed.touch()
+    assert not can_build()
+    failed.unlink()
+    ninja.unlink()
+    assert not can_build()

@@ -12,11 +12,11 @@ from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import load_run, main
-from pipeline.method.encoder import read_encoder, vit_options
+from pipeline.method.encoder import read_encoder
 from pipeline.method.interop import from_mae
-from pipeline.method.measures import reconstruct
 from pipeline.method.objective import build_objective
-from pipeline.method.views import make_views, whole_view
+from pipeline.method.views import full_view, make_views
+from pipeline.method.vit import vit_options
 
 SAMPLE = torch.tensor([5, 1, 8])
 
@@ -54,7 +54,7 @@ def test_timm_opens_the_checkpoint_and_gives_the_same_features(run, tmp_path, ca
     ).eval()
     with torch.no_grad():
         theirs = vit.forward_features(pixels(images()))
-        ours = objective.encoder(*whole_view(images(), PATCH))
+        ours = objective.encoder(*full_view(images(), PATCH))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_hugging_face_vit(run, tmp_path):
     w = hf_encoder_weights(state)
     z = oracle.encode(w, images()[0], list(range(16)), patch=PATCH, heads=HEADS)
     with torch.no_grad():
-        ours = objective.encoder(*whole_view(images(), PATCH))[0]
+        ours = objective.encoder(*full_view(images(), PATCH))[0]
     torch.testing.assert_close(ours, z, rtol=1e-4, atol=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_hugging_face_mae(run, tmp_path):
             w[f"{d}.{mine}.{kind}"] = state[f"decoder.{theirs}.{kind}"]
     views = make_views(images(), SAMPLE, recipe=objective.recipe, epoch=0, patch=PATCH)
     with torch.no_grad():
-        ours = reconstruct(objective.measure, objective.encoder(*views.first), views.first)[0]
+        ours = objective.measure.reconstruct(objective.encoder(*views.first), views.first)[0]
     visible = views.first.visible[0].tolist()
     z = oracle.encode(w, images()[0], visible, patch=PATCH, heads=HEADS)
     theirs = oracle.decode(w, z, visible, (4, 4), DECODER_HEADS)
@@ -157,11 +157,11 @@ def test_transformers_itself_opens_them(run, tmp_path):
     inverse.scatter_(1, kept.long(), torch.arange(4, dtype=torch.int32).expand(3, 4))
     with torch.no_grad():
         theirs = vit(pixels(images())).last_hidden_state
-        ours = objective.encoder(*whole_view(images(), PATCH))
+        ours = objective.encoder(*full_view(images(), PATCH))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         theirs = mae(pixels(images()), noise=noise).logits
-        view = whole_view(images(), PATCH)._replace(visible=kept, inverse=inverse)
-        ours = reconstruct(objective.measure, objective.encoder(*view), view)
+        view = full_view(images(), PATCH)._replace(visible=kept, inverse=inverse)
+        ours = objective.measure.reconstruct(objective.encoder(*view), view)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 

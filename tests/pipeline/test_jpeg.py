@@ -13,7 +13,8 @@ from PIL import Image
 from skimage import data as photographs
 
 from pipeline.data import jpeg as decode
-from pipeline.data.jpeg import Box, CentreCrop, Crop, DecodeError, available, decoder
+from pipeline.data.crops import Box, CentreCrop, Crop
+from pipeline.data.jpeg import DecodeError, available, decoder
 from pipeline.errors import UserError
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))
@@ -223,7 +224,10 @@ def many_scans(count: int) -> bytes:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_too_many_scans_are_refused(name: str) -> None:
-    assert np.array_equal(run(name, many_scans(3)), run("pillow", many_scans(1)))
+    seen, wanted = (
+        run(*case).astype(int) for case in ((name, many_scans(3)), ("pillow", many_scans(1)))
+    )
+    assert np.abs(seen - wanted).max() <= 1  # Pillow and pillow-simd round differently
     with pytest.raises(DecodeError, match="more than 500 scans"):
         run(name, many_scans(600))
 

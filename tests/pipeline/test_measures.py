@@ -6,7 +6,9 @@ import torch
 import torch.multiprocessing as mp
 from tiny import images, tiny_recipe
 
-from pipeline.method.measures import Contrast, choose_tokens, gather_keys
+from pipeline.method.encoder import Encoder
+from pipeline.method.heads import choose_tokens
+from pipeline.method.measures import BYOL, InfoNCE, gather_keys
 from pipeline.method.objective import build_objective
 
 
@@ -24,11 +26,11 @@ def test_choose_tokens():
 @pytest.mark.parametrize("scale", [False, True])
 def test_infonce_against_the_pair_by_pair_oracle(negatives, scale):
     recipe = tiny_recipe("cmae", f"measure.negatives={negatives}", f"measure.scale_2tau={scale}")
-    measure = Contrast(recipe.measure, width=16)
+    measure = InfoNCE(recipe, Encoder(recipe))
     torch.manual_seed(1)
     query = torch.randn(3, 5, 12, requires_grad=True)
     key = torch.randn(3, 5, 12)
-    loss, terms = measure(query, key)
+    loss, terms = measure.compare(query, key)
     expected = oracle.infonce_loss(query, key, temperature=0.2, negatives=negatives)
     expected = expected * 0.4 if scale else expected
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -40,16 +42,17 @@ def test_infonce_against_the_pair_by_pair_oracle(negatives, scale):
 
 
 def test_byol_is_two_minus_two_cosines():
-    measure = Contrast(tiny_recipe("cmae", "measure={kind: byol}").measure, width=16)
+    recipe = tiny_recipe("cmae", "measure={kind: byol}")
+    measure = BYOL(recipe, Encoder(recipe))
     query, key = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
-    loss, _ = measure(query, key)
+    loss, _ = measure.compare(query, key)
     terms = [
         2 - 2 * (query[b, t] @ key[b, t]) / (query[b, t].norm() * key[b, t].norm())
         for b in range(2)
         for t in range(3)
     ]
     torch.testing.assert_close(loss, torch.stack(terms).mean())
-    assert measure(query, query)[0].item() == pytest.approx(0.0, abs=1e-6)
+    assert measure.compare(query, query)[0].item() == pytest.approx(0.0, abs=1e-6)
 
 
 def _two_ranks(rank, port, negatives, folder):

@@ -5,7 +5,6 @@ import torch
 from tiny import PATCH, images, tiny_recipe
 
 from pipeline import kernels
-from pipeline.method import pictures
 from pipeline.method.objective import build_objective
 from pipeline.method.pictures import draw, fold, paste, predict, shown
 from pipeline.method.views import make_views
@@ -36,7 +35,7 @@ def test_a_perfect_prediction_gives_the_image_back(norm_pix, monkeypatch):
         image, positions(), patch=PATCH, mean=recipe.data.mean, std=recipe.data.std,
         norm_pix=norm_pix,
     )  # fmt: skip
-    monkeypatch.setattr(pictures, "reconstruct", lambda *_: target)
+    monkeypatch.setattr(objective.measure, "reconstruct", lambda *_: target)
     views = make_views(image, torch.arange(3), recipe=recipe, epoch=0, patch=PATCH)
     assert (predict(objective, views.first, image).int() - image.int()).abs().max() <= 1
 

@@ -15,6 +15,7 @@ from tiny import tiny_overrides
 
 from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
+from pipeline.distributed import can_build
 
 
 def arguments(shards, tmp_path, name="mae", *overrides):
@@ -109,7 +110,7 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     )
     assert pretrain.main([*words, "--max-steps", "2"]) == 0
     assert pretrain.main([*words, "--max-steps", "4"]) == 0
-    assert "resumed:" in capsys.readouterr().out
+    assert "resumes from " in capsys.readouterr().out
     other = [tmp_path / "other" if w == str(tmp_path / "run") else w for w in words]
     assert pretrain.main([*map(str, other), "--max-steps", "4"]) == 0
     capsys.readouterr()
@@ -124,7 +125,7 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     )
     assert "already holds a run" in refused(capsys, *words, "--resume", "none")
     elsewhere = [str(tmp_path / "third") if w == str(tmp_path / "run") else w for w in words]
-    assert "no whole checkpoint" in refused(capsys, *elsewhere, "--resume", str(tmp_path / "none"))
+    assert "no valid checkpoint" in refused(capsys, *elsewhere, "--resume", str(tmp_path / "none"))
     kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["latest", "step-00000002", "step-00000004"]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000004\n"
@@ -177,6 +178,7 @@ def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
     assert not proof.exists()
 
 
+@pytest.mark.skipif(not can_build(), reason="needs a C++ compiler and Python.h, to compare with")
 def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
     shards, tmp_path, capsys, monkeypatch
 ):

@@ -12,7 +12,8 @@ from pipeline.data.randaugment import RandAugment
 from pipeline.errors import UserError
 from pipeline.method.metrics import cka, gram, hsic
 from pipeline.method.objective import build_objective
-from pipeline.runtime.probes import Probes, SkippedSteps, UnhealthyError, fixed_images
+from pipeline.runtime.probes import Probes, fixed_images
+from pipeline.runtime.skipped_steps import SkippedSteps
 from shard_tools.manifest import read_manifest
 
 
@@ -21,7 +22,7 @@ def test_skipped_steps_stop_only_in_a_row_and_name_the_steps():
     for step, bad in enumerate([1, 1, 0, 1, 1]):
         skipped.note(step, bool(bad))
     assert skipped.total == 4
-    with pytest.raises(UnhealthyError, match=r"steps 4 to 6 in a row.*after step 3") as error:
+    with pytest.raises(UserError, match=r"steps 4 to 6 in a row.*after step 3") as error:
         skipped.note(5, True)
     assert "\n" not in str(error.value)
 

@@ -1,6 +1,4 @@
-"""Recipes: what ships loads, what is wrong is refused in one sentence, schedules by formula."""
-
-import math
+"""Recipes: what ships loads, what is wrong is refused in one sentence."""
 
 import pytest
 
@@ -8,9 +6,7 @@ from pipeline.config.recipe import (
     RECIPES,
     RecipeError,
     dump_recipe,
-    ema_momentum,
     first_difference,
-    learning_rate,
     load_recipe,
 )
 
@@ -129,30 +125,6 @@ def test_a_bare_name_is_the_bundled_recipe(tmp_path, monkeypatch):
         load_recipe("x/mae.yaml")
     (tmp_path / "mae").write_text((RECIPES / "mae.yaml").read_text().replace("0.75", "0.5"))
     assert load_recipe("mae").views.mask_ratio == 0.5  # a file of that name goes first
-
-
-def test_learning_rate_against_the_formula():
-    recipe = load_recipe(RECIPES / "rmae.yaml")
-    steps = 1251
-    peak, warm, total = 3.0e-4 * 1024 / 256, 20 * steps, 100 * steps
-    assert learning_rate(recipe, 0, steps) == 0.0
-    assert learning_rate(recipe, warm // 2, steps) == pytest.approx(peak / 2)
-    assert learning_rate(recipe, warm, steps) == pytest.approx(peak)
-    middle = (warm + total) // 2
-    assert learning_rate(recipe, middle, steps) == pytest.approx(peak / 2)
-    t = (total - 1 - warm) / (total - warm)
-    last = peak * (1 + math.cos(math.pi * t)) / 2
-    assert learning_rate(recipe, total - 1, steps) == pytest.approx(last)
-    assert 0 < learning_rate(recipe, total - 1, steps) < 1e-11
-
-
-def test_ema_momentum():
-    constant = load_recipe(RECIPES / "cmae.yaml")
-    cosine = load_recipe(RECIPES / "cmae.yaml", ["ema.schedule=cosine", "ema.momentum=0.99"])
-    assert {ema_momentum(constant, s, 100) for s in (0, 50, 100)} == {0.996}
-    assert ema_momentum(cosine, 0, 100) == pytest.approx(0.99)
-    assert ema_momentum(cosine, 50, 100) == pytest.approx(0.995)
-    assert ema_momentum(cosine, 100, 100) == pytest.approx(1.0)
 
 
 def test_first_difference_ignores_what_changes_no_result():

@@ -10,7 +10,8 @@ from tiny import tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
-from pipeline.runtime.run_folder import STATE, RunLock, claim, newest_checkpoint
+from pipeline.runtime.checkpoint import STATE, CheckpointStore, SaveError, read_state
+from pipeline.runtime.run_folder import RunLock, claim
 from shard_tools.atomic import FILES, seal, verify
 
 
@@ -58,7 +59,7 @@ def test_where_to_go_on(tmp_path):
     assert claim(other, recipe, str(newest))[1] == newest
     with pytest.raises(UserError, match="already holds a run"):
         claim(tmp_path, recipe, "none")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no valid checkpoint"):
         claim(other, recipe, str(tmp_path / "nowhere"))
 
 
@@ -86,14 +87,71 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_pa
         (bad / FILES).write_text("{")
     with pytest.raises(UserError, match="step-00000020"):
         verify(bad)
-    assert newest_checkpoint(tmp_path / "checkpoints") == good
-    assert "step-00000020" in capsys.readouterr().out
+    assert CheckpointStore(tmp_path).newest() == good
+    printed = capsys.readouterr().out
+    assert "step-00000020" in printed
+    assert "falling back to the previous checkpoint" in printed
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, capsys):
+    recipe = tiny_recipe("mae")
+    for step in (10, 20):
+        (fake_checkpoint(tmp_path, step, recipe) / "weights.bin").unlink()
+    with pytest.raises(UserError, match=r"step-00000010/.*: missing .* start from scratch"):
+        claim(tmp_path, recipe, "auto")
+    assert capsys.readouterr().out.count("falling back to the previous checkpoint") == 1
+
+
+def write_weights(folder):
+    """What a training writes: returns no problem."""
+    folder.mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(b"123")
+    return ""
+
+
+def test_a_store_keeps_the_newest_and_reads_back_what_was_saved(tmp_path):
+    store, seen = CheckpointStore(tmp_path, keep=2), []
+    read = lambda folder, state: seen.append((folder.name, state["loss"]))  # noqa: E731
+    assert store.load(read) is None
+    (tmp_path / "checkpoints/.step-00000001").mkdir(parents=True)  # by a kill
+    for step in (5, 10, 15):
+        place = store.save(step, write_weights, {"loss": step / 10})
+    assert place == tmp_path / "checkpoints/step-00000015"
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["latest", "step-00000010", "step-00000015"]
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000015\n"
+    assert store.load(read) == {"step": 15, "loss": 1.5}
+    (place / "weights.bin").write_bytes(b"124")
+    assert store.load(read) == {"step": 10, "loss": 1.0}
+    assert seen == [("step-00000015", 1.5), ("step-00000010", 1.0)]
+
+
+def test_a_failed_save_leaves_the_checkpoint_before(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(5, write_weights, {})
+
+    def full(folder):
+        write_weights(folder)
+        return "No space left on device"
+
+    with pytest.raises(SaveError, match="step-00000010 could not be written: the disk is full; "
+                       "the last valid checkpoint is step-00000005"):  # fmt: skip
+        store.save(10, full, {})
+    with pytest.raises(ValueError, match="JSON"):
+        store.save(10, write_weights, {"loss": float("nan")})
+    assert [p.name for p in store.all()] == ["step-00000005"]
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000005\n"
+
+
+def test_the_state_of_an_older_checkpoint_is_read_under_the_keys_of_today(tmp_path):
+    (tmp_path / STATE).write_text(json.dumps({"step": 3, "stage": 2, "together": 64}))
+    assert read_state(tmp_path) == {"step": 3, "zero_stage": 2, "negatives_batch": 64}
 
 
 def test_half_written_checkpoints_are_never_seen(tmp_path):
     place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
     place.rename(place.with_name(".step-00000020"))
-    assert newest_checkpoint(tmp_path / "checkpoints") is None
+    assert CheckpointStore(tmp_path).newest() is None
 
 
 def test_a_start_removes_what_a_kill_left_and_points_latest_to_where_it_goes_on(tmp_path):

@@ -11,9 +11,11 @@ from tiny import images, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eval.paper.job_runner import LAUNCHER
+from pipeline.config.ds_config import plan_recipe
 from pipeline.distributed import close
-from pipeline.method.objective import build_objective, parameter_groups
-from pipeline.runtime.engine import Engine, init_ranks, make_plan
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
 
 # Ops whose result the host reads, or whose output's size it must know.
@@ -68,7 +70,7 @@ def reads_of(stage):
     recipe = tiny_recipe("mae")
     objective, _ = build_objective(recipe)
     config = {"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": stage}}
-    engine = Engine(objective, parameter_groups(objective), make_plan(config, recipe, 1))
+    engine = Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
     inputs = (images(8), torch.arange(8), 0)
     for _ in range(2):
         engine.micro_step(1e-3, *inputs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import METHODS, PATCH, images, tiny_recipe
 
-from pipeline.method.views import make_views, visible_count, whole_view
+from pipeline.method.views import full_view, make_views, visible_count
 
 
 def views_of(name, *overrides, sample=(5, 6, 7), epoch=0):
@@ -96,6 +96,6 @@ def test_hidden_pixels_do_not_leak_into_a_jittered_view():
     assert torch.equal(views.first.image, again.first.image)
 
 
-def test_whole_view_shows_everything():
-    view = whole_view(images(2), PATCH)
+def test_full_view_shows_everything():
+    view = full_view(images(2), PATCH)
     assert view.visible.tolist() == view.inverse.tolist() == [list(range(16))] * 2

@@ -16,6 +16,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
         write_json(path, {"a": object()})
     with pytest.raises(TypeError):
         write_atomic(path, 3)
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(path, {"top1": number})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 

@@ -29,11 +29,11 @@ def test_the_base_has_the_cuda_release_of_the_lock_file():
     assert LOCK["cuda-toolkit"].startswith(release + ".")
 
 
-def test_pillow_simd_is_the_release_of_the_makefile():
+def test_pillow_simd_is_the_release_of_set_up():
     def release(text):
         return re.findall(r"pillow-simd==([\w.]+)", text)
 
-    assert release(TEXT) == release((ROOT / "Makefile").read_text())
+    assert release(TEXT) == release((ROOT / ".ci" / "setup_env.py").read_text())
     assert "pillow" in LOCK  # the fallback
 
 

@@ -15,9 +15,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.ds_config import plan_recipe, read_ds_config
 from pipeline.config.recipe import RECIPES, RecipeError, load_recipe
 from pipeline.errors import UserError
-from pipeline.runtime.engine import make_plan, read_ds_config
 from shard_tools.manifest import (
     INDEX,
     MANIFEST,
@@ -159,7 +159,7 @@ def test_any_values_in_a_ds_config(tmp_path, values):
     config = answers(lambda: read_ds_config(path), UserError)
     if config is not None:
         recipe = load_recipe(RECIPES / "mae.yaml")
-        answers(lambda: make_plan(config, recipe, world=4), UserError)
+        answers(lambda: plan_recipe(config, recipe, world=4), UserError)
 
 
 @FEW

@@ -86,3 +86,14 @@ def test_triton_is_imported_only_where_kernels_choose_it(name):
         if any(n.split(".")[0] == "triton" for n in names):
             assert name.startswith("pipeline.kernels"), name
             assert name.endswith("triton"), name
+
+
+@each_module
+def test_deepspeed_is_imported_with_the_engine_alone(name):
+    """Elsewhere only inside a function, so that features of an encoder need no deepspeed."""
+    if name == "pipeline.runtime.engine":
+        return
+    for node in ast.parse(NAMES[name].read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            assert not any(n.split(".")[0] == "deepspeed" for n in names), name

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.color_jitter import ORDERS
+from pipeline.kernels.color_jitter.reference import ORDERS
 
 BLOCK = 512  # pixels at a time
 

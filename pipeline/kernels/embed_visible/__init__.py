@@ -9,12 +9,11 @@ The image has no gradient.
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels import backend
-from pipeline.kernels.patches import check_positions, gather_patches, grid_of, normalise
+from pipeline.kernels.embed_visible.reference import embed_visible_reference
+from pipeline.kernels.patches import check_positions, grid_of
 
 
 def embed_visible(
@@ -50,23 +49,3 @@ def embed_visible(
     else:
         run = embed_visible_reference
     return run(image, visible, weight, bias, position, mean=mean, std=std)
-
-
-def embed_visible_reference(
-    image: Tensor,
-    visible: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    position: Tensor | None,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Tensor:
-    """`embed_visible` in PyTorch; arguments already checked."""
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    patches = gather_patches(image, visible, weight.shape[-1])
-    pixels = normalise(patches, mean, std, exact).to(weight.dtype)
-    tokens = F.linear(pixels, weight.permute(0, 2, 3, 1).flatten(1), bias)
-    if position is not None:
-        tokens = tokens + F.embedding(visible, position)
-    return tokens.to(weight.dtype)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.patch_loss import EPSILON
+from pipeline.kernels.patch_loss.reference import EPSILON
 from pipeline.kernels.patches import channel_scale
 from pipeline.kernels.patches_triton import (
     as_list,

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels import philox
-from pipeline.kernels.sample_masks import POLICIES, Masks
+from pipeline.kernels.sample_masks.reference import POLICIES, Masks
+from pipeline.kernels.select_visible.triton import slots
+from pipeline.kernels.streams import Stream
 
 _RANDOM, _COMPLEMENT, _INDEPENDENT, _NONE = (tl.constexpr(n) for n in range(len(POLICIES)))
-_MASK_STREAM = tl.constexpr(philox.MASK_STREAM)
+_MASK_STREAM = tl.constexpr(int(Stream.MASK))
 
 
 @triton.jit
@@ -28,17 +29,6 @@ def _draw_words(seed, epoch, sample, stream, BLOCK: tl.constexpr):
     high = zero + (sample >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, block, epoch_word, low, high)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-
-
-@triton.jit
-def _slots(words, position, LENGTH: tl.constexpr, VISIBLE: tl.constexpr):
-    """(shown, running count of shown positions) of the VISIBLE smallest keys."""
-    key = (words.to(tl.int64) << 16) | position
-    key = tl.where(position < LENGTH, key, 1 << 62)
-    smallest = tl.sort(key)
-    last = tl.sum(tl.where(position == VISIBLE - 1, smallest, 0))
-    shown = key <= last
-    return shown, tl.cumsum(shown.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["seed", "epoch"])
@@ -55,7 +45,7 @@ def sample_masks_kernel(
     HIDDEN: tl.constexpr = LENGTH - VISIBLE1
 
     words = _draw_words(seed, epoch, sample, _MASK_STREAM, BLOCK)
-    shown, count = _slots(words, position, LENGTH, VISIBLE1)
+    shown, count = slots(words, position, LENGTH, VISIBLE1)
     inverse = tl.where(shown, count - 1, VISIBLE1 + position - count)
     tl.store(inverse1_ptr + b * LENGTH + position, inverse, mask=inside)
     tl.store(visible1_ptr + b * VISIBLE1 + count - 1, position, mask=shown)
@@ -66,7 +56,7 @@ def sample_masks_kernel(
         tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
     if POLICY == _INDEPENDENT:
         words = _draw_words(seed, epoch, sample, _MASK_STREAM + 1, BLOCK)
-        shown, count = _slots(words, position, LENGTH, VISIBLE2)
+        shown, count = slots(words, position, LENGTH, VISIBLE2)
         inverse = tl.where(shown, count - 1, VISIBLE2 + position - count)
         tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
         tl.store(visible2_ptr + b * VISIBLE2 + count - 1, position, mask=shown)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.dot_triton import dot
-from pipeline.kernels.token_infonce import grouped
+from pipeline.kernels.token_infonce.reference import grouped
 
 OUT = {torch.float32: 128}  # gradient channels of a program; 256 in the 16-bit types
 

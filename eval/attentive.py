@@ -1,0 +1,333 @@
+"""Attentive probe: how much a learned query reads from a frozen encoder's patch tokens.
+
+A linear probe sees one vector per image; masked-image models keep much of what they know in the
+patch tokens, and methods that pool them by attention find it. Every head has a learned query that
+attends over the patch tokens, in heads of 64 channels where they fit:
+
+    k, v = tokens W_kv + b_kv
+    pooled = softmax(query k / sqrt(channels)) v        per head
+    logits = pooled W + b
+
+Many heads, one per pair of learning rate and weight decay, are trained at once by AdamW on random
+crops and flips of the training images (the encoder sees each crop once); the pair is chosen on a
+held-out tenth of the training images (`--select held-out`, the default), and that head is
+reported, beside the whole grid. Defaults (12,500 steps of batch 128, a tenth of them warm-up,
+cosine to 0, ten learning rates, three weight decays, initial weights N(0, 0.02) truncated):
+facebookresearch/capi, `eval_classification.py`. The gradient is that of the global batch, and so
+the result does not depend on the number of ranks. It is not resumed: at the defaults it is a few
+epochs of forward passes.
+
+    python eval/attentive.py --encoder runs/rmae --train data/shards/train --val data/shards/val
+"""
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from eval.shared.cli import (
+    World,
+    as_percent,
+    autocast,
+    count_correct,
+    join_world,
+    output_path,
+    parser,
+    progress,
+    run_command,
+    seed_everything,
+    write_result,
+)
+from eval.shared.features import (
+    Timer,
+    batches,
+    class_count,
+    image_size,
+    labelled,
+    normalise,
+    open_encoder,
+)
+from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.errors import UserError
+from shard_tools.manifest import Manifest, read_manifest
+from shard_tools.subset import write_subset
+
+RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
+DECAYS = (5e-4, 1e-3, 5e-2)
+HELD_OUT = 0.1  # share of the training images on which the pair is chosen
+PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the result depends on; see --help."""
+
+    train: str
+    val: str
+    steps: int = 12_500
+    batch_size: int = 128
+    warmup: float = 0.1
+    rates: tuple[float, ...] = RATES
+    decays: tuple[float, ...] = DECAYS
+    select: str = "held-out"
+    seed: int = 0
+    precision: str = "auto"
+    workers: int = 0
+    micro_batch: int = 256  # of validation
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """(learning rate, weight decay) of every head."""
+        return list(itertools.product(self.rates, self.decays))
+
+
+class AttentiveProbe(nn.Module):
+    """Attention pooling and a linear layer: tokens [b, L, D] → logits [b, classes]."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.heads = width // 64 if width % 64 == 0 else 1
+        self.query = nn.Parameter(torch.empty(width))
+        self.kv = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, classes)
+        for weight in (self.query, self.kv.weight, self.head.weight):
+            nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.zeros_(self.kv.bias)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, length, width = tokens.shape
+        shape = (batch, length, 2, self.heads, width // self.heads)
+        key, value = self.kv(tokens).view(shape).permute(2, 0, 3, 1, 4).unbind()  # [b, h, L, d]
+        query = self.query.view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(query, key, value)
+        return self.head(pooled.reshape(batch, width))
+
+
+@torch.no_grad()
+def patch_tokens(vit: VisionTransformer, pixels: Tensor, precision: str) -> Tensor:
+    """Patch tokens after the last norm, fp32 [b, L, D], of normalised pixels [b, 3, H, W]."""
+    with autocast(precision, pixels.device):
+        tokens = vit.forward_features(pixels)
+    return tokens[:, vit.num_prefix_tokens :].float()
+
+
+def learning_rate(peak: float, step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then half a cosine to 0."""
+    rising = max(1, round(steps * warmup))
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+class Heads:
+    """Probes that start alike, each with its own AdamW; one `step` per global batch."""
+
+    def __init__(self, width: int, classes: int, settings: Settings, device: torch.device) -> None:
+        self.settings = settings
+        torch.manual_seed(settings.seed)
+        first = AttentiveProbe(width, classes)
+        self.probes = []
+        for _ in settings.pairs:
+            probe = AttentiveProbe(width, classes)
+            probe.load_state_dict(first.state_dict())
+            self.probes.append(probe.to(device))
+        self.optimizers = [
+            torch.optim.AdamW(probe.parameters(), lr=rate, weight_decay=decay)
+            for probe, (rate, decay) in zip(self.probes, settings.pairs, strict=True)
+        ]
+
+    def step(self, step: int, micro: Iterable[tuple[Tensor, Tensor]], world: World) -> Tensor:
+        """One update on this rank's (tokens, labels) of the global batch; this rank's losses."""
+        s, losses = self.settings, torch.zeros(len(self.probes), device=world.device)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        for tokens, label in micro:
+            for number, probe in enumerate(self.probes):
+                loss = F.cross_entropy(probe(tokens), label, reduction="sum") / s.batch_size
+                loss.backward()
+                losses[number] += loss.detach()
+        for probe, optimizer, (rate, _) in zip(self.probes, self.optimizers, s.pairs, strict=True):
+            for parameter in probe.parameters():
+                assert parameter.grad is not None
+                parameter.grad = world.sum(parameter.grad)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(rate, step, s.steps, s.warmup)
+            optimizer.step()
+        return losses
+
+
+def training_tokens(
+    vit: VisionTransformer, info: dict[str, Any], world: World, s: Settings, train: str
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
+    share = s.batch_size // world.size
+    micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
+    config = LoaderConfig(
+        train,
+        batch_size=s.batch_size,
+        micro_batch=micro,
+        crop=Crop(image_size=image_size(vit), scale=(0.08, 1.0)),
+        seed=s.seed,
+        partitions=math.gcd(s.batch_size, PARTITIONS),
+        workers=s.workers,
+    )
+    loader = train_loader(config, world.rank, world.size, range(s.steps))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for batch in loader:
+        pixels = normalise(batch.image, info, world.device)
+        parts.append((patch_tokens(vit, pixels, s.precision), batch.label.to(world.device)))
+        if len(parts) * micro == share:
+            yield parts
+            parts = []
+
+
+@torch.no_grad()
+def accuracies(
+    heads: Heads, folder: str, vit: VisionTransformer, info: dict[str, Any], world: World,
+    s: Settings,
+) -> tuple[list[tuple[float, float]], int]:  # fmt: skip
+    """((top-1, top-5) in percent of every head, images): each image once over all ranks."""
+    count = torch.zeros(len(heads.probes), 3, dtype=torch.int64, device=world.device)
+    args = argparse.Namespace(micro_batch=s.micro_batch, workers=s.workers)
+    for pixels, label, _ in batches(folder, vit, info, world, args):
+        tokens = patch_tokens(vit, pixels, s.precision)
+        count += count_correct(torch.stack([probe(tokens) for probe in heads.probes]), label)
+    total = world.sum(count)
+    rows = [(as_percent(a, n), as_percent(b, n)) for a, b, n in total.tolist()]
+    return rows, int(total[0, 2])
+
+
+def held_out_count(samples: int) -> int:
+    """How many of the training images the pair is chosen on."""
+    return max(1, round(HELD_OUT * samples))
+
+
+def split(manifest: Manifest, folder: Path, seed: int, world: World) -> tuple[str, str]:
+    """Folders of a small index each: the training images that are kept, and those held out."""
+    order = np.random.default_rng(seed).permutation(manifest.samples)
+    cut = held_out_count(manifest.samples)
+    tag = f"{seed}-{manifest.index_sha256[:12]}"  # of these images, never of an earlier set
+    parts = {"kept": order[cut:], "held-out": order[:cut]}
+
+    def write() -> None:
+        for name, samples in parts.items():
+            path = folder / f"{name}-{tag}"
+            if not (path / "manifest.json").is_file():
+                write_subset(manifest, path, np.sort(samples), {"part": name, "seed": seed})
+
+    world.agree(write)
+    kept, held_out = (str(folder / f"{name}-{tag}") for name in parts)
+    return kept, held_out
+
+
+def check(s: Settings, world: World) -> int:
+    """Everything that can be wrong with the settings, before the first step; the classes."""
+    train, val = labelled(s.train), labelled(s.val)
+    if min(s.steps, s.batch_size, s.micro_batch) < 1 or not 0 <= s.warmup < 1:
+        raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
+    if min(s.rates) <= 0 or min(s.decays) < 0:
+        raise UserError("--rates must be above 0, --decays at least 0")
+    if s.batch_size % world.size:
+        raise UserError(f"--batch-size {s.batch_size} cannot be split over {world.size} ranks")
+    kept = train.samples
+    if s.select == "held-out":
+        kept -= held_out_count(kept)
+    if kept < s.batch_size:
+        raise UserError(f"{s.train}: {kept} training images are fewer than --batch-size")
+    return class_count(train, val)
+
+
+def evaluate(args: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
+    """Train the heads, choose one, score it; the whole result, alike on every rank.
+
+    folder: where the indices of the kept and the held-out images go.
+    """
+    timer = Timer()
+    s = settings_of(args)
+    classes = check(s, world)
+    seed_everything(s.seed)
+    vit, info = open_encoder(args, world)
+    train, chosen_on = s.train, s.val
+    if s.select == "held-out":
+        train, chosen_on = split(read_manifest(s.train), folder, s.seed, world)
+    heads = Heads(vit.num_features, classes, s, world.device)
+    losses = torch.zeros(len(s.pairs), device=world.device)
+    stream = enumerate(training_tokens(vit, info, world, s, train))
+    for step, micro in progress(stream, world, "attentive probe", s.steps):
+        losses = heads.step(step, micro, world)
+    losses = world.sum(losses)
+    if not bool(losses.isfinite().any()):
+        raise UserError("no head of the attentive probe has a finite loss: lower --rates")
+    selection, count = accuracies(heads, chosen_on, vit, info, world, s)
+    best = max(range(len(selection)), key=lambda n: selection[n][0] if losses[n].isfinite() else -1)
+    final, images = selection, count
+    if s.select == "held-out":
+        final, images = accuracies(heads, s.val, vit, info, world, s)
+    what = "held-out training images" if s.select == "held-out" else "the validation set"
+    grid = [
+        {"lr": lr, "weight_decay": wd, "selection": a[0], "validation": b[0]}
+        for (lr, wd), a, b in zip(s.pairs, selection, final, strict=True)
+    ]
+    return {
+        "protocol": "attentive-probe",
+        "top1": final[best][0],
+        "top5": final[best][1],
+        "images": images,
+        "lr": s.pairs[best][0],
+        "weight_decay": s.pairs[best][1],
+        "base_lr_chosen_on": f"{count} images of {what} (best of {len(grid)})",
+        "train_loss": round(float(losses[best]), 5),
+        "grid": grid,
+        "settings": asdict(s) | {"optimizer": "AdamW", "classes": classes},
+        "encoder": info,
+        "seconds": timer.seconds,
+        "ranks": world.size,
+    }
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that a command line names."""
+    values = {name: getattr(args, name) for name in Settings.__dataclass_fields__}
+    return Settings(**values | {"rates": tuple(args.rates), "decays": tuple(args.decays)})
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are capi's protocol."""
+    result = parser(str(__doc__).split("\n", 1)[0])
+    add = result.add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
+    add("--steps", type=int, default=Settings.steps, help="updates")
+    add("--batch-size", type=int, default=Settings.batch_size, help="global, over all ranks")
+    add("--warmup", type=float, default=Settings.warmup, help="share of the steps")
+    add("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
+    add("--decays", type=float, nargs="+", default=DECAYS, help="weight decays to try")
+    add("--select", choices=["held-out", "validation"], default="held-out",
+        help="where the pair is chosen; on the validation set, an optimistic result")  # fmt: skip
+    add("--micro-batch", type=int, default=256, help="images per forward pass, at most")
+    return result
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    world = join_world()
+    output = output_path(args, "attentive-probe")
+    result = evaluate(args, world, output.with_suffix(""))
+    if world.first:
+        write_result(output, result)
+        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,271 @@
+"""How a recipe runs: a file of ds_configs/, and the plan that it and the recipe make together.
+
+The recipe owns what changes the result, the ds_config how it is run; a key in the wrong file is an
+error that names the right one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config.recipe import Recipe
+from pipeline.config.schema import OptimizerRecipe
+from pipeline.config.suggest import bundled, choices
+from pipeline.distributed import bf16_units, prepare_deepspeed
+from pipeline.errors import UserError
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+# Keys with any value that DeepSpeed takes.
+_FREE = (
+    "activation_checkpointing", "aio", "communication_data_type", "comms_logger",
+    "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "prescale_gradients",
+    "gradient_predivide_factor", "steps_per_print", "gradient_checkpointing", "compile", "timers",
+    "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "watchdog_seconds",
+    "zero_allow_untested_optimizer",
+)  # fmt: skip
+# Objects, and the keys inside them.
+_OBJECTS = {
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
+    "data_types": {"grad_accum_dtype"},
+}
+# What changes the result, and the recipe key that owns it.
+_RECIPE_KEYS = {
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.epochs, warmup_epochs and min_lr",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size (accumulation is computed from it)",
+    "lr": "optimizer.base_lr",
+    "betas": "optimizer.betas",
+    "weight_decay": "optimizer.weight_decay",
+    "seed": "seed",
+}
+
+# DeepSpeed's stage 0 under bf16 was 0.04 off plain torch's loss, the other stages 0.006.
+STAGE_0_BF16 = "bf16 needs zero_optimization.stage 1, 2 or 3"
+
+
+def read_ds_config(path: str | Path) -> dict[str, Any]:
+    """A file of ds_configs/, checked key by key (DeepSpeed would ignore a misspelt one).
+
+    path: a file, or the bare name of a bundled one (`zero1`). Raises UserError naming the file and
+    the key, and the recipe key where that one owns it.
+    """
+    path = bundled(path, DS_CONFIGS, ".json")
+    if not path.exists():
+        raise UserError(
+            f"{path}: cannot be read (no such file){choices(path, DS_CONFIGS, '.json')}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a DeepSpeed configuration is a JSON object")
+    _check_keys(path, config)
+    _check_values(path, config)
+    return config
+
+
+def _zero_keys() -> set[str]:
+    """Every key of `zero_optimization`, under both its names."""
+    prepare_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields.items()
+    return {name for key, field in fields for name in (key, field.alias) if name}
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    for key, value in config.items():
+        if key in _RECIPE_KEYS:
+            raise UserError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
+        if key in _FREE:
+            continue
+        if key not in _OBJECTS and key != "zero_optimization":
+            valid = ", ".join(("zero_optimization", *_OBJECTS, *_FREE))
+            raise UserError(f"{path}: unknown key {key!r}; valid: {valid}")
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {key!r} must be an object, not {value!r}")
+        known = _zero_keys() if key == "zero_optimization" else _OBJECTS[key]
+        for inner in value:
+            if inner not in known:
+                valid = ", ".join(sorted(known))
+                raise UserError(f"{path}: unknown key '{key}.{inner}'; valid: {valid}")
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    wanted = config.get("bf16", {}).get("enabled", False)
+    if not (isinstance(wanted, bool) or wanted == "auto"):
+        raise UserError(f'{path}: bf16.enabled must be true, false or "auto", not {wanted!r}')
+    if stage == 0 and wanted:
+        raise UserError(f"{path}: {STAGE_0_BF16}")
+    for key in ("gradient_checkpointing", "compile"):
+        if not isinstance(config.get(key, False), bool):
+            raise UserError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
+    patience = config.get("watchdog_seconds", 0)
+    if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
+        raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
+    if stage == 3 and config.get("compile"):
+        raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
+
+
+def resolve_precision(wanted: bool | str, stage: int) -> tuple[str, str]:
+    """("bf16" or "fp32", why) for `bf16.enabled`: true, false or "auto".
+
+    "auto" is bf16 on a GPU with bf16 units and fp32 elsewhere, so that a CPU run gives the same
+    numbers whether or not the processor multiplies bf16 natively. true is bf16 on every CPU
+    (emulated where the processor lacks it). UserError where a GPU cannot do what was asked for.
+    """
+    gpu = torch.cuda.is_available()
+    if wanted is True and gpu and not bf16_units():
+        name = torch.cuda.get_device_name()
+        raise UserError(f'bf16.enabled true: {name} has no bf16 units; use false or "auto"')
+    if wanted is True and not stage:
+        raise UserError(STAGE_0_BF16)
+    if wanted is True or (wanted == "auto" and gpu and bf16_units()):
+        return "bf16", "" if bf16_units() else "emulated: this processor has no bf16 units"
+    return "fp32", "auto: bf16 on a GPU with bf16 units only" if wanted == "auto" else ""
+
+
+# Images of an "auto" micro-batch at the most, and on a CPU tokens too: of 128 images of 64 patches,
+# or of about 50 of 224 x 224. A function of the recipe alone, since InfoNCE's negatives come from
+# the micro-batch; where the speed no longer rises was measured (make bench-micro-batch).
+MOST_IMAGES, MOST_TOKENS_ON_CPU = 128, 10_000
+
+
+def auto_micro_batch(per_rank: int, patches: int) -> int:
+    """The largest divisor of a rank's `per_rank` images per step within the limits above."""
+    most = min(per_rank, MOST_IMAGES)
+    if not torch.cuda.is_available():
+        most = max(1, min(most, MOST_TOKENS_ON_CPU // (patches + 1)))
+    return next(m for m in range(most, 0, -1) if per_rank % m == 0)
+
+
+def split_batch(
+    batch_size: int, partitions: int, world: int, micro: int | str, patches: int
+) -> tuple[int, int]:
+    """(images of a micro-batch, micro-batches of a step) on each of `world` ranks.
+
+    micro: images, or "auto", for which the patches of an image are needed. UserError where the
+    batch, or the partitions of the data's order, cannot be shared evenly.
+    """
+    per_rank, left = divmod(batch_size, world)
+    if left or partitions % world:
+        raise UserError(
+            f"batch_size {batch_size} with data.partitions {partitions} cannot be split over "
+            f"{world} ranks: both must be multiples of the number of ranks"
+        )
+    if micro == "auto":
+        micro = auto_micro_batch(per_rank, patches)
+    if not isinstance(micro, int) or micro < 1 or per_rank % micro:
+        raise UserError(
+            f"train_micro_batch_size_per_gpu {micro!r} does not divide the {per_rank} images per "
+            f"rank of batch_size {batch_size} over {world} ranks"
+        )
+    return micro, per_rank // micro
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a training runs on these ranks: DeepSpeed's configuration and what follows from it.
+
+    config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
+    negatives: whether they come from the micro-batch of all ranks.
+    """
+
+    config: dict[str, Any]
+    optimizer: OptimizerRecipe
+    lr: float
+    stage: int
+    world: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    precision_reason: str
+    negatives: bool
+    checkpointing: bool
+    compile: bool
+    watchdog_seconds: float
+
+    def describe(self) -> list[str]:
+        """The plan as lines of a log."""
+        why = f" ({self.precision_reason})" if self.precision_reason else ""
+        size = self.world * self.micro_batch * self.accumulation
+        parts = (
+            _count(self.world, "rank"),
+            _count(self.micro_batch, "image"),
+            _count(self.accumulation, "accumulation step"),
+        )
+        lines = [f"precision: {self.precision}{why}", f"batch: {size} = {' × '.join(parts)}"]
+        if self.negatives and self.accumulation > 1:
+            images = self.world * self.micro_batch
+            lines.append(f"negatives: from the {images} images of one micro-batch on all ranks")
+        if self.checkpointing:
+            lines.append("gradient checkpointing: blocks are recomputed in the backward pass")
+        if self.compile:
+            lines.append("compile: the first steps compile the blocks")
+        return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def make_plan(
+    ds_config: dict[str, Any], optimizer: OptimizerRecipe, *, batch_size: int, partitions: int,
+    patches: int, world: int, negatives: bool = False,
+) -> RunPlan:  # fmt: skip
+    """Split a global batch over the ranks and fill in what the recipe owns.
+
+    patches: of an image; they limit an "auto" micro-batch. UserError where the batch cannot be
+    split or the precision is not to be had.
+    """
+    full = copy.deepcopy(ds_config)
+    wanted = full.pop("train_micro_batch_size_per_gpu", "auto")
+    micro, accumulation = split_batch(batch_size, partitions, world, wanted, patches)
+    stage = full.get("zero_optimization", {}).get("stage", 0)
+    precision, reason = resolve_precision(full.get("bf16", {}).get("enabled", False), stage)
+    if precision == "bf16":  # a step that is not finite is never taken
+        full["bf16"] |= {"enabled": True, "check_grad_overflow": True}
+    elif "bf16" in full:
+        full["bf16"] = {"enabled": False}
+    checkpointing, compiled = full.pop("gradient_checkpointing", False), full.pop("compile", False)
+    watchdog_seconds = float(full.pop("watchdog_seconds", 1800))
+    full |= {
+        "gradient_clipping": optimizer.gradient_clipping,
+        "train_batch_size": batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+    }
+    full.setdefault("steps_per_print", 10**9)
+    return RunPlan(
+        full, optimizer, optimizer.base_lr * batch_size / 256, stage, world, micro, accumulation,
+        precision, reason, negatives, checkpointing, compiled, watchdog_seconds,
+    )  # fmt: skip
+
+
+def plan_recipe(
+    ds_config: dict[str, Any], recipe: Recipe, world: int, patches: int | None = None
+) -> RunPlan:
+    """The plan of a pretraining. patches: where the recipe's encoder does not say how many."""
+    return make_plan(
+        ds_config,
+        recipe.optimizer,
+        batch_size=recipe.batch_size,
+        partitions=recipe.data.partitions,
+        patches=patches or recipe.encoder.patches,
+        world=world,
+        negatives=recipe.measure.batch_negatives,
+    )

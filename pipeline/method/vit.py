@@ -1,0 +1,109 @@
+"""A plain ViT: timm's modules, the sin-cos position table, and initial weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pipeline.config.recipe import EncoderRecipe
+from pipeline.errors import UserError
+
+
+def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
+    """A timm ViT without a head, with its options checked.
+
+    Raises UserError in one sentence for an unknown name, an image size that the patch does not
+    divide, or a variant whose extra parts (registers, pre-norm, no class token) f does not have.
+    """
+    if arch not in timm.list_models(arch):
+        near = ", ".join(timm.list_models("vit_*_patch16_224")[:8])
+        raise UserError(f"encoder.arch {arch!r} is not a timm model; for example: {near}")
+    try:
+        with torch.random.fork_rng(devices=[]):  # we initialise it again; leave the state alone
+            vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
+    plain = (
+        type(vit) is VisionTransformer
+        and vit.has_class_token
+        and vit.num_reg_tokens == 0
+        and isinstance(vit.norm_pre, nn.Identity)
+        and isinstance(vit.norm, nn.LayerNorm)
+        and vit.pos_embed is not None
+        and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
+    )
+    if not plain:
+        raise UserError(
+            f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
+        )
+    assert isinstance(vit, VisionTransformer)
+    return vit
+
+
+def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
+    """The timm keywords of a recipe; refuses an image size that the patch does not divide."""
+    options = {"img_size": recipe.image_size} | recipe.options
+    if options["img_size"] != recipe.image_size:
+        raise UserError("encoder.options.img_size: set encoder.image_size instead")
+    patch = recipe.patch_size
+    if patch and recipe.image_size % patch:
+        raise UserError(
+            f"encoder.image_size {recipe.image_size} is not divisible by the patch size {patch}"
+        )
+    return options
+
+
+def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = False) -> Tensor:
+    """Fixed sin-cos positions of MAE: float32 [1 + L, D], zero for the class token.
+
+    The first half of the channels encodes the column, the second the row (MoCo v3's table, with
+    row_first, the other way round); in each half, sines then cosines of
+    coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
+    Raises UserError where 4 does not divide the width.
+    """
+    if width % 4:
+        raise UserError(f"a sin-cos position table needs a width divisible by 4, not {width}")
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"
+    )
+    both = (rows, columns) if row_first else (columns, rows)
+    halves = [c.reshape(-1, 1) * omega for c in both]
+    table = torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: xavier-uniform linears (the patch embedding as a linear), tokens
+    N(0, 0.02), LayerNorm one and zero, biases zero (SPEC §4).
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.view(part.out_channels, -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02)
+
+
+@torch.no_grad()
+def init_as_mocov3(encoder: Any) -> None:
+    """Where MoCo v3's initial weights differ: q, k and v as three linears, a small class token."""
+    nn.init.normal_(encoder.cls_token, std=1e-6)
+    for block in encoder.blocks:
+        for part in block.attn.qkv.weight.chunk(3):
+            nn.init.xavier_uniform_(part)

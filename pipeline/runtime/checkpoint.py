@@ -1,0 +1,154 @@
+"""Checkpoints of a training, of pretraining and of the evaluations that train alike.
+
+    FOLDER/checkpoints/
+      step-00001000/   what the training wrote, state.json (the step and more),
+                       files.json (size and sha256 of every file)
+      latest           the name of the newest one
+
+A checkpoint is written under a temporary name, sealed (listed with its sha256 and fsynced) and
+renamed; `latest` changes last. So a name without a dot in front is always a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pipeline.distributed import agree
+from pipeline.errors import UserError
+from shard_tools.atomic import seal, verify, write_atomic, write_json
+
+STATE = "state.json"
+# Keys of checkpoints that were written before these had their names of today.
+_RENAMED = {"stage": "zero_stage", "together": "negatives_batch"}
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written, in one sentence; those before it are valid."""
+
+
+class CheckpointStore:
+    """The checkpoints below `folder`, of which the newest `keep` are kept."""
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self.folder, self.keep = folder / "checkpoints", keep
+
+    def all(self) -> list[Path]:
+        """Every complete checkpoint, damaged or not, the oldest first."""
+        return sorted(self.folder.glob("step-*"))
+
+    def newest(self) -> Path | None:
+        """The newest valid checkpoint, None without any; damaged ones are named on the way.
+
+        UserError where all there are is damaged: starting from scratch would hide it.
+        """
+        found = self.all()
+        for place in reversed(found):
+            try:
+                verify(place)
+            except UserError as error:
+                if place == found[0]:
+                    raise UserError(
+                        f"{error}; no valid checkpoint is left: remove {self.folder} to start from "
+                        "scratch"
+                    ) from None
+                print(f"warning: {error}; falling back to the previous checkpoint", flush=True)
+            else:
+                return place
+        return None
+
+    def save(self, step: int, write: Callable[[Path], str], meta: dict[str, Any]) -> Path:
+        """Let `write` fill a folder, seal it and remove all but the newest `keep` (collective).
+
+        write: collective too; returns on the first rank why it failed, "" where it did not.
+        meta: JSON for state.json, without the step. Raises SaveError on every rank where the disk
+        is full or a write fails; what was half written is removed.
+        """
+        name = f"step-{step:08d}"
+        temporary = self.folder / f".{name}"
+        _on_first_rank(self.remove_leftovers)
+        problem = write(temporary)
+        _on_first_rank(partial(self._complete, temporary, name, problem, {"step": step} | meta))
+        return self.folder / name
+
+    def _complete(self, temporary: Path, name: str, problem: str, state: dict[str, Any]) -> None:
+        try:
+            if problem:
+                raise OSError(problem)
+            write_json(temporary / STATE, state)
+            seal(temporary, self.folder / name)
+            self.point_latest_to(self.folder / name)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            valid = [p.name for p in self.all() if p.name != name]
+            raise SaveError(unwritten(self.folder / name, error, valid)) from None
+        # Those of later steps are damaged ones that this training has fallen back from.
+        done = [p for p in self.all() if p.name <= name]
+        for old in done[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, read: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any] | None:
+        """`read` the newest valid checkpoint (its folder and state); its state, None without one.
+
+        Collective: the first rank looks and verifies.
+        """
+        place: Path | None = agree(self.newest)
+        if place is None:
+            return None
+        state = read_state(place)
+        read(place, state)
+        return state
+
+    def point_latest_to(self, place: Path) -> None:
+        """Write `latest`."""
+        write_atomic(self.folder / "latest", place.name + "\n")
+
+    def remove_leftovers(self) -> None:
+        """Remove what a killed training had half written; only one that holds the folder may."""
+        for path in self.folder.glob(".*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, under the keys of today."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    return {_RENAMED.get(key, key): value for key, value in state.items()}
+
+
+def _on_first_rank(write: Callable[[], None]) -> None:
+    """Run `write` on the first rank; its UserError is a SaveError on every rank (collective)."""
+    try:
+        agree(write)
+    except UserError as error:
+        raise SaveError(str(error)) from None
+
+
+def write_on_first_rank(path: Path, valid: str, write: Callable[[], None]) -> None:
+    """Run `write` on the first rank; where it fails, SaveError on every rank (collective).
+
+    path: what it writes; valid: the checkpoint that stays, both for the sentence.
+    """
+
+    def attempt() -> None:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            raise SaveError(unwritten(path, error, [valid])) from None
+
+    _on_first_rank(attempt)
+
+
+def unwritten(path: Path, error: Exception, valid: list[str]) -> str:
+    """One sentence: what could not be written, why, and the newest of the valid checkpoints."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    full = full or "No space left" in str(error) or "Disk quota" in str(error)
+    reason = "the disk is full" if full else str(error)
+    last = valid[-1] if valid else "none"
+    return f"{path} could not be written: {reason}; the last valid checkpoint is {last}"

@@ -1,0 +1,30 @@
+"""The optimizers, by `optimizer.kind` of a recipe: one module each, with the same five names.
+
+MOST_STAGE: the last ZeRO stage that it works under
+moments(group): names of what it keeps per parameter of a group
+section(plan): its part of DeepSpeed's configuration
+build(groups, plan): the optimizer of these parameter groups, None where DeepSpeed builds it
+describe(): a line for the log
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from pipeline.config.ds_config import RunPlan
+from pipeline.errors import UserError
+from pipeline.runtime.optimizers import adamw
+
+OPTIMIZERS: dict[str, ModuleType] = {"adamw": adamw}
+
+
+def optimizer_of(plan: RunPlan) -> ModuleType:
+    """The plan's optimizer. UserError where it does not work under the plan's ZeRO stage."""
+    kind = plan.optimizer.kind
+    module = OPTIMIZERS[kind]
+    if plan.stage > module.MOST_STAGE:
+        raise UserError(
+            f"optimizer.kind {kind} does not work under ZeRO stage {plan.stage}, which cuts every "
+            f"matrix: use a ds_config with zero_optimization.stage {module.MOST_STAGE} or lower"
+        )
+    return module

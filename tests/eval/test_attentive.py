@@ -1,0 +1,158 @@
+"""The attentive probe: its equation as a plain loop, what it finds that a mean loses, and ranks."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+
+from eval import attentive
+from eval.attentive import AttentiveProbe, Heads, Settings
+from pipeline.errors import UserError
+
+SHORT = ("--steps", "30", "--batch-size", "16", "--workers", "0", "--rates", "1e-3", "1e-2",
+         "--decays", "0")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A run with an encoder of random weights, and shards of coloured images."""
+    folder = tmp_path_factory.mktemp("attentive")
+    write_encoder(folder / "run")
+    write_shards(folder / "train", *coloured_images(60, 3, seed=1))
+    write_shards(folder / "val", *coloured_images(21, 3, seed=2))
+    return folder
+
+
+def parse(place: Path, *words: object):
+    names = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+    return attentive.build_parser().parse_args([str(w) for w in (*names, *SHORT, *words)])
+
+
+def plain(probe: AttentiveProbe, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits of one image, [L, D] → [classes], head by head and token by token."""
+    width = tokens.shape[1]
+    size = width // probe.heads
+    kv = tokens @ probe.kv.weight.T + probe.kv.bias
+    pooled = []
+    for head in range(probe.heads):
+        channels = slice(head * size, (head + 1) * size)
+        query, key, value = probe.query[channels], kv[:, :width], kv[:, width:]
+        scores = [query @ token[channels] / math.sqrt(size) for token in key]
+        total = sum(torch.exp(score) for score in scores)
+        parts = zip(scores, value, strict=True)
+        pooled.append(sum(torch.exp(score) / total * token[channels] for score, token in parts))
+    return probe.head.weight @ torch.cat(pooled) + probe.head.bias
+
+
+@pytest.mark.parametrize(("width", "heads"), [(128, 2), (48, 1)])
+def test_logits_and_gradients_are_those_of_the_plain_loop(width, heads):
+    torch.manual_seed(0)
+    probe = AttentiveProbe(width, 5).double()
+    assert probe.heads == heads
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.normal_(std=0.3)
+    tokens, label = torch.randn(3, 7, width, dtype=torch.float64), torch.tensor([1, 4, 0])
+    loops = torch.stack([plain(probe, image) for image in tokens])
+    logits = probe(tokens)
+    torch.testing.assert_close(logits, loops)
+    names = [name for name, _ in probe.named_parameters()]
+    ours, theirs = (
+        torch.autograd.grad(torch.nn.functional.cross_entropy(x, label), list(probe.parameters()))
+        for x in (logits, loops)
+    )
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        assert a.abs().max() > 0, name
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_schedule_against_its_formula():
+    rates = [attentive.learning_rate(2.0, step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[9] == rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90))
+    assert attentive.learning_rate(2.0, 0, 1, 0.0) == 2.0
+
+
+def test_it_finds_what_a_mean_of_the_patches_loses():
+    """One token in sixteen has the label; the others are noise of three times its size."""
+    generator = torch.Generator().manual_seed(0)
+    sign = torch.randint(0, 2, (2048,), generator=generator)
+    tokens = 0.3 * torch.randn(2048, 16, 64, generator=generator)
+    tokens[:, :, 0] = 0.0  # the mark of the token that counts
+    spot = torch.randint(0, 16, (2048,), generator=generator)
+    rows = torch.arange(2048)
+    tokens[rows, spot, 0] = 10.0
+    tokens[:, :, 1] *= 10
+    tokens[rows, spot, 1] = 2.0 * sign - 1
+    settings = Settings("", "", steps=300, batch_size=128, rates=(1e-2,), decays=(0.0,))
+    heads = Heads(64, 2, settings, torch.device("cpu"))
+    for step in range(settings.steps):
+        piece = slice(step % 15 * 128, step % 15 * 128 + 128)
+        heads.step(step, [(tokens[piece], sign[piece])], ALONE)
+    right = heads.probes[0](tokens[1920:]).argmax(1) == sign[1920:]
+    mean = tokens.mean(1)
+    weight = torch.linalg.lstsq(mean[:1920], (2.0 * sign[:1920] - 1)[:, None]).solution
+    linear = (mean[1920:] @ weight)[:, 0].sign() == 2.0 * sign[1920:] - 1
+    assert right.float().mean() > 0.95
+    assert linear.float().mean() < 0.75
+
+
+def test_result_names_what_was_chosen_and_how(place):
+    result = attentive.evaluate(parse(place), ALONE, place / "out")
+    assert result["protocol"] == "attentive-probe"
+    assert result["images"] == 21
+    assert result["top1"] > 60
+    assert result["top1"] == next(
+        row["validation"] for row in result["grid"] if row["lr"] == result["lr"]
+    )
+    best = max(row["selection"] for row in result["grid"])
+    assert best == next(r["selection"] for r in result["grid"] if r["lr"] == result["lr"])
+    assert result["base_lr_chosen_on"] == "6 images of held-out training images (best of 2)"
+    kept, held_out = (
+        json.loads(next((place / "out").glob(f"{name}-*/manifest.json")).read_text())
+        for name in ("kept", "held-out")
+    )
+    assert sum(s["samples"] for s in kept["shards"]) == 54
+    assert sum(s["samples"] for s in held_out["shards"]) == 6
+
+
+def _two(world, place, output):
+    result = attentive.evaluate(parse(Path(place)), world, Path(output) / "probe")
+    Path(output, f"{world.rank}.json").write_text(json.dumps(result["grid"]))
+
+
+def test_two_ranks_give_the_result_of_one(place, tmp_path):
+    on_two_ranks(_two, str(place), str(tmp_path))
+    alone = attentive.evaluate(parse(place), ALONE, tmp_path / "alone")
+    for rank in range(2):
+        grid = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert grid == alone["grid"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--steps", "0"), "--steps"),
+        (("--warmup", "1"), "--warmup"),
+        (("--rates", "0"), "--rates"),
+        (("--batch-size", "64"), "54 training images are fewer than --batch-size"),
+        (("--train", "nowhere"), "nowhere: no such folder"),
+        (("--rates", "1e30"), "no head of the attentive probe has a finite loss"),
+    ],
+)
+def test_bad_input_is_one_sentence(place, words, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        attentive.evaluate(parse(place, *words), ALONE, tmp_path)
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        attentive.build_parser().parse_args(["--help"])
+    text = capsys.readouterr().out
+    for flag in ("--steps", "--batch-size", "--warmup", "--rates", "--decays", "--select"):
+        assert flag in text
