@@ -22,7 +22,8 @@ BIN = Path(sys.executable).parent
 def launch(shards, output, *words, ranks=2, name="rmae", config="zero2"):
     """`deepspeed pipeline/pretrain.py` as a user runs it; returns its output."""
     command = [
-        BIN / "deepspeed", "-q", "--num_accelerators", str(ranks), "--master_port", str(free_port()),
+        BIN / "deepspeed", "-q", "--num_accelerators", str(ranks),
+        "--master_port", str(free_port()),
         "pipeline/pretrain.py", "--ds_config", f"ds_configs/{config}.json",
         "--recipe", f"pipeline/recipes/{name}.yaml",
         "--data", shards / "train", "--output", output,
