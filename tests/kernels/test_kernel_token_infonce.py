@@ -94,7 +94,7 @@ def test_streaming_equals_cross_entropy_whatever_the_chunk(chunk, monkeypatch):
 
     import pipeline.kernels.token_infonce  # noqa: F401
 
-    monkeypatch.setattr(sys.modules["pipeline.kernels.token_infonce"], "CHUNK", chunk)
+    monkeypatch.setattr(sys.modules["pipeline.kernels.token_infonce.reference"], "CHUNK", chunk)
     query, key = noise(30, 12), noise(50, 12, seed=1)
 
     def materialised(query, key):

@@ -20,7 +20,7 @@ from pipeline.config.ds_config import (
 )
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.config.schedules import learning_rate
-from pipeline.distributed import can_build
+from pipeline.distributed import can_build, free_port
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -28,6 +28,7 @@ from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import optimizer_of
 
 ROOT = Path(__file__).parents[2]
+PORT = free_port()
 
 
 def write(tmp_path, value):
@@ -223,7 +224,7 @@ def two_ranks(tmp_path_factory, one_rank):
     output = tmp_path_factory.mktemp("two")
     command = [
         Path(sys.executable).parent / "deepspeed", "-q", "--num_accelerators", "2",
-        "--master_port", "29617", ROOT / "tests/helpers/zero_worker.py", output, one_rank[1],
+        "--master_port", str(PORT), ROOT / "tests/helpers/zero_worker.py", output, one_rank[1],
     ]  # fmt: skip
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # of this process
     env = {k: v for k, v in os.environ.items() if k not in ranks}
@@ -234,7 +235,7 @@ def two_ranks(tmp_path_factory, one_rank):
 
 def test_ranks_leave_no_shared_memory(two_ranks):
     """Two ranks loaded DeepSpeed's all-reduce over shared memory, where there is a compiler."""
-    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*_29617_*"))
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{PORT}_*"))
 
 
 @pytest.fixture(scope="module")

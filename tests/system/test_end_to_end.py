@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_overrides
 
+from pipeline.distributed import free_port
 from pipeline.export import main as export
 from pipeline.method.encoder import read_encoder
 
@@ -21,7 +22,8 @@ BIN = Path(sys.executable).parent
 def launch(shards, output, *words, ranks=2, name="rmae", config="zero2"):
     """`deepspeed pipeline/pretrain.py` as a user runs it; returns its output."""
     command = [
-        BIN / "deepspeed", "-q", "--num_accelerators", str(ranks), "--master_port", "29631",
+        BIN / "deepspeed", "-q", "--num_accelerators", str(ranks),
+        "--master_port", str(free_port()),
         "pipeline/pretrain.py", "--ds_config", f"ds_configs/{config}.json",
         "--recipe", f"pipeline/recipes/{name}.yaml",
         "--data", shards / "train", "--output", output,
