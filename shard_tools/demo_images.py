@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, progress, run
-from shard_tools.manifest import write_atomic
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
 PHOTOGRAPHS = {

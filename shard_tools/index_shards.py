@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
 from shard_tools.make_shards import read_classes
-from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_atomic, write_manifest
+from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_manifest
 from shard_tools.sharding.images import ImageFault, probe
 from shard_tools.sharding.layout import Part
 from shard_tools.sharding.merge import REPORT, report_lines

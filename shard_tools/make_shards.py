@@ -15,8 +15,9 @@ import json
 import sys
 from pathlib import Path
 
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
-from shard_tools.manifest import MANIFEST, read_manifest, write_atomic
+from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.layout import (
     PARTS,

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
-from shard_tools.manifest import SAMPLE, Manifest, Shard, fsync, is_remote, write_manifest
+from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, write_manifest
 from shard_tools.tar import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
 from shard_tools.workers import report, run_jobs
 

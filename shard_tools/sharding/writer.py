@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
-from shard_tools.manifest import FORMATS, SAMPLE, Shard, fsync
+from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
 from shard_tools.sharding.sources import Item, read_item
