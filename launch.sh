@@ -28,7 +28,7 @@ second Ctrl-C kills. Ranks that are still alive after --grace seconds (300) are 
 Exit code: 0 done, 2 something is missing (one sentence says what), 75 a rank made no progress
 (watchdog_seconds of the ds_config), 85 preempted: start the same command again to go on; otherwise
 that of the first rank that failed.
-See docs/cluster/README.md.
+See docs/cluster.md.
 END
 }
 

@@ -56,7 +56,8 @@ from eval.shared.features import (
     normalise,
     open_encoder,
 )
-from pipeline.data.loader import Crop, train_loader
+from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 from shard_tools.subset import write_subset
@@ -172,19 +173,16 @@ def training_tokens(
     """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
     share = s.batch_size // world.size
     micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
-    loader = train_loader(
+    config = LoaderConfig(
         train,
         batch_size=s.batch_size,
         micro_batch=micro,
-        rank=world.rank,
-        world=world.size,
-        seed=s.seed,
-        start_step=0,
-        total_steps=s.steps,
         crop=Crop(image_size=image_size(vit), scale=(0.08, 1.0)),
-        workers=s.workers,
+        seed=s.seed,
         partitions=math.gcd(s.batch_size, PARTITIONS),
+        workers=s.workers,
     )
+    loader = train_loader(config, world.rank, world.size, range(s.steps))
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
         pixels = normalise(batch.image, info, world.device)

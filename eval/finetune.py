@@ -26,7 +26,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.shared.batch_augment import make_erasing, make_mixup, seed_all
+from eval.shared.batch_augment import make_erasing, make_mixup
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import (
@@ -51,12 +51,15 @@ from eval.shared.features import (
 from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe
-from pipeline.data.loader import Batch, Crop, steps_per_epoch, train_loader
+from pipeline.data.crops import Crop
+from pipeline.data.loader import Batch, LoaderConfig, train_loader
+from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
+from pipeline.runtime.seeding import seed_all, seed_step
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples, write_subset
@@ -126,22 +129,18 @@ class Finetuning:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """This rank's micro-batches from step `start` on."""
-        return iter(
-            train_loader(
-                self.args.train,
-                batch_size=self.args.batch_size,
-                micro_batch=self.plan.micro_batch,
-                rank=self.world.rank,
-                world=self.world.size,
-                seed=self.args.seed,
-                start_step=start,
-                total_steps=self.args.total_steps,
-                crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
-                workers=self.args.workers,
-                partitions=self.args.partitions,
-                augment=self.augment,
-            )
+        config = LoaderConfig(
+            self.args.train,
+            batch_size=self.args.batch_size,
+            micro_batch=self.plan.micro_batch,
+            crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
+            seed=self.args.seed,
+            partitions=self.args.partitions,
+            augment=self.augment,
+            workers=self.args.workers,
         )
+        steps = range(start, self.args.total_steps)
+        return iter(train_loader(config, self.world.rank, self.world.size, steps))
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step, before the layers' scales."""
@@ -164,7 +163,7 @@ class Finetuning:
         losses = []
         for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
             pixels = normalise(batch.image, self.info, self.world.device)
-            seed_all(self.args.seed, step, number, self.world.rank)
+            seed_step(self.args.seed, step, number, self.world.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
             pixels, target = self.mix(pixels, batch.label.to(self.world.device))

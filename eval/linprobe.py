@@ -62,7 +62,9 @@ from eval.shared.features import (
     open_encoder,
 )
 from eval.shared.lars_probe import Probe, Training
-from pipeline.data.loader import Box, Crop, steps_per_epoch, train_loader
+from pipeline.data.crops import Box, Crop
+from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 
@@ -99,19 +101,16 @@ def global_features(
     vit: VisionTransformer, info: dict, world: World, args: argparse.Namespace, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented training features [B, D] and labels [B], one global batch after the other."""
-    loader = train_loader(
+    config = LoaderConfig(
         args.train,
         batch_size=args.batch_size,
         micro_batch=args.micro_batch,
-        rank=world.rank,
-        world=world.size,
-        seed=args.seed,
-        start_step=start,
-        total_steps=args.total_steps,
         crop=ProbeCrop(image_size=image_size(vit), scale=(0.08, 1.0)),
-        workers=args.workers,
+        seed=args.seed,
         partitions=math.gcd(args.batch_size, PARTITIONS),
+        workers=args.workers,
     )
+    loader = train_loader(config, world.rank, world.size, range(start, args.total_steps))
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
         pixels = normalise(batch.image, info, world.device)

@@ -6,6 +6,8 @@ The photographs ship inside the wheels of scikit-image and scikit-learn. One pho
 class. Training crops and validation crops come from strips of the picture that share no pixel.
 Every crop is moved to a mean colour and a contrast drawn independently of its class, so the
 classes differ by texture and shape only. Equal options give equal bytes.
+
+docs/data.md lists the origin and licence of each photograph.
 """
 
 from __future__ import annotations

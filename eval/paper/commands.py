@@ -14,7 +14,7 @@ from eval.paper.job_runner import Job, python
 from eval.paper.published import PaperRow
 from eval.protocols import Work, by_key, keys
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
-from pipeline.data.loader import steps_per_epoch
+from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
 from pipeline.method.vit import build_vit, vit_options
 from shard_tools.manifest import read_manifest

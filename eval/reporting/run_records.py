@@ -20,7 +20,8 @@ NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")
 # Keys of metrics.jsonl that describe the run; every other number is a term of the loss.
 NOT_TERMS = {
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "memory_gb",
-    "ema", "skipped", "skipped_steps", "feature_std", "teacher_distance",
+    "ema", "bad_samples", "nonfinite_steps", "feature_std", "teacher_distance",
+    "skipped", "skipped_steps",  # of runs before these were called bad_samples, nonfinite_steps
 }  # fmt: skip
 
 

@@ -1,19 +1,8 @@
 """Finetuning's augmentations of batches, all of them timm's: random erasing, mixup and cutmix."""
 
-import random
-
-import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
-
-
-def seed_all(*numbers: int) -> None:
-    """Seed `random`, numpy's and torch's global generators, which timm draws from, by a tuple."""
-    state = np.random.SeedSequence(numbers).generate_state(3, np.uint32)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))  # noqa: NPY002 - timm draws from the global generator
-    torch.manual_seed(int(state[2]))
 
 
 def make_erasing(probability: float, device: torch.device) -> RandomErasing | None:

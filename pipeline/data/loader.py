@@ -22,24 +22,17 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.jpeg import Box, CentreCrop, Crop
+from pipeline.data.crops import CentreCrop, Crop, Interpolation
 from pipeline.data.order import (
     CROPS,
     SECOND_CROPS,
     Order,
-    global_batch,
     random_bits,
-    steps_per_epoch,
 )
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import GIB, ShardCache
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
-
-__all__ = [
-    "Batch", "Box", "CentreCrop", "Crop", "Loader", "Order", "SampleError",
-    "eval_loader", "global_batch", "steps_per_epoch", "train_loader",
-]  # fmt: skip
 
 # Changes a crop, uint8 [S, S, 3], in place: (pixels, epoch, key, number of the view).
 Augment = Callable[[np.ndarray, int, int, int], None]
@@ -59,7 +52,7 @@ class Batch:
     image uint8 [b, H, W, 3]; label int64 [b] (-1 = none); sample int64 [b], numbers in the
     manifest; key int64 [b], what keys each sample's randomness within the epoch (= sample, but
     the number of the draw where an epoch is drawn with replacement); epoch and step, the
-    optimizer step counted from 0 over the whole run; skipped: how many samples of this
+    optimizer step counted from 0 over the whole run; bad_samples: how many samples of this
     micro-batch would not decode and were replaced; faults: a sentence for each of them; second
     uint8 [b, H, W, 3], another crop of each image, where it was asked for.
     """
@@ -70,7 +63,7 @@ class Batch:
     key: torch.Tensor
     epoch: int = 0
     step: int = 0
-    skipped: int = 0
+    bad_samples: int = 0
     faults: tuple[str, ...] = ()
     second: torch.Tensor | None = None
 
@@ -87,18 +80,48 @@ class Batch:
         self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
 
 
+@dataclass(frozen=True)
+class LoaderConfig:
+    """What training batches are made of, the same on every rank.
+
+    folder: shards (a path or URL). batch_size is global; a step has
+    batch_size / (world · micro_batch) micro-batches per rank. window: shards that are shuffled
+    together. on_error: `skip` replaces a sample that will not decode by the next one of its
+    partition, counts and logs it. samples_per_epoch: > 0 makes an epoch of that many draws with
+    replacement. second_crop: fill Batch.second. augment: applied to each crop in the worker.
+    workers: processes per rank. cache, cache_bytes: where remote shards are kept on this node
+    (default $RELAXMIM_CACHE) and how many bytes of them.
+    """
+
+    folder: str | Path
+    batch_size: int
+    micro_batch: int
+    crop: Crop
+    seed: int = 0
+    partitions: int = 64
+    window: int = 8
+    on_error: Literal["fail", "skip"] = "fail"
+    samples_per_epoch: int = 0
+    second_crop: bool = False
+    augment: Augment | None = None
+    workers: int = 0
+    decode: str = "auto"
+    cache: str | Path | None = None
+    cache_bytes: int = 100 * GIB
+    pin_memory: bool = False
+
+
 class _Train(Dataset):
     """Micro-batch number t of a rank: step t // micro-batches per step."""
 
     def __init__(
-        self, reader: Reader, order: Order, crop: Crop, micro_batch: int, rank: int, world: int,
-        on_error: str, second_crop: bool, augment: Augment | None,
-    ) -> None:  # fmt: skip
-        self.reader, self.order, self.crop = reader, order, crop
-        self.micro_batch, self.first = micro_batch, rank * order.batch_size // world
-        self.per_step = order.batch_size // (world * micro_batch)
-        self.on_error, self.augment = on_error, augment
-        self.streams = (CROPS, SECOND_CROPS) if second_crop else (CROPS,)
+        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int
+    ) -> None:
+        self.reader, self.order, self.crop = reader, order, config.crop
+        self.micro_batch, self.first = config.micro_batch, rank * order.batch_size // world
+        self.per_step = order.batch_size // (world * config.micro_batch)
+        self.on_error, self.augment = config.on_error, config.augment
+        self.streams = (CROPS, SECOND_CROPS) if config.second_crop else (CROPS,)
 
     def __getitem__(self, task: int) -> Batch | Exception:
         try:
@@ -194,7 +217,8 @@ def _quiet_worker(_: int) -> None:
 
 
 class Loader:
-    """Iterates over batches (once); `len()` is their number, `skipped` counts bad samples so far.
+    """Iterates over batches (once); `len()` is their number, `bad_samples` counts those so far
+    that would not decode and were replaced.
 
     Raises SampleError or ManifestError from the loop. `close()` ends the workers; leaving the
     loop at its end or by an exception does too, and so does the end of the process.
@@ -203,7 +227,7 @@ class Loader:
     def __init__(
         self, dataset: Any, tasks: range, workers: int, pin_memory: bool, reader: Reader
     ) -> None:
-        self.tasks, self.skipped, self.decoder = tasks, 0, reader.decoder
+        self.tasks, self.bad_samples, self.decoder = tasks, 0, reader.decoder
         self.reader, self.manifest = reader, reader.manifest
         self._iterator: Iterator[Any] | None = None
         self._workers: list[Any] = []
@@ -232,7 +256,7 @@ class Loader:
                     return
                 if isinstance(item, Exception):
                     raise item
-                self.skipped += item.skipped
+                self.bad_samples += item.bad_samples
                 for fault in item.faults:
                     log.warning("skipped: %s", fault)
                 yield item
@@ -270,64 +294,45 @@ def _close_all() -> None:
         loader.close()
 
 
-def train_loader(
-    folder: str | Path,
-    *,
-    batch_size: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    seed: int,
-    start_step: int,
-    total_steps: int,
-    crop: Crop,
-    workers: int,
-    partitions: int = 64,
-    window: int = 8,
-    on_error: Literal["fail", "skip"] = "fail",
-    samples_per_epoch: int = 0,
-    second_crop: bool = False,
-    augment: Augment | None = None,
-    decode: str = "auto",
-    cache: str | Path | None = None,
-    cache_bytes: int = 100 * GIB,
-    pin_memory: bool = False,
-) -> Loader:
-    """Micro-batches of this rank for the optimizer steps [start_step, total_steps).
+def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> Loader:
+    """Micro-batches of rank `rank` of `world` for the optimizer steps range(first, last).
 
-    batch_size is global; a step has batch_size / (world · micro_batch) micro-batches per rank.
-    window: shards that are shuffled together. on_error: `skip` replaces a sample that will not
-    decode by the next one of its partition, counts and logs it. samples_per_epoch: > 0 makes an
-    epoch of that many draws with replacement. second_crop: fill Batch.second. augment: applied
-    to each crop in the worker. cache, cache_bytes: where remote shards are kept on this node
-    (default $RELAXMIM_CACHE) and how many bytes of them. Raises ManifestError for a folder that
-    is not a shard folder and UserError for numbers that do not fit together.
+    Raises ManifestError for a folder that is not a shard folder and UserError for numbers that do
+    not fit together.
     """
-    _check_ranks(rank, world, workers)
-    _check_shared_memory(workers, micro_batch * (1 + second_crop), crop.image_size)
-    if partitions % world:
+    _check_ranks(rank, world, config.workers)
+    _check_split(config, world, steps)
+    crop = config.crop
+    images = config.micro_batch * (1 + config.second_crop)
+    _check_shared_memory(config.workers, images, crop.image_size)
+    manifest = read_manifest(config.folder)
+    order = Order(
+        tuple(shard.samples for shard in manifest.shards), config.seed, config.batch_size,
+        config.partitions, config.window, config.samples_per_epoch,
+    )  # fmt: skip
+    remote = _cache(manifest, config.cache, config.cache_bytes)
+    _warn_of_small_cache(order, manifest, world, config.cache_bytes)
+    reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
+    dataset = _Train(reader, order, config, rank, world)
+    tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
+    return Loader(dataset, tasks, config.workers, config.pin_memory, reader)
+
+
+def _check_split(config: LoaderConfig, world: int, steps: range) -> None:
+    if config.partitions % world:
         raise UserError(
-            f"{partitions} partitions cannot be shared by {world} ranks; "
-            f"use a world size that divides {partitions}, or a multiple of {world} as partitions"
+            f"{config.partitions} partitions cannot be shared by {world} ranks; use a world size "
+            f"that divides {config.partitions}, or a multiple of {world} as partitions"
         )
-    if micro_batch < 1 or batch_size % (world * micro_batch):
+    if config.micro_batch < 1 or config.batch_size % (world * config.micro_batch):
         raise UserError(
-            f"batch_size {batch_size} cannot be split over {world} ranks in micro-batches of "
-            f"{micro_batch}; use a multiple of {world * micro_batch}"
+            f"batch_size {config.batch_size} cannot be split over {world} ranks in micro-batches "
+            f"of {config.micro_batch}; use a multiple of {world * config.micro_batch}"
         )
-    if not 0 <= start_step <= total_steps:
-        raise UserError(f"start_step {start_step}: must lie between 0 and {total_steps}")
-    if on_error not in ("fail", "skip"):
-        raise UserError(f"on_error {on_error!r}: must be 'fail' or 'skip'")
-    manifest = read_manifest(folder)
-    sizes = tuple(shard.samples for shard in manifest.shards)
-    order = Order(sizes, seed, batch_size, partitions, window, samples_per_epoch)
-    remote = _cache(manifest, cache, cache_bytes)
-    _warn_of_small_cache(order, manifest, world, cache_bytes)
-    reader = Reader(manifest, crop.image_size, crop.interpolation, decode, remote)
-    dataset = _Train(reader, order, crop, micro_batch, rank, world, on_error, second_crop, augment)
-    tasks = range(start_step * dataset.per_step, total_steps * dataset.per_step)
-    return Loader(dataset, tasks, workers, pin_memory, reader)
+    if not 0 <= steps.start <= steps.stop or steps.step != 1:
+        raise UserError(f"steps {steps.start} to {steps.stop}: the first must lie before the last")
+    if config.on_error not in ("fail", "skip"):
+        raise UserError(f"on_error {config.on_error!r}: must be 'fail' or 'skip'")
 
 
 def eval_loader(
@@ -339,7 +344,7 @@ def eval_loader(
     image_size: int,
     workers: int,
     resize: int | None = None,
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic",
+    interpolation: Interpolation = "bicubic",
     interleave: bool = False,
     decode: str = "auto",
     cache: str | Path | None = None,

@@ -135,8 +135,9 @@ class Monitor:
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
             f"  wait {row['data_wait']:.0%}  ETA {_clock(left)}"
         )
-        if row.get("skipped"):
-            text += f"  skipped {row['skipped']:.0f}"
+        for name in ("bad_samples", "nonfinite_steps"):
+            if row.get(name):
+                text += f"  {name} {row[name]:.0f}"
         line = f"step {step}/{self.total}  epoch {row['epoch']:.2f}  {text}"
         if self._bar.disable:
             print(line, flush=True)
@@ -144,8 +145,8 @@ class Monitor:
         self._bar.set_postfix_str(text)
         self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + line)
 
-    def figures(self, step: int, values: dict[str, float]) -> None:
-        """Keep figures of a probe after `step` steps in TensorBoard and log.txt (rank 0)."""
+    def probed(self, step: int, values: dict[str, float]) -> None:
+        """Keep the metrics of a probe after `step` steps in TensorBoard and log.txt (rank 0)."""
         if self.rank:
             return
         with self._spared():
@@ -164,13 +165,14 @@ class Monitor:
             Image.fromarray(pixels).save(folder / f"step-{step:08d}.png")
             self._board.add_image("pictures/views", pixels, step, dataformats="HWC")
 
-    def pause(self) -> float:
-        """Now, for `resume_clock`: work that is not training must not count as throughput."""
-        return time.perf_counter()
-
-    def resume_clock(self, paused: float) -> None:
-        """Take the time since `pause` out of the interval."""
-        self._since += time.perf_counter() - paused
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work that is not training, whose time must not count in the throughput."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -184,7 +186,7 @@ class Monitor:
 
 
 def _keep_rows(path: Path, last: int) -> None:
-    """Keep the rows of metrics.jsonl up to step `last`, from which a resumed run goes on."""
+    """Keep the rows of metrics.jsonl up to step `last`, from which a resumed run continues."""
     if not path.exists():
         return
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -205,9 +207,9 @@ def _step(row: str) -> float:
 
 def _group(name: str) -> str:
     """TensorBoard tag of a metric."""
-    if name in ("images_per_second", "data_wait", "memory_gb", "skipped"):
+    if name in ("images_per_second", "data_wait", "memory_gb", "bad_samples"):
         return f"speed/{name}"
-    if name in ("feature_std", "teacher_distance", "skipped_steps"):
+    if name in ("feature_std", "teacher_distance", "nonfinite_steps"):
         return f"health/{name}"
     return f"optimizer/{name}" if name in ("lr", "grad_norm", "ema", "epoch") else f"loss/{name}"
 

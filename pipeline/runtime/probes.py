@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
-from pipeline.data.loader import CentreCrop
+from pipeline.data.crops import CentreCrop
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder

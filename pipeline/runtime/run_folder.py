@@ -16,6 +16,7 @@ import fcntl
 import os
 import platform
 import socket
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class RunLock:
     def release(self) -> None:
         """Free the folder."""
         self._file.close()
+
+
+def default_output(recipe: Recipe) -> Path:
+    """runs/<recipe>-<date and time>."""
+    return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:

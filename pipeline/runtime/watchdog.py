@@ -10,9 +10,16 @@ import faulthandler
 import multiprocessing
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 from pathlib import Path
+
+import torch
+
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError
 
 FAILURE = "failure.txt"
 STUCK = 75  # exit code: no progress for `watchdog_seconds`
@@ -39,6 +46,20 @@ def last_failure(output: Path, *, clear: bool = False) -> str:
     if clear:
         path.unlink(missing_ok=True)
     return line
+
+
+def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> int:
+    """Say why this rank ends, unless another one said the same; the exit code."""
+    gone = isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
+    reason = "lost contact to another rank" if gone else str(error) or type(error).__name__
+    if note_failure(output, ranks.rank, where, reason):
+        who = f" (rank {ranks.rank}, {where})" if ranks.world > 1 else ""
+        print(f"error{who}: {reason}", file=sys.stderr, flush=True)
+    if isinstance(error, UserError):
+        return 2
+    if not gone:
+        traceback.print_exception(error)
+    return 1
 
 
 class Watchdog:
@@ -72,10 +93,10 @@ class Watchdog:
             self._arm()
             idle = time.monotonic() - self._since
             if idle > self._limit:
-                self._bite(idle)
+                self._abort(idle)
         faulthandler.cancel_dump_traceback_later()
 
-    def _bite(self, idle: float) -> None:
+    def _abort(self, idle: float) -> None:
         reason = f"no progress for {idle:.0f} s (watchdog_seconds {self.seconds:g})"
         note_failure(self.output, self.rank, self.where, reason)
         print(f"error: rank {self.rank}, {self.where}: {reason}", flush=True)

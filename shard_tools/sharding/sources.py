@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +62,8 @@ def open_source(
         source = _folder(path)
     elif not path.is_file():
         raise ToolError(f"{path}: no such file or folder")
-    elif path.suffix.lower() in (".csv", ".jsonl", ".ndjson"):
-        source = _table(path, root or path.parent)
+    elif path.suffix.lower() in LISTS:
+        source = LISTS[path.suffix.lower()](path, root or path.parent)
     else:
         source = _tar(path, _val_labels(synsets, devkit))
     if not source.items:
@@ -298,3 +298,11 @@ def _relabel(source: Source, classes: tuple[str, ...], path: Path) -> Source:
     numbers = [classes.index(name) for name in source.classes]
     items = [item._replace(label=numbers[item.label]) for item in source.items]
     return source._replace(items=items, classes=classes)
+
+
+# Suffix of a list of images → its reader: (list, folder that its paths start from) → Source.
+LISTS: dict[str, Callable[[Path, Path], Source]] = {
+    ".csv": _table,
+    ".jsonl": _table,
+    ".ndjson": _table,
+}

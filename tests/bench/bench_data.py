@@ -39,14 +39,15 @@ DETAILED = ("galaxies", "grass", "gravel", "motorcycle", "pagoda", "tissue")
 def ours(folder: Path, decode: str) -> Iterator[int]:
     import torch
 
-    from pipeline.data.loader import Crop, train_loader
+    from pipeline.data.crops import Crop
+    from pipeline.data.loader import LoaderConfig, train_loader
 
     torch.set_num_threads(1)
-    for batch in train_loader(
-        folder / "shards", batch_size=BATCH, micro_batch=BATCH, rank=0, world=1, seed=0,
-        start_step=0, total_steps=10**6, crop=Crop(SIZE, SCALE, RATIO), workers=1,
-        partitions=BATCH, decode=decode,
-    ):  # fmt: skip
+    config = LoaderConfig(
+        folder / "shards", batch_size=BATCH, micro_batch=BATCH, crop=Crop(SIZE, SCALE, RATIO),
+        workers=1, partitions=BATCH, decode=decode,
+    )  # fmt: skip
+    for batch in train_loader(config, 0, 1, range(10**6)):
         yield len(batch.image)
 
 
@@ -164,7 +165,8 @@ def median_psnr(folder: Path) -> float:
     """Our decoder against Pillow, the same rectangles, dB."""
     import numpy as np
 
-    from pipeline.data.jpeg import Crop, decoder
+    from pipeline.data.crops import Crop
+    from pipeline.data.jpeg import decoder
 
     rng, figures = np.random.default_rng(0), []
     for path in sorted((folder / "images").rglob("*.jpg"))[:128]:

@@ -9,72 +9,34 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from kernels_traffic import IMAGENET, Sizes, measured
+from kernels_traffic import measured
 from torch import Tensor
 
 from pipeline import kernels
+from pipeline.kernels.cases import Sizes, all_cases
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def calls(sizes: Sizes, device: str) -> dict[str, Callable[[], Any]]:
-    """One call of each op on random inputs, backward included, by name."""
-    s = sizes
-    sample = torch.arange(s.batch, device=device)
-    key: dict[str, Any] = {"seed": 0, "epoch": 0}
-    settings: dict[str, Any] = {"length": s.length, "visible": (s.keep, 0), "policy": "complement"}
-    masks = kernels.sample_masks(sample, **key, **settings)
-    shape = (s.batch, s.side, s.side, 3)
-    image = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+def calls(sizes: Sizes) -> dict[str, Callable[[], Any]]:
+    """One call of every case on random inputs by name, also with backward where there is one."""
+    found: dict[str, Callable[[], Any]] = {}
+    for case in all_cases().values():
+        forward = case.inputs(sizes)
+        found[case.name] = forward
+        if case.gradient:
+            found[f"{case.name} with backward"] = backward(forward)
+    return found
 
-    def leaf(*size: int) -> Tensor:
-        return torch.randn(*size, dtype=s.dtype, device=device).requires_grad_()
 
-    weight, bias = leaf(s.width, 3, s.patch, s.patch), leaf(s.width)
-    position = leaf(s.length, s.width).detach()
-    tokens, mask_token = leaf(s.batch, s.keep + 1, s.decoder), leaf(s.decoder)
-    places = leaf(s.length + 1, s.decoder).detach()
-    first, second = (leaf(s.batch, s.length - s.keep, s.values) for _ in range(2))
-    query, keys = leaf(s.batch, s.length, s.width), leaf(s.batch, s.length, s.width).detach()
-    drawn = kernels.jitter_parameters(sample, **key, view=0)
-
-    def embed() -> Tensor:
-        return kernels.embed_visible(image, masks.visible1, weight, bias, position, **IMAGENET)
-
-    def place() -> Tensor:
-        return kernels.place_tokens(tokens, masks.inverse1, mask_token, places, prefix=1)
-
-    def loss() -> Tensor:
-        return kernels.patch_loss(first, image, masks.hidden1, patch=s.patch, **IMAGENET)
-
-    def relaxed() -> Tensor:
-        return kernels.patch_loss(
-            first, image, masks.hidden1, patch=s.patch, other=second, **IMAGENET
-        )
-
-    def contrast() -> Tensor:
-        return kernels.token_infonce(query, keys, temperature=0.2, negatives="position", offset=0)[
-            0
-        ]
-
-    def backward(function: Callable[[], Tensor]) -> Callable[[], None]:
-        upstream = torch.ones_like(function())
-        return lambda: function().backward(upstream)
-
-    return {
-        "sample_masks": lambda: kernels.sample_masks(sample, **key, **settings),
-        "embed_visible": embed,
-        "embed_visible with backward": backward(embed),
-        "place_tokens": place,
-        "place_tokens with backward": backward(place),
-        "patch_loss": backward(loss),
-        "patch_loss relaxed": backward(relaxed),
-        "token_infonce position": backward(contrast),
-        "color_jitter": lambda: kernels.color_jitter(image, *drawn),
-    }
+def backward(function: Callable[[], Tensor]) -> Callable[[], None]:
+    """The call and its backward, from a gradient of ones."""
+    upstream = torch.ones_like(function())
+    return lambda: function().backward(upstream)
 
 
 def least_bytes(sizes: Sizes) -> dict[str, int]:
@@ -90,7 +52,7 @@ def timings(sizes: Sizes) -> dict[str, dict[str, float]]:
     out: dict[str, dict[str, float]] = {}
     for implementation in ("reference", "triton"):
         kernels.use(implementation, "cuda")
-        for name, call in calls(sizes, "cuda").items():
+        for name, call in calls(replace(sizes, device="cuda")).items():
             milliseconds = do_bench(call, return_mode="median")
             out.setdefault(name, {})[implementation] = 1000 * milliseconds
     for name, count in least_bytes(sizes).items():

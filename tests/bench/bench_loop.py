@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ import torch
 
 from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
-from pipeline.data.loader import Batch
+from pipeline.data.loader import train_loader
 from pipeline.distributed import Ranks, close
+from pipeline.kernels.cases import ops
 from pipeline.method import objective
 from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.train_state import Settings, TrainState, loader_config, setup
 
 ROOT = Path(__file__).parents[2]
 COLLECTIVES = (
@@ -39,30 +42,26 @@ ORDER = (
 )  # fmt: skip
 
 
-class Run(pretrain.Run):
+class Run:
     """A run whose loop has no pictures, checkpoints and probes, and that notes when steps end."""
 
-    def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
-        self.ends: list[float] = []
-        super().__init__(args, ranks)
-
-    def save(self, step: int, must: bool = False) -> None:
-        pass
-
-    def picture(self, step: int, batch: Batch) -> None:
-        pass
-
-    def probe(self, step: int) -> None:
-        self.ends.append(time.perf_counter())
+    def __init__(self, state: TrainState) -> None:
+        self.state, self.ends = state, []
+        pretrain.save = lambda run, step, must: 0.0
+        pretrain.picture = lambda run, step, batch: None
+        pretrain.probe = lambda run, step: self.ends.append(time.perf_counter())
 
     def slice(self, steps: int) -> list[float]:
         """Train some steps more; the seconds of all but the first, which starts the workers."""
-        self.last = self.first + steps
-        self.loader.close()
-        self.loader = self._loader()
-        self.ends = []
-        pretrain.train(self, stop)
-        self.first = self.last
+        s, first = self.state, self.state.steps.first
+        s.loader.close()
+        config = loader_config(s.recipe, s.plan, s.data, s.ranks)
+        chosen = range(first, first + steps)
+        loader = train_loader(config, s.ranks.rank, s.ranks.world, chosen)
+        self.ends.clear()
+        now = replace(s, loader=loader, steps=replace(s.steps, last=chosen.stop))
+        pretrain.train(now, stop)
+        self.state = replace(now, steps=replace(now.steps, first=chosen.stop))
         return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
 
 
@@ -71,22 +70,24 @@ stop = pretrain.StopSignal()
 
 def make_run(args: argparse.Namespace, ranks: Ranks) -> Run:
     """A run of the recipe for long enough, in a folder that does not stay."""
-    options = ["--recipe", str(args.recipe), "--data", str(args.data), "--output", args.output]
-    options += ["--ds_config", str(ROOT / f"ds_configs/zero{args.stage}.json"), "--resume", "none"]
-    for text in (f"batch_size={args.batch}", "optimizer.epochs=1000", *args.overrides):
-        options += ["--set", text]
-    return Run(pretrain.parse_args(options), ranks)
+    settings = Settings(
+        ROOT / f"ds_configs/zero{args.stage}.json", args.recipe,
+        (f"batch_size={args.batch}", "optimizer.epochs=1000", *args.overrides),
+        data=str(args.data), output=args.output, resume="none",
+    )  # fmt: skip
+    return Run(setup(settings, ranks))
 
 
 def bare(run: Run, steps: int) -> list[float]:
     """Seconds of forward, backward and step of the run's engine on one batch."""
-    micro, side = run.plan.micro_batch, run.recipe.encoder.image_size
+    state = run.state
+    micro, side = state.plan.micro_batch, state.recipe.encoder.image_size
     image = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
-    inputs = (image, torch.arange(micro), 0, run.teacher)
-    engine, seconds = run.engine.engine, []
+    inputs = (image, torch.arange(micro), 0, state.model.teacher)
+    engine, seconds = state.model.engine.engine, []
     for _ in range(steps):
         start = time.perf_counter()
-        for _ in range(run.plan.accumulation):
+        for _ in range(state.plan.accumulation):
             loss, _ = engine(*inputs)
             engine.backward(loss)
             engine.step()
@@ -135,10 +136,11 @@ class Phases:
         setattr(owner, attribute, timed)
 
     def watch_run(self, run: Run) -> None:
-        measure = run.objective.measure
+        model = run.state.model
+        measure, encoder = model.objective.measure, model.objective.encoder
         self.watch("masks", objective, "make_views")
-        self.watch("encoder", run.objective.encoder, "forward")
-        self.watch("embed", run.objective.encoder.patch_embed["proj"], "forward")
+        self.watch("encoder", encoder, "forward")
+        self.watch("embed", encoder.patch_embed["proj"], "forward")
         for name, attribute in (
             ("decoder", "decoder"),
             ("heads", "projector"),
@@ -146,13 +148,14 @@ class Phases:
         ):
             if hasattr(measure, attribute):
                 self.watch(name, getattr(measure, attribute), "forward")
-        for op in ("patch_loss", "token_infonce"):
-            self.watch("loss", kernels, op)
-        self.watch("backward", run.engine.engine, "backward")
-        self.watch("optimizer", run.engine.engine, "step")
-        if run.teacher is not None:
-            self.watch("teacher", run.teacher, "forward")
-            self.watch("EMA", run.teacher, "update")
+        for op, module in ops().items():
+            if module.PHASE == "loss":
+                self.watch("loss", kernels, op)
+        self.watch("backward", model.engine.engine, "backward")
+        self.watch("optimizer", model.engine.engine, "step")
+        if model.teacher is not None:
+            self.watch("teacher", model.teacher, "forward")
+            self.watch("EMA", model.teacher, "update")
         for name in COLLECTIVES:
             self.watch("communication", torch.distributed, name)
 
@@ -161,13 +164,14 @@ def phases(run: Run, steps: int) -> dict[str, float]:
     """Share of each phase in the seconds of `steps` steps of the real loop (this rank's)."""
     watched, waited = Phases(), []
     watched.watch_run(run)
-    note = run.monitor.waited
+    monitor = run.state.watch.monitor
+    note = monitor.waited
 
     def wait(seconds: float) -> None:
         waited.append(seconds)
         note(seconds)
 
-    run.monitor.waited = wait  # type: ignore[method-assign]
+    monitor.waited = wait  # type: ignore[method-assign]
     run.slice(2)
     watched.seconds.clear()
     waited.clear()
@@ -201,7 +205,7 @@ def main() -> None:
                 overhead(run, args.rounds) if args.what == "overhead" else phases(run, args.rounds)
             )
         finally:
-            run.close()
+            run.state.close()
     if ranks.rank == 0:
         print(json.dumps(result), flush=True)
     close()

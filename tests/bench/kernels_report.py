@@ -14,19 +14,20 @@ from multiprocessing import get_context
 os.environ.pop("TRITON_INTERPRET", None)  # the kernels are compiled here, not interpreted
 
 import torch
-from kernels_compiled import CAPABILITIES, Compiled, cases, compile_for, recorded
-from kernels_traffic import Sizes, measured, ratios
+from kernels_compiled import CAPABILITIES, SIZES, Compiled, compile_for, recorded, run_case
+from kernels_traffic import measured, ratios
+
+from pipeline.kernels.cases import Sizes, all_cases
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-SIZES = ("vit-b16", "vit-l14", "demo")
 Row = tuple[str, str, str, str, int, Compiled]
 
 
 def compile_case(case: str, dtype: str, size: str, capabilities: tuple[int, ...]) -> list[Row]:
-    """Compile every launch of one call; equal rows (both norms of token_infonce) once."""
+    """Compile every launch of one call; equal rows (the norms of queries and of keys) once."""
     torch.set_num_threads(1)
     with recorded() as launches:
-        cases(DTYPES[dtype], size)[case]()
+        run_case(all_cases()[case], DTYPES[dtype], size)
     rows = {}
     for capability in capabilities:
         for launch in launches:
@@ -41,13 +42,12 @@ def compile_case(case: str, dtype: str, size: str, capabilities: tuple[int, ...]
 def compile_all(quick: bool) -> list[Row]:
     """All rows of the table; two processes, as compiling is most of the work."""
     jobs = []
-    for size in SIZES[:1] if quick else SIZES:
+    for size in list(SIZES)[:1] if quick else SIZES:
         for dtype in DTYPES:
             capabilities = (80,) if quick and dtype == "fp32" else CAPABILITIES
-            for case in cases(DTYPES[dtype], size):
-                image_only = case.startswith(("sample_masks", "color_jitter"))
-                if not (image_only and dtype == "fp32"):  # they have no such argument
-                    jobs.append((case, dtype, size, capabilities))
+            for case in all_cases().values():
+                if case.typed or dtype != "fp32":
+                    jobs.append((case.name, dtype, size, capabilities))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         parts = [pool.submit(compile_case, *job) for job in jobs]
         return [row for part in parts for row in part.result()]

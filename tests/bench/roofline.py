@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kernels_traffic import CountBytes, bytes_of
+from kernels_traffic import CountBytes
 from peer_mae import PlainMAE
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.estimate import ATTENTION, PEAKS, meta_objective
+from pipeline.kernels.cases import ops
 from pipeline.method import objective
 
 # Memory bandwidth in 10^12 bytes/s (makers' data sheets: A100 SXM 80 GB, H100 SXM, HGX B200).
@@ -84,82 +84,13 @@ class Book(CountBytes):
         module.forward = counted  # type: ignore[method-assign]
 
 
-class _Launch(torch.autograd.Function):
-    """A kernel as a shape and a cost: forward gives empty outputs, backward empty gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, book: Book, back: tuple[int, int], out: Tensor, *given: Tensor) -> Tensor:
-        ctx.book, ctx.back = book, back
-        ctx.given = [(t.shape, t.dtype) if t.requires_grad else None for t in given]
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        ctx.book.add(*ctx.back)
-        empty = [None if g is None else torch.empty(g[0], dtype=g[1]) for g in ctx.given]
-        return None, None, None, *empty
-
-
-def _size(*tensors: Any) -> int:
-    return sum(bytes_of(t) for t in tree_leaves(tensors) if isinstance(t, Tensor))
-
-
 def fused_ops(book: Book) -> dict[str, Callable]:
     """Our ops as single launches: what each reads and writes, once."""
-
-    def without_count(op: Callable) -> Callable:
-        def run(*args: Any, **keywords: Any) -> Any:
-            book.closed = True
-            out = op(*args, **keywords)
-            book.closed = False
-            return out
-
-        return run
-
-    def sample_masks(*args: Any, **keywords: Any) -> Any:
-        masks = without_count(inner["sample_masks"])(*args, **keywords)
-        book.add(0, _size(*masks))
-        return masks
-
-    def color_jitter(image: Tensor, *parameters: Any, **keywords: Any) -> Tensor:
-        visible, patch = keywords["visible"], keywords["patch"]
-        seen = image.numel() if visible is None else visible.numel() * patch * patch * 3
-        book.add(0, seen + image.numel())
-        return torch.empty_like(image)
-
-    def embed_visible(image, visible, weight, bias, position, **_: Any) -> Tensor:
-        rows, values = visible.numel(), weight[0].numel()
-        out = torch.empty(*visible.shape, len(weight), dtype=weight.dtype)
-        flops, pixels = 2 * rows * values * len(weight), rows * values
-        moved = pixels + _size(visible, weight, bias, out)
-        book.add(flops, moved + (0 if position is None else _size(position)))
-        return _Launch.apply(book, (flops, moved), out, weight, bias)
-
-    def place_tokens(tokens, inverse, mask_token, position, **_: Any) -> Tensor:
-        out = torch.empty(len(tokens), *position.shape, dtype=tokens.dtype)
-        moved = _size(tokens, inverse, out)
-        book.add(0, moved + _size(position))
-        return _Launch.apply(book, (0, moved), out, tokens, mask_token)
-
-    def patch_loss(prediction, image, region, *, other=None, weight=None, **_: Any) -> Tensor:
-        pixels = region.numel() * prediction.shape[2]
-        read = _size(prediction, other, region) + pixels
-        book.add(0, read)
-        back = (0, read + _size(prediction, other))
-        given = [prediction] if other is None else [prediction, other]
-        return _Launch.apply(book, back, torch.empty(2), *given)
-
-    def token_infonce(query, key, *, negatives, **_: Any) -> tuple[Tensor, Tensor]:
-        batch, tokens, width = query.shape
-        against = {"position": len(key), "image": tokens, "all": len(key) * tokens}[negatives]
-        flops = 2 * batch * tokens * against * width
-        book.add(flops, _size(query, key))
-        loss = _Launch.apply(book, (2 * flops, _size(query, key, query)), torch.empty(()), query)
-        return loss, torch.empty(2)
-
-    ops = (sample_masks, color_jitter, embed_visible, place_tokens, patch_loss, token_infonce)
-    inner = {op.__name__: getattr(kernels, op.__name__) for op in ops}
-    return {op.__name__: op for op in ops}
+    return {
+        name: module.as_launch(book, getattr(kernels, name))
+        for name, module in ops().items()
+        if hasattr(module, "as_launch")
+    }
 
 
 def parameters(module: nn.Module) -> int:

@@ -64,7 +64,7 @@ fault() { # kill|cut: node2 is lost in the middle of a run
   "$hosts" down "$dir" && "$hosts" up "$dir" # the machine comes back
   last=$(sed 's/step-0*//' "$dir/$name/checkpoints/latest")
   train "$name" --max-steps $((last + 20)) >"$dir/$name.log" 2>&1 || { cat "$dir/$name.log" && exit 1; }
-  grep -h 'previous run failed\|resumed:\|^node1: done:' "$dir/$name.log"
+  grep -h 'previous run failed\|resumes from\|^node1: done:' "$dir/$name.log"
 }
 
 preemption() { # a job of a higher partition takes both nodes; the trainer is requeued
@@ -82,8 +82,8 @@ preemption() { # a job of a higher partition takes both nodes; the trainer is re
   "$hosts" on head "$dir" sbatch -p high --exclusive -N2 -o /dev/null --wrap "sleep 3" >/dev/null
   timeout 400 bash -c "until grep -q ^done: '$log'; do sleep 1; done" || { cat "$log" && exit 1; }
   "$hosts" on head "$dir" scontrol show job "$job" | grep -o 'Restarts=[0-9]*'
-  grep -h '^stopped by\|^resumed:\|^done:' "$log"
-  grep -q '^resumed:' "$log"
+  grep -h '^stopped by\|^resumes from\|^done:' "$log"
+  grep -q '^resumes from' "$log"
 }
 
 parts=("$@")

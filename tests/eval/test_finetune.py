@@ -37,6 +37,7 @@ from pipeline.distributed import PREEMPTED
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.seeding import seed_all
 from shard_tools.manifest import read_manifest
 
 ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"
@@ -151,7 +152,7 @@ def test_either_mixup_or_cutmix_changes_every_batch() -> None:
     label = torch.tensor([0, 1, 2, 3])
     kinds = []
     for seed in range(60):
-        augment.seed_all(seed)
+        seed_all(seed)
         pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
         mixed, target = mix(pixels, label)
         torch.testing.assert_close(target.sum(1), torch.ones(4))
@@ -193,7 +194,7 @@ def test_rand_augment_is_done_by_the_loader(place: Path) -> None:
 def test_erasing_takes_a_quarter_of_the_images() -> None:
     erase = augment.make_erasing(0.25, torch.device("cpu"))
     assert erase is not None
-    augment.seed_all(0)
+    seed_all(0)
     pixels = erase(torch.full((2000, 3, 8, 8), 9.0))
     changed = (pixels != 9).flatten(1).any(1).float().mean().item()
     assert changed == pytest.approx(0.25, abs=0.04)

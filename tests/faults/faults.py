@@ -270,7 +270,7 @@ def nan_once(place: Place) -> str:
     child = pretraining(place.config, place.data, output, lambda: poisoned(range(5, 6)))[0]
     assert child.wait() == 0
     text = (output / "metrics.jsonl").read_text()
-    assert '"skipped_steps": 1' in text
+    assert '"nonfinite_steps": 1' in text
     assert "NaN" not in text
     from safetensors.torch import load_file
 

@@ -9,9 +9,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from pipeline import kernels
 from pipeline.kernels import backend
+from pipeline.kernels.cases import Case, Sizes
 
 CAPABILITIES = (80, 90, 100)
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass(frozen=True)
@@ -129,60 +128,15 @@ def _asynchronous(ptx: str) -> Counter[int]:
     return Counter(int(count, 0) * 8 for count in found)
 
 
-def cases(dtype: torch.dtype, size: str = "vit-b16") -> dict[str, Callable[[], None]]:
-    """Calls of every op, forward and backward, at a model's sizes (the batch does not matter)."""
-    batch, side, patch, width, decoder, keep = {
-        "vit-b16": (16, 224, 16, 768, 512, 49),
-        "vit-l14": (16, 224, 14, 1024, 512, 64),
-        "demo": (16, 64, 8, 192, 128, 16),
-    }[size]
-    length, values = (side // patch) ** 2, 3 * patch * patch
-    image = torch.zeros(batch, side, side, 3, dtype=torch.uint8)
-    positions = torch.arange(length, dtype=torch.int32).repeat(batch, 1)
-    visible, region = positions[:, :keep].contiguous(), positions[:, keep:].contiguous()
+SIZES = {
+    "vit-b16": Sizes(16),
+    "vit-l14": Sizes(16, patch=14, width=1024, keep=64),
+    "demo": Sizes(16, side=64, patch=8, width=192, decoder=128, keep=16),
+}  # the batch does not matter
 
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype, requires_grad=True)
 
-    def sample(policy: str, second: int) -> None:
-        kernels.sample_masks(torch.arange(batch), seed=5, epoch=3, length=length,
-                             visible=(keep, second), policy=policy)  # fmt: skip
-
-    def embed() -> None:
-        weight, bias = leaf(width, 3, patch, patch), leaf(width)
-        position = torch.zeros(length, width, dtype=dtype)
-        kernels.embed_visible(image, visible, weight, bias, position, **IMAGENET).sum().backward()
-
-    def place() -> None:
-        tokens, mask_token = leaf(batch, keep + 1, decoder), leaf(decoder)
-        position = torch.zeros(length + 1, decoder, dtype=dtype)
-        kernels.place_tokens(tokens, positions, mask_token, position, prefix=1).sum().backward()
-
-    def loss(relaxed: bool) -> None:
-        prediction = leaf(batch, length - keep, values)
-        other = leaf(batch, length - keep, values) if relaxed else None
-        weight = torch.ones(region.shape) if relaxed else None
-        kernels.patch_loss(prediction, image, region, patch=patch, other=other, weight=weight,
-                           **IMAGENET).sum().backward()  # fmt: skip
-
-    def infonce(negatives: str) -> None:
-        query, key = leaf(batch, length, width), leaf(batch, length, width)
-        kernels.token_infonce(query, key, temperature=0.2, negatives=negatives,
-                              offset=0)[0].backward()  # fmt: skip
-
-    def jitter(whole: bool) -> None:
-        parameters = kernels.jitter_parameters(torch.arange(batch), seed=0, epoch=0, view=0)
-        where = {} if whole else {"visible": visible, "patch": patch}
-        kernels.color_jitter(image, *parameters, **where)
-
-    return {
-        "sample_masks complement": lambda: sample("complement", 0),
-        "sample_masks independent": lambda: sample("independent", length - keep),
-        "embed_visible": embed,
-        "place_tokens": place,
-        "patch_loss": lambda: loss(False),
-        "patch_loss relaxed": lambda: loss(True),
-        "token_infonce position": lambda: infonce("position"),
-        "color_jitter whole": lambda: jitter(True),
-        "color_jitter visible": lambda: jitter(False),
-    }
+def run_case(case: Case, dtype: torch.dtype, size: str) -> None:
+    """The case's call at a model's sizes, forward and backward."""
+    out = case.inputs(replace(SIZES[size], dtype=dtype))()
+    if case.gradient:
+        out.sum().backward()

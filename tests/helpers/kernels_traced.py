@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from kernels_traffic import SECTOR
+
+from pipeline.kernels.cases import SECTOR
 
 
 @dataclass

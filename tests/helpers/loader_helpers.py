@@ -9,6 +9,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from shard_tools.manifest import SAMPLE, Shard, write_manifest
 
 
@@ -41,3 +42,12 @@ def write_shards(folder: Path, images: list[list[bytes]]) -> Path:
         shards.append(Shard(path.name, len(content), len(data), hashlib.sha256(data).hexdigest()))
     write_manifest(folder, shards=shards, index=np.array(rows, SAMPLE), classes=list("abcde"))
     return folder
+
+
+def open_loader(
+    folder: object, *, rank: int = 0, world: int = 1, start_step: int = 0, total_steps: int,
+    **config: object,
+) -> Loader:  # fmt: skip
+    """A training loader whose options are given flat."""
+    steps = range(start_step, total_steps)
+    return train_loader(LoaderConfig(folder, **config), rank, world, steps)

@@ -4,24 +4,16 @@ import pytest
 import torch
 from kernels_testing import DEVICE, IMAGENET, noise, random_images, some_positions, using
 from kernels_traced import traced
-from kernels_traffic import (
-    Sizes,
-    count_bytes,
-    embed_visible_traffic,
-    mae_embed,
-    mae_loss,
-    mae_place,
-    patch_loss_traffic,
-    place_tokens_traffic,
-    ratios,
-    reference_embed,
-    reference_loss,
-    reference_place,
-    sample_masks_traffic,
-)
+from kernels_traffic import count_bytes, ratios
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import kernels
+from pipeline.kernels.cases import Sizes, all_bytes
+from pipeline.kernels.embed_visible.cases import traffic as embed_visible_traffic
+from pipeline.kernels.patch_loss.cases import traffic as patch_loss_traffic
+from pipeline.kernels.place_tokens.cases import traffic as place_tokens_traffic
+from pipeline.kernels.sample_masks.cases import traffic as sample_masks_traffic
+from pipeline.kernels.select_visible.cases import traffic as select_visible_traffic
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="reads the interpreter")
 SMALL = Sizes(batch=3, side=64, patch=16, width=160, decoder=96, keep=5)
@@ -106,6 +98,9 @@ def test_embed_visible_and_sample_masks_move_what_their_index_ranges_say():
         )
     )
     assert_traced(trace, sample_masks_traffic(s))
+    priority = torch.arange(s.batch * 16).view(s.batch, 16)
+    trace = trace_of(lambda: kernels.select_visible(priority, s.keep))
+    assert_traced(trace, select_visible_traffic(s))
 
 
 def test_color_jitter_reads_twice_through_the_cache_and_moves_once():
@@ -128,11 +123,7 @@ def test_the_references_are_lean():
     """Each moves under half of what MAE's chain moves, on the same sizes."""
     s = Sizes(batch=8)
     with using("reference"):
-        for ours, chain in (
-            (reference_embed, mae_embed),
-            (reference_place, mae_place),
-        ):
-            assert count_bytes(lambda ours=ours: ours(s)) < 0.5 * count_bytes(
-                lambda chain=chain: chain(s)
-            )
-        assert count_bytes(lambda: reference_loss(s)) < count_bytes(lambda: mae_loss(s))
+        for name, most in (("embed_visible", 0.5), ("place_tokens", 0.5), ("patch_loss", 1.0)):
+            b = all_bytes()[name]
+            ours, chain = (count_bytes(lambda run=run: run(s)) for run in (b.reference, b.chain))
+            assert ours < most * chain, name

@@ -11,22 +11,12 @@ import torch
 from kernels_testing import DEVICE, IMAGENET, assert_agree, noise, random_images, using
 
 from pipeline import kernels
+from pipeline.kernels.cases import all_cases
 
-KERNELS = {
-    "sample_masks",
-    "embed_visible",
-    "embed_visible_backward",
-    "place_tokens",
-    "place_tokens_backward",
-    "patch_loss",
-    "patch_loss_backward",
-    "inverse_norm",
-    "token_infonce",
-    "token_infonce_backward",
-    "color_jitter",
-}
+CASES = all_cases().values()
+KERNELS = {kernel for case in CASES for kernel in case.kernels}
 # These exist to move memory; their tiles are read and written in the widest words.
-STREAMING = {"place_tokens", "place_tokens_backward", "patch_loss_backward", "embed_visible"}
+WIDE = {kernel for case in CASES for kernel in case.wide}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +51,7 @@ def test_nothing_spills(report):
 def test_loads_and_stores_are_vectorised(report):
     for row, (load, store) in report["widest"].items():
         kernel = row.split()[0]
-        if kernel in STREAMING:
+        if kernel in WIDE:
             assert (load, store) == (128, 128), row
         if kernel == "patch_loss":
             assert load == 128, row

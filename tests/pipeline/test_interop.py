@@ -6,7 +6,7 @@ import torch
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.errors import UserError
-from pipeline.method.interop import from_mae, to_mae
+from pipeline.method.interop import from_mae, to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views
 
@@ -90,3 +90,23 @@ def test_what_does_not_fit_is_named():
         from_mae(contrastive, state)
     with pytest.raises(UserError, match="decoder"):
         to_mae(contrastive)
+
+
+def test_the_hugging_face_config_by_its_values():
+    recipe = tiny_recipe("mae", "views.mask_ratio=0.6", "measure.norm_pix=false")
+    objective, _ = build_objective(recipe)
+    common = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "image_size": 16, "patch_size": 4, "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02, "layer_norm_eps": 1e-6, "num_channels": 3, "qkv_bias": True,
+    }  # fmt: skip
+    assert to_hf_vit(objective)[1] == common | {
+        "architectures": ["ViTModel"], "model_type": "vit", "encoder_stride": 4,
+    }  # fmt: skip
+    assert to_hf_mae(objective)[1] == common | {
+        "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",
+        "decoder_hidden_size": 8, "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32, "mask_ratio": 0.6,
+        "norm_pix_loss": False,
+    }  # fmt: skip

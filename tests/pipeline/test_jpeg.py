@@ -13,7 +13,8 @@ from PIL import Image
 from skimage import data as photographs
 
 from pipeline.data import jpeg as decode
-from pipeline.data.jpeg import Box, CentreCrop, Crop, DecodeError, available, decoder
+from pipeline.data.crops import Box, CentreCrop, Crop
+from pipeline.data.jpeg import DecodeError, available, decoder
 from pipeline.errors import UserError
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))

@@ -13,14 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loader_helpers import jpeg, write_shards
+from loader_helpers import jpeg, open_loader, write_shards
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from pipeline.data.loader import Crop, Order, SampleError, eval_loader, global_batch, train_loader
-from pipeline.data.order import partition_order, random_bits, steps_per_epoch
+from pipeline.data.crops import Crop
+from pipeline.data.loader import eval_loader
+from pipeline.data.order import Order, global_batch, partition_order, random_bits, steps_per_epoch
+from pipeline.data.reader import SampleError
 from pipeline.errors import UserError
 from shard_tools import index_shards, subset
 from shard_tools.manifest import ManifestError
@@ -40,7 +42,7 @@ def load(folder: Path, world: int = 1, workers: int = 0, micro: int = 2, **chang
     options |= {"window": 2, "crop": Crop(16), **change}
     steps: dict[int, list] = {}
     for rank in range(world):
-        for batch in train_loader(
+        for batch in open_loader(
             folder, micro_batch=micro, rank=rank, world=world, workers=workers, **options
         ):
             parts = (batch.image, batch.sample, batch.label, batch.key)
@@ -194,7 +196,7 @@ def test_resume_at_any_step(shards, start, world, workers) -> None:
 
 
 def test_batches_hold_what_the_shards_hold(shards: Path) -> None:
-    loader = train_loader(
+    loader = open_loader(
         shards, batch_size=8, micro_batch=4, rank=1, world=2, seed=0, start_step=0,
         total_steps=3, crop=Crop(16, scale=(1, 1), ratio=(1.2, 1.2), flip=False), workers=0,
         partitions=4, window=2,
@@ -238,7 +240,7 @@ def test_adopted_shards_and_subsets_are_read_alike(shards: Path, tmp_path: Path)
 def test_a_rank_needs_only_its_own_shards(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, [[jpeg(10 * s + i) for i in range(8)] for s in range(8)])
     order = Order((8,) * 8, 3, 8, 4, 2)
-    loader = train_loader(
+    loader = open_loader(
         folder, batch_size=8, micro_batch=4, rank=0, world=2, seed=3, start_step=0,
         total_steps=order.steps, crop=Crop(16), workers=0, partitions=4, window=2,
     )  # fmt: skip
@@ -318,7 +320,7 @@ def test_the_same_sample_gets_another_crop_in_another_epoch(shards: Path) -> Non
 def test_a_second_crop_of_each_image(shards: Path) -> None:
     def batches(second: bool, world: int = 1, workers: int = 0) -> list:
         loaders = [
-            train_loader(
+            open_loader(
                 shards, batch_size=8, micro_batch=4, rank=rank, world=world, seed=3, start_step=0,
                 total_steps=2, crop=Crop(16), workers=workers, partitions=4, second_crop=second,
             )
@@ -365,11 +367,11 @@ def test_bad_samples_are_replaced_alike_on_any_ranks(damaged: Path, caplog) -> N
     assert not {6, 23, 24} & set(served)
     faults = {record.getMessage() for record in caplog.records}
     assert {f.split(" of ")[0] for f in faults} == {f"skipped: sample {n}" for n in (6, 23, 24)}
-    loader = train_loader(
+    loader = open_loader(
         damaged, batch_size=8, micro_batch=8, rank=0, world=1, seed=3, start_step=0,
         total_steps=5, crop=Crop(16), workers=0, partitions=4, window=2, on_error="skip",
     )  # fmt: skip
-    assert sum(batch.skipped for batch in loader) == loader.skipped == 3
+    assert sum(batch.bad_samples for batch in loader) == loader.bad_samples == 3
 
 
 def test_only_bad_samples_is_an_error_even_when_skipping(tmp_path: Path) -> None:
@@ -380,7 +382,7 @@ def test_only_bad_samples_is_an_error_even_when_skipping(tmp_path: Path) -> None
 
 def test_a_shard_cut_under_our_feet(tmp_path: Path) -> None:
     folder = write_shards(tmp_path, [[jpeg(i) for i in range(40)]])
-    loader = train_loader(
+    loader = open_loader(
         folder, batch_size=40, micro_batch=40, rank=0, world=1, seed=0, start_step=0,
         total_steps=1, crop=Crop(16), workers=1, partitions=1, on_error="skip",
     )  # fmt: skip
@@ -397,7 +399,7 @@ def test_a_shard_cut_under_our_feet(tmp_path: Path) -> None:
         ({"micro": 3}, "cannot be split over 1 ranks in micro-batches of 3; use a multiple of 3"),
         ({"batch_size": 48}, "40 samples cannot fill one batch"),
         ({"batch_size": 8, "samples_per_epoch": 5}, "an epoch of 5 draws cannot fill one batch"),
-        ({"start_step": 13}, "start_step 13: must lie between 0 and 12"),
+        ({"start_step": 13}, "steps 13 to 12: the first must lie before the last"),
         ({"on_error": "ignore"}, "on_error 'ignore': must be 'fail' or 'skip'"),
         ({"window": 0}, "window 0: must be at least one shard"),
         ({"seed": -1}, "seed -1: must lie between"),
@@ -441,9 +443,11 @@ def test_bad_crops_and_folders(tmp_path: Path) -> None:
 
 SCRIPT = """
 import os, signal, sys, time
-from pipeline.data.loader import Crop, train_loader
-loader = train_loader(sys.argv[1], batch_size=8, micro_batch=8, rank=0, world=1, seed=0,
-                      start_step=0, total_steps=1000, crop=Crop(16), workers=2, partitions=4)
+from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, train_loader
+config = LoaderConfig(sys.argv[1], batch_size=8, micro_batch=8, crop=Crop(16), workers=2,
+                      partitions=4)
+loader = train_loader(config, 0, 1, range(1000))
 batches = iter(loader)
 next(batches)
 children = open(f"/proc/self/task/{os.getpid()}/children").read().split()

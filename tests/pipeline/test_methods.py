@@ -1,5 +1,7 @@
 """Methods beside MAE, R-MAE and C-MAE: no masking, cutmix, paired tokens, MoCo v3."""
 
+import math
+
 import oracle
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 from pipeline.config.recipe import HeadsRecipe, RecipeError
 from pipeline.distributed import can_build
 from pipeline.errors import UserError
+from pipeline.kernels.philox import uniform
 from pipeline.method.encoder import Encoder, encoder_state
 from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp
 from pipeline.method.objective import build_objective
@@ -94,6 +97,24 @@ def test_cutmix_takes_half_of_the_area_on_average_and_keeps_maes_target():
     views = views_of(recipe, images())
     assert torch.equal(views.target, images())
     assert not torch.equal(views.first.image, images())
+
+
+@pytest.mark.parametrize("view", [FIRST, SECOND])
+def test_cutmix_box_against_its_formula(view):
+    """Side sqrt(1 - lambda) of height and width, around a centre, from a neighbour."""
+    sample = torch.arange(20)
+    image = images(20, 16)
+    mixed = cutmix(image, sample, 0.7, seed=3, epoch=1, view=view)
+    u = uniform(sample, seed=3, epoch=1, stream=32 + view, count=4).tolist()
+    for b, (lam, y, x, chance) in enumerate(u):
+        expected = image[b].clone()
+        if chance < 0.7:
+            half = int(math.sqrt(1 - lam) * 16) // 2
+            rows = slice(max(int(y * 16) - half, 0), int(y * 16) + half)
+            columns = slice(max(int(x * 16) - half, 0), int(x * 16) + half)
+            other = image[(b + 1 if view == FIRST else b - 1) % 20]
+            expected[rows, columns] = other[rows, columns]
+        assert torch.equal(mixed[b], expected), b
 
 
 PAIRED = ("encoder.masked_tokens=drop", "views.second=independent", "views.second_mask_ratio=0.5")

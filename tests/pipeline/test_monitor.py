@@ -32,7 +32,7 @@ def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
             value = torch.tensor(float(10 * step + micro))
             monitor.add(value, {"similarity": value / 2}, share=0.5)
         monitor.waited(0.001)
-        values = {"lr": 0.1 * step, "epoch": step / 5, "grad_norm": norm, "skipped": step}
+        values = {"lr": 0.1 * step, "epoch": step / 5, "grad_norm": norm, "bad_samples": step}
         monitor.step(step, values, CPU)
     monitor.picture(5, torch.zeros(4, 6, 3, dtype=torch.uint8))
     monitor.close()
@@ -48,7 +48,7 @@ def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
         assert row["memory_gb"] > 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/5", "2/5", "4/5", "5/5"]
-    assert "skipped 4" in lines[-1]
+    assert "bad_samples 4" in lines[-1]
     assert "ETA 0:00:00" in lines[-1]
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
     assert Image.open(tmp_path / "pictures/step-00000005.png").size == (6, 4)
@@ -78,9 +78,8 @@ def test_time_spent_on_saving_is_not_counted_as_training(tmp_path, alone, monkey
     monkeypatch.setattr("pipeline.runtime.monitor.time.perf_counter", lambda: now[0])
     monitor = Monitor(tmp_path, rank=0, first=0, total=1, images=50, log_steps=1)
     monitor.add(torch.tensor(1.0), {}, 1.0)
-    paused = monitor.pause()
-    now[0] += 30  # a checkpoint
-    monitor.resume_clock(paused)
+    with monitor.paused():
+        now[0] += 30  # a checkpoint
     now[0] += 2  # a step
     row = monitor.step(0, {"lr": 0.1, "epoch": 1.0}, CPU)
     monitor.close()

@@ -110,7 +110,7 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     )
     assert pretrain.main([*words, "--max-steps", "2"]) == 0
     assert pretrain.main([*words, "--max-steps", "4"]) == 0
-    assert "resumed:" in capsys.readouterr().out
+    assert "resumes from " in capsys.readouterr().out
     other = [tmp_path / "other" if w == str(tmp_path / "run") else w for w in words]
     assert pretrain.main([*map(str, other), "--max-steps", "4"]) == 0
     capsys.readouterr()

@@ -15,10 +15,10 @@ import pytest
 import torch
 from filelock import FileLock
 from http_server import Server
-from loader_helpers import jpeg, write_shards
+from loader_helpers import jpeg, open_loader, write_shards
 
 from pipeline.data import shard_cache as cache_module
-from pipeline.data.loader import Crop, train_loader
+from pipeline.data.crops import Crop
 from pipeline.data.shard_cache import CacheError, ShardCache
 from shard_tools.manifest import Manifest, Shard
 
@@ -200,7 +200,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pixels(folder: object, workers: int = 0, **options: object) -> torch.Tensor:
-    loader = train_loader(
+    loader = open_loader(
         folder, batch_size=12, micro_batch=12, rank=0, world=1, seed=0, start_step=1,
         total_steps=6, crop=Crop(16), workers=workers, partitions=2, window=2, **options,
     )  # fmt: skip

@@ -1,0 +1,265 @@
+"""Everything that the training loop needs, made once, in the order that fails early."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline import kernels
+from pipeline.config.ds_config import RunPlan, plan_recipe, read_ds_config
+from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
+from pipeline.data.crops import Crop
+from pipeline.data.loader import Loader, LoaderConfig, train_loader
+from pipeline.data.order import steps_per_epoch
+from pipeline.data.randaugment import RandAugment
+from pipeline.distributed import Ranks, agree
+from pipeline.errors import UserError
+from pipeline.method.objective import Objective, build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.teacher import Teacher
+from pipeline.runtime.checkpoint import CheckpointStore
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.monitor import Monitor
+from pipeline.runtime.optimizers import optimizer_of
+from pipeline.runtime.probes import Probes
+from pipeline.runtime.run_folder import (
+    RunLock,
+    claim,
+    default_output,
+    export,
+    load_checkpoint,
+    versions,
+)
+from pipeline.runtime.skipped_steps import SkippedSteps
+from pipeline.runtime.watchdog import Watchdog, last_failure
+from shard_tools.atomic import write_atomic, write_json
+from shard_tools.manifest import read_manifest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says; a path or a bundled name for ds_config and recipe."""
+
+    ds_config: str | Path
+    recipe: str | Path
+    overrides: tuple[str, ...] = ()
+    data: str = "data/shards/train"
+    output: str | None = None
+    resume: str = "auto"
+    max_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Optimizer steps of this start, [first, last); `total` is the recipe's length."""
+
+    first: int
+    last: int
+    total: int
+    per_epoch: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained: the objective in its engine, and its EMA teacher if the method has one."""
+
+    objective: Objective
+    teacher: Teacher | None
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of the run; the first rank holds its lock."""
+
+    path: Path
+    store: CheckpointStore
+    lock: RunLock | None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What looks on: logs, probes, the watchdog, the count of steps that were not finite."""
+
+    monitor: Monitor
+    probes: Probes
+    watchdog: Watchdog
+    nonfinite: SkippedSteps
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """One pretraining run on this rank."""
+
+    recipe: Recipe
+    plan: RunPlan
+    ranks: Ranks
+    data: str
+    steps: Steps
+    model: Model
+    loader: Loader
+    folder: RunFolder
+    watch: Watch
+
+    @property
+    def negatives_batch(self) -> int:
+        """Images of one micro-batch of all ranks, which share InfoNCE's negatives."""
+        return self.ranks.world * self.plan.micro_batch
+
+    def close(self) -> None:
+        """End the workers, flush the logs, free the folder."""
+        self.watch.watchdog.close()
+        self.loader.close()
+        self.watch.monitor.close()
+        if self.folder.lock is not None:
+            self.folder.lock.release()
+
+
+def setup(settings: Settings, ranks: Ranks) -> TrainState:
+    """Read, check, claim the folder, build, resume and announce (collective).
+
+    Raises UserError on the rank that finds the fault, on all where the first rank looks for all.
+    """
+    recipe = load_recipe(settings.recipe, settings.overrides)
+    plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
+    optimizer_of(plan)  # refused before anything is made
+    samples = read_manifest(settings.data).samples
+    per_epoch = _steps_per_epoch(settings.data, samples, recipe)
+    total = round(recipe.optimizer.epochs * per_epoch)
+    last = min(total, settings.max_steps or total)
+    kernel_line = kernels.use(recipe.kernels, ranks.device)
+    objective, teacher = build_objective(recipe)
+    path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
+    lock, checkpoint, failure = _claim(path, recipe, settings.resume)
+    watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
+    engine = Engine(objective, parameter_groups(objective), plan)
+    if teacher is not None:
+        teacher.to(ranks.device)
+    first, resumed = 0, ""
+    if checkpoint is not None:
+        saved = load_checkpoint(checkpoint, engine, teacher)
+        first = int(saved["step"])
+        negatives = ranks.world * plan.micro_batch if plan.negatives else 0
+        resumed = f"resumes from {checkpoint}, at step {first} of {last} "
+        resumed += f"({_saved_by(saved, negatives)})"
+        if first >= last:  # killed before the encoder was written, perhaps
+            export(path, checkpoint, objective, recipe, first)
+    state = TrainState(
+        recipe, plan, ranks, settings.data, Steps(first, last, total, per_epoch),
+        Model(objective, teacher, engine),
+        train_loader(
+            loader_config(recipe, plan, settings.data, ranks), ranks.rank, ranks.world,
+            range(min(first, last), last),
+        ),
+        RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock),
+        Watch(
+            Monitor(
+                path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
+                log_steps=recipe.monitor.log_steps,
+            ),
+            Probes(recipe, settings.data, ranks.rank, ranks.world, plan.micro_batch),
+            watchdog, SkippedSteps(recipe.optimizer.skip_limit),
+        ),
+    )  # fmt: skip
+    _announce(state, samples, kernel_line, failure, resumed)
+    return state
+
+
+def _steps_per_epoch(data: str, samples: int, recipe: Recipe) -> int:
+    epoch = recipe.data.samples_per_epoch or samples
+    steps = steps_per_epoch(epoch, recipe.batch_size, recipe.data.partitions)
+    if steps == 0:
+        raise UserError(
+            f"{data}: {epoch} samples are fewer than one batch of {recipe.batch_size}; "
+            "set batch_size (and data.partitions) lower, or data.samples_per_epoch"
+        )
+    return steps
+
+
+def _claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock | None, Path | None, str]:
+    """(the lock on the first rank, the checkpoint to resume from, why the previous run failed)."""
+    held: list[RunLock] = []
+
+    def take() -> tuple[Path | None, str]:
+        lock, checkpoint = claim(output, recipe, resume)
+        held.append(lock)
+        return checkpoint, last_failure(output, clear=True)
+
+    checkpoint, failure = agree(take)
+    return (held[0] if held else None), checkpoint, failure
+
+
+def _saved_by(saved: dict, negatives: int) -> str:
+    """Which ranks saved a state; and its negatives where they came from another number."""
+    text = f"saved by {saved['ranks']} ranks under ZeRO stage {saved['zero_stage']}"
+    before = saved["negatives_batch"]
+    if negatives and before != negatives:
+        text += f"; negatives came from {before} images, now from {negatives}"
+    return text
+
+
+def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> LoaderConfig:
+    """The training batches of a recipe on these ranks."""
+    d, size = recipe.data, recipe.encoder.image_size
+    return LoaderConfig(
+        data,
+        batch_size=recipe.batch_size,
+        micro_batch=plan.micro_batch,
+        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip),
+        seed=recipe.seed,
+        partitions=d.partitions,
+        window=d.window,
+        on_error=d.on_error,
+        samples_per_epoch=d.samples_per_epoch,
+        second_crop=recipe.views.second == "crop",
+        augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
+        workers=_workers(d.workers, ranks.local_world),
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def _workers(workers: int, local_world: int) -> int:
+    """-1: one worker per core of this rank's share, at least one, at most 12."""
+    if workers >= 0:
+        return workers
+    return max(1, min(12, (os.cpu_count() or 1) // local_world))
+
+
+def _announce(
+    state: TrainState, samples: int, kernel_line: str, failure: str, resumed: str
+) -> None:
+    """Write what runs into the folder, and say it."""
+    path, recipe, engine = state.folder.path, state.recipe, state.model.engine
+    if state.ranks.rank == 0:
+        write_atomic(path / "recipe.yaml", dump_recipe(recipe))
+        write_json(path / "ds_config.json", engine.config)
+        facts = versions() | {
+            "device": _device_name(state.ranks.device),
+            "ranks": state.ranks.world,
+            "kernels": kernels.implementation(),
+            "precision": state.plan.precision,
+            "data": str(state.data),
+            "images": samples,
+        }
+        write_json(path / "versions.json", facts)
+    lines = [
+        f"previous run failed: {failure}" if failure else "",
+        f"run: {path} ({recipe.name}, {recipe.encoder.arch})",
+        *state.plan.describe(),
+        engine.kind.describe(),
+        kernel_line,
+        f"image decoder: {state.loader.decoder}",
+        f"data: {samples} images in {state.data}, {state.steps.per_epoch} steps per epoch",
+        resumed,
+    ]
+    for line in filter(None, lines):
+        state.watch.monitor.say(line)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.cpu.get_capabilities().get('cpu_name', 'unknown')})"

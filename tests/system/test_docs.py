@@ -1,0 +1,82 @@
+"""README and docs: short enough, no dead link, no command, target or flag that does not exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+BANNED = ("goes on from", "gone on", "anew", "whole checkpoint", "whole weights", "told apart")
+# Flags of other programs, and the removed ones that the changelog names.
+FOREIGN = {"--gpus", "--shm-size", "--ipc", "--no-python", "--nproc-per-node", "--num_accelerators"}
+GONE = {"--hide", "--ratios"}
+
+
+def source():
+    files = [ROOT / "launch.sh", *(ROOT / "eval").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]
+    files += [*(ROOT / "shard_tools").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    files += (ROOT / "tests/system").glob("*.sh")
+    return "\n".join(f.read_text() for f in files if f != Path(__file__).resolve())
+
+
+SOURCE = source()
+
+
+def test_the_readme_takes_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@each_page
+def test_relative_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in heads}
+            assert anchor in slugs, f"{page.name}: {link}"
+
+
+@each_page
+def test_named_files_exist(page):
+    roots = r"(?:pipeline|eval|shard_tools|ds_configs|docs|tests)"
+    names = re.findall(rf"(?<![\w/.-]){roots}/[\w/]+\.(?:py|yaml|json|sh|md)", page.read_text())
+    if page.name in ("CONTRIBUTING.md", "CHANGELOG.md"):  # name files to add, and former ones
+        names = []
+    assert not [n for n in names if not (ROOT / n).exists()]
+
+
+@each_page
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"(?:`|^    )make (?:-s )?([a-z][a-z-]*)", page.read_text(), re.MULTILINE)
+    assert set(named) <= targets
+
+
+@each_page
+def test_flags_exist(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*[a-z]", page.read_text()))
+    unknown = named - FOREIGN - (GONE if page.name == "CHANGELOG.md" else set())
+    pattern = r"(?<![\w-]){}(?![\w-])"
+    assert not [f for f in unknown if not re.search(pattern.format(f), SOURCE)]
+
+
+@each_page
+def test_english(page):
+    text = " ".join(page.read_text().lower().split())
+    assert not [word for word in BANNED if re.search(rf"\b{word}\b", text)]
+
+
+def test_every_demo_photograph_has_its_origin_and_licence():
+    from shard_tools.demo_images import PHOTOGRAPHS
+
+    rows = re.findall(r"^\| (\w+) \| (\w+) `(.+?)` \| .+ \| .+ \|$",
+                      (ROOT / "docs/data.md").read_text(), re.MULTILINE)  # fmt: skip
+    listed = {name: (package, file) for name, package, file in rows}
+    assert listed == {n: (p, f.rsplit("/", 1)[1]) for n, (p, f) in PHOTOGRAPHS.items()}
