@@ -21,7 +21,7 @@ from eval.psnr import TRUE_STATISTICS, add_model
 from eval.shape_bias import evaluation_crop
 from eval.shared.cli import base_parser, run_command
 from pipeline.data.loader import eval_loader
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 from shard_tools.atomic import write_atomic
 
@@ -93,7 +93,8 @@ def main() -> None:
     sheet, note = draw(model, *read_images(args, model.size), args)
     data = io.BytesIO()
     sheet.save(data, "png")
-    write_atomic(Path(args.output), data.getvalue())
+    with naming(args.output, "cannot be written"):
+        write_atomic(Path(args.output), data.getvalue())
     print(f"{args.output}: {' | '.join(COLUMNS)}; {' '.join(note.split())}", flush=True)
 
 

@@ -29,7 +29,7 @@ from eval.reporting.tables import (
     versions_table,
 )
 from eval.shared.cli import run_command
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
 
 TRUE_STATISTICS = (
@@ -253,13 +253,15 @@ def write_report(
 ) -> tuple[Path, Path]:
     """Read the runs and write OUTPUT.html and OUTPUT.md; their paths. first: chapters before
     those of the runs; one that has the title of theirs stands in its place."""
-    groups = group_runs([read_run(folder) for folder in folders])
+    with naming(folders[0], "cannot be read"):
+        groups = group_runs([read_run(folder) for folder in folders])
     own = {section.title for section in first}
     sections = [*first, *(s for s in build_sections(groups) if s.title not in own)]
     page = Path(output).with_suffix(".html")
     markdown = page.with_suffix(".md")
-    write_atomic(page, render_html(title, groups, sections))
-    write_atomic(markdown, render_markdown(title, sections))
+    with naming(page, "cannot be written"):
+        write_atomic(page, render_html(title, groups, sections))
+        write_atomic(markdown, render_markdown(title, sections))
     return page, markdown
 
 

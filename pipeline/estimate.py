@@ -12,7 +12,6 @@ the allocator wastes and what a step needs only for a moment.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,10 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError, refuse
+from pipeline.errors import UserError, naming, refuse
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
+from shard_tools.atomic import write_json
 
 # Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
 PEAKS = {
@@ -336,11 +336,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         plan = predict(load_recipe(args.recipe, args.overrides), args)
+        print(show(plan))
+        if args.json:
+            with naming(args.json, "cannot be written"):
+                write_json(args.json, plan)
     except UserError as error:
         return refuse(error)
-    print(show(plan))
-    if args.json:
-        args.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.config.recipe import load_recipe
-from pipeline.errors import UserError, refuse
+from pipeline.errors import UserError, naming, refuse
 from pipeline.method.encoder import METADATA, encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import Objective, build_objective
@@ -96,15 +96,16 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     try:
         info = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         state = load_file(folder / "classifier.safetensors")
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
     weights = {
         k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
     }
     info.pop("classes", None)
     name = {"method": "supervised", "recipe": "supervised"}
-    write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
-    write_json(out / "encoder" / "encoder.json", info | name)
+    with naming(out, "cannot be written"):
+        write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
+        write_json(out / "encoder" / "encoder.json", info | name)
     return f"--encoder {out} --feature mean_patch"
 
 
@@ -145,7 +146,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.format == "run":
             line = classifier_encoder(args.run, args.out)
         else:
-            line = export(load_run(args.run), args.format, args.out)
+            objective = load_run(args.run)
+            with naming(args.out, "cannot be written"):
+                line = export(objective, args.format, args.out)
     except UserError as error:
         return refuse(error)
     print(f"written: {args.out}; open it with {line}", flush=True)

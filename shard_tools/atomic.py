@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes: a file or folder appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from shard_tools import manifest
 
 FILES = "files.json"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file, and the folders above it, so that it is there whole or not at all."""
+    """Write `data` under a temporary name, fsync, rename, fsync the folder; makes its parents."""
+    content = data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_atomic(path, data.encode() if isinstance(data, str) else data)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file to the disk; of a folder its names, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
@@ -32,10 +50,10 @@ def seal(temporary: Path, place: Path) -> None:
     files = {str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)] for p in paths}
     (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
     for path in (*paths, temporary / FILES, temporary):
-        manifest.fsync(path)
+        fsync(path)
     shutil.rmtree(place, ignore_errors=True)
     os.replace(temporary, place)
-    manifest.fsync(place.parent)
+    fsync(place.parent)
 
 
 def verify(folder: Path) -> None:

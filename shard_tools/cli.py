@@ -8,11 +8,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError, refuse
+from pipeline.errors import UserError, naming, refuse
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
 
@@ -48,7 +49,7 @@ def signals_held() -> Iterator[None]:
 
 
 def run(command: Callable[[Any], int], options: Any) -> int:
-    """Call `command(options)`; print any error as one line on stderr and return the exit code."""
+    """Call `command(options)`; its exit code, 2 and one line for a UserError."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
@@ -79,6 +80,15 @@ def progress(
         dynamic_ncols=sys.stderr.isatty(),
         smoothing=0.1,
     )
+
+
+def read_list(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank. UserError where it cannot be read."""
+    with naming(path, "cannot be read"):
+        try:
+            return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ToolError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def cores() -> int:

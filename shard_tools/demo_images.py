@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipeline.errors import naming
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, progress, run
-from shard_tools.manifest import write_atomic
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
 PHOTOGRAPHS = {
@@ -159,7 +160,10 @@ def _command(options: argparse.Namespace) -> int:
         raise ToolError(f"--train and --val must be at least {len(PHOTOGRAPHS)}, one per class")
     if options.size < 8 or options.seed < 0:
         raise ToolError("--size must be at least 8 pixels and --seed not negative")
-    build(options.dest, train=options.train, val=options.val, size=options.size, seed=options.seed)
+    with naming(options.dest, "cannot be written"):
+        build(
+            options.dest, train=options.train, val=options.val, size=options.size, seed=options.seed
+        )
     return 0
 
 

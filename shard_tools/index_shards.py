@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import naming
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
 from shard_tools.make_shards import read_classes
-from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_atomic, write_manifest
+from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_manifest
 from shard_tools.sharding.images import ImageFault, probe
 from shard_tools.sharding.layout import Part
 from shard_tools.sharding.merge import REPORT, report_lines
@@ -35,7 +37,7 @@ from shard_tools.tar import (
     read_range,
     read_samples,
 )
-from shard_tools.workers import report, run_jobs
+from shard_tools.workers import report, run_jobs, working_on
 
 _NAME_KEYS = ("name", "filename", "url", "key")  # of the json, for the original name
 
@@ -62,6 +64,12 @@ class Adopted:
 def adopt(job: Job) -> Adopted:
     """Read one tar. Raises ToolError for a damaged tar, or (on_error "fail") an unusable sample."""
     path = job.folder / job.name
+    working_on(path)
+    with naming(path, "cannot be read"):
+        return _adopt(job, path)
+
+
+def _adopt(job: Job, path: Path) -> Adopted:
     size = os.path.getsize(path)
     rows, names, remarks, synsets = [], [], [], {}
     handle = os.open(path, os.O_RDONLY)
@@ -130,7 +138,8 @@ def _label(handle: int, sample: Sample, about: dict[str, Any]) -> int:
 
 def index_shards(options: argparse.Namespace) -> int:
     """The command: read all tars, then write the manifest."""
-    folder, names = find_tars(options.tars)
+    with naming(options.tars[0], "cannot be read"):
+        folder, names = find_tars(options.tars)
     output: Path = options.output or folder
     if (output / MANIFEST).exists() and not options.replace:
         raise ToolError(f"{output}: already has a {MANIFEST}; --replace writes it anew")
@@ -140,7 +149,9 @@ def index_shards(options: argparse.Namespace) -> int:
         adopt, jobs, workers=options.workers, description=f"index of {folder}", total=None
     ):
         found[adopted.number] = adopted
-    write(output, folder, [a for a in found if a], read_classes(options.classes_from))
+    classes = read_classes(options.classes_from)
+    with naming(output, "cannot be written"):
+        write(output, folder, [a for a in found if a], classes)
     return 0
 
 

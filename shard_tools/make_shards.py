@@ -15,8 +15,10 @@ import json
 import sys
 from pathlib import Path
 
-from shard_tools.cli import HelpFormatter, ToolError, cores, run
-from shard_tools.manifest import MANIFEST, read_manifest, write_atomic
+from pipeline.errors import naming
+from shard_tools.atomic import write_atomic
+from shard_tools.cli import HelpFormatter, ToolError, cores, read_list, run
+from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.layout import (
     PARTS,
@@ -52,7 +54,7 @@ def read_classes(path: Path | None) -> tuple[str, ...]:
     if path.is_dir():
         classes = read_manifest(path).classes
     elif path.is_file():
-        classes = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        classes = tuple(line.strip() for line in read_list(path))
     else:
         raise ToolError(f"{path}: no such file or shard folder to take the classes from")
     if not classes or len(set(classes)) != len(classes):
@@ -67,19 +69,22 @@ def make_shards(options: argparse.Namespace) -> int:
         return merge(dest)
     if finished(dest) and not options.resume:
         raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
-    source = open_source(
-        options.source,
-        classes=read_classes(options.classes_from),
-        synsets=options.synsets,
-        devkit=options.devkit,
-        root=options.root,
-    )
+    classes = read_classes(options.classes_from)
+    with naming(options.source, "cannot be read"):
+        source = open_source(
+            options.source,
+            classes=classes,
+            synsets=options.synsets,
+            devkit=options.devkit,
+            root=options.root,
+        )
     plan = make_plan(source, settings_of(options))
     if finished(dest) and read_manifest(dest).made.get("plan") == plan.digest:
         clean_up(dest)  # a job killed after its manifest leaves its parts
         print(f"{dest}: already finished, nothing to do")
         return 0
-    prepare(dest, plan, options)
+    with naming(dest, "cannot be written"):
+        prepare(dest, plan, options)
     mine = range(options.task_id, plan.shards, options.num_tasks)
     todo = [i for i in mine if not options.resume or read_part(dest, i, plan.digest) is None]
     write_shards(
@@ -136,7 +141,8 @@ def merge(dest: Path) -> int:
         clean_up(dest)
         print(f"{dest}: already merged, nothing to do")
         return 0
-    manifest = merge_parts(dest)
+    with naming(dest, "cannot be written"):
+        manifest = merge_parts(dest)
     size = sum(shard.bytes for shard in manifest.shards)
     counts = ", ".join(f"{n} {what}" for what, n in manifest.made["report"].items() if n)
     print(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError
+from shard_tools.atomic import write_atomic
 
 VERSION = 1
 MANIFEST, INDEX, NAMES = "manifest.json", "index.bin", "names.bin"
@@ -219,30 +220,6 @@ def encode_index(rows: np.ndarray) -> bytes:
     data = rows.tobytes()
     digest = hashlib.sha256(data).digest()
     return _HEADER.pack(_MAGIC, VERSION, SAMPLE.itemsize, len(rows), digest) + data
-
-
-def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write `data` under a temporary name, fsync, rename, fsync the folder."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Bring a file to the disk; of a folder its names, so that a rename survives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_remote(folder: str) -> bool:

@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from pipeline.errors import naming
+from shard_tools.cli import HelpFormatter, ToolError, cores, read_list, run
 from shard_tools.make_shards import byte_size
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
@@ -124,7 +125,7 @@ def _one_class(manifest: Manifest, count: int, seed: int, class_name: str | None
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise ToolError(f"{path}: no such file")
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    return read_list(path)
 
 
 @dataclass(frozen=True)
@@ -217,21 +218,24 @@ def write_subset(
     made = dict(chosen.made)
     if chosen.classes != stored_classes(manifest):
         made["stored_classes"] = list(stored_classes(manifest))
-    write_manifest(
-        dest,
-        shards=kept_shards(manifest, chosen.shard),
-        index=chosen.rows,
-        classes=chosen.classes,
-        made=made,
-        names=chosen.names,
-        shard_folder=manifest.folder,
-    )
+    with naming(dest, "cannot be written"):
+        write_manifest(
+            dest,
+            shards=kept_shards(manifest, chosen.shard),
+            index=chosen.rows,
+            classes=chosen.classes,
+            made=made,
+            names=chosen.names,
+            shard_folder=manifest.folder,
+        )
     return chosen
 
 
 def check_empty(dest: Path) -> None:
     """ToolError unless the folder is new or empty."""
-    if (dest / MANIFEST).exists() or (dest.is_dir() and any(dest.iterdir())):
+    with naming(dest, "cannot be read"):
+        used = (dest / MANIFEST).exists() or (dest.is_dir() and any(dest.iterdir()))
+    if used:
         raise ToolError(f"{dest}: is not empty; give another folder")
 
 

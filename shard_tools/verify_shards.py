@@ -38,7 +38,7 @@ from shard_tools.tar import (
     read_range,
     read_samples,
 )
-from shard_tools.workers import report, run_jobs
+from shard_tools.workers import report, run_jobs, working_on
 
 LISTED = 20  # faults that are named of one shard; the rest is counted
 
@@ -69,12 +69,21 @@ class Findings:
 
 
 def check_shard(job: Job) -> Findings:
-    """All checks of one tar."""
+    """All checks of one tar; a disk that cannot read it is a fault of the shard."""
     path = os.path.join(job.folder, job.shard.name)
     found = Findings(job.shard.name)
+    working_on(path)
+    try:
+        _check_tar(job, path, found)
+    except OSError as error:
+        found.faults.append(f"cannot be read ({error.strerror or error})")
+    return found
+
+
+def _check_tar(job: Job, path: str, found: Findings) -> None:
     if not os.path.isfile(path):
         found.faults.append("the shard is missing")
-        return found
+        return
     size = os.path.getsize(path)
     if size != job.shard.bytes:
         found.faults.append(f"{size} bytes long where the manifest says {job.shard.bytes}")
@@ -89,9 +98,8 @@ def check_shard(job: Job) -> Findings:
                 samples[place[0]] = sample
     except TarError as error:
         found.faults.append(str(error).removeprefix(f"{path}: "))
-        return found  # the index would only repeat it for every sample
+        return  # the index would only repeat it for every sample
     check_rows(job, path, samples, found)
-    return found
 
 
 def check_rows(job: Job, path: str, samples: dict[int, Sample], found: Findings) -> None:

@@ -9,10 +9,12 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from shard_tools.cli import ToolError, progress, signals_held
 
 J = TypeVar("J")
@@ -55,7 +57,7 @@ def _run_here(function: Callable[[J], R], jobs: Sequence[J], bar: tqdm) -> Itera
     _state.update(counts=[0, 0], bar=bar)
     try:
         for job in jobs:
-            yield function(job)
+            yield _call(function, job)
     finally:
         _state.clear()
 
@@ -66,10 +68,10 @@ def _run_pool(
     context = multiprocessing.get_context("spawn")
     counts, stop = context.Array("q", 2), context.Event()
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (counts, stop))
-    finished = bar.n
+    finished, call = bar.n, partial(_call, function)
     try:
         with signals_held():
-            running: set[Future[R]] = {pool.submit(function, job) for job in jobs}
+            running: set[Future[R]] = {pool.submit(call, job) for job in jobs}
         while running:
             # A signal's exception inside these calls would leave the lock of a future taken, and
             # the shutdown below would wait for it forever; so it arrives between two rounds.
@@ -84,6 +86,23 @@ def _run_pool(
         with signals_held():
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _call(function: Callable[[J], R], job: J) -> R:
+    """function(job); a slip in it is raised with a note that names the file in hand."""
+    try:
+        return function(job)
+    except (UserError, Stop):
+        raise
+    except Exception as error:
+        if "file" in _state:
+            error.add_note(f"while working on {_state['file']}")
+        raise
+
+
+def working_on(path: object) -> None:
+    """Say which file the job has in hand, for the traceback of a slip."""
+    _state["file"] = path
 
 
 def _show(bar: tqdm, images: int, size: int) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic, write_json
 
 FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
@@ -86,10 +86,11 @@ def write_classifier(
 ) -> None:
     """Write classifier.safetensors (timm names, fp32) and, last, classifier.json."""
     weights = save({k: v.contiguous() for k, v in state.items()})
-    write_atomic(folder / "classifier.safetensors", weights)
     keys = ("arch", "options", "mean", "std", "recipe", "method", "step")
     content = {key: info[key] for key in keys if key in info} | {"classes": list(classes)}
-    write_json(folder / "classifier.json", content, indent=1)
+    with naming(folder, "cannot be written"):
+        write_atomic(folder / "classifier.safetensors", weights)
+        write_json(folder / "classifier.json", content, indent=1)
 
 
 def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:

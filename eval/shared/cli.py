@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError, refuse
+from pipeline.errors import UserError, naming, refuse
 from shard_tools.atomic import write_json
 
 T = TypeVar("T")
@@ -130,8 +130,9 @@ def output_path(args: argparse.Namespace, name: str) -> Path:
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON, whole or not at all."""
-    write_json(Path(path), result, indent=1)
+    """Write a result as JSON, atomically. UserError where the path cannot be written."""
+    with naming(path, "cannot be written"):
+        write_json(Path(path), result, indent=1)
 
 
 def as_percent(count: float, images: float) -> float:

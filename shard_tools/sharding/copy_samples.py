@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import naming
+from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
-from shard_tools.manifest import SAMPLE, Manifest, Shard, fsync, is_remote, write_manifest
+from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, write_manifest
 from shard_tools.tar import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
-from shard_tools.workers import report, run_jobs
+from shard_tools.workers import report, run_jobs, working_on
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def copy_samples(
     if is_remote(manifest.folder):
         raise ToolError(f"{manifest.folder}: --copy reads local shards only; copy them first")
     partial = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
-    partial.mkdir(parents=True)
+    with naming(dest, "cannot be written"):
+        partial.mkdir(parents=True)
     try:
         jobs = _cut(manifest, shard, rows, partial, shard_size)
         found: list[tuple[Shard, np.ndarray]] = [(Shard("", 0, 0, ""), rows[:0])] * len(jobs)
@@ -56,18 +59,19 @@ def copy_samples(
             copy, jobs, workers=workers, description=f"copy to {dest}", total=len(rows)
         ):
             found[number] = (new, index)
-        write_manifest(
-            partial,
-            shards=[new for new, _ in found],
-            index=np.concatenate([new for _, new in found]),
-            classes=classes,
-            names=names,
-            made=made,
-        )
-        if dest.exists():
-            dest.rmdir()  # the caller saw that it is empty
-        partial.rename(dest)
-        fsync(dest.absolute().parent)
+        with naming(dest, "cannot be written"):
+            write_manifest(
+                partial,
+                shards=[new for new, _ in found],
+                index=np.concatenate([new for _, new in found]),
+                classes=classes,
+                names=names,
+                made=made,
+            )
+            if dest.exists():
+                dest.rmdir()  # the caller saw that it is empty
+            partial.rename(dest)
+            fsync(dest.absolute().parent)
         return sum(new.bytes for new, _ in found)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,12 +96,18 @@ def _cut(
 
 
 def copy(job: Job) -> tuple[int, Shard, np.ndarray]:
-    """Write one new tar."""
+    """Write one new tar. UserError where an old one cannot be read or the new one written."""
+    with naming(job.path):
+        return _copy(job)
+
+
+def _copy(job: Job) -> tuple[int, Shard, np.ndarray]:
     new = np.concatenate([np.zeros(0, SAMPLE), *(rows for _, rows in job.pieces)])
     handle = os.open(job.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         writer = ShardWriter(handle)
         for path, rows in job.pieces:
+            working_on(path)
             samples = {
                 sample.fields[name][0]: sample
                 for sample in read_samples(path)

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
-from shard_tools.manifest import SAMPLE, Shard, write_atomic
+from shard_tools.manifest import SAMPLE, Shard
 from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
 from shard_tools.sharding.sources import Item, Source, read_item
 from shard_tools.tar import BLOCK, RECORD, padded

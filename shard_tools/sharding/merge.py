@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
-from shard_tools.manifest import SAMPLE, Manifest, write_atomic, write_manifest
+from shard_tools.manifest import SAMPLE, Manifest, write_manifest
 from shard_tools.sharding.layout import PARTS, Part, read_part, read_plan_record
 
 REPORT = "report.jsonl"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shard_tools.cli import ToolError
+from shard_tools.cli import ToolError, read_list
 
 # torchvision's IMG_EXTENSIONS, and GIF; other files in a folder are left out and reported.
 EXTENSIONS = (
@@ -232,7 +232,7 @@ def _val_labels(synsets: Path | None, devkit: Path | None) -> dict[str, str] | l
         return validation_synsets(devkit)
     if not synsets:
         return []
-    lines = [line.split() for line in synsets.read_text().splitlines() if line.strip()]
+    lines = [line.split() for line in read_list(synsets)]
     widths = {len(line) for line in lines}
     if widths == {1}:
         return [line[0] for line in lines]

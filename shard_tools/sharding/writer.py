@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import naming
+from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
-from shard_tools.manifest import FORMATS, SAMPLE, Shard, fsync
+from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
 from shard_tools.sharding.sources import Item, read_item
 from shard_tools.tar import ShardWriter
-from shard_tools.workers import report, run_jobs
+from shard_tools.workers import report, run_jobs, working_on
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def write_shards(
 
 def finish_shard(job: Job) -> None:
     """Write one shard, then the part that says so."""
-    write_part(job.dest, job.number, job.digest, write_shard(job))
+    with naming(job.dest / job.name, "cannot be written"):
+        write_part(job.dest, job.number, job.digest, write_shard(job))
 
 
 def write_shard(job: Job) -> Part:
@@ -79,6 +82,7 @@ def write_shard(job: Job) -> Part:
     try:
         writer = ShardWriter(handle)
         for index, item in enumerate(job.items, job.first):
+            working_on(f"{job.root}/{item.name}")
             report(item.size)
             try:
                 image = check_image(read_item(job.root, item), job.settings)

@@ -1,0 +1,122 @@
+"""A path that cannot be used is one sentence and exit code 2; a slip of ours is a traceback."""
+
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+from shard_tools import demo_images, index_shards, make_shards, subset, verify_shards
+from tests.helpers.shard_samples import image_tree
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Breaks a function that every shard's writer calls, in this process and in its workers.
+SLIP = """
+import shard_tools.sharding.writer as writer
+
+def check_image(data, settings):
+    return len(data) + "bytes"
+
+writer.check_image = check_image
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    return image_tree(tmp_path_factory.mktemp("tree") / "images", {"cat": 3, "dog": 3})
+
+
+@pytest.fixture(scope="module")
+def shards(tree) -> Path:
+    dest = tree.parent / "shards"
+    assert make_shards.main([str(tree), str(dest), "--shard-size", "4KiB"]) == 0
+    return dest
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_slip_in_a_shard_worker_shows_its_traceback_and_the_image(tree, tmp_path, workers):
+    (tmp_path / "slip").mkdir()
+    (tmp_path / "slip/sitecustomize.py").write_text(SLIP)
+    command = [sys.executable, ROOT / "shard_tools/make_shards.py", tree, tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--shard-size", "4KiB", "--workers", str(workers)],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'slip'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "in check_image" in done.stderr
+    assert "TypeError: unsupported operand" in done.stderr
+    assert f"while working on {tree}/" in done.stderr
+    assert "error: " not in done.stderr
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def test_a_slip_in_this_process_is_raised(shards, monkeypatch):
+    monkeypatch.setattr(verify_shards, "read_samples", lambda path: None)
+    with pytest.raises(TypeError) as caught:
+        verify_shards.main([str(shards), "--workers", "1"])
+    assert f"while working on {shards}/shard-00000" in "".join(
+        traceback.format_exception(caught.value)
+    )
+
+
+def commands(tree: Path, shards: Path, bad: Path) -> dict[str, tuple]:
+    small = ["--fraction", "0.5"]
+    return {
+        "make_shards": (make_shards, [tree, bad]),
+        "demo_images": (demo_images, [bad, "--train", 16, "--val", 16]),
+        "subset": (subset, [shards, bad, *small]),
+        "subset --copy": (subset, [shards, bad, *small, "--copy"]),
+        "index_shards": (index_shards, [shards, "--output", bad]),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["make_shards", "demo_images", "subset", "subset --copy", "index_shards"]
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_destination_that_is_a_file_or_below_one_is_named(
+    tree, shards, tmp_path, capfd, name, inside
+):
+    (tmp_path / "file").write_text("x")
+    bad = tmp_path / "file" / "out" if inside else tmp_path / "file"
+    tool, words = commands(tree, shards, bad)[name]
+    assert tool.main([str(word) for word in words]) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("option", ["--classes-from", "--synsets"])
+def test_a_list_that_is_no_text_is_named(tree, tmp_path, capfd, option):
+    (tmp_path / "list").write_bytes(b"cat\n\xff\n")
+    source = tree if option == "--classes-from" else tmp_path / "val.tar"
+    (tmp_path / "val.tar").write_bytes(b"\0" * 10240)
+    assert (
+        make_shards.main([str(source), str(tmp_path / "out"), option, str(tmp_path / "list")]) == 2
+    )
+    assert f"error: {tmp_path / 'list'}: cannot be read as UTF-8" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_shard(tree, tmp_path, capfd, monkeypatch):
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr("shard_tools.sharding.writer.ShardWriter", _on(full))
+    assert make_shards.main([str(tree), str(tmp_path / "out"), "--workers", "1"]) == 2
+    os.close(full)
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        f"error: {tmp_path / 'out/shard-000000.tar'}: cannot be written (No space left on device)"
+    )
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+def _on(handle: int):
+    from shard_tools.tar import ShardWriter
+
+    return lambda _: ShardWriter(handle)
