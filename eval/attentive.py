@@ -44,6 +44,7 @@ from eval.shared.cli import (
     progress,
     run_command,
     seed_everything,
+    used_precision,
     write_result,
 )
 from eval.shared.features import (
@@ -290,6 +291,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, 
         "train_loss": round(float(losses[best]), 5),
         "grid": grid,
         "settings": asdict(s) | {"optimizer": "AdamW", "classes": classes},
+        "precision": used_precision(s.precision, ranks.device),
         "encoder": info,
         "seconds": timer.seconds,
         "ranks": ranks.world,

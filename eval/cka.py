@@ -31,6 +31,7 @@ from eval.shared.cli import (
     progress,
     run_command,
     seed_everything,
+    used_precision,
     write_result,
 )
 from eval.shared.features import Timer, image_size, normalise, open_encoder
@@ -150,6 +151,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             "seed": args.seed,
             "val": args.val,
         },
+        "precision": used_precision(args.precision, ranks.device),
         "encoder": info,
         "seconds": timer.seconds,
         "ranks": ranks.world,

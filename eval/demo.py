@@ -79,26 +79,27 @@ def call(what: str, command: list[str | Path], threads: int) -> float:
     return time.perf_counter() - start
 
 
-def make_shards(args: argparse.Namespace) -> None:
-    """data/demo/images → data/demo/shards; nothing to do where they are there already."""
-    done = args.data / "shards" / "done.json"
-    wanted = {"train": args.train, "val": args.val}
+def make_shards(data: Path, train: int, val: int) -> None:
+    """DATA/shards of `train` and `val` crops; nothing to do where they are there already."""
+    done = data / "shards" / "done.json"
+    wanted = {"train": train, "val": val}
     if done.is_file() and json.loads(done.read_text()) == wanted:
-        print(f"demo shards are there: {args.data / 'shards'}")
+        print(f"demo shards are there: {data / 'shards'}")
         return
     for folder in ("images", "shards"):
-        shutil.rmtree(args.data / folder, ignore_errors=True)
+        shutil.rmtree(data / folder, ignore_errors=True)
     tool = ROOT / "shard_tools"
     python = sys.executable
-    counts = ["--train", str(args.train), "--val", str(args.val)]
+    counts = ["--train", str(train), "--val", str(val)]
     call(
         "photographs from scikit-image and scikit-learn",
-        [python, tool / "demo_images.py", args.data / "images", *counts],
+        [python, tool / "demo_images.py", data / "images", *counts],
         1,
     )
     for part in ("train", "val"):
-        source, shards = args.data / "images" / part, args.data / "shards" / part
-        command = [python, tool / "make_shards.py", source, shards, "--shard-size", "1MiB"]
+        source, shards = data / "images" / part, data / "shards" / part
+        command: list[str | Path] = [python, tool / "make_shards.py", source, shards]
+        command += ["--shard-size", "1MiB"]
         call(f"shards of {part}", command, 1)
     done.write_text(json.dumps(wanted))
 
@@ -161,7 +162,7 @@ def summary(gains: list[Gain]) -> list[str]:
 def demo(args: argparse.Namespace) -> None:
     """All steps in order; prints the summary and where the report is."""
     start = time.perf_counter()
-    make_shards(args)
+    make_shards(args.data, args.train, args.val)
     shutil.rmtree(args.output, ignore_errors=True)  # the demo's own folder, made anew
     runs, gains = [], []
     for seed in range(args.seeds):

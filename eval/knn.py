@@ -20,6 +20,7 @@ from eval.shared.cli import (
     parser,
     run_command,
     seed_everything,
+    used_precision,
     write_result,
 )
 from eval.shared.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
@@ -60,6 +61,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             "train": args.train,
             "val": args.val,
         },
+        "precision": used_precision(args.precision, ranks.device),
         "encoder": info,
         "seconds": timer.seconds,
         "ranks": ranks.world,

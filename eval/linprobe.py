@@ -46,6 +46,7 @@ from eval.shared.cli import (
     progress,
     run_command,
     seed_everything,
+    used_precision,
     write_result,
 )
 from eval.shared.features import (
@@ -354,6 +355,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, 
         "feature": args.feature,
         **accuracy,
         "settings": settings(args),
+        "precision": used_precision(args.precision, ranks.device),
         "encoder": info,
         "seconds": timer.seconds,
         "ranks": ranks.world,

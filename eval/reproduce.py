@@ -63,7 +63,7 @@ def make_place(args: argparse.Namespace, scale_name: str) -> Place:
     scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
     if scale.name != "full" and not args.train and not args.val:
         data = Path(scale.train).parent.parent
-        make_shards(argparse.Namespace(data=data, train=4096, val=1024))
+        make_shards(data, train=4096, val=1024)
     if args.seeds < 1 or args.jobs < 0:
         raise UserError("--seeds must be at least 1 and --jobs not negative")
     args.jobs = args.jobs or (1 if scale.launch != "python" else len(os.sched_getaffinity(0)))

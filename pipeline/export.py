@@ -26,40 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.encoder import METADATA, encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
-from pipeline.method.objective import Objective, build_objective
+from pipeline.method.load import load_run
+from pipeline.method.objective import Objective
 from pipeline.method.vit import vit_options
 from shard_tools.atomic import write_atomic, write_json
 
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
-
-
-def load_run(run: Path) -> Objective:
-    """The objective of a run folder with its newest weights, or of a checkpoint; fp32, on the CPU.
-
-    Raises UserError in one sentence where the folder is no run or the weights do not fit.
-    """
-    objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
-    path = run / "model.safetensors"
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    # The position tables are exact in the new objective, rounded in a bf16 run.
-    state = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
-    problem = None
-    try:
-        missing, unexpected = objective.load_state_dict(state, strict=False)
-        left = [k for k in (*missing, *unexpected) if not k.endswith("pos_embed")]
-        problem = f"weight {left[0]} is in only one of them" if left else None
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:200]
-    if problem:
-        raise UserError(f"{path}: does not fit the run's recipe: {problem}")
-    return objective.eval()
 
 
 def export(objective: Objective, kind: str, out: Path) -> str:

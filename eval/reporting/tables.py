@@ -196,6 +196,7 @@ def facts(result: dict[str, Any]) -> list[str]:
     words = [f"{result['images']} validation images"] if "images" in result else []
     words += [f"batch {settings['batch_size']}"] if settings.get("batch_size") else []
     words += [f"k = {settings['k']}"] if "k" in settings else []
+    words += [str(result["precision"])] if "precision" in result else []
     if "base_lr_chosen_on" in result:
         words.append(f"learning rate chosen on {result['base_lr_chosen_on']}")
     if settings.get("max_steps") is not None:

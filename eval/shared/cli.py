@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, bf16_units
 from pipeline.errors import UserError, naming, refuse
 from shard_tools.atomic import write_json
 
@@ -93,9 +93,16 @@ def seed_everything(seed: int) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast where asked for, or, with `auto`, on CUDA; a context that does nothing else."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """bf16 autocast where `used_precision` is that; a context that does nothing elsewhere."""
+    enabled = used_precision(precision, device) == "bf16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def used_precision(precision: str, device: torch.device) -> str:
+    """What --precision means on a device: `auto` is bf16 on a GPU with bf16 units, else fp32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and bf16_units() else "fp32"
 
 
 def count_correct(logits: Tensor, label: Tensor) -> Tensor:

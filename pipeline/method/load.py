@@ -19,15 +19,17 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from timm.data.config import resolve_model_data_config
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.config.recipe import DataRecipe
+from pipeline.config.recipe import DataRecipe, load_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import METADATA, load_tensors, random_encoder, read_encoder
 from pipeline.method.interop import from_hf, hf_arch
+from pipeline.method.objective import Objective, build_objective
 
 # Where a checkpoint keeps its weights: facebookresearch/mae and BEiT, MoCo v3 and timm, DINO.
 CONTAINERS = ("model", "state_dict", "teacher")
@@ -72,6 +74,31 @@ def load_encoder(
         vit = random_encoder({**info, "arch": info["arch"].split(".")[0]}, seed)
         info = {**info, "random_seed": seed}
     return vit, {**info, "random": random or name == "random", "source": name}
+
+
+def load_run(run: Path) -> Objective:
+    """The objective of a run folder with its newest weights, or of a checkpoint; fp32, on the CPU.
+
+    Raises UserError in one sentence where the folder is no run or the weights do not fit.
+    """
+    objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
+    path = run / "model.safetensors"
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    # The position tables are exact in the new objective, rounded in a bf16 run.
+    state = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
+    problem = None
+    try:
+        missing, unexpected = objective.load_state_dict(state, strict=False)
+        left = [k for k in (*missing, *unexpected) if not k.endswith("pos_embed")]
+        problem = f"weight {left[0]} is in only one of them" if left else None
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+    if problem:
+        raise UserError(f"{path}: does not fit the run's recipe: {problem}")
+    return objective.eval()
 
 
 def known_arch(arch: str | None, source: object) -> str:

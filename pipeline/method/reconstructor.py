@@ -16,9 +16,9 @@ from torch import Tensor
 from pipeline import kernels
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError
-from pipeline.export import load_run
 from pipeline.method.encoder import load_tensors
 from pipeline.method.interop import from_mae
+from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.views import View, visible_count

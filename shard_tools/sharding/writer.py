@@ -78,8 +78,9 @@ def write_shard(job: Job) -> Part:
     rows = np.zeros(len(job.items), SAMPLE)
     names: list[str] = []
     remarks: list[tuple[str, str, str]] = []
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    try:
+    handle = -1
+    try:  # from here on, since a signal may come between the opening and the next line
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         writer = ShardWriter(handle)
         for index, item in enumerate(job.items, job.first):
             working_on(f"{job.root}/{item.name}")
@@ -108,8 +109,9 @@ def write_shard(job: Job) -> Part:
         shard = Shard(job.name, len(names), writer.bytes, digest)
         return Part(shard, rows[: len(names)], names, remarks)
     finally:
-        os.close(handle)
         partial.unlink(missing_ok=True)
+        if handle >= 0:
+            os.close(handle)
 
 
 def fields_of(job: Job, item: Item, image: CheckedImage) -> dict[str, bytes]:

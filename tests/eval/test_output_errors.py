@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.shared.cli import write_result
+from eval.shared.cli import run_command, write_result
 from pipeline import estimate, export
 from pipeline.errors import UserError
 
@@ -49,3 +49,23 @@ def test_the_report_names_its_page_and_a_result_that_cannot_be_used(below, tmp_p
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {below.parent}")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("slip", [ValueError("shape"), TypeError("len"), OSError("ours")])
+def test_a_slip_in_an_evaluation_is_not_the_users(slip, capsys):
+    def broken():
+        raise slip
+
+    with pytest.raises(type(slip)):  # Python shows its traceback and exits with 1
+        run_command(broken)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_users_error_is_one_line_and_exit_2(capsys):
+    def refused():
+        raise UserError("x.json: not a result")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(refused)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: x.json: not a result\n"

@@ -11,9 +11,10 @@ from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
-from pipeline.export import load_run, main
+from pipeline.export import main
 from pipeline.method.encoder import read_encoder
 from pipeline.method.interop import from_mae
+from pipeline.method.load import load_run
 from pipeline.method.objective import build_objective
 from pipeline.method.views import full_view, make_views
 from pipeline.method.vit import vit_options

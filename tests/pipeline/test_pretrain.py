@@ -289,3 +289,18 @@ def test_triton_kernels_train_as_the_reference(name, shards, tmp_path):
     ours = json.loads((tmp_path / "triton/versions.json").read_text())
     assert ours["kernels"] == "triton"
     assert losses(tmp_path / "triton") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
+
+
+@pytest.mark.parametrize("slip", [ValueError("not enough values to unpack"), KeyError("z1")])
+def test_a_slip_in_a_measure_keeps_its_traceback(slip, shards, tmp_path, capsys, monkeypatch):
+    """Exit code 1, file and line: it is ours to mend, not the user's."""
+
+    def broken(*_):
+        raise slip
+
+    monkeypatch.setattr("pipeline.method.measures.reconstruction.Reconstruction.compare", broken)
+    assert pretrain.main(arguments(shards, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "in broken" in error
+    assert type(slip).__name__ in error

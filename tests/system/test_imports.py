@@ -60,6 +60,41 @@ def circle(graph):
     return next((found for node in graph if (found := visit(node))), None)
 
 
+# From the ground up: a room imports only rooms that stand before it (of one line, no other).
+FLOORS = (
+    ("pipeline.errors",),
+    ("shard_tools.atomic", "shard_tools.cli", "shard_tools.tar", "pipeline.distributed"),
+    ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),
+    ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
+    ("pipeline.runtime", "pipeline"),
+)
+
+
+def room(name):
+    """The folder of a module below its package, or the module itself at a package's top."""
+    parts = name.split(".")
+    inside = len(parts) > 1 and (ROOT / parts[0] / parts[1]).is_dir()
+    return ".".join(parts[:2]) if inside else name
+
+
+def test_rooms_stand_on_those_below():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    for name in NAMES:
+        here = room(name)
+        for other in {room(m) for m in ours(name)} - {here}:
+            if here in floor:
+                assert floor.get(other, len(FLOORS)) < floor[here], f"{name} imports {other}"
+
+
+def test_no_circle_between_rooms_or_modules():
+    modules = {name: ours(name) for name in NAMES}
+    rooms = {}
+    for name, used in modules.items():
+        rooms.setdefault(room(name), set()).update({room(m) for m in used} - {room(name)})
+    assert circle(rooms) is None
+    assert circle(modules) is None
+
+
 def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
