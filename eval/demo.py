@@ -163,7 +163,7 @@ def demo(args: argparse.Namespace) -> None:
     """All steps in order; prints the summary and where the report is."""
     start = time.perf_counter()
     make_shards(args.data, args.train, args.val)
-    shutil.rmtree(args.output, ignore_errors=True)  # the demo's own folder, made anew
+    shutil.rmtree(args.output, ignore_errors=True)  # the demo's own folder
     runs, gains = [], []
     for seed in range(args.seeds):
         random = None

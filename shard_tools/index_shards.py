@@ -142,7 +142,7 @@ def index_shards(options: argparse.Namespace) -> int:
         folder, names = find_tars(options.tars)
     output: Path = options.output or folder
     if (output / MANIFEST).exists() and not options.replace:
-        raise ToolError(f"{output}: already has a {MANIFEST}; --replace writes it anew")
+        raise ToolError(f"{output}: already has a {MANIFEST}; --replace overwrites it")
     jobs = [Job(i, folder, name, options.on_error) for i, name in enumerate(names)]
     found: list[Adopted | None] = [None] * len(jobs)
     for adopted in run_jobs(

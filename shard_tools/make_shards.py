@@ -130,7 +130,7 @@ def prepare(dest: Path, plan: Plan, options: argparse.Namespace) -> None:
             "with the same options and --resume, or remove the folder"
         )
     elif not options.resume and options.num_tasks == 1:
-        raise ToolError(f"{dest}: an unfinished job lies here; go on with --resume")
+        raise ToolError(f"{dest}: has an unfinished job; resume it with --resume")
     if options.num_tasks == 1:
         remove_leftovers(dest)
 
@@ -188,12 +188,16 @@ def parser() -> argparse.ArgumentParser:
     a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most")
     a("--seed", type=int, default=0, help="seed of the shuffle")
     a("--workers", type=int, default=cores(), help="processes")
-    a("--resume", action="store_true", help="go on with an unfinished job; finished: do nothing")
+    a(
+        "--resume",
+        action="store_true",
+        help="resume an unfinished job; do nothing for a finished one",
+    )
     a("--on-error", choices=("fail", "skip"), default="fail", help="images that cannot be used")
     a("--check", choices=("decode", "headers"), default="decode", help="how each image is tested")
     a("--resize-shorter", type=int, metavar="PX", help="shrink to this shorter side")
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
-    a("--quality", type=int, metavar="Q", help="encode every image anew as JPEG of quality Q")
+    a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
     a("--classes-from", type=Path, metavar="PATH", help="class order: a shard folder or a list")
     a("--synsets", type=Path, metavar="FILE", help="labels of a flat tar (val): synset per line")
     a("--devkit", type=Path, metavar="PATH", help="labels of a flat tar: ILSVRC2012_devkit_t12")

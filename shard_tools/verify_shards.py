@@ -236,7 +236,7 @@ def _check_folder(manifest: Manifest) -> Iterator[str]:
             if name not in known:
                 yield f"{name}: this tar is not in the manifest"
     if (Path(manifest.home) / PARTS).exists():
-        yield f"{PARTS}: a sharding job did not end; go on with make_shards.py --resume"
+        yield f"{PARTS}: a sharding job did not end; resume it with make_shards.py --resume"
     for path in sorted(Path(manifest.home).glob(".*.tmp")):
         yield f"{path.name}: left behind by a killed process"
 

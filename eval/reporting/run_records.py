@@ -78,7 +78,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ by their seed only; `label` tells the groups apart."""
+    """Runs of one recipe that differ by their seed only; `label` distinguishes the groups."""
 
     label: str
     runs: tuple[Run, ...]
@@ -192,7 +192,7 @@ def differing(runs: Iterable[Run]) -> list[str]:
 def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Runs of the same method together, in the order of their first run.
 
-    Groups that share a recipe name are told apart by the keys in which they differ.
+    The label of groups that share a recipe name has the keys in which they differ.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:

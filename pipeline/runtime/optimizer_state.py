@@ -1,7 +1,7 @@
 """Weights and AdamW's moments on disk: whole, fp32, by parameter name.
 
 A folder holds model.safetensors, exp_avg.safetensors and exp_avg_sq.safetensors, with AdamW's step
-count. They know neither ranks nor ZeRO stage: any number of ranks goes on from them under any
+count. They know neither ranks nor ZeRO stage: any number of ranks resumes from them under any
 stage, and bit for bit where both are the same. DeepSpeed's own files are not written. They hold the
 same numbers cut per rank, as pickles, and its universal checkpoints, tried first, refuse stage
 2 -> 0 and 2 -> 3 and lose the weight decay of the groups under stage 3.

@@ -43,7 +43,7 @@ def copy_samples(
 ) -> int:
     """Write the samples `rows` of the shards number `shard` into new tars and their manifest.
 
-    Keys are numbered anew (so they are unique and without dots), fields are kept, `cls` follows
+    Keys are renumbered (so they are unique and without dots), fields are kept, `cls` follows
     the labels of `rows`. The tars are built in a temporary folder that is renamed at the end.
     Returns the bytes of all new tars.
     """

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 
 # Only these decoders of Pillow are ever tried on a file (its JPEG one also opens MPO).
 READABLE = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
-QUALITY = 95  # of a JPEG that has to be encoded anew and for which no quality is asked
+QUALITY = 95  # of a JPEG that has to be re-encoded and for which no quality is asked
 _GREY = ("1", "L", "LA", "La")
 _EXIF_ORIENTATION = 0x0112
 
@@ -32,7 +32,7 @@ class ImageSettings:
     """What is done to every image. None = off.
 
     resize_shorter, max_side: upper limits of the shorter and longer side in pixels; smaller images
-        are never enlarged. quality: encode every image anew as JPEG of this quality.
+        are never enlarged. quality: re-encode every image as JPEG of this quality.
     check: "decode" runs every entropy-coded byte through the decoder, "headers" reads headers and
         looks for the end-of-image marker only.
     """
@@ -130,7 +130,7 @@ def _check(data: bytes, image: Image.Image, settings: ImageSettings) -> CheckedI
     if scale < 1:
         reasons.append("resized")
     if settings.quality and not reasons:
-        reasons.append("encoded anew")
+        reasons.append("re-encoded")
     damage = ""
     if is_jpeg:
         damage = _check_jpeg(data, settings.check)
