@@ -278,10 +278,12 @@ class WeightDecayRecipe(Section):
 class OptimizerRecipe(Section):
     """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 
+    kind: adamw, or muon: Muon for the matrices of the transformer blocks, scaled to the size of
+    AdamW's updates, and AdamW for the rest (ZeRO 0 to 2); betas and eps are AdamW's in both.
     A step whose gradient is not finite is skipped; skip_limit of them in a row end the run.
     """
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"
     base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8

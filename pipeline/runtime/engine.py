@@ -101,7 +101,10 @@ class Engine:
                     block.compile(dynamic=False)
         self.kind = optimizer_of(plan)
         self.config = plan.config | self.kind.section(plan)
-        client = self.kind.build(groups, plan)
+        client = self.kind.build(objective, groups, plan)
+        own = client.param_groups if client else groups
+        # What the optimizer keeps per parameter, by the parameter's identity.
+        self._moments = {id(p): self.kind.moments(g) for g in own for p in g["params"]}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=client,
@@ -151,8 +154,8 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
     def full_state(self, kind: str = "model") -> dict[str, Tensor]:
-        """All weights and buffers, or a moment (`exp_avg`, `exp_avg_sq`) of all that is trained:
-        whole, fp32, on the CPU; on rank 0 only (collective)."""
+        """All weights and buffers, or a moment (one of `moments`) of all that has it: unsharded,
+        fp32, on the CPU; on rank 0 only (collective)."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters(kind).items():
             whole = self._whole(parameter, kind)
@@ -165,11 +168,16 @@ class Engine:
     def parameters(self, kind: str) -> dict[str, nn.Parameter]:
         """The parameters of the model, or those that have a moment, by name."""
         named = self.module.named_parameters()
-        return {k: p for k, p in named if kind == "model" or p.requires_grad}
+        return {k: p for k, p in named if kind == "model" or kind in self._moments.get(id(p), ())}
 
     @property
-    def adam(self) -> Any:
-        """The AdamW inside: its state has this rank's moments."""
+    def moments(self) -> tuple[str, ...]:
+        """Names of all that the optimizer keeps per parameter."""
+        return tuple(dict.fromkeys(name for names in self._moments.values() for name in names))
+
+    @property
+    def base_optimizer(self) -> Any:
+        """The optimizer inside ZeRO's: its state has this rank's moments."""
         return self.engine.basic_optimizer
 
     def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
@@ -182,7 +190,7 @@ class Engine:
             with self.gathered([parameter]):
                 return parameter.detach().clone()
         # Stage 0: a parameter that never had a gradient has no moments.
-        return self.adam.state[parameter].get(kind, torch.zeros_like(parameter))
+        return self.base_optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
 
     @torch.no_grad()
     def put(self, target: Any, kind: str, value: Tensor) -> None:
@@ -195,7 +203,7 @@ class Engine:
             if stage in (1, 2):
                 safe_set_full_fp32_param(target, value.to(target.device))
         elif stage == 0:
-            self.adam.state[target][kind].copy_(value)
+            self.base_optimizer.state[target][kind].copy_(value)
         elif stage < 3:
             safe_set_full_optimizer_state(target, value.to(target.device), kind)
         if stage == 3:  # DeepSpeed's full setters forget the padding of the last rank

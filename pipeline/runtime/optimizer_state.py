@@ -1,10 +1,11 @@
-"""Weights and AdamW's moments on disk: whole, fp32, by parameter name.
+"""Weights and the optimizer's moments on disk: unsharded, fp32, by parameter name.
 
-A folder holds model.safetensors, exp_avg.safetensors and exp_avg_sq.safetensors, with AdamW's step
-count. They know neither ranks nor ZeRO stage: any number of ranks resumes from them under any
-stage, and bit for bit where both are the same. DeepSpeed's own files are not written. They hold the
-same numbers cut per rank, as pickles, and its universal checkpoints, tried first, refuse stage
-2 -> 0 and 2 -> 3 and lose the weight decay of the groups under stage 3.
+A folder holds model.safetensors, with the optimizer's step count, and one file per moment, named as
+the optimizer names it (AdamW: exp_avg.safetensors and exp_avg_sq.safetensors). They know neither
+ranks nor ZeRO stage: any number of ranks resumes from them under any stage, and bit for bit where
+both are the same. DeepSpeed's own files are not written. They hold the same numbers cut per rank,
+as pickles, and its universal checkpoints, tried first, refuse stage 2 -> 0 and 2 -> 3 and lose the
+weight decay of the groups under stage 3.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine
 
-MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")
+MODEL = "model"
 
 
 def save_consolidated(engine: Engine, folder: Path) -> str:
@@ -29,12 +30,12 @@ def save_consolidated(engine: Engine, folder: Path) -> str:
     Returns why it failed, "" where it did not; on rank 0 only, since the others do not write.
     """
     problem = ""
-    states = engine.adam.state.values()
-    # AdamW's steps: those that were not skipped. Under stage 0 only some states count them.
+    states = engine.base_optimizer.state.values()
+    # The optimizer's steps: those that were not skipped. Under stage 0 only some states count them.
     step = max((int(s["step"]) for s in states if "step" in s), default=0)
     if step:
         _link_moments(engine)
-    for kind in (MODEL, *(MOMENTS if step else ())):
+    for kind in (MODEL, *(engine.moments if step else ())):
         whole = engine.full_state(kind)
         if engine.rank == 0 and not problem:
             try:
@@ -53,13 +54,13 @@ def load_consolidated(engine: Engine, folder: Path) -> None:
     step = _read(engine, folder, MODEL)
     if step:
         _make_moments(engine, step)
-        for kind in MOMENTS:
+        for kind in engine.moments:
             _read(engine, folder, kind)
-    _replay_bias_correction(engine.adam)
+    _replay_bias_correction(engine.base_optimizer)
 
 
 def _read(engine: Engine, folder: Path, kind: str) -> int:
-    """Load one file; AdamW's step count in it."""
+    """Load one file; the step count in it."""
     path = folder / f"{kind}.safetensors"
     targets: dict[str, Tensor] = {**engine.parameters(kind)}
     if kind == MODEL:
@@ -82,16 +83,17 @@ def _read(engine: Engine, folder: Path, kind: str) -> int:
 
 
 def _make_moments(engine: Engine, step: int) -> None:
-    """AdamW's state as after `step` steps, with moments of zero (DeepSpeed makes it late)."""
-    adam = engine.adam
-    if engine.plan.stage == 3:
-        flat = engine.optimizer.fp32_partitioned_groups_flat
-    else:
-        flat = [p for group in adam.param_groups for p in group["params"]]
-    for p in flat:
-        adam.state[p] = {kind: torch.zeros_like(p) for kind in MOMENTS}
-        tensor = isinstance(adam, torch.optim.AdamW)  # torch counts in a tensor
-        adam.state[p]["step"] = torch.tensor(float(step), device=p.device) if tensor else step
+    """The optimizer's state as after `step` steps, with moments of zero (DeepSpeed makes it late)."""
+    optimizer = engine.base_optimizer
+    tensor = isinstance(optimizer, torch.optim.AdamW)  # torch counts in a tensor
+    for number, group in enumerate(optimizer.param_groups):
+        own = group["params"]
+        if engine.plan.stage == 3:
+            own = [engine.optimizer.fp32_partitioned_groups_flat[number]]
+        for p in own:
+            state: dict[str, Any] = {k: torch.zeros_like(p) for k in engine.kind.moments(group)}
+            state["step"] = torch.tensor(float(step), device=p.device) if tensor else step
+            optimizer.state[p] = state
     _link_moments(engine)
 
 

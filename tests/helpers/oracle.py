@@ -174,3 +174,48 @@ def infonce_loss(query: Tensor, key: Tensor, *, temperature: float, negatives: s
             positive = s(query[b, t], key[b, t]) / temperature
             losses.append(torch.logsumexp(torch.stack(logits), 0) - positive)
     return torch.stack(losses).mean()
+
+
+class Muon:
+    """Muon for the matrices of the blocks (q, k and v apart), AdamW for the rest, name by name."""
+
+    def __init__(self, module, groups, betas):
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        self.param_groups = [{"lr": 0.0}]
+        self.parts, rest = [], []
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                continue
+            if "blocks." in name and p.ndim == 2:
+                rows = len(p) // 3 if "qkv" in name else len(p)
+                pieces = [slice(start, start + rows) for start in range(0, len(p), rows)]
+                self.parts.append((p, pieces, decay[id(p)], torch.zeros_like(p)))
+            else:
+                rest.append({"params": [p], "weight_decay": decay[id(p)]})
+        self.adamw = torch.optim.AdamW(rest, lr=0.0, betas=betas, eps=1e-8)
+
+    def zero_grad(self):
+        self.adamw.zero_grad()
+        for p, *_ in self.parts:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        lr = self.param_groups[0]["lr"]
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for p, pieces, decay, momentum in self.parts:
+            momentum.copy_(0.95 * momentum + 0.05 * p.grad)
+            ahead = 0.05 * p.grad + 0.95 * momentum
+            for piece in pieces:
+                x = ahead[piece] / ahead[piece].norm()
+                for _ in range(5):
+                    if len(x) > x.shape[1]:  # the smaller product, for equal rounding
+                        a = x.T @ x
+                        x = 3.4445 * x + x @ (-4.7750 * a + 2.0315 * a @ a)
+                    else:
+                        a = x @ x.T
+                        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                scale = 0.2 * max(x.shape) ** 0.5
+                p[piece] -= lr * (scale * x + decay * p[piece])

@@ -23,12 +23,19 @@ from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 
 STEPS, BATCH = 10, 8
 MICRO = ([0, 1, 4, 5], [2, 3, 6, 7])  # images of the two micro-batches of all ranks
-ELASTIC = {"rmae": {0: 1, 1: 3, 2: 0, 3: 1}, "cmae": {0: 2, 2: 0, 3: 2}}  # stage -> stage
+# stage → stage
+ELASTIC = {
+    "rmae": {0: 1, 1: 3, 2: 0, 3: 1},
+    "cmae": {0: 2, 2: 0, 3: 2},
+    "muon": {0: 1, 1: 2, 2: 0},
+}
 SCHEDULE = ("optimizer.base_lr=0.2", "optimizer.epochs=12", "optimizer.warmup_epochs=3")
 
 
 def recipe_of(method: str) -> Recipe:
-    return tiny_recipe(method, *SCHEDULE, "optimizer.gradient_clipping=0.5")
+    more = () if method != "muon" else ("optimizer.kind=muon",)
+    name = "rmae" if method == "muon" else method
+    return tiny_recipe(name, *SCHEDULE, "optimizer.gradient_clipping=0.5", *more)
 
 
 def start(method: str, stage: int, world: int):

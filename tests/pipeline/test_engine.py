@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import oracle
 import pytest
 import torch
 from tiny import images, tiny_recipe
@@ -175,9 +176,11 @@ def plain_loop(method):
 
     recipe = recipe_of(method)
     objective, teacher = build_objective(recipe)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(objective), lr=0.0, betas=recipe.optimizer.betas, eps=1e-8
-    )
+    groups = parameter_groups(objective)
+    if method == "muon":
+        optimizer = oracle.Muon(objective, groups, recipe.optimizer.betas)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=recipe.optimizer.betas, eps=1e-8)
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -243,7 +246,7 @@ def zero_results(two_ranks):
     return two_ranks[1]
 
 
-@pytest.mark.parametrize("method", ["rmae", "cmae"])
+@pytest.mark.parametrize("method", ["rmae", "cmae", "muon"])
 def test_every_zero_stage_follows_the_plain_loop(method, zero_results):
     losses, norms = plain_loop(method)
     assert losses[0] - losses[-1] > 0.01  # it trains, so that agreement means something

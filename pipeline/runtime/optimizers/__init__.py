@@ -3,7 +3,7 @@
 MOST_STAGE: the last ZeRO stage that it works under
 moments(group): names of what it keeps per parameter of a group
 section(plan): its part of DeepSpeed's configuration
-build(groups, plan): the optimizer of these parameter groups, None where DeepSpeed builds it
+build(module, groups, plan): the optimizer of these parameter groups, None where DeepSpeed builds it
 describe(): a line for the log
 """
 
@@ -13,9 +13,9 @@ from types import ModuleType
 
 from pipeline.config.ds_config import RunPlan
 from pipeline.errors import UserError
-from pipeline.runtime.optimizers import adamw
+from pipeline.runtime.optimizers import adamw, muon
 
-OPTIMIZERS: dict[str, ModuleType] = {"adamw": adamw}
+OPTIMIZERS: dict[str, ModuleType] = {"adamw": adamw, "muon": muon}
 
 
 def optimizer_of(plan: RunPlan) -> ModuleType:

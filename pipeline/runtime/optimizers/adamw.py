@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from pipeline.config.ds_config import RunPlan
@@ -26,7 +27,7 @@ def section(plan: RunPlan) -> dict[str, Any]:
     return {"optimizer": {"type": "AdamW", "params": params}}
 
 
-def build(groups: list[dict[str, Any]], plan: RunPlan) -> Optimizer | None:
+def build(module: nn.Module, groups: list[dict[str, Any]], plan: RunPlan) -> Optimizer | None:
     """None: DeepSpeed builds it from the section."""
     return None
 
