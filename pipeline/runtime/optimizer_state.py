@@ -83,7 +83,7 @@ def _read(engine: Engine, folder: Path, kind: str) -> int:
 
 
 def _make_moments(engine: Engine, step: int) -> None:
-    """The optimizer's state as after `step` steps, with moments of zero (DeepSpeed makes it late)."""
+    """The state as after `step` steps, with moments of zero (DeepSpeed makes it late)."""
     optimizer = engine.base_optimizer
     tensor = isinstance(optimizer, torch.optim.AdamW)  # torch counts in a tensor
     for number, group in enumerate(optimizer.param_groups):

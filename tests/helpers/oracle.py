@@ -209,7 +209,7 @@ class Muon:
             momentum.copy_(0.95 * momentum + 0.05 * p.grad)
             ahead = 0.05 * p.grad + 0.95 * momentum
             for piece in pieces:
-                x = ahead[piece] / ahead[piece].norm()
+                x = ahead[piece] / (ahead[piece].norm() + 1e-7)
                 for _ in range(5):
                     if len(x) > x.shape[1]:  # the smaller product, for equal rounding
                         a = x.T @ x

@@ -33,7 +33,7 @@ SCHEDULE = ("optimizer.base_lr=0.2", "optimizer.epochs=12", "optimizer.warmup_ep
 
 
 def recipe_of(method: str) -> Recipe:
-    more = () if method != "muon" else ("optimizer.kind=muon",)
+    more = ("optimizer.kind=muon", "optimizer.base_lr=0.4") if method == "muon" else ()
     name = "rmae" if method == "muon" else method
     return tiny_recipe(name, *SCHEDULE, "optimizer.gradient_clipping=0.5", *more)
 

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import init_ranks
-from pipeline.runtime.optimizers import optimizer_of
+from pipeline.runtime.optimizers import muon, optimizer_of
 
 ROOT = Path(__file__).parents[2]
 PORT = free_port()
@@ -170,6 +170,47 @@ def test_the_log_counts_in_singular_and_plural():
     assert "batch: 8 = 1 rank × 8 images × 1 accumulation step" in plan.describe()
 
 
+def test_muon_is_refused_where_matrices_are_cut():
+    recipe = tiny_recipe("mae", "optimizer.kind=muon")
+    config = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(UserError, match=r"muon does not work under ZeRO stage 3.*stage 2 or lower"):
+        optimizer_of(plan_recipe(config, recipe, 1))
+    config = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    with pytest.raises(UserError, match=r"without zero_optimization\.round_robin_gradients"):
+        muon.section(plan_recipe(config, recipe, 1))
+
+
+def test_muon_makes_matrices_nearly_orthogonal():
+    """Singular values of about 1 for any shape; sign and size of the input do not matter."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 24, 8), (1, 8, 24), (3, 16, 12)):
+        x = torch.randn(shape, generator=generator)
+        values = torch.linalg.svdvals(muon.orthogonalise(x))
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+        torch.testing.assert_close(muon.orthogonalise(-7 * x), -muon.orthogonalise(x))
+
+
+def test_muon_is_the_plain_loop_in_float64():
+    """Five steps of given gradients: every parameter of the blocks, the decoder and the rest."""
+    recipe = tiny_recipe("mae", "optimizer.kind=muon")
+    pair = [build_objective(recipe)[0].double() for _ in range(2)]
+    plan = plan_recipe({}, recipe, 1)
+    ours = muon.build(pair[0], parameter_groups(pair[0]), plan)
+    plain = oracle.Muon(pair[1], parameter_groups(pair[1]), recipe.optimizer.betas)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for group in (*ours.param_groups, *plain.param_groups):
+            group["lr"] = 0.1 / (step + 1)
+        for a, b in zip(*(o.parameters() for o in pair), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator, dtype=torch.float64)
+            b.grad = a.grad.clone()
+        ours.step()
+        plain.step()
+    for (name, a), b in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
 def plain_loop(method):
     """The same ten steps in plain torch, one process, the whole batch at once."""
     from zero_worker import BATCH, MICRO, STEPS, recipe_of
@@ -253,9 +294,11 @@ def test_every_zero_stage_follows_the_plain_loop(method, zero_results):
     runs = {k: v for k, v in zero_results.items() if k.startswith(method)}
     assert len(runs) == (4 if method == "rmae" else 3)
     for name, run in runs.items():
-        assert run["losses"] == pytest.approx(losses, rel=1e-4, abs=1e-4), name
+        # Newton-Schulz multiplies the rounding in small singular values by up to 3.4^5.
+        exact = 1e-4 if method != "muon" else 3e-3
+        assert run["losses"] == pytest.approx(losses, rel=exact, abs=1e-4), name
         assert not any(math.isnan(n) for n in run["norms"]), name
-        assert run["norms"] == pytest.approx(norms, rel=1e-3), name
+        assert run["norms"] == pytest.approx(norms, rel=10 * exact), name
 
 
 def test_a_resumed_run_is_the_same_run_bit_for_bit(zero_results):

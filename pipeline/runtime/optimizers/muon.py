@@ -9,9 +9,8 @@ Keller Jordan 2024 (https://kellerjordan.github.io/posts/muon/), per matrix W [r
 The factor gives X the size of AdamW's updates, so that one learning rate and one weight decay serve
 both (Liu et al. 2025, arXiv:2502.16982). q, k and v of a `qkv` weight are three matrices.
 
-DeepSpeed's own Muon is not used: it runs in bf16 through torch.compile even on a CPU, so that it
-follows no plain loop and needs a compiler, takes its momentum outside of what a checkpoint reads,
-and reports the norm of the update in place of the gradient's.
+DeepSpeed's own Muon (0.19.8) is not used: its Newton-Schulz casts to bf16 and goes through
+torch.compile on a CPU too, so that it follows no plain loop and needs a compiler there.
 """
 
 from __future__ import annotations
@@ -133,8 +132,10 @@ class Muon(Optimizer):
         if not state:
             state |= {"step": 0, "momentum": torch.zeros_like(parameter)}
         state["step"] += 1
-        state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return parameter.grad.lerp(state["momentum"], MOMENTUM)
+        gradient = parameter.grad
+        assert gradient is not None
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(state["momentum"], MOMENTUM)
 
     def _adamw(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[parameter], parameter.grad
