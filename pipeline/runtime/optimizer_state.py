@@ -30,9 +30,10 @@ def save_consolidated(engine: Engine, folder: Path) -> str:
     Returns why it failed, "" where it did not; on rank 0 only, since the others do not write.
     """
     problem = ""
-    states = engine.base_optimizer.state.values()
-    # The optimizer's steps: those that were not skipped. Under stage 0 only some states count them.
-    step = max((int(s["step"]) for s in states if "step" in s), default=0)
+    states = [s for s in engine.base_optimizer.state.values() if s]
+    # The optimizer's steps: those that were not skipped. Under stage 0 only some states count them;
+    # one that counts none (SGD) has moments after the first.
+    step = max((int(s["step"]) for s in states if "step" in s), default=min(1, len(states)))
     if step:
         _link_moments(engine)
     for kind in (MODEL, *(engine.moments if step else ())):

@@ -127,6 +127,21 @@ assert len(columns) == 5
     subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=copy)
 
 
+def test_an_optimizer_is_one_file_and_its_word(copy, shards):
+    assert "'adamw' or 'muon'" in train(copy, shards, "optimizer.kind=sgd", code=2)
+    apply(copy, sections()["An optimizer"])
+    assert "optimizer: SGD with momentum" in train(copy, shards, "optimizer.kind=sgd")
+    assert all(0 < loss < 10 for loss in losses(copy))
+    saved = next((copy / "run/checkpoints").glob("step-*"))
+    assert (saved / "momentum_buffer.safetensors").is_file()
+
+
+def test_muon_trains(copy, shards):
+    said = train(copy, shards, "optimizer.kind=muon")
+    assert "optimizer: Muon for the matrices of the blocks" in said
+    assert all(0 < loss < 10 for loss in losses(copy))
+
+
 def test_a_protocol_is_one_file_and_one_row(copy, shards):
     apply(copy, sections()["An evaluation protocol"])
     train(copy, shards, recipe="mae")
