@@ -1,6 +1,7 @@
 """Methods beside MAE, R-MAE and C-MAE: no masking, cutmix, paired tokens, MoCo v3."""
 
 import math
+import os
 
 import oracle
 import pytest
@@ -342,7 +343,11 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_build(), reason="needs a C++ compiler and Python.h")
-def test_compiled_blocks_give_the_same_loss_and_gradients():
+def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch):
+    if os.environ.get("ATEN_CPU_CAPABILITY"):
+        # Inductor's AVX2 code gives NaN on a processor that only plays one without AVX-512 (on a
+        # real one it does not): scalar code there.
+        monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)
     results = []
     for compiled in (False, True):
         objective, _ = build_objective(tiny_recipe("mae"))
