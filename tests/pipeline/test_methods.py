@@ -345,8 +345,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 @pytest.mark.skipif(not can_build(), reason="needs a C++ compiler and Python.h")
 def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch):
     if os.environ.get("ATEN_CPU_CAPABILITY"):
-        # Inductor's AVX2 code gives NaN on a processor that only plays one without AVX-512 (on a
-        # real one it does not): scalar code there.
+        # Inductor's AVX2 code gave NaN on an AVX-512 processor held to AVX2: scalar code there.
         monkeypatch.setattr("torch._inductor.config.cpp.simdlen", 1)
     results = []
     for compiled in (False, True):
