@@ -64,6 +64,11 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "or start from scratch",
     )  # fmt: skip
     parser.add_argument(
+        "--resume-changed", action="store_true",
+        help="resume although the data or the recipe is not the checkpoint's; the log says what "
+        "differs and how the schedule moves",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
         help="stop after optimizer step N; the learning rate follows the recipe's length all the "
         "same (default: the recipe's epochs)",
@@ -151,6 +156,7 @@ def save(run: TrainState, step: int, must: bool) -> float:
         "zero_stage": run.plan.stage,
         "precision": run.plan.precision,
         "negatives_batch": run.negatives_batch,
+        "schedule": run.schedule,
         "versions": versions(),
     }
     with run.watch.monitor.paused():
