@@ -22,13 +22,13 @@ import numpy as np
 
 from pipeline.errors import naming
 from shard_tools.atomic import write_atomic
+from shard_tools.class_list import read_classes
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
-from shard_tools.make_shards import read_classes
 from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_manifest
 from shard_tools.sharding.images import ImageFault, probe
 from shard_tools.sharding.layout import Part
 from shard_tools.sharding.merge import REPORT, report_lines
-from shard_tools.sharding.sources import MOST_CLASSES
+from shard_tools.sharding.tables import MOST_CLASSES
 from shard_tools.tar import (
     Sample,
     TarError,
