@@ -31,7 +31,7 @@ class Stop(Exception):
     """The order to stop reached a worker."""
 
 
-def run_jobs(
+def map_in_workers(
     function: Callable[[J], R],
     jobs: Sequence[J],
     *,
@@ -114,7 +114,7 @@ def _show(bar: tqdm, images: int, size: int) -> None:
 def report(size: int, images: int = 1) -> None:
     """Count images and bytes for the progress bar; raises Stop where the command was stopped."""
     counts = _state.get("counts")
-    if counts is None:  # called outside run_jobs
+    if counts is None:  # called outside map_in_workers
         return
     if "bar" in _state:
         counts[1] += size
