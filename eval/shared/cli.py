@@ -22,6 +22,7 @@ from tqdm import tqdm
 from pipeline.distributed import Ranks, bf16_units
 from pipeline.errors import UserError, naming, refuse
 from shard_tools.atomic import write_json
+from shard_tools.cores import cores
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    result.add_argument("--workers", type=int, default=min(8, cores()))
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 
