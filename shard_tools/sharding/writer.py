@@ -20,7 +20,7 @@ from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings,
 from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
 from shard_tools.sharding.sources import Item, read_item
 from shard_tools.tar import ShardWriter
-from shard_tools.workers import map_in_workers, report, working_on
+from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,21 @@ def write_shards(
         for number in numbers
     ]
     total = finished + sum(len(job.items) for job in jobs)
-    for _ in map_in_workers(
-        finish_shard, jobs, workers=workers, description=str(dest), total=total, finished=finished
-    ):
-        pass
+    try:
+        for _ in map_in_workers(
+            finish_shard,
+            jobs,
+            workers=workers,
+            description=str(dest),
+            total=total,
+            finished=finished,
+        ):
+            pass
+    except WorkerDied as death:
+        for pid in death.pids:
+            for leftover in dest.glob(f".*.tar.{socket.gethostname()}.{pid}.tmp"):
+                leftover.unlink(missing_ok=True)
+        raise ToolError(f"{death}; finished shards are kept, --resume does the rest") from None
 
 
 def finish_shard(job: ShardJob) -> None:
