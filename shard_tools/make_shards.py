@@ -2,11 +2,6 @@
 
     python shard_tools/make_shards.py SOURCE DEST
 
-SOURCE is an ImageFolder tree, a folder of images without labels, a tar (of class folders, of class
-tars as ImageNet's, or flat; gzip and zstd too), a folder of class tars, or a CSV or JSONL of path
-and label. A folder that holds ImageNet's train and validation set in one of the layouts in which it
-is distributed becomes DEST/train and DEST/val.
-
 A sample has the fields jpg, cls (class index in ASCII; absent without labels) and json (original
 name, synset, width, height). Equal input and options give equal tars at any number of workers.
 """
@@ -71,7 +66,7 @@ def make_shards(options: argparse.Namespace) -> int:
         labels=read_labels(options.synsets, options.devkit),
         root=options.root,
         unlabelled=options.unlabelled,
-        unpacked=dest / PARTS / UNPACKED,
+        unpacked=dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
     with naming(options.source, "cannot be read"):
@@ -159,7 +154,11 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=__doc__,
+        description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
+        "tree; a folder of images without labels; a tar of class folders, of class tars as "
+        "ImageNet's, or flat (gzip and zstd too); a folder of class tars; a CSV or JSONL of path "
+        "and label. A folder that holds ImageNet's train and validation set, in any of the layouts "
+        "in which they come, becomes DEST/train and DEST/val.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
         "(add --resume to requeue), then once --merge.",
         formatter_class=HelpFormatter,

@@ -55,14 +55,14 @@ class Listing:
         an unknown class is an error, a class without images is kept. labels: of a flat folder or
         tar, see shard_tools/sharding/labels.py. root: where the paths of a CSV or JSONL start
         (default: its folder). unlabelled: take every image and no labels. unpacked: folder for the
-        content of compressed archives. skip: report what is damaged or missing, and take the rest.
+        content of compressed archives, None = refuse them. skip: report what is damaged or missing, and take the rest.
     """
 
     classes: tuple[str, ...] = ()
     labels: Labels | None = None
     root: Path | None = None
     unlabelled: bool = False
-    unpacked: Path = Path(".")
+    unpacked: Path | None = None
     skip: bool = False
 
 
