@@ -55,7 +55,8 @@ class Listing:
         an unknown class is an error, a class without images is kept. labels: of a flat folder or
         tar, see shard_tools/sharding/labels.py. root: where the paths of a CSV or JSONL start
         (default: its folder). unlabelled: take every image and no labels. unpacked: folder for the
-        content of compressed archives, None = refuse them. skip: report what is damaged or missing, and take the rest.
+        content of compressed archives, None = refuse them. skip: report what is damaged or
+        missing, and take the rest.
     """
 
     classes: tuple[str, ...] = ()
