@@ -64,7 +64,13 @@ def circle(graph):
 FLOORS = (
     ("pipeline.errors",),
     ("shard_tools.atomic", "shard_tools.cli", "shard_tools.tar", "pipeline.distributed"),
-    ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),
+    (
+        "shard_tools.image_file",
+        "shard_tools.manifest",
+        "shard_tools.workers",
+        "pipeline.kernels",
+        "pipeline.config",
+    ),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
     ("pipeline.runtime", "pipeline"),
 )
