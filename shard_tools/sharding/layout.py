@@ -151,6 +151,7 @@ def plan_record(plan: Plan, source_name: str) -> dict[str, Any]:
         "shards": plan.shards,
         "classes": list(plan.source.classes),
         "ignored": plan.source.ignored,
+        "missing": plan.source.missing,
         "made": {
             "source": source_name,
             "images": len(plan.items),

@@ -35,6 +35,7 @@ def merge_parts(dest: Path) -> Manifest:
     lines: list[tuple[str, str, str]] = [
         (name, "ignored", reason) for name, reason in record["ignored"]
     ]
+    lines += [(name, "skipped", reason) for name, reason in record["missing"]]
     lines += [line for part in parts for line in part.report]
     counts = Counter(what for _, what, _ in lines)
     filled = [part for part in parts if part.shard]

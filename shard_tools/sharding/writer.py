@@ -20,11 +20,11 @@ from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings,
 from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
 from shard_tools.sharding.sources import Item, read_item
 from shard_tools.tar import ShardWriter
-from shard_tools.workers import report, run_jobs, working_on
+from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write; `first` is the number of its first image in the plan."""
 
     number: int
@@ -44,7 +44,7 @@ def write_shards(
 ) -> None:
     """Write the shards `numbers` of the plan into `dest`; `finished` images were there before."""
     jobs = [
-        Job(
+        ShardJob(
             number=number,
             name=plan.shard_name(number),
             first=plan.starts[number],
@@ -59,19 +59,30 @@ def write_shards(
         for number in numbers
     ]
     total = finished + sum(len(job.items) for job in jobs)
-    for _ in run_jobs(
-        finish_shard, jobs, workers=workers, description=str(dest), total=total, finished=finished
-    ):
-        pass
+    try:
+        for _ in map_in_workers(
+            finish_shard,
+            jobs,
+            workers=workers,
+            description=str(dest),
+            total=total,
+            finished=finished,
+        ):
+            pass
+    except WorkerDied as death:
+        for pid in death.pids:
+            for leftover in dest.glob(f".*.tar.{socket.gethostname()}.{pid}.tmp"):
+                leftover.unlink(missing_ok=True)
+        raise ToolError(f"{death}; finished shards are kept, --resume does the rest") from None
 
 
-def finish_shard(job: Job) -> None:
+def finish_shard(job: ShardJob) -> None:
     """Write one shard, then the part that says so."""
     with naming(job.dest / job.name, "cannot be written"):
         write_part(job.dest, job.number, job.digest, write_shard(job))
 
 
-def write_shard(job: Job) -> Part:
+def write_shard(job: ShardJob) -> Part:
     """Write one shard under a temporary name, fsync, rename. Raises ToolError at the first image
     that cannot be used, where job.on_error is "fail"."""
     partial = job.dest / f".{job.name}.{socket.gethostname()}.{os.getpid()}.tmp"
@@ -114,7 +125,7 @@ def write_shard(job: Job) -> Part:
             os.close(handle)
 
 
-def fields_of(job: Job, item: Item, image: CheckedImage) -> dict[str, bytes]:
+def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes]:
     """The fields of one sample."""
     about: dict[str, Any] = {"name": item.name, "width": image.width, "height": image.height}
     fields = {"jpg": image.data}
