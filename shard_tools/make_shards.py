@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from shard_tools.image_file import Conversion
 from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
@@ -153,7 +154,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise ToolError("--shard-size must be at least 1KiB, --seed 0 or up")
     if not options.name or set(options.name) & set("/.\0"):
         raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
-    image = ImageSettings(options.resize_shorter, options.max_side, options.quality, options.check)
+    conversion = Conversion(options.gray16, options.alpha)
+    image = ImageSettings(
+        options.resize_shorter, options.max_side, options.quality, options.check, conversion
+    )
     return Settings(options.name, options.seed, options.shard_size, image)
 
 
@@ -185,6 +189,8 @@ def parser() -> argparse.ArgumentParser:
     a("--resize-shorter", type=int, metavar="PX", help="shrink to this shorter side")
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
+    a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or own range")
+    a("--alpha", choices=("drop", "white", "black"), help="what shows where pixels are transparent")
     a("--classes-from", type=Path, metavar="PATH", help="class order: a shard folder or a list")
     a(
         "--synsets",

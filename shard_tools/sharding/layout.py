@@ -26,7 +26,7 @@ from shard_tools.tar import BLOCK, RECORD, padded
 
 PARTS = ".parts"  # folder inside DEST while the job runs
 PLAN = "plan.json"
-LAYOUT = 1  # raised when equal options would give other bytes
+LAYOUT = 2  # raised when equal options would give other bytes
 # Bytes of a sample beside its image: three headers, cls and json with their padding.
 OVERHEAD = 5 * BLOCK
 PROBE = 64  # images whose new size is measured when they are to be resized
