@@ -28,7 +28,17 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
-    plain = (
+    if not is_plain(vit):
+        raise UserError(
+            f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
+        )
+    assert isinstance(vit, VisionTransformer)
+    return vit
+
+
+def is_plain(vit: nn.Module) -> bool:
+    """Whether it is a ViT such as f: one class token, learned or fixed positions, no more."""
+    return (
         type(vit) is VisionTransformer
         and vit.has_class_token
         and vit.num_reg_tokens == 0
@@ -37,12 +47,6 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         and vit.pos_embed is not None
         and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
     )
-    if not plain:
-        raise UserError(
-            f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
-        )
-    assert isinstance(vit, VisionTransformer)
-    return vit
 
 
 def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
