@@ -222,7 +222,7 @@ def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, 
 
 
 def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | None:
-    """Side in pixels of the images that a position table [1, prefix + L, D] is for; None without one."""
+    """Side in pixels of the images that a position table [1, prefix + L, D] is for, if any."""
     table = state.get("pos_embed")
     if table is None or table.ndim != 3 or getattr(vit, "pos_embed", None) is None:
         return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -30,16 +31,23 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
     if not is_plain(vit):
         raise UserError(
-            f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
+            f"encoder.arch {arch!r} is not a plain ViT (patches by one convolution, class token, "
+            "no registers, no pre-norm)"
         )
     assert isinstance(vit, VisionTransformer)
     return vit
 
 
 def is_plain(vit: nn.Module) -> bool:
-    """Whether it is a ViT such as f: one class token, learned or fixed positions, no more."""
+    """Whether it is a ViT such as f: patches of RGB by one convolution, one class token, learned
+    or fixed positions, no more.
+    """
     return (
         type(vit) is VisionTransformer
+        and type(vit.patch_embed) is PatchEmbed
+        and isinstance(vit.patch_embed.norm, nn.Identity)
+        and vit.patch_embed.proj.in_channels == 3
+        and not vit.dynamic_img_size
         and vit.has_class_token
         and vit.num_reg_tokens == 0
         and isinstance(vit.norm_pre, nn.Identity)
