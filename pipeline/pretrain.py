@@ -22,6 +22,7 @@ from pipeline.errors import UserError, refuse
 from pipeline.method.pictures import draw
 from pipeline.runtime.checkpoint import SaveError
 from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
 from pipeline.runtime.seeding import seed_step
 from pipeline.runtime.train_state import Settings, TrainState, setup
@@ -226,7 +227,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error (rank {ranks.rank}): lost contact to another rank", file=sys.stderr)
         return 1
     try:
-        return train(run, StopSignal())
+        size = run.recipe.encoder.image_size
+        with run.loader.explaining(), explaining_memory(run.plan, size, ranks.device):
+            return train(run, StopSignal())
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
     finally:
