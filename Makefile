@@ -49,15 +49,15 @@ check: .venv/ready   ## style and types; changes nothing
 	.venv/bin/mypy
 	.venv/bin/mypy .ci/setup_run.py .ci/setup_env.py
 
-shards: .venv/ready   ## shard IMAGENET=/path (train/ and val/) into SHARDS=data/shards, or demo photographs
+shards: .venv/ready   ## shard IMAGENET=/path (any layout) or unlabelled IMAGES=/path into SHARDS=data/shards, or demo photographs
 ifdef IMAGENET
-	$(PY) shard_tools/make_shards.py $(IMAGENET)/train $(SHARDS)/train --resume
-	$(PY) shard_tools/make_shards.py $(IMAGENET)/val $(SHARDS)/val --resume --classes-from $(SHARDS)/train
+	$(PY) shard_tools/make_shards.py "$(IMAGENET)" "$(SHARDS)" --splits --resume
+else ifdef IMAGES
+	$(PY) shard_tools/make_shards.py "$(IMAGES)" "$(SHARDS)/train" --unlabelled --resume
 else
 	@echo "IMAGENET=/path/to/imagenet is not given: building demo shards (16 photographs) in $(SHARDS)"
 	$(PY) shard_tools/demo_images.py data/demo/images
-	$(PY) shard_tools/make_shards.py data/demo/images/train $(SHARDS)/train --resume --shard-size 1MiB
-	$(PY) shard_tools/make_shards.py data/demo/images/val $(SHARDS)/val --resume --shard-size 1MiB --classes-from $(SHARDS)/train
+	$(PY) shard_tools/make_shards.py data/demo/images "$(SHARDS)" --resume --shard-size 1MiB
 endif
 
 .PHONY: mini-paper

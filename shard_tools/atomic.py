@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 
 FILES = "files.json"
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -31,10 +33,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file to the disk; of a folder its names, so that a rename survives a power cut."""
+    """Bring a file to the disk; of a folder its names, so that a rename survives a power cut.
+
+    Some network and FUSE file systems cannot sync a folder and say so; there a rename is as
+    durable as that system makes it. An OSError of a file is always raised, with its name.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in _NO_FOLDER_SYNC):
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
 

@@ -22,13 +22,13 @@ import numpy as np
 
 from pipeline.errors import naming
 from shard_tools.atomic import write_atomic
+from shard_tools.class_list import read_classes
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
-from shard_tools.make_shards import read_classes
 from shard_tools.manifest import FORMATS, MANIFEST, SAMPLE, Shard, write_manifest
 from shard_tools.sharding.images import ImageFault, probe
 from shard_tools.sharding.layout import Part
 from shard_tools.sharding.merge import REPORT, report_lines
-from shard_tools.sharding.sources import MOST_CLASSES
+from shard_tools.sharding.tables import MOST_CLASSES
 from shard_tools.tar import (
     Sample,
     TarError,
@@ -37,13 +37,13 @@ from shard_tools.tar import (
     read_range,
     read_samples,
 )
-from shard_tools.workers import report, run_jobs, working_on
+from shard_tools.workers import map_in_workers, report, working_on
 
 _NAME_KEYS = ("name", "filename", "url", "key")  # of the json, for the original name
 
 
 @dataclass(frozen=True)
-class Job:
+class IndexJob:
     """One tar to read; `name` is relative to `folder`."""
 
     number: int
@@ -61,7 +61,7 @@ class Adopted:
     synsets: dict[int, str]
 
 
-def adopt(job: Job) -> Adopted:
+def adopt(job: IndexJob) -> Adopted:
     """Read one tar. Raises ToolError for a damaged tar, or (on_error "fail") an unusable sample."""
     path = job.folder / job.name
     working_on(path)
@@ -69,7 +69,7 @@ def adopt(job: Job) -> Adopted:
         return _adopt(job, path)
 
 
-def _adopt(job: Job, path: Path) -> Adopted:
+def _adopt(job: IndexJob, path: Path) -> Adopted:
     size = os.path.getsize(path)
     rows, names, remarks, synsets = [], [], [], {}
     handle = os.open(path, os.O_RDONLY)
@@ -143,9 +143,9 @@ def index_shards(options: argparse.Namespace) -> int:
     output: Path = options.output or folder
     if (output / MANIFEST).exists() and not options.replace:
         raise ToolError(f"{output}: already has a {MANIFEST}; --replace overwrites it")
-    jobs = [Job(i, folder, name, options.on_error) for i, name in enumerate(names)]
+    jobs = [IndexJob(i, folder, name, options.on_error) for i, name in enumerate(names)]
     found: list[Adopted | None] = [None] * len(jobs)
-    for adopted in run_jobs(
+    for adopted in map_in_workers(
         adopt, jobs, workers=options.workers, description=f"index of {folder}", total=None
     ):
         found[adopted.number] = adopted

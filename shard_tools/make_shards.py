@@ -2,37 +2,36 @@
 
     python shard_tools/make_shards.py SOURCE DEST
 
-SOURCE is an ImageFolder tree, a folder of images without labels, ImageNet's original archives
-(ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar), or a CSV or JSONL of path and label. A sample
-has the fields jpg, cls (class index in ASCII; absent without labels) and json (original name,
-synset, width, height). Equal input and options give equal tars at any number of workers.
+A sample has the fields jpg, cls (class index in ASCII; absent without labels) and json (original
+name, synset, width, height). Equal input and options give equal tars at any number of workers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import naming
-from shard_tools.atomic import write_atomic
-from shard_tools.cli import HelpFormatter, ToolError, cores, read_list, run
-from shard_tools.manifest import MANIFEST, read_manifest
+from shard_tools.class_list import read_classes
+from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from shard_tools.image_file import Conversion
+from shard_tools.sharding.archives import UNPACKED
+from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
-from shard_tools.sharding.layout import (
-    PARTS,
-    PLAN,
-    Plan,
-    Settings,
-    make_plan,
-    plan_record,
-    read_part,
-    read_plan_record,
+from shard_tools.sharding.job import (
+    Execution,
+    check_destination,
+    check_plan,
+    is_finished,
+    merge,
+    run_job,
 )
-from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
-from shard_tools.sharding.sources import open_source
-from shard_tools.sharding.writer import write_shards
+from shard_tools.sharding.labels import read_labels
+from shard_tools.sharding.layout import PARTS, Settings, make_plan
+from shard_tools.sharding.sources import Listing, Source, open_source
+from shard_tools.sharding.statistics import drop_duplicates
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -47,110 +46,100 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
-def read_classes(path: Path | None) -> tuple[str, ...]:
-    """Class order of a shard folder's manifest, or of a text file with one name per line."""
-    if path is None:
-        return ()
-    if path.is_dir():
-        classes = read_manifest(path).classes
-    elif path.is_file():
-        classes = tuple(line.strip() for line in read_list(path))
-    else:
-        raise ToolError(f"{path}: no such file or shard folder to take the classes from")
-    if not classes or len(set(classes)) != len(classes):
-        raise ToolError(f"{path}: holds no classes, or one of them twice")
-    return classes
+@dataclass(frozen=True)
+class Split:
+    """One folder of shards to make: from which paths, and where."""
+
+    dest: Path
+    paths: tuple[Path, ...]
+    source: Source
 
 
 def make_shards(options: argparse.Namespace) -> int:
-    """The command: plan, write this task's shards, merge where nobody else is at work."""
+    """The command: list, plan and check everything, then write it."""
     dest: Path = options.dest
     if options.merge:
-        return merge(dest)
-    if finished(dest) and not options.resume:
-        raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
-    classes = read_classes(options.classes_from)
+        for folder in job_folders(dest):
+            merge(folder)
+        return 0
+    settings, how = settings_of(options), execution_of(options)
+    listing = Listing(
+        classes=read_classes(options.classes_from),
+        labels=read_labels(options.synsets, options.devkit),
+        root=options.root,
+        unlabelled=options.unlabelled,
+        unpacked=dest / PARTS / UNPACKED if how.tasks == 1 else None,
+        skip=options.on_error == "skip",
+    )
     with naming(options.source, "cannot be read"):
-        source = open_source(
-            options.source,
-            classes=classes,
-            synsets=options.synsets,
-            devkit=options.devkit,
-            root=options.root,
-        )
-    plan = make_plan(source, settings_of(options))
-    if finished(dest) and read_manifest(dest).made.get("plan") == plan.digest:
-        clean_up(dest)  # a job killed after its manifest leaves its parts
-        print(f"{dest}: already finished, nothing to do")
-        return 0
-    with naming(dest, "cannot be written"):
-        prepare(dest, plan, options)
-    mine = range(options.task_id, plan.shards, options.num_tasks)
-    todo = [i for i in mine if not options.resume or read_part(dest, i, plan.digest) is None]
-    write_shards(
-        plan,
-        dest,
-        todo,
-        workers=options.workers,
-        on_error=options.on_error,
-        finished=sum(plan.starts[i + 1] - plan.starts[i] for i in mine)
-        - sum(plan.starts[i + 1] - plan.starts[i] for i in todo),
-    )
-    if options.num_tasks > 1:
-        print(f"{dest}: task {options.task_id} of {options.num_tasks} done; finish with --merge")
-        return 0
-    return merge(dest)
-
-
-def finished(dest: Path) -> bool:
-    return (dest / MANIFEST).is_file()
-
-
-def prepare(dest: Path, plan: Plan, options: argparse.Namespace) -> None:
-    """Record the plan in DEST, or check that the job under way there follows the same plan."""
-    if finished(dest):
-        raise ToolError(
-            f"{dest}: holds shards of another source or of other options; remove it or give "
-            "another folder"
-        )
-    if dest.resolve().is_relative_to(options.source.resolve()):
-        raise ToolError(f"{dest}: lies inside {options.source} and would become part of it")
-    # Tasks of an array start together: a plan is always there before the first tar.
-    has_tars = dest.is_dir() and any(dest.glob("*.tar"))
-    record = read_plan_record(dest)
-    if record is None:
-        if has_tars:
-            raise ToolError(f"{dest}: already holds tars that this job did not write")
-        (dest / PARTS).mkdir(parents=True, exist_ok=True)
-        content = plan_record(plan, options.source.name)
-        write_atomic(dest / PARTS / PLAN, json.dumps(content).encode())
-    elif record["digest"] != plan.digest:
-        raise ToolError(
-            f"{dest}: an unfinished job lies here, of another source or other options; finish it "
-            "with the same options and --resume, or remove the folder"
-        )
-    elif not options.resume and options.num_tasks == 1:
-        raise ToolError(f"{dest}: has an unfinished job; resume it with --resume")
-    if options.num_tasks == 1:
-        remove_leftovers(dest)
-
-
-def merge(dest: Path) -> int:
-    """Write the manifest from the finished parts and say what was made."""
-    if finished(dest):
-        clean_up(dest)
-        print(f"{dest}: already merged, nothing to do")
-        return 0
-    with naming(dest, "cannot be written"):
-        manifest = merge_parts(dest)
-    size = sum(shard.bytes for shard in manifest.shards)
-    counts = ", ".join(f"{n} {what}" for what, n in manifest.made["report"].items() if n)
-    print(
-        f"{dest}: {manifest.samples} images of {len(manifest.classes)} classes in "
-        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
-        + (f"; {counts} (see {dest / 'report.jsonl'})" if counts else "")
-    )
+        layout = None if options.unlabelled else recognise(options.source)
+    splits = find_splits(options, layout, listing, how)
+    if options.drop_duplicates:
+        splits = [
+            replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
+        ]
+    plans = [make_plan(split.source, settings) for split in splits]
+    for split, plan in zip(splits, plans, strict=True):
+        announce(split)
+        check_plan(split.dest, plan, how)
+    for split, plan in zip(splits, plans, strict=True):
+        run_job(split.dest, plan, split.paths[0].name, how)
     return 0
+
+
+def find_splits(
+    options: argparse.Namespace, layout: Layout | None, listing: Listing, how: Execution
+) -> list[Split]:
+    """What is to be made of the source, listed and checked."""
+    source, dest = options.source, options.dest
+    if layout is None:
+        dest = dest / "train" if options.splits else dest
+        check_destination(dest, [source], how)
+        return [Split(dest, (source,), open_source(source, listing))]
+    if listing.classes:
+        raise ToolError(
+            f"{source}: the validation set takes the classes of the training set, so "
+            "--classes-from does nothing"
+        )
+    for name, paths in (("train", layout.train), ("val", layout.val)):
+        check_destination(dest / name, list(paths), how)
+    print(f"{source}: {layout.what}", flush=True)
+    train, val = open_splits(layout, listing)
+    return [Split(dest / "train", layout.train, train), Split(dest / "val", layout.val, val)]
+
+
+def announce(split: Split) -> None:
+    """One line about a listed source."""
+    source = split.source
+    remarks = [f"{len(source.items)} images of {len(source.classes)} classes"]
+    if source.missing:
+        remarks.append(f"{len(source.missing)} files or parts missing or damaged")
+    if source.remark:
+        remarks.append(source.remark)
+    more = f" and {len(split.paths) - 1} more" if len(split.paths) > 1 else ""
+    print(f"{split.paths[0]}{more}: {'; '.join(remarks)}", flush=True)
+
+
+def job_folders(dest: Path) -> list[Path]:
+    """`dest`, or the folders of the train and validation set in it."""
+    inside = [dest / name for name in ("train", "val")]
+    found = [folder for folder in inside if is_finished(folder) or (folder / PARTS).is_dir()]
+    here = is_finished(dest) or (dest / PARTS / "plan.json").is_file()
+    return [dest] if here or not found else found
+
+
+def execution_of(options: argparse.Namespace) -> Execution:
+    """Check the options that say how the job runs."""
+    if options.workers < 0:
+        raise ToolError("--workers must be 0 (no process of its own) or more")
+    if not 0 <= options.task_id < options.num_tasks:
+        raise ToolError(
+            f"--task-id must lie between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
+            f"not {options.task_id}"
+        )
+    return Execution(
+        options.workers, options.on_error, options.resume, options.num_tasks, options.task_id
+    )
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -161,33 +150,35 @@ def settings_of(options: argparse.Namespace) -> Settings:
             raise ToolError(f"{flag} must be at least 1 pixel, not {value}")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise ToolError(f"--quality must lie between 1 and 100, not {options.quality}")
-    if options.shard_size < 1 << 10 or options.workers < 1 or options.seed < 0:
-        raise ToolError("--shard-size must be at least 1KiB, --workers at least 1, --seed 0 or up")
-    if not 0 <= options.task_id < options.num_tasks:
-        raise ToolError(
-            f"--task-id must lie between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
-            f"not {options.task_id}"
-        )
+    if options.shard_size < 1 << 10 or options.seed < 0:
+        raise ToolError("--shard-size must be at least 1KiB, --seed 0 or up")
     if not options.name or set(options.name) & set("/.\0"):
         raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
-    image = ImageSettings(options.resize_shorter, options.max_side, options.quality, options.check)
+    conversion = Conversion(options.gray16, options.alpha)
+    image = ImageSettings(
+        options.resize_shorter, options.max_side, options.quality, options.check, conversion
+    )
     return Settings(options.name, options.seed, options.shard_size, image)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description="Turn images into WebDataset shards with a manifest.",
+        description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
+        "tree; a folder of images without labels; a tar of class folders, of class tars as "
+        "ImageNet's, or flat (gzip and zstd too); a folder of class tars; a CSV or JSONL of path "
+        "and label. A folder that holds ImageNet's train and validation set, in any of the layouts "
+        "in which they come, becomes DEST/train and DEST/val.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
         "(add --resume to requeue), then once --merge.",
         formatter_class=HelpFormatter,
     )
     a = p.add_argument
-    a("source", type=Path, metavar="SOURCE", help="ImageFolder tree, ImageNet tar, CSV or JSONL")
+    a("source", type=Path, metavar="SOURCE", help="folder, tar, CSV or JSONL, see above")
     a("dest", type=Path, metavar="DEST", help="folder for the shards")
     a("--name", default="shard", help="shards are called NAME-000000.tar")
     a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most")
     a("--seed", type=int, default=0, help="seed of the shuffle")
-    a("--workers", type=int, default=cores(), help="processes")
+    a("--workers", type=int, default=cores(), help="processes; 0 = no process of its own")
     a(
         "--resume",
         action="store_true",
@@ -198,9 +189,20 @@ def parser() -> argparse.ArgumentParser:
     a("--resize-shorter", type=int, metavar="PX", help="shrink to this shorter side")
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
+    a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or own range")
+    a("--alpha", choices=("drop", "white", "black"), help="what shows where pixels are transparent")
     a("--classes-from", type=Path, metavar="PATH", help="class order: a shard folder or a list")
-    a("--synsets", type=Path, metavar="FILE", help="labels of a flat tar (val): synset per line")
-    a("--devkit", type=Path, metavar="PATH", help="labels of a flat tar: ILSVRC2012_devkit_t12")
+    a(
+        "--synsets",
+        type=Path,
+        metavar="FILE",
+        help="labels of a flat folder or tar (val): `synset` lines in name order, `name synset` "
+        "lines, or LOC_val_solution.csv",
+    )
+    a("--devkit", type=Path, metavar="PATH", help="labels of a flat val: ILSVRC2012_devkit_t12")
+    a("--unlabelled", action="store_true", help="every image below SOURCE, without labels")
+    a("--drop-duplicates", action="store_true", help="of files with equal bytes take the first")
+    a("--splits", action="store_true", help="write DEST/train also where SOURCE has no val")
     a("--root", type=Path, metavar="DIR", help="where relative paths of a CSV or JSONL start")
     a("--num-tasks", type=int, default=1, metavar="N", help="split the job over N tasks")
     a("--task-id", type=int, default=0, metavar="I", help="this task, from 0")

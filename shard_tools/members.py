@@ -150,14 +150,12 @@ def _check_end(path: str | Path, file: BinaryIO, offset: int, end: int, lenient:
     tail = file.read(min(2 * BLOCK, max(0, end - offset)))
     if lenient and not any(tail) and len(tail) < 2 * BLOCK:
         return
-    if any(tail[:BLOCK]):
+    if len(tail) >= BLOCK and any(tail[:BLOCK]):
         raise TarError(f"{path}: damaged at byte {offset}, no member begins there")
     if len(tail) < 2 * BLOCK or any(tail):
-        raise TarError(
-            f"{path}: cut or damaged at byte {offset}, the end of the archive is missing"
-        )
-    place = offset + len(tail)
-    while chunk := file.read(min(1 << 20, end - place)):
+        raise TarError(f"{path}: cut at byte {offset}, the end of the archive is missing")
+    left = end - offset - len(tail)
+    while chunk := file.read(min(1 << 20, left)):
         if any(chunk):
             raise TarError(f"{path}: data after the end of the archive at byte {offset}")
-        place += len(chunk)
+        left -= len(chunk)

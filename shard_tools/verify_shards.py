@@ -38,13 +38,13 @@ from shard_tools.tar import (
     read_range,
     read_samples,
 )
-from shard_tools.workers import report, run_jobs, working_on
+from shard_tools.workers import map_in_workers, report, working_on
 
 LISTED = 20  # faults that are named of one shard; the rest is counted
 
 
 @dataclass(frozen=True)
-class Job:
+class VerifyJob:
     """One shard to check against its rows. complete: the tar must hold nothing but these samples;
     stored_classes: what a number in `cls` means, where labels were renumbered (a subset)."""
 
@@ -68,7 +68,7 @@ class Findings:
     keys: list[str] = field(default_factory=list)
 
 
-def check_shard(job: Job) -> Findings:
+def check_shard(job: VerifyJob) -> Findings:
     """All checks of one tar; a disk that cannot read it is a fault of the shard."""
     path = os.path.join(job.folder, job.shard.name)
     found = Findings(job.shard.name)
@@ -80,7 +80,7 @@ def check_shard(job: Job) -> Findings:
     return found
 
 
-def _check_tar(job: Job, path: str, found: Findings) -> None:
+def _check_tar(job: VerifyJob, path: str, found: Findings) -> None:
     if not os.path.isfile(path):
         found.faults.append("the shard is missing")
         return
@@ -102,7 +102,7 @@ def _check_tar(job: Job, path: str, found: Findings) -> None:
     check_rows(job, path, samples, found)
 
 
-def check_rows(job: Job, path: str, samples: dict[int, Sample], found: Findings) -> None:
+def check_rows(job: VerifyJob, path: str, samples: dict[int, Sample], found: Findings) -> None:
     """Every row of the index against the samples of the tar, given by the offset of the image."""
     if job.complete and len(samples) != len(job.rows):
         found.faults.append(f"holds {len(samples)} samples, the index lists {len(job.rows)}")
@@ -122,7 +122,7 @@ def check_rows(job: Job, path: str, samples: dict[int, Sample], found: Findings)
 
 
 def check_sample(
-    job: Job, handle: int, row: np.void, sample: Sample, name: str, remarks: list[str]
+    job: VerifyJob, handle: int, row: np.void, sample: Sample, name: str, remarks: list[str]
 ) -> Iterator[str]:
     """Faults of one sample: index, label, name and image."""
     place = sample.fields[image_field(sample)]
@@ -149,7 +149,7 @@ def check_sample(
             yield "its json cannot be read"
 
 
-def _check_label(job: Job, handle: int, label: int, sample: Sample) -> Iterator[str]:
+def _check_label(job: VerifyJob, handle: int, label: int, sample: Sample) -> Iterator[str]:
     if "cls" not in sample.fields:
         if job.complete and label != -1:
             yield f"has no cls, the index says {label}"
@@ -180,7 +180,7 @@ def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[
     faults += index_faults
     results = {
         found.shard: found
-        for found in run_jobs(
+        for found in map_in_workers(
             check_shard,
             jobs,
             workers=workers,
@@ -203,7 +203,7 @@ def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[
     return faults, remarks
 
 
-def _jobs(manifest: Manifest, decode: bool) -> tuple[list[Job], list[str]]:
+def _jobs(manifest: Manifest, decode: bool) -> tuple[list[VerifyJob], list[str]]:
     """One job per shard; without rows where the index or the names cannot be used."""
     try:
         rows, names, faults = manifest.index, manifest.names, []
@@ -213,7 +213,7 @@ def _jobs(manifest: Manifest, decode: bool) -> tuple[list[Job], list[str]]:
     for number, shard in enumerate(manifest.shards):
         part = slice(*map(int, manifest.starts[number : number + 2]))
         jobs.append(
-            Job(
+            VerifyJob(
                 folder=manifest.folder,
                 shard=shard,
                 rows=rows[part] if rows is not None else np.zeros(0),

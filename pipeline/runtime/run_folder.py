@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
+from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective
@@ -75,12 +75,12 @@ def default_output(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:
+def claim(output: Path, resume: str) -> tuple[RunLock, Path | None]:
     """Lock the run folder and find the checkpoint to resume from (rank 0).
 
     resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
-    run folder or of a checkpoint. Raises UserError in one sentence, also for a checkpoint of
-    another recipe and for a folder that already holds a run under `none`.
+    run folder or of a checkpoint. Raises UserError in one sentence, also for a folder that already
+    holds a run under `none`. Whether the checkpoint is of the same run, same_run.py says.
     """
     lock, store = RunLock(output), CheckpointStore(output)
     store.remove_leftovers()
@@ -102,19 +102,7 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
         if found is None:
             raise UserError(f"--resume {resume}: no valid checkpoint there")
         verify(found)
-    if found is not None:
-        _check_recipe(found, recipe)
     return lock, found
-
-
-def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
-    try:
-        theirs = load_recipe(checkpoint / "recipe.yaml")
-    except RecipeError as error:
-        raise UserError(f"{checkpoint}: its recipe cannot be read: {error}") from None
-    difference = first_difference(theirs, recipe)
-    if difference:
-        raise UserError(f"{checkpoint}: a checkpoint of another recipe ({difference})")
 
 
 def save_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ from pipeline.runtime.run_folder import (
     load_checkpoint,
     versions,
 )
+from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.watchdog import Watchdog, last_failure
 from shard_tools.atomic import write_atomic, write_json
@@ -49,6 +51,7 @@ class Settings:
     data: str = "data/shards/train"
     output: str | None = None
     resume: str = "auto"
+    resume_changed: bool = False
     max_steps: int | None = None
 
 
@@ -98,6 +101,7 @@ class TrainState:
     plan: RunPlan
     ranks: Ranks
     data: str
+    schedule: dict[str, Any]  # what it depends on, for state.json
     steps: Steps
     model: Model
     loader: Loader
@@ -126,14 +130,16 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     recipe = load_recipe(settings.recipe, settings.overrides)
     plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
     optimizer_of(plan)  # refused before anything is made
-    samples = read_manifest(settings.data).samples
-    per_epoch = _steps_per_epoch(settings.data, samples, recipe)
+    manifest = read_manifest(settings.data)
+    per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)
+    schedule = schedule_facts(manifest, recipe, per_epoch)
+    _check_alike(settings.data, schedule)
     total = round(recipe.optimizer.epochs * per_epoch)
     last = min(total, settings.max_steps or total)
     kernel_line = kernels.use(recipe.kernels, ranks.device)
     objective, teacher = build_objective(recipe)
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
-    lock, checkpoint, failure = _claim(path, recipe, settings.resume)
+    lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
     engine = Engine(objective, parameter_groups(objective), plan)
     if teacher is not None:
@@ -148,7 +154,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         if first >= last:  # killed before the encoder was written, perhaps
             export(path, checkpoint, objective, recipe, first)
     state = TrainState(
-        recipe, plan, ranks, settings.data, Steps(first, last, total, per_epoch),
+        recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch),
         Model(objective, teacher, engine),
         train_loader(
             loader_config(recipe, plan, settings.data, ranks), ranks.rank, ranks.world,
@@ -164,7 +170,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
             watchdog, SkippedSteps(recipe.optimizer.skip_limit),
         ),
     )  # fmt: skip
-    _announce(state, samples, kernel_line, failure, resumed)
+    _announce(state, kernel_line, failure, [*warnings, resumed])
     return state
 
 
@@ -179,17 +185,34 @@ def _steps_per_epoch(data: str, samples: int, recipe: Recipe) -> int:
     return steps
 
 
-def _claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock | None, Path | None, str]:
-    """(the lock on the first rank, the checkpoint to resume from, why the previous run failed)."""
+def _check_alike(data: str, schedule: dict[str, Any]) -> None:
+    """UserError on a rank that sees other data than the first one, as a stale local copy."""
+    first = agree(lambda: schedule)
+    if first != schedule:
+        raise UserError(
+            f"{data}: {schedule['images']} images, manifest {schedule['data'][:12]}, but rank 0 "
+            f"has {first['images']} images, manifest {first['data'][:12]}: every host needs the "
+            "same shards"
+        )
+
+
+def _claim(
+    output: Path, recipe: Recipe, schedule: dict[str, Any], settings: Settings
+) -> tuple[RunLock | None, Path | None, str, list[str]]:
+    """(the lock on the first rank, the checkpoint to resume from, why the previous run failed,
+    warnings where the checkpoint is not of the same run)."""
     held: list[RunLock] = []
 
-    def take() -> tuple[Path | None, str]:
-        lock, checkpoint = claim(output, recipe, resume)
+    def take() -> tuple[Path | None, str, list[str]]:
+        lock, checkpoint = claim(output, settings.resume)
         held.append(lock)
-        return checkpoint, last_failure(output, clear=True)
+        warnings = []
+        if checkpoint is not None:
+            warnings = check_same(checkpoint, recipe, schedule, settings.resume_changed)
+        return checkpoint, last_failure(output, clear=True), warnings
 
-    checkpoint, failure = agree(take)
-    return (held[0] if held else None), checkpoint, failure
+    checkpoint, failure, warnings = agree(take)
+    return (held[0] if held else None), checkpoint, failure, warnings
 
 
 def _saved_by(saved: dict, negatives: int) -> str:
@@ -228,11 +251,10 @@ def _workers(workers: int, local_world: int) -> int:
     return max(1, min(12, (os.cpu_count() or 1) // local_world))
 
 
-def _announce(
-    state: TrainState, samples: int, kernel_line: str, failure: str, resumed: str
-) -> None:
+def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[str]) -> None:
     """Write what runs into the folder, and say it."""
     path, recipe, engine = state.folder.path, state.recipe, state.model.engine
+    samples = state.schedule["images"]
     if state.ranks.rank == 0:
         write_atomic(path / "recipe.yaml", dump_recipe(recipe))
         write_json(path / "ds_config.json", engine.config)
@@ -253,7 +275,7 @@ def _announce(
         kernel_line,
         f"image decoder: {state.loader.decoder}",
         f"data: {samples} images in {state.data}, {state.steps.per_epoch} steps per epoch",
-        resumed,
+        *resumed,
     ]
     for line in filter(None, lines):
         state.watch.monitor.say(line)

@@ -16,11 +16,11 @@ from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, write_manifest
 from shard_tools.tar import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
-from shard_tools.workers import report, run_jobs, working_on
+from shard_tools.workers import map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
-class Job:
+class CopyJob:
     """One new tar: `pieces` are (path of an old tar, rows to take from it)."""
 
     number: int
@@ -55,7 +55,7 @@ def copy_samples(
     try:
         jobs = _cut(manifest, shard, rows, partial, shard_size)
         found: list[tuple[Shard, np.ndarray]] = [(Shard("", 0, 0, ""), rows[:0])] * len(jobs)
-        for number, new, index in run_jobs(
+        for number, new, index in map_in_workers(
             copy, jobs, workers=workers, description=f"copy to {dest}", total=len(rows)
         ):
             found[number] = (new, index)
@@ -79,7 +79,7 @@ def copy_samples(
 
 def _cut(
     manifest: Manifest, shard: np.ndarray, rows: np.ndarray, folder: Path, shard_size: int
-) -> list[Job]:
+) -> list[CopyJob]:
     """Jobs of about `shard_size` bytes each, in the order of the rows."""
     sizes = rows["length"].astype(np.int64) + 8 * BLOCK
     group = (np.cumsum(sizes) - sizes) // shard_size
@@ -91,17 +91,17 @@ def _cut(
             for old in np.unique(shard[members])
         ]
         path = folder / f"subset-{number:06d}.tar"
-        jobs.append(Job(number, path, int(members[0]), pieces))
+        jobs.append(CopyJob(number, path, int(members[0]), pieces))
     return jobs
 
 
-def copy(job: Job) -> tuple[int, Shard, np.ndarray]:
+def copy(job: CopyJob) -> tuple[int, Shard, np.ndarray]:
     """Write one new tar. UserError where an old one cannot be read or the new one written."""
     with naming(job.path):
         return _copy(job)
 
 
-def _copy(job: Job) -> tuple[int, Shard, np.ndarray]:
+def _copy(job: CopyJob) -> tuple[int, Shard, np.ndarray]:
     new = np.concatenate([np.zeros(0, SAMPLE), *(rows for _, rows in job.pieces)])
     handle = os.open(job.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:

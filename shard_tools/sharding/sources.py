@@ -6,23 +6,22 @@ never extracted: an item inside a tar is a byte range of that tar.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from shard_tools.cli import ToolError, read_list
+from pipeline.errors import naming
+from shard_tools.cli import ToolError
+from shard_tools.sharding.archives import is_archive, list_archive, list_class_tars
+from shard_tools.sharding.folders import class_folders, files_in, list_folder
+from shard_tools.sharding.found import EXTENSIONS, SYNSET, Found, Image, is_image
+from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
+from shard_tools.sharding.tables import list_table
 
-# torchvision's IMG_EXTENSIONS, and GIF; other files in a folder are left out and reported.
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    ".gif",
-)
-# A class index beyond this is taken for a mistake.
-MOST_CLASSES = 1_000_000
+_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 class Item(NamedTuple):
@@ -30,105 +29,234 @@ class Item(NamedTuple):
 
     name: str
     label: int
-    file: str  # relative to Source.root
+    file: str  # relative to Source.root, or absolute
     offset: int
     size: int
 
 
-class Source(NamedTuple):
-    """Items, their classes (index → name), and (file, reason) for what was left out."""
+@dataclass(frozen=True)
+class Source:
+    """Items, their classes (index → name), (name, reason) for files that are no images, for images
+    that are known to be missing and for dropped duplicates, and a remark about how it was read."""
 
     root: str
     items: list[Item]
-    classes: tuple[str, ...]
-    ignored: list[tuple[str, str]]
+    classes: tuple[str, ...] = ()
+    ignored: list[tuple[str, str]] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    remark: str = ""
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+
+    def without(self, items: list[Item], duplicates: list[tuple[str, str]]) -> Source:
+        """The same with fewer items, since `duplicates` were dropped."""
+        return replace(self, items=items, duplicates=duplicates)
 
 
-def open_source(
-    path: Path,
-    *,
-    classes: tuple[str, ...] = (),
-    synsets: Path | None = None,
-    devkit: Path | None = None,
-    root: Path | None = None,
-) -> Source:
-    """Find out what `path` is and list it.
+@dataclass(frozen=True)
+class Listing:
+    """How a source is listed.
 
-    classes: the class order to use instead of the sorted names (such as that of the training
-        set); an unknown class is an error. synsets, devkit: labels of a flat tar, see
-        `_val_labels`. root: where the paths of a CSV or JSONL start (default: its folder).
+    classes: the class order to use instead of the sorted names (such as that of the training set);
+        an unknown class is an error, a class without images is kept. labels: of a flat folder or
+        tar, see shard_tools/sharding/labels.py. root: where the paths of a CSV or JSONL start
+        (default: its folder). unlabelled: take every image and no labels. unpacked: folder for the
+        content of compressed archives, None = refuse them. skip: report what is damaged or
+        missing, and take the rest.
     """
-    if path.is_dir():
-        source = _folder(path)
-    elif not path.is_file():
+
+    classes: tuple[str, ...] = ()
+    labels: Labels | None = None
+    root: Path | None = None
+    unlabelled: bool = False
+    unpacked: Path | None = None
+    skip: bool = False
+
+
+def open_source(path: Path, how: Listing = Listing()) -> Source:
+    """Find out what `path` is and list it. UserError where it cannot be read as it should."""
+    if not os.path.lexists(path):
         raise ToolError(f"{path}: no such file or folder")
-    elif path.suffix.lower() in LISTS:
-        source = LISTS[path.suffix.lower()](path, root or path.parent)
-    else:
-        source = _tar(path, _val_labels(synsets, devkit))
-    if not source.items:
-        raise ToolError(f"{path}: holds no images ({' '.join(EXTENSIONS)})")
-    for item in source.items:
-        if "\n" in item.name or (not item.name.isprintable() and not _is_utf8(item.name)):
-            raise ToolError(f"{path}: file name {item.name!r} is not plain UTF-8 text; rename it")
-    return _relabel(source, classes, path) if classes else source
+    if how.unlabelled and (how.labels or how.classes):
+        raise ToolError(
+            "--unlabelled takes no labels: leave out --classes-from, --synsets, --devkit"
+        )
+    suffix = path.suffix.lower()
+    if how.root and suffix not in LISTS:
+        raise ToolError(f"--root is for a CSV or JSONL; {path} is none")
+    with naming(path, "cannot be read"):
+        if path.is_dir():
+            source = _folder(path, how)
+        elif not path.is_file():
+            raise ToolError(f"{path}: is no regular file and no folder")
+        elif suffix in LISTS:
+            source = LISTS[suffix](path, how)
+        else:
+            source = open_archives([path], how)
+    return _checked(source, path)
+
+
+def open_archives(paths: Sequence[Path], how: Listing) -> Source:
+    """The images of one data set that lies in one or several tars."""
+    found = Found()
+    for path in paths:
+        found.extend(list_archive(path, how.unpacked, how.skip))
+    return _labelled(found, paths[0].parent, how, str(paths[0]))
 
 
 def read_item(root: str, item: Item) -> bytes:
     """The bytes of one item; ToolError where the file is not what it was when it was listed."""
-    try:
-        with open(os.path.join(root, item.file), "rb", buffering=0) as file:
-            if item.offset:
-                file.seek(item.offset)
-            data = file.read(item.size) or b""
-            while len(data) < item.size and (more := file.read(item.size - len(data))):
-                data += more
-    except OSError as error:
-        raise ToolError(f"{root}/{item.file}: cannot be read ({error.strerror})") from error
+    path = os.path.join(root, item.file)
+    with naming(path, "cannot be read"), open(path, "rb", buffering=0) as file:
+        if item.offset:
+            file.seek(item.offset)
+        data = file.read(item.size) or b""
+        while len(data) < item.size and (more := file.read(item.size - len(data))):
+            data += more
     if len(data) != item.size:
-        raise ToolError(f"{root}/{item.file}: changed since it was listed; start again")
+        raise ToolError(f"{path}: changed since it was listed; start again")
     return data
 
 
-def _folder(path: Path) -> Source:
-    """An ImageFolder tree, labelled as torchvision does (index = position of the class folder in
-    sorted order); a folder that holds images and no folders is a set without labels."""
-    folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    hidden = [name for name in folders if name.startswith(".")]
-    if hidden:
-        raise ToolError(f"{path}/{hidden[0]}: would become a class; remove this folder")
-    items: list[Item] = []
-    ignored: list[tuple[str, str]] = []
-    for label, name in enumerate(folders):
-        before = len(items)
-        _walk(path, name, label, items, ignored)
-        if len(items) == before:
-            ignored.append((name, "class folder without images"))
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        if not entry.is_file():
-            continue
-        if folders or not _is_image(entry.name):
-            ignored.append((entry.name, "outside the class folders" if folders else "no image"))
-        else:
-            items.append(Item(entry.name, -1, entry.name, 0, entry.stat().st_size))
-    return Source(str(path), items, tuple(folders), ignored)
+def _folder(path: Path, how: Listing) -> Source:
+    """An ImageFolder tree (class = folder right below `path`, index = its position in sorted order,
+    as torchvision does), a folder of class tars, or images without classes."""
+    archives = [name for name in files_in(path) if is_archive(name)]
+    class_tars = [name for name in archives if SYNSET.fullmatch(name.split(".")[0])]
+    if class_tars and len(class_tars) == len(archives):
+        return _class_tars(path, class_tars, how)
+    found = list_folder(path, how.skip)
+    if archives and not found.images:
+        raise ToolError(
+            f"{path}: holds archives such as {archives[0]}; give one of them, or adopt WebDataset "
+            "tars with shard_tools/index_shards.py"
+        )
+    if not how.unlabelled:
+        _check_class_folders(path, found, how)
+    return _labelled(found, path, how, str(path))
 
 
-def _walk(
-    top: Path, name: str, label: int, items: list[Item], ignored: list[tuple[str, str]]
-) -> None:
-    for entry in sorted(os.scandir(top / name), key=lambda entry: entry.name):
-        inner = f"{name}/{entry.name}"
-        if entry.is_dir():
-            _walk(top, inner, label, items, ignored)
-        elif _is_image(entry.name):
-            items.append(Item(inner, label, inner, 0, entry.stat().st_size))
-        else:
-            ignored.append((inner, "not an image by its name"))
+def _class_tars(path: Path, names: list[str], how: Listing) -> Source:
+    loose = [name for name in files_in(path) if is_image(name)] or class_folders(path)
+    if loose:
+        raise ToolError(f"{path}: holds class tars and beside them {loose[0]}; separate them")
+    found = list_class_tars([path / name for name in names], how.unpacked, how.skip)
+    ignored = [name for name in files_in(path) if name not in names]
+    found.ignored += [(name, "not an image by its name") for name in ignored]
+    return _labelled(found, path, how, str(path))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith("._")
+def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
+    """No class folder is empty, and the folders are no splits."""
+    folders = class_folders(path)
+    if folders and set(folders) <= set(_SPLITS) and any(class_folders(path / f) for f in folders):
+        raise ToolError(
+            f"{path}: holds {' and '.join(folders)}, which are no classes; give one of them"
+            + ("" if "val" in folders else " (train and val together are sharded in one call)")
+        )
+    names = [*(image.name for image in found.images), *(name for name, _ in found.missing)]
+    filled = {name.split("/")[0] for name in names} & set(folders)
+    empty = sorted(set(folders) - filled - set(how.classes))
+    if empty and filled:
+        raise ToolError(
+            f"{path}: the class folder {empty[0]} holds no images; remove it, or name all classes "
+            "with --classes-from"
+        )
+    found.ignored += [(name, "a folder without images") for name in empty]
+    found.classes |= filled
+
+
+def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
+    """Labels by class folder, by the given labels, or by ImageNet's own file names."""
+    inside = [image for image in found.images if "/" in image.name]
+    names: list[str] = []
+    remark = ""
+    if how.unlabelled:
+        pass
+    elif inside and len(inside) < len(found.images):
+        loose = next(image.name for image in found.images if "/" not in image.name)
+        raise ToolError(
+            f"{where}: {loose} lies outside the class folders; move such images into them, or take "
+            "all images without labels with --unlabelled"
+        )
+    elif inside:
+        if how.labels:
+            raise ToolError(f"{where}: has class folders, so --synsets and --devkit do nothing")
+        names = [image.name.split("/")[0] for image in found.images]
+    elif how.labels:
+        names = label_flat(found, how.labels, where, how.skip)
+    elif found.images:
+        names = labels_in_names(found)
+        remark = "labels from the file names" if names else "no class folders, so without labels"
+    classes = tuple(sorted({*names, *(found.classes if inside else ())}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers[name] for name in names] or [-1] * len(found.images)
+    source = _source(root, found.images, labels, classes, found, remark)
+    return _relabel(source, how.classes, where) if how.classes else source
+
+
+def _table(path: Path, how: Listing) -> Source:
+    """A CSV or JSONL, see shard_tools/sharding/tables.py."""
+    if how.labels:
+        raise ToolError(f"{path}: has its own labels, so --synsets and --devkit do nothing")
+    root = how.root or path.parent
+    images, labels = list_table(path, root)
+    if how.unlabelled or not labels:
+        return _source(root, images, [-1] * len(images), (), Found())
+    if isinstance(labels[0], int):
+        numbers = [int(label) for label in labels]
+        classes = tuple(map(str, range(max(numbers) + 1)))
+        if how.classes and not all(name.isdecimal() for name in how.classes):
+            if len(how.classes) < len(classes):
+                raise ToolError(
+                    f"{path}: label {max(numbers)}, but {len(how.classes)} classes are given"
+                )
+            return _source(root, images, numbers, how.classes, Found())
+    else:
+        classes = tuple(sorted(map(str, set(labels))))
+        index = {name: number for number, name in enumerate(classes)}
+        numbers = [index[str(label)] for label in labels]
+    source = _source(root, images, numbers, classes, Found())
+    return _relabel(source, how.classes, str(path)) if how.classes else source
+
+
+def _source(
+    root: Path,
+    images: list[Image],
+    labels: list[int],
+    classes: tuple[str, ...],
+    found: Found,
+    remark: str = "",
+) -> Source:
+    items = [Item(i.name, n, i.file, i.offset, i.size) for i, n in zip(images, labels, strict=True)]
+    return Source(str(root), items, classes, found.ignored, found.missing, remark)
+
+
+def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
+    """The same items, labelled by the given class order."""
+    if not source.classes:
+        raise ToolError(f"{where}: has no class folders or labels to match the given classes")
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = sorted(set(source.classes) - set(classes))
+    if unknown:
+        raise ToolError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} given")
+    numbers = [index[name] for name in source.classes]
+    items = [item._replace(label=numbers[item.label]) for item in source.items]
+    return replace(source, items=items, classes=classes)
+
+
+def _checked(source: Source, path: Path) -> Source:
+    """There are images; names are text, and none names two different images."""
+    if not source.items:
+        reason = f"; {source.missing[0][1]}" if source.missing else ""
+        raise ToolError(f"{path}: holds no images ({' '.join(EXTENSIONS)}){reason}")
+    for item in source.items:
+        if "\n" in item.name or (not item.name.isprintable() and not _is_utf8(item.name)):
+            raise ToolError(f"{path}: file name {item.name!r} is not plain UTF-8 text; rename it")
+    if path.suffix.lower() not in LISTS:
+        name, count = Counter(item.name for item in source.items).most_common(1)[0]
+        if count > 1:
+            raise ToolError(f"{path}: holds {count} images named {name}")
+    return source
 
 
 def _is_utf8(name: str) -> bool:
@@ -139,169 +267,8 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _tar(path: Path, labels: dict[str, str] | list[str]) -> Source:
-    """ImageNet's archives: a tar of one tar per class, a tar with class folders, or a flat tar
-    whose labels are given."""
-    found: list[tuple[str, str, int, int]] = []  # name, class, offset, size
-    ignored: list[tuple[str, str]] = []
-    for member in _members(path, 0):
-        if member.name.lower().endswith(".tar"):
-            synset = Path(member.name).stem
-            for inner in _members(path, member.offset_data):
-                name = f"{synset}/{inner.name}"
-                found.append((name, synset, member.offset_data + inner.offset_data, inner.size))
-        elif _is_image(os.path.basename(member.name)):
-            folder = os.path.basename(os.path.dirname(member.name))
-            found.append((member.name, folder, member.offset_data, member.size))
-        else:
-            ignored.append((member.name, "not an image by its name"))
-    if labels:
-        found = list(_label_flat(path, found, labels))
-    classes = tuple(sorted({synset for _, synset, _, _ in found} - {"", "."}))
-    numbers = {name: number for number, name in enumerate(classes)}
-    if classes and any(synset not in numbers for _, synset, _, _ in found):
-        raise ToolError(f"{path}: some images lie in class folders and some do not")
-    items = [Item(name, numbers.get(s, -1), path.name, at, size) for name, s, at, size in found]
-    return Source(str(path.parent), items, classes, ignored)
-
-
-def _members(path: Path, start: int) -> Iterator[tarfile.TarInfo]:
-    """Regular files of the tar that begins at byte `start` of `path`."""
-    with open(path, "rb") as file:
-        window = _Window(file, start)
-        try:
-            with tarfile.open(fileobj=window, mode="r:") as archive:  # type: ignore[call-overload]
-                for member in archive:
-                    if member.size < 0:  # tarfile would walk backwards
-                        raise ToolError(f"{path}: {member.name} has a negative size")
-                    if member.isreg() and not member.issparse():
-                        if start + member.offset_data + member.size > window.end:
-                            raise ToolError(f"{path}: cut inside {member.name}")
-                        yield member
-                    archive.members = []  # or tarfile would keep every header in memory
-        except tarfile.TarError as error:
-            raise ToolError(f"{path}: not a readable, uncompressed tar ({error})") from error
-
-
-class _Window:
-    """A file object that begins at byte `start` of another one."""
-
-    def __init__(self, file: Any, start: int) -> None:
-        self.file, self.start = file, start
-        self.end = file.seek(0, os.SEEK_END)
-        file.seek(start)
-
-    def read(self, size: int = -1) -> bytes:
-        return self.file.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = self.start if whence == os.SEEK_SET else 0
-        return self.file.seek(base + offset, whence) - self.start
-
-    def tell(self) -> int:
-        return self.file.tell() - self.start
-
-
-def _label_flat(
-    path: Path,
-    found: list[tuple[str, str, int, int]],
-    labels: dict[str, str] | list[str],
-) -> Iterator[tuple[str, str, int, int]]:
-    """Give each image of a flat tar its synset, by file name or by position in name order."""
-    found = sorted(found)
-    if isinstance(labels, list):
-        if len(labels) != len(found):
-            raise ToolError(f"{path}: {len(found)} images, but {len(labels)} labels are given")
-        labels = {os.path.basename(name): s for (name, *_), s in zip(found, labels, strict=True)}
-    for name, _, offset, size in found:
-        synset = labels.get(os.path.basename(name))
-        if synset is None:
-            raise ToolError(f"{path}: the label file has no line for {os.path.basename(name)}")
-        yield name, synset, offset, size
-
-
-def _val_labels(synsets: Path | None, devkit: Path | None) -> dict[str, str] | list[str]:
-    """Labels of ImageNet's validation tar: one synset per line in name order, or `name synset`
-    lines (`synsets`); or the ground truth of the development kit, ILSVRC2012_devkit_t12, as a
-    folder or tar.gz (`devkit`)."""
-    if synsets and devkit:
-        raise ToolError("give --synsets or --devkit, not both")
-    if devkit:
-        from shard_tools.sharding.imagenet_devkit import validation_synsets  # needs scipy
-
-        return validation_synsets(devkit)
-    if not synsets:
-        return []
-    lines = [line.split() for line in read_list(synsets)]
-    widths = {len(line) for line in lines}
-    if widths == {1}:
-        return [line[0] for line in lines]
-    if widths == {2}:
-        return {line[0]: line[1] for line in lines}
-    raise ToolError(f"{synsets}: each line must be `synset` or `image-name synset`")
-
-
-def _table(path: Path, root: Path) -> Source:
-    """A CSV with a header line, or a JSONL: column `path`, and optionally `label` (class index or
-    class name; all of one kind)."""
-    rows = list(_rows(path))
-    labels = [str(row.get("label", "")).strip() for row in rows]
-    if all(label.isdecimal() for label in labels):
-        numbers = [int(label) for label in labels]
-        if max(numbers, default=0) >= MOST_CLASSES:
-            raise ToolError(f"{path}: label {max(numbers)} is no class index (0 to {MOST_CLASSES})")
-        classes = tuple(str(number) for number in range(max(numbers, default=-1) + 1))
-    elif not any(labels):
-        numbers, classes = [-1] * len(rows), ()
-    elif all(labels):
-        classes = tuple(sorted(set(labels)))
-        index = {name: number for number, name in enumerate(classes)}
-        numbers = [index[label] for label in labels]
-    else:
-        raise ToolError(f"{path}: line {labels.index('') + 1} of the data has no label")
-    items = []
-    for line, (row, number) in enumerate(zip(rows, numbers, strict=True), 1):
-        name = row["path"]
-        try:
-            size = os.stat(root / name).st_size
-        except OSError as error:
-            raise ToolError(f"{path}: row {line}: {root / name}: {error.strerror}") from error
-        items.append(Item(name, number, name, 0, size))
-    return Source(str(root), items, classes, [])
-
-
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows: Iterable[Any]
-        if path.suffix.lower() == ".csv":
-            rows = csv.DictReader(file)
-        else:
-            rows = (json.loads(line) for line in file if line.strip())
-        try:
-            for number, row in enumerate(rows, 1):
-                if not isinstance(row, dict) or not isinstance(row.get("path"), str):
-                    raise ToolError(f"{path}: row {number} has no column `path`")
-                if not row["path"] or "\n" in row["path"]:
-                    raise ToolError(f"{path}: row {number} has no usable path")
-                yield row
-        except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
-            raise ToolError(f"{path}: cannot be read ({error})") from error
-
-
-def _relabel(source: Source, classes: tuple[str, ...], path: Path) -> Source:
-    """The same items, labelled by the given class order."""
-    if not source.classes:
-        raise ToolError(f"{path}: has no class folders or labels to match the given classes")
-    unknown = set(source.classes) - set(classes)
-    if unknown:
-        raise ToolError(f"{path}: class {min(unknown)!r} is not among the {len(classes)} given")
-    numbers = [classes.index(name) for name in source.classes]
-    items = [item._replace(label=numbers[item.label]) for item in source.items]
-    return source._replace(items=items, classes=classes)
-
-
-# Suffix of a list of images → its reader: (list, folder that its paths start from) → Source.
-LISTS: dict[str, Callable[[Path, Path], Source]] = {
+# Suffix of a list of images → its reader.
+LISTS: dict[str, Callable[[Path, Listing], Source]] = {
     ".csv": _table,
     ".jsonl": _table,
     ".ndjson": _table,

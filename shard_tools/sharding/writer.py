@@ -19,12 +19,13 @@ from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
 from shard_tools.sharding.sources import Item, read_item
+from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
-from shard_tools.workers import report, run_jobs, working_on
+from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write; `first` is the number of its first image in the plan."""
 
     number: int
@@ -37,6 +38,7 @@ class Job:
     on_error: str
     dest: Path
     digest: str
+    total: int  # images of the whole plan
 
 
 def write_shards(
@@ -44,7 +46,7 @@ def write_shards(
 ) -> None:
     """Write the shards `numbers` of the plan into `dest`; `finished` images were there before."""
     jobs = [
-        Job(
+        ShardJob(
             number=number,
             name=plan.shard_name(number),
             first=plan.starts[number],
@@ -55,27 +57,41 @@ def write_shards(
             on_error=on_error,
             dest=dest,
             digest=plan.digest,
+            total=len(plan.items),
         )
         for number in numbers
     ]
     total = finished + sum(len(job.items) for job in jobs)
-    for _ in run_jobs(
-        finish_shard, jobs, workers=workers, description=str(dest), total=total, finished=finished
-    ):
-        pass
+    try:
+        for _ in map_in_workers(
+            finish_shard,
+            jobs,
+            workers=workers,
+            description=str(dest),
+            total=total,
+            finished=finished,
+        ):
+            pass
+    except WorkerDied as death:
+        for pid in death.pids:
+            for leftover in dest.glob(f".*.tar.{socket.gethostname()}.{pid}.tmp"):
+                leftover.unlink(missing_ok=True)
+        raise ToolError(f"{death}; finished shards are kept, --resume does the rest") from None
 
 
-def finish_shard(job: Job) -> None:
+def finish_shard(job: ShardJob) -> None:
     """Write one shard, then the part that says so."""
     with naming(job.dest / job.name, "cannot be written"):
         write_part(job.dest, job.number, job.digest, write_shard(job))
 
 
-def write_shard(job: Job) -> Part:
+def write_shard(job: ShardJob) -> Part:
     """Write one shard under a temporary name, fsync, rename. Raises ToolError at the first image
     that cannot be used, where job.on_error is "fail"."""
     partial = job.dest / f".{job.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     rows = np.zeros(len(job.items), SAMPLE)
+    prints = np.zeros(len(job.items), np.uint64)
+    pixels = NO_PIXELS
     names: list[str] = []
     remarks: list[tuple[str, str, str]] = []
     handle = -1
@@ -86,7 +102,8 @@ def write_shard(job: Job) -> Part:
             working_on(f"{job.root}/{item.name}")
             report(item.size)
             try:
-                image = check_image(read_item(job.root, item), job.settings)
+                data = read_item(job.root, item)
+                image = check_image(data, job.settings)
             except ImageFault as fault:
                 if job.on_error == "fail":
                     place = f"{job.root}/{item.name}"
@@ -99,6 +116,9 @@ def write_shard(job: Job) -> Part:
                 remarks.append((item.name, "damaged", image.damage))
             offsets = writer.write(f"{index:09d}", fields_of(job, item, image))
             rows[len(names)] = row_of(item, image, offsets["jpg"])
+            prints[len(names)] = fingerprint(data)
+            if is_sampled(index, job.total):
+                pixels = pixels + pixel_sums(image.data)
             names.append(item.name)
         digest = writer.close()
         os.fsync(handle)
@@ -107,14 +127,14 @@ def write_shard(job: Job) -> Part:
         os.replace(partial, job.dest / job.name)
         fsync(job.dest)
         shard = Shard(job.name, len(names), writer.bytes, digest)
-        return Part(shard, rows[: len(names)], names, remarks)
+        return Part(shard, rows[: len(names)], names, remarks, prints[: len(names)], pixels)
     finally:
         partial.unlink(missing_ok=True)
         if handle >= 0:
             os.close(handle)
 
 
-def fields_of(job: Job, item: Item, image: CheckedImage) -> dict[str, bytes]:
+def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes]:
     """The fields of one sample."""
     about: dict[str, Any] = {"name": item.name, "width": image.width, "height": image.height}
     fields = {"jpg": image.data}

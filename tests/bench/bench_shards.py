@@ -30,7 +30,7 @@ from PIL import Image
 from shard_tools.demo_images import PHOTOGRAPHS, photograph
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.sources import Item
-from shard_tools.sharding.writer import Job, write_shard
+from shard_tools.sharding.writer import ShardJob, write_shard
 from shard_tools.tar import ShardWriter
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
@@ -81,7 +81,9 @@ def contestants(items: list[Item], root: Path, output: Path) -> dict[str, Callab
     def whole(check: str) -> None:
         classes = tuple(PHOTOGRAPHS)
         settings = ImageSettings(check=check)
-        write_shard(Job(0, "s.tar", 0, items, str(root), classes, settings, "fail", output, ""))
+        write_shard(
+            ShardJob(0, "s.tar", 0, items, str(root), classes, settings, "fail", output, "")
+        )
 
     return {
         "shardwriter": shardwriter,

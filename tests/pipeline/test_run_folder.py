@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from tiny import tiny_recipe
@@ -12,16 +15,18 @@ from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import STATE, CheckpointStore, SaveError, read_state
 from pipeline.runtime.run_folder import RunLock, claim
+from pipeline.runtime.same_run import check_same, data_identity
 from shard_tools.atomic import FILES, seal, verify
+from shard_tools.manifest import read_manifest
 
 
-def fake_checkpoint(run, step, recipe):
+def fake_checkpoint(run, step, recipe, **state):
     """A folder with the shape of a checkpoint (its weights are not read here)."""
     name = f"step-{step:08d}"
     place = run / "checkpoints" / f".{name}"
     place.mkdir(parents=True)
     (place / "weights.bin").write_bytes(os.urandom(100))
-    (place / STATE).write_text(json.dumps({"step": step}))
+    (place / STATE).write_text(json.dumps({"step": step} | state))
     (place / "recipe.yaml").write_text(dump_recipe(recipe))
     seal(place, place.with_name(name))
     return place.with_name(name)
@@ -50,23 +55,68 @@ def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
 
 def test_where_to_go_on(tmp_path):
     recipe = tiny_recipe("mae")
-    assert claim(tmp_path, recipe, "auto")[1] is None
+    assert claim(tmp_path, "auto")[1] is None
     fake_checkpoint(tmp_path, 10, recipe)
     newest = fake_checkpoint(tmp_path, 200, recipe)
-    assert claim(tmp_path, recipe, "auto")[1] == newest
+    assert claim(tmp_path, "auto")[1] == newest
     other = tmp_path / "other"
-    assert claim(other, recipe, str(tmp_path))[1] == newest
-    assert claim(other, recipe, str(newest))[1] == newest
+    assert claim(other, str(tmp_path))[1] == newest
+    assert claim(other, str(newest))[1] == newest
     with pytest.raises(UserError, match="already holds a run"):
-        claim(tmp_path, recipe, "none")
+        claim(tmp_path, "none")
     with pytest.raises(UserError, match="no valid checkpoint"):
-        claim(other, recipe, str(tmp_path / "nowhere"))
+        claim(other, str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_key(tmp_path):
-    fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
-    with pytest.raises(UserError, match=r"another recipe \(optimizer.base_lr: 0.00015 != 0.1\)"):
-        claim(tmp_path, tiny_recipe("mae", "optimizer.base_lr=0.1"), "auto")
+    place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
+    other = tiny_recipe("mae", "optimizer.base_lr=0.1", "seed=4")
+    with pytest.raises(
+        UserError, match=r"recipe \(optimizer.base_lr: 0.00015 != 0.1; seed: 0 != 4"
+    ):
+        check_same(place, other, FACTS)
+    assert check_same(place, tiny_recipe("mae"), FACTS) == []
+
+
+FACTS = {"images": 96, "data": "a" * 64, "batch_size": 8, "epochs": 100, "steps_per_epoch": 12}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"images": 192, "data": "b" * 64, "steps_per_epoch": 24}, r"\(96 images, now 192\)"),
+        ({"data": "b" * 64}, "as many images, manifest aaaaaaaaaaaa, now bbbbbbbbbbbb"),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused_or_continued_deliberately(changed, said, tmp_path):
+    recipe = tiny_recipe("mae", "optimizer.warmup_epochs=10", "optimizer.base_lr=3.2e-4")
+    place = fake_checkpoint(tmp_path, 30, recipe, schedule=FACTS)
+    assert check_same(place, recipe, FACTS) == []
+    with pytest.raises(UserError, match=f"{said}.*--resume-changed"):
+        check_same(place, recipe, FACTS | changed)
+    first, second = check_same(place, recipe, FACTS | changed, anyway=True)
+    assert re.search(said, first)
+    # lr = 3.2e-4 * 8 / 256 * (step / steps of warm-up)
+    now = "epoch 1.25 at lr 1.25e-06" if "images" in changed else "epoch 2.50 at lr 2.50e-06"
+    assert second == f"warning: step 30 was epoch 2.50 at lr 2.50e-06, now {now}"
+
+
+def test_the_data_of_an_older_checkpoint_is_not_known(tmp_path):
+    place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
+    assert check_same(place, tiny_recipe("mae"), FACTS) == []
+
+
+def test_data_are_the_same_wherever_they_lie_and_others_where_a_byte_differs(shards, tmp_path):
+    train = read_manifest(shards / "train")
+    shutil.copytree(shards / "train", tmp_path / "copy")
+    assert data_identity(read_manifest(tmp_path / "copy")) == data_identity(train)
+    first = replace(train.shards[0], sha256="0" * 64)
+    others = [
+        replace(train, shards=(first, *train.shards[1:])),
+        replace(train, shards=train.shards[::-1]),
+        replace(train, index_sha256="0" * 64),
+    ]
+    assert len({data_identity(m) for m in (train, *others)}) == 4
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "list"])
@@ -98,7 +148,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, capsys):
     for step in (10, 20):
         (fake_checkpoint(tmp_path, step, recipe) / "weights.bin").unlink()
     with pytest.raises(UserError, match=r"step-00000010/.*: missing .* start from scratch"):
-        claim(tmp_path, recipe, "auto")
+        claim(tmp_path, "auto")
     assert capsys.readouterr().out.count("falling back to the previous checkpoint") == 1
 
 
@@ -161,7 +211,7 @@ def test_a_start_removes_what_a_kill_left_and_points_latest_to_where_it_goes_on(
     for name in (".recipe.yaml.7.tmp", "checkpoints/.latest.7.tmp"):
         (tmp_path / name).write_text("half")
     (tmp_path / "checkpoints/latest").write_text("step-00000005\n")  # killed before it was written
-    lock, place = claim(tmp_path, recipe, "auto")
+    lock, place = claim(tmp_path, "auto")
     assert place == found
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000010\n"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []

@@ -57,7 +57,7 @@ def test_every_cut_is_an_error_until_the_archive_has_ended(kind: str, tmp_path: 
         if size >= ended:
             assert contents(path, list(read_members(path))) == files
         else:
-            with pytest.raises(TarError, match="a.tar"):
+            with pytest.raises(TarError, match=r"a\.tar"):
                 list(read_members(path))
 
 
@@ -71,8 +71,7 @@ def test_no_flipped_bit_loses_a_member_without_a_word(kind: str, tmp_path: Path)
         path.write_bytes(changed)
         try:
             found = list(read_members(path))
-        except TarError as error:
-            assert "byte" in str(error)
+        except TarError:
             continue
         # A name in an extended header has no checksum; sizes and bytes are all there.
         sizes = [member.size for member in found]
@@ -89,7 +88,7 @@ def test_without_end_blocks_only_where_asked(tmp_path: Path) -> None:
             list(read_members(path))
         assert contents(path, list(read_members(path, lenient=True))) == files
     path.write_bytes(data[: end + -end % 512] + b"junk")
-    with pytest.raises(TarError, match="damaged at byte"):
+    with pytest.raises(TarError, match="cut at byte"):
         list(read_members(path, lenient=True))
 
 
@@ -100,7 +99,7 @@ def test_sizes_that_no_archive_has(tmp_path: Path) -> None:
             info = tarfile.TarInfo("a.jpg")
             info.pax_headers = {"size": size}
             tar.addfile(info)
-        with pytest.raises(TarError, match="a.tar"):
+        with pytest.raises(TarError, match=r"a\.tar"):
             list(read_members(path))
     header = tarfile.TarInfo("PaxHeader")
     header.type, header.size = tarfile.XHDTYPE, 8**11 - 1  # an extended header of 8 GiB
@@ -110,7 +109,7 @@ def test_sizes_that_no_archive_has(tmp_path: Path) -> None:
     chain = tarfile.TarInfo("g")
     chain.type, chain.size = tarfile.XGLTYPE, 0
     path.write_bytes(chain.tobuf(tarfile.USTAR_FORMAT) * 3000 + bytes(1024))
-    with pytest.raises(TarError, match="a.tar"):
+    with pytest.raises(TarError, match=r"a\.tar"):
         list(read_members(path))
 
 

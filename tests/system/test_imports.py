@@ -63,8 +63,10 @@ def circle(graph):
 # From the ground up: a room imports only rooms that stand before it (of one line, no other).
 FLOORS = (
     ("pipeline.errors",),
-    ("shard_tools.atomic", "shard_tools.cli", "shard_tools.tar", "pipeline.distributed"),
+    ("shard_tools.atomic", "shard_tools.cli", "shard_tools.members", "pipeline.distributed"),
+    ("shard_tools.tar", "shard_tools.image_file"),
     ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),
+    ("shard_tools.class_list",),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
     ("pipeline.runtime", "pipeline"),
 )

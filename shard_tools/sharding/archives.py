@@ -1,0 +1,220 @@
+"""The images inside tars: class folders, a tar of one tar per class, or a flat tar.
+
+Nothing is extracted to a path that an archive names: an image inside a tar is a byte range of that
+tar. A compressed archive has no byte ranges; it is unpacked once, as a stream, into one plain tar.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
+import posixpath
+import shutil
+import socket
+import subprocess
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import naming
+from shard_tools.cli import ToolError
+from shard_tools.members import Member, TarError, read_members, resolve_links
+from shard_tools.sharding.found import Found, Image, is_image, is_system_file
+
+UNPACKED = "unpacked"  # folder for plain tars of compressed archives, inside PARTS
+ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_ARCHIVES_INSIDE = (*ARCHIVES, ".zip", ".7z", ".rar")
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+}
+_OPEN: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+
+
+def is_archive(name: str) -> bool:
+    """True for a file name that tar archives have."""
+    return name.lower().endswith(ARCHIVES)
+
+
+def archive_stem(name: str) -> str:
+    """File name without folder and archive suffix: the class of an inner tar."""
+    base = posixpath.basename(name)
+    suffix = next(s for s in sorted(ARCHIVES, key=len, reverse=True) if base.lower().endswith(s))
+    return base[: -len(suffix)]
+
+
+def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
+    """The images of one tar. Image names: `class/file` for a tar of class tars, else the name in
+    the archive without the folders that all of it lies in.
+
+    unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what
+    is damaged is reported in `Found.missing` instead of raised (TarError).
+    """
+    found = Found()
+    with found.catching(path.name, skip):
+        path = plain_tar(path, unpacked)
+    outer = _list(path, path.name, 0, None, found, skip)
+    classes = [member for member in outer if is_archive(member.name)]
+    loose = [member for member in outer if is_image(member.name)]
+    if classes and loose:
+        raise ToolError(f"{path}: holds class tars and also loose images, such as {loose[0].name}")
+    _report_others(outer, found, but=classes)
+    if not classes:
+        found.images += [Image(m.name, str(path), m.offset, m.size) for m in _latest(loose, found)]
+        return found.without_wrapping()
+    for member in classes:
+        if not member.name.lower().endswith(".tar"):
+            raise ToolError(f"{path}: {member.name} is compressed inside the archive; unpack it")
+        found.extend(_class_tar(path, member, skip))
+    return found
+
+
+def list_class_tars(paths: Iterable[Path], unpacked: Path | None, skip: bool) -> Found:
+    """The images of a folder of class tars, named `class/file`."""
+    found = Found()
+    for path in paths:
+        inner = list_archive(path, unpacked, skip)
+        if any("/" in image.name for image in inner.images):
+            raise ToolError(f"{path}: is no tar of one class, it holds folders of its own")
+        name = archive_stem(path.name)
+        found.extend(inner.inside(name))
+    return found
+
+
+def _class_tar(path: Path, outer: Member, skip: bool) -> Found:
+    """The images of one tar inside another."""
+    found = Found()
+    name = archive_stem(outer.name)
+    members = _list(path, outer.name, outer.offset, outer.size, found, skip)
+    _report_others(members, found)
+    images = _latest([member for member in members if is_image(member.name)], found)
+    found.images += [Image(m.name, str(path), m.offset, m.size) for m in images]
+    return found.without_wrapping(keep_class=False).inside(name)
+
+
+def _list(
+    path: Path, name: str, start: int, size: int | None, found: Found, skip: bool
+) -> list[Member]:
+    """The readable members of the tar in bytes [start, start + size) of `path`."""
+    members: list[Member] = []
+    with found.catching(name, skip):
+        try:
+            for member in read_members(path, start, size):
+                members.append(member)
+        except TarError as error:
+            inside = f" in {name}" if start else ""
+            raise TarError(f"{error}{inside}; what follows is missing") from error
+    ranges, lost = resolve_links(members)
+    for member in lost:
+        if is_image(member.name):
+            with found.catching(member.name, skip):
+                raise TarError(f"{path}: member {member.name!r} {member.problem}")
+        else:
+            found.ignored.append((member.name, member.problem))
+    return ranges
+
+
+def _report_others(members: list[Member], found: Found, but: Sequence[Member] = ()) -> None:
+    """List what is no image; `but` are class tars."""
+    for member in members:
+        if is_image(member.name) or member in but:
+            continue
+        if member.name.lower().endswith(_ARCHIVES_INSIDE) and not is_system_file(member.name):
+            raise ToolError(f"{member.name}: is an archive inside an archive; unpack it")
+        found.ignored.append((member.name, "not an image by its name"))
+
+
+def _latest(members: list[Member], found: Found) -> list[Member]:
+    """Of members of one name the last, which is what extracting would leave."""
+    last = {posixpath.normpath(member.name): member for member in members}
+    for member in members:
+        if last[posixpath.normpath(member.name)] is not member:
+            found.ignored.append((member.name, "a later member of the archive has the same name"))
+    return list(last.values())
+
+
+def plain_tar(path: Path, unpacked: Path | None) -> Path:
+    """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
+    folder `unpacked`, made at first use (None: a ToolError asks to unpack it).
+
+    TarError where the stream is damaged or cut.
+    """
+    with naming(path, "cannot be read"), open(path, "rb") as file:
+        head = file.read(6)
+        about = os.fstat(file.fileno())
+    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    if not kind:
+        return path
+    if unpacked is None:
+        raise ToolError(f"{path}: is compressed, so tasks cannot share it; unpack it first")
+    mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+    target = unpacked / f"{path.name}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.tar"
+    if target.is_file():
+        return target
+    print(f"{path}: {kind}-compressed; unpacking it into {unpacked}", flush=True)
+    partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    with naming(target, "cannot be written"):
+        unpacked.mkdir(parents=True, exist_ok=True)
+        try:
+            with _decompressed(path, kind) as stream, open(partial, "wb") as out:
+                shutil.copyfileobj(stream, out, 16 << 20)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    return target
+
+
+@contextmanager
+def _decompressed(path: Path, kind: str) -> Iterator[Any]:
+    """The content of a compressed file as a stream. TarError where it is damaged or cut."""
+    try:
+        if kind == "zstd":
+            with _zstd(path) as stream:
+                yield stream
+        else:
+            with _OPEN[kind](path) as stream:
+                yield stream
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise TarError(f"{path}: damaged or cut {kind} stream ({error})") from error
+    except OSError as error:
+        if error.errno is None:  # bz2 says "Invalid data stream" in this way
+            raise TarError(f"{path}: damaged {kind} stream ({error})") from error
+        raise
+
+
+@contextmanager
+def _zstd(path: Path) -> Iterator[Any]:
+    """Through Python's own module (3.14), or the program zstd."""
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        program = shutil.which("zstd")
+        if program is None:
+            raise ToolError(f"{path}: is zstd-compressed; install zstd, or unpack it") from None
+    else:
+        with zstd.open(path) as stream:
+            yield stream
+        return
+    with subprocess.Popen(
+        [program, "--decompress", "--stdout", "--quiet", "--", str(path.absolute())],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        try:
+            yield process.stdout
+        except BaseException:
+            process.kill()
+            raise
+        message = process.stderr.read().decode(errors="replace").strip().split("\n")[-1]
+        if process.wait():
+            raise TarError(f"{path}: damaged or cut zstd stream ({message})")

@@ -1,0 +1,192 @@
+"""The layouts in which people have ImageNet: train and validation set in one folder.
+
+    train/ and val/                 as torchvision's ImageFolder; val/ in class folders, or flat
+                                    beside LOC_val_solution.csv or the development kit
+    ILSVRC2012_img_train.tar …      the three original files (with _img_val and _devkit_t12)
+    ILSVRC/Data/CLS-LOC             Kaggle's, with LOC_val_solution.csv
+    data/train_images_0.tar.gz …    Hugging Face's
+
+All give the same shards: image names are `synset/file` and classes the sorted synsets, which
+LOC_synset_mapping.txt has to confirm where it is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shard_tools.class_list import read_classes
+from shard_tools.cli import ToolError
+from shard_tools.sharding.folders import class_folders
+from shard_tools.sharding.labels import Labels, read_labels, read_solution
+from shard_tools.sharding.sources import Listing, Source, open_archives, open_source
+
+_VAL_FOLDERS = ("val", "valid", "validation")
+_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+_SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
+_DEVKIT = "ILSVRC2012_devkit_t12"
+_PART = re.compile(r"train_images_(\d+)\.tar(\.gz|\.zst)?")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder that holds train and validation set: what it is, the paths of both (several only
+    for archives), how the labels of a flat validation set are read, and the list of synsets."""
+
+    what: str
+    train: tuple[Path, ...]
+    val: tuple[Path, ...]
+    labels: Callable[[], Labels] | None = None
+    mapping: Path | None = None
+
+
+def recognise(root: Path) -> Layout | None:
+    """The layout of `root`; None for a folder or file that is one set of images. UserError where a
+    part of the layout is missing."""
+    if not root.is_dir():
+        return None
+    for look in (_kaggle, _folders, _original, _hugging_face):
+        layout = look(root)
+        if layout is not None:
+            return layout
+    return None
+
+
+def open_splits(layout: Layout, how: Listing) -> tuple[Source, Source]:
+    """List train and validation set, the second in the classes of the first."""
+    if how.unlabelled:
+        raise ToolError("--unlabelled is for one folder of images; give the train folder itself")
+    train = _open(layout.train, replace(how, labels=None))
+    if layout.mapping:
+        _check_mapping(layout, train.classes)
+    if not train.classes:
+        raise ToolError(f"{layout.train[0]}: the training set has no class folders")
+    how = replace(how, classes=train.classes)
+    if layout.labels and how.labels is None:
+        how = replace(how, labels=layout.labels())
+    return train, _open(layout.val, how)
+
+
+def _open(paths: Sequence[Path], how: Listing) -> Source:
+    return open_source(paths[0], how) if len(paths) == 1 else open_archives(paths, how)
+
+
+def _check_mapping(layout: Layout, classes: Sequence[str]) -> None:
+    named = read_classes(layout.mapping)
+    wrong = set(named) ^ set(classes)
+    if wrong:
+        raise ToolError(
+            f"{layout.train[0]}: {len(classes)} classes where {layout.mapping} names {len(named)}; "
+            f"{min(wrong)} is only in one of them"
+        )
+
+
+def _kaggle(root: Path) -> Layout | None:
+    for below in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", "."):
+        folder = root / below
+        if below == "." and root.resolve().name != "CLS-LOC":
+            return None
+        if (folder / "train").is_dir():
+            val = folder / "val"
+            if not val.is_dir():
+                raise ToolError(f"{val}: is missing beside {folder / 'train'}")
+            beside = [folder, *folder.resolve().parents[:3]]
+            return Layout(
+                "ImageNet as Kaggle has it",
+                (folder / "train",),
+                (val,),
+                _flat_labels(val, beside),
+                _first(beside, _MAPPING),
+            )
+    return None
+
+
+def _folders(root: Path) -> Layout | None:
+    val = next((root / name for name in _VAL_FOLDERS if (root / name).is_dir()), None)
+    if val is None and (root / "test").is_dir() and class_folders(root / "test"):
+        val = root / "test"  # CIFAR and others; ImageNet's own test set has no classes
+    if val is None or not (root / "train").is_dir():
+        return None
+    return Layout(
+        f"class folders in train/, validation set in {val.name}/",
+        (root / "train",),
+        (val,),
+        _flat_labels(val, [root, val]),
+        _first([root], _MAPPING),
+    )
+
+
+def _original(root: Path) -> Layout | None:
+    train, val = _packed(root, _TRAIN_TAR), _packed(root, _VAL_TAR)
+    if train is None and val is None:
+        return None
+    devkit = _devkit([root])
+    if train is None or val is None or devkit is None:
+        name = f"{_DEVKIT}.tar.gz" if train and val else _VAL_TAR if train else _TRAIN_TAR
+        raise ToolError(
+            f"{root / name}: is missing beside ImageNet's other files; for one of them alone, "
+            "give its own path"
+        )
+    return Layout(
+        "ImageNet's original archives",
+        (train,),
+        (val,),
+        lambda: _known(read_labels(None, devkit)),
+        _first([root], _MAPPING),
+    )
+
+
+def _hugging_face(root: Path) -> Layout | None:
+    for folder in (root, root / "data"):
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        parts = {int(match[1]): name for name in names if (match := _PART.fullmatch(name))}
+        if not parts:
+            if any(re.fullmatch(r"train-\d+-of-\d+(-\w+)?\.parquet", name) for name in names):
+                raise ToolError(f"{folder}: holds parquet files, which are not read; take the tars")
+            continue
+        missing = set(range(max(parts) + 1)) - set(parts)
+        if missing:
+            raise ToolError(f"{folder}: train_images_{min(missing)} is missing among the archives")
+        val = next((name for name in names if re.fullmatch(r"val_images\.tar(\.\w+)?", name)), None)
+        if val is None:
+            raise ToolError(f"{folder / 'val_images.tar.gz'}: is missing beside the train archives")
+        train = tuple(folder / parts[number] for number in sorted(parts))
+        mapping = _first([folder, root], _MAPPING)
+        return Layout("ImageNet as Hugging Face has it", train, (folder / val,), None, mapping)
+    return None
+
+
+def _flat_labels(val: Path, folders: Sequence[Path]) -> Callable[[], Labels] | None:
+    """How to label a validation folder without class folders; None where it has them."""
+    if class_folders(val):
+        return None
+    solution, devkit = _first(folders, _SOLUTION), _devkit(folders)
+    if solution:
+        return lambda: read_solution(solution)
+    if devkit:
+        return lambda: _known(read_labels(None, devkit))
+    return None
+
+
+def _known(labels: Labels | None) -> Labels:
+    assert labels is not None
+    return labels
+
+
+def _devkit(folders: Sequence[Path]) -> Path | None:
+    return next(
+        (path for folder in folders if (path := _packed(folder, _DEVKIT, f"{_DEVKIT}.tar"))), None
+    )
+
+
+def _packed(folder: Path, *names: str) -> Path | None:
+    """The first of the names, plain or compressed, that lies in the folder."""
+    suffixes = ("", ".gz", ".zst")
+    paths = (folder / (name + suffix) for name in names for suffix in suffixes)
+    return next((path for path in paths if path.exists()), None)
+
+
+def _first(folders: Sequence[Path], name: str) -> Path | None:
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)

@@ -1,0 +1,114 @@
+"""One sharding job in one folder: look at what lies there, write this task's shards, merge."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import naming
+from shard_tools.atomic import write_atomic
+from shard_tools.cli import ToolError
+from shard_tools.manifest import MANIFEST, read_manifest
+from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
+from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
+from shard_tools.sharding.writer import write_shards
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a job runs; nothing of this changes what it writes, but for images that cannot be used:
+    on_error "fail" stops at the first, "skip" leaves them out and reports them.
+
+    This is task `task` of `tasks`; workers: processes, 0 = this one.
+    """
+
+    workers: int = 1
+    on_error: str = "fail"
+    resume: bool = False
+    tasks: int = 1
+    task: int = 0
+
+
+def is_finished(dest: Path) -> bool:
+    """True where a job has written its manifest."""
+    return (dest / MANIFEST).is_file()
+
+
+def check_destination(dest: Path, sources: list[Path], how: Execution) -> None:
+    """Before anything is listed: `dest` is no part of what is read, and not finished."""
+    if is_finished(dest) and not how.resume:
+        raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
+    for source in sources:
+        if dest.resolve().is_relative_to(source.resolve()):
+            raise ToolError(f"{dest}: lies inside {source} and would become part of it")
+
+
+def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
+    """Compare the plan with what lies in `dest`; True where it is finished already."""
+    if is_finished(dest):
+        if read_manifest(dest).made.get("plan") == plan.digest:
+            return True
+        raise ToolError(
+            f"{dest}: holds shards of another source or of other options; remove it or give "
+            "another folder"
+        )
+    record = read_plan_record(dest)
+    if record is None:
+        # Tasks of an array start together: a plan is always there before the first tar.
+        if dest.is_dir() and any(dest.glob("*.tar")):
+            raise ToolError(f"{dest}: already holds tars that this job did not write")
+    elif record["digest"] != plan.digest:
+        raise ToolError(
+            f"{dest}: an unfinished job lies here, of another source or other options; finish it "
+            "with the same options and --resume, or remove the folder"
+        )
+    elif not how.resume and how.tasks == 1:
+        raise ToolError(f"{dest}: has an unfinished job; resume it with --resume")
+    return False
+
+
+def run_job(dest: Path, plan: Plan, source_name: str, how: Execution) -> None:
+    """Write this task's shards of the plan; merge where no other task is at work."""
+    if is_finished(dest):
+        clean_up(dest)  # a job killed after its manifest leaves its parts
+        print(f"{dest}: already finished, nothing to do")
+        return
+    with naming(dest, "cannot be written"):
+        if read_plan_record(dest) is None:
+            (dest / PARTS).mkdir(parents=True, exist_ok=True)
+            write_atomic(dest / PARTS / PLAN, json.dumps(plan_record(plan, source_name)).encode())
+        if how.tasks == 1:
+            remove_leftovers(dest)
+    mine = range(how.task, plan.shards, how.tasks)
+    todo = [i for i in mine if not how.resume or read_part(dest, i, plan.digest) is None]
+    images = {i: plan.starts[i + 1] - plan.starts[i] for i in mine}
+    write_shards(
+        plan,
+        dest,
+        todo,
+        workers=how.workers,
+        on_error=how.on_error,
+        finished=sum(images[i] for i in mine) - sum(images[i] for i in todo),
+    )
+    if how.tasks > 1:
+        print(f"{dest}: task {how.task} of {how.tasks} done; finish with --merge")
+    else:
+        merge(dest)
+
+
+def merge(dest: Path) -> None:
+    """Write the manifest from the finished parts and say what was made."""
+    if is_finished(dest):
+        clean_up(dest)
+        print(f"{dest}: already merged, nothing to do")
+        return
+    with naming(dest, "cannot be written"):
+        manifest = merge_parts(dest)
+    size = sum(shard.bytes for shard in manifest.shards)
+    counts = ", ".join(f"{n} {what}" for what, n in manifest.made["report"].items() if n)
+    print(
+        f"{dest}: {manifest.samples} images of {len(manifest.classes)} classes in "
+        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
+        + (f"; {counts} (see {dest / 'report.jsonl'})" if counts else "")
+    )

@@ -1,0 +1,340 @@
+"""ImageNet in the layouts that people have: the same bytes and labels out of each."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from shard_samples import SMALL, image_tree, jpeg, report, tar_of, tars_of
+
+from shard_tools.make_shards import main
+from shard_tools.manifest import read_manifest
+
+SYNSETS = ("n01440764", "n01443537", "n02119789")
+TRUTH = [2, 0, 1, 0, 2, 2]  # class of validation image 1, 2, …
+
+
+def val_name(number: int) -> str:
+    return f"ILSVRC2012_val_{number:08d}"
+
+
+def val_files() -> dict[str, bytes]:
+    return {f"{val_name(i)}.JPEG": jpeg(100 + i) for i in range(1, len(TRUTH) + 1)}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ in class folders."""
+    root = tmp_path_factory.mktemp("imagenet")
+    image_tree(root / "train", dict.fromkeys(SYNSETS, 4))
+    for number, (name, data) in enumerate(val_files().items()):
+        folder = root / "val" / SYNSETS[TRUTH[number]]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="module")
+def wanted(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    return sharded(folders, tmp_path_factory.mktemp("wanted"))
+
+
+def sharded(source: Path, dest: Path, *options: str) -> dict[str, dict[str, bytes]]:
+    """All files of both splits but the manifest, which names its source."""
+    assert main([str(source), str(dest), *SMALL, *options]) == 0
+    found = {split: tars_of(dest / split) for split in ("train", "val")}
+    for split, files in found.items():
+        assert read_manifest(dest / split).classes == SYNSETS
+        for name in ("manifest.json", "report.jsonl"):
+            files.pop(name)
+        assert report(dest / split) == {}
+    return found
+
+
+def devkit(folder: Path) -> Path:
+    """ILSVRC2012_devkit_t12: its ILSVRC2012_IDs are not in synset order."""
+    (folder / "data").mkdir(parents=True)
+    order = [SYNSETS[2], SYNSETS[0], SYNSETS[1]]
+    fields = ["ILSVRC2012_ID", "WNID", "words", "gloss", "num_children"]
+    rows = [(i, synset, "w", "g", 0) for i, synset in enumerate(order, 1)]
+    table = np.array([*rows, (4, "n00000009", "w", "g", 3)], dtype=[(f, "O") for f in fields])
+    scipy.io.savemat(folder / "data" / "meta.mat", {"synsets": table})
+    lines = "".join(f"{order.index(SYNSETS[i]) + 1}\n" for i in TRUTH)
+    (folder / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(lines)
+    return folder
+
+
+def train_tars(folders: Path, scratch: Path) -> dict[str, bytes]:
+    tars = {}
+    for synset in reversed(SYNSETS):
+        files = {p.name: p.read_bytes() for p in sorted((folders / "train" / synset).iterdir())}
+        tars[f"{synset}.tar"] = tar_of(scratch / f"{synset}.tar", files).read_bytes()
+        (scratch / f"{synset}.tar").unlink()
+    return tars
+
+
+def original(folders: Path, root: Path) -> None:
+    root.mkdir()
+    tar_of(root / "ILSVRC2012_img_train.tar", train_tars(folders, root))
+    tar_of(root / "ILSVRC2012_img_val.tar", val_files())
+    kit = devkit(root / "kit")
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as packed:
+        packed.add(kit, "ILSVRC2012_devkit_t12")
+    shutil.rmtree(kit)
+
+
+def original_unpacked_kit(folders: Path, root: Path) -> None:
+    original(folders, root)
+    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    devkit(root / "ILSVRC2012_devkit_t12")
+
+
+def kaggle(folders: Path, root: Path) -> None:
+    data = root / "ILSVRC" / "Data" / "CLS-LOC"
+    shutil.copytree(folders / "train", data / "train")
+    (data / "val").mkdir()
+    (data / "test").mkdir()
+    for name, content in val_files().items():
+        (data / "val" / name).write_bytes(content)
+        (data / "test" / name.replace("val", "test")).write_bytes(content)
+    lines = [f"{val_name(i)},{SYNSETS[c]} 1 2 3 4 " for i, c in enumerate(TRUTH, 1)]
+    (root / "LOC_val_solution.csv").write_bytes(
+        b"\xef\xbb\xbf" + "\r\n".join(["ImageId,PredictionString", *reversed(lines)]).encode()
+    )
+    mapping = "\r\n".join(f"{synset} a tench, Tinca {i}" for i, synset in enumerate(SYNSETS))
+    (root / "LOC_synset_mapping.txt").write_text("\ufeff" + mapping)
+
+
+def hugging_face(folders: Path, root: Path) -> None:
+    (root / "data").mkdir(parents=True)
+    files = {
+        f"{path.stem}_{path.parent.name}.JPEG": path.read_bytes()
+        for path in sorted((folders / "train").rglob("*.JPEG"))
+    }
+    names = list(files)
+    for number in range(2):
+        part = {name: files[name] for name in names[number::2]}
+        tar = tar_of(root / "part.tar", part).read_bytes()
+        (root / "data" / f"train_images_{number}.tar.gz").write_bytes(gzip.compress(tar))
+    val = {
+        f"./{name[:-5]}_{SYNSETS[c]}.JPEG": data
+        for (name, data), c in zip(val_files().items(), TRUTH, strict=True)
+    }
+    tar = tar_of(root / "part.tar", val).read_bytes()
+    (root / "data" / "val_images.tar.gz").write_bytes(gzip.compress(tar))
+    (root / "part.tar").unlink()
+
+
+def flat_val(folders: Path, root: Path) -> None:
+    shutil.copytree(folders / "train", root / "train")
+    (root / "val").mkdir()
+    for name, content in val_files().items():
+        (root / "val" / name).write_bytes(content)
+    devkit(root / "ILSVRC2012_devkit_t12")
+
+
+def class_tars_in_train(folders: Path, root: Path) -> None:
+    (root / "train").mkdir(parents=True)
+    for name, data in train_tars(folders, root).items():
+        (root / "train" / name).write_bytes(data)
+    shutil.copytree(folders / "val", root / "val")
+
+
+LAYOUTS = [original, original_unpacked_kit, kaggle, hugging_face, flat_val, class_tars_in_train]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_every_layout_gives_the_same_bytes(
+    layout: Callable[[Path, Path], None],
+    folders: Path,
+    wanted: dict[str, dict[str, bytes]],
+    tmp_path: Path,
+) -> None:
+    root = tmp_path / "My Drive"
+    layout(folders, root)
+    assert sharded(root, tmp_path / "d") == wanted
+
+
+def test_kaggles_folder_by_each_of_its_levels(
+    folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    kaggle(folders, tmp_path / "k")
+    for number, below in enumerate(("ILSVRC", "ILSVRC/Data/CLS-LOC")):
+        assert sharded(tmp_path / "k" / below, tmp_path / f"d{number}") == wanted
+
+
+def test_the_parts_alone_give_the_same(
+    folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    original(folders, tmp_path / "o")
+    train, val = tmp_path / "train", tmp_path / "val"
+    assert main([str(tmp_path / "o" / "ILSVRC2012_img_train.tar"), str(train), *SMALL]) == 0
+    kit = tmp_path / "o" / "ILSVRC2012_devkit_t12.tar.gz"
+    options = ("--classes-from", str(train), "--devkit", str(kit))
+    archive = tmp_path / "o" / "ILSVRC2012_img_val.tar"
+    assert main([str(archive), str(val), *SMALL, *options]) == 0
+    for split in (train, val):
+        tar = "shard-000000.tar"
+        assert (split / tar).read_bytes() == wanted[split.name][tar]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "tar.zst", "wrapped", "folder of gz"])
+def test_imagenet_21k_is_one_set_of_class_tars(
+    kind: str, folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    tars = train_tars(folders, tmp_path)
+    source = tmp_path / "winter21_whole"
+    if kind.startswith("folder"):
+        source.mkdir()
+        for name, data in tars.items():
+            packed = kind == "folder of gz"
+            (source / (name + ".gz" * packed)).write_bytes(gzip.compress(data) if packed else data)
+    else:
+        prefix = "winter21_whole/" if kind == "wrapped" else ""
+        source = tar_of(tmp_path / "whole.tar", {prefix + k: v for k, v in tars.items()})
+        if kind == "tar.gz":
+            source = tmp_path / "whole.tar.gz"
+            source.write_bytes(gzip.compress((tmp_path / "whole.tar").read_bytes()))
+        elif kind == "tar.zst":
+            if not shutil.which("zstd"):
+                pytest.skip("the program zstd is not installed")
+            subprocess.run(["zstd", "-q", source], check=True)
+            source = tmp_path / "whole.tar.zst"
+    assert main([str(source), str(tmp_path / "d"), *SMALL]) == 0
+    assert read_manifest(tmp_path / "d").classes == SYNSETS
+    assert tars_of(tmp_path / "d")["shard-000000.tar"] == wanted["train"]["shard-000000.tar"]
+    assert not (tmp_path / "d" / ".parts").exists()
+    assert main([str(source), str(tmp_path / "s"), *SMALL, "--splits"]) == 0
+    assert read_manifest(tmp_path / "s" / "train").samples == 12
+
+
+def test_one_wrapping_folder_is_no_class(tmp_path: Path) -> None:
+    for number, prefix in enumerate(("val/", "./val/", "a/b/")):
+        archive = tar_of(
+            tmp_path / f"{number}.tar", {prefix + k: v for k, v in val_files().items()}
+        )
+        dest = tmp_path / f"d{number}"
+        labels = tmp_path / "labels.txt"
+        labels.write_text("".join(f"{SYNSETS[c]}\n" for c in TRUTH))
+        assert main([str(archive), str(dest), *SMALL]) == 0
+        assert read_manifest(dest).classes == ()
+        assert main([str(archive), str(dest) + "l", *SMALL, "--synsets", str(labels)]) == 0
+        assert read_manifest(str(dest) + "l").classes == SYNSETS
+    # A synset above all images is the class of a set of one class.
+    files = {f"train/{SYNSETS[0]}/{i}.jpg": jpeg(i) for i in range(3)}
+    archive = tar_of(tmp_path / "one.tar", files)
+    assert main([str(archive), str(tmp_path / "one"), *SMALL]) == 0
+    assert read_manifest(tmp_path / "one").classes == (SYNSETS[0],)
+    files |= {f"train/{SYNSETS[1]}/deep/er/{i}.jpg": jpeg(i) for i in range(3)}
+    archive = tar_of(tmp_path / "two.tar", files)
+    assert main([str(archive), str(tmp_path / "two"), *SMALL]) == 0
+    assert read_manifest(tmp_path / "two").classes == SYNSETS[:2]
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        for name in names:
+            path = root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return change
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        os.truncate(root / name, os.path.getsize(root / name) // 3)
+
+    return change
+
+
+def other_mapping(root: Path) -> None:
+    (root / "LOC_synset_mapping.txt").write_text(f"{SYNSETS[0]} tench\nn09999999 fish\n")
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "sentence"),
+    [
+        (original, remove("ILSVRC2012_img_val.tar"), "ILSVRC2012_img_val.tar: is missing"),
+        (original, remove("ILSVRC2012_img_train.tar"), "ILSVRC2012_img_train.tar: is missing"),
+        (original, remove("ILSVRC2012_devkit_t12.tar.gz"), "devkit_t12.tar.gz: is missing"),
+        (original, cut("ILSVRC2012_img_val.tar"), "ILSVRC2012_img_val.tar: cut"),
+        (kaggle, remove("LOC_val_solution.csv"), "has no class folders or labels"),
+        (kaggle, other_mapping, "3 classes where"),
+        (kaggle, remove("ILSVRC/Data/CLS-LOC/val"), "val: is missing beside"),
+        (
+            kaggle,
+            remove("ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000003.JPEG"),
+            "1 of 6 labelled images are not there, such as ILSVRC2012_val_00000003",
+        ),
+        (flat_val, remove("val/ILSVRC2012_val_00000003.JPEG"), "1 of 6 labelled images"),
+        (flat_val, remove("ILSVRC2012_devkit_t12"), "has no class folders or labels"),
+        (hugging_face, remove("data/train_images_0.tar.gz"), "train_images_0 is missing"),
+        (hugging_face, remove("data/val_images.tar.gz"), "val_images.tar.gz: is missing"),
+        (hugging_face, cut("data/val_images.tar.gz"), "damaged or cut gzip stream"),
+        (class_tars_in_train, cut("train/n01443537.tar"), "n01443537.tar: cut"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_written(
+    layout: Callable[[Path, Path], None],
+    change: Callable[[Path], None],
+    sentence: str,
+    folders: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layout(folders, tmp_path / "root")
+    change(tmp_path / "root")
+    assert main([str(tmp_path / "root"), str(tmp_path / "d"), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "d").rglob("*.tar")) or "gz" in sentence
+
+
+def test_splits_are_no_classes(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "root").mkdir()
+    shutil.copytree(folders / "train", tmp_path / "root" / "train")
+    assert main([str(tmp_path / "root"), str(tmp_path / "d"), *SMALL]) == 2
+    assert "root: holds train, which are no classes" in capsys.readouterr().err
+
+
+def test_tasks_and_merge_of_both_splits(
+    folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    dest = str(tmp_path / "d")
+    for task in ("1", "0"):
+        assert main([str(folders), dest, *SMALL, "--num-tasks", "2", "--task-id", task]) == 0
+    assert main([str(folders), dest, "--merge"]) == 0
+    for split, files in wanted.items():
+        assert (Path(dest) / split / "shard-000000.tar").read_bytes() == files["shard-000000.tar"]
+    assert main([str(folders), dest, *SMALL, "--resume"]) == 0  # finished, nothing to do
+
+
+def test_a_class_list_in_each_form_that_people_have(folders: Path, tmp_path: Path) -> None:
+    order = (SYNSETS[1], "n09999999", SYNSETS[0], SYNSETS[2])
+    for number, text in enumerate(
+        [
+            "\n".join(order),
+            "\ufeff" + "\r\n".join(order) + "\r\n",
+            "\n".join(f"{synset} tench, Tinca tinca" for synset in order),
+            "\n".join(f"{synset},tench" for synset in order),
+            "\n".join(f"{synset}\ttench" for synset in order),
+        ]
+    ):
+        path = tmp_path / "classes.txt"
+        path.write_bytes(text.encode())
+        dest = tmp_path / f"d{number}"
+        source = str(folders / "train")
+        assert main([source, str(dest), *SMALL, "--classes-from", str(path)]) == 0
+        assert read_manifest(dest).classes == order
+        assert sorted(set(read_manifest(dest).index["label"].tolist())) == [0, 2, 3]
