@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -170,7 +169,8 @@ def test_every_protocol_takes_a_file(tmp_path):
     assert result["encoder"]["recipe"] == "dino"
     args = finetune.build_parser().parse_args(words)
     name = settings_of(finetune.Settings, args).name
-    assert output_path(None, encoder_of(args), name) == Path("runs/dino/eval/finetune.json")
+    path = output_path(None, encoder_of(args), name)
+    assert path.parent.parent.name.startswith("dino-")
 
 
 @pytest.mark.parametrize(
