@@ -35,7 +35,7 @@ from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import accuracy, count_correct
 from eval.shared.results import Timer, digest, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
-from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
+from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config, set_precision
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.crops import Crop
@@ -198,7 +198,10 @@ class Finetuning:
         count = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)
         with torch.random.fork_rng(devices=[]):
             for pixels, label, _ in self.session.batches(self.settings.val, VAL_BATCH):
-                logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
+                with torch.autocast(
+                    pixels.device.type, torch.bfloat16, self.run_plan.precision == "autocast"
+                ):
+                    logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
         return accuracy(self.ranks.sum(count))
@@ -208,7 +211,7 @@ def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
     """How the engine runs it on these ranks."""
     config = read_ds_config(s.ds_config)
     if session.precision != "auto":
-        config["bf16"] = {"enabled": session.precision == "bf16"}
+        set_precision(config, session.precision)
     run_plan = make_plan(
         config,
         OptimizerRecipe(base_lr=s.base_lr, betas=(0.9, 0.999)),

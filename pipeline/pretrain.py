@@ -129,8 +129,8 @@ def train(run: TrainState, stop: StopSignal) -> int:
         }
         if teacher is not None:
             values["ema"] = ema_momentum(recipe, step, steps.total)
-            teacher.update(objective, values["ema"], engine.gathered)
-            values["teacher_distance"] = partial(teacher.distance, objective, engine.gathered)
+            teacher.update(objective, values["ema"], engine.masters)
+            values["teacher_distance"] = partial(teacher.distance, objective, engine.masters)
         watchdog.note(f"step {step + 1}, after the update", patience)
         monitor.step(step, values, device)
         probe(run, step + 1)
