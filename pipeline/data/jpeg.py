@@ -48,7 +48,7 @@ def _decoding(fast: _Fast | None) -> Decode:
     def decode_crop(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
         header = read_header(data)
         box, flip = choose(header.width, header.height)
-        if fast is not None and header.plain:
+        if fast is not None and header.plain and header.channels != 4:  # not CMYK
             try:
                 fast(data, header, box, flip, out, interpolation)
                 return

@@ -28,7 +28,8 @@ _TABLES = {_DHT, _DQT, _DRI}
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # Sampling factors (h << 4 | v) by component on which the decoders were compared; others are rare.
 _LUMA = (0x11, 0x21, 0x22, 0x12, 0x41)
-_PLAIN = {*((luma,) for luma in _LUMA), *((luma, 0x11, 0x11) for luma in _LUMA)}
+_PLAIN = {*((y,) for y in _LUMA), *((y, 0x11, 0x11) for y in _LUMA), (0x11, 0x11, 0x11, 0x11)}
+_INCOMPLETE = "scans are missing that would complete the picture"
 _CUT = "the file is truncated (no end-of-image marker)"
 
 
@@ -60,15 +61,19 @@ def read_jpeg(data: bytes) -> Header:
     if not frame:
         raise ImageFault("a scan begins before the frame header")
     width, height, sampling = _read_frame(frame)
-    scanned = data[start] if end > start else 0  # components of the first scan
-    if scanned == len(sampling) > 1 and sum((s >> 4) * (s & 15) for s in sampling) > 10:
+    scan = data[start:end]
+    together = scan[:1] == frame[5:6]  # the first scan holds all channels
+    if together and len(sampling) > 1 and sum((s >> 4) * (s & 15) for s in sampling) > 10:
         raise ImageFault(f"sampling factors {_text(sampling)} are too large for one scan")
     length, scans, between = _scans(data, end)
-    # Decoders that stop with the last row of such a file would not see what follows it.
-    whole = progressive or scanned < len(sampling) or (scans == 1 and not between)
-    plain = orderly and whole and sampling in _PLAIN
+    # Decoders that stop with the last row of a file of one scan would not see what follows it.
+    single = together and not progressive
+    damage = "" if single or _complete(frame, [scan, *scans]) else _INCOMPLETE
+    plain = orderly and not damage and not (single and (scans or between)) and sampling in _PLAIN
     parts = ((0, 2), *tables, (begin, length))
-    return Header("JPEG", width, height, len(sampling), plain=plain, parts=parts)
+    return Header(
+        "JPEG", width, height, len(sampling), plain=plain, parts=parts, damage=damage
+    )  # fmt: skip
 
 
 def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
@@ -96,23 +101,39 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
     return kind, begin, code + 3, end
 
 
-def _scans(data: bytes, at: int) -> tuple[int, int, bool]:
-    """(end of the file, number of scans, whether other segments follow the first scan)."""
-    scans, between = 1, False
+def _scans(data: bytes, at: int) -> tuple[int, list[bytes], bool]:
+    """(end of the file, headers of the scans after the first, whether other segments follow)."""
+    scans: list[bytes] = []
+    between = False
     while match := _MARKER.search(data, at):
-        kind = data[match.start() + 1]
+        kind, at = data[match.start() + 1], match.end()
         if kind == _EOI:
-            return match.end(), scans, between
+            return at, scans, between
+        end = at + int.from_bytes(data[at : at + 2], "big")
         if kind == _SOS:
-            scans += 1
-            if scans > MAX_SCANS:
+            scans.append(data[at + 2 : end])
+            if len(scans) >= MAX_SCANS:
                 raise ImageFault(f"more than {MAX_SCANS} scans")
         elif kind in _SEGMENTS:
             between = True
         else:
             raise ImageFault(f"damaged: unexpected marker ff{kind:02x} in the picture")
-        at = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+        at = end
     raise ImageFault(_CUT)
+
+
+def _complete(frame: bytes, scans: list[bytes]) -> bool:
+    """Whether the scans give every coefficient of every channel to its last bit."""
+    known = dict.fromkeys(frame[6::3], 0)  # by channel: bit k = coefficient k
+    for scan in scans:
+        count = scan[0] if scan else 0
+        if len(scan) != 4 + 2 * count:
+            return False
+        first, last, shift = scan[-3:]
+        if shift & 15 == 0:
+            for channel in scan[1 : 1 + 2 * count : 2]:
+                known[channel] = known.get(channel, 0) | ((2 << last) - (1 << first))
+    return all(mask & (1 << 64) - 1 == (1 << 64) - 1 for mask in known.values())
 
 
 def _names_colours(kind: int, payload: bytes) -> bool:

@@ -99,12 +99,15 @@ def read_other(data: bytes, kind: str) -> Header:
     with calling_pillow(kind):
         image = Image.open(io.BytesIO(data), formats=(kind,))
         size, mode, frames = image.size, image.mode, getattr(image, "n_frames", 1)
+        coding = image.tile[0].args if kind == "PPM" else None
     check_size(*size)
     _check_frames(kind, frames)
     if kind == "TIFF":
         return _tiff(image, *size)
     alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     bits, number = {"I": (16, "unsigned"), "F": (32, "float")}.get(mode, (8, "unsigned"))
+    if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it
+        bits = 16
     return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
 
 
