@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
 
@@ -24,6 +25,7 @@ _FOREIGN_SOF = {
 # Segments that may stand anywhere: tables, DAC, DNL, APPn, comments.
 _SEGMENTS = {_DHT, _DQT, _DRI, 0xCC, 0xDC, *range(0xE0, 0xF0), 0xFE}
 _TABLES = {_DHT, _DQT, _DRI}
+_BARE = {0x01, *range(0xD0, 0xDA)}  # markers without a segment
 # Inside a scan 0xff is data if 0 follows, and a restart marker if 0xd0 to 0xd7 do.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # Sampling factors (h << 4 | v) by component on which the decoders were compared; others are rare.
@@ -33,7 +35,17 @@ _INCOMPLETE = "scans are missing that would complete the picture"
 _CUT = "the file is truncated (no end-of-image marker)"
 
 
-def read_jpeg(data: bytes) -> Header:
+# (bytes of a JPEG, index) → index of the next marker inside a scan from there on, or -1.
+FindMarker = Callable[[bytes, int], int]
+
+
+def next_marker(data: bytes, start: int) -> int:
+    """Index of the next marker that is neither escaped data nor a restart marker, or -1."""
+    match = _MARKER.search(data, start)
+    return match.start() if match else -1
+
+
+def read_jpeg(data: bytes, find_marker: FindMarker = next_marker) -> Header:
     """The header of a JPEG that ends properly. Raises ImageFault for kinds that decoders do not
     share, for limits exceeded and for a file that is cut or whose markers make no sense.
 
@@ -55,7 +67,11 @@ def read_jpeg(data: bytes) -> Header:
             )
         elif kind not in _SEGMENTS and kind != _SOS:
             raise ImageFault(f"unexpected marker ff{kind:02x} in the header")
-        if kind in _SOF or kind in _TABLES or _names_colours(kind, data[start:end]):
+        if (
+            kind in _TABLES
+            or kind in _SOF
+            or _names_colours(kind, data[start : min(end, start + 14)])
+        ):
             tables.append((begin, end))
         at = end
     if not frame:
@@ -65,7 +81,7 @@ def read_jpeg(data: bytes) -> Header:
     together = scan[:1] == frame[5:6]  # the first scan holds all channels
     if together and len(sampling) > 1 and sum((s >> 4) * (s & 15) for s in sampling) > 10:
         raise ImageFault(f"sampling factors {_text(sampling)} are too large for one scan")
-    length, scans, between = _scans(data, end)
+    length, scans, between = _scans(data, end, find_marker)
     # Decoders that stop with the last row of a file of one scan would not see what follows it.
     single = together and not progressive
     damage = "" if single or _complete(frame, [scan, *scans]) else _INCOMPLETE
@@ -89,7 +105,7 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
             break
         at = code + 1
     kind = data[code]
-    if kind in (0x01, *range(0xD0, 0xDA)):  # markers without a segment
+    if kind in _BARE:
         raise ImageFault(
             "the file ends before its picture" if kind == _EOI
             else f"unexpected marker ff{kind:02x} in the header"
@@ -101,12 +117,12 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
     return kind, begin, code + 3, end
 
 
-def _scans(data: bytes, at: int) -> tuple[int, list[bytes], bool]:
+def _scans(data: bytes, at: int, find_marker: FindMarker) -> tuple[int, list[bytes], bool]:
     """(end of the file, headers of the scans after the first, whether other segments follow)."""
     scans: list[bytes] = []
     between = False
-    while match := _MARKER.search(data, at):
-        kind, at = data[match.start() + 1], match.end()
+    while (at := find_marker(data, at)) >= 0:
+        kind, at = data[at + 1], at + 2
         if kind == _EOI:
             return at, scans, between
         end = at + int.from_bytes(data[at : at + 2], "big")
@@ -137,9 +153,9 @@ def _complete(frame: bytes, scans: list[bytes]) -> bool:
 
 
 def _names_colours(kind: int, payload: bytes) -> bool:
-    """Whether it is a JFIF or Adobe segment of the length that libjpeg asks for."""
+    """Whether the segment, of which 14 bytes are given, is JFIF or Adobe by libjpeg's rule."""
     if kind == 0xE0:
-        return payload[:5] == b"JFIF\0" and len(payload) >= 14
+        return payload[:5] == b"JFIF\0" and len(payload) == 14
     return kind == 0xEE and payload[:5] == b"Adobe" and len(payload) >= 12
 
 
