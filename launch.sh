@@ -42,6 +42,16 @@ need_number() { # NAME VALUE LEAST [MOST]
     fail "$1 is '$2': must be a number from $3 ${4:+to }${4:-up}"
 }
 
+free_port() { # one that nobody listens on, outside the range of outgoing connections
+  "$python" -c 'import random, socket
+for port in random.sample(range(20000, 32000), 12000):
+    with socket.socket() as s:
+        try: s.bind(("", port))
+        except OSError: continue
+    print(port)
+    break'
+}
+
 find_python() { # of the active environment, of .venv here, or on PATH (a container)
   for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} "$root/.venv/bin/python" "$(type -P python3)"; do
     [[ -x $python ]] && break
@@ -95,7 +105,7 @@ check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a no
 
 prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_SIZE are on this node
   local cores
-  cores=$(nproc)
+  cores=$("$python" "$root/shard_tools/cores.py" 2>/dev/null || nproc) # affinity and cgroups
   (($1 == WORLD_SIZE)) || check_hosts "$2"
   export LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu
@@ -116,7 +126,7 @@ run_node() { # NODE NODES: start the ranks of one node and watch over them
   local i
   ranks=${ranks:-$((gpus ? gpus : 1))}
   ((gpus == 0 || ranks <= gpus)) || fail "--ranks $ranks: $host has only $gpus GPUs"
-  [[ $2 != 1 ]] || MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$((20000 + $$ % 12000))}
+  [[ $2 != 1 ]] || MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$(free_port)}
   export MASTER_ADDR MASTER_PORT WORLD_SIZE=$((ranks * $2))
   prepare "$ranks" "$1"
   for ((i = 0; i < ranks; i++)); do
@@ -147,7 +157,7 @@ stop() { # SIGNAL REASON
 }
 
 watch_over() { # wait for all of pids; the first failure ends the others in bounded time
-  local i code=0 rc deadline='' links most=0 late=''
+  local i code=0 rc ending='' deadline='' links most=0 late=''
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -158,12 +168,16 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       ((rc == 0 || code != 0)) && continue
       code=$rc
       [[ $mode$stopping == node && $rc != "$PREEMPTED" ]] || continue
-      # Bad input ends every rank by itself, with one line.
-      [[ $rc == 2 ]] && deadline=$((SECONDS + 60)) && continue
+      # Bad input ends every rank by itself, with one line, but for those that wait for others.
+      ending=$((SECONDS + 3))
+      [[ $rc == 2 ]] && continue
       printf 'error: rank %d on %s failed with exit code %d%s; ending the others\n' "$i" "$host" "$rc" "$(reason "$rc")" >&2
-      send TERM
-      deadline=$((SECONDS + 20))
+      ending=$SECONDS
     done
+    if [[ -n $ending ]] && ((SECONDS >= ending && ${#pids[@]})); then
+      send TERM
+      ending='' deadline=$((SECONDS + 20))
+    fi
     if [[ $mode == hosts ]]; then # pdsh holds one ssh per host; the first to end is a failure or the end
       links=$(pgrep -c -x -P "$(pgrep -d, -s "${pids[0]:-0}" || echo 0)" ssh)
       ((links < most)) && deadline=${deadline:-$((SECONDS + 60))}
@@ -278,6 +292,8 @@ run_srun() { # SLURM_* to the names that every rank knows
   if [[ ${per_node%%(*} == 1 ]]; then
     run_node "$SLURM_NODEID" "$SLURM_STEP_NUM_NODES"
   else
+    # A task has cores of its own, which the others do not share.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=${per_node%%(*}
     LOCAL_RANK=$((gpus ? SLURM_LOCALID % gpus : SLURM_LOCALID)) # a task may see only its own GPU
     export LOCAL_RANK && run_rank

@@ -1,7 +1,7 @@
-"""CKA between features of the whole image and of the image with patches dropped (paper, Fig. 1).
+"""CKA between features of the full image and of the image with patches dropped (paper, Fig. 1).
 
 For every block and every share of dropped patches (10 … 90 %), linear CKA between the features of
-the whole images X and of the images with some patches dropped Y:
+the full images X and of the images with some patches dropped Y:
 
     CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),   K = X Xᵀ, L = Y Yᵀ.
 
@@ -10,39 +10,43 @@ Nguyen et al. 2021 (Eq. 3): with the diagonals of K and L set to zero,
 
     HSIC(K, L) = [ tr(K L) + 1ᵀK1 1ᵀL1 / ((n-1)(n-2)) - 2/(n-2) 1ᵀK L 1 ] / (n (n-3)).
 
-`--pool mean_patch`: the mean of the patch tokens that both encodings have; `--pool cls`: the class
+`--pool mean_patch`: the mean of the patch tokens that both encodings have; `--pool cls`: the cls
 token. A high CKA at a large share says that the features do not mind the occlusion.
 
     python eval/cka.py --encoder runs/rmae --val data/shards/val
 """
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from eval.shared.cli import (
-    autocast,
-    join_ranks,
-    output_path,
-    parser,
-    progress,
-    run_command,
-    seed_everything,
-    used_precision,
-    write_result,
-)
-from eval.shared.features import Timer, image_size, normalise, open_encoder
-from pipeline.data.loader import eval_loader
-from pipeline.distributed import Ranks
+from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
+from eval.shared.features import autocast
+from eval.shared.results import Timer, output_path, write_result
+from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
 from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
 POOLS = ("mean_patch", "cls")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What CKA depends on. val: shards; batch_size: n of a minibatch's HSIC; images: at most
+    (0 = all)."""
+
+    val: str
+    pool: str = "mean_patch"
+    mask_ratios: tuple[float, ...] = RATIOS
+    batch_size: int = 256
+    images: int = 0
+    seed: int = 0
 
 
 def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> list[Tensor]:
@@ -71,111 +75,96 @@ def pooled(tokens: list[Tensor], prefix: int, pool: str) -> Tensor:
 
 
 @torch.no_grad()
-def batch_hsic(
-    vit: VisionTransformer, pixels: Tensor, sample: Tensor, args: argparse.Namespace
-) -> Tensor:
+def batch_hsic(session: EvalSession, pixels: Tensor, sample: Tensor, s: Settings) -> Tensor:
     """HSIC of one minibatch, float64 [ratios, blocks, 3]: (K, L), (K, K), (L, L)."""
+    vit = session.vit
     prefix, length = vit.num_prefix_tokens, vit.patch_embed.num_patches
-    with autocast(args.precision, pixels.device):
-        whole = gram(pooled(block_features(vit, pixels, None), prefix, args.pool))
-    own = hsic(whole, whole)
+    with autocast(session.precision, pixels.device):
+        full = gram(pooled(block_features(vit, pixels, None), prefix, s.pool))
+    own = hsic(full, full)
     result = []
-    for ratio in args.mask_ratios:
-        kept = kept_patches(sample, length, ratio, args.seed).to(pixels.device)
-        with autocast(args.precision, pixels.device):
-            part = gram(pooled(block_features(vit, pixels, kept), prefix, args.pool))
-        result.append(torch.stack([hsic(whole, part), own, hsic(part, part)], dim=-1))
+    for ratio in s.mask_ratios:
+        kept = kept_patches(sample, length, ratio, s.seed).to(pixels.device)
+        with autocast(session.precision, pixels.device):
+            part = gram(pooled(block_features(vit, pixels, kept), prefix, s.pool))
+        result.append(torch.stack([hsic(full, part), own, hsic(part, part)], dim=-1))
     return torch.stack(result)
 
 
 def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
-    """Refuse an encoder whose patches cannot be left out, or that lacks the class token."""
+    """Refuse an encoder whose patches cannot be left out, or that lacks the cls token."""
     if not isinstance(vit, VisionTransformer):
         raise UserError(
-            f"{arch} is a {type(vit).__name__}, whose blocks know patches by their place in a "
-            "whole image: none can be left out"
+            f"{arch} is a {type(vit).__name__}, whose blocks know patches by their position "
+            "in a full image: none can be left out"
         )
     if pool == "cls" and not vit.has_class_token:
-        raise UserError(f"{arch} has no class token: take --pool mean_patch")
+        raise UserError(f"{arch} has no cls token: take --pool mean_patch")
 
 
-def check(args: argparse.Namespace) -> int:
+def check(s: Settings) -> int:
     """Refuse what cannot be computed; the number of images that are used."""
-    images = read_manifest(args.val).samples
-    if args.batch_size < 4:
+    images = read_manifest(s.val).samples
+    if s.batch_size < 4:
         raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
-    if images < args.batch_size:
-        raise UserError(f"{args.val} has {images} images, fewer than --batch-size")
-    if not args.mask_ratios or not all(0 < ratio < 1 for ratio in args.mask_ratios):
+    if images < s.batch_size:
+        raise UserError(f"{s.val} has {images} images, fewer than --batch-size")
+    if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
         raise UserError("--mask-ratios: each must lie between 0 and 1")
-    return min(images, args.images or images) // args.batch_size * args.batch_size
+    return min(images, s.images or images) // s.batch_size * s.batch_size
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """CKA for every ratio and block; the whole result, alike on every rank.
+def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
+    """CKA for every ratio and block; the full result, alike on every rank.
 
-    Minibatches are fixed by the order of the images, and shared among the ranks as a whole, so
-    the result does not depend on their number.
+    Minibatches are fixed by the order of the images and each is one rank's, so the result does
+    not depend on the number of ranks.
     """
-    timer = Timer()
-    images = check(args)
-    seed_everything(args.seed)
-    vit, info = open_encoder(args, ranks)
-    check_encoder(vit, info["arch"], args.pool)
-    loader = eval_loader(
-        args.val,
-        batch_size=args.batch_size,
-        rank=ranks.rank,
-        world=ranks.world,
-        image_size=image_size(vit),
-        workers=args.workers,
-        interleave=True,
-    )
-    total = torch.zeros(len(args.mask_ratios), len(vit.blocks), 3, dtype=torch.float64)
-    total = total.to(ranks.device)
-    steps = images // args.batch_size
+    timer, images = Timer(), check(s)
+    vit, ranks = session.vit, session.ranks
+    check_encoder(vit, session.info.arch, s.pool)
+    total = torch.zeros(len(s.mask_ratios), len(vit.blocks), 3, dtype=torch.float64)
+    total = total.to(session.device)
+    steps = images // s.batch_size
     mine = range(ranks.rank, steps, ranks.world)
+    loader = session.loader(s.val, s.batch_size)
     for _, batch in zip(mine, progress(loader, ranks, "CKA", len(mine)), strict=False):
-        total += batch_hsic(vit, normalise(batch.image, info, ranks.device), batch.sample, args)
+        total += batch_hsic(session, session.normalise(batch.image), batch.sample, s)
     total = ranks.sum(total) / steps
     cka = total[..., 0] / (total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)).sqrt()
     return {
         "protocol": "cka",
-        "pool": args.pool,
-        "ratios": list(args.mask_ratios),
+        "pool": s.pool,
+        "ratios": list(s.mask_ratios),
         "cka": [[round(value, 5) for value in row] for row in cka.tolist()],
         "images": images,
         "settings": {
-            "batch_size": args.batch_size,
+            "batch_size": s.batch_size,
             "estimator": "unbiased minibatch HSIC, linear kernel",
-            "seed": args.seed,
-            "val": args.val,
+            "seed": s.seed,
+            "val": s.val,
         },
-        "precision": used_precision(args.precision, ranks.device),
-        "encoder": info,
-        "seconds": timer.seconds,
-        "ranks": ranks.world,
+        **session.facts(timer),
     }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = parser(str(__doc__).split("\n", 1)[0])
-    result.add_argument("--val", required=True, help="shards with the images to compare")
-    result.add_argument("--pool", choices=POOLS, default="mean_patch")
-    result.add_argument(
-        "--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped"
-    )
-    result.add_argument("--batch-size", type=int, default=256, help="n of a minibatch's HSIC")
-    result.add_argument("--images", type=int, default=0, help="at most so many; 0 = all")
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    add = result.add_argument
+    add("--val", required=True, help="shards with the images to compare")
+    add("--pool", choices=POOLS, default=d.pool)
+    add("--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
+    add("--batch-size", type=int, default=d.batch_size, help="n of a minibatch's HSIC")
+    add("--images", type=int, default=d.images, help="at most N; 0 = all")
     return result
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks = join_ranks()
-    result = evaluate(args, ranks)
-    output = output_path(args, f"cka-{args.pool}")
+    ranks, settings = join_ranks(), settings_of(Settings, args)
+    output = output_path(args.output, encoder_of(args), f"cka-{settings.pool}")
+    result = evaluate(settings, session_of(args, ranks))
     if ranks.first:
         write_result(output, result)
         last = ", ".join(

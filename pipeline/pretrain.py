@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config.recipe import RECIPES, Recipe, dump_recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
 from pipeline.data.loader import Batch, Loader, eval_loader
-from pipeline.distributed import PREEMPTED, StopSignal, any_rank, close
+from pipeline.distributed import PREEMPTED, StopSignal, any_rank, close, lost_contact
 from pipeline.errors import UserError, refuse
 from pipeline.method.pictures import draw
 from pipeline.runtime.checkpoint import SaveError
@@ -62,6 +62,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "--resume", default="auto", metavar="auto|PATH|none",
         help="resume from the newest valid checkpoint of --output, from another run or checkpoint, "
         "or start from scratch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume-changed", action="store_true",
+        help="resume although the data or the recipe is not the checkpoint's; the log says what "
+        "differs and how the schedule moves",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-lock", action="store_false", dest="lock",
+        help="start where the file system of --output has no locks (a second run on the same "
+        "folder is then not noticed)",
     )  # fmt: skip
     parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
@@ -151,6 +161,7 @@ def save(run: TrainState, step: int, must: bool) -> float:
         "zero_stage": run.plan.stage,
         "precision": run.plan.precision,
         "negatives_batch": run.negatives_batch,
+        "schedule": run.schedule,
         "versions": versions(),
     }
     with run.watch.monitor.paused():
@@ -199,16 +210,23 @@ def main(argv: list[str] | None = None) -> int:
     progress, 85 stopped by a signal and saved.
     """
     settings = parse_args(argv)
-    stop = StopSignal()
-    ranks = init_ranks()
+    try:
+        ranks = init_ranks()
+    except UserError as error:
+        return refuse(error)
     try:
         run = setup(settings, ranks)
     except UserError as error:
         # Once per host: one may lack what the others have.
         who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
         return refuse(error, who) if ranks.local_rank == 0 else 2
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        print(f"error (rank {ranks.rank}): lost contact to another rank", file=sys.stderr)
+        return 1
     try:
-        return train(run, stop)
+        return train(run, StopSignal())
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
     finally:

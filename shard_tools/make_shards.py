@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import naming
@@ -31,6 +31,7 @@ from shard_tools.sharding.job import (
 from shard_tools.sharding.labels import read_labels
 from shard_tools.sharding.layout import PARTS, Settings, make_plan
 from shard_tools.sharding.sources import Listing, Source, open_source
+from shard_tools.sharding.statistics import drop_duplicates
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -73,6 +74,10 @@ def make_shards(options: argparse.Namespace) -> int:
     with naming(options.source, "cannot be read"):
         layout = None if options.unlabelled else recognise(options.source)
     splits = find_splits(options, layout, listing, how)
+    if options.drop_duplicates:
+        splits = [
+            replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
+        ]
     plans = [make_plan(split.source, settings) for split in splits]
     for split, plan in zip(splits, plans, strict=True):
         announce(split)
@@ -196,6 +201,7 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--devkit", type=Path, metavar="PATH", help="labels of a flat val: ILSVRC2012_devkit_t12")
     a("--unlabelled", action="store_true", help="every image below SOURCE, without labels")
+    a("--drop-duplicates", action="store_true", help="of files with equal bytes take the first")
     a("--splits", action="store_true", help="write DEST/train also where SOURCE has no val")
     a("--root", type=Path, metavar="DIR", help="where relative paths of a CSV or JSONL start")
     a("--num-tasks", type=int, default=1, metavar="N", help="split the job over N tasks")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from eval.shared.encoders import EncoderInfo
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic, write_json
 
@@ -21,7 +22,7 @@ HEAD_STD = 2e-5
 
 
 def build_classifier(
-    encoder: VisionTransformer, info: dict[str, Any], classes: int, drop_path: float
+    encoder: VisionTransformer, info: EncoderInfo, classes: int, drop_path: float
 ) -> VisionTransformer:
     """The encoder with a mean over the patch tokens, a fresh fc_norm and a fresh head.
 
@@ -29,8 +30,8 @@ def build_classifier(
     the blocks; head weights are N(0, 2e-5) truncated at two deviations, its bias is zero.
     """
     model = timm.create_model(
-        info["arch"],
-        **info["options"],
+        info.arch,
+        **info.options,
         num_classes=classes,
         global_pool="avg",
         drop_path_rate=drop_path,
@@ -39,7 +40,7 @@ def build_classifier(
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(own)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) != FRESH or unexpected:
-        raise UserError(f"{info['arch']} does not fit a classifier: {missing}, {unexpected}")
+        raise UserError(f"{info.arch} does not fit a classifier: {missing}, {unexpected}")
     assert isinstance(model.head, nn.Linear)
     nn.init.trunc_normal_(model.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
     nn.init.zeros_(model.head.bias)
@@ -60,10 +61,10 @@ def layer_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with `lr_scale` = layer_decay^(depth + 1 - layer).
 
-    1-D parameters, the class token and the positions do not decay.
+    1-D parameters, the cls token and the positions do not decay.
     """
     depth = len(model.blocks)
-    fixed = model.no_weight_decay()  # class and register tokens, positions, biases of positions
+    fixed = model.no_weight_decay()  # cls and register tokens, positions, biases of positions
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         decays = parameter.ndim > 1 and name not in fixed
@@ -106,13 +107,13 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         info |= {"mean": list(config["mean"]), "std": list(config["std"])}
         info["classes"] = [str(number) for number in range(config["num_classes"])]
         return model.eval(), info
-    place = Path(folder)
+    home = Path(folder)
     try:
-        info = json.loads((place / "classifier.json").read_text(encoding="utf-8"))
+        info = json.loads((home / "classifier.json").read_text(encoding="utf-8"))
         model = timm.create_model(
             info["arch"], **info["options"], num_classes=len(info["classes"]), global_pool="avg"
         )
-        model.load_state_dict(load_file(place / "classifier.safetensors"))
+        model.load_state_dict(load_file(home / "classifier.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: no classifier of eval/finetune.py there ({reason})") from error

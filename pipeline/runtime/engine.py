@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.ds_config import RunPlan
-from pipeline.distributed import Ranks, can_build, free_port, prepare_deepspeed, unlink_buffer
+from pipeline.distributed import (
+    Ranks,
+    can_build,
+    check_environment,
+    cores_per_rank,
+    free_port,
+    joining,
+    prepare_deepspeed,
+    unlink_buffer,
+)
+from pipeline.errors import UserError
 from pipeline.runtime.optimizers import optimizer_of
 
 prepare_deepspeed()
@@ -35,7 +45,11 @@ from deepspeed.utils import (
 
 
 def init_ranks() -> Ranks:
-    """Join the process group (env of deepspeed, torchrun or launch.sh; alone without one)."""
+    """Join the process group (env of deepspeed, torchrun or launch.sh; alone without one).
+
+    Until a StopSignal listens, SIGTERM ends the process, also while it waits for other ranks.
+    Raises UserError where the environment is no rank's, or rank 0's port is taken or not reached.
+    """
     for key, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -44,6 +58,7 @@ def init_ranks() -> Ranks:
         "MASTER_PORT": str(free_port()),
     }.items():
         os.environ.setdefault(key, value)
+    check_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     local_world = int(
         os.environ.get("LOCAL_SIZE")
@@ -51,20 +66,26 @@ def init_ranks() -> Ranks:
         or os.environ["WORLD_SIZE"]
     )
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK {local_rank}: this host has {torch.cuda.device_count()} GPUs; start "
+                "at most one rank per GPU"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not can_build():
         _without_built_ops()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which op it has loaded
+    with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
         deepspeed.init_distributed(verbose=False)
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)
-    return Ranks(rank, world, local_rank, local_world, device)
+    cores = cores_per_rank()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+    return Ranks(rank, world, local_rank, local_world, device, cores)
 
 
 def _without_built_ops() -> None:

@@ -54,8 +54,8 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
     """The images of one tar. Image names: `class/file` for a tar of class tars, else the name in
     the archive without the folders that all of it lies in.
 
-    unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what is damaged is reported
-    in `Found.missing` instead of raised (TarError).
+    unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what
+    is damaged is reported in `Found.missing` instead of raised (TarError).
     """
     found = Found()
     with found.catching(path.name, skip):
@@ -142,7 +142,10 @@ def _latest(members: list[Member], found: Found) -> list[Member]:
 
 def plain_tar(path: Path, unpacked: Path | None) -> Path:
     """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
-    folder `unpacked`, made at first use (None: a ToolError asks to unpack it). TarError where the stream is damaged or cut."""
+    folder `unpacked`, made at first use (None: a ToolError asks to unpack it).
+
+    TarError where the stream is damaged or cut.
+    """
     with naming(path, "cannot be read"), open(path, "rb") as file:
         head = file.read(6)
         about = os.fstat(file.fileno())

@@ -10,7 +10,8 @@ from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, wr
 from torch import Tensor
 
 from eval import cka
-from eval.shared.features import open_encoder
+from eval.shared.cli import settings_of
+from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
@@ -18,16 +19,21 @@ COUNT = 48
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cka")
     write_shards(folder / "val", *coloured_images(COUNT, 6, seed=2))
     write_encoder(folder / "run")
     return folder
 
 
-def parse(place: Path, *more: str) -> cka.argparse.Namespace:
-    common = ["--encoder", place / "run", "--val", place / "val", "--workers", 0]
+def parse(home: Path, *more: str) -> cka.argparse.Namespace:
+    common = ["--encoder", home / "run", "--val", home / "val", "--workers", 0]
     return cka.build_parser().parse_args([str(v) for v in (*common, *more)])
+
+
+def evaluate(home: Path, *more: str, ranks: Ranks = ALONE) -> dict:
+    args = parse(home, *more)
+    return cka.evaluate(settings_of(cka.Settings, args), session_of(args, ranks))
 
 
 def by_loops(first: Tensor, second: Tensor) -> float:
@@ -72,13 +78,13 @@ def plain_cka(first: Tensor, second: Tensor) -> float:
 
 
 @pytest.mark.parametrize("pool", ["mean_patch", "cls"])
-def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> None:
-    args = parse(place, "--pool", pool, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
-    result = cka.evaluate(args, ALONE)
-    vit, info = open_encoder(args, ALONE)
-    loader = cka.eval_loader(args.val, batch_size=COUNT, rank=0, world=1, image_size=16, workers=0)
-    batch = next(iter(loader))
-    pixels = cka.normalise(batch.image, info, ALONE.device)
+def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str) -> None:
+    words = ("--pool", pool, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
+    result = evaluate(home, *words)
+    session = session_of(parse(home, *words), ALONE)
+    vit = session.vit
+    batch = next(iter(session.loader(home / "val", COUNT)))
+    pixels = session.normalise(batch.image)
     seen: list[Tensor] = []
     for block in vit.blocks:  # what timm's own forward computes, seen from outside
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -86,7 +92,7 @@ def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> N
         vit(pixels)
         whole = list(seen)
         for row, ratio in enumerate((0.3, 0.8)):
-            kept = cka.kept_patches(batch.sample, 16, ratio, args.seed)
+            kept = cka.kept_patches(batch.sample, 16, ratio, 0)
             part = cka.block_features(vit, pixels, kept)
             for number in range(2):
                 features = [
@@ -96,14 +102,14 @@ def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> N
                 assert result["cka"][row][number] == pytest.approx(plain_cka(*features), abs=2e-5)
 
 
-def test_dropped_patches_do_not_reach_the_encoder(place: Path) -> None:
-    vit, _ = open_encoder(parse(place), ALONE)
+def test_dropped_patches_do_not_reach_the_encoder(home: Path) -> None:
+    vit = session_of(parse(home), ALONE).vit
     torch.manual_seed(0)
     pixels, sample = torch.randn(3, 3, 16, 16), torch.tensor([4, 9, 11])
     kept = cka.kept_patches(sample, 16, 0.7, seed=0)
     assert kept.shape == (3, 16 - 11)
     again = cka.kept_patches(sample.flip(0), 16, 0.7, seed=0).flip(0)
-    assert torch.equal(kept, again)  # by sample, not by place in the batch
+    assert torch.equal(kept, again)  # by sample, not by position in the batch
     hidden = torch.ones(3, 16, dtype=torch.bool).scatter_(1, kept, False)
     grid = hidden.view(3, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     other = torch.where(grid, torch.randn_like(pixels), pixels)
@@ -123,25 +129,25 @@ def test_dropped_patches_do_not_reach_the_encoder(place: Path) -> None:
             torch.testing.assert_close(a, b)
 
 
-def work(ranks: Ranks, place: str) -> None:
-    result = cka.evaluate(parse(Path(place), "--batch-size", 16), ranks)
-    (Path(place) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
+def work(ranks: Ranks, home: str) -> None:
+    result = evaluate(Path(home), "--batch-size", 16, ranks=ranks)
+    (Path(home) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_minibatches_on_two_ranks_give_the_value_of_one(place: Path) -> None:
-    on_two_ranks(work, str(place))
-    alone = cka.evaluate(parse(place, "--batch-size", 16), ALONE)
-    exact = cka.evaluate(parse(place, "--batch-size", COUNT), ALONE)
+def test_minibatches_on_two_ranks_give_the_value_of_one(home: Path) -> None:
+    on_two_ranks(work, str(home))
+    alone = evaluate(home, "--batch-size", 16)
+    exact = evaluate(home, "--batch-size", COUNT)
     assert alone["ratios"] == pytest.approx([n / 10 for n in range(1, 10)])
     for rank in (0, 1):
-        result = json.loads((place / f"rank{rank}.json").read_text())
+        result = json.loads((home / f"rank{rank}.json").read_text())
         torch.testing.assert_close(torch.tensor(result["cka"]), torch.tensor(alone["cka"]))
     error = (torch.tensor(alone["cka"]) - torch.tensor(exact["cka"])).abs()
     assert error.max() < 0.15  # an estimate from 3 batches of 16
 
 
-def test_bad_input_is_one_sentence(place: Path) -> None:
+def test_bad_input_is_one_sentence(home: Path) -> None:
     with pytest.raises(UserError, match="at least 4 images"):
-        cka.evaluate(parse(place, "--batch-size", 3), ALONE)
+        evaluate(home, "--batch-size", 3)
     with pytest.raises(UserError, match="has 48 images, fewer than --batch-size"):
-        cka.evaluate(parse(place, "--batch-size", 64), ALONE)
+        evaluate(home, "--batch-size", 64)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.shared.cli import run_command, write_result
+from eval.shared.cli import run_command
+from eval.shared.results import write_result
 from pipeline import estimate, export
 from pipeline.errors import UserError
 

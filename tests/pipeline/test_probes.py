@@ -111,8 +111,8 @@ def test_randaugment_is_keyed_and_leaves_the_global_generators_alone():
 
 
 def test_probes_change_no_result():
-    from pipeline.config.recipe import RECIPES, first_difference
+    from pipeline.config.recipe import RECIPES, differences
 
     a = load_recipe(RECIPES / "mae.yaml")
     b = load_recipe(RECIPES / "mae.yaml", ["monitor.knn_steps=5"])
-    assert first_difference(a, b) is None
+    assert differences(a, b) == []
