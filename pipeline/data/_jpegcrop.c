@@ -158,8 +158,11 @@ static int make_axis(Axis *axis, int out, double from, double to, int low, int h
         }
         int place = flip ? out - 1 - i : i;
         int16_t *weight = axis->weight + (size_t)place * axis->taps;
-        for (int k = 0; k < end - begin; k++) {
-            double fixed = rint(exact[k] / (sum != 0.0 ? sum : 1.0) * (1 << PRECISION));
+        /* The running sum is rounded, so that thousands of small weights still add up to one. */
+        double unit = (1 << PRECISION) / (sum != 0.0 ? sum : 1.0), upto = 0.0, before = 0.0;
+        for (int k = 0; k < end - begin; k++, before = rint(upto)) {
+            upto += exact[k] * unit;
+            double fixed = rint(upto) - before;
             weight[k] = (int16_t)(fixed > 32767 ? 32767 : fixed < -32768 ? -32768 : fixed);
         }
         axis->start[place] = begin;

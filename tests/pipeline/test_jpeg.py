@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+from flat_jpeg import flat_jpeg
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,7 +17,7 @@ from pipeline.data import jpeg as decode
 from pipeline.data.crops import Box, CentreCrop, Crop
 from pipeline.data.jpeg import DecodeError, available, decoder
 from pipeline.errors import UserError
-from shard_tools.image_file import next_marker
+from shard_tools.image_file import ImageFault, next_marker, read_header
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))
 DECODERS = available()
@@ -204,6 +205,20 @@ def test_decompression_bombs_are_refused(name: str, photograph: Image.Image) -> 
     bomb = data[:at] + struct.pack(">HH", 60000, 60000) + data[at + 4 :]
     with pytest.raises(DecodeError, match=r"60000x60000 pixels are more than|exceeds limit"):
         run(name, bomb)
+
+
+def test_the_limit_of_pixels_is_the_last_that_is_accepted() -> None:
+    data = flat_jpeg(16, 16)
+    at = data.index(b"\xff\xc0") + 5
+    sizes = {(9459, 9459): True, (9460, 9459): False, (1, 65_500): True, (1, 65_501): False}
+    for (height, width), good in sizes.items():
+        declared = data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+        if good:
+            header = read_header(declared)
+            assert (header.width, header.height) == (width, height)
+        else:
+            with pytest.raises(ImageFault, match=f"{width}x{height} pixels"):
+                read_header(declared)
 
 
 def many_scans(count: int) -> bytes:
