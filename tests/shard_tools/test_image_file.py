@@ -69,6 +69,16 @@ def test_sharding_gives_every_file_its_verdict(made: Path) -> None:
     assert verify(str(made), decode=True, workers=1)[0] == []
 
 
+def test_headers_only_keeps_what_is_undecodable(tmp_path: Path) -> None:
+    (tmp_path / "s" / "c").mkdir(parents=True)
+    for key in ("jpeg plain", "jpeg broken table"):
+        (tmp_path / "s" / "c" / f"{key}.jpg").write_bytes(corpus()[key][0])
+    arguments = [str(tmp_path / "s"), str(tmp_path / "d"), *SMALL, "--check", "headers"]
+    assert make_shards.main(arguments) == 0
+    assert read_manifest(tmp_path / "d").made["pixels"]["images"] == 1
+    assert len(verify(str(tmp_path / "d"), decode=True, workers=1)[0]) == 1
+
+
 def test_adopting_and_verifying_give_the_same_verdicts(adopted: Path) -> None:
     found = {KEYS[key]: reason for key, (_, reason) in report(adopted).items()}
     faults, remarks = verify(str(adopted), decode=True, workers=1)
