@@ -261,6 +261,8 @@ def others() -> dict[str, tuple[bytes, str]]:
     pair = {"save_all": True, "append_images": [photo().rotate(90)]}
     lzw = encode(photo(), "TIFF", compression="tiff_lzw")
     alpha, extra = "transparent pixels", "4 channels, of which 3"
+    flipped = bytearray(encode(photo(), "TIFF", compression="tiff_adobe_deflate"))
+    flipped[8 + 3000] ^= 16  # its data begin at byte 8
     broken = bytearray(lzw)
     broken[200:260] = bytes(60)
     signed = (ramp(400, np.float64) - 200).astype(np.int32)
@@ -297,6 +299,7 @@ def others() -> dict[str, tuple[bytes, str]]:
         "tiff, 16 bits, 0 is white": (
             retagged(deep("TIFF", ramp(65535, np.uint16)), 1, 0), "whose 0 is white"),
         "tiff, 0 is white": (retagged(encode(photo("L"), "TIFF"), 1, 0), "converted"),
+        "tiff, deflate, flipped": (bytes(flipped), undecodable),
         "tiff, cut": (encode(photo(), "TIFF")[:-4000], undecodable),
         "tiff, broken": (bytes(broken), undecodable),
         "bmp": (encode(photo(), "BMP"), "converted"),

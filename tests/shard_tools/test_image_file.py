@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_corpus import WORDS, corpus
 from PIL import Image
-from shard_samples import SMALL, encode, picture, read_samples, report, tar_of
+from shard_samples import SMALL, encode, flipped, picture, read_samples, report, tar_of
 
 from pipeline.data.crops import Box
 from pipeline.data.jpeg import DecodeError, available, decoder
@@ -153,6 +153,15 @@ def verdict(how: str, data: bytes, box: Box | None = None) -> np.ndarray | None:
         assert str(error)  # noqa: PT017
         assert "\n" not in str(error)  # noqa: PT017
         return None
+
+
+def test_a_deflated_tiff_with_any_bit_of_its_data_flipped_is_refused() -> None:
+    data = small("TIFF", compression="tiff_adobe_deflate")
+    image = Image.open(io.BytesIO(data))
+    (start,), (length,) = (image.tag_v2[tag] for tag in (273, 279))
+    for at in range(start, start + length):
+        with pytest.raises(ImageFault):
+            check_image(flipped(data, 8 * at + at % 8), ImageSettings())
 
 
 @pytest.mark.parametrize("kind", list(SMALL_FILES))
