@@ -190,5 +190,5 @@ def test_damage_anywhere_is_refused_or_decoded_alike(
         crops = [verdict(how, data, box) for how in available()]
         assert all((c is None) == (checked is None) for c in crops)
         for other in crops[1:] if checked else ():
-            if not checked.damage:
-                assert np.abs(crops[0].astype(int) - other).max() <= 6
+            if not checked.damage:  # coefficients out of range are clipped in several ways
+                assert np.abs(crops[0].astype(int) - other).mean() < 1
