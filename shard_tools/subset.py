@@ -195,13 +195,15 @@ def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: 
     if "classes" in record:
         rows, classes = renumber(manifest, rows)
     names = [manifest.names[i] for i in samples] if manifest.names else []
-    made = {
+    made: dict[str, Any] = {
         "kind": kind,
         "tool": "subset",
         "version": version("relaxmim"),
         "of": manifest.index_sha256,
         "options": record,
     }
+    if manifest.made.get("unlabelled"):
+        made["unlabelled"] = True
     return Chosen(shard, rows, names, classes, made)
 
 
@@ -218,6 +220,8 @@ def write_subset(
     made = dict(chosen.made)
     if chosen.classes != stored_classes(manifest):
         made["stored_classes"] = list(stored_classes(manifest))
+    if manifest.made.get("lenient"):
+        made["lenient"] = True
     with naming(dest, "cannot be written"):
         write_manifest(
             dest,
