@@ -53,16 +53,16 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
     write_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-def seal(temporary: Path, place: Path) -> None:
+def seal(temporary: Path, final: Path) -> None:
     """List the files of a temporary folder with their sha256, fsync all, and give it its name."""
     paths = sorted(p for p in temporary.rglob("*") if p.is_file())
     files = {str(p.relative_to(temporary)): [p.stat().st_size, file_sha256(p)] for p in paths}
     (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
     for path in (*paths, temporary / FILES, temporary):
         fsync(path)
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(temporary, place)
-    fsync(place.parent)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    fsync(final.parent)
 
 
 def verify(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what lies where, with checksums.
+"""The manifest of a folder of shards: what is where, with checksums.
 
 A shard folder holds plain WebDataset tars and three small files:
 
@@ -6,7 +6,7 @@ A shard folder holds plain WebDataset tars and three small files:
     index.bin       one SAMPLE row per sample, in shard order: where its image bytes lie, its label
     names.bin       the original name of each sample (optional; zlib-compressed UTF-8 lines)
 
-A subset, or tars adopted in place, is a folder that holds only these files; its manifest then says
+A subset, or tars that others wrote, is a folder that holds only these files; its manifest then says
 where the tars lie. Every reader goes through `read_manifest`, so subsets need no special case.
 """
 
@@ -61,7 +61,7 @@ class ManifestError(UserError):
 @dataclass(frozen=True)
 class Shard:
     """One tar: `name` relative to `Manifest.folder`, `samples` that the manifest lists in it,
-    and `bytes` and `sha256` of the whole file."""
+    and `bytes` and `sha256` of the file."""
 
     name: str
     samples: int
@@ -77,7 +77,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # index → name (synset); empty where there are no labels
     made: dict[str, Any] = field(default_factory=dict)
-    home: str = ""  # where manifest.json itself lies; differs from `folder` for a subset
+    home: str = ""  # where manifest.json itself is; differs from `folder` for a subset
     index_sha256: str = ""
     names_sha256: str = ""  # empty where no names were recorded
 
@@ -362,7 +362,7 @@ def _check_shard(where: str, shard: Shard) -> None:
 
 
 def _check_rows(where: str, manifest: Manifest, rows: np.ndarray) -> None:
-    """Every row lies inside its shard and has a label that the classes know."""
+    """Every row is inside its shard and has a label that the classes know."""
     if len(rows) != manifest.samples:
         raise ManifestError(f"{where}: {len(rows)} rows for {manifest.samples} samples")
     sizes = np.repeat(

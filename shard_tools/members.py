@@ -17,7 +17,7 @@ from pipeline.errors import UserError, naming
 
 BLOCK = 512
 _MOST_LINKS = 40  # that are followed, as Linux does
-_LONGEST_HEADER = 16 << 20  # bytes of an extended header; tarfile reads it whole
+_LONGEST_HEADER = 16 << 20  # bytes of an extended header; tarfile reads it at once
 _FOLDERS = (tarfile.DIRTYPE, b"D", b"V")  # a folder, GNU's folder listing, a volume's name
 _SPECIAL = {tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a FIFO"}
 # What tarfile raises for bytes that are no tar; the recursion is a chain of extended headers.

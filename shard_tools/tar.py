@@ -24,6 +24,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 
 _SIZE_LIMIT = 8**11  # what the octal size field of a ustar header can hold
 _ZEROS = bytes(RECORD)
+_PIECE = 1 << 20  # bytes
 
 
 def _template() -> tuple[bytes, bytes, int]:
@@ -187,3 +188,39 @@ def read_range(handle: int, extent: tuple[int, int]) -> bytes:
     if len(data) != length:
         raise TarError(f"the file ends at byte {offset + len(data)}")
     return data
+
+
+class Sweep:
+    """Reads an open file from front to back, once, for its sha256 and for ranges on the way.
+
+    A range that begins before the last one ended is read a second time; what is between two ranges
+    is read in pieces, so that memory stays bounded by the longest range.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self._at, self._hash = handle, 0, hashlib.sha256()
+
+    def read(self, extent: tuple[int, int]) -> bytes:
+        """As `read_range`."""
+        offset, length = extent
+        if offset < self._at:
+            return read_range(self.handle, extent)
+        self._advance(offset)
+        data = read_range(self.handle, extent)
+        self._hash.update(data)
+        self._at += length
+        return data
+
+    def finish(self) -> str:
+        """Read the rest; the sha256 of the file, in hex."""
+        self._advance(None)
+        return self._hash.hexdigest()
+
+    def _advance(self, end: int | None) -> None:
+        while end is None or self._at < end:
+            size = _PIECE if end is None else min(_PIECE, end - self._at)
+            data = os.pread(self.handle, size, self._at)
+            if not data:
+                return
+            self._hash.update(data)
+            self._at += len(data)

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import file_sha256
 from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import (
     FORMATS,
@@ -31,7 +31,7 @@ from shard_tools.manifest import (
     is_remote,
     read_manifest,
 )
-from shard_tools.sharding.images import decode_fully, probe
+from shard_tools.sharding.images import ImageFault, decode_fully, probe
 from shard_tools.sharding.layout import PARTS
 from shard_tools.sharding.stored_sample import (
     SampleFault,
@@ -42,7 +42,7 @@ from shard_tools.sharding.stored_sample import (
     take_candidate,
 )
 from shard_tools.sharding.tar_files import tar_files
-from shard_tools.tar import Contents, Sample, read_range, read_samples
+from shard_tools.tar import Contents, Sample, Sweep, read_samples
 from shard_tools.workers import map_in_workers, report, working_on
 
 LISTED = 20  # faults that are named of one shard; the rest is counted
@@ -79,33 +79,47 @@ class Findings:
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
+    @contextmanager
+    def catching(self, path: str) -> Iterator[None]:
+        """What cannot be used or read inside becomes a fault."""
+        try:
+            with naming(path, "cannot be read"):
+                yield
+        except UserError as error:
+            fault = str(error).removeprefix(f"{path}: ")
+            if fault not in self.faults:
+                self.faults.append(fault)
+
 
 def check_shard(job: VerifyJob) -> Findings:
-    """All checks of one tar; a disk that cannot read it is a fault of the shard."""
+    """All checks of one tar in one pass; a disk that cannot read it is a fault of the shard."""
     path = os.path.join(job.folder, job.shard.name)
     found = Findings(job.shard.name)
     working_on(path)
-    try:
-        with naming(path, "cannot be read"):
-            _check_tar(job, path, found)
-    except UserError as error:  # the index would only repeat it for every sample
-        found.faults.append(str(error).removeprefix(f"{path}: "))
+    with found.catching(path):
+        if not os.path.isfile(path):
+            found.faults.append("the shard is missing")
+            return found
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            _check_tar(job, path, handle, found)
+        finally:
+            os.close(handle)
     return found
 
 
-def _check_tar(job: VerifyJob, path: str, found: Findings) -> None:
-    if not os.path.isfile(path):
-        found.faults.append("the shard is missing")
-        return
-    size = os.path.getsize(path)
+def _check_tar(job: VerifyJob, path: str, handle: int, found: Findings) -> None:
+    size = os.fstat(handle).st_size
     if size != job.shard.bytes:
         found.faults.append(f"{size} bytes long where the manifest says {job.shard.bytes}")
-    if file_sha256(path) != job.shard.sha256:
-        found.faults.append("its sha256 is not the one of the manifest")
-    contents = read_samples(path, lenient=job.lenient)
-    if job.complete:
-        found.faults += _surplus(contents, len(job.rows))
-    check_rows(job, path, contents.samples, found)
+    first, sweep = len(found.faults), Sweep(handle)
+    with found.catching(path):  # the index would only repeat it for every sample
+        contents = read_samples(path, lenient=job.lenient)
+        if job.complete:
+            found.faults += _surplus(contents, len(job.rows))
+        check_rows(job, path, sweep, contents.samples, found)
+    if sweep.finish() != job.shard.sha256:
+        found.faults.insert(first, "its sha256 is not the one of the manifest")
 
 
 def _surplus(contents: Contents, rows: int) -> Iterator[str]:
@@ -116,29 +130,27 @@ def _surplus(contents: Contents, rows: int) -> Iterator[str]:
         yield f"member {name!r}: {reason}"
 
 
-def check_rows(job: VerifyJob, path: str, samples: list[Sample], found: Findings) -> None:
+def check_rows(
+    job: VerifyJob, path: str, sweep: Sweep, samples: list[Sample], found: Findings
+) -> None:
     """Every row of the index against the samples of the tar."""
     by_offset = images_by_offset(samples)
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        for number, row in enumerate(job.rows):
-            report(int(row["length"]))
-            candidates = by_offset.get(int(row["offset"]))
-            if not candidates:
-                found.faults.append(f"no image begins at byte {row['offset']} (sample {number})")
-                continue
-            sample, name = take_candidate(handle, candidates, int(row["label"]))
-            working_on(f"{path}: sample {sample.key!r}")
-            original = job.names[number] if job.names else ""
-            for fault in check_sample(job, handle, row, sample, name, original, found.remarks):
-                found.faults.append(f"sample {sample.key!r}: {fault}")
-    finally:
-        os.close(handle)
+    for number, row in enumerate(job.rows):
+        report(int(row["length"]))
+        candidates = by_offset.get(int(row["offset"]))
+        if not candidates:
+            found.faults.append(f"no image begins at byte {row['offset']} (sample {number})")
+            continue
+        sample, image = take_candidate(sweep.handle, candidates, int(row["label"]))
+        working_on(f"{path}: sample {sample.key!r}")
+        name = job.names[number] if job.names else ""
+        for fault in check_sample(job, sweep, row, sample, image, name, found.remarks):
+            found.faults.append(f"sample {sample.key!r}: {fault}")
 
 
 def check_sample(
     job: VerifyJob,
-    handle: int,
+    sweep: Sweep,
     row: np.void,
     sample: Sample,
     image: str,
@@ -152,11 +164,11 @@ def check_sample(
     extent = sample.fields[image]
     if extent[1] != row["length"]:
         yield f"image of {extent[1]} bytes, the index says {row['length']}"
-    data = read_range(handle, extent)
+    data = sweep.read(extent)
     try:
         kind, *size, orientation = probe(data)
         warning = decode_fully(data) if job.decode else ""
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except ImageFault as error:
         yield f"image cannot be decoded ({error})"
         return
     declared = [kind, *size, orientation]
@@ -166,9 +178,9 @@ def check_sample(
     if warning:
         remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
     try:
-        about = read_json(handle, sample)
+        about = read_json(sweep.handle, sample)
         if not job.unlabelled:
-            yield from _check_label(job, handle, int(row["label"]), sample, about)
+            yield from _check_label(job, sweep.handle, int(row["label"]), sample, about)
     except SampleFault as fault:
         yield str(fault)
         return
