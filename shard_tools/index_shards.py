@@ -176,8 +176,6 @@ def read_row(
     about = describe(
         handle, sample, image_fields=settings.image_fields, unlabelled=settings.unlabelled
     )
-    if about.image[1] > np.iinfo("u4").max:
-        raise SampleFault(f"its image is {about.image[1]} bytes long")
     kind, width, height, orientation = probe(read_range(handle, about.image))
     if max(width, height) > np.iinfo("u2").max:
         raise ImageFault(f"{width} x {height} pixels are too many")
@@ -235,8 +233,11 @@ def find_tars(given: Sequence[Path]) -> Tars:
             raise ToolError(f"{path}: no such file or folder")
     if not paths:
         raise ToolError(f"{given[0]}: holds no .tar files")
-    if len(set(paths)) != len(paths):
-        raise ToolError("the same tar is given twice")
+    first: dict[str, Path] = {}
+    for path in paths:
+        other = first.setdefault(os.path.realpath(path), path)
+        if other is not path:
+            raise ToolError(f"{path}: the same tar is given twice, also as {other}")
     folder = Path(os.path.commonpath([*(path.parent for path in paths), *searched]))
     names = tuple(str(path.relative_to(folder)) for path in paths)
     return Tars(folder, names, tuple(str(path.relative_to(folder)) for path in searched))

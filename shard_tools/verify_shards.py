@@ -164,6 +164,7 @@ def check_sample(
     extent = sample.fields[image]
     if extent[1] != row["length"]:
         yield f"image of {extent[1]} bytes, the index says {row['length']}"
+        return
     data = sweep.read(extent)
     try:
         kind, *size, orientation = probe(data)

@@ -24,7 +24,7 @@ _NAME_KEYS = ("name", "filename", "url", "key")  # of the json, for the original
 _LABEL_WORDS = ("cls", "class", "label", "labels", "target", "category", "synset", "wnid")
 _LABEL_KEYS = (*_LABEL_WORDS, "class_id", "class_index", "class_idx", "class_name", "label_id")
 _UNLABELLED = "; --unlabelled takes the images without labels"
-_LONGEST_CLS, _LONGEST_JSON = 4096, 64 << 20  # bytes
+_LONGEST_CLS, _LONGEST_JSON, _LONGEST_IMAGE = 4096, 64 << 20, 1 << 30  # bytes
 
 
 class SampleFault(UserError):
@@ -50,6 +50,8 @@ def describe(
     if sample.problem:
         raise SampleFault(sample.problem)
     image = sample.fields[image_field(sample, image_fields)]
+    if image[1] > _LONGEST_IMAGE:
+        raise SampleFault(f"its image is {image[1]} bytes long, the limit is {_LONGEST_IMAGE}")
     about = read_json(handle, sample)
     label = -1
     if not unlabelled:

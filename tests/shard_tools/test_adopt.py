@@ -19,6 +19,7 @@ from shard_samples import encode, jpeg, picture, report, tar_of
 from shard_tools.index_shards import main
 from shard_tools.manifest import Manifest, read_manifest
 from shard_tools.subset import main as subset
+from shard_tools.tar import read_samples
 from shard_tools.verify_shards import main as verify_main
 from shard_tools.verify_shards import verify
 
@@ -309,6 +310,31 @@ def hostile(size: bytes, kind: bytes = tarfile.REGTYPE) -> bytes:
     return bytes(block)
 
 
+def test_an_image_that_no_memory_should_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Members of 2 GiB and of 9 GiB, past what an octal size can say; the file has holes."""
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        folder = tmp_path / str(kind)
+        folder.mkdir()
+        after = tar_of(folder / "after.part", samples(1)).read_bytes()
+        with open(folder / "x.tar", "wb") as file:
+            for name, size in (("large.jpg", 2 << 30), ("larger.jpg", 9 << 30)):
+                info = tarfile.TarInfo(name)
+                info.size = size
+                file.write(info.tobuf(kind))
+                file.seek(size, os.SEEK_CUR)
+            file.write(after)
+        contents = read_samples(folder / "x.tar").samples
+        assert [sample.key for sample in contents] == ["large", "larger", "s0"]
+        (offset, size) = contents[2].fields["jpg"]
+        with open(folder / "x.tar", "rb") as file:
+            file.seek(offset)
+            assert file.read(size) == jpeg(0)
+        error = refused(capsys, folder)
+        assert "sample 'large': its image is 2147483648 bytes long, the limit is" in error
+
+
 def base_256(size: int) -> bytes:
     return (b"\x80" if size >= 0 else b"\xff") + size.to_bytes(11, "big", signed=True)
 
@@ -381,7 +407,10 @@ def test_which_tars_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert adopt(*one) == 0  # these tars, whatever else is beside them
     assert verify(str(tmp_path / "o"), decode=False, workers=0) == ([], [])
     error = refused(capsys, tmp_path / "c.tar", tmp_path / "sub/../c.tar", "--output", "o")
-    assert "the same tar is given twice" in error
+    assert "c.tar: the same tar is given twice, also as " in error
+    (tmp_path / "sub" / "link.tar").symlink_to("../b.tar")
+    error = refused(capsys, tmp_path, "--output", tmp_path / "p")
+    assert f"link.tar: the same tar is given twice, also as {tmp_path / 'b.tar'}" in error
 
 
 def test_what_is_no_file_is_never_opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from shard_samples import encode, jpeg, picture, tar_of
 
 from pipeline.errors import UserError
@@ -198,6 +201,33 @@ def test_a_tar_that_was_appended_to_and_one_with_folders(tmp_path: Path) -> None
     subprocess.run(["tar", "-C", tree, "--sort=name", "-rf", path, "d"], check=True)
     assert ours_of(path) == theirs_of(path)
     assert [key for key, _ in ours_of(path)] == ["a", "d/b"]
+
+
+NAMES = (
+    "a.jpg", "a.JPG", "a.cls", "a.x.y", "b.jpg", "b.cls", "x/a.jpg", "x.y/a.jpg", "x/a.cls", "b",
+    "README", ".a.jpg", "__m__", "__m__/a.jpg", "__a.jpg", "a", "c..jpg", "c .jpg",
+)  # fmt: skip
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.sampled_from(NAMES), max_size=10))
+def test_any_order_of_members_is_read_alike_or_said(tmp_path: Path, names: list[str]) -> None:
+    """What webdataset refuses, or makes two samples of, has a problem here."""
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"%d" % (number % 10)))
+    ours = read_samples(path).samples
+    if any(sample.problem for sample in ours):
+        with contextlib.suppress(ValueError):  # a field twice
+            keys = [key for key, _ in theirs_of(path)]
+            assert len(set(keys)) < len(keys)
+    else:
+        assert ours_of(path) == theirs_of(path)
 
 
 # Damage: what is adopted is all of it, with the right bytes
