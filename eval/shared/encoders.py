@@ -21,6 +21,7 @@ class EncoderChoice:
     options: dict[str, Any] = field(default_factory=dict)
     random: bool = False
     seed: int = 0
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def open_encoder(
         options=choice.options,
         random=choice.random,
         seed=choice.seed,
+        ema=choice.ema,
     )
     check_feature(vit, feature)
     vit.requires_grad_(False).eval().to(device)

@@ -36,7 +36,8 @@ def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
     elif run.name == "encoder":
         run = run.parent
     is_random = encoder.random or encoder.source == "random"
-    return run / "eval" / f"{name}{f'-random-{encoder.seed}' if is_random else ''}.json"
+    name += f"-random-{encoder.seed}" if is_random else "-ema" * encoder.ema
+    return run / "eval" / f"{name}.json"
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:

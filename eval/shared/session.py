@@ -131,13 +131,15 @@ def open_session(
     """
     seed_everything(choice.seed)
     vit, info = open_encoder(choice, device or ranks.device, feature)
+    if ranks.first and info.record.get("note"):
+        print(f"encoder: {info.record['note']}", flush=True)
     return EvalSession(vit, info, ranks, precision, workers)
 
 
 def encoder_of(args: argparse.Namespace) -> EncoderChoice:
     """The encoder that a command line names."""
     options = read_options(args.options)
-    return EncoderChoice(args.encoder, args.arch, options, args.random, args.seed)
+    return EncoderChoice(args.encoder, args.arch, options, args.random, args.seed, args.ema)
 
 
 def session_of(
