@@ -74,12 +74,15 @@ def read_options(text: str) -> dict[str, Any]:
 
 def check_feature(vit: VisionTransformer, feature: str) -> None:
     """Refuse the cls token of an encoder that has none, or none that was trained to be read."""
-    if feature == "mean_patch":
+    if feature != "cls":
         return
     if getattr(vit, "cls_token", None) is None:
-        raise UserError("this encoder has no cls token; take the mean of the patches instead")
+        raise UserError(
+            "this encoder has no cls token; take the mean of the patches instead, "
+            "--feature mean_patch, or its own pooling, --feature own"
+        )
     if isinstance(vit.norm, nn.Identity):
         raise UserError(
             "this encoder normalises the mean of its patches, not its cls token; take the mean "
-            "of the patches instead"
+            "of the patches instead, --feature mean_patch, or its own pooling, --feature own"
         )
