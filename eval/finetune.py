@@ -33,7 +33,7 @@ from eval.shared.classifier import build_classifier, layer_groups, write_classif
 from eval.shared.cli import parser, progress, run_command, settings_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import accuracy, count_correct
-from eval.shared.results import Timer, output_path, write_accuracy
+from eval.shared.results import Timer, digest, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
 from pipeline.config.schedules import warmup_cosine
@@ -84,9 +84,11 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """finetune, finetune-10percent …: of the folder and the result file."""
+        """finetune, finetune-10percent …: of the folder and the result file. Lists of several
+        folders may be named alike."""
         if self.subset:
-            return f"finetune-{Path(self.subset).stem}"
+            path = Path(self.subset)
+            return f"finetune-{path.stem}-{digest(str(path.resolve()))}"
         return "finetune" if self.fraction == 1.0 else f"finetune-{100 * self.fraction:g}percent"
 
 

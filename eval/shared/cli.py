@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, refuse
+from shard_tools.cores import cores
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    result.add_argument("--workers", type=int, default=min(8, cores()))
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 
@@ -83,6 +84,13 @@ def parser(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="take the average that a FILE keeps beside its weights (state_dict_ema, model_ema), "
         "or the EMA teacher of a run",
+    )
+    result.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        help="pixels of the shorter side before an evaluation's centre crop (0: 256/224 of the "
+        "image size up to 224, above it the image size)",
     )
     result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
     result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")

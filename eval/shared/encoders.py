@@ -14,7 +14,9 @@ from pipeline.method.load import load_encoder
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """Which encoder; the words are load_encoder's."""
+    """Which encoder; the words are load_encoder's, but for resize: pixels of the shorter side of
+    images before the evaluation crop (0: as crops.shorter_side).
+    """
 
     source: str
     arch: str | None = None
@@ -22,6 +24,7 @@ class EncoderChoice:
     random: bool = False
     seed: int = 0
     ema: bool = False
+    resize: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Result files: their path and how they are written."""
 
+import hashlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,41 @@ class Timer:
 
 
 def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
-    """Where a result is written: `output`, or RUN/eval/NAME.json, with the seed of a random
-    encoder.
+    """Where a result is written: `output`, or RUN/eval/NAME.json. NAME has --options, if there
+    are any, and the seed of a random encoder.
 
-    An encoder that is no run of ours has the folder runs/<its name>.
+    RUN of a FILE is runs/<its name>-<digest of its full path>, since files of several folders are
+    named alike; of others runs/<source>, and of a random encoder runs/random-<architecture>.
     """
     if output:
         return Path(output)
     run = Path(encoder.source)
     if run.is_file():
-        run = Path("runs") / run.stem
-    elif encoder.source == "random" or encoder.source.startswith("timm:"):
+        run = Path("runs") / f"{run.stem}-{digest(str(run.resolve()))}"
+    elif encoder.source == "random":
+        run = Path("runs") / f"random-{encoder.arch}"
+    elif encoder.source.startswith("timm:"):
         run = Path("runs") / encoder.source.replace(":", "-")
     elif run.name == "encoder":
         run = run.parent
-    is_random = encoder.random or encoder.source == "random"
-    name += f"-random-{encoder.seed}" if is_random else "-ema" * encoder.ema
+    if encoder.options:
+        name += f"-{in_a_name(json.dumps(encoder.options, sort_keys=True))}"
+    if encoder.random or encoder.source == "random":
+        name += f"-random-{encoder.seed}"
+    name += "-ema" * encoder.ema
+    name += f"-resize{encoder.resize}" if encoder.resize else ""
     return run / "eval" / f"{name}.json"
+
+
+def digest(text: str) -> str:
+    """Eight hexadecimal digits that stand for a text in a file name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def in_a_name(text: str, longest: int = 40) -> str:
+    """A text as a part of a file name: its words, or its digest where they are too long."""
+    words = "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
+    return words if len(words) <= longest else digest(text)
 
 
 def write_result(path: str | Path, result: dict[str, Any]) -> None:
