@@ -29,6 +29,7 @@ from eval.shared.features import autocast
 from eval.shared.results import Timer, output_path, write_result
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
+from pipeline.method.families import block_features, drops_patches
 from pipeline.method.metrics import gram, hsic, kept_patches
 from shard_tools.manifest import read_manifest
 
@@ -47,24 +48,6 @@ class Settings:
     batch_size: int = 256
     images: int = 0
     seed: int = 0
-
-
-def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> list[Tensor]:
-    """Tokens [b, prefix + K, D] after every block; patches not kept are dropped before the first.
-
-    kept: int64 [b, K] or None for all.
-    """
-    tokens = vit._pos_embed(vit.patch_embed(pixels))
-    if kept is not None:
-        prefix = vit.num_prefix_tokens
-        index = (kept + prefix)[..., None].expand(-1, -1, tokens.shape[-1])
-        tokens = torch.cat([tokens[:, :prefix], tokens.gather(1, index)], dim=1)
-    tokens = vit.norm_pre(tokens)
-    outputs = []
-    for block in vit.blocks:
-        tokens = block(tokens)
-        outputs.append(tokens)
-    return outputs
 
 
 def pooled(tokens: list[Tensor], prefix: int, pool: str) -> Tensor:
@@ -93,12 +76,12 @@ def batch_hsic(session: EvalSession, pixels: Tensor, sample: Tensor, s: Settings
 
 def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
     """Refuse an encoder whose patches cannot be left out, or that lacks the cls token."""
-    if not isinstance(vit, VisionTransformer):
+    if not drops_patches(vit):
         raise UserError(
             f"{arch} is a {type(vit).__name__}, whose blocks know patches by their position "
             "in a full image: none can be left out"
         )
-    if pool == "cls" and not vit.has_class_token:
+    if pool == "cls" and vit.cls_token is None:
         raise UserError(f"{arch} has no cls token: take --pool mean_patch")
 
 
