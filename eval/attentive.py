@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import as_percent, count_correct
@@ -48,7 +49,6 @@ from shard_tools.subset import write_subset
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 DECAYS = (5e-4, 1e-3, 5e-2)
 HELD_OUT = 0.1  # share of the training images on which the pair is chosen
-PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,14 @@ def training_tokens(
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
     ranks = session.ranks
-    share = s.batch_size // ranks.world
-    micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
+    micro = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
     config = LoaderConfig(
         train,
         batch_size=s.batch_size,
         micro_batch=micro,
         crop=Crop(image_size=session.image_size, scale=(0.08, 1.0)),
         seed=s.seed,
-        partitions=math.gcd(s.batch_size, PARTITIONS),
+        partitions=partitions_of(s.batch_size, ranks.world),
         workers=session.workers,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
@@ -161,7 +160,7 @@ def training_tokens(
     for batch in loader:
         tokens = session.patch_tokens(session.normalise(batch.image))
         parts.append((tokens, batch.label.to(session.device)))
-        if len(parts) * micro == share:
+        if len(parts) * micro * ranks.world == s.batch_size:
             yield parts
             parts = []
 
@@ -210,8 +209,7 @@ def check(s: Settings, ranks: Ranks) -> int:
         raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
     if min(s.rates) <= 0 or min(s.decays) < 0:
         raise UserError("--rates must be above 0, --decays at least 0")
-    if s.batch_size % ranks.world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be split over {ranks.world} ranks")
+    check_batch(s.batch_size, ranks.world)
     kept = train.samples
     if s.select == "held-out":
         kept -= held_out_count(kept)

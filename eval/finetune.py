@@ -28,6 +28,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.batch_augment import make_erasing, make_mixup
+from eval.shared.batches import check_batch, partitions_of
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import parser, progress, run_command, settings_of
@@ -35,7 +36,7 @@ from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import accuracy, count_correct
 from eval.shared.results import Timer, digest, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
-from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
+from pipeline.config.ds_config import RunPlan, auto_micro_batch, make_plan, read_ds_config
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.crops import Crop
@@ -206,15 +207,16 @@ class Finetuning:
 
 def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
     """How the engine runs it on these ranks."""
-    config = read_ds_config(s.ds_config)
+    config, patches = read_ds_config(s.ds_config), session.vit.patch_embed.num_patches
     if session.precision != "auto":
         config["bf16"] = {"enabled": session.precision == "bf16"}
+    config["train_micro_batch_size_per_gpu"] = micro_batch(s, config, patches, session.ranks.world)
     run_plan = make_plan(
         config,
         OptimizerRecipe(base_lr=s.base_lr, betas=(0.9, 0.999)),
         batch_size=s.batch_size,
         partitions=plan.partitions,
-        patches=session.vit.patch_embed.num_patches,
+        patches=patches,
         world=session.ranks.world,
     )
     if run_plan.stage == 3:
@@ -222,12 +224,32 @@ def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
             f"{s.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
             "use ds_configs/zero2.json (or zero0, zero1)"
         )
-    if run_plan.micro_batch % 2:
-        raise UserError(
-            f"mixup pairs images: {run_plan.micro_batch} images per micro-batch must be even; "
-            "choose another --batch-size"
-        )
     return run_plan
+
+
+def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -> int:
+    """Images of a micro-batch on a rank: the ds_config's, or by its size; even where mixup or
+    cutmix pairs them."""
+    per_rank, pairs = s.batch_size // world, bool(s.mixup or s.cutmix)
+    wanted = config.get("train_micro_batch_size_per_gpu", "auto")
+    if pairs and per_rank % 2:
+        raise UserError(
+            f"--batch-size {s.batch_size}: mixup and cutmix pair images, and {per_rank} per "
+            f"rank is odd; choose a multiple of {2 * world}, or --mixup 0 --cutmix 0"
+        )
+    if wanted == "auto":
+        return auto_micro_batch(per_rank, patches, multiple=2 if pairs else 1)
+    if not isinstance(wanted, int) or wanted < 1 or per_rank % wanted:
+        raise UserError(
+            f"{s.ds_config}: train_micro_batch_size_per_gpu {wanted!r} does not divide the "
+            f"{per_rank} images per rank of --batch-size {s.batch_size} over {world} ranks"
+        )
+    if pairs and wanted % 2:
+        raise UserError(
+            f"{s.ds_config}: train_micro_batch_size_per_gpu {wanted}: mixup and cutmix pair "
+            "images, so it must be even; or --mixup 0 --cutmix 0"
+        )
+    return wanted
 
 
 def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
@@ -253,12 +275,13 @@ def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
     """Check the settings against the data; what they come to."""
     shards = choose_labels(s, folder, ranks)
     train, val = labelled(shards), labelled(s.val)
-    if s.batch_size < 1 or (s.max_steps is not None and s.max_steps < 1):
-        raise UserError("--batch-size and --max-steps must be at least 1")
+    check_batch(s.batch_size, ranks.world)
+    if s.max_steps is not None and s.max_steps < 1:
+        raise UserError("--max-steps must be at least 1")
     if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:
         raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
     count = class_count(train, val)
-    partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if s.batch_size % p == 0)
+    partitions = partitions_of(s.batch_size, ranks.world)
     steps = steps_per_epoch(train.samples, s.batch_size, partitions)
     if not steps:
         raise UserError(

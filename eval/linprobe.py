@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.features import FEATURES
@@ -50,7 +51,6 @@ from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import PREEMPTED, Ranks, StopSignal
 from pipeline.errors import UserError
 
-PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -333,11 +333,9 @@ def make_plan(s: Settings, ranks: Ranks) -> Plan:
         raise UserError("--max-steps must be at least 1")
     if s.protocol == "cached":
         return Plan(classes)
-    if s.batch_size % ranks.world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be split over {ranks.world} ranks")
-    share = s.batch_size // ranks.world
-    micro_batch = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
-    partitions = math.gcd(s.batch_size, PARTITIONS)
+    check_batch(s.batch_size, ranks.world)
+    micro_batch = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
+    partitions = partitions_of(s.batch_size, ranks.world)
     steps = steps_per_epoch(train.samples, s.batch_size, partitions)
     if steps < 1:
         raise UserError(

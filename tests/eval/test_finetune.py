@@ -370,7 +370,9 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
     ("change", "words"),
     [
         (("--batch-size", "128"), "too few for --batch-size 128"),
-        (("--batch-size", "15"), "mixup pairs images"),
+        (("--batch-size", "15", "--mixup", "1"), "--batch-size 15: mixup and cutmix pair .* of 2,"),
+        (("--batch-size", "15", "--cutmix", "1"), "and 15 per rank is odd"),
+        (("--batch-size", "0"), "--batch-size 0: must be at least 1"),
         (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
         (("--fraction", "2"), "--fraction must lie in"),
     ],
