@@ -105,7 +105,7 @@ check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a no
 
 prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_SIZE are on this node
   local cores
-  cores=$(nproc)
+  cores=$("$python" "$root/shard_tools/cores.py" 2>/dev/null || nproc) # affinity and cgroups
   (($1 == WORLD_SIZE)) || check_hosts "$2"
   export LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu
@@ -292,6 +292,8 @@ run_srun() { # SLURM_* to the names that every rank knows
   if [[ ${per_node%%(*} == 1 ]]; then
     run_node "$SLURM_NODEID" "$SLURM_STEP_NUM_NODES"
   else
+    # A task has cores of its own, which the others do not share.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=${per_node%%(*}
     LOCAL_RANK=$((gpus ? SLURM_LOCALID % gpus : SLURM_LOCALID)) # a task may see only its own GPU
     export LOCAL_RANK && run_rank

@@ -21,6 +21,7 @@ from statistics import mean, stdev
 import torch
 
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
@@ -62,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def device_count() -> int:
     """GPUs, or CPU cores where there is none: the most that divides the demo's partitions."""
-    most = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    most = torch.cuda.device_count() or cores()
     return max(n for n in range(1, PARTITIONS + 1) if PARTITIONS % n == 0 and n <= most)
 
 
@@ -121,7 +122,7 @@ def pretrain(args: argparse.Namespace, recipe: str, seed: int, run: Path) -> flo
     ]  # fmt: skip
     for override in args.set:
         command += ["--set", override]
-    threads = max(1, len(os.sched_getaffinity(0)) // args.ranks)
+    threads = max(1, cores() // args.ranks)
     return call(f"pretrain {NAMES[recipe]}, seed {seed}, {args.ranks} ranks", command, threads)
 
 
@@ -135,7 +136,7 @@ def probe(args: argparse.Namespace, run: Path, seed: int, *, random: bool) -> fl
         "--seed", str(seed), "--output", result,
     ]  # fmt: skip
     what = f"linear probe of {'a random encoder' if random else run.name}"
-    call(what, command + (["--random"] if random else []), len(os.sched_getaffinity(0)))
+    call(what, command + (["--random"] if random else []), cores())
     return float(json.loads(result.read_text())["top1"])
 
 

@@ -11,7 +11,6 @@ OUTPUT/<recipe>-<seed>, shared by the tables; the page and its Markdown to OUTPU
 
 import argparse
 import json
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from eval.report import Section, markdown_table, write_report
 from eval.reporting.tables import NONE, Cell, Row, Table
 from eval.shared.cli import run_command
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -66,7 +66,7 @@ def make_place(args: argparse.Namespace, scale_name: str) -> Place:
         make_shards(data, train=4096, val=1024)
     if args.seeds < 1 or args.jobs < 0:
         raise UserError("--seeds must be at least 1 and --jobs not negative")
-    args.jobs = args.jobs or (1 if scale.launch != "python" else len(os.sched_getaffinity(0)))
+    args.jobs = args.jobs or (1 if scale.launch != "python" else cores())
     return Place(args.output or Path(f"runs/reproduce-{scale.name}"), scale, args.classes)
 
 

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,24 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank and world size, the same within its host, and its device."""
+    """This process among all: rank and world size, the same within its host, and its device.
+
+    cores: of this host, this rank's share.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    cores: int = field(default_factory=cores)
 
     @classmethod
     def alone(cls, device: str | torch.device = "cpu") -> Ranks:
@@ -175,6 +180,19 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def cores_per_rank() -> int:
+    """This rank's share of its cores, divided by the ranks that may use them (collective).
+
+    Ranks that a launcher has bound to cores of their own share nothing.
+    """
+    mine = (socket.gethostname(), os.sched_getaffinity(0))
+    every: list[Any] = [mine] * torch.distributed.get_world_size()
+    if len(every) > 1:
+        torch.distributed.all_gather_object(every, mine)
+    sharing = sum(host == mine[0] and bool(own & mine[1]) for host, own in every)
+    return max(1, cores() // sharing)
 
 
 def barrier() -> None:

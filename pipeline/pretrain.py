@@ -69,6 +69,11 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "differs and how the schedule moves",
     )  # fmt: skip
     parser.add_argument(
+        "--no-lock", action="store_false", dest="lock",
+        help="start where the file system of --output has no locks (a second run on the same "
+        "folder is then not noticed)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
         help="stop after optimizer step N; the learning rate follows the recipe's length all the "
         "same (default: the recipe's epochs)",

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from shard_tools.atomic import write_atomic
 
 VERSION = 1
@@ -242,12 +242,7 @@ def read_bytes(where: str) -> bytes:
                 return file.read()
         return Path(where).read_bytes()
     except Exception as error:  # each fsspec backend has its own exceptions
-        raise ManifestError(f"{where}: cannot be read ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    return text or type(error).__name__
+        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
 
 
 def _read_manifest_text(home: str) -> bytes:
@@ -335,7 +330,7 @@ def _check_shard(where: str, shard: Shard) -> None:
     except FileNotFoundError:
         raise ManifestError(f"{where}: this shard is missing") from None
     except OSError as error:
-        raise ManifestError(f"{where}: cannot be read ({_reason(error)})") from error
+        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
     if size != shard.bytes:
         raise ManifestError(f"{where}: {size} bytes long where the manifest says {shard.bytes}")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 # A job is a launch of its own, also where this process has joined ranks.
 LAUNCHER = (
@@ -65,7 +66,7 @@ def run_jobs(jobs: Sequence[Job], slots: int, folder: Path) -> dict[str, float]:
     jobs, failed = unique(jobs), dict[str, Path]()
     left = [job for job in jobs if not job.done]
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // slots)
+    threads = max(1, cores() // slots)
     children: set[subprocess.Popen] = set()
     running: dict[Future, Job] = {}
     with ThreadPoolExecutor(slots) as pool:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, refuse
+from shard_tools.cores import cores
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    result.add_argument("--workers", type=int, default=min(8, cores()))
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 

@@ -60,6 +60,9 @@ def load_encoder(
         tokens = model.forward_features(x)     # [B, 1 + L, D], x: [B, 3, H, W], normalised
     """
     name, path, options = str(source), Path(source), dict(options or {})
+    size = options.get("img_size", 1)
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
     vit: VisionTransformer | None = None
     if name == "random":
         info = named(known_arch(arch, name), "random encoder") | {"options": options}

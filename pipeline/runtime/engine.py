@@ -19,6 +19,7 @@ from pipeline.distributed import (
     Ranks,
     can_build,
     check_environment,
+    cores_per_rank,
     free_port,
     joining,
     prepare_deepspeed,
@@ -74,8 +75,6 @@ def init_ranks() -> Ranks:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not can_build():
         _without_built_ops()
     with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
@@ -83,7 +82,10 @@ def init_ranks() -> Ranks:
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)
-    return Ranks(rank, world, local_rank, local_world, device)
+    cores = cores_per_rank()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+    return Ranks(rank, world, local_rank, local_world, device, cores)
 
 
 def _without_built_ops() -> None:

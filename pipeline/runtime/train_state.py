@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
@@ -27,6 +26,7 @@ from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import (
+    UNWRITABLE,
     RunLock,
     claim,
     default_output,
@@ -52,6 +52,7 @@ class Settings:
     output: str | None = None
     resume: str = "auto"
     resume_changed: bool = False
+    lock: bool = True
     max_steps: int | None = None
 
 
@@ -153,6 +154,11 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         resumed += f"({_saved_by(saved, negatives)})"
         if first >= last:  # killed before the encoder was written, perhaps
             export(path, checkpoint, objective, recipe, first)
+    with naming(path, UNWRITABLE):
+        monitor = Monitor(
+            path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
+            log_steps=recipe.monitor.log_steps,
+        )  # fmt: skip
     state = TrainState(
         recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch),
         Model(objective, teacher, engine),
@@ -162,15 +168,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         ),
         RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock),
         Watch(
-            Monitor(
-                path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
-                log_steps=recipe.monitor.log_steps,
-            ),
+            monitor,
             Probes(recipe, settings.data, ranks.rank, ranks.world, plan.micro_batch),
             watchdog, SkippedSteps(recipe.optimizer.skip_limit),
         ),
     )  # fmt: skip
-    _announce(state, kernel_line, failure, [*warnings, resumed])
+    with naming(path, UNWRITABLE):
+        _announce(state, kernel_line, failure, [*warnings, resumed])
     return state
 
 
@@ -204,7 +208,7 @@ def _claim(
     held: list[RunLock] = []
 
     def take() -> tuple[Path | None, str, list[str]]:
-        lock, checkpoint = claim(output, settings.resume)
+        lock, checkpoint = claim(output, settings.resume, settings.lock)
         held.append(lock)
         warnings = []
         if checkpoint is not None:
@@ -239,16 +243,14 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         samples_per_epoch=d.samples_per_epoch,
         second_crop=recipe.views.second == "crop",
         augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
-        workers=_workers(d.workers, ranks.local_world),
+        workers=_workers(d.workers, ranks.cores),
         pin_memory=ranks.device.type == "cuda",
     )
 
 
-def _workers(workers: int, local_world: int) -> int:
-    """-1: one worker per core of this rank's share, at least one, at most 12."""
-    if workers >= 0:
-        return workers
-    return max(1, min(12, (os.cpu_count() or 1) // local_world))
+def _workers(workers: int, cores: int) -> int:
+    """-1: one worker per core of this rank's share, at most 12."""
+    return workers if workers >= 0 else min(12, cores)
 
 
 def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[str]) -> None:

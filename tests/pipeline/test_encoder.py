@@ -153,7 +153,7 @@ def test_a_known_option_trains_and_is_read_back(option, tmp_path):
 
 
 def test_a_convolutional_stem_is_no_patch_embedding_of_ours():
-    with pytest.raises(UserError, match=r"not a plain ViT .patches by one convolution"):
+    with pytest.raises(UserError, match=r"not a plain ViT \(patches by one convolution"):
         Encoder(load_recipe(RECIPES / "mae.yaml", ["encoder.arch=vit_small_r26_s32_224"]))
 
 

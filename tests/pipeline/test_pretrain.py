@@ -53,7 +53,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     text = capsys.readouterr().out
     for word in ("--ds_config", "zero2.json", "--recipe", "rmae.yaml", "--set", "--data",
                  "data/shards/train", "--output", "runs/<recipe>-<date>", "--resume", "auto",
-                 "--max-steps", "--resume-changed"):  # fmt: skip
+                 "--max-steps", "--resume-changed", "--no-lock"):  # fmt: skip
         assert word in text, word
 
 

@@ -1,5 +1,6 @@
 """Run folders: atomic files, the lock, whole and broken checkpoints, where to go on."""
 
+import errno
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny import tiny_recipe
@@ -51,6 +53,63 @@ def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
         holder.kill()
         holder.wait()
     RunLock(tmp_path)  # free again, even after a kill
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_no_held_lock(code, tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("pipeline.runtime.run_folder.fcntl.lockf", without)
+    with pytest.raises(
+        UserError, match=rf"has no locks \({os.strerror(code)}\).* --no-lock"
+    ) as error:
+        RunLock(tmp_path)
+    assert "another run holds" not in str(error.value)
+    RunLock(tmp_path, needed=False).release()
+    with pytest.raises(UserError, match="has no locks"):
+        claim(tmp_path, "auto")
+    assert claim(tmp_path, "auto", lock_needed=False)[1] is None
+
+
+def test_an_output_that_cannot_be_a_folder_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: is a file; --output is a folder"):
+        RunLock(tmp_path / "file")
+    with pytest.raises(UserError, match=r"file.*: --output cannot be written .Not a directory"):
+        RunLock(tmp_path / "file/run")
+    with pytest.raises(UserError, match=r"/proc/run.*: --output cannot be written"):
+        RunLock(Path("/proc/run"))
+    (tmp_path / "run/lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run/lock: --output cannot be written .Is a directory"):
+        claim(tmp_path / "run", "auto")
+
+
+def read_only(folder):
+    """Make a folder read-only, for root too (a bind mount in this process's own namespace)."""
+    if os.geteuid():
+        folder.chmod(0o555)
+        return []
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", mount, str(folder)]
+
+
+def test_a_read_only_output_is_a_sentence(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.errors import UserError\n"
+        "from pipeline.runtime.run_folder import claim\n"
+        "try: claim(Path(sys.argv[1]), 'auto')\n"
+        "except UserError as error: print(error)"
+    )
+    fake_checkpoint(tmp_path / "run", 10, tiny_recipe("mae"))
+    prefix = read_only(tmp_path / "run")
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("needs a mount namespace, or a user that is not root")
+    assert done.stderr == ""
+    assert "--output cannot be written (" in done.stdout
 
 
 def test_where_to_go_on(tmp_path):

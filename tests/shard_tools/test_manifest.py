@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import threading
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from http_server import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_samples import flipped
@@ -196,3 +198,28 @@ def test_a_manifest_is_read_through_an_fsspec_url(tmp_path: Path) -> None:
     assert remote.path(1) == "memory://bucket/s/shard-000001.tar"
     with pytest.raises(ManifestError, match=r"nowhere/manifest.json: cannot be read"):
         read_manifest("memory://bucket/nowhere")
+
+
+def test_a_url_that_cannot_be_read_says_why_and_not_the_url_again(free_port: int) -> None:
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.files["/busy/manifest.json"] = b"{}"
+    server.faults["/busy/manifest.json"] = ["busy"] * 9
+    why = {
+        f"{server.url}/none": "HTTP 404 ",
+        f"{server.url}/busy": "HTTP 503 ",
+        f"http://127.0.0.1:{free_port}": "Connect call failed",
+        f"https://127.0.0.1:{server.server_port}": "SSL",
+        "nonsense://a": "Protocol not known",
+    }
+    try:
+        for url, words in why.items():
+            with pytest.raises(ManifestError) as error:
+                read_manifest(url)
+            where, _, reason = str(error.value).partition(": cannot be read (")
+            assert where == f"{url}/manifest.json"
+            assert words in reason
+            assert url not in reason
+    finally:
+        server.shutdown()
+        server.server_close()

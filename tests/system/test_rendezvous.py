@@ -13,6 +13,7 @@ from tiny import tiny_overrides
 
 from pipeline.distributed import check_environment
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 
 @pytest.fixture
@@ -113,6 +114,27 @@ def test_the_survivor_of_a_failed_start_ends_with_a_sentence(shards, tmp_path, f
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize(("bound", "each"), [(True, 1), (False, None)])
+def test_ranks_share_the_cores_that_they_may_both_use(bound, each, free_port):
+    """A rank that is bound to a core of its own has it all, the others divide what there is."""
+    code = "import os, sys; mine = sorted(os.sched_getaffinity(0))[int(os.environ['RANK'])]\n"
+    code += f"if {bound}: os.sched_setaffinity(0, [mine])\n"
+    code += "from pipeline.runtime.engine import init_ranks; import torch\n"
+    code += "print(init_ranks().cores, torch.get_num_threads())"
+    ranks = []
+    for number in range(2):
+        env = {k: v for k, v in os.environ.items() if k not in (*NAMES, "OMP_NUM_THREADS")}
+        env |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code]
+        ranks.append(
+            subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+        )
+    share = each or max(1, cores() // 2)
+    assert [r.communicate(timeout=60)[0].split() for r in ranks] == [[str(share)] * 2] * 2
 
 
 @pytest.mark.parametrize(
