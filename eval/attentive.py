@@ -37,7 +37,7 @@ from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import as_percent, count_correct
-from eval.shared.results import Timer, output_path, write_accuracy
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Crop
 from pipeline.data.loader import LoaderConfig, train_loader
@@ -139,6 +139,11 @@ class Heads:
             optimizer.step()
         return losses
 
+    def finite(self, losses: Tensor) -> list[bool]:
+        """Which heads have finite losses [heads] and weights; the others have diverged."""
+        weights = [all(bool(w.isfinite().all()) for w in p.parameters()) for p in self.probes]
+        return [ok and bool(loss.isfinite()) for ok, loss in zip(weights, losses, strict=True)]
+
 
 def training_tokens(
     session: EvalSession, s: Settings, train: str
@@ -225,6 +230,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """
     timer, ranks = Timer(), session.ranks
     classes = check(s, ranks)
+    session.check_readable(s.val, s.micro_batch)
     train, chosen_on = s.train, s.val
     if s.select == "held-out":
         train, chosen_on = split(read_manifest(s.train), folder, s.seed, ranks)
@@ -234,18 +240,22 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     for step, micro in progress(stream, ranks, "attentive probe", s.steps):
         losses = heads.step(step, micro, ranks)
     losses = ranks.sum(losses)
-    if not bool(losses.isfinite().any()):
+    finite = heads.finite(losses)
+    if not any(finite):
         raise UserError("no head of the attentive probe has a finite loss: lower --rates")
     selection, count = accuracies(heads, chosen_on, session, s.micro_batch)
-    best = max(range(len(selection)), key=lambda n: selection[n][0] if losses[n].isfinite() else -1)
+    best = max(range(len(selection)), key=lambda n: selection[n][0] if finite[n] else -1)
     final, images = selection, count
     if s.select == "held-out":
         final, images = accuracies(heads, s.val, session, s.micro_batch)
     what = "held-out training images" if s.select == "held-out" else "the validation set"
     grid = [
-        {"lr": lr, "weight_decay": wd, "selection": a[0], "validation": b[0]}
-        for (lr, wd), a, b in zip(s.pairs, selection, final, strict=True)
+        {"lr": lr, "weight_decay": wd}
+        | ({"selection": a[0], "validation": b[0]} if ok else {"diverged": True})
+        for (lr, wd), a, b, ok in zip(s.pairs, selection, final, finite, strict=True)
     ]
+    lost = finite.count(False)
+    rates = f"{len(grid)}, of which {lost} diverged" if lost else str(len(grid))
     more = {"precision": session.precision, "workers": session.workers}
     return {
         "protocol": "attentive-probe",
@@ -254,7 +264,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "images": images,
         "lr": s.pairs[best][0],
         "weight_decay": s.pairs[best][1],
-        "base_lr_chosen_on": f"{count} images of {what} (best of {len(grid)})",
+        "base_lr_chosen_on": f"{count} images of {what} (best of {rates})",
         "train_loss": round(float(losses[best]), 5),
         "grid": grid,
         "settings": asdict(s) | more | {"optimizer": "AdamW", "classes": classes},
@@ -283,7 +293,9 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
     output = output_path(args.output, encoder_of(args), "attentive-probe")
-    result = evaluate(settings, session_of(args, ranks), output.with_suffix(""))
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
+    result = evaluate(settings, session_of(args, ranks), folder)
     if ranks.first:
         write_accuracy(output, result)
 

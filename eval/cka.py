@@ -26,11 +26,11 @@ from torch import Tensor
 
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.features import autocast
-from eval.shared.results import Timer, output_path, write_result
+from eval.shared.labels import with_images
+from eval.shared.results import Timer, check_output, output_path, write_result
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
 from pipeline.method.metrics import gram, hsic, kept_patches
-from shard_tools.manifest import read_manifest
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
 POOLS = ("mean_patch", "cls")
@@ -104,14 +104,16 @@ def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
 
 def check(s: Settings) -> int:
     """Refuse what cannot be computed; the number of images that are used."""
-    images = read_manifest(s.val).samples
+    samples = with_images(s.val).samples
+    images = min(samples, s.images or samples)
     if s.batch_size < 4:
         raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
-    if images < s.batch_size:
-        raise UserError(f"{s.val} has {images} images, fewer than --batch-size")
+    if s.images < 0 or images < s.batch_size:
+        which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
+        raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
     if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
         raise UserError("--mask-ratios: each must lie between 0 and 1")
-    return min(images, s.images or images) // s.batch_size * s.batch_size
+    return images // s.batch_size * s.batch_size
 
 
 def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
@@ -123,6 +125,9 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     timer, images = Timer(), check(s)
     vit, ranks = session.vit, session.ranks
     check_encoder(vit, session.info.arch, s.pool)
+    length = vit.patch_embed.num_patches
+    if round(length * max(s.mask_ratios)) >= length:
+        raise UserError(f"--mask-ratios {max(s.mask_ratios)}: leaves none of {length} patches")
     total = torch.zeros(len(s.mask_ratios), len(vit.blocks), 3, dtype=torch.float64)
     total = total.to(session.device)
     steps = images // s.batch_size
@@ -131,6 +136,8 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     for _, batch in zip(mine, progress(loader, ranks, "CKA", len(mine)), strict=False):
         total += batch_hsic(session, session.normalise(batch.image), batch.sample, s)
     total = ranks.sum(total) / steps
+    if not bool(total.isfinite().all()):
+        raise UserError("the features of the encoder are not finite, so they have no CKA")
     cka = total[..., 0] / (total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)).sqrt()
     return {
         "protocol": "cka",
@@ -164,6 +171,7 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
     output = output_path(args.output, encoder_of(args), f"cka-{settings.pool}")
+    check_output(output, ranks)
     result = evaluate(settings, session_of(args, ranks))
     if ranks.first:
         write_result(output, result)

@@ -29,15 +29,14 @@ def build_classifier(
     The encoder's own final norm is dropped; drop path grows linearly from 0 to `drop_path` over
     the blocks; head weights are N(0, 2e-5) truncated at two deviations, its bias is zero.
     """
+    arch, options = plain_vit(info)
     model = timm.create_model(
-        info.arch,
-        **info.options,
-        num_classes=classes,
-        global_pool="avg",
-        drop_path_rate=drop_path,
+        arch, **options, num_classes=classes, global_pool="avg", drop_path_rate=drop_path
     )
     own = ("norm.", "fc_norm.", "attn_pool.")
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(own)}
+    if "dist_token" in state:
+        state["reg_token"] = state.pop("dist_token")
     missing, unexpected = model.load_state_dict(state, strict=False)
     if set(missing) != FRESH or unexpected:
         raise UserError(f"{info.arch} does not fit a classifier: {missing}, {unexpected}")
@@ -45,6 +44,18 @@ def build_classifier(
     nn.init.trunc_normal_(model.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
     nn.init.zeros_(model.head.bias)
     return model  # type: ignore[return-value]
+
+
+def plain_vit(info: EncoderInfo) -> tuple[str, dict[str, Any]]:
+    """Architecture and options of the ViT that has an encoder's tokens and one head.
+
+    A distilled DeiT has a second token and a head on it, which timm does not pool; the same
+    network with that token as a register has neither.
+    """
+    if "_distilled" not in info.arch:
+        return info.arch, info.options
+    name = info.arch.split(".")[0].replace("_distilled", "")
+    return name, {**info.options, "reg_tokens": 1}
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -82,6 +93,12 @@ def layer_groups(
     return list(groups.values())
 
 
+def classifier_info(info: EncoderInfo) -> dict[str, Any]:
+    """What classifier.json says of an encoder: its record, with what builds the classifier."""
+    arch, options = plain_vit(info)
+    return info.record | {"arch": arch, "options": options}
+
+
 def write_classifier(
     folder: Path, state: dict[str, Tensor], info: dict[str, Any], classes: tuple[str, ...]
 ) -> None:
@@ -101,7 +118,11 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     text = str(folder)
     if text.startswith("timm:"):
-        model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        try:
+            model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        except Exception as error:  # each version of the hub's client has its own kinds
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--classifier {text}: cannot be fetched ({reason})") from None
         config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
         info = {"arch": text, "options": {"img_size": config["input_size"][-1]}}
         info |= {"mean": list(config["mean"]), "std": list(config["std"])}

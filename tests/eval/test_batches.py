@@ -15,6 +15,7 @@ from eval_helpers import (
 )
 
 from eval import attentive, finetune, linprobe
+from eval.shared import finetune_plan
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.cli import settings_of
 from eval.shared.session import session_of
@@ -90,7 +91,7 @@ def settings(batch: int, **more: float) -> finetune.Settings:
 
 def test_only_pairs_need_even_batches(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    micro = finetune.micro_batch
+    micro = finetune_plan.micro_batch
     assert micro(settings(34), {}, 576, 1) == 2
     assert micro(settings(34, mixup=0, cutmix=0), {}, 576, 1) == 17
     assert micro(settings(34, mixup=0, cutmix=0), {}, 576, 2) == 17

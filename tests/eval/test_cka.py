@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)
 from torch import Tensor
 
 from eval import cka
@@ -149,5 +156,12 @@ def test_minibatches_on_two_ranks_give_the_value_of_one(home: Path) -> None:
 def test_bad_input_is_one_sentence(home: Path) -> None:
     with pytest.raises(UserError, match="at least 4 images"):
         evaluate(home, "--batch-size", 3)
-    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size"):
+    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size 64"):
         evaluate(home, "--batch-size", 64)
+    with pytest.raises(UserError, match="--images 8: are fewer than --batch-size 16"):
+        evaluate(home, "--batch-size", 16, "--images", 8)
+    with pytest.raises(UserError, match=r"--mask-ratios 0.99: leaves none of 16 patches"):
+        evaluate(home, "--batch-size", 16, "--mask-ratios", 0.5, 0.99)
+    spoil_encoder(home / "run", home / "spoilt")
+    with pytest.raises(UserError, match="features of the encoder are not finite"):
+        evaluate(home, "--batch-size", 16, "--encoder", home / "spoilt")
