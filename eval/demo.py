@@ -1,4 +1,4 @@
-"""The whole way in minutes, on photographs that ship inside Python packages.
+"""From photographs to a report in minutes, on photographs that ship inside Python packages.
 
     make demo                      (SEEDS=3 for mean and spread over three seeds)
 
@@ -7,30 +7,48 @@ is, probes both and a random encoder of the same architecture, and writes one re
 """
 
 import argparse
-import json
-import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 
-from pipeline.errors import UserError
+from eval.protocols import metric_of
+from eval.report import write_report
+from eval.reporting.run_records import read_result
+from eval.shared.cli import run_command
+from eval.shared.demo_shards import make_demo_shards
+from eval.shared.processes import call
+from pipeline.errors import UserError, naming
 from shard_tools.cores import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
 NAMES = {"demo_rmae": "R-MAE (RelaxMIM)", "demo_cmae": "C-MAE without mask tokens"}
 PARTITIONS = 8  # of the demo recipes: the number of ranks must divide it
+REPORTS = ("report.html", "report.md")
 
 
-class DemoError(UserError):
-    """A step of the demo that failed, in one sentence."""
+@dataclass(frozen=True)
+class Settings:
+    """Seeds 0 … seeds - 1, folders, numbers of crops, ranks, and recipe keys to change."""
+
+    seeds: int
+    output: Path
+    data: Path
+    train: int
+    val: int
+    ranks: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def shards(self) -> Path:
+        return self.data / "shards"
 
 
 @dataclass(frozen=True)
@@ -43,8 +61,8 @@ class Gain:
     random: float
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def parse_args(argv: Sequence[str] | None = None) -> Settings:
+    """The command line. UserError for seeds or ranks that cannot be."""
     parser = argparse.ArgumentParser(
         description="Demo: shards, pretraining of R-MAE and C-MAE, linear probe, report.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -58,7 +76,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key"
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or args.ranks < 1 or PARTITIONS % args.ranks:
+        raise UserError(f"--seeds must be at least 1 and --ranks a divisor of {PARTITIONS}")
+    return Settings(
+        args.seeds, args.output, args.data, args.train, args.val, args.ranks, tuple(args.set)
+    )
 
 
 def device_count() -> int:
@@ -67,77 +90,55 @@ def device_count() -> int:
     return max(n for n in range(1, PARTITIONS + 1) if PARTITIONS % n == 0 and n <= most)
 
 
-def call(what: str, command: list[str | Path], threads: int) -> float:
-    """Run a command of this project and return its seconds. DemoError where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
-    print(f"\n== {what}", flush=True)
-    start = time.perf_counter()
-    code = subprocess.run([str(c) for c in command], env=environment, check=False).returncode
-    if code:
-        raise DemoError(f"{what} failed with exit code {code}: {' '.join(map(str, command))}")
-    return time.perf_counter() - start
-
-
-def make_shards(data: Path, train: int, val: int) -> None:
-    """DATA/shards of `train` and `val` crops; nothing to do where they are there already."""
-    done = data / "shards" / "done.json"
-    wanted = {"train": train, "val": val}
-    if done.is_file() and json.loads(done.read_text()) == wanted:
-        print(f"demo shards are there: {data / 'shards'}")
+def clear(output: Path) -> None:
+    """Remove an earlier demo's folder. UserError where it has anything that no demo wrote."""
+    if not output.exists():
         return
-    for folder in ("images", "shards"):
-        shutil.rmtree(data / folder, ignore_errors=True)
-    tool = ROOT / "shard_tools"
-    python = sys.executable
-    counts = ["--train", str(train), "--val", str(val)]
-    call(
-        "photographs from scikit-image and scikit-learn",
-        [python, tool / "demo_images.py", data / "images", *counts],
-        1,
-    )
-    for part in ("train", "val"):
-        source, shards = data / "images" / part, data / "shards" / part
-        command: list[str | Path] = [python, tool / "make_shards.py", source, shards]
-        command += ["--shard-size", "1MiB"]
-        call(f"shards of {part}", command, 1)
-    done.write_text(json.dumps(wanted))
+    with naming(output, "cannot be read"):
+        names = sorted(path.name for path in output.iterdir())
+    other = [n for n in names if n not in REPORTS and n.rpartition("-")[0] not in RECIPES]
+    if other:
+        raise UserError(
+            f"{output}: has {other[0]}, which no demo wrote, and the demo would remove it; "
+            "choose another --output"
+        )
+    with naming(output, "cannot be removed"):
+        shutil.rmtree(output)
 
 
-def pretrain(args: argparse.Namespace, recipe: str, seed: int, run: Path) -> float:
+def pretrain(settings: Settings, recipe: str, seed: int, run: Path) -> float:
     """One real run through the deepspeed launcher."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     command: list[str | Path] = [
         Path(sys.executable).parent / "deepspeed", "-q",
-        "--num_accelerators", str(args.ranks), "--master_port", str(port),
+        "--num_accelerators", str(settings.ranks), "--master_port", str(port),
         ROOT / "pipeline" / "pretrain.py",
         "--ds_config", ROOT / "ds_configs" / "zero2.json",
         "--recipe", ROOT / "pipeline" / "recipes" / f"{recipe}.yaml",
         "--set", f"seed={seed}",
-        "--data", args.data / "shards" / "train",
+        "--data", settings.shards / "train",
         "--output", run,
     ]  # fmt: skip
-    for override in args.set:
+    for override in settings.overrides:
         command += ["--set", override]
-    threads = max(1, cores() // args.ranks)
-    return call(f"pretrain {NAMES[recipe]}, seed {seed}, {args.ranks} ranks", command, threads)
+    threads = max(1, cores() // settings.ranks)
+    return call(f"pretrain {NAMES[recipe]}, seed {seed}, {settings.ranks} ranks", command, threads)
 
 
-def probe(args: argparse.Namespace, run: Path, seed: int, *, random: bool) -> float:
+def probe(settings: Settings, run: Path, seed: int, *, random: bool) -> float:
     """Cached linear probe of a run's encoder, or of a random one of its architecture: top-1 %."""
     result = run / "eval" / f"linprobe-cached{'-random' if random else ''}.json"
     command: list[str | Path] = [
         sys.executable, ROOT / "eval" / "linprobe.py", "--encoder", run,
         "--protocol", "cached", "--feature", "mean_patch", "--batch-size", "512",
-        "--train", args.data / "shards" / "train", "--val", args.data / "shards" / "val",
+        "--train", settings.shards / "train", "--val", settings.shards / "val",
         "--seed", str(seed), "--output", result,
     ]  # fmt: skip
     what = f"linear probe of {'a random encoder' if random else run.name}"
     call(what, command + (["--random"] if random else []), cores())
-    return float(json.loads(result.read_text())["top1"])
+    return metric_of(read_result(result), result)
 
 
 def summary(gains: list[Gain]) -> list[str]:
@@ -160,46 +161,31 @@ def summary(gains: list[Gain]) -> list[str]:
     return lines
 
 
-def demo(args: argparse.Namespace) -> None:
+def demo(settings: Settings) -> None:
     """All steps in order; prints the summary and where the report is."""
     start = time.perf_counter()
-    make_shards(args.data, args.train, args.val)
-    shutil.rmtree(args.output, ignore_errors=True)  # the demo's own folder
+    clear(settings.output)
+    make_demo_shards(settings.data, settings.train, settings.val)
     runs, gains = [], []
-    for seed in range(args.seeds):
+    for seed in range(settings.seeds):
         random = None
         for recipe in RECIPES:
-            run = args.output / f"{recipe}-{seed}"
-            pretrain(args, recipe, seed, run)
-            score = probe(args, run, seed, random=False)
+            run = settings.output / f"{recipe}-{seed}"
+            pretrain(settings, recipe, seed, run)
+            score = probe(settings, run, seed, random=False)
             if random is None:
-                random = probe(args, run, seed, random=True)
+                random = probe(settings, run, seed, random=True)
             runs.append(run)
             gains.append(Gain(recipe, seed, score, random))
-    report = args.output / "report.html"
-    command = [sys.executable, ROOT / "eval" / "report.py", *runs, "--output", report]
-    call("report", [*command, "--title", "relaxmim demo"], 1)
+    page, _ = write_report(runs, settings.output / REPORTS[0], "relaxmim demo")
     print("\n" + "\n".join(summary(gains)))
-    print(f"took {(time.perf_counter() - start) / 60:.1f} minutes on {args.ranks} ranks")
-    print(f"report: {report.resolve()}")
+    print(f"took {(time.perf_counter() - start) / 60:.1f} minutes on {settings.ranks} ranks")
+    print(f"report: {page.resolve()}")
 
 
-def main() -> int:
-    """Run it; returns the exit code."""
-    args = parse_args()
-    if args.seeds < 1 or args.ranks < 1 or PARTITIONS % args.ranks:
-        print(
-            f"error: --seeds must be at least 1 and --ranks a divisor of {PARTITIONS}",
-            file=sys.stderr,
-        )
-        return 2
-    try:
-        demo(args)
-    except DemoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    demo(parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

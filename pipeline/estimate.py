@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
-from pipeline.config.recipe import RECIPES, Recipe, load_recipe
+from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
+from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
 # Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
@@ -110,6 +111,18 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
     return Work(images, work.get_total_flops(), kept.bytes, gathered)
 
 
+def encoder_flops(encoder: EncoderRecipe) -> int:
+    """FLOPs of one full image's forward pass through the encoder, by a dry run."""
+    with torch.device("meta"):
+        vit = build_vit(encoder.arch, vit_options(encoder)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        vit.to_empty(device="cpu")
+        image = torch.empty(1, 3, encoder.image_size, encoder.image_size)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as work:
+            vit(image)
+    return int(work.get_total_flops())
+
+
 def _attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
     """FLOPs of q k' and of their product with v, from the shapes [B, heads, N, d]."""
     return int(4 * q[0] * q[1] * q[2] * k[2] * q[3])
@@ -154,7 +167,7 @@ def shard(groups: list[list[int]], stage: int, ranks: int) -> int:
 
 def stage2_gradients(groups: list[list[int]], ranks: int) -> list[int]:
     """Elements of gradients that each rank keeps between micro-batches under stage 2: DeepSpeed
-    keeps the parameters of the rank's part whole, those at its borders too."""
+    keeps every parameter that overlaps the rank's part, unsharded."""
     kept = [0] * ranks
     for group in groups:
         part, first = shard([group], 2, ranks), 0
@@ -210,7 +223,7 @@ def traffic(
     and once more for a teacher. Keys: gathered in every micro-batch.
     """
     size = 2 if precision == "bf16" else 4
-    whole = sum(p.numel() for p in objective.parameters() if p.requires_grad) * size
+    full = sum(p.numel() for p in objective.parameters() if p.requires_grad) * size
     passes = {
         0: 2,
         1: 2,
@@ -218,7 +231,7 @@ def traffic(
         3: 3 * accumulation + (teacher is not None),
     }[stage]
     share = (ranks - 1) / ranks
-    return round(share * whole * passes + (ranks - 1) * work.keys * accumulation)
+    return round(share * full * passes + (ranks - 1) * work.keys * accumulation)
 
 
 def split(recipe: Recipe, ranks: int) -> list[int]:

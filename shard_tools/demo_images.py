@@ -123,8 +123,8 @@ def build(dest: Path, *, train: int, val: int, size: int, seed: int) -> None:
     partial = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
         with progress(train + val, "demo images") as bar:
-            for number, (name, place) in enumerate(PHOTOGRAPHS.items()):
-                image = photograph(*place)
+            for number, (name, source) in enumerate(PHOTOGRAPHS.items()):
+                image = photograph(*source)
                 for split, count in (("train", train), ("val", val)):
                     folder = partial / split / name
                     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Our figures beside the published ones, for the report."""
+"""Our results beside the published ones, for the report."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.paper.published import PaperRow, PaperTable, find_row, read_paper
 from eval.protocols import PROTOCOLS, headings, metric_of
+from eval.reporting.page import Chapter
 from eval.reporting.run_records import Group, Run
 from eval.reporting.tables import (
     NONE,
@@ -20,14 +21,23 @@ from eval.reporting.tables import (
 )
 
 
+def paper_chapter(groups: Sequence[Group]) -> Chapter:
+    """Ours beside the published tables."""
+    texts = (
+        "The paper's numbers are those of ViT-B/16 (Tab. 5: ViT-S) on ImageNet. Ours are matched "
+        "by method; they compare only where model, data and schedule are the paper's, too.",
+    )
+    return Chapter("paper", "Beside the paper", texts, tuple(paper_tables(groups)))
+
+
 def paper_tables(groups: Sequence[Group]) -> list[Table]:
-    """The paper's tables in which a group has a figure, each with all its published rows."""
+    """The paper's tables in which a group has a result, each with all its published rows."""
     tables = []
     for table in read_paper():
         members: dict[str, list[Group]] = {}
         for group in groups:
             row = find_row(table, group.runs[0])
-            if row and any(figures(group.runs, name) for name in table.columns):
+            if row and any(metrics(group.runs, name) for name in table.columns):
                 members.setdefault(row.name, []).append(group)
         if members:
             tables.append(one_table(table, members, groups))
@@ -35,7 +45,7 @@ def paper_tables(groups: Sequence[Group]) -> list[Table]:
 
 
 def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequence[Group]) -> Table:
-    """A published table with two columns per figure: the paper's and ours."""
+    """A published table with two columns per metric: the paper's and ours."""
     rows = []
     for row in table.rows:
         for group in members.get(row.name, []):
@@ -51,32 +61,32 @@ def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequen
 
 
 def random_runs(row: PaperRow, groups: Sequence[Group]) -> list[Run]:
-    """Where a row without pretraining finds our figures: in every run's random baselines."""
+    """Where a row without pretraining finds our results: in every run's random baselines."""
     random = row.initial == "random" and row.classes is None
     return [run for group in groups for run in group.runs] if random else []
 
 
 def one_row(table: PaperTable, row: PaperRow, label: str, runs: Sequence[Run]) -> Row:
-    """A published row and the figures of the runs that stand for it."""
+    """A published row and the results of the runs that reproduce it."""
     cells = [Cell(row.name, f"ours: {label}" if label else "")]
     times = row.finetune.get("epochs", 100) / 100
     for name in table.columns:
         if row.initial == "random":
-            values = random_figures(runs, name, times)
+            values = random_metrics(runs, name, times)
         else:
-            values = figures(runs, name)
+            values = metrics(runs, name)
         ours = accuracy_cell(values, [], Column(name))
         cells += [Cell(str(row.published.get(name, NONE))), ours]
     return Row(tuple(cells), baseline=row.initial == "random")
 
 
-def figures(runs: Sequence[Run], name: str) -> list[float]:
-    """The pretrained runs' values of one of the paper's figures."""
+def metrics(runs: Sequence[Run], name: str) -> list[float]:
+    """The pretrained runs' values of one of the paper's metrics."""
     found = {run.folder: result for run, result in fitting(runs, name) if not is_random(result)}
     return [metric_of(result) for result in found.values()]
 
 
-def random_figures(runs: Sequence[Run], name: str, times: float) -> list[float]:
+def random_metrics(runs: Sequence[Run], name: str, times: float) -> list[float]:
     """The values of random encoders, each once, that trained `times` as long as the usual.
 
     Usual are the epochs of the pretrained encoders; without one, the fewest.
@@ -91,7 +101,7 @@ def random_figures(runs: Sequence[Run], name: str, times: float) -> list[float]:
 
 
 def fitting(runs: Sequence[Run], name: str) -> list[tuple[Run, dict[str, Any]]]:
-    """The results that stand for one of the paper's figures, with their runs."""
+    """The results that count as one of the paper's metrics, with their runs."""
     for protocol in (p for p in PROTOCOLS if p.key == name):
         found = [
             (run, result)

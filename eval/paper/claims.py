@@ -10,17 +10,17 @@ from scipy.stats import t as student
 CONFIDENCE = 0.95
 REFUTED = "the opposite holds"
 
-# (row, figure) → our values by seed, None where one is missing.
+# (row, metric) → our values by seed, None where one is missing.
 Values = Callable[[str, str], Sequence[float | None]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`better` should exceed `worse` in a figure; the same seeds make pairs."""
+    """`better` should exceed `worse` in a metric; the same seeds make pairs."""
 
     better: str
     worse: str
-    figure: str
+    metric: str
     unit: str = "points"
 
 
@@ -35,9 +35,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A difference as found: values, mean, the interval that holds it, and the verdict.
+    """A difference as found: values, mean, its confidence interval, and the verdict.
 
-    holds: the whole interval lies above 0 (below 0 it is refuted; else it is undecided).
+    holds: the interval is entirely above 0 (entirely below: refuted; else undecided).
     """
 
     difference: Difference
@@ -72,8 +72,8 @@ def judge(difference: Difference, values: Values) -> Judged:
     both = [
         (a, b)
         for a, b in zip(
-            values(difference.better, difference.figure),
-            values(difference.worse, difference.figure),
+            values(difference.better, difference.metric),
+            values(difference.worse, difference.metric),
             strict=True,
         )
         if a is not None and b is not None
@@ -96,14 +96,14 @@ CLAIMS = (
         "MAE, R-MAE and C-MAE pretraining beat random initialisation in finetuning and with 10 % "
         "of the labels (Tab. 1, 2, 4)",
         tuple(
-            Difference(method, "random", figure)
-            for figure in ("finetune", "fewshot")
+            Difference(method, "random", metric)
+            for metric in ("finetune", "fewshot")
             for method in MASKED
         ),
     ),
     Claim(
         2,
-        "CKA of whole and masked images is higher for MAE, R-MAE and C-MAE than for supervised and "
+        "CKA of full and masked images is higher for MAE, R-MAE and C-MAE than for supervised and "
         "random encoders where 70 to 90 % is dropped (Fig. 1; mean over these and all blocks)",
         tuple(
             Difference(method, other, "cka", "")

@@ -7,16 +7,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from eval.paper.job_runner import Job, python
+from eval.paper.job_runner import Command, python
 from eval.paper.published import PaperRow
 from eval.protocols import Work, by_key, keys
-from pipeline.config.recipe import RECIPES, Recipe, load_recipe
+from pipeline import estimate
+from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError
-from pipeline.method.vit import build_vit, vit_options
+from pipeline.errors import UserError, naming
+from pipeline.method.vit import vit_options
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,8 @@ class Scale:
 
 def read_scale(name: str, train: str = "", val: str = "", path: Path = SCALES) -> Scale:
     """A scale of scales.yaml, on other shards where they are named."""
-    scales = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with naming(path, "cannot be read"):
+        scales = yaml.safe_load(path.read_text(encoding="utf-8"))
     if name not in scales:
         raise UserError(f"--scale {name}: {path} knows {', '.join(scales)}")
     values = dict(scales[name])
@@ -71,12 +72,14 @@ def from_root(word: object) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where rows are made: the folder of their runs, the scale, the list of Tab. 5's classes."""
+class Workspace:
+    """Where rows are made: the folder of their runs, the scale, the list of Tab. 5's classes, and
+    whether the demo's shards are to be built where they are missing."""
 
     output: Path
     scale: Scale
     classes: str = "imagenet100.txt"
+    demo: bool = False
 
 
 def overrides(row: PaperRow, scale: Scale) -> list[str]:
@@ -118,33 +121,43 @@ def run_name(row: PaperRow, seed: int) -> str:
 # ------------------------------------------------------------------ data
 
 
-def subset_job(place: Place, source: str, name: str, *words: object) -> Job:
+def subset_job(workspace: Workspace, source: str, name: str, *words: object) -> Command:
     """A subset of shards as an index in OUTPUT/data."""
-    dest = place.output / "data" / name
+    dest = workspace.output / "data" / name
     command = python(ROOT / "shard_tools/subset.py", source, dest, *words)
-    return Job(f"data {name}", command, dest / "manifest.json")
+    return Command(f"data {name}", command, dest / "manifest.json")
 
 
-def row_data(place: Place, row: PaperRow, part: str) -> tuple[str, list[Job]]:
+def row_data(workspace: Workspace, row: PaperRow, part: str) -> tuple[str, list[Command]]:
     """(shards, jobs that make them) of a row's pretraining (`pretrain`), `train` or `val`."""
-    source = place.scale.val if part == "val" else place.scale.train
-    jobs: list[Job] = []
-    if row.classes is not None and place.scale.name == "full":
-        name = f"{'val' if part == 'val' else 'train'}-in{row.classes}"
-        jobs.append(subset_job(place, source, name, "--classes", place.classes))
+    source = workspace.scale.val if part == "val" else workspace.scale.train
+    jobs: list[Command] = []
+    if row.classes is not None and workspace.scale.name == "full":
+        name, words = class_subset(row.classes, part, workspace.classes)
+        jobs.append(subset_job(workspace, source, name, *words))
         source = str(jobs[0].makes.parent)
     if part != "pretrain" or row.images is None:
         return source, jobs
-    count = few_images(place, row)
-    choose = "one-class" if row.sampling == "in-one-class" else row.sampling
-    name = f"train-{row.images}" + ("" if choose == "random" else f"-{choose}")
-    jobs.append(subset_job(place, source, name, "--count", count, "--choose", choose))
+    name, words = few_subset(row, few_images(workspace, row))
+    jobs.append(subset_job(workspace, source, name, *words))
     return str(jobs[-1].makes.parent), jobs
 
 
-def few_images(place: Place, row: PaperRow) -> int:
+def class_subset(classes: int, part: str, names: str) -> tuple[str, list[str]]:
+    """(name, options of subset.py) of the shards of some of ImageNet's classes."""
+    return f"{'val' if part == 'val' else 'train'}-in{classes}", ["--classes", names]
+
+
+def few_subset(row: PaperRow, count: int) -> tuple[str, list[str]]:
+    """(name, options of subset.py) of a row's few images, `count` of them."""
+    choose = "one-class" if row.sampling == "in-one-class" else row.sampling
+    name = f"train-{row.images}" + ("" if choose == "random" else f"-{choose}")
+    return name, ["--count", str(count), "--choose", choose]
+
+
+def few_images(workspace: Workspace, row: PaperRow) -> int:
     """How many images a row of few is made of: the paper's, or as many as smaller data offer."""
-    manifest = read_manifest(place.scale.train)
+    manifest = read_manifest(workspace.scale.train)
     samples, classes = manifest.samples, len(manifest.classes)
     most = {"one-per-class": classes, "in-one-class": samples // classes // 2}
     return min(row.images or samples, most.get(row.sampling, samples // 4))
@@ -153,28 +166,28 @@ def few_images(place: Place, row: PaperRow) -> int:
 # ------------------------------------------------------------------ jobs of a row
 
 
-def pretrain_job(place: Place, row: PaperRow, seed: int) -> list[Job]:
+def pretrain_job(workspace: Workspace, row: PaperRow, seed: int) -> list[Command]:
     """What pretrains a row's encoder, with its data; nothing for a random one."""
     if row.initial == "random" or row.recipe is None:
         return []
     if row.recipe == "supervised":
-        return supervised_jobs(place, row, seed)
-    data, jobs = row_data(place, row, "pretrain")
-    samples = read_manifest(place.scale.train).samples
-    sets = [*overrides(row, place.scale), f"seed={seed}"]
+        return supervised_jobs(workspace, row, seed)
+    data, jobs = row_data(workspace, row, "pretrain")
+    samples = read_manifest(workspace.scale.train).samples
+    sets = [*overrides(row, workspace.scale), f"seed={seed}"]
     sets += [] if row.images is None else [f"data.samples_per_epoch={samples}"]
-    path, recipe = RECIPES / f"{base_recipe(row)}.yaml", row_recipe(place, row)
+    path, recipe = RECIPES / f"{base_recipe(row)}.yaml", row_recipe(workspace, row)
     drawn = recipe.data.samples_per_epoch or samples
     steps = steps_per_epoch(drawn, recipe.batch_size, recipe.data.partitions)
     total = round(recipe.optimizer.epochs * steps)
-    run = place.output / run_name(row, seed)
+    run = workspace.output / run_name(row, seed)
     words = ["--recipe", path, "--data", data, "--output", run]
     words += [word for text in sets for word in ("--set", text)]
-    words += place.scale.options.get("pretrain", ())
+    words += workspace.scale.options.get("pretrain", ())
     images = total * recipe.batch_size
-    job = Job(
+    job = Command(
         f"{run.name} pretrain",
-        place.scale.command("pipeline/pretrain.py", *words),
+        workspace.scale.command("pipeline/pretrain.py", *words),
         run / "encoder" / "encoder.json",
         tuple(j.name for j in jobs),
         step=total,
@@ -184,43 +197,45 @@ def pretrain_job(place: Place, row: PaperRow, seed: int) -> list[Job]:
     return [*jobs, job]
 
 
-def supervised_jobs(place: Place, row: PaperRow, seed: int) -> list[Job]:
+def supervised_jobs(workspace: Workspace, row: PaperRow, seed: int) -> list[Command]:
     """Finetuning from scratch on the row's images; then its classifier's encoder as a run.
 
     On all images that is the finetuning of the random row, which is shared.
     """
-    data, jobs = row_data(place, row, "pretrain")
-    run = place.output / run_name(row, seed)
+    data, jobs = row_data(workspace, row, "pretrain")
+    run = workspace.output / run_name(row, seed)
     scratch = replace(row, recipe=None, initial="random")
-    result = place.output / run_name(scratch, seed) / "eval" / "finetune.json"
-    words, val = random_words(place, scratch, seed), place.scale.val
-    batch = 1 << few_images(place, row).bit_length() - 1
-    if row.images and batch < int(option(place.scale.options["finetune"], "--batch-size", 1024)):
+    result = workspace.output / run_name(scratch, seed) / "eval" / "finetune.json"
+    words, val = random_words(workspace, scratch, seed), workspace.scale.val
+    batch = 1 << few_images(workspace, row).bit_length() - 1
+    if row.images and batch < int(
+        option(workspace.scale.options["finetune"], "--batch-size", 1024)
+    ):
         words += ["--batch-size", str(batch)]
-    train = eval_job(place, scratch, seed, "finetune", words, result, data, val, jobs)
+    train = eval_job(workspace, scratch, seed, "finetune", words, result, data, val, jobs)
     export = python(ROOT / "pipeline/export.py", result.with_suffix(""), "--format", "run", run)
     made = run / "encoder" / "encoder.json"
-    return [*jobs, train, Job(f"{run.name} pretrain", export, made, (train.name,))]
+    return [*jobs, train, Command(f"{run.name} pretrain", export, made, (train.name,))]
 
 
-def random_words(place: Place, row: PaperRow, seed: int) -> list[str]:
+def random_words(workspace: Workspace, row: PaperRow, seed: int) -> list[str]:
     """The words that name a random encoder of the row's architecture."""
-    encoder = row_recipe(place, row).encoder
+    encoder = row_recipe(workspace, row).encoder
     options = yaml.safe_dump(vit_options(encoder), default_flow_style=True, width=10**6).strip()
     return ["--encoder", "random", "--arch", encoder.arch, "--options", options]
 
 
-def row_recipe(place: Place, row: PaperRow) -> Recipe:
+def row_recipe(workspace: Workspace, row: PaperRow) -> Recipe:
     """The recipe of a row at the scale (of a random one: MAE's)."""
-    return read_recipe(base_recipe(row), tuple(overrides(row, place.scale)))
+    return read_recipe(base_recipe(row), tuple(overrides(row, workspace.scale)))
 
 
 def eval_job(
-    place: Place, row: PaperRow, seed: int, protocol: str, encoder: Sequence[object],
-    result: Path, train: str, val: str, needs: Sequence[Job],
-) -> Job:  # fmt: skip
+    workspace: Workspace, row: PaperRow, seed: int, protocol: str, encoder: Sequence[object],
+    result: Path, train: str, val: str, needs: Sequence[Command],
+) -> Command:  # fmt: skip
     """One evaluation of an encoder, its result file and its cost."""
-    scale, how = place.scale, by_key(protocol)
+    scale, how = workspace.scale, by_key(protocol)
     words = ["--val", val, "--seed", seed, "--output", result]
     words += ["--train", train] if how.train else []
     words += [*scale.options.get(protocol, ()), *encoder]
@@ -228,32 +243,34 @@ def eval_job(
         epochs = float(option(words, "--epochs", 100)) * row.finetune.get("epochs", 100) / 100
         words += ["--epochs", f"{epochs:g}"]
     words += how.words(seed)
-    forward = encoder_flops(row_recipe(place, row))
+    forward = encoder_flops(row_recipe(workspace, row))
     samples, held_out = (read_manifest(shards).samples for shards in (scale.train, scale.val))
     images, flops = how.cost(Work(forward, samples, held_out, tuple(map(str, words))))
     name = f"{run_name(row, seed)} {protocol}"
     command = scale.command(f"eval/{how.script}.py", *words)
-    return Job(name, command, result, tuple(j.name for j in needs), 0, images, flops)
+    return Command(name, command, result, tuple(j.name for j in needs), 0, images, flops)
 
 
 def option(words: Sequence[object], name: str, default: Any) -> Any:
     """The value after the last `name` on a command line."""
-    places = [number for number, word in enumerate(words) if word == name]
-    return words[places[-1] + 1] if places else default
+    found = [number for number, word in enumerate(words) if word == name]
+    return words[found[-1] + 1] if found else default
 
 
-def row_jobs(place: Place, row: PaperRow, seed: int, protocols: Sequence[str]) -> list[Job]:
+def row_jobs(
+    workspace: Workspace, row: PaperRow, seed: int, protocols: Sequence[str]
+) -> list[Command]:
     """All jobs of a row and seed: data, pretraining, one evaluation per protocol.
 
     The result of a protocol is OUTPUT/<run_name>/eval/<protocol>.json.
     """
-    jobs = pretrain_job(place, row, seed)
-    train, more = row_data(place, row, "train")
-    val, again = row_data(place, row, "val")
-    run = place.output / run_name(row, seed)
+    jobs = pretrain_job(workspace, row, seed)
+    train, more = row_data(workspace, row, "train")
+    val, again = row_data(workspace, row, "val")
+    run = workspace.output / run_name(row, seed)
     encoder: list[object] = ["--encoder", run]
     if row.initial == "random":
-        encoder = list(random_words(place, row, seed))
+        encoder = list(random_words(workspace, row, seed))
     jobs += [*more, *again]
     evals = []
     for protocol in protocols:
@@ -261,52 +278,31 @@ def row_jobs(place: Place, row: PaperRow, seed: int, protocols: Sequence[str]) -
         if row.recipe == "supervised" and protocol == "linprobe":
             words += ["--feature", "mean_patch"]  # the feature that it was trained with
         result = run / "eval" / f"{protocol}.json"
-        evals.append(eval_job(place, row, seed, protocol, words, result, train, val, jobs))
+        evals.append(eval_job(workspace, row, seed, protocol, words, result, train, val, jobs))
     return [*jobs, *evals]
 
 
 # ------------------------------------------------------------------ cost
-
-
-def blocks_flops(tokens: int, width: int, depth: int) -> float:
-    """Forward pass of transformer blocks, MLP ratio 4: 24 n d² + 4 n² d per block."""
-    return depth * (24.0 * tokens * width**2 + 4.0 * tokens**2 * width)
-
-
-def shape_of(recipe: Recipe) -> tuple[int, int, int]:
-    """(patches, width, depth) of a recipe's encoder."""
-    return _shape(recipe.encoder.arch, json.dumps(vit_options(recipe.encoder)))
-
-
-@cache
-def _shape(arch: str, options: str) -> tuple[int, int, int]:
-    with torch.device("meta"):
-        vit = build_vit(arch, json.loads(options))
-    return vit.patch_embed.num_patches, vit.embed_dim, len(vit.blocks)
+# Rows differ in epochs and data more often than in what a step computes: each dry run is made once.
 
 
 def encoder_flops(recipe: Recipe) -> float:
-    """Forward pass of one whole image."""
-    patches, width, depth = shape_of(recipe)
-    return blocks_flops(patches + 1, width, depth)
+    """Forward pass of one full image."""
+    return _forward_flops(recipe.encoder.model_dump_json())
+
+
+@cache
+def _forward_flops(encoder: str) -> float:
+    return estimate.encoder_flops(EncoderRecipe.model_validate_json(encoder))
 
 
 def pretrain_flops(recipe: Recipe) -> float:
-    """Training on one image: forward and backward (three forward passes) of every branch."""
-    patches, width, depth = shape_of(recipe)
-    first = int(patches * (1 - recipe.views.mask_ratio))
-    second = {
-        "pixels": 0,
-        "complement": patches - first,
-        "independent": int(patches * (1 - recipe.views.second_mask_ratio)),
-    }.get(recipe.views.second, patches)
-    if recipe.encoder.masked_tokens == "replace":
-        first, second = patches, patches if second else 0
-    total = 3 * blocks_flops(first + 1, width, depth)
-    if recipe.measure.reconstructs:
-        decoder = recipe.measure.decoder
-        total += 3 * blocks_flops(second + 1, width, depth) if second else 0.0
-        branches = 2 if second else 1
-        return total + 3 * branches * blocks_flops(patches + 1, decoder.width, decoder.depth)
-    total += blocks_flops(second + 1, width, depth)  # the teacher needs no backward pass
-    return total * (2 if recipe.measure.symmetric else 1)
+    """Training on one image, forward and backward of every branch, by estimate's dry run of the
+    recipe's own step on two images. The negatives of a larger batch would add little."""
+    return _step_flops(recipe.model_dump_json(include={"encoder", "views", "measure"})) / 2
+
+
+@cache
+def _step_flops(parts: str) -> float:
+    recipe = Recipe.model_validate({"name": "parts"} | json.loads(parts))
+    return estimate.dry_run(recipe, 2, "fp32").flops

@@ -12,21 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.errors import UserError
+from eval.shared.processes import environment
+from pipeline.errors import UserError, naming
 from shard_tools.cores import cores
-
-# A job is a launch of its own, also where this process has joined ranks.
-LAUNCHER = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
-    "MASTER_PORT",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Job:
-    """A command, the file that it leaves, and the jobs whose files it reads.
+class Command:
+    """A command line, the file that it leaves, and the commands whose files it reads.
 
     step: the file must be an encoder.json of that step (a pretraining exports earlier ones too).
     images, flops: what it trains or encodes: images, and floating-point operations.
@@ -42,33 +35,44 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the file is there; each of our commands writes it whole and last."""
+        """Whether the file is there; each of our commands writes it last, under a temporary name.
+
+        UserError where an encoder.json cannot be read.
+        """
         if not self.makes.is_file():
             return False
-        return not self.step or int(json.loads(self.makes.read_text())["step"]) >= self.step
+        if not self.step:
+            return True
+        with naming(self.makes, "cannot be read"):
+            text = self.makes.read_text(encoding="utf-8")
+        try:
+            return int(json.loads(text)["step"]) >= self.step
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.makes}: has no step; remove it to run it again") from error
 
 
-def unique(jobs: Sequence[Job]) -> list[Job]:
-    """Jobs in order, each name once; UserError where one name stands for two commands."""
-    found: dict[str, Job] = {}
+def unique(jobs: Sequence[Command]) -> list[Command]:
+    """Commands in order, each name once; UserError where one name has two command lines."""
+    found: dict[str, Command] = {}
     for job in jobs:
         if found.setdefault(job.name, job).command != job.command:
             raise UserError(f"two different commands are called {job.name}")
     return list(found.values())
 
 
-def run_jobs(jobs: Sequence[Job], slots: int, folder: Path) -> dict[str, float]:
+def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str, float]:
     """Run what is not done, `slots` at a time; CPU seconds by name, of earlier calls too.
 
-    A job's output goes to folder/logs/NAME.log, its cost to folder/jobs.jsonl. What needs a
-    failed job is left out, the rest goes on; then UserError names each failure and its log.
+    Its output goes to folder/logs/NAME.log, its cost to folder/jobs.jsonl. What needs a
+    failed command is left out, the rest is run; then UserError names each failure and its log.
     """
     jobs, failed = unique(jobs), dict[str, Path]()
     left = [job for job in jobs if not job.done]
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    with naming(folder, "cannot be written"):
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
     threads = max(1, cores() // slots)
     children: set[subprocess.Popen] = set()
-    running: dict[Future, Job] = {}
+    running: dict[Future, Command] = {}
     with ThreadPoolExecutor(slots) as pool:
         try:
             while left or running:
@@ -78,7 +82,7 @@ def run_jobs(jobs: Sequence[Job], slots: int, folder: Path) -> dict[str, float]:
                     left.remove(job)
                     running[pool.submit(run_one, job, folder, threads, children)] = job
                 if not running:
-                    break  # what is left needs a failed job
+                    break  # what is left needs a failed command
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     record = future.result()
@@ -92,25 +96,24 @@ def run_jobs(jobs: Sequence[Job], slots: int, folder: Path) -> dict[str, float]:
                 child.terminate()
     if failed:
         names = "; ".join(f"{name} (see {log})" for name, log in failed.items())
-        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed: {names}")
+        raise UserError(f"{len(failed)} of {len(jobs)} commands failed: {names}")
     return costs(folder)
 
 
 _writing = threading.Lock()
 
 
-def run_one(job: Job, folder: Path, threads: int, children: set) -> dict[str, Any]:
-    """Run a job to its end; what jobs.jsonl keeps of it."""
+def run_one(job: Command, folder: Path, threads: int, children: set) -> dict[str, Any]:
+    """Run a command to its end; what jobs.jsonl keeps of it. UserError where it cannot start."""
     log = folder / "logs" / f"{''.join(c if c.isalnum() else '-' for c in job.name)}.log"
-    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
-    environment["OMP_NUM_THREADS"] = str(threads)
-    if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"
     start = time.monotonic()
-    with log.open("ab") as output:
-        child = subprocess.Popen(
-            job.command, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
+    with naming(log, "cannot be written"):
+        output = log.open("ab")
+    with output:
+        with naming(job.command[0], "cannot be started"):
+            child = subprocess.Popen(
+                job.command, env=environment(threads), stdout=output, stderr=subprocess.STDOUT
+            )
         children.add(child)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -122,17 +125,26 @@ def run_one(job: Job, folder: Path, threads: int, children: set) -> dict[str, An
         "seconds": round(time.monotonic() - start, 2),
         "log": str(log),
     }
-    with _writing, (folder / "jobs.jsonl").open("a", encoding="utf-8") as file:
+    path = folder / "jobs.jsonl"
+    with _writing, naming(path, "cannot be written"), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     return record
 
 
 def costs(folder: Path) -> dict[str, float]:
-    """CPU seconds by job name, over all calls."""
+    """CPU seconds by name, over all calls. UserError names a line that is no record."""
     path, total = folder / "jobs.jsonl", dict[str, float]()
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        record = json.loads(line)
-        total[record["name"]] = total.get(record["name"], 0.0) + record["cpu_seconds"]
+    if not path.is_file():
+        return total
+    with naming(path, "cannot be read"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            name, seconds = str(record["name"]), float(record["cpu_seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a record of a command") from error
+        total[name] = total.get(name, 0.0) + seconds
     return total
 
 
@@ -141,15 +153,16 @@ def python(script: str | Path, *words: object) -> tuple[str, ...]:
     return (sys.executable, str(script), *map(str, words))
 
 
-def show_plan(jobs: Sequence[Job]) -> list[str]:
-    """Lines per job: its cost or that it is done, its command; and the sum of what is left."""
+def show_plan(jobs: Sequence[Command]) -> list[str]:
+    """Lines per command: its cost or that it is done, its command; and the sum of what is left."""
     lines, left = [], [job for job in unique(jobs) if not job.done]
     for job in unique(jobs):
         state = "done" if job.done else f"{job.images:>10,} images {job.flops / 1e12:>12,.1f} TFLOP"
         lines += [f"{state:>40}  {job.name}", f"{'':>42}{' '.join(map(quoted, job.command))}"]
     flops = sum(job.flops for job in left)
     lines.append(
-        f"{len(left)} of {len(unique(jobs))} jobs to run: {sum(j.images for j in left):,} images, "
+        f"{len(left)} of {len(unique(jobs))} commands to run: "
+        f"{sum(j.images for j in left):,} images, "
         f"{flops / 1e12:,.1f} TFLOP: {flops / 3.6e3 / 300e12:,.2f} hours of a GPU at 300 TFLOP/s, "
         f"{flops / 3.6e3 / 30e9:,.2f} hours of a CPU core at 30 GFLOP/s"
     )

@@ -8,7 +8,7 @@ import yaml
 
 from eval.reporting.run_records import Run, flatten
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 
 PAPER = Path(__file__).with_name("paper.yaml")
 
@@ -19,7 +19,7 @@ NOT_METHOD = ("measure.decoder.", "measure.heads.")
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row: what to run (see the head of paper.yaml) and the published figures."""
+    """One row: what to run (see the head of paper.yaml) and the published metrics."""
 
     name: str
     published: dict[str, float]
@@ -35,14 +35,14 @@ class PaperRow:
 
     @property
     def plain(self) -> bool:
-        """Whether recipe and overrides alone say how to pretrain it, on the whole training set."""
-        whole = self.images is None and self.classes is None
-        return self.recipe is not None and whole and self.initial is None
+        """Whether recipe and overrides alone say how to pretrain it, on the full training set."""
+        full = self.images is None and self.classes is None
+        return self.recipe is not None and full and self.initial is None
 
 
 @dataclass(frozen=True)
 class PaperTable:
-    """One table: its number, title, figures and rows."""
+    """One table: its number, title, metrics and rows."""
 
     number: int
     title: str
@@ -53,7 +53,8 @@ class PaperTable:
 
 def read_paper(path: Path = PAPER) -> list[PaperTable]:
     """All tables in order. UserError names the table and row that cannot be read."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with naming(path, "cannot be read"):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     tables = []
     for number, table in content.items():
         rows = []
@@ -64,7 +65,7 @@ def read_paper(path: Path = PAPER) -> list[PaperTable]:
                 raise UserError(f"{path}, table {number}, {row.get('name')}: {error}") from error
             unknown = set(row["published"]) - set(table["columns"])
             if unknown:
-                raise UserError(f"{path}, table {number}, {row['name']}: unknown figure {unknown}")
+                raise UserError(f"{path}, table {number}, {row['name']}: unknown metric {unknown}")
         columns = tuple(table["columns"])
         note = " ".join(table.get("note", "").split())
         tables.append(PaperTable(int(number), table["title"], columns, tuple(rows), note))

@@ -34,11 +34,11 @@ def cka_charts(groups: Sequence[Group]) -> list[str]:
         charts += [
             line_chart(
                 by_ratio, title=f"CKA of the last block, {what}", x="share of patches dropped",
-                y="CKA(whole, dropped)", limits=(0, 1.02),
+                y="CKA(full, dropped)", limits=(0, 1.02),
             ),
             line_chart(
                 by_block, title=f"CKA with {largest} dropped, {what}", x="block",
-                y="CKA(whole, dropped)", limits=(0, 1.02),
+                y="CKA(full, dropped)", limits=(0, 1.02),
             ),
         ]  # fmt: skip
     return charts

@@ -59,7 +59,7 @@ class Run:
         return [float(s) for s, _ in rows], [float(v) for _, v in rows]
 
     def typical(self, key: str) -> float | None:
-        """Median of a logged quantity, without the first entry, which holds the start-up."""
+        """Median of a logged quantity, without the first entry, which includes the start-up."""
         values = self.series(key)[1]
         values = values[1:] or values
         return median(values) if values else None
@@ -93,7 +93,7 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder. UserError where a file cannot be used.
 
     Only recipe.yaml must be there; or, for an encoder that is no run of ours (timm's, MoCo v3's, a
-    random one), results in eval/, whose name of the encoder then stands for the recipe.
+    random one), results in eval/, whose name of the encoder is then the recipe's.
     """
     folder = Path(folder)
     results = tuple(read_result(path) for path in sorted((folder / "eval").glob("*.json")))
@@ -107,7 +107,7 @@ def read_run(folder: str | Path) -> Run:
     except yaml.YAMLError as error:
         raise UserError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise UserError(f"{folder / 'recipe.yaml'} holds no keys")
+        raise UserError(f"{folder / 'recipe.yaml'} has no keys")
     return Run(
         folder=folder.resolve(),
         recipe=recipe,
@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a .jsonl file; a last line that is still being written is left out.
 
-    A run that went on from a checkpoint repeats some steps: the last entry of each step counts.
+    A run that resumed from a checkpoint repeats some steps: the last entry of each step counts.
     """
     if not path.is_file():
         return []

@@ -47,7 +47,7 @@ class Column:
 
     @property
     def name(self) -> str:
-        """What tells it from every other column."""
+        """What distinguishes it from every other column."""
         return f"{self.title}, {self.length}" if self.length else self.title
 
 
@@ -91,7 +91,7 @@ def accuracy_table(groups: Sequence[Group]) -> Table | None:
     """One row per group and one for random encoders, one column per protocol; None if empty.
 
     What was trained for fewer or more epochs has a column of its own, which names them. A cell
-    holds the mean over the seeds ± the sample standard deviation, and the distance to the random
+    is the mean over the seeds ± the sample standard deviation, and the distance to the random
     encoders' mean.
     """
     columns: dict[str, Column] = {}
@@ -108,7 +108,7 @@ def accuracy_table(groups: Sequence[Group]) -> Table | None:
     for group in groups:
         results = [result for run in group.runs for result in run.results]
         if results and all(is_random(result) for result in results):
-            continue  # its figures stand in the row of the random encoders
+            continue  # its results are in the row of the random encoders
         cells = [
             accuracy_cell(group_values(group, column), random[key], column)
             for key, column in columns.items()
@@ -130,12 +130,12 @@ def accuracy_table(groups: Sequence[Group]) -> Table | None:
 
 
 def seeds_text(group: Group) -> str:
-    """How many runs stand behind a row."""
+    """How many runs a row averages."""
     return f"{len(group.runs)} seeds" if len(group.runs) > 1 else ""
 
 
 def group_values(group: Group, column: Column) -> list[float]:
-    """The pretrained encoders' figures of a group in one column, one per run that has it."""
+    """The pretrained encoders' results of a group in one column, one per run that has it."""
     return [
         float(result[column.field])
         for run in group.runs
@@ -145,7 +145,7 @@ def group_values(group: Group, column: Column) -> list[float]:
 
 
 def random_values(groups: Sequence[Group], column: Column) -> list[float]:
-    """Figures of random encoders, each architecture and seed once although several runs have it."""
+    """Results of random encoders, each architecture and seed once although several runs have it."""
     found: dict[str, float] = {}
     for group in groups:
         for run in group.runs:
@@ -156,7 +156,7 @@ def random_values(groups: Sequence[Group], column: Column) -> list[float]:
 
 
 def random_key(result: dict[str, Any]) -> str:
-    """What tells the random encoder of a result from another."""
+    """What distinguishes the random encoder of a result from another."""
     return str([result["encoder"].get(k) for k in ("arch", "options", "random_seed")])
 
 
@@ -180,7 +180,7 @@ def accuracy_cell(values: list[float], baseline: list[float], column: Column) ->
 
 def protocol_notes(groups: Sequence[Group]) -> list[str]:
     """What a reader must know about the protocols in the table, each thing once."""
-    notes = ["± is the sample standard deviation over seeds; a figure without it is of one seed."]
+    notes = ["± is the sample standard deviation over seeds; a number without it is of one seed."]
     for group in groups:
         for run in group.runs:
             for result in run.results:
@@ -191,7 +191,7 @@ def protocol_notes(groups: Sequence[Group]) -> list[str]:
 
 
 def facts(result: dict[str, Any]) -> list[str]:
-    """How a figure came about, in a few words each."""
+    """How a result came about, in a few words each."""
     settings = result.get("settings", {})
     words = [f"{result['images']} validation images"] if "images" in result else []
     words += [f"batch {settings['batch_size']}"] if settings.get("batch_size") else []

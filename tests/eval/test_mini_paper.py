@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def values(table):
-    return lambda row, figure: table[row, figure]
+    return lambda row, metric: table[row, metric]
 
 
 @pytest.mark.parametrize("numbers", [(1.0, 2.0, 4.0), (0.5, -0.25), (3.0, 3.5, 2.0, 9.0)])
@@ -61,8 +61,8 @@ def test_a_claim_needs_all_its_differences():
     assert not verdict([sure, unsure])
 
 
-def test_every_claim_names_rows_and_figures_that_are_made():
-    wanted = mini_paper.wanted_figures(CLAIMS)
+def test_every_claim_names_rows_and_metrics_that_are_made():
+    wanted = mini_paper.wanted_metrics(CLAIMS)
     assert wanted["random"] == ["finetune", "fewshot", "cka"]
     assert wanted["MAE"] == ["finetune", "fewshot", "psnr", "cka"]
     assert wanted["C-MAE without mask tokens"] == ["linprobe"]
@@ -70,20 +70,20 @@ def test_every_claim_names_rows_and_figures_that_are_made():
     assert [claim.number for claim in CLAIMS] == [1, 2, 3, 4, 5]
     expected = {"linprobe": 54.5, "finetune": 83.1, "fewshot": 67.5, "psnr": 22.2}
     assert mini_paper.paper_row("MAE").published == expected  # of Tab. 1 and of Tab. 4
-    assert mini_paper.parse_args([]).seeds == 3
+    assert mini_paper.parse_args([]).options.seeds == 3
     with pytest.raises(SystemExit):
         mini_paper.parse_args(["--claims", "6"])
-    assert parse_args(["--table", "1"]).seeds == 1
+    assert parse_args(["--table", "1"]).options.seeds == 1
 
 
 def test_cka_counts_all_blocks_where_most_is_dropped(tmp_path):
-    place = mini_paper.Place(tmp_path, read_scale("mini"))
+    workspace = mini_paper.Workspace(tmp_path, read_scale("mini"))
     folder = tmp_path / "mae-0" / "eval"
     folder.mkdir(parents=True)
     cka = {"ratios": [0.6, 0.7, 0.8], "cka": [[0, 0], [0.5, 0.75], [0.25, 0.5]]}
     (folder / "cka.json").write_text(json.dumps(cka))
-    assert mini_paper.our_figure(place, "MAE", 0, "cka") == 0.5
-    assert mini_paper.our_figure(place, "MAE", 1, "cka") is None
+    assert mini_paper.our_value(workspace, "MAE", 0, "cka") == 0.5
+    assert mini_paper.our_value(workspace, "MAE", 1, "cka") is None
 
 
 @pytest.mark.slow

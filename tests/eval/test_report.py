@@ -134,7 +134,7 @@ def test_pictures_are_the_latest_of_each_recipe(page: Path) -> None:
     assert [(p["width"], p["height"]) for p in pictures] == [("48", "20")] * 3
     captions = [p["alt"] for p in pictures]
     assert captions[0] == (
-        "mae, step 30: original | masked | prediction in the hidden patches | whole prediction "
+        "mae, step 30: original | masked | prediction of the masked patches | full prediction "
         "(true patch statistics)"
     )
     assert "true patch statistics" not in str(captions[1])

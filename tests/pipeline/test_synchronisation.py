@@ -10,7 +10,7 @@ import torch
 from tiny import images, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eval.paper.job_runner import LAUNCHER
+from eval.shared.processes import LAUNCHER
 from pipeline.config.ds_config import plan_recipe
 from pipeline.distributed import close
 from pipeline.method.objective import build_objective

@@ -1,0 +1,151 @@
+"""What eval/reproduce.py and eval/mini_paper.py share: options, rows, and results beside the
+paper's."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+
+from eval.paper.commands import Workspace, read_scale, run_name
+from eval.paper.job_runner import Command
+from eval.paper.published import PaperRow, PaperTable, read_paper
+from eval.protocols import by_key, headings, keys
+from eval.reporting.run_records import read_result
+from eval.reporting.tables import NONE, Cell, Row, Table
+from eval.shared.demo_shards import make_demo_shards
+from pipeline.errors import UserError
+from shard_tools.cores import cores
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every reproduction is told: workspace, seeds 0 … seeds - 1, commands side by side,
+    protocols beside a row's own, whether only the plan is wanted."""
+
+    workspace: Workspace
+    seeds: int
+    jobs: int
+    also: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The command-line options of `Options`."""
+    add = parser.add_argument
+    add("--seeds", type=int, default=1, help="run seeds 0 … N - 1")
+    add("--output", type=Path, help="folder of the runs (default: runs/reproduce-<scale>)")
+    add("--train", default="", help="training shards (default: the scale's)")
+    add("--val", default="", help="validation shards (default: the scale's)")
+    add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
+    add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
+    add("--also", nargs="+", default=[], choices=[k for k in keys() if k not in ("shape-bias",)],
+        metavar="PROTOCOL", help="evaluate every row by these too: %(choices)s")  # fmt: skip
+    add("--dry-run", action="store_true", help="print the plan and its cost, run nothing")
+
+
+def read_options(args: argparse.Namespace, scale_name: str) -> Options:
+    """The options as values; UserError for one that cannot be."""
+    if args.seeds < 1 or args.jobs < 0:
+        raise UserError("--seeds must be at least 1 and --jobs not negative")
+    scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
+    jobs = args.jobs or (1 if scale.launch != "python" else cores())
+    output = args.output or Path(f"runs/reproduce-{scale.name}")
+    workspace = Workspace(output, scale, args.classes, demo=not (args.train or args.val))
+    return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
+
+
+def prepare_data(workspace: Workspace) -> None:
+    """Build the demo's shards for a small scale that was given no others."""
+    if workspace.demo and workspace.scale.name != "full":
+        make_demo_shards(Path(workspace.scale.train).parent.parent, train=4096, val=1024)
+
+
+@cache
+def known_tables() -> dict[int, PaperTable]:
+    """The paper's tables by number."""
+    return {table.number: table for table in read_paper()}
+
+
+def find_table(number: int) -> PaperTable:
+    """A table of paper.yaml by its number."""
+    tables = known_tables()
+    if number not in tables:
+        raise UserError(f"--table {number}: the paper's tables are {', '.join(map(str, tables))}")
+    return tables[number]
+
+
+def choose_rows(table: PaperTable, names: Sequence[str] | None) -> list[PaperRow]:
+    """The rows to run, those cited from other papers left out."""
+    known = {row.name: row for row in table.rows if row.recipe or row.initial}
+    for name in names or ():
+        if name not in known:
+            listed = "; ".join(known)
+            raise UserError(f"--rows {name!r}: rows of table {table.number} are: {listed}")
+    return [known[name] for name in names or known]
+
+
+def columns_of(table: PaperTable, row: PaperRow) -> list[str]:
+    """The metrics that a row is given: the published ones."""
+    return [name for name in table.columns if name in row.published]
+
+
+def result_path(workspace: Workspace, row: PaperRow, seed: int, protocol: str) -> Path:
+    """The result file of a row and seed under a protocol."""
+    return workspace.output / run_name(row, seed) / "eval" / f"{protocol}.json"
+
+
+def our_result(workspace: Workspace, row: PaperRow, seed: int, protocol: str) -> float | None:
+    """Our result of a row and seed, None where its file is not there."""
+    path = result_path(workspace, row, seed, protocol)
+    if not path.is_file():
+        return None
+    metric = by_key(protocol).metric
+    value = read_result(path).get(metric)
+    if not isinstance(value, int | float):
+        raise UserError(f"{path}: has no {metric}; remove it to run it again")
+    return float(value)
+
+
+def spread_text(values: Sequence[float]) -> str:
+    """`mean ± standard deviation` of what is there."""
+    if not values:
+        return NONE
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def beside(
+    title: str, rows: Sequence[tuple[PaperRow, Sequence[str]]], workspace: Workspace, seeds: int
+) -> Table:
+    """Rows with some of their metrics: the paper's, and ours as mean ± deviation over seeds."""
+    titles = headings()
+    columns = [c for c in titles if any(c in wanted for _, wanted in rows)]
+    head = ["row"] + [text for c in columns for text in (f"{titles[c]}: paper", "ours")]
+    lines = []
+    for row, wanted in rows:
+        cells = [Cell(row.name)]
+        for column in columns:
+            found = [our_result(workspace, row, seed, column) for seed in range(seeds)]
+            ours = spread_text([value for value in found if value is not None])
+            shown = ours if column in wanted else NONE
+            cells += [Cell(str(row.published.get(column, NONE))), Cell(shown)]
+        lines.append(Row(tuple(cells), baseline=row.initial == "random"))
+    facts = f"scale {workspace.scale.name}, {seeds} seed{'s' if seeds > 1 else ''}"
+    notes = [f"Ours: {facts}; ± is the sample standard deviation over seeds."]
+    if any(c == "psnr" for c in columns):
+        notes.append(
+            "PSNR: with the true mean and deviation of each patch where the recipe predicts "
+            "patch-normalised pixels."
+        )
+    notes += [f"{row.name}: {row.caveat}." for row, _ in rows if row.caveat]
+    return Table(tuple(head), tuple(lines), title, tuple(notes))
+
+
+def run_folders(workspace: Workspace, jobs: Sequence[Command]) -> list[Path]:
+    """The run folders that the commands have made, in their order."""
+    folders = [
+        job.makes.parent.parent for job in jobs if job.makes.parent.name in ("eval", "encoder")
+    ]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]

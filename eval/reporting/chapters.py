@@ -1,0 +1,137 @@
+"""The chapters of a report on runs: accuracies, pictures, curves, settings."""
+
+import base64
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from eval.reporting.charts import Line, line_chart
+from eval.reporting.cka_charts import cka_charts
+from eval.reporting.page import Chapter, Detail, Picture
+from eval.reporting.run_records import Group, Run
+from eval.reporting.tables import (
+    accuracy_table,
+    difference_table,
+    throughput_table,
+    unknown_table,
+    versions_table,
+)
+from pipeline.errors import UserError, naming
+
+TRUE_STATISTICS = (
+    "predictions are patch-normalised pixels (norm_pix); the pictures give each patch its true "
+    "mean and deviation back, so its brightness and contrast are not predicted."
+)
+
+
+# Logged beside a contrastive loss; they are not parts of it.
+COSINES = ("positive", "negative")
+
+
+def accuracy_chapter(groups: Sequence[Group]) -> Chapter:
+    """What the encoders are worth, beside random ones."""
+    tables = tuple(t for t in (accuracy_table(groups), unknown_table(groups)) if t)
+    return Chapter("accuracy", "Accuracy", tables=tables)
+
+
+def cka_chapter(groups: Sequence[Group]) -> Chapter:
+    """How little the features mind dropped patches (the paper's Fig. 1)."""
+    texts = (
+        "Linear CKA between the features of full images and of the same images with patches "
+        "dropped. The paper's Fig. 1 finds it high for MAE, R-MAE and C-MAE even where most is "
+        "dropped, and falling for supervised and MoCo v3 encoders.",
+    )
+    return Chapter("cka", "Invariance to occlusion", texts, charts=tuple(cka_charts(groups)))
+
+
+def loss_chapter(groups: Sequence[Group]) -> Chapter:
+    """Loss and its terms, a chart per recipe (losses of different measures do not compare)."""
+    charts = []
+    for number, group in enumerate(groups):
+        losses: list[Line] = []
+        cosines: list[Line] = []
+        for seed, run in enumerate(group.runs):
+            losses.append(Line(*run.series("loss"), number, "loss" if seed == 0 else ""))
+            for index, term in enumerate(run.terms):
+                label = term if seed == 0 else ""
+                line = Line(*run.series(term), number + 1 + index, label, dashed=True)
+                (cosines if term in COSINES else losses).append(line)
+        if any(line.x for line in losses):
+            charts.append(line_chart(losses, title=f"Loss: {group.label}", x="step", y="loss"))
+        if cosines:
+            title = f"Similarity of pairs: {group.label}"
+            charts.append(line_chart(cosines, title=title, x="step", y="mean cosine"))
+    texts = ("Solid: the loss; dashed: its parts. Runs of one recipe share a chart.",)
+    return Chapter("loss", "Loss", texts, charts=tuple(charts))
+
+
+def course_chapter(groups: Sequence[Group]) -> Chapter:
+    """Learning rate, gradient norm, speed and waiting over the steps, all runs in each chart."""
+    wanted = [
+        ("lr", "Learning rate", ""),
+        ("grad_norm", "Gradient norm", ""),
+        ("images_per_second", "Throughput", "images/s"),
+        ("data_wait", "Data wait", "share of the step"),
+    ]
+    charts = []
+    for key, title, unit in wanted:
+        lines = [
+            Line(*run.series(key), number, group.label if seed == 0 else "")
+            for number, group in enumerate(groups)
+            for seed, run in enumerate(group.runs)
+            if run.series(key)[0]
+        ]
+        if lines:
+            charts.append(line_chart(lines, title=title, x="step", y=unit))
+    runs = [run for group in groups for run in group.runs if run.metrics]
+    tables = (throughput_table(runs),) if runs else ()
+    return Chapter("course", "Throughput and schedule", tables=tables, charts=tuple(charts))
+
+
+def picture_chapter(groups: Sequence[Group]) -> Chapter:
+    """The latest reconstructions of each recipe's first run that has some."""
+    pictures, names = [], []
+    for group in groups:
+        for run in group.runs:
+            if run.pictures:
+                pictures.append(read_picture(run, run.pictures[-1], group.label))
+                if run.true_statistics:
+                    names.append(group.label)
+                break
+    texts = (f"{', '.join(names)}: {TRUE_STATISTICS}",) if names else ()
+    return Chapter("pictures", "Reconstructions and views", texts, pictures=tuple(pictures))
+
+
+def read_picture(run: Run, path: Path, label: str) -> Picture:
+    """A run's picture as a data URI; raises UserError for a file that is not a PNG."""
+    with naming(path, "cannot be read"):
+        data = path.read_bytes()
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
+        raise UserError(f"{path} is not a PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    step = "".join(c for c in path.stem if c.isdigit()).lstrip("0") or "0"
+    if run.reconstructs:
+        columns = "original | masked | prediction of the masked patches | full prediction"
+        columns += " (true patch statistics)" if run.true_statistics else ""
+    else:
+        columns = "original | first view | second view"
+    caption = f"{label}, step {step}: {columns}"
+    uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return Picture(uri, width, height, caption)
+
+
+def settings_chapter(groups: Sequence[Group]) -> Chapter:
+    """Recipes, DeepSpeed configurations and versions: the differences first, then everything."""
+    groups = [group for group in groups if group.pretrained]
+    runs = [run for group in groups for run in group.runs]
+    difference = difference_table(groups) if len(groups) > 1 else None
+    tables = [t for t in (difference, versions_table(runs)) if t and t.rows]
+    details = []
+    for run in runs:
+        recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
+        files = [("recipe.yaml", recipe), ("ds_config.json", json.dumps(run.ds_config, indent=1))]
+        details.append(Detail(f"{run.name}: recipe and DeepSpeed configuration", tuple(files)))
+    return Chapter("settings", "Settings", tables=tuple(tables), details=tuple(details))

@@ -1,0 +1,88 @@
+"""The report's page: chapters of texts, tables, charts and pictures, as HTML and as Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from eval.reporting.run_records import Group
+from eval.reporting.tables import Table
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG as a data URI, its size in pixels, and what it shows."""
+
+    data: str
+    width: int
+    height: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Detail:
+    """A folded block of files, [(name, text)]."""
+
+    title: str
+    files: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A chapter of the report."""
+
+    id: str
+    title: str
+    texts: tuple[str, ...] = ()
+    tables: tuple[Table, ...] = ()
+    charts: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    details: tuple[Detail, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        return not (self.tables or self.charts or self.pictures or self.details)
+
+
+def render_html(title: str, groups: Sequence[Group], chapters: Sequence[Chapter]) -> str:
+    """The page as one string."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    runs = [run for group in groups for run in group.runs]
+    template = environment.get_template("report.html")
+    return template.render(title=title, groups=groups, runs=runs, chapters=chapters)
+
+
+def render_markdown(title: str, chapters: Sequence[Chapter]) -> str:
+    """Texts and tables as Markdown; charts and pictures are left to the page."""
+    lines = [f"# {title}", ""]
+    for chapter in chapters:
+        lines += [f"## {chapter.title}", ""]
+        for text in chapter.texts:
+            lines += [text, ""]
+        for table in chapter.tables:
+            lines += markdown_table(table)
+        for detail in chapter.details:
+            for name, text in detail.files:
+                lines += [f"{detail.title}, `{name}`:", "", "```", text.rstrip(), "```", ""]
+        if chapter.charts or chapter.pictures:
+            shown = len(chapter.charts) + len(chapter.pictures)
+            lines += [f"({shown} charts or pictures in the HTML page)", ""]
+    return "\n".join(lines)
+
+
+def markdown_table(table: Table) -> list[str]:
+    """A table in GitHub's Markdown, notes of cells in brackets."""
+
+    def line(values: Sequence[str]) -> str:
+        return "| " + " | ".join(v.replace("|", "\\|") for v in values) + " |"
+
+    lines = [f"### {table.title}", ""] if table.title else []
+    lines += [line(table.head), "|" + " --- |" * len(table.head)]
+    for row in table.rows:
+        lines.append(line([f"{c.value} ({c.note})" if c.note else c.value for c in row.cells]))
+    return [*lines, "", *(f"- {note}" for note in table.notes), ""]

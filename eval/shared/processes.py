@@ -1,0 +1,48 @@
+"""Commands of this project as child processes."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.errors import UserError, naming
+
+# A command is a launch of its own, also where this process has joined ranks.
+LAUNCHER = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+    "MASTER_PORT",
+)  # fmt: skip
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of a child: no ranks of ours, `threads` per process, CPU without a GPU."""
+    result = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    result["OMP_NUM_THREADS"] = str(threads)
+    if not torch.cuda.is_available():
+        result["DS_ACCELERATOR"] = "cpu"
+    return result
+
+
+def call(what: str, command: Sequence[str | Path], threads: int) -> float:
+    """Run a command to its end and return its seconds. UserError where it fails."""
+    words = [str(word) for word in command]
+    print(f"\n== {what}", flush=True)
+    start = time.perf_counter()
+    with naming(words[0], "cannot be started"):
+        code = subprocess.run(words, env=environment(threads), check=False).returncode
+    if code:
+        raise UserError(f"{what} failed with exit code {code}: {' '.join(words)}")
+    return time.perf_counter() - start
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends this command as Ctrl-C does, so that its children are stopped first."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
