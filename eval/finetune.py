@@ -105,6 +105,7 @@ class Finetuning:
             crop=Crop(image_size=self.session.image_size, scale=(0.08, 1.0)),
             seed=self.settings.seed,
             partitions=self.plan.partitions,
+            samples_per_epoch=self.settings.samples_per_epoch or 0,
             augment=self.augment,
             workers=self.session.workers,
         )
@@ -223,6 +224,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
     add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
     add("--subset-seed", type=int, default=d.subset_seed)
+    add("--samples-per-epoch", type=int,
+        help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
     add("--epochs", type=float, default=d.epochs)
     add("--warmup-epochs", type=float, default=d.warmup_epochs)
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")

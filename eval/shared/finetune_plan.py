@@ -29,7 +29,10 @@ from shard_tools.subset import Choice, choose_samples, write_subset
 
 @dataclass(frozen=True)
 class Settings:
-    """How finetuning trains; its defaults are MAE's. train, val: shards; see --help."""
+    """How finetuning trains; its defaults are MAE's. train, val: shards; see --help.
+
+    samples_per_epoch: draws with replacement that make an epoch; None: each image once.
+    """
 
     train: str
     val: str
@@ -37,6 +40,7 @@ class Settings:
     fraction: float = 1.0
     subset: str | None = None
     subset_seed: int = 0
+    samples_per_epoch: int | None = None
     epochs: float = 100
     warmup_epochs: float = 5
     batch_size: int = 1024
@@ -177,8 +181,8 @@ def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
 def check(s: Settings, world: int) -> None:
     """UserError for a setting that no data could make good; it names the option."""
     check_batch(s.batch_size, world)
-    if s.max_steps is not None and s.max_steps < 1:
-        raise UserError("--max-steps must be at least 1")
+    if min(1 if n is None else n for n in (s.max_steps, s.samples_per_epoch)) < 1:
+        raise UserError("--max-steps and --samples-per-epoch must be at least 1")
     if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:
         raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
     if s.validate_epochs < 1 or (s.stop_epoch is not None and s.stop_epoch <= 0):
@@ -201,10 +205,13 @@ def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
     shards = choose_labels(s, folder, ranks)
     train = labelled(shards)
     partitions = partitions_of(s.batch_size, ranks.world)
-    steps = steps_per_epoch(train.samples, s.batch_size, partitions)
+    steps = steps_per_epoch(s.samples_per_epoch or train.samples, s.batch_size, partitions)
     if not steps:
         raise UserError(
-            f"{shards} has {train.samples} samples, too few for --batch-size {s.batch_size}"
+            f"--samples-per-epoch {s.samples_per_epoch}: too few for --batch-size {s.batch_size}"
+            if s.samples_per_epoch
+            else f"{shards} has {train.samples} samples, too few for --batch-size {s.batch_size}; "
+            "choose a smaller one, or draw with replacement: --samples-per-epoch"
         )
     total = round(steps * s.epochs)
     if not total:
@@ -227,12 +234,17 @@ def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
         "fraction", "subset", "subset_seed", "seed", "max_steps", "val",
     )  # fmt: skip
     encoder, values = session.info.record, asdict(s)
-    return {name: values[name] for name in names} | {
-        "random": encoder["random"],
-        "encoder": encoder["source"],
-        "train": plan.train,
-        "precision": session.precision,
-    }
+    drawn = {"samples_per_epoch": s.samples_per_epoch} if s.samples_per_epoch else {}
+    return (
+        {name: values[name] for name in names}
+        | drawn
+        | {
+            "random": encoder["random"],
+            "encoder": encoder["source"],
+            "train": plan.train,
+            "precision": session.precision,
+        }
+    )
 
 
 def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:

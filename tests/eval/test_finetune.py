@@ -317,6 +317,32 @@ def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(
         evaluate([*words, "--encoder", "other"], tmp_path / "x")
 
 
+def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> None:
+    """12 images make an epoch of 70 draws, 4 batches of 16, each draw with its own crop."""
+    init_ranks()
+    few = write_shards(tmp_path / "few", *coloured_images(12, 6, seed=1))
+    words = arguments(home, tmp_path / "x", "--train", str(few), "--epochs", "2")
+    words += ["--warmup-epochs", "1", "--samples-per-epoch", "70"]
+    s, session = asked(words)
+    plan = finetune_plan.plan_training(s, tmp_path, ALONE)
+    assert (plan.steps, plan.total) == (4, 8)
+    run = finetune.Finetuning(s, plan, session)
+    epochs: list[list[torch.Tensor]] = [[], []]
+    for batch in run.batches(0):
+        epochs[batch.epoch].append(batch)
+    run.engine.destroy()
+    for batches in epochs:
+        drawn = torch.cat([batch.sample for batch in batches])
+        assert len(drawn) == 64
+        counts = torch.bincount(drawn, minlength=12)
+        assert counts.min() < 4 < 7 < counts.max()  # replaced: not five or six of each
+        images = torch.cat([batch.image for batch in batches])[drawn == counts.argmax()]
+        assert len(torch.unique(images, dim=0)) > 1
+    result = evaluate(words, tmp_path / "x")
+    assert result["settings"]["samples_per_epoch"] == 70
+    assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
+
+
 def test_another_choice_of_labels_replaces_the_one_before(home: Path, tmp_path: Path) -> None:
     counts = []
     for words in (("0.3",), ("0.5",), ("0.5", "--subset-seed", "1")):
@@ -484,6 +510,8 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
         (("--fraction", "0.5", "--subset", "names.txt"), "--subset and --fraction both choose"),
         (("--subset", "names.txt"), "names.txt: no such file"),
         (("--ds_config", "zero0", "--precision", "bf16"), "--precision bf16 needs ZeRO stage 1"),
+        (("--batch-size", "128", "--samples-per-epoch", "100"), "--samples-per-epoch 100: too few"),
+        (("--samples-per-epoch", "0"), "--samples-per-epoch must be at least 1"),
         (("--stop-epoch", "0"), "--stop-epoch above 0"),
         (("--validate-epochs", "0"), "--validate-epochs must be at least 1"),
         (("--epochs", "0.1", "--warmup-epochs", "0"), "--epochs 0.1: less than a step, with 4"),

@@ -325,6 +325,7 @@ def test_costs_of_protocols():
         ("linprobe", ("--protocol", "cached"), 10 * 100),
         ("finetune", ("--epochs", "5"), 5 * 10 * 3 * 100),
         ("fewshot", ("--epochs", "5", "--fraction", "0.1"), 5 * 1 * 3 * 100),
+        ("finetune", ("--epochs", "5", "--samples-per-epoch", "80"), 5 * 80 * 3 * 100),
         ("knn", (), 14 * 100),
         ("psnr", (), 4 * 100),
         ("cka", (), 5.5 * 4 * 100),
