@@ -26,7 +26,7 @@ which one `cka` is. A high CKA at a large share says that the features do not mi
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from eval.shared.labels import with_images
 from eval.shared.results import Timer, check_output, output_path, write_result
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
+from pipeline.method.families import block_features, drops_patches
 from pipeline.method.metrics import biased_hsic, gram, hsic, kept_patches
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
@@ -61,21 +62,6 @@ class Settings:
     seed: int = 0
 
 
-def block_tokens(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> Iterator[Tensor]:
-    """Tokens [b, prefix + K, D] after each block; patches not kept are dropped before the first.
-
-    kept: int64 [b, K] or None for all.
-    """
-    tokens = vit._pos_embed(vit.patch_embed(pixels))
-    if kept is not None:
-        prefix = vit.num_prefix_tokens
-        tokens = torch.cat([tokens[:, :prefix], tokens_at(tokens[:, prefix:], kept)], dim=1)
-    tokens = vit.norm_pre(tokens)
-    for block in vit.blocks:
-        tokens = block(tokens)
-        yield tokens
-
-
 def tokens_at(tokens: Tensor, kept: Tensor) -> Tensor:
     """The tokens [b, K, D] at positions int64 [b, K] of patch tokens [b, L, D]."""
     return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
@@ -95,13 +81,13 @@ def features(
     vit, prefix = session.vit, session.vit.num_prefix_tokens
     full: list[list[Tensor]] = []  # per block: all patches, cls token, the patches of each mask
     with autocast(session.precision, pixels.device):
-        for tokens in block_tokens(vit, pixels, None):
+        for tokens in block_features(vit, pixels):
             first = [pooled(tokens, prefix), tokens[:, 0].float()]
             full.append(first + [pooled(tokens, prefix, kept) for kept in masks])
         every, cls, *both = (torch.stack(column) for column in zip(*full, strict=True))
         found: dict[str, list[tuple[Tensor, Tensor]]] = {pool: [] for pool in pools_of(vit)}
         for kept, same in zip(masks, both, strict=True):
-            part = [(pooled(t, prefix), t[:, 0].float()) for t in block_tokens(vit, pixels, kept)]
+            part = [(pooled(t, prefix), t[:, 0].float()) for t in block_features(vit, pixels, kept)]
             mean, token = (torch.stack(column) for column in zip(*part, strict=True))
             pairs = {"kept-in-both": (same, mean), "all-kept": (every, mean), "cls": (cls, token)}
             for pool, pair_list in found.items():
@@ -126,17 +112,17 @@ def batch_hsic(session: EvalSession, pixels: Tensor, sample: Tensor, s: Settings
 
 def pools_of(vit: VisionTransformer) -> list[str]:
     """The ways to pool that an encoder has."""
-    return [pool for pool in POOLS if pool != "cls" or vit.has_class_token]
+    return [pool for pool in POOLS if pool != "cls" or vit.cls_token is not None]
 
 
 def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
     """Refuse an encoder whose patches cannot be left out, or that lacks the cls token."""
-    if not isinstance(vit, VisionTransformer):
+    if not drops_patches(vit):
         raise UserError(
             f"{arch} is a {type(vit).__name__}, whose blocks know patches by their position "
             "in a full image: none can be left out"
         )
-    if pool == "cls" and not vit.has_class_token:
+    if pool == "cls" and vit.cls_token is None:
         raise UserError(f"{arch} has no cls token: take --pool kept-in-both")
 
 

@@ -30,7 +30,6 @@ from eval.shared.batch_augment import make_erasing, make_mixup
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import (
     build_classifier,
-    classifier_info,
     layer_groups,
     write_classifier,
 )
@@ -200,7 +199,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     state = run.engine.full_state()
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
-        write_classifier(folder, weights, classifier_info(session.info), plan.classes)
+        write_classifier(folder, weights, session.info.record, plan.classes)
     return {
         "protocol": "finetune",
         "feature": "mean_patch",

@@ -33,6 +33,7 @@ from eval.shared.cli import join_ranks, progress, run_command, settings_of
 from eval.shared.features import normalise
 from eval.shared.metrics import as_percent
 from eval.shared.results import Timer, check_output, named_json, write_result
+from pipeline.data.crops import shorter_side
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, naming
 
@@ -170,13 +171,13 @@ def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
 
 
 def evaluation_crop(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: shorter side resized to size · 256 / 224, bicubic, centre crop."""
+    """uint8 [size, size, 3]: shorter side resized as shorter_side says, bicubic, centre crop."""
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error})") from error
-    scale = round(size * 256 / 224) / min(picture.size)
+    scale = shorter_side(size) / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2

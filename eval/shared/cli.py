@@ -76,8 +76,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--encoder",
         required=True,
-        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO or BEiT, with --arch; "
-        "timm:NAME; or random, with --arch",
+        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO, I-JEPA or BEiT, with "
+        "--arch; timm:NAME; or random, with --arch",
     )
     result.add_argument("--arch", help="timm's name of what a FILE or random is")
     result.add_argument(
@@ -87,6 +87,19 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--random",
         action="store_true",
         help="take a randomly initialised encoder of the same architecture: the baseline",
+    )
+    result.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the average that a FILE keeps beside its weights (state_dict_ema, model_ema), "
+        "or the EMA teacher of a run",
+    )
+    result.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        help="pixels of the shorter side before an evaluation's centre crop (0: 256/224 of the "
+        "image size up to 224, above it the image size)",
     )
     result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
     result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")

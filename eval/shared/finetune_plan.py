@@ -253,4 +253,5 @@ def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     del known["subset"]  # the training images say it
     return known | {
         "encoder": session.identity(), "train": plan.sha256[0], "val": plan.sha256[1],
+        "resize": session.resize or None,
     }  # fmt: skip

@@ -46,6 +46,8 @@ def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
         name += f"-{in_a_name(json.dumps(encoder.options, sort_keys=True))}"
     if encoder.random or encoder.source == "random":
         name += f"-random-{encoder.seed}"
+    name += "-ema" * encoder.ema
+    name += f"-resize{encoder.resize}" if encoder.resize else ""
     return run / "eval" / f"{name}.json"
 
 

@@ -22,6 +22,7 @@ from eval.shared.features import (
     used_precision,
 )
 from eval.shared.results import Timer
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.loader import Loader, eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -35,7 +36,8 @@ LabelledPixels = tuple[Tensor, Tensor, Tensor]
 class EvalSession:
     """An encoder with its facts, these ranks, and how batches are read.
 
-    precision: auto, fp32 or bf16. workers: loader processes of each rank.
+    precision: auto, fp32 or bf16. workers: loader processes of each rank. resize: pixels of the
+    shorter side before the evaluation crop, 0 for those of `shorter_side`.
     """
 
     vit: VisionTransformer
@@ -43,6 +45,7 @@ class EvalSession:
     ranks: Ranks
     precision: str = "auto"
     workers: int = 0
+    resize: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +83,7 @@ class EvalSession:
             image_size=self.image_size,
             workers=self.workers,
             interleave=True,
+            resize=self.resize or None,
         )
 
     def check_readable(self, folder: str | Path, batch_size: int) -> None:
@@ -131,6 +135,7 @@ class EvalSession:
         return {
             "precision": used_precision(self.precision, self.device),
             "encoder": self.info.record,
+            "resize": self.resize or shorter_side(self.image_size),
             "seconds": timer.seconds,
             "ranks": self.ranks.world,
         }
@@ -151,13 +156,19 @@ def open_session(
     """
     seed_everything(choice.seed)
     vit, info = open_encoder(choice, device or ranks.device, feature)
-    return EvalSession(vit, info, ranks, precision, workers)
+    if ranks.first and info.record.get("note"):
+        print(f"encoder: {info.record['note']}", flush=True)
+    if choice.resize:
+        CentreCrop(image_size(vit), choice.resize)  # refused now, not after the training
+    return EvalSession(vit, info, ranks, precision, workers, choice.resize)
 
 
 def encoder_of(args: argparse.Namespace) -> EncoderChoice:
     """The encoder that a command line names."""
     options = read_options(args.options)
-    return EncoderChoice(args.encoder, args.arch, options, args.random, args.seed)
+    return EncoderChoice(
+        args.encoder, args.arch, options, args.random, args.seed, args.ema, args.resize
+    )
 
 
 def session_of(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.crops import CentreCrop, Crop, Interpolation
+from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side
 from pipeline.data.order import (
     CROPS,
     SECOND_CROPS,
@@ -356,7 +356,7 @@ def eval_loader(
     batch_size is per rank; the last batch may be smaller, and ranks may have different numbers of
     batches. interleave: the whole set is cut into batches, of which a rank takes every world-th,
     so that the batches do not depend on the number of ranks; else a rank takes one piece of the
-    set. resize: pixels of the shorter side before the crop, by default image_size · 256 / 224.
+    set. resize: pixels of the shorter side before the crop, by default crops.shorter_side.
     A sample that will not decode raises SampleError: a score over fewer images is another score.
     """
     _check_ranks(rank, world, workers)
@@ -364,7 +364,7 @@ def eval_loader(
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
     manifest = read_manifest(folder)
-    crop = CentreCrop(image_size, resize or round(image_size * 256 / 224), interpolation)
+    crop = CentreCrop(image_size, resize or shorter_side(image_size), interpolation)
     remote = _cache(manifest, cache, cache_bytes)
     reader = Reader(manifest, image_size, interpolation, decode, remote)
     low, high = (manifest.samples * r // world for r in (rank, rank + 1))

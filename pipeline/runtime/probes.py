@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
-from pipeline.data.crops import CentreCrop
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.reader import Reader
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
@@ -45,7 +45,7 @@ def fixed_images(folder: str | Path, count: int, size: int, rank: int, world: in
     chosen = np.linspace(0, manifest.samples - 1, share * world).astype(np.int64)
     chosen = chosen[rank * share : (rank + 1) * share]
     reader = Reader(manifest, size, "bicubic", "auto", None)
-    crop, image = CentreCrop(size, round(size * 256 / 224)), reader.empty(share)
+    crop, image = CentreCrop(size, shorter_side(size)), reader.empty(share)
     for place, sample in enumerate(chosen.tolist()):
         reader.decode(sample, crop, image[place].numpy())
     return Fixed(image, torch.from_numpy(chosen), reader.labels(chosen))

@@ -235,7 +235,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         data,
         batch_size=recipe.batch_size,
         micro_batch=plan.micro_batch,
-        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip),
+        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip, d.crop.interpolation),
         seed=recipe.seed,
         partitions=d.partitions,
         window=d.window,

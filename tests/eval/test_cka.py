@@ -137,7 +137,7 @@ def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str, hsic:
         whole = list(seen)
         for row, ratio in enumerate((0.3, 0.8)):
             kept = cka.kept_patches(batch.sample, 16, ratio, 0)
-            part = list(cka.block_tokens(vit, pixels, kept))
+            part = cka.block_features(vit, pixels, kept)
             for number in range(2):
                 x, y = (pooled(t[number], pool, kept, t is whole) for t in (whole, part))
                 assert result["cka"][row][number] == pytest.approx(ORACLES[hsic](x, y), abs=2e-5)
@@ -156,15 +156,15 @@ def test_dropped_patches_do_not_reach_the_encoder(home: Path) -> None:
     other = torch.where(grid, torch.randn_like(pixels), pixels)
     with torch.no_grad():
         for a, b in zip(
-            cka.block_tokens(vit, pixels, kept),
-            cka.block_tokens(vit, other, kept),
+            cka.block_features(vit, pixels, kept),
+            cka.block_features(vit, other, kept),
             strict=True,
         ):
             torch.testing.assert_close(a, b)
         everything = torch.arange(16).expand(3, 16)
         for a, b in zip(
-            cka.block_tokens(vit, pixels, everything),
-            cka.block_tokens(vit, pixels, None),
+            cka.block_features(vit, pixels, everything),
+            cka.block_features(vit, pixels, None),
             strict=True,
         ):
             torch.testing.assert_close(a, b)
