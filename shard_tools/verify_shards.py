@@ -28,7 +28,7 @@ from shard_tools.manifest import (
     is_remote,
     read_manifest,
 )
-from shard_tools.sharding.images import decode_fully, probe
+from shard_tools.sharding.images import ImageFault, decode_fully, probe
 from shard_tools.sharding.layout import PARTS
 from shard_tools.tar import (
     Sample,
@@ -130,13 +130,14 @@ def check_sample(
         yield f"image of {place[1]} bytes, the index says {row['length']}"
     try:
         data = read_range(handle, place)
-        kind, *size, orientation = probe(data)
-        expected = [FORMATS[row["format"]], row["width"], row["height"], row["orientation"]]
-        if [kind, *size, orientation] != expected:
-            yield f"image is {kind} {size} {orientation}, the index says {expected}"
+        found = _describe(*probe(data))
+        recorded = dict(enumerate(FORMATS)).get(row["format"], f"format {row['format']}")
+        expected = _describe(recorded, row["width"], row["height"], row["orientation"])
+        if found != expected:
+            yield f"image is {found}, the index says {expected}"
         if job.decode and (warning := decode_fully(data)):
             remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except (ImageFault, TarError) as error:
         yield f"image cannot be decoded ({error})"
         return
     yield from _check_label(job, handle, int(row["label"]), sample)
@@ -147,6 +148,10 @@ def check_sample(
                 yield f"its json says {about.get('name')!r}, names.bin says {name!r}"
         except (ValueError, AttributeError):
             yield "its json cannot be read"
+
+
+def _describe(kind: str, width: int, height: int, orientation: int) -> str:
+    return f"{kind} of {width}x{height} pixels, orientation {orientation}"
 
 
 def _check_label(job: VerifyJob, handle: int, label: int, sample: Sample) -> Iterator[str]:
