@@ -7,6 +7,7 @@ import yaml
 
 from eval.paper.beside import one_table, paper_tables
 from eval.paper.published import PaperTable, find_row, read_paper, row_recipe
+from eval.paper.recipe_table import README, rewrite
 from eval.protocols import headings
 from eval.reporting.run_records import Group, Run, flatten
 from eval.reporting.tables import accuracy_table
@@ -160,3 +161,22 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({1: {"title": "", "columns": ["finetune"], "rows": [row]}}))
     with pytest.raises(UserError, match=r"table 1, MAE: .*'recipes'"):
         read_paper(path)
+
+
+def test_the_recipes_readme_is_made_from_these_rows() -> None:
+    """`python eval/paper/recipe_table.py` would change nothing, and every row that is pretrained
+    has its command there."""
+    text = README.read_text()
+    assert rewrite(text) == text
+    for t in read_paper():
+        for row in t.rows:
+            if row.recipe and row.recipe != "supervised" and not row.initial:
+                assert f"| {row.name} | `pretrain " in text
+
+
+def test_a_table_without_its_comments_is_named() -> None:
+    text = README.read_text().replace("<!-- rows of Tab. 3 -->", "")
+    with pytest.raises(UserError, match=r"no comment `rows of Tab\. 3`"):
+        rewrite(text)
+    stale = README.read_text().replace("measure.tokens=cls`", "measure.tokens=patch`")
+    assert rewrite(stale) == README.read_text() != stale
