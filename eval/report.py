@@ -15,15 +15,20 @@ from eval.reporting.chapters import (
     accuracy_chapter,
     cka_chapter,
     course_chapter,
+    health_chapter,
     loss_chapter,
     picture_chapter,
     settings_chapter,
 )
-from eval.reporting.page import Chapter, render_html, render_markdown
+from eval.reporting.overview import cards
+from eval.reporting.page import Chapter, overview_chapter, render_html, render_markdown
 from eval.reporting.run_records import Group, group_runs, read_run
 from eval.shared.cli import run_command
 from pipeline.errors import naming
 from shard_tools.atomic import write_atomic
+
+IMAGENET = 1281167  # training images of ImageNet-1k
+AFTER_CURVES = 6  # chapters: the paper's tables follow our own
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,21 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 
 
 def build_chapters(groups: Sequence[Group]) -> list[Chapter]:
-    """All chapters that have something to show."""
+    """All chapters that have something to show; the paper's tables last, unless the data are
+    ImageNet's."""
     chapters = [
-        accuracy_chapter(groups),
-        paper_chapter(groups),
-        cka_chapter(groups),
+        overview_chapter(cards(groups)),
         picture_chapter(groups),
         loss_chapter(groups),
+        health_chapter(groups),
         course_chapter(groups),
+        accuracy_chapter(groups),
+        cka_chapter(groups),
         settings_chapter(groups),
     ]
+    runs = [run for group in groups for run in group.runs]
+    imagenet = any(run.versions.get("images") == IMAGENET for run in runs)
+    chapters.insert(AFTER_CURVES if imagenet else len(chapters), paper_chapter(groups))
     return [chapter for chapter in chapters if not chapter.empty]
 
 
