@@ -73,6 +73,10 @@ test-page: .venv/ready   ## the report's page in a headless chromium, with axe-c
 report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.html
 	$(PY) eval/report.py $(RUNS) --output runs/report.html
 
+.PHONY: tensorboard
+tensorboard: .venv/ready   ## the curves of every run below RUNS=runs at http://localhost:6006 (PORT=6006)
+	.venv/bin/tensorboard --logdir $(or $(RUNS),runs) --port $(or $(PORT),6006)
+
 .PHONY: bench-step bench-memory roofline
 bench-step: .venv/ready   ## time, memory and FLOPs of the training step against MAE's; our loop (MAE=checkout of facebookresearch/mae)
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards

@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from html import unescape
 from html.parser import HTMLParser
@@ -413,6 +415,63 @@ def test_axe_finds_nothing(page: Path, tmp_path: Path, width: int, dark: bool) -
     seen, _ = browse(page, tmp_path, width, dark, axe=True)
     assert seen["axe"] == []
     assert seen["rules"] > 20
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.2)
+
+
+def test_watch_follows_a_run_and_ends_with_a_still_page(runs: list[Path], tmp_path: Path) -> None:
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(runs[0], run)
+    command = [sys.executable, report.__file__, run, "--output", page, "--watch", "1"]
+    child = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(page.is_file)
+        assert "location.reload()" in page.read_text()
+        assert "reloads every 1 s" in page.read_text()
+        written = page.stat().st_mtime_ns
+        time.sleep(2.5)
+        assert page.stat().st_mtime_ns == written  # nothing changed
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('s": 1}\n{"step": 77777, "loss": 0.125}\n')
+        wait_for(lambda: "77777" in page.with_suffix(".md").read_text())
+        good = page.read_text()
+        (run / "eval/bad.json").write_text("{")  # a later fault is said, and does not end it
+        time.sleep(2.5)
+        assert child.poll() is None
+        assert page.read_text() == good
+        (run / "eval/bad.json").unlink()
+        child.send_signal(signal.SIGTERM)
+        output, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 0, errors
+    assert "warning: " in errors
+    assert "eval/bad.json is not JSON" in errors
+    assert output.splitlines()[-1] == f"report: {page}"
+    assert "location.reload" not in page.read_text()
+
+
+@pytest.mark.parametrize("seconds", ["0.5", "-3", "inf", "nan", "x"])
+def test_watch_needs_a_second(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.parse_args(["run", "--watch", seconds])
+    assert stop.value.code == 2
+    assert "--watch" in capsys.readouterr().err
+    assert report.parse_args(["run", "--watch"]).watch == 30
+    assert report.parse_args(["run"]).watch == 0
+
+
+def test_watch_of_no_run_ends_at_once(tmp_path: Path) -> None:
+    settings = report.Settings((tmp_path,), tmp_path / "page.html", watch=1)
+    with pytest.raises(UserError, match=r"has no recipe\.yaml"):
+        report.watch(settings)
 
 
 def test_a_result_of_an_unknown_protocol_is_named(runs, tmp_path):
