@@ -3,7 +3,7 @@
 What reads shards then reads all of them: an image file counts as a shard of one sample.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
+from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
 from shard_tools.sharding.sources import Item, Listing, Source, open_source
 
@@ -28,14 +29,13 @@ LIST = ".txt"
 class FileManifest(Manifest):
     """A manifest of image files that nobody sharded; its index and names are in memory."""
 
-    rows: np.ndarray | None = None
+    listed: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
     keys: tuple[str, ...] = ()
 
     @cached_property
-    def index(self) -> np.ndarray:
-        """SAMPLE rows [samples]; of the pictures' sizes nothing is known."""
-        assert self.rows is not None
-        return self.rows
+    def lazy_index(self) -> ListedIndex:
+        """SAMPLE rows; of the pictures' sizes nothing is known."""
+        return ListedIndex(self.listed)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -160,4 +160,4 @@ def _as_manifest(source: Source) -> FileManifest:
     names = tuple(item.name for item in source.items)
     made = {"left_out": len(source.ignored)}
     folder = str(Path(source.root).absolute())
-    return FileManifest(folder, files, source.classes, made, folder, rows=rows, keys=names)
+    return FileManifest(folder, files, source.classes, made, folder, listed=rows, keys=names)
