@@ -1,6 +1,8 @@
 """A frozen encoder on this rank and how images reach it: what every evaluation is handed."""
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from eval.shared.features import (
     used_precision,
 )
 from eval.shared.results import Timer
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.loader import Loader, eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -33,7 +36,8 @@ LabelledPixels = tuple[Tensor, Tensor, Tensor]
 class EvalSession:
     """An encoder with its facts, these ranks, and how batches are read.
 
-    precision: auto, fp32 or bf16. workers: loader processes of each rank.
+    precision: auto, fp32 or bf16. workers: loader processes of each rank. resize: pixels of the
+    shorter side before the evaluation crop, 0 for those of `shorter_side`.
     """
 
     vit: VisionTransformer
@@ -41,6 +45,7 @@ class EvalSession:
     ranks: Ranks
     precision: str = "auto"
     workers: int = 0
+    resize: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +83,12 @@ class EvalSession:
             image_size=self.image_size,
             workers=self.workers,
             interleave=True,
+            resize=self.resize or None,
         )
+
+    def check_readable(self, folder: str | Path, batch_size: int) -> None:
+        """UserError now, and not at the end of a training, where a set's loader cannot start."""
+        self.loader(folder, batch_size).close()
 
     def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
         """The loader's batches on the device."""
@@ -101,16 +111,31 @@ class EvalSession:
         features = ranks.gather(torch.cat([none, *[p[0] for p in parts]]))
         label = ranks.gather(torch.cat([empty, *[p[1] for p in parts]]))
         sample = ranks.gather(torch.cat([empty, *[p[2] for p in parts]]))
+        if not bool(features.isfinite().all()):
+            raise UserError(f"{folder}: the encoder's features of it are not finite")
         order = sample.argsort()
         if not torch.equal(sample[order], torch.arange(total, device=self.device)):
             raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
         return features[order], label[order]
+
+    def identity(self) -> str:
+        """What a checkpoint was trained from, whatever path leads there: sha256 of the weights,
+        of a random encoder what they were drawn from."""
+        info, record = self.info, self.info.record
+        built = [info.arch, info.options, record.get("random_seed")]
+        total = hashlib.sha256(json.dumps(built, sort_keys=True).encode())
+        if not record["random"]:
+            for name, tensor in sorted(self.vit.state_dict().items()):
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def facts(self, timer: Timer) -> dict[str, Any]:
         """What every result says last: precision, encoder, seconds, ranks."""
         return {
             "precision": used_precision(self.precision, self.device),
             "encoder": self.info.record,
+            "resize": self.resize or shorter_side(self.image_size),
             "seconds": timer.seconds,
             "ranks": self.ranks.world,
         }
@@ -131,13 +156,19 @@ def open_session(
     """
     seed_everything(choice.seed)
     vit, info = open_encoder(choice, device or ranks.device, feature)
-    return EvalSession(vit, info, ranks, precision, workers)
+    if ranks.first and info.record.get("note"):
+        print(f"encoder: {info.record['note']}", flush=True)
+    if choice.resize:
+        CentreCrop(image_size(vit), choice.resize)  # refused now, not after the training
+    return EvalSession(vit, info, ranks, precision, workers, choice.resize)
 
 
 def encoder_of(args: argparse.Namespace) -> EncoderChoice:
     """The encoder that a command line names."""
     options = read_options(args.options)
-    return EncoderChoice(args.encoder, args.arch, options, args.random, args.seed)
+    return EncoderChoice(
+        args.encoder, args.arch, options, args.random, args.seed, args.ema, args.resize
+    )
 
 
 def session_of(

@@ -200,8 +200,9 @@ class ReconstructionRecipe(MeasureRecipe):
 class HeadsRecipe(Section):
     """Widths and depths of the projector p and the predictor q.
 
-    Linear layers with GELU between them; batch_norm: MoCo v3's heads instead (no biases, batch
-    norm over all ranks and ReLU after each layer, after the last one a norm without scale).
+    Linear layers with an activation between them; batch_norm: MoCo v3's heads instead (no biases,
+    torch's default initial weights, batch norm over all ranks after each layer, after the last one
+    a norm without scale). activation: auto is relu with batch_norm, as MoCo v3, and gelu without.
     """
 
     hidden: Positive = 2048
@@ -209,6 +210,7 @@ class HeadsRecipe(Section):
     projector_layers: Positive = 2
     predictor_layers: Positive = 2
     batch_norm: bool = False
+    activation: Literal["auto", "gelu", "relu"] = "auto"
 
 
 class ContrastRecipe(MeasureRecipe):
@@ -332,11 +334,12 @@ class OptimizerRecipe(Section):
 
 
 class CropRecipe(Section):
-    """RandomResizedCrop (antialiased bicubic) and horizontal flip."""
+    """RandomResizedCrop (antialiased) and horizontal flip; MoCo v3's crops are bilinear."""
 
     scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 class DataRecipe(Section):

@@ -22,6 +22,7 @@ from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
@@ -142,9 +143,10 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
     lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
-    engine = Engine(objective, parameter_groups(objective), plan)
-    if teacher is not None:
-        teacher.to(ranks.device)
+    with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
+        engine = Engine(objective, parameter_groups(objective), plan)
+        if teacher is not None:
+            teacher.to(ranks.device)
     first, resumed = 0, ""
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)
@@ -235,7 +237,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         data,
         batch_size=recipe.batch_size,
         micro_batch=plan.micro_batch,
-        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip),
+        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip, d.crop.interpolation),
         seed=recipe.seed,
         partitions=d.partitions,
         window=d.window,
