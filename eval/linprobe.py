@@ -7,11 +7,12 @@ mae     MAE's: every epoch sees new random crops and flips; BatchNorm without af
         16384, 90 epochs of which 10 warm up, cosine to 0, no weight decay.
         Source: He et al. 2022, Tab. 10; facebookresearch/mae, `main_linprobe.py`.
 cached  the same classifier, optimizer and schedule on features that are extracted once, without
-        augmentation, for a whole grid of learning rates at once. The learning rate is chosen on a
+        augmentation, for a full grid of learning rates at once. The learning rate is chosen on a
         held-out tenth of the training set (`--select held-out`, the default; the classifiers
         train on the rest), and the classifier that it chooses is the one reported, beside the
-        whole grid. `--select validation` trains on everything and reports the best of the grid
-        on the validation set itself, and says so: an optimistic result.
+        full grid. `--select validation` trains on everything and reports the best of the grid
+        on the validation set itself, and says so: an optimistic result. A learning rate at which
+        the classifier diverges has no accuracy and is not chosen.
 
 The statistics of BatchNorm and the gradients are those of the global batch: every rank encodes
 its part, the features are gathered, and every rank makes the same update. The result so does not
@@ -36,13 +37,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.features import FEATURES
 from eval.shared.labels import class_count, labelled
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import accuracy, as_percent, count_correct
-from eval.shared.results import Timer, output_path, write_accuracy
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Box, Crop
 from pipeline.data.loader import LoaderConfig, train_loader
@@ -50,7 +52,7 @@ from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import PREEMPTED, Ranks, StopSignal
 from pipeline.errors import UserError
 
-PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
+HELD_OUT = 0.1  # share of the training images on which cached chooses its learning rate
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -82,10 +84,13 @@ class Settings:
 class Plan:
     """What the settings come to with these data and ranks; of cached the classes alone.
 
-    steps: of an epoch. total: of all. micro_batch: images of this rank's forward pass.
+    train_sha256, val_sha256: of the index of the sets. steps: of an epoch. total: of all.
+    micro_batch: images of this rank's forward pass.
     """
 
     classes: int
+    train_sha256: str
+    val_sha256: str
     steps: int = 0
     total: int = 0
     micro_batch: int = 0
@@ -165,9 +170,9 @@ def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> di
         probe, (s.base_lr,), batch=s.batch_size, steps=plan.steps, epochs=s.epochs,
         warmup=s.warmup_epochs,
     )  # fmt: skip
-    encoder = session.info.record
-    known = record(s, plan, session) | {"encoder": encoder["source"], "random": encoder["random"]}
-    checkpoints = Checkpoints(folder, known | {"feature": s.feature})
+    known = record(s, plan, session) | {"encoder": session.identity(), "feature": s.feature}
+    known |= {"train": plan.train_sha256, "val": plan.val_sha256}
+    checkpoints = Checkpoints(folder, known)
     latest, stop = checkpoints.load(training.read), StopSignal()
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
     stream = global_features(session, s, plan, first)
@@ -240,10 +245,15 @@ def accuracies(probe: Probe, feature: Tensor, label: Tensor) -> list[tuple[float
     return [(as_percent(a, n), as_percent(b, n)) for a, b, n in count.tolist()]
 
 
+def held_out_count(samples: int, share: float) -> int:
+    """How many of the training images the learning rate is chosen on."""
+    return max(1, round(samples * share))
+
+
 def held_out(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Sample numbers (kept, held out), a random split fixed by the seed, both in order."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    cut = max(1, round(samples * share))
+    cut = held_out_count(samples, share)
     return order[cut:].sort().values, order[:cut].sort().values
 
 
@@ -253,9 +263,12 @@ def grid_scores(
     ranks: Ranks,
     s: Settings,
     classes: int,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Train a head per learning rate of the grid, the rates shared among the ranks; score each on
-    every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order."""
+    every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order.
+
+    A head that is not finite has {base_lr, diverged: true} instead. UserError where none is finite.
+    """
     mine = s.grid[ranks.rank :: ranks.world]
     rows = torch.full((len(s.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
     if mine:
@@ -266,13 +279,15 @@ def grid_scores(
             )
         rows[ranks.rank :: ranks.world][~finite.cpu()] = math.nan
     rows = ranks.sum(rows).cpu()
-    lost = [rate for rate, row in zip(s.grid, rows, strict=True) if row.isnan().any()]
-    if lost:  # known to every rank only now
-        raise diverged(lost, "at the end")
+    lost = rows.isnan().any(dim=1).tolist()  # known to every rank only now
+    if all(lost):
+        raise diverged(list(s.grid), "at the end")
     names = [part for name in tests for part in (name, f"{name}_top5")]
     return [
-        {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}
-        for rate, row in zip(s.grid, rows.tolist(), strict=True)
+        {"base_lr": rate, "diverged": True}
+        if gone
+        else {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}
+        for rate, row, gone in zip(s.grid, rows.tolist(), lost, strict=True)
     ]
 
 
@@ -282,21 +297,24 @@ def probe_cached(session: EvalSession, s: Settings, plan: Plan, _: Path) -> dict
     val = session.extract(s.val, s.feature, s.micro_batch)
     if s.select == "validation":
         train, tests, criterion = (feature, label), {"validation": val}, "validation"
-        chosen_on = f"the validation set (best of {len(s.grid)}, an optimistic result)"
+        chosen_on = "the validation set (best of {}, an optimistic result)"
     else:
-        kept, out = (part.to(label.device) for part in held_out(len(label), 0.1, s.seed))
+        kept, out = (part.to(label.device) for part in held_out(len(label), HELD_OUT, s.seed))
         train = (feature[kept], label[kept])
         tests = {"held_out": (feature[out], label[out]), "validation": val}
         criterion = "held_out"
-        chosen_on = f"{len(out)} held-out training images (best of {len(s.grid)})"
+        chosen_on = f"{len(out)} held-out training images (best of {{}})"
     grid = grid_scores(train, tests, session.ranks, s, plan.classes)
-    best = max(grid, key=lambda row: row[criterion])
+    finite = [row for row in grid if "diverged" not in row]
+    best = max(finite, key=lambda row: row[criterion])
+    lost = len(grid) - len(finite)
+    rates = f"{len(grid)}, of which {lost} diverged" if lost else str(len(grid))
     return {
         "top1": best["validation"],
         "top5": best["validation_top5"],
         "images": len(val[1]),
         "base_lr": best["base_lr"],
-        "base_lr_chosen_on": chosen_on,
+        "base_lr_chosen_on": chosen_on.format(rates),
         "grid": grid,
     }
 
@@ -326,18 +344,23 @@ def build_parser() -> argparse.ArgumentParser:
 def make_plan(s: Settings, ranks: Ranks) -> Plan:
     """Check the settings against the data and these ranks; what they come to."""
     train, val = labelled(s.train), labelled(s.val)
-    classes = class_count(train, val)
+    classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
     if min(s.epochs, s.batch_size, s.micro_batch) < 1:
         raise UserError("--epochs, --batch-size and --micro-batch must be at least 1")
     if s.max_steps is not None and s.max_steps < 1:
         raise UserError("--max-steps must be at least 1")
+    if s.warmup_epochs < 0:
+        raise UserError("--warmup-epochs must be at least 0")
+    if min(s.base_lr, *s.grid) <= 0:
+        raise UserError("--base-lr and every rate of --grid must be above 0")
+    if s.batch_size < 2:
+        raise UserError(f"--batch-size {s.batch_size}: the batch norm needs at least 2 images")
     if s.protocol == "cached":
-        return Plan(classes)
-    if s.batch_size % ranks.world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be split over {ranks.world} ranks")
-    share = s.batch_size // ranks.world
-    micro_batch = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
-    partitions = math.gcd(s.batch_size, PARTITIONS)
+        check_cached(s, train.samples)
+        return Plan(classes, *sets)
+    check_batch(s.batch_size, ranks.world)
+    micro_batch = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
+    partitions = partitions_of(s.batch_size, ranks.world)
     steps = steps_per_epoch(train.samples, s.batch_size, partitions)
     if steps < 1:
         raise UserError(
@@ -345,7 +368,17 @@ def make_plan(s: Settings, ranks: Ranks) -> Plan:
             f"{s.batch_size}; choose a smaller one"
         )
     total = steps * s.epochs if s.max_steps is None else min(steps * s.epochs, s.max_steps)
-    return Plan(classes, steps, total, micro_batch, partitions)
+    return Plan(classes, *sets, steps, total, micro_batch, partitions)
+
+
+def check_cached(s: Settings, samples: int) -> None:
+    """UserError where too few images are left to train on."""
+    out = held_out_count(samples, HELD_OUT) if s.select == "held-out" else 0
+    if samples - out < 2:
+        raise UserError(
+            f"{s.train}: {samples} training images, of which {out} are held out, leave "
+            f"{samples - out}; the batch norm needs at least 2 (--select validation holds out none)"
+        )
 
 
 def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
@@ -363,6 +396,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     folder: where checkpoints are kept.
     """
     timer, plan = Timer(), make_plan(s, session.ranks)
+    session.check_readable(s.val, s.micro_batch)
     run: Callable[..., dict[str, Any]] = probe_mae if s.protocol == "mae" else probe_cached
     return {
         "protocol": f"linprobe-{s.protocol}",
@@ -377,8 +411,10 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
     output = output_path(args.output, encoder_of(args), f"linprobe-{args.protocol}")
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
     session = session_of(args, ranks, settings.feature)
-    result = evaluate(settings, session, output.with_suffix(""))
+    result = evaluate(settings, session, folder)
     if ranks.first:
         write_accuracy(output, result)
 

@@ -135,7 +135,11 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     text = str(folder)
     if text.startswith("timm:"):
-        model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        try:
+            model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        except Exception as error:  # each version of the hub's client has its own kinds
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--classifier {text}: cannot be fetched ({reason})") from None
         config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
         info = {"arch": text, "options": {"img_size": config["input_size"][-1]}}
         info |= {"mean": list(config["mean"]), "std": list(config["std"])}

@@ -1,6 +1,8 @@
 """A frozen encoder on this rank and how images reach it: what every evaluation is handed."""
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,10 @@ class EvalSession:
             resize=self.resize or None,
         )
 
+    def check_readable(self, folder: str | Path, batch_size: int) -> None:
+        """UserError now, and not at the end of a training, where a set's loader cannot start."""
+        self.loader(folder, batch_size).close()
+
     def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
         """The loader's batches on the device."""
         for batch in self.loader(folder, batch_size):
@@ -105,10 +111,24 @@ class EvalSession:
         features = ranks.gather(torch.cat([none, *[p[0] for p in parts]]))
         label = ranks.gather(torch.cat([empty, *[p[1] for p in parts]]))
         sample = ranks.gather(torch.cat([empty, *[p[2] for p in parts]]))
+        if not bool(features.isfinite().all()):
+            raise UserError(f"{folder}: the encoder's features of it are not finite")
         order = sample.argsort()
         if not torch.equal(sample[order], torch.arange(total, device=self.device)):
             raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
         return features[order], label[order]
+
+    def identity(self) -> str:
+        """What a checkpoint was trained from, whatever path leads there: sha256 of the weights,
+        of a random encoder what they were drawn from."""
+        info, record = self.info, self.info.record
+        built = [info.arch, info.options, record.get("random_seed")]
+        total = hashlib.sha256(json.dumps(built, sort_keys=True).encode())
+        if not record["random"]:
+            for name, tensor in sorted(self.vit.state_dict().items()):
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def facts(self, timer: Timer) -> dict[str, Any]:
         """What every result says last: precision, encoder, seconds, ranks."""

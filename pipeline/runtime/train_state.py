@@ -23,6 +23,7 @@ from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
@@ -152,9 +153,10 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         before = load_recipe(checkpoint / "recipe.yaml").init
         recipe = recipe.model_copy(update={"init": before})
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
-    engine = Engine(objective, parameter_groups(objective), plan)
-    if teacher is not None:
-        teacher.to(ranks.device)
+    with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
+        engine = Engine(objective, parameter_groups(objective), plan)
+        if teacher is not None:
+            teacher.to(ranks.device)
     first, resumed = 0, ""
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)

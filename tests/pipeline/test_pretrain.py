@@ -202,21 +202,25 @@ def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
 
 
 @pytest.mark.parametrize("name", ["rmae", "cmae"])
-def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("config", "section", "way"),
+    [("zero2-bf16", "bf16", "bf16"), ("zero2", "torch_autocast", "autocast")],
+)
+def test_bf16_follows_fp32(name, config, section, way, shards, tmp_path, capsys):
     """bf16 asked for, native or emulated; the teacher and the losses stay fp32."""
     words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
     words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "3"]
-    words[words.index("ds_configs/zero0.json")] = "ds_configs/zero2.json"
+    words[words.index("ds_configs/zero0.json")] = config
     assert pretrain.main(words) == 0
     assert "precision: fp32 (auto" in capsys.readouterr().out
-    config = json.loads((pretrain.ROOT / "ds_configs/zero2.json").read_text())
-    config["bf16"] = {"enabled": True}
-    (tmp_path / "bf16.json").write_text(json.dumps(config))
+    values = json.loads((pretrain.ROOT / f"ds_configs/{config}.json").read_text())
+    values[section] = {"enabled": True}
+    (tmp_path / "bf16.json").write_text(json.dumps(values))
     other = [str(tmp_path / "bf16") if w == str(tmp_path / "run") else w for w in words]
-    other[other.index("ds_configs/zero2.json")] = str(tmp_path / "bf16.json")
+    other[other.index(config)] = str(tmp_path / "bf16.json")
     assert pretrain.main(other) == 0
-    assert "precision: bf16" in capsys.readouterr().out
-    for folder, precision in (("run", "fp32"), ("bf16", "bf16")):
+    assert f"precision: {way}" in capsys.readouterr().out
+    for folder, precision in (("run", "fp32"), ("bf16", way)):
         assert (
             json.loads((tmp_path / folder / "versions.json").read_text())["precision"] == precision
         )
@@ -225,6 +229,8 @@ def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), rel=0.02)
     weights = load_file(tmp_path / "bf16/encoder/encoder.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
+    other[other.index(str(tmp_path / "bf16.json"))] = config
+    assert f"written with precision {way}, this run has fp32" in refused(capsys, *other)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
