@@ -56,8 +56,12 @@ def line_chart(
     x: str,
     y: str,
     limits: tuple[float, float] | None = None,
+    ticks: Sequence[str] | None = None,
 ) -> str:
-    """An `<svg>` element of the curves, 5.6 × 3.2 inches, which scales with its surroundings."""
+    """An `<svg>` element of the curves, 5.6 × 3.2 inches, which scales with its surroundings.
+
+    ticks: names of x = 0, 1, 2 …
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         FigureCanvasSVG(figure)
@@ -77,7 +81,9 @@ def line_chart(
                 colour = PALETTE[line.colour % len(PALETTE)]
                 axes.fill_between(line.x, *line.band, color=colour, alpha=0.2, linewidth=0)
         axes.set(title=title, xlabel=x, ylabel=y)
-        if all(float(x).is_integer() for line in lines for x in line.x):
+        if ticks is not None:
+            axes.set_xticks(range(len(ticks)), ticks)
+        elif all(float(x).is_integer() for line in lines for x in line.x):
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if limits is not None:
             axes.set_ylim(*limits)
