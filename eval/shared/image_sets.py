@@ -154,8 +154,8 @@ def _as_manifest(source: Source) -> FileManifest:
         else:
             shards.append([item.file, 1])
     rows = np.zeros(len(source.items), SAMPLE)
-    for field in ("offset", "size", "label"):
-        rows["length" if field == "size" else field] = [getattr(i, field) for i in source.items]
+    for name in ("offset", "size", "label"):
+        rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
     files = tuple(Shard(file, count, 0, "") for file, count in shards)
     names = tuple(item.name for item in source.items)
     made = {"left_out": len(source.ignored)}
