@@ -175,15 +175,15 @@ def check_sample(
         return
     data = sweep.read(extent)
     try:
-        kind, *size, orientation = probe(data)
+        found = _describe(*probe(data))
         warning = decode_fully(data) if job.decode else ""
     except ImageFault as error:
         yield f"image cannot be decoded ({error})"
         return
-    declared = [kind, *size, orientation]
-    expected = [FORMATS[row["format"]], *(int(row[f]) for f in ("width", "height", "orientation"))]
-    if declared != expected:
-        yield f"image is {_words(declared)}, the index says {_words(expected)}"
+    recorded = dict(enumerate(FORMATS)).get(row["format"], f"format {row['format']}")
+    expected = _describe(recorded, row["width"], row["height"], row["orientation"])
+    if found != expected:
+        yield f"image is {found}, the index says {expected}"
     if warning:
         remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
     try:
@@ -197,9 +197,8 @@ def check_sample(
         yield f"its json says {about.get('name')!r}, names.bin says {name!r}"
 
 
-def _words(facts: list[Any]) -> str:
-    kind, width, height, orientation = facts
-    return f"{kind}, {width}x{height}, orientation {orientation}"
+def _describe(kind: str, width: int, height: int, orientation: int) -> str:
+    return f"{kind} of {width}x{height} pixels, orientation {orientation}"
 
 
 def _check_label(

@@ -123,11 +123,12 @@ def decode_fully(data: bytes) -> str:
 
 
 def _jpeg_warning(data: bytes, header: Header) -> str:
-    """What libjpeg has to say about a plain JPEG, or ""."""
+    """What its scans lack or libjpeg warns of (of a plain JPEG), or ""."""
     if not header.plain:
-        return ""
+        return header.damage
     try:  # entropy decoding is complete at 1/8 size too, and warnings are errors here
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
+        colours = "CMYK" if header.channels == 4 else "GRAY"
+        simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8)
         return ""
     except ValueError as warning:
         return str(warning)

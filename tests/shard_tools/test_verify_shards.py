@@ -179,7 +179,7 @@ def test_the_index_is_held_against_the_tar(folder: Path) -> None:
     for field, sentence in (
         ("offset", "no image begins at byte"),
         ("length", "the index says"),
-        ("width", "image is jpeg"),
+        ("width", "image is jpeg of "),
         ("orientation", "image is jpeg"),
         ("format", "image is jpeg"),
     ):
