@@ -307,7 +307,7 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
     _check_shared_memory(config.workers, images, crop.image_size)
     manifest = read_manifest(config.folder)
     order = Order(
-        tuple(shard.samples for shard in manifest.shards), config.seed, config.batch_size,
+        manifest.table.samples, config.seed, config.batch_size,
         config.partitions, config.window, config.samples_per_epoch,
     )  # fmt: skip
     remote = _cache(manifest, config.cache, config.cache_bytes)
@@ -381,13 +381,13 @@ def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCa
 
 
 def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:
-    sizes = [shard.bytes for shard in manifest.shards]
+    sizes = manifest.table.bytes
     open_shards = min(order.partitions // world * (order.window + 1), len(sizes))
-    if is_remote(manifest.folder) and open_shards * max(sizes) > limit:
+    if is_remote(manifest.folder) and open_shards * int(sizes.max()) > limit:
         log.warning(
             "a rank reads %d shards of up to %d bytes at a time, more than the cache of %d bytes "
             "holds, so shards will be fetched again and again: use a larger cache, fewer "
-            "partitions or a smaller window", open_shards, max(sizes), limit,
+            "partitions or a smaller window", open_shards, sizes.max(), limit,
         )  # fmt: skip
 
 
