@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,11 @@ from torchvision.transforms.functional import InterpolationMode
 from pipeline.data.crops import Crop
 from pipeline.data.loader import eval_loader
 from pipeline.data.order import Order, global_batch, partition_order
+from pipeline.data.randaugment import RandAugment
 from pipeline.data.reader import SampleError
 from pipeline.errors import UserError
 from shard_tools import index_shards, subset
-from shard_tools.manifest import ManifestError
+from shard_tools.manifest import ManifestError, read_manifest
 
 SIZES = (7, 0, 5, 11, 9, 8)  # samples per shard; 40 in all
 
@@ -77,6 +79,42 @@ def test_pixels_do_not_depend_on_ranks_or_workers(shards, world, workers, micro)
     assert_same(load(shards, world=world, workers=workers, micro=micro), whole)
     samples = torch.cat([whole[step][1] for step in range(5)])
     assert sorted(samples.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_any_start_method_gives_the_same_batches(shards: Path, method: str) -> None:
+    options = {"total_steps": 7, "start_step": 3, "second_crop": True}
+    whole = load(shards, **options)
+    assert_same(load(shards, workers=1, start_method=method, **options), whole)
+    (batch,) = eval_loader(
+        shards, batch_size=40, rank=0, world=1, image_size=8, workers=1, start_method=method
+    )
+    assert batch.sample.tolist() == list(range(40))
+
+
+def test_what_a_worker_is_sent_grows_with_neither_samples_nor_shards(tmp_path: Path) -> None:
+    """As forkserver and spawn pickle it: a handle on the table of shards, a path to the index."""
+    one = write_shards(tmp_path / "1", [[jpeg(0)] * 64])
+    many = write_shards(tmp_path / "2", [[jpeg(0)] * 32] * 40)
+    sizes = []
+    for folder in (one, many):
+        loader = open_loader(
+            folder, batch_size=8, micro_batch=8, total_steps=3, crop=Crop(16), partitions=4,
+            workers=1, start_method="spawn",
+            augment=RandAugment("rand-m9-mstd0.5-inc1", 16, (0.5, 0.5, 0.5), seed=3),
+        )  # fmt: skip
+        sizes.append(len(ForkingPickler.dumps(loader._loader.dataset)))
+        assert loader.manifest.samples in (64, 1280)
+    assert max(sizes) < min(sizes) + 50
+
+
+def test_two_loaders_share_a_manifest(shards: Path) -> None:
+    manifest = read_manifest(shards)
+    one, two = (load(folder, workers=1) for folder in (manifest, shards))
+    assert_same(one, two)
+    first = [eval_loader(manifest, batch_size=8, rank=0, world=1, image_size=8, workers=0)
+             for _ in range(2)]  # fmt: skip
+    assert first[0].manifest is first[1].manifest is manifest
 
 
 @pytest.mark.parametrize(
