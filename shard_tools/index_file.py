@@ -195,6 +195,28 @@ class Index:
         self._done[number] = 1
 
 
+class ListedIndex(Index):
+    """The same for rows in memory, which were just listed."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.listed = rows
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def row(self, sample: int) -> np.void:
+        """The row of one sample."""
+        return self.listed[sample]
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """SAMPLE rows of sample numbers; same shape."""
+        return self.listed[samples]
+
+    def whole(self) -> np.ndarray:
+        """All rows."""
+        return self.listed
+
+
 def check_rows(
     where: str, rows: np.ndarray, first: int, starts: np.ndarray, sizes: np.ndarray, classes: int
 ) -> None:
