@@ -4,7 +4,7 @@ What reads shards then reads all of them: an image file counts as a shard of one
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
+from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
 from shard_tools.sharding.sources import Item, Listing, Source, open_source
 
@@ -29,14 +30,13 @@ LIST = ".txt"
 class FileManifest(Manifest):
     """A manifest of image files that nobody sharded; its index and names are in memory."""
 
-    rows: np.ndarray | None = None
+    listed: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
     keys: tuple[str, ...] = ()
 
     @cached_property
-    def index(self) -> np.ndarray:
-        """SAMPLE rows [samples]; of the pictures' sizes nothing is known."""
-        assert self.rows is not None
-        return self.rows
+    def lazy_index(self) -> ListedIndex:
+        """SAMPLE rows; of the pictures' sizes nothing is known."""
+        return ListedIndex(self.listed)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -161,10 +161,10 @@ def _as_manifest(source: Source) -> FileManifest:
         else:
             shards.append([item.file, 1])
     rows = np.zeros(len(source.items), SAMPLE)
-    for field in ("offset", "size", "label"):
-        rows["length" if field == "size" else field] = [getattr(i, field) for i in source.items]
+    for name in ("offset", "size", "label"):
+        rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
     files = tuple(Shard(file, count, 0, "") for file, count in shards)
     names = tuple(item.name for item in source.items)
     made = {"left_out": len(source.ignored)}
     folder = str(Path(source.root).absolute())
-    return FileManifest(folder, files, source.classes, made, folder, rows=rows, keys=names)
+    return FileManifest(folder, files, source.classes, made, folder, listed=rows, keys=names)

@@ -22,6 +22,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -155,6 +156,39 @@ def own_pooling(vit: nn.Module) -> str:
         return "own"
     kinds = {"token": "cls", "avg": "mean_patch"}
     return kinds.get(str(getattr(vit, "global_pool", "avg")), "own")
+
+
+def block_features(vit: nn.Module, pixels: Tensor, kept: Tensor | None = None) -> list[Tensor]:
+    """Tokens [b, prefix + K, D] after every block; patches not kept are dropped before the first.
+
+    kept: int64 [b, K], or None for all. The encoder is a VisionTransformer or an Eva (see
+    `drops_patches`), whose rotary positions go with the patches.
+    """
+    assert isinstance(vit, VisionTransformer | Eva)
+    embedded: Any = vit._pos_embed(vit.patch_embed(pixels))
+    tokens, rope = embedded if isinstance(vit, Eva) else (embedded, None)
+    if kept is not None:
+        prefix = vit.num_prefix_tokens
+        index = (kept + prefix)[..., None].expand(-1, -1, tokens.shape[-1])
+        if rope is not None:
+            rope = apply_keep_indices_nlc(tokens, rope, kept)
+            rope = rope.transpose(0, 1) if vit.rope_mixed else rope.unsqueeze(1)
+        tokens = torch.cat([tokens[:, :prefix], tokens.gather(1, index)], dim=1)
+    tokens = vit.norm_pre(tokens)
+    outputs = []
+    for number, block in enumerate(vit.blocks):
+        if isinstance(vit, Eva):
+            of_block = rope[number] if vit.rope_mixed and rope is not None else rope
+            tokens = block(tokens, rope=of_block)
+        else:
+            tokens = block(tokens)
+        outputs.append(tokens)
+    return outputs
+
+
+def drops_patches(vit: nn.Module) -> bool:
+    """Whether patches can be left out: no block knows them by their position in a full image."""
+    return isinstance(vit, VisionTransformer | Eva)
 
 
 def random_family(arch: str, options: dict[str, Any], seed: int) -> VisionTransformer:

@@ -41,7 +41,7 @@ _FIRST = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """An encoder in a file: its weights, and the words that stood before their names.
 
@@ -71,7 +71,8 @@ def load_tensors(path: Path) -> Any:
         with torch.serialization.safe_globals(_plain_values()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = _refused_objects(path) or " ".join(str(error).split())[:160]
+        said = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        reason = _refused_objects(path) or said[:160]
         raise UserError(f"{path}: cannot be read as a file of weights ({reason})") from None
 
 
