@@ -103,6 +103,7 @@ def load_batches(
 class _Batches(Dataset):
     def __init__(self, source: Reader, crop: CentreCrop, batch_size: int, skip: bool) -> None:
         self.reader, self.crop, self.batch_size, self.skip = source, crop, batch_size, skip
+        self.images = batch_size  # of a batch, which Loader asks for
 
     def __getitem__(self, task: int) -> Batch | Exception:
         first, total = task * self.batch_size, self.reader.manifest.samples
