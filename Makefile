@@ -40,6 +40,10 @@ test-faults: .venv/ready   ## 50 random kills and every known fault → docs/fau
 test-fresh:   ## both README commands in bare Debian and Ubuntu roots → docs/fresh.md; needs root, mmdebstrap
 	@tests/system/fresh.sh --write docs/fresh.md
 
+.PHONY: test-sanitize
+test-sanitize: .venv/ready   ## the cropping JPEG decoder under AddressSanitizer on the image corpus and damaged files
+	@$(PY) tests/sanitize
+
 test-cluster: .venv/ready   ## the trainer on two namespace hosts: one killed, one cut off, preempted under Slurm; needs root
 	@tests/cluster/run.sh
 

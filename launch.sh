@@ -7,18 +7,22 @@ PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 host=$(hostname)
 ranks='' hostfile='' script=$root/pipeline/pretrain.py grace=300 output='' stopping='' mode=node
+requeue=yes job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+job=${job:-${SLURM_JOB_ID:-}} # of an array its task: the number alone may mean the whole array
 arguments=() pids=() hosts=() ssh_options=()
 
 usage() {
   cat <<'END'
-usage: launch.sh [--ranks N] [--hostfile FILE] [--script FILE] [--grace SECONDS] [ARGUMENT …]
+usage: launch.sh [--ranks N] [--hostfile FILE] [--script FILE] [--grace SECONDS] [--no-requeue] [ARGUMENT …]
 
 Starts pipeline/pretrain.py, or another --script, once per rank; every other ARGUMENT goes to it
 (after `--` also those that launch.sh would take). How it starts depends on where it is called:
 
   one node              one rank per GPU, or one on the CPU; --ranks N says otherwise
   --hostfile FILE       the nodes of a DeepSpeed hostfile (lines `name slots=N`), over pdsh and ssh
-  in an sbatch script   starts itself with srun; requeues the job when it was preempted
+  in a Slurm job        starts itself with srun; an sbatch script that exports
+                        RELAXMIM_BATCH=$SLURM_JOB_ID is requeued when it was preempted, unless by
+                        Ctrl-C, scancel or with --no-requeue
   in srun               a task is a rank; with one task per node, the ranks of that node
   RANK, WORLD_SIZE set  with LOCAL_RANK (torchrun): this one rank; without it (Kubernetes
                         PyTorchJob): the ranks of node RANK of WORLD_SIZE nodes
@@ -40,6 +44,16 @@ fail() {
 need_number() { # NAME VALUE LEAST [MOST]
   [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ && $2 -ge $3 && $2 -le ${4:-999999} ]] ||
     fail "$1 is '$2': must be a number from $3 ${4:+to }${4:-up}"
+}
+
+free_port() { # one that nobody listens on, outside the range of outgoing connections
+  "$python" -c 'import random, socket
+for port in random.sample(range(20000, 32000), 12000):
+    with socket.socket() as s:
+        try: s.bind(("", port))
+        except OSError: continue
+    print(port)
+    break'
 }
 
 find_python() { # of the active environment, of .venv here, or on PATH (a container)
@@ -95,7 +109,7 @@ check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a no
 
 prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_SIZE are on this node
   local cores
-  cores=$(nproc)
+  cores=$("$python" "$root/shard_tools/cores.py" 2>/dev/null || nproc) # affinity and cgroups
   (($1 == WORLD_SIZE)) || check_hosts "$2"
   export LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu
@@ -116,7 +130,7 @@ run_node() { # NODE NODES: start the ranks of one node and watch over them
   local i
   ranks=${ranks:-$((gpus ? gpus : 1))}
   ((gpus == 0 || ranks <= gpus)) || fail "--ranks $ranks: $host has only $gpus GPUs"
-  [[ $2 != 1 ]] || MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$((20000 + $$ % 12000))}
+  [[ $2 != 1 ]] || MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$(free_port)}
   export MASTER_ADDR MASTER_PORT WORLD_SIZE=$((ranks * $2))
   prepare "$ranks" "$1"
   for ((i = 0; i < ranks; i++)); do
@@ -130,7 +144,7 @@ send() { # SIGNAL: to every rank
   local pid
   case $mode:$1 in
     hosts:*) on_hosts "$root/launch.sh" --signal "$1" "$run" ;;
-    sbatch:KILL) scancel --signal=KILL "$SLURM_JOB_ID" ;;
+    sbatch:KILL) scancel --signal=KILL "$job" ;;
     *:KILL) for pid in "${pids[@]}"; do kill -KILL -- "-$pid"; done ;;
     *) kill -s "$1" "${pids[@]}" ;;
   esac 2>/dev/null
@@ -142,12 +156,13 @@ stop() { # SIGNAL REASON
   else
     [[ -n $stopping ]] || printf '%s: the ranks finish their step and save\n' "$2" >&2
     stopping=$1
+    [[ $2 != SIGINT ]] || requeue='' # somebody stopped it
     send "$1" >/dev/null
   fi
 }
 
 watch_over() { # wait for all of pids; the first failure ends the others in bounded time
-  local i code=0 rc deadline='' links most=0 late=''
+  local i code=0 rc ending='' deadline='' links most=0 late=''
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -158,12 +173,16 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       ((rc == 0 || code != 0)) && continue
       code=$rc
       [[ $mode$stopping == node && $rc != "$PREEMPTED" ]] || continue
-      # Bad input ends every rank by itself, with one line.
-      [[ $rc == 2 ]] && deadline=$((SECONDS + 60)) && continue
+      # Bad input ends every rank by itself, with one line, but for those that wait for others.
+      ending=$((SECONDS + 3))
+      [[ $rc == 2 ]] && continue
       printf 'error: rank %d on %s failed with exit code %d%s; ending the others\n' "$i" "$host" "$rc" "$(reason "$rc")" >&2
-      send TERM
-      deadline=$((SECONDS + 20))
+      ending=$SECONDS
     done
+    if [[ -n $ending ]] && ((SECONDS >= ending && ${#pids[@]})); then
+      send TERM
+      ending='' deadline=$((SECONDS + 20))
+    fi
     if [[ $mode == hosts ]]; then # pdsh holds one ssh per host; the first to end is a failure or the end
       links=$(pgrep -c -x -P "$(pgrep -d, -s "${pids[0]:-0}" || echo 0)" ssh)
       ((links < most)) && deadline=${deadline:-$((SECONDS + 60))}
@@ -265,8 +284,18 @@ run_sbatch() { # on the first node of the job: one srun for all; requeue when pr
   pids=($!)
   watch_over
   code=$?
-  [[ $code != "$PREEMPTED" ]] || scontrol requeue "$SLURM_JOB_ID"
+  [[ $code != "$PREEMPTED" || -z $requeue ]] || requeue_job
   return "$code"
+}
+
+requeue_job() { # only a batch script that said it is ours, and not where the job was cancelled
+  if [[ ${RELAXMIM_BATCH:-} != "$SLURM_JOB_ID" ]]; then # also that of another job, inherited
+    printf "job %s is not requeued: its batch script does not export RELAXMIM_BATCH=\$SLURM_JOB_ID\n" "$job" >&2
+  elif [[ $(scontrol show job -o "$job" 2>/dev/null) == *JobState=CANCELLED* ]]; then
+    printf 'job %s was cancelled and is not requeued\n' "$job" >&2
+  else
+    scontrol requeue "$job" || printf 'error: job %s cannot be requeued: submit it again to resume\n' "$job" >&2
+  fi
 }
 
 run_srun() { # SLURM_* to the names that every rank knows
@@ -278,6 +307,8 @@ run_srun() { # SLURM_* to the names that every rank knows
   if [[ ${per_node%%(*} == 1 ]]; then
     run_node "$SLURM_NODEID" "$SLURM_STEP_NUM_NODES"
   else
+    # A task has cores of its own, which the others do not share.
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=${per_node%%(*}
     LOCAL_RANK=$((gpus ? SLURM_LOCALID % gpus : SLURM_LOCALID)) # a task may see only its own GPU
     export LOCAL_RANK && run_rank
@@ -292,6 +323,7 @@ esac
 while (($#)); do
   case $1 in
     --) arguments+=("${@:2}") && break ;;
+    --no-requeue) requeue='' ;;
     --ranks=* | --hostfile=* | --script=* | --grace=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     --ranks | --hostfile | --script | --grace)
       (($# > 1)) || fail "$1 needs a value"

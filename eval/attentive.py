@@ -31,31 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from eval.shared.cli import (
-    as_percent,
-    autocast,
-    count_correct,
-    join_ranks,
-    output_path,
-    parser,
-    progress,
-    run_command,
-    seed_everything,
-    used_precision,
-    write_result,
-)
-from eval.shared.features import (
-    Timer,
-    batches,
-    class_count,
-    image_size,
-    labelled,
-    normalise,
-    open_encoder,
-)
+from eval.shared.batches import check_batch, micro_batch_of, partitions_of
+from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
+from eval.shared.labels import class_count, labelled
+from eval.shared.metrics import as_percent, count_correct
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
+from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Crop
 from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.distributed import Ranks
@@ -66,7 +49,6 @@ from shard_tools.subset import write_subset
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 DECAYS = (5e-4, 1e-3, 5e-2)
 HELD_OUT = 0.1  # share of the training images on which the pair is chosen
-PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 
 
 @dataclass(frozen=True)
@@ -82,8 +64,6 @@ class Settings:
     decays: tuple[float, ...] = DECAYS
     select: str = "held-out"
     seed: int = 0
-    precision: str = "auto"
-    workers: int = 0
     micro_batch: int = 256  # of validation
 
     @property
@@ -113,14 +93,6 @@ class AttentiveProbe(nn.Module):
         query = self.query.view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
         pooled = F.scaled_dot_product_attention(query, key, value)
         return self.head(pooled.reshape(batch, width))
-
-
-@torch.no_grad()
-def patch_tokens(vit: VisionTransformer, pixels: Tensor, precision: str) -> Tensor:
-    """Patch tokens after the last norm, fp32 [b, L, D], of normalised pixels [b, 3, H, W]."""
-    with autocast(precision, pixels.device):
-        tokens = vit.forward_features(pixels)
-    return tokens[:, vit.num_prefix_tokens :].float()
 
 
 def learning_rate(peak: float, step: int, steps: int, warmup: float) -> float:
@@ -167,44 +139,47 @@ class Heads:
             optimizer.step()
         return losses
 
+    def finite(self, losses: Tensor) -> list[bool]:
+        """Which heads have finite losses [heads] and weights; the others have diverged."""
+        weights = [all(bool(w.isfinite().all()) for w in p.parameters()) for p in self.probes]
+        return [ok and bool(loss.isfinite()) for ok, loss in zip(weights, losses, strict=True)]
+
 
 def training_tokens(
-    vit: VisionTransformer, info: dict[str, Any], ranks: Ranks, s: Settings, train: str
+    session: EvalSession, s: Settings, train: str
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
-    share = s.batch_size // ranks.world
-    micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
+    ranks = session.ranks
+    micro = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
     config = LoaderConfig(
         train,
         batch_size=s.batch_size,
         micro_batch=micro,
-        crop=Crop(image_size=image_size(vit), scale=(0.08, 1.0)),
+        crop=Crop(image_size=session.image_size, scale=(0.08, 1.0)),
         seed=s.seed,
-        partitions=math.gcd(s.batch_size, PARTITIONS),
-        workers=s.workers,
+        partitions=partitions_of(s.batch_size, ranks.world),
+        workers=session.workers,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
-        pixels = normalise(batch.image, info, ranks.device)
-        parts.append((patch_tokens(vit, pixels, s.precision), batch.label.to(ranks.device)))
-        if len(parts) * micro == share:
+        tokens = session.patch_tokens(session.normalise(batch.image))
+        parts.append((tokens, batch.label.to(session.device)))
+        if len(parts) * micro * ranks.world == s.batch_size:
             yield parts
             parts = []
 
 
 @torch.no_grad()
 def accuracies(
-    heads: Heads, folder: str, vit: VisionTransformer, info: dict[str, Any], ranks: Ranks,
-    s: Settings,
-) -> tuple[list[tuple[float, float]], int]:  # fmt: skip
+    heads: Heads, folder: str, session: EvalSession, micro_batch: int
+) -> tuple[list[tuple[float, float]], int]:
     """((top-1, top-5) in percent of every head, images): each image once over all ranks."""
-    count = torch.zeros(len(heads.probes), 3, dtype=torch.int64, device=ranks.device)
-    args = argparse.Namespace(micro_batch=s.micro_batch, workers=s.workers)
-    for pixels, label, _ in batches(folder, vit, info, ranks, args):
-        tokens = patch_tokens(vit, pixels, s.precision)
+    count = torch.zeros(len(heads.probes), 3, dtype=torch.int64, device=session.device)
+    for pixels, label, _ in session.batches(folder, micro_batch):
+        tokens = session.patch_tokens(pixels)
         count += count_correct(torch.stack([probe(tokens) for probe in heads.probes]), label)
-    total = ranks.sum(count)
+    total = session.ranks.sum(count)
     rows = [(as_percent(a, n), as_percent(b, n)) for a, b, n in total.tolist()]
     return rows, int(total[0, 2])
 
@@ -239,8 +214,7 @@ def check(s: Settings, ranks: Ranks) -> int:
         raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
     if min(s.rates) <= 0 or min(s.decays) < 0:
         raise UserError("--rates must be above 0, --decays at least 0")
-    if s.batch_size % ranks.world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be split over {ranks.world} ranks")
+    check_batch(s.batch_size, ranks.world)
     kept = train.samples
     if s.select == "held-out":
         kept -= held_out_count(kept)
@@ -249,37 +223,40 @@ def check(s: Settings, ranks: Ranks) -> int:
     return class_count(train, val)
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Train the heads, choose one, score it; the whole result, alike on every rank.
+def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
+    """Train the heads, choose one, score it; the full result, alike on every rank.
 
     folder: where the indices of the kept and the held-out images go.
     """
-    timer = Timer()
-    s = settings_of(args)
+    timer, ranks = Timer(), session.ranks
     classes = check(s, ranks)
-    seed_everything(s.seed)
-    vit, info = open_encoder(args, ranks)
+    session.check_readable(s.val, s.micro_batch)
     train, chosen_on = s.train, s.val
     if s.select == "held-out":
         train, chosen_on = split(read_manifest(s.train), folder, s.seed, ranks)
-    heads = Heads(vit.num_features, classes, s, ranks.device)
-    losses = torch.zeros(len(s.pairs), device=ranks.device)
-    stream = enumerate(training_tokens(vit, info, ranks, s, train))
+    heads = Heads(session.vit.num_features, classes, s, session.device)
+    losses = torch.zeros(len(s.pairs), device=session.device)
+    stream = enumerate(training_tokens(session, s, train))
     for step, micro in progress(stream, ranks, "attentive probe", s.steps):
         losses = heads.step(step, micro, ranks)
     losses = ranks.sum(losses)
-    if not bool(losses.isfinite().any()):
+    finite = heads.finite(losses)
+    if not any(finite):
         raise UserError("no head of the attentive probe has a finite loss: lower --rates")
-    selection, count = accuracies(heads, chosen_on, vit, info, ranks, s)
-    best = max(range(len(selection)), key=lambda n: selection[n][0] if losses[n].isfinite() else -1)
+    selection, count = accuracies(heads, chosen_on, session, s.micro_batch)
+    best = max(range(len(selection)), key=lambda n: selection[n][0] if finite[n] else -1)
     final, images = selection, count
     if s.select == "held-out":
-        final, images = accuracies(heads, s.val, vit, info, ranks, s)
+        final, images = accuracies(heads, s.val, session, s.micro_batch)
     what = "held-out training images" if s.select == "held-out" else "the validation set"
     grid = [
-        {"lr": lr, "weight_decay": wd, "selection": a[0], "validation": b[0]}
-        for (lr, wd), a, b in zip(s.pairs, selection, final, strict=True)
+        {"lr": lr, "weight_decay": wd}
+        | ({"selection": a[0], "validation": b[0]} if ok else {"diverged": True})
+        for (lr, wd), a, b, ok in zip(s.pairs, selection, final, finite, strict=True)
     ]
+    lost = finite.count(False)
+    rates = f"{len(grid)}, of which {lost} diverged" if lost else str(len(grid))
+    more = {"precision": session.precision, "workers": session.workers}
     return {
         "protocol": "attentive-probe",
         "top1": final[best][0],
@@ -287,21 +264,12 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, 
         "images": images,
         "lr": s.pairs[best][0],
         "weight_decay": s.pairs[best][1],
-        "base_lr_chosen_on": f"{count} images of {what} (best of {len(grid)})",
+        "base_lr_chosen_on": f"{count} images of {what} (best of {rates})",
         "train_loss": round(float(losses[best]), 5),
         "grid": grid,
-        "settings": asdict(s) | {"optimizer": "AdamW", "classes": classes},
-        "precision": used_precision(s.precision, ranks.device),
-        "encoder": info,
-        "seconds": timer.seconds,
-        "ranks": ranks.world,
+        "settings": asdict(s) | more | {"optimizer": "AdamW", "classes": classes},
+        **session.facts(timer),
     }
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that a command line names."""
-    values = {name: getattr(args, name) for name in Settings.__dataclass_fields__}
-    return Settings(**values | {"rates": tuple(args.rates), "decays": tuple(args.decays)})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -323,12 +291,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks = join_ranks()
-    output = output_path(args, "attentive-probe")
-    result = evaluate(args, ranks, output.with_suffix(""))
+    ranks, settings = join_ranks(), settings_of(Settings, args)
+    output = output_path(args.output, encoder_of(args), "attentive-probe")
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
+    result = evaluate(settings, session_of(args, ranks), folder)
     if ranks.first:
-        write_result(output, result)
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+        write_accuracy(output, result)
 
 
 if __name__ == "__main__":

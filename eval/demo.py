@@ -7,7 +7,6 @@ is, probes both and a random encoder of the same architecture, and writes one re
 """
 
 import argparse
-import os
 import shutil
 import socket
 import sys
@@ -26,6 +25,7 @@ from eval.shared.cli import run_command
 from eval.shared.demo_shards import make_demo_shards
 from eval.shared.processes import call
 from pipeline.errors import UserError, naming
+from shard_tools.cores import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
 
 def device_count() -> int:
     """GPUs, or CPU cores where there is none: the most that divides the demo's partitions."""
-    most = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    most = torch.cuda.device_count() or cores()
     return max(n for n in range(1, PARTITIONS + 1) if PARTITIONS % n == 0 and n <= most)
 
 
@@ -123,7 +123,7 @@ def pretrain(settings: Settings, recipe: str, seed: int, run: Path) -> float:
     ]  # fmt: skip
     for override in settings.overrides:
         command += ["--set", override]
-    threads = max(1, len(os.sched_getaffinity(0)) // settings.ranks)
+    threads = max(1, cores() // settings.ranks)
     return call(f"pretrain {NAMES[recipe]}, seed {seed}, {settings.ranks} ranks", command, threads)
 
 
@@ -137,7 +137,7 @@ def probe(settings: Settings, run: Path, seed: int, *, random: bool) -> float:
         "--seed", str(seed), "--output", result,
     ]  # fmt: skip
     what = f"linear probe of {'a random encoder' if random else run.name}"
-    call(what, command + (["--random"] if random else []), len(os.sched_getaffinity(0)))
+    call(what, command + (["--random"] if random else []), cores())
     return metric_of(read_result(result), result)
 
 

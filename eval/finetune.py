@@ -1,4 +1,4 @@
-"""Finetuning: the whole encoder and a fresh head, trained on all labels or on few of them.
+"""Finetuning: the full encoder and a fresh head, trained on all labels or on few of them.
 
 MAE's settings (He et al. 2022, Tab. 9; facebookresearch/mae, FINETUNE.md) with the paper's base
 learning rate: AdamW betas 0.9, 0.999, weight decay 0.05, batch 1024, base learning rate 1e-3,
@@ -28,40 +28,35 @@ from torch import Tensor, nn
 
 from eval.shared.batch_augment import make_erasing, make_mixup
 from eval.shared.checkpoints import Checkpoints
-from eval.shared.classifier import build_classifier, layer_groups, write_classifier
-from eval.shared.cli import (
-    as_percent,
-    count_correct,
-    output_path,
-    parser,
-    progress,
-    run_command,
-    write_result,
+from eval.shared.classifier import (
+    build_classifier,
+    layer_groups,
+    write_classifier,
 )
-from eval.shared.features import (
-    Timer,
-    batches,
-    class_count,
-    image_size,
-    labelled,
-    normalise,
-    open_encoder,
+from eval.shared.cli import parser, progress, run_command, settings_of
+from eval.shared.finetune_plan import (
+    Plan,
+    Settings,
+    identity,
+    learning_rate,
+    make_run_plan,
+    plan_training,
+    record,
 )
-from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config
-from pipeline.config.schedules import warmup_cosine
-from pipeline.config.schema import OptimizerRecipe
+from eval.shared.metrics import accuracy, count_correct
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
+from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Batch, LoaderConfig, train_loader
-from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import PREEMPTED, Ranks, StopSignal
+from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.seeding import seed_all, seed_step
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
-from shard_tools.manifest import read_manifest
-from shard_tools.subset import Choice, choose_samples, write_subset
+
+VAL_BATCH = 256  # images of a validation batch on a rank
 
 
 class Classifier(nn.Module):
@@ -81,76 +76,40 @@ class Classifier(nn.Module):
 class Finetuning:
     """Model, engine and data of one finetuning on this rank."""
 
-    def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
-        self.args, self.ranks = args, ranks
-        encoder, self.info = open_encoder(args, ranks)
-        self.size = image_size(encoder)
-        seed_all(args.seed)
-        model = build_classifier(encoder, self.info, args.classes, args.drop_path)
-        self.plan = self._plan(encoder.patch_embed.num_patches)
-        groups = layer_groups(model, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+    def __init__(self, s: Settings, plan: Plan, session: EvalSession) -> None:
+        self.settings, self.plan, self.session, self.ranks = s, plan, session, session.ranks
+        info, size = session.info, session.image_size
+        seed_all(s.seed)
+        model = build_classifier(session.vit, info, len(plan.classes), s.drop_path)
+        self.run_plan = make_run_plan(s, plan, session)
+        groups = layer_groups(model, weight_decay=s.weight_decay, layer_decay=s.layer_decay)
         self.module = Classifier(model)
-        self.engine = Engine(self.module, groups, self.plan)
+        self.engine = Engine(self.module, groups, self.run_plan)
         self.skipped = SkippedSteps(SKIP_LIMIT, "limit", "use a lower --base-lr")
-        self.augment = None  # in the loader's workers, after the crop
-        if args.randaugment:
-            mean = tuple(self.info["mean"])
-            self.augment = RandAugment(args.randaugment, self.size, mean, args.seed)
-        self.erase = make_erasing(args.erasing, ranks.device)
+        # In the loader's workers, after the crop.
+        self.augment = (
+            RandAugment(s.randaugment, size, info.mean, s.seed) if s.randaugment else None
+        )
+        self.erase = make_erasing(s.erasing, session.device)
         self.mix = make_mixup(
-            mixup=args.mixup, cutmix=args.cutmix, smoothing=args.smoothing, classes=args.classes
+            mixup=s.mixup, cutmix=s.cutmix, smoothing=s.smoothing, classes=len(plan.classes)
         )
-
-    def _plan(self, patches: int) -> RunPlan:
-        args = self.args
-        config = read_ds_config(args.ds_config)
-        if args.precision != "auto":
-            config["bf16"] = {"enabled": args.precision == "bf16"}
-        plan = make_plan(
-            config,
-            OptimizerRecipe(base_lr=args.base_lr, betas=(0.9, 0.999)),
-            batch_size=args.batch_size,
-            partitions=args.partitions,
-            patches=patches,
-            world=self.ranks.world,
-        )
-        if plan.stage == 3:
-            raise UserError(
-                f"{args.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
-                "use ds_configs/zero2.json (or zero0, zero1)"
-            )
-        if plan.micro_batch % 2:
-            raise UserError(
-                f"mixup pairs images: {plan.micro_batch} images per micro-batch must be even; "
-                "choose another --batch-size"
-            )
-        return plan
 
     def batches(self, start: int) -> Iterator[Batch]:
         """This rank's micro-batches from step `start` on."""
         config = LoaderConfig(
-            self.args.train,
-            batch_size=self.args.batch_size,
-            micro_batch=self.plan.micro_batch,
-            crop=Crop(image_size=self.size, scale=(0.08, 1.0)),
-            seed=self.args.seed,
-            partitions=self.args.partitions,
+            self.plan.train,
+            batch_size=self.settings.batch_size,
+            micro_batch=self.run_plan.micro_batch,
+            crop=Crop(image_size=self.session.image_size, scale=(0.08, 1.0)),
+            seed=self.settings.seed,
+            partitions=self.plan.partitions,
+            samples_per_epoch=self.settings.samples_per_epoch or 0,
             augment=self.augment,
-            workers=self.args.workers,
+            workers=self.session.workers,
         )
-        steps = range(start, self.args.total_steps)
+        steps = range(start, self.plan.total)
         return iter(train_loader(config, self.ranks.rank, self.ranks.world, steps))
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step, before the layers' scales."""
-        args = self.args
-        return warmup_cosine(
-            step,
-            peak=args.base_lr * args.batch_size / 256,
-            total=args.epochs * args.steps_per_epoch,
-            warmup=args.warmup_epochs * args.steps_per_epoch,
-            low=args.min_lr,
-        )
 
     def train_step(self, step: int, micro: Iterator[Batch]) -> Tensor:
         """One optimizer step; the mean loss of this rank's micro-batches.
@@ -158,11 +117,11 @@ class Finetuning:
         UserError on every rank where a loss is not finite on any; a gradient that is not finite
         skips the step, and many of them in a row are a UserError too.
         """
-        lr = self.learning_rate(step)
+        lr = learning_rate(self.settings, step, self.plan.steps)
         losses = []
-        for number, batch in enumerate(itertools.islice(micro, self.plan.accumulation)):
-            pixels = normalise(batch.image, self.info, self.ranks.device)
-            seed_step(self.args.seed, step, number, self.ranks.rank)
+        for number, batch in enumerate(itertools.islice(micro, self.run_plan.accumulation)):
+            pixels = self.session.normalise(batch.image)
+            seed_step(self.settings.seed, step, number, self.ranks.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
             pixels, target = self.mix(pixels, batch.label.to(self.ranks.device))
@@ -183,101 +142,67 @@ class Finetuning:
         model = self.module.model
         count = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)
         with torch.random.fork_rng(devices=[]):
-            for pixels, label, _ in batches(self.args.val, model, self.info, self.ranks, self.args):
-                logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
+            for pixels, label, _ in self.session.batches(self.settings.val, VAL_BATCH):
+                with torch.autocast(
+                    pixels.device.type, torch.bfloat16, self.run_plan.precision == "autocast"
+                ):
+                    logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
-        top1, top5, images = self.ranks.sum(count).tolist()
-        return {
-            "top1": as_percent(top1, images),
-            "top5": as_percent(top5, images),
-            "images": images,
-        }
+        return accuracy(self.ranks.sum(count))
 
 
-def choose_labels(args: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
-    """Replace args.train by the subset that --fraction or --subset asks for, kept in `folder`."""
-    if args.fraction == 1.0 and not args.subset:
-        return
-    place = folder / "subset"
-    if ranks.first and not (place / "manifest.json").is_file():
-        names = Path(args.subset) if args.subset else None
-        fraction = None if args.subset else args.fraction
-        choice = Choice(fraction=fraction, names=names, seed=args.subset_seed)
-        manifest = read_manifest(args.train)
-        write_subset(manifest, place, choose_samples(manifest, choice), choice.record())
-    ranks.sum(torch.zeros(1, device=ranks.device))  # the first rank has written it
-    args.train = str(place)
-
-
-def complete(args: argparse.Namespace) -> tuple[str, ...]:
-    """Check the arguments against the data and derive the rest; the names of the classes."""
-    train, val = labelled(args.train), labelled(args.val)
-    if args.batch_size < 1 or (args.max_steps is not None and args.max_steps < 1):
-        raise UserError("--batch-size and --max-steps must be at least 1")
-    if args.base_lr <= 0 or not 0 <= args.warmup_epochs < args.epochs:
-        raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
-    args.classes = class_count(train, val)
-    args.partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if args.batch_size % p == 0)
-    args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, args.partitions)
-    if not args.steps_per_epoch:
-        raise UserError(
-            f"{args.train} has {train.samples} samples, too few for --batch-size {args.batch_size}"
-        )
-    total = round(args.steps_per_epoch * args.epochs)
-    args.total_steps = total if args.max_steps is None else min(total, args.max_steps)
-    return train.classes or tuple(map(str, range(args.classes)))
-
-
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the result depends on."""
-    names = (
-        "epochs", "warmup_epochs", "batch_size", "base_lr", "min_lr", "weight_decay",
-        "layer_decay", "drop_path", "randaugment", "erasing", "mixup", "cutmix", "smoothing",
-        "fraction", "subset", "subset_seed", "seed", "max_steps", "random", "encoder", "train",
-        "val", "precision",
-    )  # fmt: skip
-    return {name: getattr(args, name) for name in names}
-
-
-def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Finetune, validate after every epoch, export the classifier; the result on every rank."""
-    timer = Timer()
-    args.micro_batch = 256  # of validation
-    choose_labels(args, folder, ranks)
-    classes = complete(args)
-    stop = StopSignal()
-    run = Finetuning(args, ranks)
-    checkpoints = Checkpoints(folder, settings(args))
-    latest = checkpoints.load(partial(load_consolidated, run.engine))
-    step, history = latest.get("step", 0), latest.get("history", [])
-    loader = run.batches(step)
-    steps = progress(range(step, args.total_steps), ranks, "finetuning")
-    for step in steps:
-        if args.stop_epoch is not None and step >= args.stop_epoch * args.steps_per_epoch:
+def train(
+    run: Finetuning, checkpoints: Checkpoints, latest: dict[str, Any], stop: StopSignal
+) -> list[dict[str, Any]]:
+    """Train from the checkpoint `latest` on, to the end or to --stop-epoch; the history, whose
+    last row is of the last step and validated."""
+    s, plan, ranks = run.settings, run.plan, run.ranks
+    done, history = latest.get("step", 0), latest.get("history", [])
+    pause = plan.total if s.stop_epoch is None else min(plan.total, s.stop_epoch * plan.steps)
+    loader = run.batches(done)
+    for step in progress(range(done, plan.total), ranks, "finetuning"):
+        if step >= pause:
             break  # resumes here when rerun
         loss = run.train_step(step, loader)
-        last = step + 1 == args.total_steps
+        done, last = step + 1, step + 1 == plan.total
         stopping = ranks.any(bool(stop.name)) and not last
-        epoch_ends = (step + 1) % args.steps_per_epoch == 0 or last
+        epoch_ends = done % plan.steps == 0 or last
         if epoch_ends:
-            epoch = (step + 1) / args.steps_per_epoch
-            row = {"epoch": round(epoch, 3), "loss": round(loss.item(), 5)}
-            if last or round(epoch) % args.validate_epochs == 0:
+            row = {"epoch": round(done / plan.steps, 3), "loss": round(loss.item(), 5)}
+            if last or round(done / plan.steps) % s.validate_epochs == 0:
                 row |= run.validate()
             history.append(row)
-        if epoch_ends or stopping:
-            checkpoints.save(step + 1, partial(save_consolidated, run.engine), history=history)
+        if epoch_ends or stopping or done >= pause:
+            checkpoints.save(done, partial(save_consolidated, run.engine), history=history)
         if epoch_ends and ranks.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
             sys.exit(PREEMPTED)
+    epoch = round(done / plan.steps, 3)
+    if not history or history[-1]["epoch"] != epoch:  # within an epoch
+        history = [*history, {"epoch": epoch}]
     if "top1" not in history[-1]:
         history[-1] |= run.validate()
+    return history
+
+
+def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
+    """Finetune, validate after every epoch, export the classifier; the result on every rank.
+
+    folder: of the checkpoints, the chosen labels and the classifier.
+    """
+    timer, ranks = Timer(), session.ranks
+    plan, stop = plan_training(s, folder, ranks), StopSignal()
+    session.check_readable(s.val, VAL_BATCH)
+    run = Finetuning(s, plan, session)
+    checkpoints = Checkpoints(folder, identity(s, plan, session))
+    latest = checkpoints.load(partial(load_consolidated, run.engine))
+    history = train(run, checkpoints, latest, stop)
     state = run.engine.full_state()
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
-        write_classifier(folder, weights, run.info, classes)
+        write_classifier(folder, weights, session.info.record, plan.classes)
     return {
         "protocol": "finetune",
         "feature": "mean_patch",
@@ -285,60 +210,53 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, 
         "best_top1": max(row["top1"] for row in history if "top1" in row),
         "history": history,
         "nonfinite_steps": run.skipped.total,
-        "settings": settings(args),
-        "precision": run.plan.precision,
-        "encoder": run.info,
-        "seconds": timer.seconds,
-        "ranks": ranks.world,
+        "settings": record(s, plan, session),
+        **session.facts(timer),
+        "precision": run.run_plan.precision,
     }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; its defaults are SPEC's finetuning."""
-    result = parser(str(__doc__).split("\n", 1)[0])
-    result.add_argument("--train", required=True, help="training shards")
-    result.add_argument("--val", required=True, help="validation shards")
-    result.add_argument("--ds_config", default="ds_configs/zero2.json")
-    result.add_argument("--fraction", type=float, default=1.0, help="share of each class's labels")
-    result.add_argument("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
-    result.add_argument("--subset-seed", type=int, default=0)
-    result.add_argument("--epochs", type=float, default=100)
-    result.add_argument("--warmup-epochs", type=float, default=5)
-    result.add_argument("--batch-size", type=int, default=1024, help="global, over all ranks")
-    result.add_argument("--base-lr", type=float, default=1e-3, help="per 256 images")
-    result.add_argument("--min-lr", type=float, default=1e-6)
-    result.add_argument("--weight-decay", type=float, default=0.05)
-    result.add_argument("--layer-decay", type=float, default=0.75)
-    result.add_argument("--drop-path", type=float, default=0.1)
-    result.add_argument("--randaugment", default="rand-m9-mstd0.5-inc1", help="'' = none")
-    result.add_argument("--erasing", type=float, default=0.25)
-    result.add_argument("--mixup", type=float, default=0.8)
-    result.add_argument("--cutmix", type=float, default=1.0)
-    result.add_argument("--smoothing", type=float, default=0.1)
-    result.add_argument("--validate-epochs", type=int, default=1, help="validate so often")
-    result.add_argument("--stop-epoch", type=float, help="stop here; rerun to resume")
-    result.add_argument("--max-steps", type=int, help="shorten the run: a trial")
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    add = result.add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
+    add("--ds_config", default=d.ds_config, help="a file, or zero0, zero1 or zero2")
+    add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
+    add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
+    add("--subset-seed", type=int, default=d.subset_seed)
+    add("--samples-per-epoch", type=int,
+        help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
+    add("--epochs", type=float, default=d.epochs)
+    add("--warmup-epochs", type=float, default=d.warmup_epochs)
+    add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
+    add("--base-lr", type=float, default=d.base_lr, help="per 256 images")
+    add("--min-lr", type=float, default=d.min_lr)
+    add("--weight-decay", type=float, default=d.weight_decay)
+    add("--layer-decay", type=float, default=d.layer_decay)
+    add("--drop-path", type=float, default=d.drop_path)
+    add("--randaugment", default=d.randaugment, help="'' = none")
+    add("--erasing", type=float, default=d.erasing)
+    add("--mixup", type=float, default=d.mixup)
+    add("--cutmix", type=float, default=d.cutmix)
+    add("--smoothing", type=float, default=d.smoothing)
+    add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
+    add("--stop-epoch", type=float, help="stop here; rerun to resume")
+    add("--max-steps", type=int, help="shorten the run: a trial")
     return result
-
-
-def result_name(args: argparse.Namespace) -> str:
-    """finetune, finetune-10percent …: names the folder and the result file."""
-    name = "finetune"
-    if args.subset:
-        name += f"-{Path(args.subset).stem}"
-    elif args.fraction != 1.0:
-        name += f"-{100 * args.fraction:g}percent"
-    return name
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks = init_ranks()
-    output = output_path(args, result_name(args))
-    result = evaluate(args, ranks, output.with_suffix(""))
+    ranks, settings = init_ranks(), settings_of(Settings, args)
+    output = output_path(args.output, encoder_of(args), settings.name)
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
+    session = session_of(args, ranks, device=torch.device("cpu"))  # the classifier is a copy
+    result = evaluate(settings, session, folder)
     if ranks.first:
-        write_result(output, result)
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+        write_accuracy(output, result)
 
 
 if __name__ == "__main__":

@@ -7,87 +7,86 @@ exp(s / T), T = 0.07. No training, no augmentation. Source: Wu et al. 2018, Eq. 
 """
 
 import argparse
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from eval.shared.cli import (
-    as_percent,
-    count_correct,
-    join_ranks,
-    output_path,
-    parser,
-    run_command,
-    seed_everything,
-    used_precision,
-    write_result,
-)
-from eval.shared.features import FEATURES, Timer, class_count, extract, labelled, open_encoder
-from pipeline.distributed import Ranks
+from eval.shared.cli import join_ranks, parser, run_command, settings_of
+from eval.shared.features import FEATURES
+from eval.shared.labels import class_count, labelled
+from eval.shared.metrics import accuracy, count_correct
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
+from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
 from pipeline.method.metrics import vote
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Accuracy of the k-NN classifier; the whole result, alike on every rank."""
-    timer = Timer()
-    train, val = labelled(args.train), labelled(args.val)
-    if not 1 <= args.k <= train.samples:
-        raise UserError(f"--k {args.k}: must lie between 1 and {train.samples} training images")
-    classes = class_count(train, val)
-    seed_everything(args.seed)
-    vit, info = open_encoder(args, ranks)
-    feature, label = extract(args.train, vit, info, ranks, args)
-    query, truth = extract(args.val, vit, info, ranks, args)
-    # Each rank classifies every world-th image; features are whole on every rank.
+@dataclass(frozen=True)
+class Settings:
+    """What the vote depends on. train, val: shards; micro_batch: images of a forward pass."""
+
+    train: str
+    val: str
+    feature: str = "cls"
+    k: int = 20
+    temperature: float = 0.07
+    micro_batch: int = 256
+
+
+def check(s: Settings) -> int:
+    """Refuse what cannot be computed; the number of classes."""
+    train, val = labelled(s.train), labelled(s.val)
+    if not 1 <= s.k <= train.samples:
+        raise UserError(f"--k {s.k}: must lie between 1 and {train.samples} training images")
+    if s.temperature <= 0 or s.micro_batch < 1:
+        raise UserError("--temperature must be above 0 and --micro-batch at least 1")
+    return class_count(train, val)
+
+
+def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
+    """Accuracy of the k-NN classifier; the full result, alike on every rank."""
+    timer, classes, ranks = Timer(), check(s), session.ranks
+    feature, label = session.extract(s.train, s.feature, s.micro_batch)
+    query, truth = session.extract(s.val, s.feature, s.micro_batch)
+    # Each rank classifies every world-th image; every rank has all features.
     count = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     mine = torch.arange(ranks.rank, len(query), ranks.world, device=ranks.device)
     feature = F.normalize(feature, dim=1)
     for piece in mine.split(256):
-        votes = vote(query[piece], feature, label, classes, k=args.k, temperature=args.temperature)
+        votes = vote(query[piece], feature, label, classes, k=s.k, temperature=s.temperature)
         count += count_correct(votes, truth[piece])
-    top1, top5, images = ranks.sum(count).tolist()
+    record = asdict(s) | {"precision": session.precision}
     return {
         "protocol": "knn",
-        "feature": args.feature,
-        "top1": as_percent(top1, images),
-        "top5": as_percent(top5, images),
-        "images": images,
-        "settings": {
-            "k": args.k,
-            "temperature": args.temperature,
-            "precision": args.precision,
-            "train": args.train,
-            "val": args.val,
-        },
-        "precision": used_precision(args.precision, ranks.device),
-        "encoder": info,
-        "seconds": timer.seconds,
-        "ranks": ranks.world,
+        "feature": s.feature,
+        **accuracy(ranks.sum(count)),
+        "settings": {key: record[key] for key in ("k", "temperature", "precision", "train", "val")},
+        **session.facts(timer),
     }
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = parser(str(__doc__).split("\n", 1)[0])
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     result.add_argument("--train", required=True, help="training shards")
     result.add_argument("--val", required=True, help="validation shards")
-    result.add_argument("--feature", choices=FEATURES, default="cls")
-    result.add_argument("--k", type=int, default=20)
-    result.add_argument("--temperature", type=float, default=0.07)
-    result.add_argument("--micro-batch", type=int, default=256, help="images per forward pass")
+    result.add_argument("--feature", choices=FEATURES, default=d.feature)
+    result.add_argument("--k", type=int, default=d.k)
+    result.add_argument("--temperature", type=float, default=d.temperature)
+    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
     return result
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks = join_ranks()
-    result = evaluate(args, ranks)
-    output = output_path(args, "knn")
+    ranks, settings = join_ranks(), settings_of(Settings, args)
+    output = output_path(args.output, encoder_of(args), "knn")
+    check_output(output, ranks)
+    result = evaluate(settings, session_of(args, ranks, settings.feature))
     if ranks.first:
-        write_result(output, result)
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+        write_accuracy(output, result)
 
 
 if __name__ == "__main__":

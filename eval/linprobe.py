@@ -7,11 +7,12 @@ mae     MAE's: every epoch sees new random crops and flips; BatchNorm without af
         16384, 90 epochs of which 10 warm up, cosine to 0, no weight decay.
         Source: He et al. 2022, Tab. 10; facebookresearch/mae, `main_linprobe.py`.
 cached  the same classifier, optimizer and schedule on features that are extracted once, without
-        augmentation, for a whole grid of learning rates at once. The learning rate is chosen on a
+        augmentation, for a full grid of learning rates at once. The learning rate is chosen on a
         held-out tenth of the training set (`--select held-out`, the default; the classifiers
         train on the rest), and the classifier that it chooses is the one reported, beside the
-        whole grid. `--select validation` trains on everything and reports the best of the grid
-        on the validation set itself, and says so: an optimistic figure.
+        full grid. `--select validation` trains on everything and reports the best of the grid
+        on the validation set itself, and says so: an optimistic result. A learning rate at which
+        the classifier diverges has no accuracy and is not chosen.
 
 The statistics of BatchNorm and the gradients are those of the global batch: every rank encodes
 its part, the features are gathered, and every rank makes the same update. The result so does not
@@ -28,48 +29,72 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.checkpoints import Checkpoints
-from eval.shared.cli import (
-    as_percent,
-    count_correct,
-    join_ranks,
-    output_path,
-    parser,
-    progress,
-    run_command,
-    seed_everything,
-    used_precision,
-    write_result,
-)
-from eval.shared.features import (
-    FEATURES,
-    Timer,
-    batches,
-    class_count,
-    extract,
-    image_features,
-    image_size,
-    labelled,
-    normalise,
-    open_encoder,
-)
+from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
+from eval.shared.features import FEATURES
+from eval.shared.labels import class_count, labelled
 from eval.shared.lars_probe import Probe, Training
+from eval.shared.metrics import accuracy, as_percent, count_correct
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
+from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Box, Crop
 from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import PREEMPTED, Ranks, StopSignal
 from pipeline.errors import UserError
 
-PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
+HELD_OUT = 0.1  # share of the training images on which cached chooses its learning rate
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a probe is trained; its defaults are MAE's protocol.
+
+    train, val: shards. protocol: mae or cached. feature: one of FEATURES. batch_size: global.
+    micro_batch: images of a forward pass, at most. base_lr: per 256 images, of mae; grid: those of
+    cached, and select: where its best is chosen. max_steps: of a trial.
+    """
+
+    train: str
+    val: str
+    protocol: str = "mae"
+    feature: str = "cls"
+    epochs: int = 90
+    warmup_epochs: float = 10
+    batch_size: int = 16384
+    micro_batch: int = 256
+    base_lr: float = 0.1
+    grid: tuple[float, ...] = GRID
+    select: str = "held-out"
+    max_steps: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings come to with these data and ranks; of cached the classes alone.
+
+    train_sha256, val_sha256: of the index of the sets. steps: of an epoch. total: of all.
+    micro_batch: images of this rank's forward pass.
+    """
+
+    classes: int
+    train_sha256: str
+    val_sha256: str
+    steps: int = 0
+    total: int = 0
+    micro_batch: int = 0
+    partitions: int = 1
 
 
 class ProbeCrop(Crop):
@@ -80,7 +105,7 @@ class ProbeCrop(Crop):
     """
 
     def choose(self, uniform: Sequence[float]) -> Callable[[int, int], tuple[Box, bool]]:
-        """The crop for `uniform` in [0, 1): share of the area, aspect ratio, place, flip."""
+        """The crop for `uniform` in [0, 1): share of the area, aspect ratio, corner, flip."""
 
         def box(width: int, height: int) -> tuple[Box, bool]:
             area = width * height * (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform[0])
@@ -98,76 +123,75 @@ class ProbeCrop(Crop):
 
 
 def global_features(
-    vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace, start: int
+    session: EvalSession, s: Settings, plan: Plan, start: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented training features [B, D] and labels [B], one global batch after the other."""
+    ranks = session.ranks
     config = LoaderConfig(
-        args.train,
-        batch_size=args.batch_size,
-        micro_batch=args.micro_batch,
-        crop=ProbeCrop(image_size=image_size(vit), scale=(0.08, 1.0)),
-        seed=args.seed,
-        partitions=math.gcd(args.batch_size, PARTITIONS),
-        workers=args.workers,
+        s.train,
+        batch_size=s.batch_size,
+        micro_batch=plan.micro_batch,
+        crop=ProbeCrop(image_size=session.image_size, scale=(0.08, 1.0)),
+        seed=s.seed,
+        partitions=plan.partitions,
+        workers=session.workers,
     )
-    loader = train_loader(config, ranks.rank, ranks.world, range(start, args.total_steps))
+    loader = train_loader(config, ranks.rank, ranks.world, range(start, plan.total))
     parts: list[tuple[Tensor, Tensor]] = []
     for batch in loader:
-        pixels = normalise(batch.image, info, ranks.device)
-        feature = image_features(vit, pixels, args.feature, args.precision)
-        parts.append((feature, batch.label.to(ranks.device)))
-        if len(parts) * args.micro_batch * ranks.world == args.batch_size:
+        feature = session.features(session.normalise(batch.image), s.feature)
+        parts.append((feature, batch.label.to(session.device)))
+        if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
             feature, label = (torch.cat(column) for column in zip(*parts, strict=True))
             yield ranks.gather(feature), ranks.gather(label)
             parts.clear()
 
 
-def score(
-    probe: Probe, vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace
-) -> dict[str, Any]:
+def score(probe: Probe, session: EvalSession, s: Settings) -> dict[str, Any]:
     """Accuracy on the validation set, each image counted once whatever the number of ranks."""
     probe.eval()
-    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=ranks.device)
+    ranks = session.ranks
+    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=session.device)
     with torch.no_grad():
         for pixels, label, _ in progress(
-            batches(args.val, vit, info, ranks, args), ranks, "validation"
+            session.batches(s.val, s.micro_batch), ranks, "validation"
         ):
-            feature = image_features(vit, pixels, args.feature, args.precision)
-            count += count_correct(probe(feature), label)
-    top1, top5, images = ranks.sum(count)[0].tolist()
-    return {"top1": as_percent(top1, images), "top5": as_percent(top5, images), "images": images}
+            count += count_correct(probe(session.features(pixels, s.feature)), label)
+    return accuracy(ranks.sum(count)[0])
 
 
-def probe_mae(
-    vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace, folder: Path
-) -> dict[str, Any]:
+def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> dict[str, Any]:
     """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
-    probe = Probe(vit.num_features, args.classes, seed=args.seed).to(ranks.device)
+    ranks = session.ranks
+    probe = Probe(session.vit.num_features, plan.classes, seed=s.seed).to(session.device)
     ranks.broadcast(probe.state_dict().values())
     training = Training(
-        probe, (args.base_lr,), batch=args.batch_size, steps=args.steps_per_epoch, args=args
-    )
-    known = settings(args) | {"encoder": info["source"], "random": info["random"]}
-    checkpoints = Checkpoints(folder, known | {"feature": args.feature})
+        probe, (s.base_lr,), batch=s.batch_size, steps=plan.steps, epochs=s.epochs,
+        warmup=s.warmup_epochs,
+    )  # fmt: skip
+    known = record(s, plan, session) | {"encoder": session.identity(), "feature": s.feature}
+    known |= {"train": plan.train_sha256, "val": plan.val_sha256}
+    checkpoints = Checkpoints(folder, known)
     latest, stop = checkpoints.load(training.read), StopSignal()
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
-    stream = global_features(vit, info, ranks, args, first)
-    left = args.total_steps - first
-    for step, batch in enumerate(progress(stream, ranks, "linear probe", left), first):
+    stream = global_features(session, s, plan, first)
+    for step, batch in enumerate(
+        progress(stream, ranks, "linear probe", plan.total - first), first
+    ):
         losses = training.step(step, *batch)
         if not bool(losses.isfinite().all() and training.finite.all()):
-            raise diverged([args.base_lr], f"in step {step + 1}")
-        ended, last = (step + 1) % args.steps_per_epoch == 0, step + 1 == args.total_steps
+            raise diverged([s.base_lr], f"in step {step + 1}")
+        ended, last = (step + 1) % plan.steps == 0, step + 1 == plan.total
         stopping = ranks.any(bool(stop.name)) and not last
         if ended or last or stopping:
             loss = losses.item()
             checkpoints.save(step + 1, partial(training.write, ranks.first), loss=loss)
-        if ended:
-            announce(step, training, loss, ranks, args)
+        if ended and ranks.first:
+            announce(step, training, loss)
         if stopping:
             sys.exit(PREEMPTED)
-    return {**score(probe, vit, info, ranks, args), "train_loss": round(loss, 5)}
+    return {**score(probe, session, s), "train_loss": round(loss, 5)}
 
 
 def diverged(rates: list[float], where: str) -> UserError:
@@ -179,32 +203,32 @@ def diverged(rates: list[float], where: str) -> UserError:
     )
 
 
-def announce(
-    step: int, training: Training, loss: float, ranks: Ranks, args: argparse.Namespace
-) -> None:
-    """A line per tenth of the epochs, on the first rank."""
-    epoch = (step + 1) // args.steps_per_epoch
-    if ranks.first and epoch % max(1, args.epochs // 10) == 0:
+def announce(step: int, training: Training, loss: float) -> None:
+    """A line per tenth of the epochs."""
+    epoch, epochs = (step + 1) // training.steps, training.epochs
+    if epoch % max(1, epochs // 10) == 0:
         lr = f"lr {training.rate(step):.4g}"
-        print(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  {lr}", flush=True)
+        print(f"epoch {epoch}/{epochs}  loss {loss:.4f}  {lr}", flush=True)
 
 
 # ------------------------------------------------------------------ cached features
 
 
 def train_heads(
-    feature: Tensor, label: Tensor, rates: tuple[float, ...], args: argparse.Namespace
+    feature: Tensor, label: Tensor, rates: tuple[float, ...], s: Settings, classes: int
 ) -> tuple[Probe, Tensor]:
     """Heads, one per learning rate, trained on features [N, D] and labels [N] for all epochs;
     and which of them have finite weights, bool [heads]."""
-    batch = min(args.batch_size, len(feature))
+    batch = min(s.batch_size, len(feature))
     steps = len(feature) // batch
-    probe = Probe(feature.shape[1], args.classes, len(rates), args.seed).to(feature.device)
-    training = Training(probe, rates, batch=batch, steps=steps, args=args)
-    generator = torch.Generator().manual_seed(args.seed)
-    total = steps * args.epochs if args.max_steps is None else args.max_steps
+    probe = Probe(feature.shape[1], classes, len(rates), s.seed).to(feature.device)
+    training = Training(
+        probe, rates, batch=batch, steps=steps, epochs=s.epochs, warmup=s.warmup_epochs
+    )
+    generator = torch.Generator().manual_seed(s.seed)
+    total = steps * s.epochs if s.max_steps is None else min(s.max_steps, steps * s.epochs)
     order = torch.empty(0)
-    for step in range(min(total, steps * args.epochs)):
+    for step in range(total):
         if step % steps == 0:
             order = torch.randperm(len(feature), generator=generator).to(feature.device)
         chosen = order[step % steps * batch :][:batch]
@@ -221,10 +245,15 @@ def accuracies(probe: Probe, feature: Tensor, label: Tensor) -> list[tuple[float
     return [(as_percent(a, n), as_percent(b, n)) for a, b, n in count.tolist()]
 
 
+def held_out_count(samples: int, share: float) -> int:
+    """How many of the training images the learning rate is chosen on."""
+    return max(1, round(samples * share))
+
+
 def held_out(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Sample numbers (kept, held out), a random split fixed by the seed, both in order."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    cut = max(1, round(samples * share))
+    cut = held_out_count(samples, share)
     return order[cut:].sort().values, order[:cut].sort().values
 
 
@@ -232,54 +261,60 @@ def grid_scores(
     train: tuple[Tensor, Tensor],
     tests: dict[str, tuple[Tensor, Tensor]],
     ranks: Ranks,
-    args: argparse.Namespace,
-) -> list[dict[str, float]]:
+    s: Settings,
+    classes: int,
+) -> list[dict[str, Any]]:
     """Train a head per learning rate of the grid, the rates shared among the ranks; score each on
-    every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order."""
-    mine = tuple(args.grid[ranks.rank :: ranks.world])
-    rows = torch.full((len(args.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
+    every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order.
+
+    A head that is not finite has {base_lr, diverged: true} instead. UserError where none is finite.
+    """
+    mine = s.grid[ranks.rank :: ranks.world]
+    rows = torch.full((len(s.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
     if mine:
-        probe, finite = train_heads(*train, mine, args)
+        probe, finite = train_heads(*train, mine, s, classes)
         for column, (feature, label) in enumerate(tests.values()):
             rows[ranks.rank :: ranks.world, 2 * column : 2 * column + 2] = torch.tensor(
                 accuracies(probe, feature, label), dtype=torch.float64
             )
         rows[ranks.rank :: ranks.world][~finite.cpu()] = math.nan
     rows = ranks.sum(rows).cpu()
-    lost = [rate for rate, row in zip(args.grid, rows, strict=True) if row.isnan().any()]
-    if lost:  # known to every rank only now
-        raise diverged(lost, "at the end")
+    lost = rows.isnan().any(dim=1).tolist()  # known to every rank only now
+    if all(lost):
+        raise diverged(list(s.grid), "at the end")
     names = [part for name in tests for part in (name, f"{name}_top5")]
     return [
-        {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}
-        for rate, row in zip(args.grid, rows.tolist(), strict=True)
+        {"base_lr": rate, "diverged": True}
+        if gone
+        else {"base_lr": rate, **{n: round(v, 3) for n, v in zip(names, row, strict=True)}}
+        for rate, row, gone in zip(s.grid, rows.tolist(), lost, strict=True)
     ]
 
 
-def probe_cached(
-    vit: VisionTransformer, info: dict, ranks: Ranks, args: argparse.Namespace, _: Path
-) -> dict[str, Any]:
-    """The cached protocol, too short to resume; the accuracy fields and the whole grid."""
-    feature, label = extract(args.train, vit, info, ranks, args)
-    val = extract(args.val, vit, info, ranks, args)
-    images = len(val[1])
-    if args.select == "validation":
+def probe_cached(session: EvalSession, s: Settings, plan: Plan, _: Path) -> dict[str, Any]:
+    """The cached protocol, too short to resume; the accuracy fields and the full grid."""
+    feature, label = session.extract(s.train, s.feature, s.micro_batch)
+    val = session.extract(s.val, s.feature, s.micro_batch)
+    if s.select == "validation":
         train, tests, criterion = (feature, label), {"validation": val}, "validation"
-        chosen_on = f"the validation set (best of {len(args.grid)}, an optimistic figure)"
+        chosen_on = "the validation set (best of {}, an optimistic result)"
     else:
-        kept, out = (part.to(label.device) for part in held_out(len(label), 0.1, args.seed))
+        kept, out = (part.to(label.device) for part in held_out(len(label), HELD_OUT, s.seed))
         train = (feature[kept], label[kept])
         tests = {"held_out": (feature[out], label[out]), "validation": val}
         criterion = "held_out"
-        chosen_on = f"{len(out)} held-out training images (best of {len(args.grid)})"
-    grid = grid_scores(train, tests, ranks, args)
-    best = max(grid, key=lambda row: row[criterion])
+        chosen_on = f"{len(out)} held-out training images (best of {{}})"
+    grid = grid_scores(train, tests, session.ranks, s, plan.classes)
+    finite = [row for row in grid if "diverged" not in row]
+    best = max(finite, key=lambda row: row[criterion])
+    lost = len(grid) - len(finite)
+    rates = f"{len(grid)}, of which {lost} diverged" if lost else str(len(grid))
     return {
         "top1": best["validation"],
         "top5": best["validation_top5"],
-        "images": images,
+        "images": len(val[1]),
         "base_lr": best["base_lr"],
-        "base_lr_chosen_on": chosen_on,
+        "base_lr_chosen_on": chosen_on.format(rates),
         "grid": grid,
     }
 
@@ -289,87 +324,99 @@ def probe_cached(
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; its defaults are MAE's protocol."""
-    result = parser(str(__doc__).split("\n", 1)[0])
-    result.add_argument("--train", required=True, help="training shards")
-    result.add_argument("--val", required=True, help="validation shards")
-    result.add_argument("--protocol", choices=["mae", "cached"], default="mae")
-    result.add_argument("--feature", choices=FEATURES, default="cls")
-    result.add_argument("--epochs", type=int, default=90)
-    result.add_argument("--warmup-epochs", type=float, default=10)
-    result.add_argument("--batch-size", type=int, default=16384, help="global, over all ranks")
-    result.add_argument("--micro-batch", type=int, default=256, help="at most; per rank")
-    result.add_argument("--base-lr", type=float, default=0.1, help="per 256 images; mae only")
-    result.add_argument("--grid", type=float, nargs="+", default=GRID, help="cached only")
-    result.add_argument("--select", choices=["held-out", "validation"], default="held-out")
-    result.add_argument("--max-steps", type=int, help="stop after so many steps: a trial run")
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    add = result.add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
+    add("--protocol", choices=["mae", "cached"], default=d.protocol)
+    add("--feature", choices=FEATURES, default=d.feature)
+    add("--epochs", type=int, default=d.epochs)
+    add("--warmup-epochs", type=float, default=d.warmup_epochs)
+    add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
+    add("--micro-batch", type=int, default=d.micro_batch, help="at most; per rank")
+    add("--base-lr", type=float, default=d.base_lr, help="per 256 images; mae only")
+    add("--grid", type=float, nargs="+", default=d.grid, help="cached only")
+    add("--select", choices=["held-out", "validation"], default=d.select)
+    add("--max-steps", type=int, help="stop after N steps: a trial run")
     return result
 
 
-def complete(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Check the arguments against the data and derive the rest from it."""
-    train, val = labelled(args.train), labelled(args.val)
-    args.classes = class_count(train, val)
-    if min(args.epochs, args.batch_size, args.micro_batch) < 1:
+def make_plan(s: Settings, ranks: Ranks) -> Plan:
+    """Check the settings against the data and these ranks; what they come to."""
+    train, val = labelled(s.train), labelled(s.val)
+    classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
+    if min(s.epochs, s.batch_size, s.micro_batch) < 1:
         raise UserError("--epochs, --batch-size and --micro-batch must be at least 1")
-    if args.max_steps is not None and args.max_steps < 1:
+    if s.max_steps is not None and s.max_steps < 1:
         raise UserError("--max-steps must be at least 1")
-    if args.protocol == "cached":
-        return
-    if args.batch_size % ranks.world:
-        raise UserError(f"--batch-size {args.batch_size} cannot be split over {ranks.world} ranks")
-    share = args.batch_size // ranks.world
-    args.micro_batch = max(n for n in range(1, min(share, args.micro_batch) + 1) if share % n == 0)
-    partitions = math.gcd(args.batch_size, PARTITIONS)
-    args.steps_per_epoch = steps_per_epoch(train.samples, args.batch_size, partitions)
-    if args.steps_per_epoch < 1:
+    if s.warmup_epochs < 0:
+        raise UserError("--warmup-epochs must be at least 0")
+    if min(s.base_lr, *s.grid) <= 0:
+        raise UserError("--base-lr and every rate of --grid must be above 0")
+    if s.batch_size < 2:
+        raise UserError(f"--batch-size {s.batch_size}: the batch norm needs at least 2 images")
+    if s.protocol == "cached":
+        check_cached(s, train.samples)
+        return Plan(classes, *sets)
+    check_batch(s.batch_size, ranks.world)
+    micro_batch = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
+    partitions = partitions_of(s.batch_size, ranks.world)
+    steps = steps_per_epoch(train.samples, s.batch_size, partitions)
+    if steps < 1:
         raise UserError(
-            f"{args.train} has {train.samples} samples, too few for --batch-size "
-            f"{args.batch_size}; choose a smaller one"
+            f"{s.train} has {train.samples} samples, too few for --batch-size "
+            f"{s.batch_size}; choose a smaller one"
         )
-    total = args.steps_per_epoch * args.epochs
-    args.total_steps = total if args.max_steps is None else min(total, args.max_steps)
+    total = steps * s.epochs if s.max_steps is None else min(steps * s.epochs, s.max_steps)
+    return Plan(classes, *sets, steps, total, micro_batch, partitions)
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def check_cached(s: Settings, samples: int) -> None:
+    """UserError where too few images are left to train on."""
+    out = held_out_count(samples, HELD_OUT) if s.select == "held-out" else 0
+    if samples - out < 2:
+        raise UserError(
+            f"{s.train}: {samples} training images, of which {out} are held out, leave "
+            f"{samples - out}; the batch norm needs at least 2 (--select validation holds out none)"
+        )
+
+
+def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     """What the result depends on, for the result file."""
-    names = ["epochs", "warmup_epochs", "batch_size", "seed", "precision", "train", "val"]
-    names += ["base_lr"] if args.protocol == "mae" else ["grid", "select"]
-    chosen = {name: getattr(args, name) for name in names}
+    names = ["epochs", "warmup_epochs", "batch_size", "seed", "train", "val", "max_steps"]
+    names += ["base_lr"] if s.protocol == "mae" else ["grid", "select"]
+    chosen = {name: getattr(s, name) for name in names}
     fixed = {"optimizer": "LARS", "momentum": 0.9, "trust": 0.001, "weight_decay": 0.0}
-    return {**chosen, **fixed, "max_steps": args.max_steps, "classes": args.classes}
+    return {**chosen, **fixed, "precision": session.precision, "classes": plan.classes}
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Run the protocol that the arguments name; the whole result, alike on every rank.
+def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
+    """Run the protocol that the settings name; the full result, alike on every rank.
 
     folder: where checkpoints are kept.
     """
-    timer = Timer()
-    complete(args, ranks)
-    seed_everything(args.seed)
-    vit, info = open_encoder(args, ranks)
-    run: Callable[..., dict[str, Any]] = probe_mae if args.protocol == "mae" else probe_cached
-    accuracy = run(vit, info, ranks, args, folder)
+    timer, plan = Timer(), make_plan(s, session.ranks)
+    session.check_readable(s.val, s.micro_batch)
+    run: Callable[..., dict[str, Any]] = probe_mae if s.protocol == "mae" else probe_cached
     return {
-        "protocol": f"linprobe-{args.protocol}",
-        "feature": args.feature,
-        **accuracy,
-        "settings": settings(args),
-        "precision": used_precision(args.precision, ranks.device),
-        "encoder": info,
-        "seconds": timer.seconds,
-        "ranks": ranks.world,
+        "protocol": f"linprobe-{s.protocol}",
+        "feature": s.feature,
+        **run(session, s, plan, folder),
+        "settings": record(s, plan, session),
+        **session.facts(timer),
     }
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks = join_ranks()
-    output = output_path(args, f"linprobe-{args.protocol}")
-    result = evaluate(args, ranks, output.with_suffix(""))
+    ranks, settings = join_ranks(), settings_of(Settings, args)
+    output = output_path(args.output, encoder_of(args), f"linprobe-{args.protocol}")
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
+    session = session_of(args, ranks, settings.feature)
+    result = evaluate(settings, session, folder)
     if ranks.first:
-        write_result(output, result)
-        print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {output}", flush=True)
+        write_accuracy(output, result)
 
 
 if __name__ == "__main__":

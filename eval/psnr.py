@@ -1,8 +1,8 @@
-"""PSNR from the masked image to the whole one (paper, Tab. 1).
+"""PSNR from the masked image to the full one (paper, Tab. 1).
 
     PSNR = 10 log10(1 / mean squared error),  pixels in [0, 1], predictions clipped to it.
 
-`image` (the main figure) is of the prediction in hidden patches with the original in visible ones,
+`image` (the main metric) is of the prediction in hidden patches with the original in visible ones,
 `hidden` of the hidden patches alone; both are the mean over images of each image's PSNR. Where
 the recipe predicts patch-normalised pixels (norm_pix), each patch gets its true mean and deviation
 back, and the result says so. The mask of an image is drawn by --seed and the image's number: the
@@ -14,20 +14,16 @@ same for every model.
 """
 
 import argparse
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.shared.cli import (
-    base_parser,
-    join_ranks,
-    output_path,
-    progress,
-    run_command,
-    write_result,
-)
-from eval.shared.features import Timer
+from eval.shared.cli import base_parser, join_ranks, progress, run_command, settings_of
+from eval.shared.encoders import EncoderChoice
+from eval.shared.labels import with_images
+from eval.shared.results import Timer, check_output, output_path, write_result
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -35,6 +31,21 @@ from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 
 TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
 SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What PSNR depends on. encoder: a run, or a FILE, which needs the recipe (and overrides) that
+    it fits; val: shards; mask_ratio: share of hidden patches, None for the recipe's."""
+
+    encoder: str
+    val: str
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+    mask_ratio: float | None = None
+    seed: int = 0
+    micro_batch: int = 64
+    workers: int = 0
 
 
 def squared_errors(
@@ -59,51 +70,64 @@ def decibel(error: Tensor) -> Tensor:
     return -10 * error.clamp_min(SMALLEST).log10()
 
 
+def mask_ratio_of(model: Reconstructor, wanted: float | None) -> float:
+    """The share of hidden patches: `wanted`, or the recipe's. UserError where it leaves none
+    hidden or none visible."""
+    ratio = model.recipe.views.mask_ratio if wanted is None else wanted
+    length = model.grid[0] * model.grid[1]
+    if not 0 < ratio < 1 or int(length * (1 - ratio)) in (0, length):
+        raise UserError(
+            f"--mask-ratio {ratio}: must leave some of {length} patches hidden and shown"
+        )
+    return ratio
+
+
 def measure(
-    model: Reconstructor, ranks: Ranks, args: argparse.Namespace
+    model: Reconstructor, ranks: Ranks, s: Settings, mask_ratio: float
 ) -> tuple[list[float], int]:
     """(hidden, image) in dB and the number of images, each counted once over all ranks."""
     loader = eval_loader(
-        args.val,
-        batch_size=args.micro_batch,
+        s.val,
+        batch_size=s.micro_batch,
         rank=ranks.rank,
         world=ranks.world,
         image_size=model.size,
-        workers=args.workers,
+        workers=s.workers,
         interleave=True,
     )
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for batch in progress(loader, ranks, "PSNR"):
         image, sample = batch.image.to(ranks.device), batch.sample.to(ranks.device)
-        visible, inverse = model.mask(sample, args.mask_ratio, args.seed)
+        visible, inverse = model.mask(sample, mask_ratio, s.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
         total[:2] += decibel(error).sum(0)
         total[2] += len(image)
-    hidden, whole, images = ranks.sum(total).tolist()
-    return [hidden / images, whole / images], int(images)
+    total = ranks.sum(total)
+    if not bool(total.isfinite().all()):
+        raise UserError(f"{s.encoder}: its predictions are not finite, so they have no PSNR")
+    hidden, full, images = total.tolist()
+    return [hidden / images, full / images], int(images)
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """PSNR of a run's reconstructions; the whole result, alike on every rank."""
+def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
+    """PSNR of a run's reconstructions; the full result, alike on every rank."""
     timer = Timer()
-    model = load_reconstructor(args.encoder, args.recipe, args.overrides).to(ranks.device)
-    length = model.grid[0] * model.grid[1]
-    args.mask_ratio = model.recipe.views.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    if not 0 < args.mask_ratio < 1 or int(length * (1 - args.mask_ratio)) in (0, length):
-        raise UserError(
-            f"--mask-ratio {args.mask_ratio}: must leave some of {length} patches hidden and shown"
-        )
-    (hidden, whole), images = measure(model, ranks, args)
+    with_images(s.val)
+    if s.micro_batch < 1:
+        raise UserError("--micro-batch must be at least 1")
+    model = load_reconstructor(s.encoder, s.recipe, s.overrides).to(ranks.device)
+    mask_ratio = mask_ratio_of(model, s.mask_ratio)
+    (hidden, full), images = measure(model, ranks, s, mask_ratio)
     statistics = TRUE_STATISTICS if model.true_statistics else "pixels are predicted as they are"
     return {
         "protocol": "psnr",
-        "image": round(whole, 4),
+        "image": round(full, 4),
         "hidden": round(hidden, 4),
         "images": images,
         "statistics": statistics,
-        "settings": {"mask_ratio": args.mask_ratio, "seed": args.seed, "val": args.val},
-        "encoder": {**model.info, "random": False, "source": args.encoder},
+        "settings": {"mask_ratio": mask_ratio, "seed": s.seed, "val": s.val},
+        "encoder": {**model.info, "random": False, "source": s.encoder},
         "seconds": timer.seconds,
         "ranks": ranks.world,
     }
@@ -125,19 +149,19 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument("--val", required=True, help="shards with the images")
     result.add_argument("--micro-batch", type=int, default=64, help="images per forward pass")
     result.add_argument("--output", help="result file (default: RUN/eval/psnr.json)")
-    result.set_defaults(random=False)
     return result
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks = join_ranks()
-    result = evaluate(args, ranks)
-    output = output_path(args, "psnr")
+    ranks, settings = join_ranks(), settings_of(Settings, args)
+    output = output_path(args.output, EncoderChoice(args.encoder), "psnr")
+    check_output(output, ranks)
+    result = evaluate(settings, ranks)
     if ranks.first:
         write_result(output, result)
-        figures = f"{result['image']:.2f} dB (hidden patches alone {result['hidden']:.2f} dB)"
-        print(f"PSNR {figures}; {result['statistics']}  → {output}", flush=True)
+        metrics = f"{result['image']:.2f} dB (hidden patches alone {result['hidden']:.2f} dB)"
+        print(f"PSNR {metrics}; {result['statistics']}  → {output}", flush=True)
 
 
 if __name__ == "__main__":

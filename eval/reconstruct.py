@@ -10,6 +10,7 @@ drawn by --seed and its number.
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eval.psnr import TRUE_STATISTICS, add_model
+from eval.psnr import TRUE_STATISTICS, add_model, mask_ratio_of
 from eval.shape_bias import evaluation_crop
 from eval.shared.cli import base_parser, run_command
+from eval.shared.labels import with_images
+from eval.shared.results import check_output
 from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError, naming
 from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 from shard_tools.atomic import write_atomic
@@ -30,16 +34,18 @@ SMALLEST = 112  # side in pixels that a small picture is enlarged to at least
 MARGIN, LINE = 4, 14  # pixels between pictures, and of a line of text
 
 
-def read_images(args: argparse.Namespace, size: int) -> tuple[Tensor, Tensor]:
-    """uint8 [n, size, size, 3] and their numbers int64 [n], centre crops of files or of shards."""
-    if args.files:
-        crops = np.stack([evaluation_crop(Path(path), size) for path in args.files])
-        return torch.from_numpy(crops), torch.arange(len(crops))
-    loader = eval_loader(
-        args.data, batch_size=args.images, rank=0, world=1, image_size=size, workers=0
-    )
+def first_images(data: str, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """The first centre crops of shards, uint8 [n, size, size, 3], and their numbers int64 [n]."""
+    with_images(data)
+    loader = eval_loader(data, batch_size=count, rank=0, world=1, image_size=size, workers=0)
     batch = next(iter(loader))
     return batch.image, batch.sample
+
+
+def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
+    """Centre crops of picture files, uint8 [n, size, size, 3], and their numbers int64 [n]."""
+    crops = np.stack([evaluation_crop(Path(path), size) for path in files])
+    return torch.from_numpy(crops), torch.arange(len(crops))
 
 
 def compose(columns: tuple[Tensor, ...], note: str) -> Image.Image:
@@ -60,16 +66,15 @@ def compose(columns: tuple[Tensor, ...], note: str) -> Image.Image:
 
 
 def draw(
-    model: Reconstructor, image: Tensor, sample: Tensor, args: argparse.Namespace
+    model: Reconstructor, image: Tensor, sample: Tensor, mask_ratio: float, seed: int
 ) -> tuple[Image.Image, str]:
     """The sheet of images uint8 [n, S, S, 3], and its note."""
-    share = model.recipe.views.mask_ratio if args.mask_ratio is None else args.mask_ratio
-    note = f"{share:.0%} hidden; " + (
+    note = f"{mask_ratio:.0%} hidden; " + (
         f"{TRUE_STATISTICS}:\nbrightness and contrast of a patch are not predicted"
         if model.true_statistics
         else "pixels as predicted"
     )
-    visible, inverse = model.mask(sample, share, args.seed)
+    visible, inverse = model.mask(sample, mask_ratio, seed)
     return compose((image, *model.pictures(image, visible, inverse)), note), note
 
 
@@ -80,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="shards: the first images")
     source.add_argument("--files", nargs="+", help="picture files")
-    result.add_argument("--images", type=int, default=8, help="so many of --data")
+    result.add_argument("--images", type=int, default=8, help="the first N of --data")
     result.add_argument("--output", required=True, help="PNG to write")
     return result
 
@@ -89,8 +94,14 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.images < 1 or not str(args.output).endswith(".png"):
         raise UserError("--images must be at least 1 and --output must end in .png")
+    check_output(Path(args.output), Ranks.alone())
     model = load_reconstructor(args.encoder, args.recipe, args.overrides)
-    sheet, note = draw(model, *read_images(args, model.size), args)
+    if args.files:
+        image, sample = read_files(args.files, model.size)
+    else:
+        image, sample = first_images(args.data, args.images, model.size)
+    mask_ratio = mask_ratio_of(model, args.mask_ratio)
+    sheet, note = draw(model, image, sample, mask_ratio, args.seed)
     data = io.BytesIO()
     sheet.save(data, "png")
     with naming(args.output, "cannot be written"):

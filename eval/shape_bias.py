@@ -18,7 +18,8 @@ model-vs-human's, with the columns object_response, category and imagename.
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,13 @@ from PIL import Image
 from torch import Tensor
 
 from eval.shared.classifier import classify, read_classifier
-from eval.shared.cli import (
-    as_percent,
-    join_ranks,
-    progress,
-    run_command,
-    write_result,
-)
-from eval.shared.features import Timer, normalise
+from eval.shared.cli import join_ranks, progress, run_command, settings_of
+from eval.shared.features import normalise
+from eval.shared.metrics import as_percent
+from eval.shared.results import Timer, check_output, named_json, write_result
+from pipeline.data.crops import shorter_side
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
 # human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.
@@ -64,6 +62,19 @@ CATEGORIES: dict[str, tuple[int | tuple[int, int], ...]] = {
     "oven": (766,),
     "truck": (555, 569, 656, 675, 717, 734, 864, 867),
 }  # fmt: skip
+
+COLUMNS = ("category", "imagename", "object_response")  # of model-vs-human's CSV files
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Whose decisions: of a classifier (folder of finetune.py, or timm:NAME) on a folder of
+    images, or of model-vs-human's CSV files."""
+
+    classifier: str | None = None
+    images: str | None = None
+    decisions: tuple[str, ...] | None = None
+    batch_size: int = 64
 
 
 def classes_of(category: str) -> list[int]:
@@ -126,18 +137,23 @@ def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
     }
 
 
-def read_decisions(paths: Iterable[str | Path]) -> list[tuple[str, str, str]]:
+def read_decisions(paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
     """Trials (decision, shape, texture) of model-vs-human's CSV files."""
     trials = []
     for path in paths:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            missing = {"object_response", "category", "imagename"} - set(rows.fieldnames or [])
+        with naming(path, "cannot be read"):
+            try:
+                rows = list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UserError(f"{path}: cannot be read as a CSV file ({error})") from error
+        for number, row in enumerate(rows, start=2):
+            missing = [name for name in COLUMNS if row.get(name) is None]
             if missing:
-                raise UserError(f"{path}: the column {sorted(missing)[0]} is missing")
-            for row in rows:
-                texture = texture_of(row["imagename"])
-                trials.append((row["object_response"], row["category"], texture))
+                raise UserError(f"{path}, line {number}: the column {missing[0]} is missing")
+            texture = texture_of(row["imagename"])
+            trials.append((row["object_response"], row["category"], texture))
+    if not trials:
+        raise UserError(f"{', '.join(map(str, paths))}: no decisions in it")
     return trials
 
 
@@ -155,56 +171,61 @@ def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
 
 
 def evaluation_crop(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: shorter side resized to size · 256 / 224, bicubic, centre crop."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    scale = round(size * 256 / 224) / min(picture.size)
+    """uint8 [size, size, 3]: shorter side resized as shorter_side says, bicubic, centre crop."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+    scale = shorter_side(size) / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(picture.crop((left, top, left + size, top + size)))
 
 
-def classifier_trials(args: argparse.Namespace, ranks: Ranks) -> tuple[list, dict[str, Any]]:
-    """Trials of the classifier on all images, whole on every rank, and the classifier's info."""
-    model, info = read_classifier(args.classifier)
+def classifier_trials(
+    classifier: str, folder: str, batch_size: int, ranks: Ranks
+) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
+    """Trials of the classifier on all images, alike on every rank, and the classifier's info."""
+    model, info = read_classifier(classifier)
     if len(info["classes"]) != 1000:
         raise UserError(
-            f"{args.classifier} knows {len(info['classes'])} classes; the 16 categories are made "
+            f"{classifier} knows {len(info['classes'])} classes; the 16 categories are made "
             "of ImageNet's 1000"
         )
     model.to(ranks.device)
-    images = find_images(args.images)
-    mine = images[ranks.rank :: ranks.world]
-    choice = torch.full((len(images),), -1, dtype=torch.int64, device=ranks.device)
+    images = find_images(folder)
+    mine = range(ranks.rank, len(images), ranks.world)
+    choice = torch.zeros(len(images), dtype=torch.int64, device=ranks.device)
     names, size = list(CATEGORIES), int(info["options"]["img_size"])
-    pieces = [mine[i : i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-    place = ranks.rank
+    pieces = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     for piece in progress(pieces, ranks, "shape bias"):
-        crops = torch.from_numpy(np.stack([evaluation_crop(path, size) for path, _, _ in piece]))
-        probability = classify(model, normalise(crops, info, ranks.device))
-        for decision in decide(probability):
-            choice[place] = names.index(decision)
-            place += ranks.world
-    # Each rank has filled its own places and left -1 in the others.
-    choice = ranks.sum(choice + 1) - 1
+        crops = np.stack([evaluation_crop(images[n][0], size) for n in piece])
+        pixels = normalise(torch.from_numpy(crops), info["mean"], info["std"], ranks.device)
+        for number, decision in zip(piece, decide(classify(model, pixels)), strict=True):
+            choice[number] = names.index(decision)
+    choice = ranks.sum(choice)  # each rank has left 0 where others decide
     trials = [(names[c], s, t) for c, (_, s, t) in zip(choice.tolist(), images, strict=True)]
     return trials, {key: value for key, value in info.items() if key != "classes"}
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
-    """Shape bias of a classifier or of recorded decisions; the whole result."""
+def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
+    """Shape bias of a classifier or of recorded decisions; the full result."""
     timer = Timer()
-    if bool(args.classifier) != bool(args.images) or bool(args.classifier) == bool(args.decisions):
+    if bool(s.classifier) != bool(s.images) or bool(s.classifier) == bool(s.decisions):
         raise UserError("give either --classifier with --images, or --decisions")
-    if args.decisions:
-        trials, info = read_decisions(args.decisions), {"source": [str(p) for p in args.decisions]}
+    if s.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    if s.classifier and s.images:
+        trials, info = classifier_trials(s.classifier, s.images, s.batch_size, ranks)
     else:
-        trials, info = classifier_trials(args, ranks)
+        decisions = s.decisions or ()
+        trials, info = read_decisions(decisions), {"source": list(decisions)}
     return {
         "protocol": "shape-bias",
         **shape_bias(trials),
-        "settings": {"classifier": args.classifier, "images": args.images},
+        "settings": {"classifier": s.classifier, "images": s.images},
         "encoder": info,
         "seconds": timer.seconds,
         "ranks": ranks.world,
@@ -226,11 +247,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     ranks = join_ranks()
-    result = evaluate(args, ranks)
-    output = args.output
+    output = named_json(args.output) if args.output else None
     if output is None and args.classifier and not args.classifier.startswith("timm:"):
         folder = Path(args.classifier)
         output = folder.with_name(f"shape-bias-{folder.name}.json")
+    if output is not None:
+        check_output(output, ranks)
+    result = evaluate(settings_of(Settings, args), ranks)
     if ranks.first:
         if output is not None:
             write_result(output, result)

@@ -5,6 +5,7 @@ The engine makes the process group.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -13,8 +14,8 @@ import socket
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,24 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank and world size, the same within its host, and its device."""
+    """This process among all: rank and world size, the same within its host, and its device.
+
+    cores: of this host, this rank's share.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    cores: int = field(default_factory=cores)
 
     @classmethod
     def alone(cls, device: str | torch.device = "cpu") -> Ranks:
@@ -120,11 +126,73 @@ def bf16_units() -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
+def check_environment() -> None:
+    """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be."""
+    limits = {
+        "WORLD_SIZE": (1, 10**6),
+        "RANK": (0, int(os.environ["WORLD_SIZE"]) - 1 if _number("WORLD_SIZE") else 0),
+        "LOCAL_RANK": (0, 10**6),
+        "MASTER_PORT": (1, 65535),
+    }
+    for name, (least, most) in limits.items():
+        if not _number(name) or not least <= int(os.environ[name]) <= most:
+            raise UserError(
+                f"{name} is {os.environ[name]!r}: must be a number from {least} to {most}; the "
+                "launcher sets it (launch.sh, deepspeed, torchrun), a single process needs none"
+            )
+
+
+def _number(name: str) -> bool:
+    return os.environ[name].isascii() and os.environ[name].isdecimal()
+
+
+@contextlib.contextmanager
+def joining() -> Iterator[None]:
+    """What goes wrong while the ranks find each other, as a UserError."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError is one
+        text = str(error)
+        if "EADDRINUSE" in text:
+            raise UserError(
+                f"MASTER_PORT {os.environ['MASTER_PORT']} is taken, perhaps by another run on this "
+                "host: give another one (deepspeed --master_port, or MASTER_PORT=…); launch.sh on "
+                "one node finds a free one itself where MASTER_PORT is not set"
+            ) from None
+        if lost_contact(error):
+            raise UserError("lost contact to another rank while the ranks met") from None
+        if not isinstance(error, torch.distributed.DistError):
+            raise
+        raise UserError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
+            f"{place} ({text.split('. ')[0].splitlines()[0]})"
+        ) from None
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether an error says that another rank is gone."""
+    return isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
+
+
 def free_port() -> int:
     """A port of this host that nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def cores_per_rank() -> int:
+    """This rank's share of its cores, divided by the ranks that may use them (collective).
+
+    Ranks that a launcher has bound to cores of their own share nothing.
+    """
+    mine = (socket.gethostname(), os.sched_getaffinity(0))
+    every: list[Any] = [mine] * torch.distributed.get_world_size()
+    if len(every) > 1:
+        torch.distributed.all_gather_object(every, mine)
+    sharing = sum(host == mine[0] and bool(own & mine[1]) for host, own in every)
+    return max(1, cores() // sharing)
 
 
 def barrier() -> None:
@@ -153,7 +221,11 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (Slurm's preemption), so that the step in hand can be finished."""
+    """Notes SIGTERM and SIGUSR1 (Slurm's preemption), so that the step in hand can be finished.
+
+    Made when the first step begins. Before, nothing is lost, and a process that waits for other
+    ranks inside a C call would never run the handler: there the signal ends it by itself.
+    """
 
     def __init__(self) -> None:
         self.name = ""

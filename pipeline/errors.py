@@ -25,8 +25,26 @@ def naming(path: str | PathLike[str], what: str = "cannot be read or written") -
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise UserError(f"{error.filename or path}: {what} ({reason})") from error
+        where = error.filename or path
+        raise UserError(f"{where}: {what} ({reason(error, str(where))})") from error
+
+
+def reason(error: BaseException, name: str = "") -> str:
+    """Why, in one line: the system's or the server's words, or the class of the error.
+
+    name: what could not be read. Some libraries say no more than that in their error (fsspec's
+    FileNotFoundError is the URL, whatever happened); then the cause behind it says why.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        status, message = getattr(behind, "status", None), getattr(behind, "message", None)
+        if isinstance(status, int) and message:
+            return f"HTTP {status} {message}"
+        text = getattr(behind, "strerror", None) or str(behind).strip()
+        if text and text != name:
+            return text.split("\n")[0]
+        behind = behind.__cause__ or behind.__context__
+    return "not found" if isinstance(error, FileNotFoundError) else type(error).__name__
 
 
 def refuse(error: UserError, who: str = "") -> int:

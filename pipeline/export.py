@@ -40,26 +40,38 @@ FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 def export(objective: Objective, kind: str, out: Path) -> str:
     """Write one format to `out`; returns a line that says how to open it."""
     recipe = objective.recipe
+    about = {METADATA: json.dumps(encoder_info(recipe))}
     if kind == "timm":
         _need_suffix(out, ".safetensors")
         state = encoder_state(objective.encoder.state_dict(), objective.encoder)
-        about = json.dumps(encoder_info(recipe))
-        write_atomic(out, save(state, metadata={"format": "pt", METADATA: about}))
-        options = "".join(f", {k}={v!r}" for k, v in vit_options(recipe.encoder).items())
-        arch = recipe.encoder.arch
-        return f"timm.create_model({arch!r}, checkpoint_path={str(out)!r}, num_classes=0{options})"
+        write_atomic(out, save(state, metadata={"format": "pt"} | about))
+        return _timm_call(objective, out)
     if kind == "mae":
         _need_suffix(out, ".pth")
         data = io.BytesIO()
-        torch.save({"model": to_mae(objective)}, data)
+        torch.save({"model": to_mae(objective)} | about, data)
         write_atomic(out, data.getvalue())
         return f"torch.load({str(out)!r})['model']"
     state, config = to_hf_vit(objective) if kind == "hf" else to_hf_mae(objective)
     whole: dict[str, Tensor] = {k: v.detach().float().contiguous() for k, v in state.items()}
     write_json(out / "config.json", config)
     write_json(out / "preprocessor_config.json", _preprocessor(objective))
-    write_atomic(out / "model.safetensors", save(whole, metadata={"format": "pt"}))
+    write_atomic(out / "model.safetensors", save(whole, metadata={"format": "pt"} | about))
     return f"transformers.{config['architectures'][0]}.from_pretrained({str(out)!r})"
+
+
+def _timm_call(objective: Objective, out: Path) -> str:
+    """The Python that opens a file with timm, with the statistics of the pixels.
+
+    pretrained_cfg_overlay is where timm.data.resolve_model_data_config, and so timm's own
+    validation script, reads them; without it they would be those of timm's weights.
+    """
+    recipe = objective.recipe
+    data = {"mean": recipe.data.mean, "std": recipe.data.std}
+    keywords = vit_options(recipe.encoder) | {"pretrained_cfg_overlay": data}
+    options = "".join(f", {k}={v!r}" for k, v in keywords.items())
+    arch = recipe.encoder.arch
+    return f"timm.create_model({arch!r}, checkpoint_path={str(out)!r}, num_classes=0{options})"
 
 
 def classifier_encoder(folder: Path, out: Path) -> str:

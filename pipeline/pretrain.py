@@ -16,16 +16,18 @@ from typing import Any
 
 from pipeline.config.recipe import RECIPES, Recipe, dump_recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
-from pipeline.data.loader import Batch, Loader, eval_loader
-from pipeline.distributed import PREEMPTED, StopSignal, any_rank, close
+from pipeline.data.fixed import Fixed, fixed_images
+from pipeline.distributed import PREEMPTED, StopSignal, any_rank, close, lost_contact
 from pipeline.errors import UserError, refuse
 from pipeline.method.pictures import draw
 from pipeline.runtime.checkpoint import SaveError
 from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
 from pipeline.runtime.seeding import seed_step
 from pipeline.runtime.train_state import Settings, TrainState, setup
 from pipeline.runtime.watchdog import report_failure
+from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +66,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "or start from scratch",
     )  # fmt: skip
     parser.add_argument(
+        "--resume-changed", action="store_true",
+        help="resume although the data or the recipe is not the checkpoint's; the log says what "
+        "differs and how the schedule moves",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-lock", action="store_false", dest="lock",
+        help="start where the file system of --output has no locks (a second run on the same "
+        "folder is then not noticed)",
+    )  # fmt: skip
+    parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
         help="stop after optimizer step N; the learning rate follows the recipe's length all the "
         "same (default: the recipe's epochs)",
@@ -85,7 +97,7 @@ def train(run: TrainState, stop: StopSignal) -> int:
     recipe, steps, device, m = run.recipe, run.steps, run.ranks.device, run.recipe.monitor
     objective, teacher, engine = run.model.objective, run.model.teacher, run.model.engine
     monitor, watchdog = run.watch.monitor, run.watch.watchdog
-    shown = next(iter(fixed_images(run.data, recipe)))
+    shown = first_images(run.data, recipe)
     batches, begun, saving = iter(run.loader), time.perf_counter(), 0.0
     for step in range(steps.first, steps.last):
         lr = learning_rate(recipe, step, steps.per_epoch)
@@ -117,8 +129,8 @@ def train(run: TrainState, stop: StopSignal) -> int:
         }
         if teacher is not None:
             values["ema"] = ema_momentum(recipe, step, steps.total)
-            teacher.update(objective, values["ema"], engine.gathered)
-            values["teacher_distance"] = partial(teacher.distance, objective, engine.gathered)
+            teacher.update(objective, values["ema"], engine.masters)
+            values["teacher_distance"] = partial(teacher.distance, objective, engine.masters)
         watchdog.note(f"step {step + 1}, after the update", patience)
         monitor.step(step, values, device)
         probe(run, step + 1)
@@ -151,6 +163,7 @@ def save(run: TrainState, step: int, must: bool) -> float:
         "zero_stage": run.plan.stage,
         "precision": run.plan.precision,
         "negatives_batch": run.negatives_batch,
+        "schedule": run.schedule,
         "versions": versions(),
     }
     with run.watch.monitor.paused():
@@ -177,19 +190,19 @@ def probe(run: TrainState, step: int) -> None:
             run.watch.monitor.probed(step, metrics)
 
 
-def picture(run: TrainState, step: int, batch: Batch) -> None:
+def picture(run: TrainState, step: int, fixed: Fixed) -> None:
     """Draw the fixed pictures with the weights after `step` steps (collective)."""
     device = run.ranks.device
     with run.watch.monitor.paused():
-        grid = draw(run.model.objective, batch.image.to(device), batch.sample.to(device))
+        grid = draw(run.model.objective, fixed.image.to(device), fixed.sample.to(device))
         run.watch.monitor.picture(step, grid)
 
 
-def fixed_images(data: str, recipe: Recipe) -> Loader:
+def first_images(data: str, recipe: Recipe) -> Fixed:
     """The first eight samples, centre-cropped: the same in every picture of a run."""
-    return eval_loader(
-        data, batch_size=8, rank=0, world=1, image_size=recipe.encoder.image_size, workers=0
-    )
+    manifest = read_manifest(data)
+    first = range(min(8, manifest.samples))
+    return fixed_images(manifest, first, recipe.encoder.image_size, recipe.data.on_error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -199,16 +212,25 @@ def main(argv: list[str] | None = None) -> int:
     progress, 85 stopped by a signal and saved.
     """
     settings = parse_args(argv)
-    stop = StopSignal()
-    ranks = init_ranks()
+    try:
+        ranks = init_ranks()
+    except UserError as error:
+        return refuse(error)
     try:
         run = setup(settings, ranks)
     except UserError as error:
         # Once per host: one may lack what the others have.
         who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
         return refuse(error, who) if ranks.local_rank == 0 else 2
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        print(f"error (rank {ranks.rank}): lost contact to another rank", file=sys.stderr)
+        return 1
     try:
-        return train(run, stop)
+        size = run.recipe.encoder.image_size
+        with run.loader.explaining(), explaining_memory(run.plan, size, ranks.device):
+            return train(run, StopSignal())
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
     finally:

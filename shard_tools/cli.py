@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.errors import UserError, naming, refuse
+from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
 
@@ -89,8 +89,3 @@ def read_list(path: Path) -> list[str]:
             return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise ToolError(f"{path}: cannot be read as UTF-8 text ({error})") from error
-
-
-def cores() -> int:
-    """Cores this process may use (a Slurm or container limit counts)."""
-    return len(os.sched_getaffinity(0))

@@ -2,11 +2,6 @@
 
     python shard_tools/make_shards.py SOURCE DEST
 
-SOURCE is an ImageFolder tree, a folder of images without labels, a tar (of class folders, of class
-tars as ImageNet's, or flat; gzip and zstd too), a folder of class tars, or a CSV or JSONL of path
-and label. A folder that holds ImageNet's train and validation set in one of the layouts in which it
-is distributed becomes DEST/train and DEST/val.
-
 A sample has the fields jpg, cls (class index in ASCII; absent without labels) and json (original
 name, synset, width, height). Equal input and options give equal tars at any number of workers.
 """
@@ -15,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from shard_tools.image_file import Conversion
 from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
@@ -35,6 +31,7 @@ from shard_tools.sharding.job import (
 from shard_tools.sharding.labels import read_labels
 from shard_tools.sharding.layout import PARTS, Settings, make_plan
 from shard_tools.sharding.sources import Listing, Source, open_source
+from shard_tools.sharding.statistics import drop_duplicates
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -71,12 +68,16 @@ def make_shards(options: argparse.Namespace) -> int:
         labels=read_labels(options.synsets, options.devkit),
         root=options.root,
         unlabelled=options.unlabelled,
-        unpacked=dest / PARTS / UNPACKED,
+        unpacked=dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
     with naming(options.source, "cannot be read"):
         layout = None if options.unlabelled else recognise(options.source)
     splits = find_splits(options, layout, listing, how)
+    if options.drop_duplicates:
+        splits = [
+            replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
+        ]
     plans = [make_plan(split.source, settings) for split in splits]
     for split, plan in zip(splits, plans, strict=True):
         announce(split)
@@ -153,13 +154,20 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise ToolError("--shard-size must be at least 1KiB, --seed 0 or up")
     if not options.name or set(options.name) & set("/.\0"):
         raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
-    image = ImageSettings(options.resize_shorter, options.max_side, options.quality, options.check)
+    conversion = Conversion(options.gray16, options.alpha)
+    image = ImageSettings(
+        options.resize_shorter, options.max_side, options.quality, options.check, conversion
+    )
     return Settings(options.name, options.seed, options.shard_size, image)
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=__doc__,
+        description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
+        "tree; a folder of images without labels; a tar of class folders, of class tars as "
+        "ImageNet's, or flat (gzip and zstd too); a folder of class tars; a CSV or JSONL of path "
+        "and label. A folder that holds ImageNet's train and validation set, in any of the layouts "
+        "in which they come, becomes DEST/train and DEST/val.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
         "(add --resume to requeue), then once --merge.",
         formatter_class=HelpFormatter,
@@ -181,6 +189,8 @@ def parser() -> argparse.ArgumentParser:
     a("--resize-shorter", type=int, metavar="PX", help="shrink to this shorter side")
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
+    a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or own range")
+    a("--alpha", choices=("drop", "white", "black"), help="what shows where pixels are transparent")
     a("--classes-from", type=Path, metavar="PATH", help="class order: a shard folder or a list")
     a(
         "--synsets",
@@ -191,6 +201,7 @@ def parser() -> argparse.ArgumentParser:
     )
     a("--devkit", type=Path, metavar="PATH", help="labels of a flat val: ILSVRC2012_devkit_t12")
     a("--unlabelled", action="store_true", help="every image below SOURCE, without labels")
+    a("--drop-duplicates", action="store_true", help="of files with equal bytes take the first")
     a("--splits", action="store_true", help="write DEST/train also where SOURCE has no val")
     a("--root", type=Path, metavar="DIR", help="where relative paths of a CSV or JSONL start")
     a("--num-tasks", type=int, default=1, metavar="N", help="split the job over N tasks")

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what lies where, with checksums.
+"""The manifest of a folder of shards: what is where, with checksums.
 
 A shard folder holds plain WebDataset tars and three small files:
 
@@ -6,7 +6,7 @@ A shard folder holds plain WebDataset tars and three small files:
     index.bin       one SAMPLE row per sample, in shard order: where its image bytes lie, its label
     names.bin       the original name of each sample (optional; zlib-compressed UTF-8 lines)
 
-A subset, or tars adopted in place, is a folder that holds only these files; its manifest then says
+A subset, or tars that others wrote, is a folder that holds only these files; its manifest then says
 where the tars lie. Every reader goes through `read_manifest`, so subsets need no special case.
 """
 
@@ -18,6 +18,7 @@ import os
 import posixpath
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, reason
 from shard_tools.atomic import write_atomic
 
 VERSION = 1
@@ -60,7 +61,7 @@ class ManifestError(UserError):
 @dataclass(frozen=True)
 class Shard:
     """One tar: `name` relative to `Manifest.folder`, `samples` that the manifest lists in it,
-    and `bytes` and `sha256` of the whole file."""
+    and `bytes` and `sha256` of the file."""
 
     name: str
     samples: int
@@ -76,7 +77,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # index → name (synset); empty where there are no labels
     made: dict[str, Any] = field(default_factory=dict)
-    home: str = ""  # where manifest.json itself lies; differs from `folder` for a subset
+    home: str = ""  # where manifest.json itself is; differs from `folder` for a subset
     index_sha256: str = ""
     names_sha256: str = ""  # empty where no names were recorded
 
@@ -113,7 +114,10 @@ class Manifest:
         data = read_bytes(where)
         if hashlib.sha256(data).hexdigest() != self.names_sha256:
             raise ManifestError(f"{where}: the checksum does not match the manifest")
-        names = tuple(zlib.decompress(data).decode().split("\n"))
+        try:
+            names = tuple(zlib.decompress(data).decode().split("\n"))
+        except (zlib.error, UnicodeDecodeError) as error:
+            raise ManifestError(f"{where}: holds no list of names ({error})") from error
         if len(names) != self.samples:
             raise ManifestError(f"{where}: {len(names)} names for {self.samples} samples")
         return names
@@ -146,7 +150,7 @@ def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
     try:
         content = json.loads(text)
         version, checksum = content["version"], content.pop("checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
     if version != VERSION:
         raise ManifestError(f"{where}: version {version!r} is not known, this code reads {VERSION}")
@@ -233,21 +237,26 @@ def join(folder: str, name: str) -> str:
 
 
 def read_bytes(where: str) -> bytes:
-    """The whole content of a path or URL; a ManifestError names what could not be read."""
+    """The content of a path or URL; a ManifestError names what could not be read."""
     try:
-        if is_remote(where):
-            import fsspec  # only remote folders need it
-
-            with fsspec.open(where, "rb") as file:
-                return file.read()
-        return Path(where).read_bytes()
-    except Exception as error:  # each fsspec backend has its own exceptions
-        raise ManifestError(f"{where}: cannot be read ({_reason(error)})") from error
+        return _fetch(where) if is_remote(where) else Path(where).read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
 
 
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    return text or type(error).__name__
+def _fetch(url: str) -> bytes:
+    import fsspec  # only remote folders need it
+
+    try:
+        with fsspec.open(url, "rb") as file:
+            return file.read()
+    except Exception as error:
+        # A backend has exceptions of its own class, or says with ImportError or ValueError that it
+        # is not installed or not known; what else is built in would be a slip.
+        known = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
+        if not known and type(error).__module__ == "builtins":
+            raise
+        raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error
 
 
 def _read_manifest_text(home: str) -> bytes:
@@ -306,12 +315,20 @@ def _check_types(where: str, manifest: Manifest) -> None:
         for number in (shard.samples, shard.bytes):
             if type(number) is not int or not 0 <= number < 2**63:
                 raise ManifestError(f"{where}: {number!r:.80} is no count of samples or bytes")
+    if not isinstance(manifest.made, dict):
+        raise ManifestError(f"{where}: how the shards were made is not recorded as an object")
+    if sum(shard.samples for shard in manifest.shards) >= 2**63:
+        raise ManifestError(f"{where}: its shards cannot hold so many samples")
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ManifestError(f"{where}: a name, class or checksum is not a text")
 
 
 def _check_files(manifest: Manifest, check_shards: bool) -> None:
-    """Names are safe, the index belongs to this manifest, local shards exist in their size."""
+    """Names are safe and occur once, the index belongs to this manifest, local shards exist in
+    their size."""
+    names = Counter(shard.name for shard in manifest.shards)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ManifestError(f"{manifest.home}: lists the shard {twice[0]!r} twice")
     for shard in manifest.shards:
         parts = shard.name.split("/")
         if shard.name.startswith("/") or ".." in parts or "" in parts:
@@ -320,8 +337,12 @@ def _check_files(manifest: Manifest, check_shards: bool) -> None:
         where = join(manifest.home, INDEX)
         if not os.path.isfile(where):
             raise ManifestError(f"{where}: is missing; make the index again")
-        with open(where, "rb") as file:
-            count, digest = _parse_header(where, file.read(_HEADER.size), os.path.getsize(where))
+        try:
+            with open(where, "rb") as file:
+                head, size = file.read(_HEADER.size), os.path.getsize(where)
+        except OSError as error:
+            raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
+        count, digest = _parse_header(where, head, size)
         if count != manifest.samples or digest.hex() != manifest.index_sha256:
             raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
     if check_shards and not is_remote(manifest.folder):
@@ -335,13 +356,13 @@ def _check_shard(where: str, shard: Shard) -> None:
     except FileNotFoundError:
         raise ManifestError(f"{where}: this shard is missing") from None
     except OSError as error:
-        raise ManifestError(f"{where}: cannot be read ({_reason(error)})") from error
+        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
     if size != shard.bytes:
         raise ManifestError(f"{where}: {size} bytes long where the manifest says {shard.bytes}")
 
 
 def _check_rows(where: str, manifest: Manifest, rows: np.ndarray) -> None:
-    """Every row lies inside its shard and has a label that the classes know."""
+    """Every row is inside its shard and has a label that the classes know."""
     if len(rows) != manifest.samples:
         raise ManifestError(f"{where}: {len(rows)} rows for {manifest.samples} samples")
     sizes = np.repeat(

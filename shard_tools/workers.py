@@ -22,13 +22,23 @@ R = TypeVar("R")
 
 _PR_SET_PDEATHSIG = 1
 
-# Where `report` counts: in a worker the shared counts of images and bytes and the order to stop,
-# in the process itself the counts and the bar.
+# What this process is at: in a worker the shared counts of images and bytes, the order to stop, and
+# its note (pid and file in hand), which outlives it; in the command's own process counts and bar.
 _state: dict[str, Any] = {}
+
+_NOTE = 1024  # bytes of a note: pid (8), then a path, of which the end matters
 
 
 class Stop(Exception):
     """The order to stop reached a worker."""
+
+
+class WorkerDied(ToolError):
+    """A worker process was killed or crashed; `pids` of those that died."""
+
+    def __init__(self, message: str, pids: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.pids = pids
 
 
 def map_in_workers(
@@ -44,16 +54,17 @@ def map_in_workers(
 
     The function (importable, its job picklable) calls `report` for each image. The first error
     ends all jobs. total, finished: images in all (None: not known) and those done before.
+    workers: 0 works in this process; else a crash of a decoder, or the kernel's killing of a
+    process for want of memory, is a WorkerDied that names the file in hand.
     """
     with progress(total, description, initial=finished) as bar:
-        if min(workers, len(jobs)) <= 1:
+        if workers == 0 or not jobs:
             yield from _run_here(function, jobs, bar)
         else:
-            yield from _run_pool(function, jobs, workers, bar)
+            yield from _run_pool(function, jobs, min(workers, len(jobs)), bar)
 
 
 def _run_here(function: Callable[[J], R], jobs: Sequence[J], bar: tqdm) -> Iterator[R]:
-    """One job or one worker needs no process of its own."""
     _state.update(counts=[0, 0], bar=bar)
     try:
         for job in jobs:
@@ -65,10 +76,13 @@ def _run_here(function: Callable[[J], R], jobs: Sequence[J], bar: tqdm) -> Itera
 def _run_pool(
     function: Callable[[J], R], jobs: Sequence[J], workers: int, bar: tqdm
 ) -> Iterator[R]:
-    context = multiprocessing.get_context("spawn")
-    counts, stop = context.Array("q", 2), context.Event()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (counts, stop))
-    finished, call = bar.n, partial(_call, function)
+    # One worker is forked, which takes no time; several start afresh, without this one's threads.
+    context: Any = multiprocessing.get_context("fork" if workers == 1 else "spawn")
+    counts, stop, started = context.Array("q", 2), context.Event(), context.Value("i", 0)
+    notes = context.RawArray("c", workers * _NOTE)
+    shared = (counts, stop, started, notes)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, shared)
+    finished, call, died = bar.n, partial(_call, function), False
     try:
         with signals_held():
             running: set[Future[R]] = {pool.submit(call, job) for job in jobs}
@@ -81,11 +95,25 @@ def _run_pool(
                 results = [future.result() for future in done]
             yield from results
     except BrokenProcessPool:
-        raise ToolError("a worker process died (out of memory?)") from None
+        died = True
     finally:
         with signals_held():
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
+    if died:
+        raise _worker_died(notes.raw)
+
+
+def _worker_died(notes: bytes) -> WorkerDied:
+    """What the notes say that no worker has wiped: those who live wipe theirs at their end."""
+    left = [notes[i : i + _NOTE] for i in range(0, len(notes), _NOTE)]
+    left = [note for note in left if any(note)]
+    files = [os.fsdecode(note[8:].rstrip(b"\0")) for note in left]
+    at_work = " while working on " + " or ".join(sorted(files)) if any(files) else ""
+    return WorkerDied(
+        f"a worker process died{at_work} (out of memory, or a crash in a decoder)",
+        tuple(int.from_bytes(note[:8], "little") for note in left),
+    )
 
 
 def _call(function: Callable[[J], R], job: J) -> R:
@@ -98,11 +126,18 @@ def _call(function: Callable[[J], R], job: J) -> R:
         if "file" in _state:
             error.add_note(f"while working on {_state['file']}")
         raise
+    finally:
+        if "note" in _state:
+            _state["note"][:] = bytes(_NOTE)
 
 
 def working_on(path: object) -> None:
-    """Say which file the job has in hand, for the traceback of a slip."""
+    """Say which file the job has in hand: for the traceback of a slip, and for the sentence about
+    a worker that died."""
     _state["file"] = path
+    if "note" in _state:
+        text = os.fsencode(str(path))[8 - _NOTE :]
+        _state["note"][:] = (os.getpid().to_bytes(8, "little") + text).ljust(_NOTE, b"\0")
 
 
 def _show(bar: tqdm, images: int, size: int) -> None:
@@ -127,7 +162,7 @@ def report(size: int, images: int = 1) -> None:
         raise Stop
 
 
-def _start_worker(counts: Any, stop: Any) -> None:
+def _start_worker(counts: Any, stop: Any, started: Any, notes: Any) -> None:
     """Signals are the parent's business; a worker dies with it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -135,4 +170,9 @@ def _start_worker(counts: Any, stop: Any) -> None:
     parent = multiprocessing.parent_process()
     if parent is None or os.getppid() != parent.pid:  # it died before prctl was called
         os._exit(1)
-    _state.update(counts=counts, stop=stop)
+    with started.get_lock():
+        first = started.value * _NOTE
+        started.value += 1
+    _state.clear()  # what a forked process has from its parent
+    note = memoryview(notes).cast("B")[first : first + _NOTE]
+    _state.update(counts=counts, stop=stop, note=note)

@@ -207,11 +207,9 @@ def supervised_jobs(workspace: Workspace, row: PaperRow, seed: int) -> list[Comm
     scratch = replace(row, recipe=None, initial="random")
     result = workspace.output / run_name(scratch, seed) / "eval" / "finetune.json"
     words, val = random_words(workspace, scratch, seed), workspace.scale.val
-    batch = 1 << few_images(workspace, row).bit_length() - 1
-    if row.images and batch < int(
-        option(workspace.scale.options["finetune"], "--batch-size", 1024)
-    ):
-        words += ["--batch-size", str(batch)]
+    if row.images:  # the draws of the other rows' pretraining
+        samples = read_manifest(workspace.scale.train).samples
+        words += ["--samples-per-epoch", str(samples)]
     train = eval_job(workspace, scratch, seed, "finetune", words, result, data, val, jobs)
     export = python(ROOT / "pipeline/export.py", result.with_suffix(""), "--format", "run", run)
     made = run / "encoder" / "encoder.json"

@@ -15,6 +15,7 @@ from typing import Any
 
 from eval.shared.processes import environment
 from pipeline.errors import UserError, naming
+from shard_tools.cores import cores
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str,
     left = [job for job in jobs if not job.done]
     with naming(folder, "cannot be written"):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // slots)
+    threads = max(1, cores() // slots)
     children: set[subprocess.Popen] = set()
     running: dict[Future, Command] = {}
     with ThreadPoolExecutor(slots) as pool:

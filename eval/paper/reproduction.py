@@ -2,7 +2,6 @@
 paper's."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,6 +16,7 @@ from eval.reporting.run_records import read_result
 from eval.reporting.tables import NONE, Cell, Row, Table
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     if args.seeds < 1 or args.jobs < 0:
         raise UserError("--seeds must be at least 1 and --jobs not negative")
     scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
-    jobs = args.jobs or (1 if scale.launch != "python" else len(os.sched_getaffinity(0)))
+    jobs = args.jobs or (1 if scale.launch != "python" else cores())
     output = args.output or Path(f"runs/reproduce-{scale.name}")
     workspace = Workspace(output, scale, args.classes, demo=not (args.train or args.val))
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)

@@ -66,8 +66,8 @@ def column_of(result: dict[str, Any]) -> Column | None:
         title += f", the labels of {Path(settings['subset']).name}"
     elif fraction not in (None, 1, 1.0):
         title += f", {100 * fraction:g} % of the labels"
-    if result.get("feature") == "mean_patch":
-        title += ", mean of patches"
+    pooling = {"mean_patch": ", mean of patches", "own": ", own pooling"}
+    title += pooling.get(str(result.get("feature")), "")
     epochs = settings.get("epochs")
     length = f"{epochs:g} epochs" if epochs else ""
     return Column(title, length, protocol.metric, protocol.unit)

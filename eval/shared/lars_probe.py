@@ -1,7 +1,6 @@
 """The linear probe's classifier and its optimizer, for one or many learning rates at once."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,24 +40,24 @@ class Training:
         g ← t · |w| / |g| · g  (weights; biases, being 1-D, keep their g)
         v ← m v + g;  w ← w - lr · v
 
-    Learning rate of head h: rates[h] · batch / 256, warm-up and cosine.
+    Learning rate of head h: rates[h] · batch / 256; `warmup` epochs of warm-up, of `epochs` with
+    `steps` each, then a cosine to 0.
     """
 
     momentum, trust = 0.9, 0.001
 
     def __init__(
-        self, probe: Probe, rates: tuple[float, ...], *, batch: int, steps: int, args: Any
-    ) -> None:
-        self.probe, self.steps, self.args = probe, steps, args
+        self, probe: Probe, rates: tuple[float, ...], *, batch: int, steps: int, epochs: int,
+        warmup: float,
+    ) -> None:  # fmt: skip
+        self.probe, self.steps, self.epochs, self.warmup = probe, steps, epochs, warmup
         self.peaks = [rate * batch / 256 for rate in rates]
         self.speed = [torch.zeros_like(p) for p in (probe.weight, probe.bias)]
 
     def rate(self, step: int, head: int = 0) -> float:
         """Learning rate of a head at a step (counted from 0), given `steps` per epoch."""
-        epochs, warmup = self.args.epochs, self.args.warmup_epochs
-        return warmup_cosine(
-            step, peak=self.peaks[head], total=epochs * self.steps, warmup=warmup * self.steps
-        )
+        total, warmup = self.epochs * self.steps, self.warmup * self.steps
+        return warmup_cosine(step, peak=self.peaks[head], total=total, warmup=warmup)
 
     @property
     def finite(self) -> Tensor:

@@ -39,7 +39,7 @@ from pipeline.errors import UserError
 __all__ = [
     "RECIPES", "BYOLRecipe", "DataRecipe", "DecoderRecipe", "EncoderRecipe", "HeadsRecipe",
     "InfoNCERecipe", "JitterRecipe", "Recipe", "RecipeError", "ReconstructionRecipe",
-    "dump_recipe", "first_difference", "load_recipe", "parse_recipe",
+    "differences", "dump_recipe", "load_recipe", "parse_recipe",
 ]  # fmt: skip
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -121,16 +121,15 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
-def first_difference(a: Recipe, b: Recipe) -> str | None:
-    """The first key that changes results and differs, as `key: a != b`; None where none does."""
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Each key that changes results and differs, as `key: a != b`."""
     ignored = ("name", "monitor", "kernels", "data.workers")
     flat_a, flat_b = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (a, b))
-    for key in sorted(flat_a.keys() | flat_b.keys()):
-        if key.startswith(ignored):
-            continue
-        if flat_a.get(key) != flat_b.get(key):
-            return f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"
-    return None
+    return [
+        f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"
+        for key in sorted(flat_a.keys() | flat_b.keys())
+        if not key.startswith(ignored) and flat_a.get(key) != flat_b.get(key)
+    ]
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,8 +29,44 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+# Keywords of timm.create_model that f can honour, and what their values are.
+ENCODER_OPTIONS: dict[str, Any] = {
+    "img_size": Positive,  # as encoder.image_size, which is where it is set
+    "patch_size": Positive,
+    "embed_dim": Positive,
+    "depth": Positive,
+    "num_heads": Positive,
+    "mlp_ratio": Annotated[float, Field(gt=0.0)],
+    "qkv_bias": bool,
+    "qk_norm": bool,
+    "proj_bias": bool,
+    "init_values": Annotated[float, Field(gt=0.0)] | None,
+}
+
+
+def encoder_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, if f can honour them all; ValueError names one that it cannot.
+
+    The patches are embedded by a kernel of our own and encoder.json must rebuild the encoder, so
+    what timm would take beyond these (in_chans, drop_path_rate, dynamic_img_size, reg_tokens, …)
+    would be lost.
+    """
+    for key, value in options.items():
+        if key not in ENCODER_OPTIONS:
+            known = ", ".join(k for k in ENCODER_OPTIONS if k != "img_size")
+            raise ValueError(
+                f"{key} is no option that a plain ViT can be trained with; those are {known}"
+            )
+        try:
+            TypeAdapter(ENCODER_OPTIONS[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise ValueError(f"{key}: {reason[0].lower()}{reason[1:]}, not {value!r}") from None
+    return options
+
+
 class EncoderRecipe(Section):
-    """f: a timm ViT. `options` are further keywords of timm.create_model (patch_size, depth, …).
+    """f: a timm ViT. `options` are further keywords of timm.create_model, see ENCODER_OPTIONS.
 
     init: initial weights and position table as in `mae`, or as in `mocov3` (table with the row
     first, q, k and v initialised apart, class token N(0, 1e-6)). freeze_patch: the patch
@@ -39,7 +75,7 @@ class EncoderRecipe(Section):
 
     arch: str = "vit_base_patch16_224"
     image_size: Positive = 224
-    options: dict[str, Any] = {}
+    options: Annotated[dict[str, Any], AfterValidator(encoder_options)] = {}
     masked_tokens: Literal["drop", "replace"] = "drop"
     init: Literal["mae", "mocov3"] = "mae"
     freeze_patch: bool = False
@@ -164,8 +200,9 @@ class ReconstructionRecipe(MeasureRecipe):
 class HeadsRecipe(Section):
     """Widths and depths of the projector p and the predictor q.
 
-    Linear layers with GELU between them; batch_norm: MoCo v3's heads instead (no biases, batch
-    norm over all ranks and ReLU after each layer, after the last one a norm without scale).
+    Linear layers with an activation between them; batch_norm: MoCo v3's heads instead (no biases,
+    torch's default initial weights, batch norm over all ranks after each layer, after the last one
+    a norm without scale). activation: auto is relu with batch_norm, as MoCo v3, and gelu without.
     """
 
     hidden: Positive = 2048
@@ -173,6 +210,7 @@ class HeadsRecipe(Section):
     projector_layers: Positive = 2
     predictor_layers: Positive = 2
     batch_norm: bool = False
+    activation: Literal["auto", "gelu", "relu"] = "auto"
 
 
 class ContrastRecipe(MeasureRecipe):
@@ -296,11 +334,12 @@ class OptimizerRecipe(Section):
 
 
 class CropRecipe(Section):
-    """RandomResizedCrop (antialiased bicubic) and horizontal flip."""
+    """RandomResizedCrop (antialiased) and horizontal flip; MoCo v3's crops are bilinear."""
 
     scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 class DataRecipe(Section):

@@ -6,21 +6,22 @@ Three decoders give the same picture (bicubic as Pillow's, which is the referenc
     simplejpeg  libjpeg-turbo from a wheel, then torch's uint8 antialiased resize
     pillow      Pillow alone
 
-Pillow has the last word: whatever a faster path refuses (PNG bytes, CMYK, a damaged file) goes
-through Pillow, which decodes it or gives the reason.
+Which files are accepted is decided before any of them sees the file, in shard_tools/image_file.
+The fast ones get plain JPEGs only; the rest, and what they refuse, goes through Pillow, which has
+the last word.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data.crops import Choose
+from pipeline.data.crops import Box, Choose
 from pipeline.errors import UserError
+from shard_tools.image_file import Header, ImageFault, decode, next_marker, read_header
 
 try:  # built at set-up where a compiler and libjpeg-turbo's headers are
     from pipeline.data import _jpegcrop
@@ -31,39 +32,39 @@ try:
 except ImportError:  # no wheel for this platform
     simplejpeg = None  # type: ignore[assignment,unused-ignore]
 
-JPEG = b"\xff\xd8"  # how each JPEG file begins
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs
-MAX_SCANS = 500  # of one JPEG, against bombs of another kind; the extension has the same limit
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-
-class DecodeError(UserError):
-    """Image bytes that cannot be turned into pixels, in one sentence."""
-
+# An extension that was built before it had this function still decodes.
+_find_marker = getattr(_jpegcrop, "next_marker", next_marker)
+DecodeError = ImageFault  # what a Decode raises: bytes that cannot be turned into pixels
 
 # (bytes, choose, output uint8 [S, S, 3], interpolation)
 Decode = Callable[[bytes, Choose, np.ndarray, str], None]
+# The same once the crop is chosen; ValueError for a JPEG that it does not take.
+_Fast = Callable[[bytes, Header, Box, bool, np.ndarray, str], None]
 
 
-def decode_pillow(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
-    """Decode `data` (any format that Pillow reads), write the chosen crop into `out`.
+def _decoding(fast: _Fast | None) -> Decode:
+    """A decoder that asks `fast` for plain JPEGs first, and Pillow for all else."""
 
-    out: uint8 [S, S, 3]. Raises DecodeError.
-    """
-    _check_scans(data)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            _check_pixels(width, height)
-            picture = image.convert("RGB")
-    except DecodeError:
-        raise
-    except Exception as error:  # each of Pillow's plugins raises what it likes
-        reason = str(error).split("\n")[0]
-        if "cannot identify image file" in reason:
-            reason = "not an image of a known format"
-        raise DecodeError(reason or type(error).__name__) from error
-    box, flip = choose(width, height)
+    def decode_crop(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
+        header = read_header(data, find_marker=_find_marker)
+        box, flip = choose(header.width, header.height)
+        if fast is not None and header.plain and header.channels != 4:  # not CMYK
+            try:
+                fast(data, header, box, flip, out, interpolation)
+                return
+            except ValueError:
+                pass  # damaged; Pillow decodes it or says why not
+        _by_pillow(data, header, box, flip, out, interpolation)
+
+    return decode_crop
+
+
+def _by_pillow(
+    data: bytes, header: Header, box: Box, flip: bool, out: np.ndarray, interpolation: str
+) -> None:
+    picture = decode(data, header).convert("RGB")
     corners: tuple[float, float, float, float] | None
     corners = (box.left, box.top, box.right, box.bottom)
     if box.inside:
@@ -72,28 +73,21 @@ def decode_pillow(data: bytes, choose: Choose, out: np.ndarray, interpolation: s
     out[...] = pixels[:, ::-1] if flip else pixels
 
 
-def decode_jpegcrop(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
-    """As decode_pillow, by the C extension; ValueError for what it does not take."""
-    try:
-        width, height = _jpegcrop.size(data)
-        _check_pixels(width, height)
-        box, flip = choose(width, height)
-        corners = (box.left, box.top, box.right, box.bottom)
-        cubic = interpolation == "bicubic"
-        _jpegcrop.decode(data, out, out.shape[0], *corners, box.inside, flip, cubic)
-    except OverflowError as error:
-        raise DecodeError(str(error)) from error
+def _by_jpegcrop(
+    data: bytes, header: Header, box: Box, flip: bool, out: np.ndarray, interpolation: str
+) -> None:
+    corners = (box.left, box.top, box.right, box.bottom)
+    cubic = interpolation == "bicubic"
+    _jpegcrop.decode(data, out, out.shape[0], *corners, box.inside, flip, cubic)
 
 
-def decode_simplejpeg(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
-    """As decode_pillow, by simplejpeg and torch; ValueError for what simplejpeg does not take."""
-    _check_scans(data)
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    _check_pixels(width, height)
-    if colours not in ("YCbCr", "Gray", "RGB"):
-        raise ValueError(f"colour space {colours}")
-    box, flip = choose(width, height)
+def _by_simplejpeg(
+    data: bytes, header: Header, box: Box, flip: bool, out: np.ndarray, interpolation: str
+) -> None:
     pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+    height, width = pixels.shape[1:]
+    if (height, width) != (header.height, header.width):
+        raise ValueError("another size than its header declares")
     if box.inside:
         pixels = pixels[:, int(box.top) : int(box.bottom), int(box.left) : int(box.right)]
         size, left, top = (out.shape[0], out.shape[1]), 0, 0
@@ -111,37 +105,11 @@ def decode_simplejpeg(data: bytes, choose: Choose, out: np.ndarray, interpolatio
     out[...] = resized.numpy()[:, ::-1] if flip else resized.numpy()
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS}")
-
-
-def _check_scans(data: bytes) -> None:
-    # 0xFF is escaped inside a scan, so this counts start-of-scan markers.
-    if data[:2] == JPEG and data.count(b"\xff\xda") > MAX_SCANS:
-        raise DecodeError(f"more than {MAX_SCANS} scans")
-
-
-def _with_last_word(fast: Decode) -> Decode:
-    def decode(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
-        try:
-            if data[:2] == JPEG:
-                fast(data, choose, out, interpolation)
-                return
-        except DecodeError:
-            raise
-        except ValueError:
-            pass  # not for the fast path; Pillow decodes it or says why not
-        decode_pillow(data, choose, out, interpolation)
-
-    return decode
-
-
-_FUNCTIONS: dict[str, Decode] = {"pillow": decode_pillow}
+_FUNCTIONS: dict[str, Decode] = {"pillow": _decoding(None)}
 if simplejpeg is not None:
-    _FUNCTIONS = {"simplejpeg": _with_last_word(decode_simplejpeg), **_FUNCTIONS}
+    _FUNCTIONS = {"simplejpeg": _decoding(_by_simplejpeg), **_FUNCTIONS}
 if _jpegcrop is not None:
-    _FUNCTIONS = {"jpegcrop": _with_last_word(decode_jpegcrop), **_FUNCTIONS}
+    _FUNCTIONS = {"jpegcrop": _decoding(_by_jpegcrop), **_FUNCTIONS}
 
 
 def available() -> tuple[str, ...]:

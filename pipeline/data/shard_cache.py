@@ -24,6 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from pipeline.errors import reason as why
 from shard_tools.manifest import Manifest, ManifestError
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,16 @@ class ShardCache:
         except OSError as error:
             raise CacheError(
                 f"{self.folder}: no folder for the cache ({error.strerror})"
+            ) from error
+        try:
+            with FileLock(self.folder / "cache.lock", timeout=0):
+                pass
+        except Timeout:
+            pass
+        except (OSError, NotImplementedError) as error:
+            raise CacheError(
+                f"{self.folder}: no locks for the cache there ({why(error)}); set "
+                "RELAXMIM_CACHE to a folder on a local disk"
             ) from error
         self._ahead: _Ahead | None = None
 
@@ -137,11 +148,11 @@ class ShardCache:
                     os.replace(partial, path)
                     return
             except (FileNotFoundError, PermissionError) as error:
-                raise CacheError(f"{url}: cannot be fetched ({_first_line(error)})") from error
+                raise CacheError(f"{url}: cannot be fetched ({why(error, url)})") from error
             except Exception as error:  # each fsspec backend has its own exceptions
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise CacheError(f"{self.folder}: the disk of the cache is full") from error
-                reason = _first_line(error)
+                reason = why(error, url)
             finally:
                 partial.unlink(missing_ok=True)
         raise CacheError(f"{url}: cannot be fetched, {TRIES} tries failed, the last one: {reason}")
@@ -250,7 +261,3 @@ def _fault(path: Path, size: int, sha256: str) -> str:
             return "its sha256 is not the manifest's"
         os.fsync(file.fileno())
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]

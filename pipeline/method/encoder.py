@@ -5,10 +5,8 @@ Shape suffixes: B batch, K visible patches, L all patches, D width.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import kernels
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
+from pipeline.method.positions import resize_positions
 from pipeline.method.vit import (
     build_vit,
     init_as_mocov3,
@@ -149,19 +148,28 @@ def encoder_info(recipe: Recipe, step: int | None = None) -> dict[str, Any]:
     return info if step is None else info | {"step": step}
 
 
-def read_encoder(folder: str | os.PathLike[str]) -> tuple[VisionTransformer, dict[str, Any]]:
+def read_encoder(
+    folder: str | os.PathLike[str], image_size: int | None = None
+) -> tuple[VisionTransformer, dict[str, Any]]:
     """The encoder of a run as a timm ViT (fp32, eval mode, no head) and its encoder.json.
 
-    folder: a run folder or its encoder/ folder. Raises UserError in one sentence.
+    folder: a run folder or its encoder/ folder. image_size: another than it was trained at; its
+    sin-cos positions are made again for it. Raises UserError in one sentence.
     """
     place = Path(folder)
     if (place / "encoder").is_dir():
         place = place / "encoder"
     try:
         info = json.loads((place / "encoder.json").read_text(encoding="utf-8"))
+        if image_size is not None:
+            info["options"] = info["options"] | {"img_size": image_size}
         vit = build_vit(info["arch"], info["options"])
-        vit.load_state_dict(load_file(place / "encoder.safetensors"))
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        state = load_file(place / "encoder.safetensors")
+        if image_size is not None and "pos_embed" in state:
+            grid = vit.patch_embed.grid_size
+            state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
+        vit.load_state_dict(state)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no exported encoder there ({error})") from None
     except RuntimeError as error:
         raise UserError(
@@ -180,19 +188,3 @@ def random_encoder(info: dict[str, Any], seed: int) -> VisionTransformer:
     with torch.no_grad():
         vit.pos_embed.copy_(sincos_position(vit.patch_embed.grid_size, vit.embed_dim)[None])
     return vit.eval()
-
-
-def load_tensors(path: Path) -> Any:
-    """The content of a file of weights (.safetensors, or of torch.save), on the CPU.
-
-    Reads tensors and plain values only (and argparse.Namespace, which training scripts store): no
-    code of the file runs. Raises UserError in one sentence.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: cannot be read as a file of weights ({reason})") from None

@@ -132,6 +132,12 @@ def _hf_block(state: Mapping[str, Tensor], ours: str, theirs: str) -> dict[str, 
 
 
 def _hf_encoder(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """An encoder under Hugging Face's names; UserError for a part that its ViT does not have."""
+    parts = {f"{name}.{kind}" for name in (*_HF_BLOCK, "attn.qkv") for kind in ("weight", "bias")}
+    known = {*_HF_OUTSIDE, *(f"blocks.{n}.{part}" for n in range(depth) for part in parts)}
+    for name in sorted(known ^ state.keys()):
+        problem = "its ViT has no place for" if name in state else "its ViT needs"
+        raise UserError(f"transformers: {problem} {name}; use --format timm")
     result = {theirs: state[ours] for ours, theirs in _HF_OUTSIDE.items()}
     for number in range(depth):
         result |= _hf_block(state, f"blocks.{number}", f"encoder.layer.{number}")

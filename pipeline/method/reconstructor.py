@@ -16,12 +16,12 @@ from torch import Tensor
 from pipeline import kernels
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError
-from pipeline.method.encoder import load_tensors
 from pipeline.method.interop import from_mae
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.views import View, visible_count
+from pipeline.method.weights import load_tensors
 
 
 class Reconstructor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,8 +29,25 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
-    plain = (
+    if not is_plain(vit):
+        raise UserError(
+            f"encoder.arch {arch!r} is not a plain ViT (patches by one convolution, class token, "
+            "no registers, no pre-norm)"
+        )
+    assert isinstance(vit, VisionTransformer)
+    return vit
+
+
+def is_plain(vit: nn.Module) -> bool:
+    """Whether it is a ViT such as f: patches of RGB by one convolution, one class token, learned
+    or fixed positions, no more.
+    """
+    return (
         type(vit) is VisionTransformer
+        and type(vit.patch_embed) is PatchEmbed
+        and isinstance(vit.patch_embed.norm, nn.Identity)
+        and vit.patch_embed.proj.in_channels == 3
+        and not vit.dynamic_img_size
         and vit.has_class_token
         and vit.num_reg_tokens == 0
         and isinstance(vit.norm_pre, nn.Identity)
@@ -37,12 +55,6 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         and vit.pos_embed is not None
         and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
     )
-    if not plain:
-        raise UserError(
-            f"encoder.arch {arch!r} is not a plain ViT (class token, no registers, no pre-norm)"
-        )
-    assert isinstance(vit, VisionTransformer)
-    return vit
 
 
 def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:

@@ -9,13 +9,24 @@ import contextlib
 import copy
 import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config.ds_config import RunPlan
-from pipeline.distributed import Ranks, can_build, free_port, prepare_deepspeed, unlink_buffer
+from pipeline.distributed import (
+    Ranks,
+    can_build,
+    check_environment,
+    cores_per_rank,
+    free_port,
+    joining,
+    prepare_deepspeed,
+    unlink_buffer,
+)
+from pipeline.errors import UserError
 from pipeline.runtime.optimizers import optimizer_of
 
 prepare_deepspeed()
@@ -35,7 +46,11 @@ from deepspeed.utils import (
 
 
 def init_ranks() -> Ranks:
-    """Join the process group (env of deepspeed, torchrun or launch.sh; alone without one)."""
+    """Join the process group (env of deepspeed, torchrun or launch.sh; alone without one).
+
+    Until a StopSignal listens, SIGTERM ends the process, also while it waits for other ranks.
+    Raises UserError where the environment is no rank's, or rank 0's port is taken or not reached.
+    """
     for key, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -44,6 +59,7 @@ def init_ranks() -> Ranks:
         "MASTER_PORT": str(free_port()),
     }.items():
         os.environ.setdefault(key, value)
+    check_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     local_world = int(
         os.environ.get("LOCAL_SIZE")
@@ -51,20 +67,26 @@ def init_ranks() -> Ranks:
         or os.environ["WORLD_SIZE"]
     )
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK {local_rank}: this host has {torch.cuda.device_count()} GPUs; start "
+                "at most one rank per GPU"
+            )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     if not can_build():
         _without_built_ops()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which op it has loaded
+    with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
         deepspeed.init_distributed(verbose=False)
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)
-    return Ranks(rank, world, local_rank, local_world, device)
+    cores = cores_per_rank()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores)
+    return Ranks(rank, world, local_rank, local_world, device, cores)
 
 
 def _without_built_ops() -> None:
@@ -105,6 +127,8 @@ class Engine:
         own = client.param_groups if client else groups
         # What the optimizer keeps per parameter, by the parameter's identity.
         self._moments = {id(p): self.kind.moments(g) for g in own for p in g["params"]}
+        # DeepSpeed keeps it for the whole process, where an engine before this one may have set it.
+        deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=client,
@@ -147,6 +171,40 @@ class Engine:
         if self.plan.stage < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
+
+    @contextlib.contextmanager
+    def masters(self, parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+        """A context with the fp32 values of these parameters, whole on every rank (collective).
+
+        Under bf16 those of the master weights, from which the model's are rounded.
+        """
+        if self.plan.precision != "bf16":
+            with self.gathered(parameters):
+                yield [p.detach() for p in parameters]
+        elif self.plan.stage == 3:
+            yield [self._whole(p, "model").float() for p in parameters]
+        else:
+            yield self._joined_masters(parameters)
+
+    def _joined_masters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Stages 1 and 2: the parts of all ranks, which do not overlap, joined by one sum."""
+        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        values = [
+            part.view_as(p)
+            for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
+        ]
+        for p, value in zip(parameters, values, strict=True):
+            mine = getattr(p, "_hp_mapping", None)
+            if mine is not None:
+                at = mine.lp_fragment_address
+                value.view(-1).narrow(0, at.start, at.numel).copy_(mine.hp_fragment)
+        if self.plan.world > 1:
+            torch.distributed.all_reduce(flat)
+        frozen = [p.detach().float() for p in parameters]
+        return [
+            value if p.requires_grad else whole
+            for p, value, whole in zip(parameters, values, frozen, strict=True)
+        ]
 
     def gradient_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping; nan where not known."""

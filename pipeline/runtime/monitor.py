@@ -48,12 +48,15 @@ class Monitor:
         output.mkdir(parents=True, exist_ok=True)
         self._unwritable = False
         _keep_rows(output / "metrics.jsonl", first)
+        _keep_pictures(output / "pictures", first)
         self._log, self._metrics = (
             open(output / name, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
             for name in ("log.txt", "metrics.jsonl")
         )
         self._files = [self._log, self._metrics]
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first or None)
+        # Points carry the number of finished steps, so the first that is void is first + 1, also
+        # where a run starts again before its first checkpoint.
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
         # A progress line only where somebody watches; plain lines elsewhere.
         self._bar = tqdm(
             total=total, initial=first, unit="step", dynamic_ncols=True,
@@ -195,6 +198,13 @@ def _keep_rows(path: Path, last: int) -> None:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         temporary.replace(path)
+
+
+def _keep_pictures(folder: Path, last: int) -> None:
+    """Remove the pictures of steps after `last`, which are drawn again."""
+    for path in folder.glob("step-*.png"):
+        if path.stem.removeprefix("step-").isdecimal() and int(path.stem[5:]) > last:
+            path.unlink()
 
 
 def _step(row: str) -> float:

@@ -12,6 +12,7 @@ runs/<name>/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
@@ -25,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from pipeline.config.recipe import Recipe, RecipeError, first_difference, load_recipe
-from pipeline.errors import UserError
+from pipeline.config.recipe import Recipe
+from pipeline.errors import UserError, naming, reason
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
@@ -41,21 +42,35 @@ from pipeline.runtime.optimizer_state import load_consolidated, save_consolidate
 from shard_tools.atomic import verify, write_atomic, write_json
 
 TEACHER = "teacher.safetensors"
+UNWRITABLE = "--output cannot be written"
 
 
 class RunLock:
     """An exclusive lock on a run folder, held until the process ends.
 
-    Raises UserError naming the holder where another run has it.
+    needed: whether a file system without locks is refused. Raises UserError where the folder
+    cannot be made or written, and naming the holder where another run has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
+    def __init__(self, folder: Path, needed: bool = True) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; --output is a folder")
+        with naming(folder, UNWRITABLE):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
         try:
             # Not flock: loader workers would inherit it and hold it for a while after a kill.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                if not needed:
+                    return
+                raise UserError(
+                    f"{folder}: its file system has no locks ({reason(error)}), so a second run "
+                    "on the folder would go unnoticed; mount it with locks (NFS: with lockd, "
+                    "Lustre: -o flock), choose another --output, or say --no-lock and start only "
+                    "one run on it"
+                ) from None
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             raise UserError(
@@ -75,17 +90,18 @@ def default_output(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | None]:
+def claim(output: Path, resume: str, lock_needed: bool = True) -> tuple[RunLock, Path | None]:
     """Lock the run folder and find the checkpoint to resume from (rank 0).
 
     resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
-    run folder or of a checkpoint. Raises UserError in one sentence, also for a checkpoint of
-    another recipe and for a folder that already holds a run under `none`.
+    run folder or of a checkpoint. Raises UserError in one sentence, also for a folder that already
+    holds a run under `none`. Whether the checkpoint is of the same run, same_run.py says.
     """
-    lock, store = RunLock(output), CheckpointStore(output)
-    store.remove_leftovers()
-    for path in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
-        path.unlink(missing_ok=True)
+    lock, store = RunLock(output, lock_needed), CheckpointStore(output)
+    with naming(output, UNWRITABLE):
+        store.remove_leftovers()
+        for path in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
+            path.unlink(missing_ok=True)
     if resume == "none":
         if store.all():
             raise UserError(
@@ -95,26 +111,15 @@ def claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock, Path | No
     if resume == "auto":
         found = store.newest()
         if found is not None:  # a run killed before it wrote `latest`, or whose newest is damaged
-            store.point_latest_to(found)
+            with naming(output, UNWRITABLE):
+                store.point_latest_to(found)
     else:
         place = Path(resume)
         found = place if (place / STATE).is_file() else CheckpointStore(place).newest()
         if found is None:
             raise UserError(f"--resume {resume}: no valid checkpoint there")
         verify(found)
-    if found is not None:
-        _check_recipe(found, recipe)
     return lock, found
-
-
-def _check_recipe(checkpoint: Path, recipe: Recipe) -> None:
-    try:
-        theirs = load_recipe(checkpoint / "recipe.yaml")
-    except RecipeError as error:
-        raise UserError(f"{checkpoint}: its recipe cannot be read: {error}") from None
-    difference = first_difference(theirs, recipe)
-    if difference:
-        raise UserError(f"{checkpoint}: a checkpoint of another recipe ({difference})")
 
 
 def save_checkpoint(
@@ -146,7 +151,9 @@ def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -
     if state["precision"] != engine.plan.precision:
         raise UserError(
             f"{checkpoint}: written with precision {state['precision']}, this run has "
-            f"{engine.plan.precision}; resume with the same precision"
+            f"{engine.plan.precision}; resume with the same precision: in the ds_config "
+            '"bf16": {"enabled": true} is bf16, "torch_autocast": {"enabled": true} autocast, '
+            "neither fp32"
         )
     load_consolidated(engine, checkpoint)
     if teacher is not None:

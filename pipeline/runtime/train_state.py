@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,16 +16,18 @@ from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import (
+    UNWRITABLE,
     RunLock,
     claim,
     default_output,
@@ -33,6 +35,7 @@ from pipeline.runtime.run_folder import (
     load_checkpoint,
     versions,
 )
+from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.watchdog import Watchdog, last_failure
 from shard_tools.atomic import write_atomic, write_json
@@ -49,6 +52,8 @@ class Settings:
     data: str = "data/shards/train"
     output: str | None = None
     resume: str = "auto"
+    resume_changed: bool = False
+    lock: bool = True
     max_steps: int | None = None
 
 
@@ -98,6 +103,7 @@ class TrainState:
     plan: RunPlan
     ranks: Ranks
     data: str
+    schedule: dict[str, Any]  # what it depends on, for state.json
     steps: Steps
     model: Model
     loader: Loader
@@ -126,18 +132,21 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     recipe = load_recipe(settings.recipe, settings.overrides)
     plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
     optimizer_of(plan)  # refused before anything is made
-    samples = read_manifest(settings.data).samples
-    per_epoch = _steps_per_epoch(settings.data, samples, recipe)
+    manifest = read_manifest(settings.data)
+    per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)
+    schedule = schedule_facts(manifest, recipe, per_epoch)
+    _check_alike(settings.data, schedule)
     total = round(recipe.optimizer.epochs * per_epoch)
     last = min(total, settings.max_steps or total)
     kernel_line = kernels.use(recipe.kernels, ranks.device)
     objective, teacher = build_objective(recipe)
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
-    lock, checkpoint, failure = _claim(path, recipe, settings.resume)
+    lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
-    engine = Engine(objective, parameter_groups(objective), plan)
-    if teacher is not None:
-        teacher.to(ranks.device)
+    with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
+        engine = Engine(objective, parameter_groups(objective), plan)
+        if teacher is not None:
+            teacher.to(ranks.device)
     first, resumed = 0, ""
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)
@@ -147,8 +156,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         resumed += f"({_saved_by(saved, negatives)})"
         if first >= last:  # killed before the encoder was written, perhaps
             export(path, checkpoint, objective, recipe, first)
+    with naming(path, UNWRITABLE):
+        monitor = Monitor(
+            path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
+            log_steps=recipe.monitor.log_steps,
+        )  # fmt: skip
     state = TrainState(
-        recipe, plan, ranks, settings.data, Steps(first, last, total, per_epoch),
+        recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch),
         Model(objective, teacher, engine),
         train_loader(
             loader_config(recipe, plan, settings.data, ranks), ranks.rank, ranks.world,
@@ -156,15 +170,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         ),
         RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock),
         Watch(
-            Monitor(
-                path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
-                log_steps=recipe.monitor.log_steps,
-            ),
+            monitor,
             Probes(recipe, settings.data, ranks.rank, ranks.world, plan.micro_batch),
             watchdog, SkippedSteps(recipe.optimizer.skip_limit),
         ),
     )  # fmt: skip
-    _announce(state, samples, kernel_line, failure, resumed)
+    with naming(path, UNWRITABLE):
+        _announce(state, kernel_line, failure, [*warnings, resumed])
     return state
 
 
@@ -179,17 +191,34 @@ def _steps_per_epoch(data: str, samples: int, recipe: Recipe) -> int:
     return steps
 
 
-def _claim(output: Path, recipe: Recipe, resume: str) -> tuple[RunLock | None, Path | None, str]:
-    """(the lock on the first rank, the checkpoint to resume from, why the previous run failed)."""
+def _check_alike(data: str, schedule: dict[str, Any]) -> None:
+    """UserError on a rank that sees other data than the first one, as a stale local copy."""
+    first = agree(lambda: schedule)
+    if first != schedule:
+        raise UserError(
+            f"{data}: {schedule['images']} images, manifest {schedule['data'][:12]}, but rank 0 "
+            f"has {first['images']} images, manifest {first['data'][:12]}: every host needs the "
+            "same shards"
+        )
+
+
+def _claim(
+    output: Path, recipe: Recipe, schedule: dict[str, Any], settings: Settings
+) -> tuple[RunLock | None, Path | None, str, list[str]]:
+    """(the lock on the first rank, the checkpoint to resume from, why the previous run failed,
+    warnings where the checkpoint is not of the same run)."""
     held: list[RunLock] = []
 
-    def take() -> tuple[Path | None, str]:
-        lock, checkpoint = claim(output, recipe, resume)
+    def take() -> tuple[Path | None, str, list[str]]:
+        lock, checkpoint = claim(output, settings.resume, settings.lock)
         held.append(lock)
-        return checkpoint, last_failure(output, clear=True)
+        warnings = []
+        if checkpoint is not None:
+            warnings = check_same(checkpoint, recipe, schedule, settings.resume_changed)
+        return checkpoint, last_failure(output, clear=True), warnings
 
-    checkpoint, failure = agree(take)
-    return (held[0] if held else None), checkpoint, failure
+    checkpoint, failure, warnings = agree(take)
+    return (held[0] if held else None), checkpoint, failure, warnings
 
 
 def _saved_by(saved: dict, negatives: int) -> str:
@@ -208,7 +237,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         data,
         batch_size=recipe.batch_size,
         micro_batch=plan.micro_batch,
-        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip),
+        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip, d.crop.interpolation),
         seed=recipe.seed,
         partitions=d.partitions,
         window=d.window,
@@ -216,23 +245,20 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         samples_per_epoch=d.samples_per_epoch,
         second_crop=recipe.views.second == "crop",
         augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
-        workers=_workers(d.workers, ranks.local_world),
+        workers=_workers(d.workers, ranks.cores),
         pin_memory=ranks.device.type == "cuda",
     )
 
 
-def _workers(workers: int, local_world: int) -> int:
-    """-1: one worker per core of this rank's share, at least one, at most 12."""
-    if workers >= 0:
-        return workers
-    return max(1, min(12, (os.cpu_count() or 1) // local_world))
+def _workers(workers: int, cores: int) -> int:
+    """-1: one worker per core of this rank's share, at most 12."""
+    return workers if workers >= 0 else min(12, cores)
 
 
-def _announce(
-    state: TrainState, samples: int, kernel_line: str, failure: str, resumed: str
-) -> None:
+def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[str]) -> None:
     """Write what runs into the folder, and say it."""
     path, recipe, engine = state.folder.path, state.recipe, state.model.engine
+    samples = state.schedule["images"]
     if state.ranks.rank == 0:
         write_atomic(path / "recipe.yaml", dump_recipe(recipe))
         write_json(path / "ds_config.json", engine.config)
@@ -253,7 +279,7 @@ def _announce(
         kernel_line,
         f"image decoder: {state.loader.decoder}",
         f"data: {samples} images in {state.data}, {state.steps.per_epoch} steps per epoch",
-        resumed,
+        *resumed,
     ]
     for line in filter(None, lines):
         state.watch.monitor.say(line)

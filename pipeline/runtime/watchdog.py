@@ -16,9 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, lost_contact
 from pipeline.errors import UserError
 
 FAILURE = "failure.txt"
@@ -50,7 +48,7 @@ def last_failure(output: Path, *, clear: bool = False) -> str:
 
 def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> int:
     """Say why this rank ends, unless another one said the same; the exit code."""
-    gone = isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
+    gone = lost_contact(error)
     reason = "lost contact to another rank" if gone else str(error) or type(error).__name__
     if note_failure(output, ranks.rank, where, reason):
         who = f" (rank {ranks.rank}, {where})" if ranks.world > 1 else ""

@@ -13,6 +13,7 @@ import lzma
 import os
 import posixpath
 import shutil
+import socket
 import subprocess
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -49,12 +50,12 @@ def archive_stem(name: str) -> str:
     return base[: -len(suffix)]
 
 
-def list_archive(path: Path, unpacked: Path, skip: bool) -> Found:
+def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
     """The images of one tar. Image names: `class/file` for a tar of class tars, else the name in
     the archive without the folders that all of it lies in.
 
-    unpacked: folder for the plain tar of a compressed archive. skip: what is damaged is reported
-    in `Found.missing` instead of raised (TarError).
+    unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what
+    is damaged is reported in `Found.missing` instead of raised (TarError).
     """
     found = Found()
     with found.catching(path.name, skip):
@@ -75,7 +76,7 @@ def list_archive(path: Path, unpacked: Path, skip: bool) -> Found:
     return found
 
 
-def list_class_tars(paths: Iterable[Path], unpacked: Path, skip: bool) -> Found:
+def list_class_tars(paths: Iterable[Path], unpacked: Path | None, skip: bool) -> Found:
     """The images of a folder of class tars, named `class/file`."""
     found = Found()
     for path in paths:
@@ -139,21 +140,32 @@ def _latest(members: list[Member], found: Found) -> list[Member]:
     return list(last.values())
 
 
-def plain_tar(path: Path, unpacked: Path) -> Path:
-    """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
-    folder `unpacked`, made at first use. TarError where the stream is damaged or cut."""
+def compression(path: Path) -> str:
+    """gzip, zstd, bzip2 or xz by the first bytes of a file, else ""."""
     with naming(path, "cannot be read"), open(path, "rb") as file:
         head = file.read(6)
-        about = os.fstat(file.fileno())
-    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+
+
+def plain_tar(path: Path, unpacked: Path | None) -> Path:
+    """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
+    folder `unpacked`, made at first use (None: a ToolError asks to unpack it).
+
+    TarError where the stream is damaged or cut.
+    """
+    kind = compression(path)
     if not kind:
         return path
+    with naming(path, "cannot be read"):
+        about = path.stat()
+    if unpacked is None:
+        raise ToolError(f"{path}: is compressed, so tasks cannot share it; unpack it first")
     mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
     target = unpacked / f"{path.name}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.tar"
     if target.is_file():
         return target
     print(f"{path}: {kind}-compressed; unpacking it into {unpacked}", flush=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with naming(target, "cannot be written"):
         unpacked.mkdir(parents=True, exist_ok=True)
         try:

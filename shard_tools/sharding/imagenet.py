@@ -105,10 +105,12 @@ def _kaggle(root: Path) -> Layout | None:
 
 def _folders(root: Path) -> Layout | None:
     val = next((root / name for name in _VAL_FOLDERS if (root / name).is_dir()), None)
+    if val is None and (root / "test").is_dir() and class_folders(root / "test"):
+        val = root / "test"  # CIFAR and others; ImageNet's own test set has no classes
     if val is None or not (root / "train").is_dir():
         return None
     return Layout(
-        "class folders in train/ and " + val.name + "/",
+        f"class folders in train/, validation set in {val.name}/",
         (root / "train",),
         (val,),
         _flat_labels(val, [root, val]),

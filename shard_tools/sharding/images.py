@@ -1,30 +1,31 @@
-"""Look at the content of an image file: what it is, whether it is whole, what must change.
+"""Look at the content of an image file: what it is, whether it is complete, what must change.
 
-A file is judged by its bytes, never by its name. JPEGs in RGB or grey pass unchanged; PNG, GIF
+What is accepted is decided in shard_tools/image_file. JPEGs in RGB or grey pass unchanged; PNG, GIF
 and other formats and CMYK JPEGs become JPEGs. EXIF orientation is recorded and not applied, as
-torchvision's ImageFolder does.
+torchvision's ImageFolder does; an image that is re-encoded keeps it in its EXIF data.
 """
 
 from __future__ import annotations
 
 import io
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import simplejpeg
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image
 
-from pipeline.errors import UserError
+from shard_tools.image_file import (
+    Conversion,
+    Header,
+    ImageFault,
+    decode,
+    orientation,
+    read_header,
+)
 
-# Only these decoders of Pillow are ever tried on a file (its JPEG one also opens MPO).
-READABLE = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM", "TIFF")
+__all__ = ["CheckedImage", "ImageFault", "ImageSettings", "check_image", "decode_fully", "probe"]
+
 QUALITY = 95  # of a JPEG that has to be re-encoded and for which no quality is asked
-_GREY = ("1", "L", "LA", "La")
-_EXIF_ORIENTATION = 0x0112
-
-
-class ImageFault(UserError):
-    """An image that cannot be used; the text is the reason, without the file name."""
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,16 @@ class ImageSettings:
 
     resize_shorter, max_side: upper limits of the shorter and longer side in pixels; smaller images
         are never enlarged. quality: re-encode every image as JPEG of this quality.
-    check: "decode" runs every entropy-coded byte through the decoder, "headers" reads headers and
-        looks for the end-of-image marker only.
+    check: "decode" runs every entropy-coded byte through the decoder, "headers" reads the headers
+        of JPEGs and looks for their end only.
+    conversion: what becomes of values of more than 8 bits and of transparent pixels.
     """
 
     resize_shorter: int | None = None
     max_side: int | None = None
     quality: int | None = None
     check: str = "decode"
+    conversion: Conversion = field(default_factory=Conversion)
 
     @property
     def changes_size(self) -> bool:
@@ -63,99 +66,72 @@ class CheckedImage:
 
 def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
     """Check one file and convert it where needed. Raises ImageFault with the reason."""
-    if not data:
-        raise ImageFault("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on EXIF; its errors are still raised
-        try:
-            image = Image.open(io.BytesIO(data), formats=READABLE)
-            return _check(data, image, settings)
-        except UnidentifiedImageError:
-            raise ImageFault(_unidentified(data)) from None
-        except ImageFault:
-            raise
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ImageFault(_first_line(error)) from error
+    header = read_header(data, settings.conversion)
+    is_jpeg = header.format == "JPEG"
+    scale = _scale((header.width, header.height), settings)
+    reasons = []
+    if not is_jpeg:
+        reasons.append(f"{header.format} to JPEG")
+    elif header.channels == 4:
+        reasons.append("CMYK to RGB")
+    if scale < 1:
+        reasons.append("resized")
+    if settings.quality and not reasons:
+        reasons.append("re-encoded")
+    damage = _jpeg_warning(data, header) if is_jpeg and settings.check == "decode" else ""
+    if is_jpeg and not reasons:
+        if settings.check == "decode" and (damage or not header.plain):
+            decode(data, header)  # as in training, Pillow has the last word
+        turned = orientation(data, header)
+        return CheckedImage(data, header.width, header.height, turned, "", damage)
+    picture = decode(data, header, settings.conversion)
+    turned = orientation(data, header)
+    encoded, size = _encode(picture, scale, settings.quality or QUALITY, turned)
+    reasons += _remarks(header, settings.conversion)
+    return CheckedImage(encoded, *size, turned, ", ".join(reasons), damage)
+
+
+def _remarks(header: Header, conversion: Conversion) -> list[str]:
+    """What was converted as the user asked."""
+    deep = [f"{header.bits} to 8 bits ({conversion.gray16})"] if header.deep else []
+    return deep + ([f"alpha ({conversion.alpha})"] if header.alpha and conversion.alpha else [])
 
 
 def probe(data: bytes) -> tuple[str, int, int, int]:
-    """(format as in manifest.FORMATS, width, height, EXIF orientation) from the headers alone."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(data), formats=READABLE)
-        except UnidentifiedImageError:
-            raise ImageFault(_unidentified(data)) from None
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ImageFault(_first_line(error)) from error
-        kind = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png", "WEBP": "webp"}
-        return kind.get(image.format or "", "other"), *image.size, _orientation(image)
+    """(format as in manifest.FORMATS, width, height, EXIF orientation) from the headers alone.
+
+    Raises ImageFault for what `check_image` refuses by default, as far as headers tell; an image
+    with alpha is decoded, since only its pixels say whether any is transparent.
+    """
+    header = read_header(data)
+    if header.alpha:
+        decode(data, header)
+    kind = {"JPEG": "jpeg", "PNG": "png", "WEBP": "webp"}.get(header.format, "other")
+    return kind, header.width, header.height, orientation(data, header)
 
 
 def decode_fully(data: bytes) -> str:
     """Run every byte of an image through its decoder; returns libjpeg's warning or "".
 
-    Raises what Pillow raises (of any kind) where it, and so torchvision, could not load it.
+    Raises ImageFault where training could not load it.
     """
-    if data[:2] != b"\xff\xd8":
-        Image.open(io.BytesIO(data), formats=READABLE).load()
-        return ""
-    try:  # entropy decoding is complete at 1/8 size too, and only warnings are fatal here
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
+    header = read_header(data)
+    warning = _jpeg_warning(data, header)
+    if warning or not (header.format == "JPEG" and header.plain):
+        decode(data, header)
+    return warning
+
+
+def _jpeg_warning(data: bytes, header: Header) -> str:
+    """What its scans lack or libjpeg warns of (of a plain JPEG), or ""."""
+    if not header.plain:
+        return header.damage
+    try:  # entropy decoding is complete at 1/8 size too, and warnings are errors here
+        colours = "CMYK" if header.channels == 4 else "GRAY"
+        simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8)
         return ""
     except ValueError as warning:
-        Image.open(io.BytesIO(data), formats=READABLE).load()
         return str(warning)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
-
-
-def _unidentified(data: bytes) -> str:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and not features.check("webp"):
-        return "a WebP image, which this build of Pillow cannot read"
-    return "not an image in a known format"
-
-
-def _check(data: bytes, image: Image.Image, settings: ImageSettings) -> CheckedImage:
-    orientation = _orientation(image)
-    is_jpeg = image.format in ("JPEG", "MPO")
-    scale = _scale(image.size, settings)
-    reasons = []
-    if not is_jpeg:
-        reasons.append(f"{image.format} to JPEG")
-    elif image.mode not in ("L", "RGB"):
-        reasons.append(f"{image.mode} to RGB")
-    if scale < 1:
-        reasons.append("resized")
-    if settings.quality and not reasons:
-        reasons.append("re-encoded")
-    damage = ""
-    if is_jpeg:
-        damage = _check_jpeg(data, settings.check)
-    if not reasons:
-        return CheckedImage(data, *image.size, orientation, "", damage)
-    encoded, size = _encode(image, scale, settings.quality or QUALITY)
-    return CheckedImage(encoded, *size, orientation, ", ".join(reasons), damage)
-
-
-def _check_jpeg(data: bytes, check: str) -> str:
-    """Libjpeg's warning or ""; raises ImageFault for a cut file, OSError for a broken one."""
-    # Some encoders pad with zeros after the end-of-image marker.
-    if data[-2:] != b"\xff\xd9" and b"\xff\xd9" not in data[-4096:]:
-        raise ImageFault("the file is truncated (no end-of-image marker)")
-    return decode_fully(data) if check == "decode" else ""
-
-
-def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info and image.format not in ("TIFF", "WEBP", "PNG"):
-        return 1
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing; every parser error is possible here
-        return 1
-    return value if value in range(1, 9) else 1
 
 
 def _scale(size: tuple[int, int], settings: ImageSettings) -> float:
@@ -164,17 +140,18 @@ def _scale(size: tuple[int, int], settings: ImageSettings) -> float:
     return min(1.0, shorter, (settings.max_side or max(size)) / max(size))
 
 
-def _encode(image: Image.Image, scale: float, quality: int) -> tuple[bytes, tuple[int, int]]:
-    """JPEG bytes and size of `image` scaled by `scale` (antialiased bicubic)."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bit per value
-        image = image.convert("F").point(lambda value: value / 257).convert("L")
-    elif image.mode in _GREY:
-        image = image.convert("L")
-    else:
-        image = image.convert("RGB")  # drops alpha, as torchvision's loader does
+def _encode(
+    image: Image.Image, scale: float, quality: int, turned: int
+) -> tuple[bytes, tuple[int, int]]:
+    """JPEG bytes and size of `image` scaled by `scale` (antialiased bicubic), with its EXIF
+    orientation, so that whoever applies it sees what the source showed."""
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if turned != 1:
+        exif[_ORIENTATION] = turned
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0 if quality >= QUALITY else 2)
+    subsampling = 0 if quality >= QUALITY else 2
+    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
     return buffer.getvalue(), image.size

@@ -21,11 +21,12 @@ from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Shard
 from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
 from shard_tools.sharding.sources import Item, Source, read_item
+from shard_tools.sharding.statistics import NO_PIXELS
 from shard_tools.tar import BLOCK, RECORD, padded
 
 PARTS = ".parts"  # folder inside DEST while the job runs
 PLAN = "plan.json"
-LAYOUT = 1  # raised when equal options would give other bytes
+LAYOUT = 2  # raised when equal options would give other bytes
 # Bytes of a sample beside its image: three headers, cls and json with their padding.
 OVERHEAD = 5 * BLOCK
 PROBE = 64  # images whose new size is measured when they are to be resized
@@ -104,13 +105,15 @@ class Part:
     """A finished shard: what the manifest needs to know of it, and what happened to its images.
 
     shard is None where no image of it could be used. report: (name, what, reason) with what one of
-    converted, damaged, skipped.
+    converted, damaged, skipped. prints, pixels: see shard_tools/sharding/statistics.py.
     """
 
     shard: Shard | None
     rows: np.ndarray
     names: list[str]
     report: list[tuple[str, str, str]]
+    prints: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    pixels: np.ndarray = field(default_factory=lambda: NO_PIXELS)
 
 
 def part_path(dest: Path, number: int) -> Path:
@@ -124,6 +127,8 @@ def write_part(dest: Path, number: int, digest: str, part: Part) -> None:
         "rows": base64.b64encode(part.rows.tobytes()).decode(),
         "names": part.names,
         "report": part.report,
+        "prints": base64.b64encode(part.prints.tobytes()).decode(),
+        "pixels": part.pixels.tolist(),
     }
     write_atomic(part_path(dest, number), json.dumps(content).encode())
 
@@ -139,7 +144,9 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
             return None
         rows = np.frombuffer(base64.b64decode(content["rows"]), SAMPLE)
         report = [(name, what, reason) for name, what, reason in content["report"]]
-        return Part(shard, rows, content["names"], report)
+        prints = np.frombuffer(base64.b64decode(content["prints"]), np.uint64)
+        pixels = np.array(content["pixels"])
+        return Part(shard, rows, content["names"], report, prints, pixels)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -152,6 +159,7 @@ def plan_record(plan: Plan, source_name: str) -> dict[str, Any]:
         "classes": list(plan.source.classes),
         "ignored": plan.source.ignored,
         "missing": plan.source.missing,
+        "duplicates": plan.source.duplicates,
         "made": {
             "source": source_name,
             "images": len(plan.items),

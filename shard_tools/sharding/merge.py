@@ -13,9 +13,11 @@ import numpy as np
 from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, write_manifest
-from shard_tools.sharding.layout import PARTS, Part, read_part, read_plan_record
+from shard_tools.sharding.layout import PARTS, read_part, read_plan_record
+from shard_tools.sharding.statistics import duplicates, mean_and_std
 
 REPORT = "report.jsonl"
+_REMARKS = ("converted", "damaged", "skipped", "ignored", "dropped", "duplicate")
 
 
 def merge_parts(dest: Path) -> Manifest:
@@ -37,33 +39,36 @@ def merge_parts(dest: Path) -> Manifest:
     ]
     lines += [(name, "skipped", reason) for name, reason in record["missing"]]
     lines += [line for part in parts for line in part.report]
-    counts = Counter(what for _, what, _ in lines)
     filled = [part for part in parts if part.shard]
     if not filled:
         raise ToolError(f"{dest}: no image could be used; the first: {': '.join(lines[0])}")
+    rows = np.concatenate([np.zeros(0, SAMPLE), *(part.rows for part in filled)])
+    names = [name for part in filled for name in part.names]
+    prints = np.concatenate([part.prints for part in filled])
+    lines += [(name, "dropped", reason) for name, reason in record["duplicates"]]
+    again = duplicates(prints, rows["label"], names)
+    lines += [(names[row], "duplicate", reason) for row, reason in again]
+    counts = Counter(what for _, what, _ in lines)
     write_atomic(dest / REPORT, report_lines(lines))
-    manifest = _write(dest, filled, record, counts)
-    clean_up(dest)
-    return manifest
-
-
-def _write(dest: Path, parts: list[Part], record: dict, counts: Counter[str]) -> Manifest:
     made = {
         "kind": "shards",
         "tool": "make_shards",
         "version": version("relaxmim"),
         "plan": record["digest"],
         **record["made"],
-        "report": {what: counts[what] for what in ("converted", "damaged", "skipped", "ignored")},
+        "report": {what: counts[what] for what in _REMARKS},
+        "pixels": mean_and_std(np.sum([part.pixels for part in filled], axis=0)),
     }
-    return write_manifest(
+    manifest = write_manifest(
         dest,
-        shards=[part.shard for part in parts if part.shard],
-        index=np.concatenate([np.zeros(0, SAMPLE), *(part.rows for part in parts)]),
+        shards=[part.shard for part in filled if part.shard],
+        index=rows,
         classes=record["classes"],
         made=made,
-        names=[name for part in parts for name in part.names],
+        names=names,
     )
+    clean_up(dest)
+    return manifest
 
 
 def clean_up(dest: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +36,8 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Items, their classes (index → name), (name, reason) for files that are no images and for
-    images that are known to be missing, and a remark about how it was read."""
+    """Items, their classes (index → name), (name, reason) for files that are no images, for images
+    that are known to be missing and for dropped duplicates, and a remark about how it was read."""
 
     root: str
     items: list[Item]
@@ -45,6 +45,11 @@ class Source:
     ignored: list[tuple[str, str]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     remark: str = ""
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+
+    def without(self, items: list[Item], duplicates: list[tuple[str, str]]) -> Source:
+        """The same with fewer items, since `duplicates` were dropped."""
+        return replace(self, items=items, duplicates=duplicates)
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,15 @@ class Listing:
         an unknown class is an error, a class without images is kept. labels: of a flat folder or
         tar, see shard_tools/sharding/labels.py. root: where the paths of a CSV or JSONL start
         (default: its folder). unlabelled: take every image and no labels. unpacked: folder for the
-        content of compressed archives. skip: report what is damaged or missing, and take the rest.
+        content of compressed archives, None = refuse them. skip: report what is damaged or
+        missing, and take the rest.
     """
 
     classes: tuple[str, ...] = ()
     labels: Labels | None = None
     root: Path | None = None
     unlabelled: bool = False
-    unpacked: Path = Path(".")
+    unpacked: Path | None = None
     skip: bool = False
 
 
@@ -235,7 +241,7 @@ def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
         raise ToolError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} given")
     numbers = [index[name] for name in source.classes]
     items = [item._replace(label=numbers[item.label]) for item in source.items]
-    return Source(source.root, items, classes, source.ignored, source.missing, source.remark)
+    return replace(source, items=items, classes=classes)
 
 
 def _checked(source: Source, path: Path) -> Source:

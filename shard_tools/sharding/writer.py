@@ -19,8 +19,9 @@ from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
 from shard_tools.sharding.sources import Item, read_item
+from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
-from shard_tools.workers import map_in_workers, report, working_on
+from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class ShardJob:
     on_error: str
     dest: Path
     digest: str
+    total: int  # images of the whole plan
 
 
 def write_shards(
@@ -55,14 +57,26 @@ def write_shards(
             on_error=on_error,
             dest=dest,
             digest=plan.digest,
+            total=len(plan.items),
         )
         for number in numbers
     ]
     total = finished + sum(len(job.items) for job in jobs)
-    for _ in map_in_workers(
-        finish_shard, jobs, workers=workers, description=str(dest), total=total, finished=finished
-    ):
-        pass
+    try:
+        for _ in map_in_workers(
+            finish_shard,
+            jobs,
+            workers=workers,
+            description=str(dest),
+            total=total,
+            finished=finished,
+        ):
+            pass
+    except WorkerDied as death:
+        for pid in death.pids:
+            for leftover in dest.glob(f".*.tar.{socket.gethostname()}.{pid}.tmp"):
+                leftover.unlink(missing_ok=True)
+        raise ToolError(f"{death}; finished shards are kept, --resume does the rest") from None
 
 
 def finish_shard(job: ShardJob) -> None:
@@ -76,6 +90,8 @@ def write_shard(job: ShardJob) -> Part:
     that cannot be used, where job.on_error is "fail"."""
     partial = job.dest / f".{job.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     rows = np.zeros(len(job.items), SAMPLE)
+    prints = np.zeros(len(job.items), np.uint64)
+    pixels = NO_PIXELS
     names: list[str] = []
     remarks: list[tuple[str, str, str]] = []
     handle = -1
@@ -86,11 +102,12 @@ def write_shard(job: ShardJob) -> Part:
             working_on(f"{job.root}/{item.name}")
             report(item.size)
             try:
-                image = check_image(read_item(job.root, item), job.settings)
+                data = read_item(job.root, item)
+                image = check_image(data, job.settings)
             except ImageFault as fault:
                 if job.on_error == "fail":
-                    place = f"{job.root}/{item.name}"
-                    raise ToolError(f"{place}: {fault}; --on-error skip leaves it out") from None
+                    source = f"{job.root}/{item.name}"
+                    raise ToolError(f"{source}: {fault}; --on-error skip leaves it out") from None
                 remarks.append((item.name, "skipped", str(fault)))
                 continue
             if image.converted:
@@ -99,6 +116,9 @@ def write_shard(job: ShardJob) -> Part:
                 remarks.append((item.name, "damaged", image.damage))
             offsets = writer.write(f"{index:09d}", fields_of(job, item, image))
             rows[len(names)] = row_of(item, image, offsets["jpg"])
+            prints[len(names)] = fingerprint(data)
+            if is_sampled(index, job.total):
+                pixels = pixels + pixel_sums(image.data)
             names.append(item.name)
         digest = writer.close()
         os.fsync(handle)
@@ -107,7 +127,7 @@ def write_shard(job: ShardJob) -> Part:
         os.replace(partial, job.dest / job.name)
         fsync(job.dest)
         shard = Shard(job.name, len(names), writer.bytes, digest)
-        return Part(shard, rows[: len(names)], names, remarks)
+        return Part(shard, rows[: len(names)], names, remarks, prints[: len(names)], pixels)
     finally:
         partial.unlink(missing_ok=True)
         if handle >= 0:
@@ -132,5 +152,5 @@ def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes
 def row_of(item: Item, image: CheckedImage, offset: int) -> tuple[int, ...]:
     """The SAMPLE row of one sample."""
     kind = FORMATS.index("jpeg")
-    place = (offset, len(image.data), item.label)
-    return (*place, image.width, image.height, image.orientation, kind, 0)
+    extent = (offset, len(image.data), item.label)
+    return (*extent, image.width, image.height, image.orientation, kind, 0)

@@ -10,6 +10,9 @@ from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, wr
 
 from eval import attentive
 from eval.attentive import AttentiveProbe, Heads, Settings
+from eval.shared.cli import settings_of
+from eval.shared.session import session_of
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 SHORT = ("--steps", "30", "--batch-size", "16", "--workers", "0", "--rates", "1e-3", "1e-2",
@@ -17,7 +20,7 @@ SHORT = ("--steps", "30", "--batch-size", "16", "--workers", "0", "--rates", "1e
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def home(tmp_path_factory):
     """A run with an encoder of random weights, and shards of coloured images."""
     folder = tmp_path_factory.mktemp("attentive")
     write_encoder(folder / "run")
@@ -26,9 +29,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def parse(place: Path, *words: object):
-    names = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+def parse(home: Path, *words: object):
+    names = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
     return attentive.build_parser().parse_args([str(w) for w in (*names, *SHORT, *words)])
+
+
+def evaluate(home: Path, folder: Path, *words: object, ranks: Ranks = ALONE) -> dict:
+    args = parse(home, *words)
+    return attentive.evaluate(settings_of(Settings, args), session_of(args, ranks), folder)
 
 
 def plain(probe: AttentiveProbe, tokens: torch.Tensor) -> torch.Tensor:
@@ -102,8 +110,8 @@ def test_it_finds_what_a_mean_of_the_patches_loses():
     assert linear.float().mean() < 0.75
 
 
-def test_result_names_what_was_chosen_and_how(place):
-    result = attentive.evaluate(parse(place), ALONE, place / "out")
+def test_result_names_what_was_chosen_and_how(home):
+    result = evaluate(home, home / "out")
     assert result["protocol"] == "attentive-probe"
     assert result["images"] == 21
     assert result["top1"] > 60
@@ -114,21 +122,21 @@ def test_result_names_what_was_chosen_and_how(place):
     assert best == next(r["selection"] for r in result["grid"] if r["lr"] == result["lr"])
     assert result["base_lr_chosen_on"] == "6 images of held-out training images (best of 2)"
     kept, held_out = (
-        json.loads(next((place / "out").glob(f"{name}-*/manifest.json")).read_text())
+        json.loads(next((home / "out").glob(f"{name}-*/manifest.json")).read_text())
         for name in ("kept", "held-out")
     )
     assert sum(s["samples"] for s in kept["shards"]) == 54
     assert sum(s["samples"] for s in held_out["shards"]) == 6
 
 
-def _two(ranks, place, output):
-    result = attentive.evaluate(parse(Path(place)), ranks, Path(output) / "probe")
+def _two(ranks, home, output):
+    result = evaluate(Path(home), Path(output) / "probe", ranks=ranks)
     Path(output, f"{ranks.rank}.json").write_text(json.dumps(result["grid"]))
 
 
-def test_two_ranks_give_the_result_of_one(place, tmp_path):
-    on_two_ranks(_two, str(place), str(tmp_path))
-    alone = attentive.evaluate(parse(place), ALONE, tmp_path / "alone")
+def test_two_ranks_give_the_result_of_one(home, tmp_path):
+    on_two_ranks(_two, str(home), str(tmp_path))
+    alone = evaluate(home, tmp_path / "alone")
     for rank in range(2):
         grid = json.loads((tmp_path / f"{rank}.json").read_text())
         assert grid == alone["grid"]
@@ -145,9 +153,18 @@ def test_two_ranks_give_the_result_of_one(place, tmp_path):
         (("--rates", "1e30"), "no head of the attentive probe has a finite loss"),
     ],
 )
-def test_bad_input_is_one_sentence(place, words, sentence, tmp_path):
+def test_bad_input_is_one_sentence(home, words, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        attentive.evaluate(parse(place, *words), ALONE, tmp_path)
+        evaluate(home, tmp_path, *words)
+
+
+def test_a_pair_that_diverges_has_no_accuracy_and_the_others_keep_theirs(home, tmp_path):
+    mixed = evaluate(home, tmp_path, "--rates", "1e30", "1e-2")
+    alone = evaluate(home, tmp_path, "--rates", "1e-2")
+    assert mixed["grid"][0] == {"lr": 1e30, "weight_decay": 0.0, "diverged": True}
+    assert mixed["grid"][1:] == alone["grid"]
+    assert mixed["top1"] == alone["top1"]
+    assert mixed["base_lr_chosen_on"].endswith("(best of 2, of which 1 diverged)")
 
 
 def test_help_names_every_flag(capsys):

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)
 from torch import Tensor
 
 from eval import cka
-from eval.shared.features import open_encoder
+from eval.shared.cli import settings_of
+from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
@@ -18,16 +26,21 @@ COUNT = 48
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cka")
     write_shards(folder / "val", *coloured_images(COUNT, 6, seed=2))
     write_encoder(folder / "run")
     return folder
 
 
-def parse(place: Path, *more: str) -> cka.argparse.Namespace:
-    common = ["--encoder", place / "run", "--val", place / "val", "--workers", 0]
+def parse(home: Path, *more: str) -> cka.argparse.Namespace:
+    common = ["--encoder", home / "run", "--val", home / "val", "--workers", 0]
     return cka.build_parser().parse_args([str(v) for v in (*common, *more)])
+
+
+def evaluate(home: Path, *more: str, ranks: Ranks = ALONE) -> dict:
+    args = parse(home, *more)
+    return cka.evaluate(settings_of(cka.Settings, args), session_of(args, ranks))
 
 
 def by_loops(first: Tensor, second: Tensor) -> float:
@@ -71,14 +84,51 @@ def plain_cka(first: Tensor, second: Tensor) -> float:
     return float((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
 
 
-@pytest.mark.parametrize("pool", ["mean_patch", "cls"])
-def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> None:
-    args = parse(place, "--pool", pool, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
-    result = cka.evaluate(args, ALONE)
-    vit, info = open_encoder(args, ALONE)
-    loader = cka.eval_loader(args.val, batch_size=COUNT, rank=0, world=1, image_size=16, workers=0)
-    batch = next(iter(loader))
-    pixels = cka.normalise(batch.image, info, ALONE.device)
+def biased_cka(first: Tensor, second: Tensor) -> float:
+    """Biased CKA by its published form: tr(K H L H) with H = 1 - 11'/n (Kornblith et al. 2019)."""
+    n = len(first)
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    k, m = (centre @ (x.double() @ x.double().T) @ centre for x in (first, second))
+    return float((k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt())
+
+
+ORACLES = {"unbiased": plain_cka, "biased": biased_cka}
+
+
+def pooled(tokens: Tensor, pool: str, kept: Tensor, full: bool) -> Tensor:
+    """Features by a plain loop over the images, of [b, 1 + L, D]."""
+    if pool == "cls":
+        return tokens[:, 0]
+    if pool == "all-kept" or not full:
+        return tokens[:, 1:].mean(1)
+    return torch.stack([image[1:][rows].mean(0) for image, rows in zip(tokens, kept, strict=True)])
+
+
+def test_the_biased_estimator_is_a_trace_and_its_bias_is_that_of_small_batches() -> None:
+    torch.manual_seed(3)
+    first, second = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    k, m = (first + 4) @ (first + 4).T, (second - 2) @ (second - 2).T  # not centred
+    centre = torch.eye(6, dtype=torch.float64) - 1 / 6
+    expected = torch.trace(k @ centre @ m @ centre) / 25
+    assert cka.biased_hsic(k, m).item() == pytest.approx(expected.item(), rel=1e-12)
+    independent = torch.randn(500, 8, 5), torch.randn(500, 8, 5)
+    grams = [cka.gram(x) for x in independent]
+    assert cka.biased_hsic(*grams).mean() > 1
+    assert abs(cka.hsic(*grams).mean()) < 0.3
+
+
+@pytest.mark.parametrize("hsic", ["unbiased", "biased"])
+@pytest.mark.parametrize("pool", ["kept-in-both", "all-kept", "cls"])
+def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str, hsic: str) -> None:
+    words = ("--pool", pool, "--hsic", hsic, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
+    result = evaluate(home, *words)
+    assert (result["pool"], result["hsic"]) == (pool, hsic)
+    assert {"pool": pool, "hsic": hsic, "cka": result["cka"]} in result["variants"]
+    assert len({(v["pool"], v["hsic"]) for v in result["variants"]}) == 6
+    session = session_of(parse(home, *words), ALONE)
+    vit = session.vit
+    batch = next(iter(session.loader(home / "val", COUNT)))
+    pixels = session.normalise(batch.image)
     seen: list[Tensor] = []
     for block in vit.blocks:  # what timm's own forward computes, seen from outside
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -86,24 +136,21 @@ def test_one_batch_of_everything_is_the_exact_value(place: Path, pool: str) -> N
         vit(pixels)
         whole = list(seen)
         for row, ratio in enumerate((0.3, 0.8)):
-            kept = cka.kept_patches(batch.sample, 16, ratio, args.seed)
+            kept = cka.kept_patches(batch.sample, 16, ratio, 0)
             part = cka.block_features(vit, pixels, kept)
             for number in range(2):
-                features = [
-                    t[number][:, 0] if pool == "cls" else t[number][:, 1:].mean(1)
-                    for t in (whole, part)
-                ]
-                assert result["cka"][row][number] == pytest.approx(plain_cka(*features), abs=2e-5)
+                x, y = (pooled(t[number], pool, kept, t is whole) for t in (whole, part))
+                assert result["cka"][row][number] == pytest.approx(ORACLES[hsic](x, y), abs=2e-5)
 
 
-def test_dropped_patches_do_not_reach_the_encoder(place: Path) -> None:
-    vit, _ = open_encoder(parse(place), ALONE)
+def test_dropped_patches_do_not_reach_the_encoder(home: Path) -> None:
+    vit = session_of(parse(home), ALONE).vit
     torch.manual_seed(0)
     pixels, sample = torch.randn(3, 3, 16, 16), torch.tensor([4, 9, 11])
     kept = cka.kept_patches(sample, 16, 0.7, seed=0)
     assert kept.shape == (3, 16 - 11)
     again = cka.kept_patches(sample.flip(0), 16, 0.7, seed=0).flip(0)
-    assert torch.equal(kept, again)  # by sample, not by place in the batch
+    assert torch.equal(kept, again)  # by sample, not by position in the batch
     hidden = torch.ones(3, 16, dtype=torch.bool).scatter_(1, kept, False)
     grid = hidden.view(3, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     other = torch.where(grid, torch.randn_like(pixels), pixels)
@@ -123,25 +170,32 @@ def test_dropped_patches_do_not_reach_the_encoder(place: Path) -> None:
             torch.testing.assert_close(a, b)
 
 
-def work(ranks: Ranks, place: str) -> None:
-    result = cka.evaluate(parse(Path(place), "--batch-size", 16), ranks)
-    (Path(place) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
+def work(ranks: Ranks, home: str) -> None:
+    result = evaluate(Path(home), "--batch-size", 16, ranks=ranks)
+    (Path(home) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_minibatches_on_two_ranks_give_the_value_of_one(place: Path) -> None:
-    on_two_ranks(work, str(place))
-    alone = cka.evaluate(parse(place, "--batch-size", 16), ALONE)
-    exact = cka.evaluate(parse(place, "--batch-size", COUNT), ALONE)
+def test_minibatches_on_two_ranks_give_the_value_of_one(home: Path) -> None:
+    on_two_ranks(work, str(home))
+    alone = evaluate(home, "--batch-size", 16)
+    exact = evaluate(home, "--batch-size", COUNT)
     assert alone["ratios"] == pytest.approx([n / 10 for n in range(1, 10)])
     for rank in (0, 1):
-        result = json.loads((place / f"rank{rank}.json").read_text())
+        result = json.loads((home / f"rank{rank}.json").read_text())
         torch.testing.assert_close(torch.tensor(result["cka"]), torch.tensor(alone["cka"]))
     error = (torch.tensor(alone["cka"]) - torch.tensor(exact["cka"])).abs()
     assert error.max() < 0.15  # an estimate from 3 batches of 16
 
 
-def test_bad_input_is_one_sentence(place: Path) -> None:
+def test_bad_input_is_one_sentence(home: Path) -> None:
     with pytest.raises(UserError, match="at least 4 images"):
-        cka.evaluate(parse(place, "--batch-size", 3), ALONE)
-    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size"):
-        cka.evaluate(parse(place, "--batch-size", 64), ALONE)
+        evaluate(home, "--batch-size", 3)
+    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size 64"):
+        evaluate(home, "--batch-size", 64)
+    with pytest.raises(UserError, match="--images 8: are fewer than --batch-size 16"):
+        evaluate(home, "--batch-size", 16, "--images", 8)
+    with pytest.raises(UserError, match=r"--mask-ratios 0.99: leaves none of 16 patches"):
+        evaluate(home, "--batch-size", 16, "--mask-ratios", 0.5, 0.99)
+    spoil_encoder(home / "run", home / "spoilt")
+    with pytest.raises(UserError, match="features of the encoder are not finite"):
+        evaluate(home, "--batch-size", 16, "--encoder", home / "spoilt")

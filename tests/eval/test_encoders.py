@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,8 +15,12 @@ from tiny import tiny_recipe
 
 from eval import cka, finetune, knn
 from eval.shared.classifier import build_classifier, layer_groups
-from eval.shared.cli import output_path, parser
-from eval.shared.features import image_features, open_encoder
+from eval.shared.cli import parser, settings_of
+from eval.shared.encoders import EncoderInfo
+from eval.shared.features import image_features
+from eval.shared.results import output_path
+from eval.shared.session import encoder_of, session_of
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
@@ -30,6 +33,11 @@ def parse(*words: object, feature: str = "mean_patch") -> argparse.Namespace:
     args = parser("").parse_args([str(word) for word in words])
     args.feature = feature
     return args
+
+
+def open_encoder(args: argparse.Namespace, ranks: Ranks) -> tuple:
+    session = session_of(args, ranks, args.feature)
+    return session.vit, session.info.record
 
 
 def tiny(arch: str = ARCH, **more: object) -> torch.nn.Module:
@@ -117,12 +125,12 @@ def test_pooled_norms_registers_and_beit(tmp_path):
         with pytest.raises(UserError, match="take the mean of the patches"):
             open_encoder(parse("--encoder", path, *words, feature="cls"), ALONE)
         vit, info = open_encoder(args, ALONE)
-        classifier = build_classifier(vit, info, 5, drop_path=0.1)
+        classifier = build_classifier(vit, EncoderInfo.of(info), 5, drop_path=0.1)
         assert torch.equal(classifier.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
         assert torch.equal(classifier.fc_norm.weight, torch.ones(32))
         groups = layer_groups(classifier, weight_decay=0.1, layer_decay=0.5)
         assert min(g["lr_scale"] for g in groups) == 0.125
-    with pytest.raises(UserError, match="Beit, whose blocks know patches by their place"):
+    with pytest.raises(UserError, match="Beit, whose blocks know patches by their position"):
         cka.check_encoder(tiny("beit_base_patch16_224"), "beit", "mean")
 
 
@@ -154,11 +162,15 @@ def test_every_protocol_takes_a_file(tmp_path):
     torch.save({"teacher": dino(tiny(global_pool="token").state_dict())}, tmp_path / "dino.pth")
     data = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--workers", "0"]
     words = ["--encoder", str(tmp_path / "dino.pth"), *WORDS, *data]
-    result = knn.evaluate(knn.build_parser().parse_args([*words, "--k", "3"]), ALONE)
+    args = knn.build_parser().parse_args([*words, "--k", "3"])
+    session = session_of(args, ALONE, args.feature)
+    result = knn.evaluate(settings_of(knn.Settings, args), session)
     assert result["images"] == 12
     assert result["encoder"]["recipe"] == "dino"
     args = finetune.build_parser().parse_args(words)
-    assert output_path(args, finetune.result_name(args)) == Path("runs/dino/eval/finetune.json")
+    name = settings_of(finetune.Settings, args).name
+    path = output_path(None, encoder_of(args), name)
+    assert path.parent.parent.name.startswith("dino-")
 
 
 @pytest.mark.parametrize(
@@ -206,3 +218,34 @@ def test_unreachable_hub_is_one_sentence(tmp_path):
     assert done.returncode == 2
     assert "cannot be fetched" in done.stderr.splitlines()[-1]
     assert f"--encoder FILE --arch {ARCH}.dino" in done.stderr.splitlines()[-1]
+
+
+def test_another_image_size_and_resize_reach_the_result(tmp_path):
+    """--options on a run folder is not ignored; above 224 pixels nothing is cut off (MAE)."""
+    run = write_encoder(tmp_path / "run")
+    write_shards(tmp_path / "train", *coloured_images(12, 2, seed=1))
+    data = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "train"), "--workers", "0"]
+    results = {}
+    for size, more in ((16, []), (32, []), (16, ["--resize", "16"]), (232, [])):
+        options = ["--options", json.dumps({"img_size": size})]
+        words = ["--encoder", str(run), *options, *more, *data, "--k", "3"]
+        args = knn.build_parser().parse_args(words)
+        session = session_of(args, ALONE, "cls")
+        assert session.image_size == size
+        result = knn.evaluate(settings_of(knn.Settings, args), session)
+        assert result["encoder"]["options"]["img_size"] == size
+        results[size, *more] = result["resize"]
+        batch = next(iter(session.loader(tmp_path / "train", 4)))
+        assert batch.image.shape[1:3] == (size, size)
+    assert results == {(16,): 18, (32,): 37, (16, "--resize", "16"): 16, (232,): 232}
+    with pytest.raises(UserError, match="resize 15 is smaller than image_size 16"):
+        session_of(parse("--encoder", run, "--resize", "15"), ALONE)
+
+
+def test_results_of_another_size_ema_or_resize_have_names_of_their_own(tmp_path):
+    names = set()
+    for words in ([], ["--ema"], ["--resize", "20"], ["--options", "{img_size: 32}"]):
+        choice = encoder_of(parse("--encoder", tmp_path, *words))
+        names.add(output_path(None, choice, "knn").name)
+    assert len(names) == 4
+    assert "knn.json" in names

@@ -22,7 +22,9 @@ from eval_helpers import (
 from timm.layers import DropPath
 
 from eval import finetune
+from eval.finetune import Settings
 from eval.shared import batch_augment as augment
+from eval.shared import finetune_plan
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import (
     build_classifier,
@@ -31,6 +33,11 @@ from eval.shared.classifier import (
     layer_of,
     read_classifier,
 )
+from eval.shared.cli import settings_of
+from eval.shared.encoders import EncoderInfo
+from eval.shared.features import normalise
+from eval.shared.session import EvalSession, session_of
+from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import PREEMPTED, Ranks
 from pipeline.errors import UserError
@@ -43,7 +50,7 @@ ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
     write_shards(folder / "train", *coloured_images(70, 6, seed=1))
     write_shards(folder / "val", *coloured_images(37, 6, seed=2))
@@ -51,14 +58,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def model_of(place: Path, classes: int = 7) -> tuple:
-    encoder, info = read_encoder(place / "run")
+def model_of(home: Path, classes: int = 7) -> tuple:
+    encoder, info = read_encoder(home / "run")
     torch.manual_seed(0)
-    return encoder, build_classifier(encoder, info, classes, drop_path=0.1)
+    return encoder, build_classifier(encoder, EncoderInfo.of(info), classes, drop_path=0.1)
 
 
 def test_defaults_are_the_protocol() -> None:
     args = finetune.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
+    assert settings_of(Settings, args) == Settings("", "")
     expected = {
         "epochs": 100, "warmup_epochs": 5, "batch_size": 1024, "base_lr": 1e-3, "min_lr": 1e-6,
         "weight_decay": 0.05, "layer_decay": 0.75, "drop_path": 0.1, "erasing": 0.25,
@@ -67,8 +75,8 @@ def test_defaults_are_the_protocol() -> None:
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_head_and_norm_are_fresh_and_the_rest_is_pretrained(place: Path) -> None:
-    encoder, model = model_of(place, classes=400)
+def test_head_and_norm_are_fresh_and_the_rest_is_pretrained(home: Path) -> None:
+    encoder, model = model_of(home, classes=400)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.15)
     assert model.head.weight.abs().max() <= 4e-5
     assert not model.head.bias.any()
@@ -82,8 +90,8 @@ def test_head_and_norm_are_fresh_and_the_rest_is_pretrained(place: Path) -> None
             assert torch.equal(own[name], parameter), name
 
 
-def test_logits_are_those_of_the_mean_of_the_patch_tokens(place: Path) -> None:
-    encoder, model = model_of(place)
+def test_logits_are_those_of_the_mean_of_the_patch_tokens(home: Path) -> None:
+    encoder, model = model_of(home)
     torch.nn.init.normal_(model.head.weight)
     pixels = torch.randn(3, 3, 16, 16)
     last: list[torch.Tensor] = []
@@ -97,9 +105,9 @@ def test_logits_are_those_of_the_mean_of_the_patch_tokens(place: Path) -> None:
         torch.testing.assert_close(model.eval()(pixels), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_drop_path_grows_linearly(place: Path) -> None:
+def test_drop_path_grows_linearly(home: Path) -> None:
     encoder = timm.create_model("vit_base_patch16_224", num_classes=0, **OPTIONS | {"depth": 5})
-    info = {"arch": "vit_base_patch16_224", "options": OPTIONS | {"depth": 5}}
+    info = EncoderInfo("vit_base_patch16_224", OPTIONS | {"depth": 5}, (), (), {})
     model = build_classifier(encoder, info, 3, drop_path=0.1)
     rates = [
         block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0
@@ -108,8 +116,8 @@ def test_drop_path_grows_linearly(place: Path) -> None:
     assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
 
 
-def test_layer_decay_and_weight_decay_of_each_parameter(place: Path) -> None:
-    _, model = model_of(place)
+def test_layer_decay_and_weight_decay_of_each_parameter(home: Path) -> None:
+    _, model = model_of(home)
     groups = layer_groups(model, weight_decay=0.05, layer_decay=0.75)
     found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
     names = dict(model.named_parameters())
@@ -134,16 +142,15 @@ def test_layer_decay_and_weight_decay_of_each_parameter(place: Path) -> None:
 
 
 def test_learning_rate_at_given_steps() -> None:
-    words = ["--encoder", "", "--train", "", "--val", ""]
-    run = finetune.Finetuning.__new__(finetune.Finetuning)  # no engine: the schedule alone
-    run.args = finetune.build_parser().parse_args(words)
-    run.args.steps_per_epoch = 10
+    def rate(step: int) -> float:
+        return finetune.learning_rate(Settings("", ""), step, steps=10)
+
     peak = 1e-3 * 1024 / 256
-    assert run.learning_rate(0) == 0
-    assert run.learning_rate(25) == pytest.approx(peak / 2)
-    assert run.learning_rate(50) == pytest.approx(peak)
-    assert run.learning_rate(525) == pytest.approx(1e-6 + (peak - 1e-6) / 2)
-    assert run.learning_rate(1000) == pytest.approx(1e-6)
+    assert rate(0) == 0
+    assert rate(25) == pytest.approx(peak / 2)
+    assert rate(50) == pytest.approx(peak)
+    assert rate(525) == pytest.approx(1e-6 + (peak - 1e-6) / 2)
+    assert rate(1000) == pytest.approx(1e-6)
 
 
 def test_either_mixup_or_cutmix_changes_every_batch() -> None:
@@ -169,16 +176,15 @@ def test_either_mixup_or_cutmix_changes_every_batch() -> None:
     torch.testing.assert_close(target, torch.eye(4) * 0.9 + 0.025)
 
 
-def test_rand_augment_is_done_by_the_loader(place: Path) -> None:
+def test_rand_augment_is_done_by_the_loader(home: Path) -> None:
     """Crops are alike with and without it, and each is augmented by its sample and epoch alone."""
     init_ranks()
     images = {}
     for policy in ("", "rand-m9-mstd0.5-inc1"):
         for workers in (0, 1):
-            args = finetune.build_parser().parse_args(arguments(place, place / "x.json"))
-            args.randaugment, args.workers = policy, workers
-            finetune.complete(args)
-            run = finetune.Finetuning(args, ALONE)
+            words = arguments(home, home / "x.json", "--randaugment", policy, "--workers", workers)
+            s, session = asked(words)
+            run = finetune.Finetuning(s, finetune.plan_training(s, home, ALONE), session)
             batches = [next(run.batches(step)) for step in (0, 4)]
             images[policy, workers] = [(b.sample, b.image) for b in batches]
             run.engine.destroy()
@@ -200,25 +206,35 @@ def test_erasing_takes_a_quarter_of_the_images() -> None:
     assert augment.make_erasing(0.0, torch.device("cpu")) is None
 
 
-def arguments(place: Path, output: Path, *more: str) -> list[str]:
-    common = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+def arguments(home: Path, output: Path, *more: str) -> list[str]:
+    common = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
     small = ["--epochs", 12, "--warmup-epochs", 2, "--batch-size", 16, "--base-lr", 0.05]
     easy = ["--randaugment", "", "--mixup", 0, "--cutmix", 0, "--erasing", 0, "--drop-path", 0]
     rest = ["--ds_config", ZERO2, "--workers", 0, "--output", output, *more]
     return [str(v) for v in (*common, *small, *easy, *rest)]
 
 
-def work(ranks: Ranks, place: str, output: str) -> None:
+def asked(words: list[str], ranks: Ranks = ALONE) -> tuple[Settings, EvalSession]:
+    """What a command line names."""
+    args = finetune.build_parser().parse_args(words)
+    return settings_of(Settings, args), session_of(args, ranks)
+
+
+def evaluate(words: list[str], folder: Path, ranks: Ranks = ALONE) -> dict:
+    return finetune.evaluate(*asked(words, ranks), folder)
+
+
+def work(ranks: Ranks, home: str, output: str) -> None:
     """Finetune, then call it again: it finds that all is done."""
     init_ranks()
     for number in (1, 2):
-        args = finetune.build_parser().parse_args(arguments(Path(place), Path(output)))
-        result = finetune.evaluate(args, ranks, Path(output).with_suffix(""))
+        words = arguments(Path(home), Path(output))
+        result = evaluate(words, Path(output).with_suffix(""), ranks)
         Path(output).with_name(f"{number}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_two_ranks_finetune_resume_and_export(place: Path, tmp_path: Path) -> None:
-    on_two_ranks(work, str(place), str(tmp_path / "result.json"))
+def test_two_ranks_finetune_resume_and_export(home: Path, tmp_path: Path) -> None:
+    on_two_ranks(work, str(home), str(tmp_path / "result.json"))
     first, second = (
         [json.loads((tmp_path / f"{number}-{rank}.json").read_text()) for rank in (0, 1)]
         for number in (1, 2)
@@ -236,32 +252,159 @@ def test_two_ranks_finetune_resume_and_export(place: Path, tmp_path: Path) -> No
     model, info = read_classifier(tmp_path / "result")
     assert info["classes"] == [f"class{n}" for n in range(6)]
     correct = 0
-    loader = eval_loader(place / "val", batch_size=8, rank=0, world=1, image_size=16, workers=0)
+    loader = eval_loader(home / "val", batch_size=8, rank=0, world=1, image_size=16, workers=0)
     for batch in loader:
-        pixels = finetune.normalise(batch.image, info, torch.device("cpu"))
+        pixels = normalise(batch.image, info["mean"], info["std"], torch.device("cpu"))
         correct += int((classify(model, pixels).argmax(1) == batch.label).sum())
     assert round(100 * correct / 37, 3) == result["top1"]
 
 
-def test_going_on_equals_never_stopping(place: Path, tmp_path: Path) -> None:
+def test_going_on_equals_never_stopping(home: Path, tmp_path: Path) -> None:
     init_ranks()
     results = []
     for name, stops in (("whole", (12,)), ("parts", (5, 12))):
         for epochs in stops:
-            args = finetune.build_parser().parse_args(arguments(place, tmp_path / name))
-            args.stop_epoch = epochs
-            result = finetune.evaluate(args, ALONE, tmp_path / name)
+            words = arguments(home, tmp_path / name, "--stop-epoch", epochs)
+            result = evaluate(words, tmp_path / name)
         results.append(result["history"])
     assert results[0] == results[1]
-    other = arguments(place, tmp_path / "whole", "--base-lr", "0.1")
-    args = finetune.build_parser().parse_args(other)
+    other = arguments(home, tmp_path / "whole", "--base-lr", "0.1")
     with pytest.raises(UserError, match="holds a training with another base_lr"):
-        finetune.evaluate(args, ALONE, tmp_path / "whole")
+        evaluate(other, tmp_path / "whole")
+
+
+def test_stopping_within_an_epoch_resumes_there(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At half of the first of two epochs of four steps; the rest is that of one run."""
+    init_ranks()
+    done, train_step = [], finetune.Finetuning.train_step
+
+    def note(self: finetune.Finetuning, step: int, micro: object) -> torch.Tensor:
+        done.append(step)
+        return train_step(self, step, micro)
+
+    monkeypatch.setattr(finetune.Finetuning, "train_step", note)
+    words = arguments(home, tmp_path / "x", "--epochs", "2", "--warmup-epochs", "1")
+    half = evaluate([*words, "--stop-epoch", "0.5"], tmp_path / "parts")
+    assert done == [0, 1]
+    assert [row["epoch"] for row in half["history"]] == [0.5]
+    assert half["top1"] == half["history"][-1]["top1"]
+    again = evaluate([*words, "--stop-epoch", "0.5"], tmp_path / "parts")
+    assert (done, again["history"]) == ([0, 1], half["history"])
+    parts = evaluate(words, tmp_path / "parts")
+    assert done == list(range(8))
+    whole = evaluate(words, tmp_path / "whole")
+    assert parts["history"] == whole["history"]
+    assert [row["epoch"] for row in parts["history"]] == [1.0, 2.0]
+
+
+def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init_ranks()
+    run, short = write_encoder(tmp_path / "run", seed=3), ("--epochs", "1", "--warmup-epochs", "0")
+    words = arguments(home, tmp_path / "x.json", *short, "--encoder", str(run))
+    first = evaluate(words, tmp_path / "x")
+    monkeypatch.chdir(tmp_path)
+    names = [os.path.relpath(home / name) for name in ("train", "val")]
+    relative = ["--encoder", "run", "--train", names[0], "--val", names[1]]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Finetuning, "train_step", None)  # all is done
+        assert evaluate([*words, *relative], Path("x"))["history"] == first["history"]
+    write_encoder(tmp_path / "other", seed=4)
+    with pytest.raises(UserError, match="another encoder; remove it"):
+        evaluate([*words, "--encoder", "other"], tmp_path / "x")
+
+
+def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> None:
+    """12 images make an epoch of 70 draws, 4 batches of 16, each draw with its own crop."""
+    init_ranks()
+    few = write_shards(tmp_path / "few", *coloured_images(12, 6, seed=1))
+    words = arguments(home, tmp_path / "x", "--train", str(few), "--epochs", "2")
+    words += ["--warmup-epochs", "1", "--samples-per-epoch", "70"]
+    s, session = asked(words)
+    plan = finetune_plan.plan_training(s, tmp_path, ALONE)
+    assert (plan.steps, plan.total) == (4, 8)
+    run = finetune.Finetuning(s, plan, session)
+    epochs: list[list[torch.Tensor]] = [[], []]
+    for batch in run.batches(0):
+        epochs[batch.epoch].append(batch)
+    run.engine.destroy()
+    for batches in epochs:
+        drawn = torch.cat([batch.sample for batch in batches])
+        assert len(drawn) == 64
+        counts = torch.bincount(drawn, minlength=12)
+        assert counts.min() < 4 < 7 < counts.max()  # replaced: not five or six of each
+        images = torch.cat([batch.image for batch in batches])[drawn == counts.argmax()]
+        assert len(torch.unique(images, dim=0)) > 1
+    result = evaluate(words, tmp_path / "x")
+    assert result["settings"]["samples_per_epoch"] == 70
+    assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
+
+
+def test_another_choice_of_labels_replaces_the_one_before(home: Path, tmp_path: Path) -> None:
+    counts = []
+    for words in (("0.3",), ("0.5",), ("0.5", "--subset-seed", "1")):
+        s, _ = asked(arguments(home, tmp_path / "x", "--fraction", *words))
+        manifest = read_manifest(finetune_plan.choose_labels(s, tmp_path, ALONE))
+        made = manifest.made["options"]
+        assert (made["fraction"], made["seed"]) == (s.fraction, s.subset_seed)
+        counts.append(manifest.samples)
+        before = (tmp_path / "subset/manifest.json").stat().st_mtime_ns
+        finetune_plan.choose_labels(s, tmp_path, ALONE)  # the same one stays
+        assert (tmp_path / "subset/manifest.json").stat().st_mtime_ns == before
+    assert counts == [22, 36, 36]
+
+
+def test_the_default_configuration_is_found_from_any_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_config(Settings("", "").ds_config) == read_ds_config(ZERO2)
+
+
+def distilled() -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = timm.create_model("deit_base_distilled_patch16_224", num_classes=0, **OPTIONS)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def test_a_distilled_deit_is_finetuned_on_the_mean_of_its_patches(
+    home: Path, tmp_path: Path
+) -> None:
+    init_ranks()
+    encoder = distilled()
+    info = EncoderInfo("deit_base_distilled_patch16_224.x", OPTIONS, (), (), {})
+    model = build_classifier(encoder, info, 5, drop_path=0.1).eval()
+    torch.nn.init.normal_(model.head.weight)
+    pixels = torch.randn(3, 3, 16, 16)
+    last: list[torch.Tensor] = []
+    encoder.blocks[-1].register_forward_hook(lambda m, i, output: last.append(output))
+    with torch.no_grad():
+        encoder.forward_features(pixels)
+        mean = last[0][:, 2:].mean(dim=1)  # after the cls and the distillation token
+        normal = torch.nn.functional.layer_norm(mean, (32,), eps=1e-6)
+        torch.testing.assert_close(
+            model(pixels), normal @ model.head.weight.T, rtol=1e-4, atol=1e-4
+        )
+    groups = layer_groups(model, weight_decay=0.05, layer_decay=0.75)
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found[id(model.reg_token)] == (0.75**3, 0.0)
+    torch.save({"model": encoder.state_dict()}, tmp_path / "deit.pth")
+    words = arguments(home, tmp_path / "x", "--encoder", str(tmp_path / "deit.pth"))
+    words += ["--arch", "deit_base_distilled_patch16_224", "--options", json.dumps(OPTIONS)]
+    result = evaluate([*words, "--max-steps", "2"], tmp_path / "x")
+    assert result["encoder"]["arch"] == "deit_base_distilled_patch16_224"
+    again, _ = read_classifier(tmp_path / "x")
+    assert again(pixels).shape == (3, 6)
 
 
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["within an epoch", "at its end"])
 def test_a_signal_saves_once_and_going_on_equals_never_stopping(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     init_ranks()
     saved, done, train_step, save = [], [], finetune.Finetuning.train_step, Checkpoints.save
@@ -278,17 +421,14 @@ def test_a_signal_saves_once_and_going_on_equals_never_stopping(
 
     monkeypatch.setattr(finetune.Finetuning, "train_step", kill_at)
     monkeypatch.setattr(Checkpoints, "save", count)
-    words = arguments(place, tmp_path / "stopped", "--epochs", "2", "--warmup-epochs", "1")
+    words = arguments(home, tmp_path / "stopped", "--epochs", "2", "--warmup-epochs", "1")
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         with pytest.raises(SystemExit) as stopped:
-            finetune.evaluate(finetune.build_parser().parse_args(words), ALONE, tmp_path / "a")
+            evaluate(words, tmp_path / "a")
         assert stopped.value.code == PREEMPTED
         assert saved == [stop_at]
-        going_on, whole = (
-            finetune.evaluate(finetune.build_parser().parse_args(words), ALONE, tmp_path / name)
-            for name in ("a", "b")
-        )
+        going_on, whole = (evaluate(words, tmp_path / name) for name in ("a", "b"))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -316,39 +456,38 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, steps: range) -> list:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
     init_ranks()
     passes = poisoned(monkeypatch, range(2, 4))
     config = str(ZERO2.with_name(f"zero{stage}.json"))
-    words = arguments(place, tmp_path / "x.json", "--ds_config", config, "--epochs", "2")
+    words = arguments(home, tmp_path / "x.json", "--ds_config", config, "--epochs", "2")
     words += ["--warmup-epochs", "1"]
-    result = finetune.evaluate(finetune.build_parser().parse_args(words), ALONE, tmp_path / "x")
+    result = evaluate(words, tmp_path / "x")
     assert len(passes) == 8
     assert result["nonfinite_steps"] == 2
     model, _ = read_classifier(tmp_path / "x")
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    untouched, _ = read_encoder(place / "run")  # the other six steps have trained
+    untouched, _ = read_encoder(home / "run")  # the other six steps have trained
     assert not torch.equal(model.blocks[1].attn.qkv.weight, untouched.blocks[1].attn.qkv.weight)
 
 
 def test_many_skipped_steps_in_a_row_stop_finetuning(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     init_ranks()
     poisoned(monkeypatch, range(3, 100))
-    args = finetune.build_parser().parse_args(arguments(place, tmp_path / "x.json"))
     with pytest.raises(UserError, match=r"steps 4 to 13 in a row .*use a lower --base-lr"):
-        finetune.evaluate(args, ALONE, tmp_path / "x")
+        evaluate(arguments(home, tmp_path / "x.json"), tmp_path / "x")
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
-    place: Path, tmp_path: Path, stage: int
+    home: Path, tmp_path: Path, stage: int
 ) -> None:
-    spoil_encoder(place / "run", tmp_path / "run")
+    spoil_encoder(home / "run", tmp_path / "run")
     config = str(ZERO2.with_name(f"zero{stage}.json"))
-    words = arguments(place, tmp_path / "x.json", "--ds_config", config)
+    words = arguments(home, tmp_path / "x.json", "--ds_config", config)
     words[words.index("--encoder") + 1] = str(tmp_path / "run")
     done = command(finetune, *words)
     assert done.returncode == 2
@@ -362,26 +501,42 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
     ("change", "words"),
     [
         (("--batch-size", "128"), "too few for --batch-size 128"),
-        (("--batch-size", "15"), "mixup pairs images"),
+        (("--batch-size", "15", "--mixup", "1"), "--batch-size 15: mixup and cutmix pair .* of 2,"),
+        (("--batch-size", "15", "--cutmix", "1"), "and 15 per rank is odd"),
+        (("--batch-size", "0"), "--batch-size 0: must be at least 1"),
         (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
         (("--fraction", "2"), "--fraction must lie in"),
+        (("--fraction", "0.5", "--subset", "names.txt"), "--subset and --fraction both choose"),
+        (("--subset", "names.txt"), "names.txt: no such file"),
+        (("--ds_config", "zero0", "--precision", "bf16"), "--precision bf16 needs ZeRO stage 1"),
+        (("--batch-size", "128", "--samples-per-epoch", "100"), "--samples-per-epoch 100: too few"),
+        (("--samples-per-epoch", "0"), "--samples-per-epoch must be at least 1"),
+        (("--stop-epoch", "0"), "--stop-epoch above 0"),
+        (("--validate-epochs", "0"), "--validate-epochs must be at least 1"),
+        (("--epochs", "0.1", "--warmup-epochs", "0"), "--epochs 0.1: less than a step, with 4"),
+        (("--base-lr", "nan"), "--base-lr nan: must be finite"),
+        (("--base-lr", "0"), "--base-lr must be above 0"),
+        (("--layer-decay", "0"), "--layer-decay must lie in"),
+        (("--drop-path", "1"), "--drop-path in"),
+        (("--erasing", "2"), "--erasing must lie in"),
+        (("--smoothing", "1"), "--smoothing in"),
+        (("--weight-decay", "-1"), "--weight-decay and --min-lr must be at least 0"),
+        (("--randaugment", "rind-m9"), "randaugment 'rind-m9' is not a policy"),
+        (("--val", "nowhere"), "nowhere: no such folder"),
     ],
 )
 def test_bad_input_is_one_sentence(
-    place: Path, tmp_path: Path, change: tuple[str, str], words: str
+    home: Path, tmp_path: Path, change: tuple[str, str], words: str
 ) -> None:
     init_ranks()
-    args = finetune.build_parser().parse_args(arguments(place, tmp_path / "x.json", *change))
     with pytest.raises(UserError, match=words):
-        finetune.evaluate(args, ALONE, tmp_path / "x")
+        evaluate(arguments(home, tmp_path / "x.json", *change), tmp_path / "x")
 
 
-def test_few_labels_are_a_share_of_each_class(place: Path, tmp_path: Path) -> None:
-    args = finetune.build_parser().parse_args(
-        arguments(place, tmp_path / "x.json", "--fraction", "0.3")
-    )
-    finetune.choose_labels(args, tmp_path, ALONE)
-    assert args.train == str(tmp_path / "subset")
-    labels = read_manifest(args.train).index["label"]
+def test_few_labels_are_a_share_of_each_class(home: Path, tmp_path: Path) -> None:
+    s, _ = asked(arguments(home, tmp_path / "x.json", "--fraction", "0.3"))
+    train = finetune_plan.choose_labels(s, tmp_path, ALONE)
+    assert train == str(tmp_path / "subset")
+    labels = read_manifest(train).index["label"]
     assert np.bincount(labels).tolist() == [4, 4, 4, 4, 3, 3]  # of 12, 12, 12, 12, 11, 11
-    assert finetune.result_name(args) == "finetune-30percent"
+    assert s.name == "finetune-30percent"

@@ -6,15 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)
 
 from eval import knn
+from eval.shared.cli import settings_of
+from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("knn")
     write_shards(folder / "train", *coloured_images(70, 6, seed=1))
     write_shards(folder / "val", *coloured_images(37, 6, seed=2))
@@ -22,9 +31,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def parse(place: Path, *more: str) -> knn.argparse.Namespace:
-    common = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+def parse(home: Path, *more: str) -> knn.argparse.Namespace:
+    common = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
     return knn.build_parser().parse_args([str(v) for v in (*common, "--workers", 0, *more)])
+
+
+def evaluate(home: Path, *more: str, ranks: Ranks = ALONE) -> dict:
+    args = parse(home, *more)
+    return knn.evaluate(settings_of(knn.Settings, args), session_of(args, ranks, args.feature))
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
@@ -43,30 +57,39 @@ def test_vote_is_the_plain_sum(k: int) -> None:
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
-def test_protocol_and_result(place: Path) -> None:
-    args = parse(place)
+def test_protocol_and_result(home: Path) -> None:
+    args = parse(home)
     assert (args.k, args.temperature, args.feature) == (20, 0.07, "cls")
-    result = knn.evaluate(parse(place, "--feature", "mean_patch", "--k", "5"), ALONE)
+    result = evaluate(home, "--feature", "mean_patch", "--k", "5")
     assert result["images"] == 37
     assert result["top1"] > 60  # chance is 16.7
     assert result["top5"] >= result["top1"]
 
 
-def work(ranks: Ranks, place: str) -> None:
-    result = knn.evaluate(parse(Path(place)), ranks)
-    (Path(place) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
+def work(ranks: Ranks, home: str) -> None:
+    result = evaluate(Path(home), ranks=ranks)
+    (Path(home) / f"rank{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_two_ranks_give_the_result_of_one(place: Path) -> None:
-    on_two_ranks(work, str(place))
-    alone = knn.evaluate(parse(place), ALONE)
+def test_two_ranks_give_the_result_of_one(home: Path) -> None:
+    on_two_ranks(work, str(home))
+    alone = evaluate(home)
     for rank in (0, 1):
-        result = json.loads((place / f"rank{rank}.json").read_text())
+        result = json.loads((home / f"rank{rank}.json").read_text())
         assert [result[k] for k in ("top1", "top5", "images", "ranks")] == [
             alone["top1"], alone["top5"], 37, 2,
         ]  # fmt: skip
 
 
-def test_too_many_neighbours_are_refused(place: Path) -> None:
+def test_features_that_are_not_finite_have_no_accuracy(home: Path, tmp_path: Path) -> None:
+    spoil_encoder(home / "run", tmp_path / "run")
+    with pytest.raises(UserError, match="train: the encoder's features of it are not finite"):
+        evaluate(home, "--encoder", str(tmp_path / "run"))
+
+
+def test_too_many_neighbours_are_refused(home: Path) -> None:
     with pytest.raises(UserError, match="--k 71: must lie between 1 and 70"):
-        knn.evaluate(parse(place, "--k", "71"), ALONE)
+        evaluate(home, "--k", "71")
+    for words in (("--temperature", "0"), ("--micro-batch", "0")):
+        with pytest.raises(UserError, match="--temperature must be above 0 and --micro-batch"):
+            evaluate(home, *words)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -27,16 +28,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from eval import linprobe
-from eval.shared.cli import count_correct, run_command
-from eval.shared.features import extract, open_encoder
+from eval.shared.cli import run_command, settings_of
 from eval.shared.lars_probe import Probe, Training
+from eval.shared.metrics import count_correct
+from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with train/ (70 images), val/ (37 images, not divisible by 2) and run/."""
     folder = tmp_path_factory.mktemp("linprobe")
     write_shards(folder / "train", *coloured_images(70, 6, seed=1))
@@ -45,24 +47,38 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(place: Path, *more: str) -> list[str]:
-    common = ["--encoder", place / "run", "--train", place / "train", "--val", place / "val"]
+def arguments(home: Path, *more: str) -> list[str]:
+    common = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
     small = ["--epochs", "4", "--warmup-epochs", "1", "--batch-size", "32", "--workers", "0"]
     return [str(value) for value in [*common, *small, *more]]
 
 
-def parse(place: Path, *more: str) -> linprobe.argparse.Namespace:
-    return linprobe.build_parser().parse_args(arguments(place, *more))
+def parse(home: Path, *more: str) -> linprobe.argparse.Namespace:
+    return linprobe.build_parser().parse_args(arguments(home, *more))
+
+
+def settings(home: Path, *more: str) -> linprobe.Settings:
+    return settings_of(linprobe.Settings, parse(home, *more))
+
+
+def session(home: Path, *more: str, ranks: Ranks = ALONE) -> EvalSession:
+    args = parse(home, *more)
+    return session_of(args, ranks, args.feature)
+
+
+def evaluate(home: Path, folder: Path, *more: str, ranks: Ranks = ALONE) -> dict:
+    """What the command line computes."""
+    return linprobe.evaluate(settings(home, *more), session(home, *more, ranks=ranks), folder)
 
 
 def training(rates: tuple[float, ...], steps: int = 10, batch: int = 512) -> Training:
-    args = linprobe.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
     probe = Probe(8, 5, heads=len(rates))
-    return Training(probe, rates, batch=batch, steps=steps, args=args)
+    return Training(probe, rates, batch=batch, steps=steps, epochs=90, warmup=10)
 
 
 def test_defaults_are_maes() -> None:
     args = linprobe.build_parser().parse_args(["--encoder", "", "--train", "", "--val", ""])
+    assert settings_of(linprobe.Settings, args) == linprobe.Settings("", "")
     assert (args.epochs, args.warmup_epochs, args.batch_size) == (90, 10, 16384)
     assert (args.base_lr, args.feature, args.protocol) == (0.1, "cls", "mae")
 
@@ -103,8 +119,8 @@ def test_lars_follows_the_plain_formula_and_exempts_biases() -> None:
             delta = (z.softmax(1) - nn.functional.one_hot(label[step], 5)) / len(x)
             slope = delta.T @ x
             slope *= 0.001 * weights[head].norm() / slope.norm()
-            for place, value in enumerate((slope, delta.sum(0))):
-                speeds[head][place] = 0.9 * speeds[head][place] + value
+            for part, value in enumerate((slope, delta.sum(0))):
+                speeds[head][part] = 0.9 * speeds[head][part] + value
             weights[head] = weights[head] - rate * speeds[head][0]
             biases[head] = biases[head] - rate * speeds[head][1]
         under_test.step(step, feature[step], label[step])
@@ -144,15 +160,14 @@ def test_heads_do_not_touch_each_other() -> None:
     assert not torch.allclose(together.probe.weight[0], alone.probe.weight[0])
 
 
-def test_a_head_is_the_same_bit_for_bit_however_many_others_there_are(place: Path) -> None:
+def test_a_head_is_the_same_bit_for_bit_however_many_others_there_are(home: Path) -> None:
     """So it does not matter how the grid is shared among ranks."""
-    args = parse(place, "--protocol", "cached", "--epochs", "20")
-    args.classes = 5
+    s = settings(home, "--protocol", "cached", "--epochs", "20")
     torch.manual_seed(2)
     feature, label = torch.randn(64, 24), torch.randint(0, 5, (64,))
-    together, _ = linprobe.train_heads(feature, label, (0.1, 3.0, 100.0), args)
+    together, _ = linprobe.train_heads(feature, label, (0.1, 3.0, 100.0), s, 5)
     for number, rate in enumerate((0.1, 3.0, 100.0)):
-        alone, _ = linprobe.train_heads(feature, label, (rate,), args)
+        alone, _ = linprobe.train_heads(feature, label, (rate,), s, 5)
         assert torch.equal(together.weight[number], alone.weight[0])
         assert torch.equal(together.bias[number], alone.bias[0])
 
@@ -181,12 +196,10 @@ def test_crop_is_tensorflows() -> None:
     assert flip
 
 
-def test_features_are_those_of_the_evaluation_crop(place: Path) -> None:
-    args = parse(place, "--feature", "mean_patch")
-    vit, info = open_encoder(args, ALONE)
-    feature, label = extract(args.val, vit, info, ALONE, args)
+def test_features_are_those_of_the_evaluation_crop(home: Path) -> None:
+    feature, label = session(home).extract(home / "val", "mean_patch", 16)
     image, expected_label = coloured_images(37, 6, seed=2)
-    reference, _ = read_encoder(place / "run")
+    reference, _ = read_encoder(home / "run")
     resize = round(SIZE * 256 / 224)  # 18: the shorter side of 24 x 20 becomes 18
     for number in (0, 17, 36):
         picture = Image.fromarray(image[number]).resize((18, resize * 24 // 20), Image.BICUBIC)
@@ -200,51 +213,53 @@ def test_features_are_those_of_the_evaluation_crop(place: Path) -> None:
     assert label.tolist() == expected_label.tolist()
 
 
-def test_encoder_is_frozen_and_random_differs(place: Path, tmp_path: Path) -> None:
-    before, _ = read_encoder(place / "run")
-    vit, info = open_encoder(parse(place), ALONE)
+def test_encoder_is_frozen_and_random_differs(home: Path, tmp_path: Path) -> None:
+    before, _ = read_encoder(home / "run")
+    one = session(home)
+    vit, info = one.vit, one.info.record
     assert not vit.training
     assert not any(p.requires_grad for p in vit.parameters())
-    linprobe.evaluate(parse(place), ALONE, tmp_path)
-    after, _ = read_encoder(place / "run")
+    evaluate(home, tmp_path)
+    after, _ = read_encoder(home / "run")
     for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    other, other_info = open_encoder(parse(place, "--random", "--seed", "5"), ALONE)
+    two = session(home, "--random", "--seed", "5")
+    other, other_info = two.vit, two.info.record
     assert (info["random"], other_info["random"], other_info["random_seed"]) == (False, True, 5)
     assert not torch.allclose(vit.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
 
 
-def test_cached_and_augmented_runs_learn_something(place: Path, tmp_path: Path) -> None:
+def test_cached_and_augmented_runs_learn_something(home: Path, tmp_path: Path) -> None:
     easy = ("--epochs", "60", "--feature", "mean_patch")
-    cached = linprobe.evaluate(parse(place, "--protocol", "cached", *easy), ALONE, tmp_path)
+    cached = evaluate(home, tmp_path, "--protocol", "cached", *easy)
     assert cached["top1"] > 60  # chance is 16.7
     assert [row["base_lr"] for row in cached["grid"]] == list(linprobe.GRID)
     best = next(row for row in cached["grid"] if row["base_lr"] == cached["base_lr"])
     assert best["held_out"] == max(row["held_out"] for row in cached["grid"])
     assert (cached["top1"], cached["top5"]) == (best["validation"], best["validation_top5"])
     assert "held-out" in cached["base_lr_chosen_on"]
-    optimistic = parse(place, "--protocol", "cached", "--select", "validation", *easy)
-    scored = linprobe.evaluate(optimistic, ALONE, tmp_path)
+    optimistic = ("--protocol", "cached", "--select", "validation", *easy)
+    scored = evaluate(home, tmp_path, *optimistic)
     assert scored["top1"] == max(row["validation"] for row in scored["grid"])
     assert "optimistic" in scored["base_lr_chosen_on"]
-    augmented = linprobe.evaluate(parse(place, "--base-lr", "100", *easy), ALONE, tmp_path)
+    augmented = evaluate(home, tmp_path, "--base-lr", "100", *easy)
     assert augmented["top1"] > 60
     assert augmented["images"] == cached["images"] == 37
 
 
-def work(ranks: Ranks, place: str) -> None:
+def work(ranks: Ranks, home: str) -> None:
     for protocol in ("mae", "cached"):
-        args = parse(Path(place), "--protocol", protocol, "--base-lr", "20")
-        result = linprobe.evaluate(args, ranks, Path(place) / f"two-{protocol}")
-        (Path(place) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
+        words = ("--protocol", protocol, "--base-lr", "20")
+        result = evaluate(Path(home), Path(home) / f"two-{protocol}", *words, ranks=ranks)
+        (Path(home) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
 def test_going_on_equals_never_stopping(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped by SIGTERM in the middle of an epoch, and again by the end of --max-steps' trial."""
-    args = parse(place, "--base-lr", "20")
-    whole = linprobe.evaluate(args, ALONE, tmp_path / "whole")
+    words = ("--base-lr", "20")
+    whole = evaluate(home, tmp_path / "whole", *words)
     step = Training.step
 
     def stop_at_five(training: Training, number: int, *batch: torch.Tensor) -> torch.Tensor:
@@ -254,14 +269,14 @@ def test_going_on_equals_never_stopping(
 
     monkeypatch.setattr(Training, "step", stop_at_five)
     with pytest.raises(SystemExit) as stopped:
-        linprobe.evaluate(args, ALONE, tmp_path / "parts")
+        evaluate(home, tmp_path / "parts", *words)
     assert stopped.value.code == 85
     assert (tmp_path / "parts/checkpoints/latest").read_text() == "step-00000005\n"
     left = tmp_path / "parts/checkpoints/.step-00000006"  # by a kill
     left.mkdir()
     seen = []
     monkeypatch.setattr(Training, "step", lambda t, n, *b: (seen.append(n), step(t, n, *b))[1])
-    parts = linprobe.evaluate(args, ALONE, tmp_path / "parts")
+    parts = evaluate(home, tmp_path / "parts", *words)
     assert seen == [5, 6, 7]
     assert not left.exists()
     names = ("top1", "top5", "train_loss")
@@ -272,25 +287,25 @@ def test_going_on_equals_never_stopping(
     ]
     assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
     assert set(saved[0]) >= {"norm.running_mean", "weight", "bias", "speed.w", "speed.b"}
-    again = linprobe.evaluate(args, ALONE, tmp_path / "parts")  # all is done
+    again = evaluate(home, tmp_path / "parts", *words)  # all is done
     assert [again[n] for n in names] == [whole[n] for n in names]
     with pytest.raises(UserError, match="another base_lr"):
-        linprobe.evaluate(parse(place, "--base-lr", "2"), ALONE, tmp_path / "parts")
+        evaluate(home, tmp_path / "parts", "--base-lr", "2")
     probe = tmp_path / "parts/checkpoints/step-00000008/probe.safetensors"
     content = bytearray(probe.read_bytes())
     content[-1] ^= 1
     probe.write_bytes(content)
     with pytest.raises(UserError, match=f"{probe}: damaged .*remove .* to start from scratch"):
-        linprobe.evaluate(args, ALONE, tmp_path / "parts")
+        evaluate(home, tmp_path / "parts", *words)
 
 
-def test_two_ranks_give_the_result_of_one(place: Path) -> None:
-    on_two_ranks(work, str(place))
+def test_two_ranks_give_the_result_of_one(home: Path) -> None:
+    on_two_ranks(work, str(home))
     for protocol in ("mae", "cached"):
-        args = parse(place, "--protocol", protocol, "--base-lr", "20")
-        alone = linprobe.evaluate(args, ALONE, place / f"one-{protocol}")
+        words = ("--protocol", protocol, "--base-lr", "20")
+        alone = evaluate(home, home / f"one-{protocol}", *words)
         for rank in (0, 1):
-            result = json.loads((place / f"{protocol}-{rank}.json").read_text())
+            result = json.loads((home / f"{protocol}-{rank}.json").read_text())
             assert result["ranks"] == 2
             assert result["images"] == alone["images"] == 37
             assert (result["top1"], result["top5"]) == (alone["top1"], alone["top5"])
@@ -300,26 +315,82 @@ def test_two_ranks_give_the_result_of_one(place: Path) -> None:
                 assert result["grid"] == alone["grid"]
 
 
-def test_command_writes_its_result(place: Path) -> None:
-    done = command(linprobe, *arguments(place, "--max-steps", "2", "--local_rank", "0"))
+def test_command_writes_its_result(home: Path) -> None:
+    done = command(linprobe, *arguments(home, "--max-steps", "2", "--local_rank", "0"))
     assert done.returncode == 0, done.stderr
-    result = json.loads((place / "run/eval/linprobe-mae.json").read_text())
+    result = json.loads((home / "run/eval/linprobe-mae.json").read_text())
     assert result["protocol"] == "linprobe-mae"
     assert result["encoder"]["recipe"] == "mae"
     assert result["settings"]["max_steps"] == 2
     assert f"top-1 {result['top1']:.2f} %" in done.stdout
 
 
+def test_a_rate_that_diverges_has_no_accuracy_and_the_others_keep_theirs(
+    home: Path, tmp_path: Path
+) -> None:
+    def grid(*rates: str) -> dict:
+        return evaluate(home, tmp_path, "--protocol", "cached", "--grid", *rates)
+
+    mixed, kept = grid("1e30", "0.1", "1e38", "1"), grid("0.1", "1")
+    rows = mixed["grid"]
+    assert [rows[0], rows[2]] == [{"base_lr": r, "diverged": True} for r in (1e30, 1e38)]
+    assert [rows[1], rows[3]] == kept["grid"]
+    assert (mixed["top1"], mixed["base_lr"]) == (kept["top1"], kept["base_lr"])
+    assert mixed["base_lr_chosen_on"].endswith("(best of 4, of which 2 diverged)")
+    assert kept["base_lr_chosen_on"].endswith("(best of 2)")
+    json.dumps(mixed, allow_nan=False)
+    with pytest.raises(UserError, match="not finite at the end at base learning rate 1e"):
+        grid("1e30", "1e38")
+
+
+@pytest.mark.parametrize(
+    ("images", "select", "refused"),
+    [(1, "held-out", True), (1, "validation", True), (2, "held-out", True),
+     (2, "validation", False), (3, "held-out", False)],
+)  # fmt: skip
+def test_a_cached_probe_needs_two_images_to_train_on(
+    home: Path, tmp_path: Path, images: int, select: str, refused: bool
+) -> None:
+    train = write_shards(tmp_path / "few", *coloured_images(images, 6, seed=1), classes=6)
+    words = ("--protocol", "cached", "--train", str(train), "--select", select)
+    if refused:
+        with pytest.raises(UserError, match=f"{images} training images, .* needs at least 2"):
+            evaluate(home, tmp_path / "x", *words)
+    else:
+        assert evaluate(home, tmp_path / "x", *words)["images"] == 37
+
+
+def test_a_checkpoint_belongs_to_the_encoder_and_not_to_its_path(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_encoder(tmp_path / "run", seed=3)
+    first = evaluate(home, tmp_path / "out", "--encoder", str(run))
+    monkeypatch.chdir(tmp_path)
+    names = [os.path.relpath(home / name) for name in ("train", "val")]
+    words = ("--encoder", "run/encoder", "--train", names[0], "--val", names[1])
+    monkeypatch.setattr(Training, "step", None)  # all is done
+    assert evaluate(home, tmp_path / "out", *words)["top1"] == first["top1"]
+    shutil.rmtree(run)
+    write_encoder(run, seed=4)
+    with pytest.raises(UserError, match="a training with another encoder; remove it"):
+        evaluate(home, tmp_path / "out", "--encoder", str(run))
+    other = ("--encoder", str(home / "run"), "--train", str(home / "val"), "--batch-size", "16")
+    with pytest.raises(UserError, match=r"batch_size \(32, now 16\), encoder, train; remove"):
+        evaluate(home, tmp_path / "out", *other)
+
+
 @pytest.mark.parametrize("protocol", ["mae", "cached"])
 def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_written(
-    place: Path, tmp_path: Path, protocol: str
+    home: Path, tmp_path: Path, protocol: str
 ) -> None:
-    spoil_encoder(place / "run", tmp_path / "run")
-    words = arguments(place, "--protocol", protocol, "--output", str(tmp_path / "x.json"))
+    words_of = {"mae": "the loss or the weights of the probe are not finite"}
+    words_of["cached"] = f"{home / 'train'}: the encoder's features of it are not finite"
+    spoil_encoder(home / "run", tmp_path / "run")
+    words = arguments(home, "--protocol", protocol, "--output", str(tmp_path / "x.json"))
     words[words.index("--encoder") + 1] = str(tmp_path / "run")
     done = command(linprobe, *words)
     assert done.returncode == 2
-    assert "error: the loss or the weights of the probe are not finite" in done.stderr
+    assert f"error: {words_of[protocol]}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.json").exists()
 
@@ -331,23 +402,28 @@ def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_writte
         (("--encoder", "nowhere"), "nowhere"),
         (("--val", "nowhere"), "nowhere: no such folder"),
         (("--epochs", "0"), "--epochs"),
+        (("--batch-size", "1"), "--batch-size 1: the batch norm needs"),
+        (("--base-lr", "nan"), "--base-lr nan: must be finite"),
+        (("--base-lr", "0"), "--base-lr .* must be above 0"),
+        (("--grid", "1", "inf"), r"--grid \[1.0, inf\]: must be finite"),
+        (("--warmup-epochs", "-1"), "--warmup-epochs must be"),
     ],
 )
 def test_bad_input_is_one_sentence(
-    place: Path, tmp_path: Path, change: tuple[str, str], words: str
+    home: Path, tmp_path: Path, change: tuple[str, str], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        linprobe.evaluate(parse(place, *change), ALONE, tmp_path)
+        evaluate(home, tmp_path, *change)
 
 
 def test_bad_input_ends_the_command_with_two(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    arguments_ = arguments(place, "--train", str(place))
+    arguments_ = arguments(home, "--train", str(home))
     monkeypatch.setattr(sys, "argv", ["linprobe.py", *arguments_])
     # The command leaves the ranks at its end; other tests of this process are still in them.
     monkeypatch.setattr("eval.shared.cli.dist.is_initialized", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         run_command(linprobe.main)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {place}: has no manifest.json")
+    assert capsys.readouterr().err.startswith(f"error: {home}: has no manifest.json")

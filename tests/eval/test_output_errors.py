@@ -16,7 +16,8 @@ from tiny import tiny_recipe
 
 from eval import reconstruct
 from eval.shared.classifier import write_classifier
-from eval.shared.cli import run_command, write_result
+from eval.shared.cli import run_command
+from eval.shared.results import write_result
 from pipeline import estimate, export
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError

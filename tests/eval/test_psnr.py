@@ -8,11 +8,11 @@ import pytest
 import torch
 from eval_helpers import ALONE, MEAN, STD, coloured_images, on_two_ranks, write_shards
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
 
 from eval import psnr, reconstruct
-from eval.shared.cli import run_command
+from eval.shared.cli import run_command, settings_of
 from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
@@ -38,7 +38,7 @@ def write_run(folder: Path, name: str, *overrides: str, blind: bool = False) -> 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("psnr")
     write_shards(folder / "val", *coloured_images(21, 3, seed=2))
     write_run(folder / "mae", "mae")
@@ -48,15 +48,19 @@ def place(tmp_path_factory):
     return folder
 
 
-def parse(place, run, *more):
-    words = ["--encoder", place / run, "--val", place / "val", "--workers", "0", *more]
+def parse(home, run, *more):
+    words = ["--encoder", home / run, "--val", home / "val", "--workers", "0", *more]
     return psnr.build_parser().parse_args([str(word) for word in words])
 
 
-def plain_psnr(place, run, guess):
+def evaluate(home, run, *more, ranks=ALONE):
+    return psnr.evaluate(settings_of(psnr.Settings, parse(home, run, *more)), ranks)
+
+
+def plain_psnr(home, run, guess):
     """(hidden, image) by loops over patches; guess(original patch, 0 … 1) → predicted patch."""
-    model = load_reconstructor(place / run)
-    batch = next(iter(eval_loader(place / "val", batch_size=21, rank=0, world=1, image_size=16,
+    model = load_reconstructor(home / run)
+    batch = next(iter(eval_loader(home / "val", batch_size=21, rank=0, world=1, image_size=16,
                                   workers=0)))  # fmt: skip
     visible, _ = model.mask(batch.sample, 0.75, 0)
     figures = []
@@ -78,21 +82,31 @@ def mean_colour(patch):
     return ((patch - mean) / std).mean() * std + mean
 
 
-def test_true_statistics_give_a_blind_decoder_the_means_of_the_patches(place):
-    result = psnr.evaluate(parse(place, "blind"), ALONE)
-    hidden, image = plain_psnr(place, "blind", mean_colour)
+def test_true_statistics_give_a_blind_decoder_the_means_of_the_patches(home):
+    result = evaluate(home, "blind")
+    hidden, image = plain_psnr(home, "blind", mean_colour)
     assert result["hidden"] == pytest.approx(hidden, abs=1e-3)
     assert result["image"] == pytest.approx(image, abs=1e-3)
     assert result["images"] == 21
     assert "true mean and deviation" in result["statistics"]
 
 
-def test_without_norm_pix_nothing_is_given_back(place):
+def test_without_norm_pix_nothing_is_given_back(home):
     """Zero is then the data set's mean colour, whatever the patch."""
-    result = psnr.evaluate(parse(place, "plain"), ALONE)
-    expected = plain_psnr(place, "plain", lambda patch: np.array(MEAN))
+    result = evaluate(home, "plain")
+    expected = plain_psnr(home, "plain", lambda patch: np.array(MEAN))
     assert [result["hidden"], result["image"]] == pytest.approx(expected, abs=1e-3)
     assert "as they are" in result["statistics"]
+
+
+def test_predictions_that_are_not_finite_have_no_psnr(home):
+    state = load_file(home / "mae/model.safetensors")
+    state["measure.decoder.head.bias"][0] = float("nan")
+    (home / "lost").mkdir()
+    (home / "lost/recipe.yaml").write_text((home / "mae/recipe.yaml").read_text())
+    save_file(state, home / "lost/model.safetensors")
+    with pytest.raises(UserError, match="lost: its predictions are not finite"):
+        evaluate(home, "lost")
 
 
 def test_predictions_are_clipped_and_perfect_ones_are_finite():
@@ -105,40 +119,40 @@ def test_predictions_are_clipped_and_perfect_ones_are_finite():
     assert psnr.decibel(torch.tensor(0.0)).item() == pytest.approx(100)
 
 
-def work(ranks: Ranks, place: str) -> None:
-    args = parse(Path(place), "mae", "--micro-batch", "4")
-    (Path(place) / f"{ranks.rank}.json").write_text(json.dumps(psnr.evaluate(args, ranks)))
+def work(ranks: Ranks, home: str) -> None:
+    result = evaluate(Path(home), "mae", "--micro-batch", "4", ranks=ranks)
+    (Path(home) / f"{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_ranks_batches_and_layouts_change_nothing(place):
-    alone = psnr.evaluate(parse(place, "mae"), ALONE)
-    on_two_ranks(work, str(place))
-    results = [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)]
+def test_ranks_batches_and_layouts_change_nothing(home):
+    alone = evaluate(home, "mae")
+    on_two_ranks(work, str(home))
+    results = [json.loads((home / f"{rank}.json").read_text()) for rank in (0, 1)]
     words = ["--recipe", str(RECIPES / "mae.yaml")]
-    for line in (place / "mae/recipe.yaml").read_text().splitlines():
+    for line in (home / "mae/recipe.yaml").read_text().splitlines():
         key, _, value = line.partition(": ")
         words += ["--set", f"{key}={value}"] if key == "batch_size" else []
     words += ["--set", "encoder.arch=vit_tiny_patch16_224", "--set", "encoder.image_size=16"]
     options = "{patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2}"
     words += ["--set", f"encoder.options={options}", "--set", "data.partitions=4"]
     words += ["--set", "measure.decoder={width: 8, depth: 1, heads: 2}"]
-    results.append(psnr.evaluate(parse(place, "mae/mae.pth", *words), ALONE))
+    results.append(evaluate(home, "mae/mae.pth", *words))
     for result in results:
         assert result["images"] == 21
         assert result["image"] == pytest.approx(alone["image"], abs=2e-4)
         assert result["hidden"] == pytest.approx(alone["hidden"], abs=2e-4)
 
 
-def test_the_grid_has_its_four_columns_and_says_what_it_shows(place, tmp_path, monkeypatch, capsys):
+def test_the_grid_has_its_four_columns_and_says_what_it_shows(home, tmp_path, monkeypatch, capsys):
     output = tmp_path / "grid.png"
-    words = ["--encoder", place / "mae", "--data", place / "val", "--images", 3, "--output", output]
+    words = ["--encoder", home / "mae", "--data", home / "val", "--images", 3, "--output", output]
     monkeypatch.setattr("sys.argv", ["reconstruct.py", *map(str, words)])
     run_command(reconstruct.main)
     printed = capsys.readouterr().out
     assert "original | masked | reconstruction | reconstruction + visible" in printed
     assert "true mean and deviation" in printed
-    model = load_reconstructor(place / "mae")
-    batch = next(iter(eval_loader(place / "val", batch_size=3, rank=0, world=1, image_size=16,
+    model = load_reconstructor(home / "mae")
+    batch = next(iter(eval_loader(home / "val", batch_size=3, rank=0, world=1, image_size=16,
                                   workers=0)))  # fmt: skip
     visible, inverse = model.mask(batch.sample, 0.75, 0)
     masked, whole, pasted = model.pictures(batch.image, visible, inverse)
@@ -154,14 +168,22 @@ def test_the_grid_has_its_four_columns_and_says_what_it_shows(place, tmp_path, m
     assert seen.float().mean() > 0.24
 
 
-def test_pictures_from_files(place, tmp_path):
+def test_pictures_from_files(home, tmp_path):
     Image.fromarray(coloured_images(1, 1, seed=0)[0][0]).save(tmp_path / "a.jpg")
-    words = ["--encoder", place / "plain", "--files", tmp_path / "a.jpg", "--output", "x.png"]
+    words = ["--encoder", home / "plain", "--files", tmp_path / "a.jpg", "--output", "x.png"]
     args = reconstruct.build_parser().parse_args(list(map(str, words)))
     model = load_reconstructor(args.encoder)
-    sheet, note = reconstruct.draw(model, *reconstruct.read_images(args, model.size), args)
+    images = reconstruct.read_files(args.files, model.size)
+    sheet, note = reconstruct.draw(model, *images, 0.75, args.seed)
     assert sheet.height == 3 * reconstruct.LINE + reconstruct.SMALLEST + reconstruct.MARGIN
     assert note == "75% hidden; pixels as predicted"
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    for name in ("a.png", "none.png"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+            reconstruct.read_files([str(tmp_path / name)], 16)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +193,10 @@ def test_pictures_from_files(place, tmp_path):
         ("nowhere", [], "nowhere"),
         ("mae/mae.pth", [], "needs --recipe"),
         ("mae/recipe.yaml", ["--recipe", str(RECIPES / "mae_vits.yaml")], "cannot be read"),
+        ("mae", ["--micro-batch", "0"], "--micro-batch must be at least 1"),
         ("mae", ["--mask-ratio", "1"], "--mask-ratio 1.0: must leave some of 16 patches"),
     ],
 )
-def test_bad_input_is_one_sentence(place, run, more, sentence):
+def test_bad_input_is_one_sentence(home, run, more, sentence):
     with pytest.raises(UserError, match=sentence):
-        psnr.evaluate(parse(place, run, *more), ALONE)
+        evaluate(home, run, *more)

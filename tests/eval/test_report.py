@@ -20,6 +20,7 @@ import yaml
 
 from eval import report
 from eval.protocols import PROTOCOLS, Work, by_key
+from eval.reporting import cka_charts
 from eval.reporting.run_records import group_runs, read_lines, read_run
 from eval.reporting.tables import accuracy_table
 from pipeline.config.recipe import RECIPES as RECIPES_DIR
@@ -211,12 +212,31 @@ def test_cka_is_drawn_as_in_figure_1(runs: list[Path], tmp_path: Path) -> None:
     (copies[1] / "eval/cka-mean-random-0.json").write_text(json.dumps(random))
     page, _ = report.write_report(copies, tmp_path / "cka.html", "CKA")
     text = page.read_text()
-    for name in ("CKA of the last block, mean of patches", "CKA with 90% dropped, mean of patches"):
+    what = "mean of all patches against those kept"
+    for name in (f"CKA of the last block, {what}", f"CKA with 90% dropped, {what}"):
         svg = re.search(rf'<svg class="chart" role="img" aria-label="{name}".*?</svg>', text, re.S)
         assert svg, name
         words = [t.text for t in ElementTree.fromstring(svg[0]).iter() if t.tag.endswith("text")]
         assert {"mae", "random encoder"} <= set(words)
         assert "rmae" not in words
+
+
+def test_every_way_to_pool_and_estimate_has_its_charts(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    pools, estimators = ("kept-in-both", "all-kept", "cls"), ("unbiased", "biased")
+    ways = [(pool, hsic) for pool in pools for hsic in estimators]
+    variants = [
+        {"pool": p, "hsic": h, "cka": [[0.1 * n], [0.05 * n]]} for n, (p, h) in enumerate(ways)
+    ]
+    result = {"protocol": "cka", **variants[0], "ratios": [0.1, 0.9], "variants": variants}
+    for name in ("cka-kept-in-both", "cka-cls"):  # two files of one run count once
+        (run / f"eval/{name}.json").write_text(json.dumps(result | {"encoder": {}}))
+    groups = group_runs([read_run(run)])
+    for number, (pool, hsic) in enumerate(ways):
+        tables = cka_charts.tables_of(groups, pool, hsic, random=False)
+        assert tables == [([0.1, 0.9], [[0.1 * number], [0.05 * number]])]
+    assert len(cka_charts.cka_charts(groups)) == 12
 
 
 def test_runs_that_differ_by_more_than_the_seed_are_told_apart(runs: list[Path]) -> None:
@@ -508,6 +528,7 @@ def test_costs_of_protocols():
         ("linprobe", ("--protocol", "cached"), 10 * 100),
         ("finetune", ("--epochs", "5"), 5 * 10 * 3 * 100),
         ("fewshot", ("--epochs", "5", "--fraction", "0.1"), 5 * 1 * 3 * 100),
+        ("finetune", ("--epochs", "5", "--samples-per-epoch", "80"), 5 * 80 * 3 * 100),
         ("knn", (), 14 * 100),
         ("psnr", (), 4 * 100),
         ("cka", (), 5.5 * 4 * 100),

@@ -93,6 +93,25 @@ def test_few_images_draw_as_many_as_the_whole_set_has(shards):
     assert job.needs == (data.name,)
 
 
+def test_the_supervised_row_draws_as_many_images_as_the_others_and_is_billed_for_them(shards):
+    """Tab. 8: 1000 images, as many draws with replacement as pretraining makes of them."""
+    workspace = workspace_of(shards, "full")
+    table = reproduce.find_table(8)
+    others, supervised = (
+        replace(reproduce.choose_rows(table, [name])[0], images=8) for name in ("MAE", "supervised")
+    )
+    (*_, pretrain), (_, train, _) = (
+        rows.pretrain_job(workspace, row, 0) for row in (others, supervised)
+    )
+    words = " ".join(train.command)
+    assert "--samples-per-epoch 640" in words
+    assert "--batch-size" not in words  # the others' 1024 is finetuning's default
+    assert train.images == 100 * 640
+    assert pretrain.images == 0  # a batch of 4096 is more than these 640
+    assert train.flops == pytest.approx(train.images * 3 * rows.encoder_flops(
+        rows.row_recipe(workspace, supervised)))  # fmt: skip
+
+
 def test_evaluations_of_a_row(shards):
     workspace = workspace_of(shards, "full")
     table = find_table(4)

@@ -13,14 +13,16 @@ from PIL import Image
 
 from eval import shape_bias
 from eval.shared.classifier import write_classifier
+from eval.shared.cli import settings_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
 HUMANS = Path(__file__).parent / "oracles/cue_conflict_human_decisions.csv"
 
 
-def parse(*arguments: object) -> shape_bias.argparse.Namespace:
-    return shape_bias.build_parser().parse_args([str(value) for value in arguments])
+def parse(*arguments: object) -> shape_bias.Settings:
+    args = shape_bias.build_parser().parse_args([str(value) for value in arguments])
+    return settings_of(shape_bias.Settings, args)
 
 
 def test_pooled_humans_have_the_published_bias(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_names_of_images() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier of 1000 classes and 6 images of 2 shapes."""
     folder = tmp_path_factory.mktemp("shape-bias")
     torch.manual_seed(3)
@@ -104,37 +106,51 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def work(ranks: Ranks, place: str) -> None:
-    args = parse("--classifier", f"{place}/model", "--images", f"{place}/images", "--batch-size", 2)
-    trials, _ = shape_bias.classifier_trials(args, ranks)
-    Path(place, f"rank{ranks.rank}.json").write_text(json.dumps(trials))
+def work(ranks: Ranks, home: str) -> None:
+    trials, _ = shape_bias.classifier_trials(f"{home}/model", f"{home}/images", 2, ranks)
+    Path(home, f"rank{ranks.rank}.json").write_text(json.dumps(trials))
 
 
-def test_classifier_decides_alike_on_two_ranks(place: Path) -> None:
-    args = parse("--classifier", place / "model", "--images", place / "images")
-    trials, _ = shape_bias.classifier_trials(args, ALONE)
+def test_classifier_decides_alike_on_two_ranks(home: Path) -> None:
+    names = str(home / "model"), str(home / "images")
+    trials, _ = shape_bias.classifier_trials(*names, 64, ALONE)
     assert [trial[1:] for trial in trials] == [
         ("cat", "dog"), ("cat", "car"), ("cat", "cat"),
         ("dog", "cat"), ("dog", "oven"), ("dog", "bird"),
     ]  # fmt: skip
-    assert shape_bias.evaluate(args, ALONE)["trials"] == 5
-    on_two_ranks(work, str(place))
+    assert shape_bias.evaluate(shape_bias.Settings(*names), ALONE)["trials"] == 5
+    on_two_ranks(work, str(home))
     for rank in (0, 1):
-        other = json.loads((place / f"rank{rank}.json").read_text())
+        other = json.loads((home / f"rank{rank}.json").read_text())
         assert [tuple(trial) for trial in other] == trials
 
 
-def test_bad_input_is_one_sentence(place: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     cases = [
         (parse(), "give either --classifier with --images, or --decisions"),
-        (parse("--classifier", place / "model"), "give either"),
-        (parse("--classifier", place, "--images", place), "no classifier of eval/finetune.py"),
-        (parse("--classifier", place / "model", "--images", tmp_path), "has no images"),
-        (parse("--classifier", place / "small", "--images", place), "knows 10 classes"),
+        (parse("--classifier", home / "model"), "give either"),
+        (parse("--classifier", home, "--images", home), "no classifier of eval/finetune.py"),
+        (parse("--classifier", home / "model", "--images", tmp_path), "has no images"),
+        (parse("--classifier", home / "small", "--images", home), "knows 10 classes"),
     ]
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
-    cases.append((parse("--decisions", wrong), "the column category is missing"))
-    for args, words in cases:
+    cases.append((parse("--decisions", wrong), "line 2: the column category is missing"))
+    images = ("--images", home / "images")
+    cases.append((parse("--decisions", tmp_path / "no.csv"), "no.csv: cannot be read"))
+    (tmp_path / "empty.csv").write_text("object_response,category,imagename\n")
+    cases.append((parse("--decisions", tmp_path / "empty.csv"), "no decisions in it"))
+    (tmp_path / "short.csv").write_text("object_response,category,imagename\ncat,dog\n")
+    cases.append((parse("--decisions", tmp_path / "short.csv"), "the column imagename is missing"))
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    cases.append((parse("--decisions", tmp_path / "binary.csv"), "cannot be read as a CSV"))
+    small = ("--classifier", home / "model", *images, "--batch-size", 0)
+    cases.append((parse(*small), "--batch-size must be at least 1"))
+    cases.append((parse("--classifier", "timm:no_such_model", *images), "cannot be fetched"))
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    (tmp_path / "pictures/cat/cat1-dog1.png").write_text("no picture")
+    broken = ("--classifier", home / "model", "--images", tmp_path / "pictures")
+    cases.append((parse(*broken), "cat1-dog1.png: cannot be read as a picture"))
+    for settings, words in cases:
         with pytest.raises(UserError, match=words):
-            shape_bias.evaluate(args, ALONE)
+            shape_bias.evaluate(settings, ALONE)

@@ -104,12 +104,57 @@ def test_initialisation_is_maes():
             "plain ViT",
         ),
         (["encoder.options={img_size: 32}"], "image_size"),
+        (["encoder.options={patch_size: 4, embed_dim: 16, num_heads: 3}"], "timm refuses"),
+        (["encoder.options={patch_size: [4, 4]}"], "patch_size: input should be a valid integer"),
+        (["encoder.options={depth: 0}"], "depth: input should be greater than 0, not 0"),
+        (["encoder.options={mlp_ratio: wide}"], "mlp_ratio: input should be a valid number"),
     ],
 )
 def test_unusable_encoders_are_refused_in_one_sentence(overrides, words):
     with pytest.raises(UserError, match=words) as error:
         Encoder(tiny_recipe("mae", *overrides))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "in_chans: 1", "drop_path_rate: 0.1", "dynamic_img_size: true", "dynamic_img_pad: true",
+        "patch_drop_rate: 0.5", "pos_drop_rate: 0.1", "attn_drop_rate: 0.1", "no_embed_class: true",
+        "reg_tokens: 1", "class_token: false", "pre_norm: true", "final_norm: false",
+        "global_pool: avg", "num_classes: 3", "fc_norm: true", "pos_embed: none",
+        "act_layer: relu", "norm_layer: rmsnorm", "weight_init: jax", "pretrained: true",
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_lost_is_refused_with_the_recipe(option):
+    key = option.partition(":")[0]
+    with pytest.raises(UserError, match=rf"encoder\.options.*{key} is no option.*patch_size") as e:
+        tiny_recipe("mae", f"encoder.options={{{option}}}")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["mlp_ratio: 2", "mlp_ratio: 2.5", "qkv_bias: false", "proj_bias: false", "qk_norm: true",
+     "init_values: 0.1", "num_heads: 4", "depth: 1"],
+)  # fmt: skip
+def test_a_known_option_trains_and_is_read_back(option, tmp_path):
+    """The encoder that is written gives the features of the one that was trained."""
+    recipe = tiny_recipe("mae", f"encoder.options={{{option}}}")
+    encoder, image = Encoder(recipe), images()
+    encoder(*full_view(image, PATCH)).square().mean().backward()
+    assert all(p.grad is not None for n, p in encoder.named_parameters()), option
+    save_file(encoder_state(encoder.state_dict(), encoder), tmp_path / "encoder.safetensors")
+    (tmp_path / "encoder.json").write_text(json.dumps(encoder_info(recipe, 1)))
+    vit, _ = read_encoder(tmp_path)
+    with torch.no_grad():
+        ours, theirs = encoder(*full_view(image, PATCH)), vit.forward_features(normalised(image))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolutional_stem_is_no_patch_embedding_of_ours():
+    with pytest.raises(UserError, match=r"not a plain ViT \(patches by one convolution"):
+        Encoder(load_recipe(RECIPES / "mae.yaml", ["encoder.arch=vit_small_r26_s32_224"]))
 
 
 def test_image_size_must_fit_the_patch_in_the_name():

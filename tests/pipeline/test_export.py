@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 
+from pipeline import load_encoder
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main
-from pipeline.method.encoder import read_encoder
+from pipeline.method.encoder import encoder_info, encoder_state, read_encoder
 from pipeline.method.interop import from_mae
 from pipeline.method.load import load_run
 from pipeline.method.objective import build_objective
@@ -22,10 +23,17 @@ from pipeline.method.vit import vit_options
 SAMPLE = torch.tensor([5, 1, 8])
 
 
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+
+
 @pytest.fixture
 def run(tmp_path):
+    return write_run(tmp_path)
+
+
+def write_run(tmp_path, *overrides):
     """A run folder with a tiny MAE of random weights, and its objective."""
-    recipe = tiny_recipe("mae")
+    recipe = tiny_recipe("mae", *overrides)
     objective, _ = build_objective(recipe)
     with torch.no_grad():
         for parameter in objective.parameters():
@@ -57,6 +65,53 @@ def test_timm_opens_the_checkpoint_and_gives_the_same_features(run, tmp_path, ca
         theirs = vit.forward_features(pixels(images()))
         ours = objective.encoder(*full_view(images(), PATCH))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("timm", "x.safetensors"), ("mae", "x.pth"), ("hf", "x")]
+)
+def test_a_file_keeps_its_pixel_statistics(tmp_path, capsys, kind, name):
+    """Ours says them itself; timm learns them by the pretrained_cfg_overlay that is printed."""
+    folder, _ = write_run(tmp_path, f"data.mean={list(MEAN)}", f"data.std={list(STD)}")
+    assert main([str(folder), "--format", kind, str(tmp_path / name)]) == 0
+    _, info = load_encoder(tmp_path / name)
+    assert (info["mean"], info["std"]) == (list(MEAN), list(STD))
+    if kind == "timm":
+        call = capsys.readouterr().out.strip().partition("open it with ")[2]
+        model = eval(call, {"timm": timm})
+        config = timm.data.resolve_model_data_config(model)
+        assert (config["mean"], config["std"]) == (MEAN, STD)
+        loaded = load_file(tmp_path / name)
+        assert torch.equal(model.cls_token, loaded["cls_token"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ({"arch": "vit_base_patch16_224"}, "says itself that it is vit_tiny_patch16_224"),
+        ({"options": {"num_heads": 4}}, "says itself how it is built, with num_heads 2"),
+        ({"options": {"drop_rate": 0.1}}, "with no drop_rate; only img_size"),
+        ({"options": {"img_size": 18}}, "img_size 18 is no multiple of the patch size 4"),
+        ({"options": {"img_size": 0}}, "img_size 0 is no multiple"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["timm", "mae", "hf", "run"])
+def test_what_says_its_architecture_is_not_contradicted(run, tmp_path, kind, words, sentence):
+    folder, objective = run
+    out = tmp_path / {"timm": "x.safetensors", "mae": "x.pth"}.get(kind, "x")
+    if kind == "run":
+        out = folder
+        (folder / "encoder").mkdir()
+        state = encoder_state(objective.encoder.state_dict(), objective.encoder)
+        save_file(state, folder / "encoder/encoder.safetensors")
+        (folder / "encoder/encoder.json").write_text(json.dumps(encoder_info(objective.recipe, 1)))
+    else:
+        main([str(folder), "--format", kind, str(out)])
+    if kind == "hf" and "arch" in words:
+        words, sentence = {"arch": "vit_tiny_patch16_224"}, "is vit_base_patch16_224"
+    with pytest.raises(UserError, match=sentence) as error:
+        load_encoder(out, **words)
+    assert str(out) in str(error.value)
 
 
 def test_mae_checkpoint_goes_there_and_back(run, tmp_path):

@@ -110,3 +110,17 @@ def test_the_hugging_face_config_by_its_values():
         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32, "mask_ratio": 0.6,
         "norm_pix_loss": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("init_values: 0.1", r"no place for blocks\.0\.ls1\.gamma"),
+        ("qkv_bias: false", "needs .*qkv.bias"),
+    ],
+)
+def test_what_hugging_faces_vit_lacks_is_refused(option, words):
+    objective, _ = build_objective(tiny_recipe("mae", f"encoder.options={{{option}}}"))
+    for write in (to_hf_vit, to_hf_mae):
+        with pytest.raises(UserError, match=words):
+            write(objective)

@@ -93,6 +93,30 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint_and_a_cut_one(tmp_pat
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:2]
 
 
+@pytest.mark.parametrize("first", [0, 2])
+def test_no_curve_overlaps_or_has_a_gap_after_a_restart(first, tmp_path, alone):
+    """A run of four steps, killed, and started again from its checkpoint, or from nothing."""
+    for start, value in ((0, 1.0), (first, 2.0)):
+        monitor = Monitor(tmp_path, rank=0, first=start, total=6, images=16, log_steps=1)
+        for step in range(start, 4):
+            monitor.add(torch.tensor(value), {}, share=1.0)
+            monitor.step(step, {"lr": 0.1, "epoch": 0.1}, CPU)
+            monitor.probed(step + 1, {"probe/knn_top1": value})
+            monitor.picture(step + 1, torch.zeros(2, 2, 3, dtype=torch.uint8))
+        monitor.close()
+        if value == 1.0:  # of a step that the second start does not reach
+            (tmp_path / "pictures/step-00000005.png").write_bytes(b"")
+    seen = [(step, 1.0 if step <= first else 2.0) for step in range(1, 5)]
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for tag in ("loss/loss", "probe/knn_top1"):
+        assert [(e.step, e.value) for e in board.Scalars(tag)] == seen
+    assert [e.step for e in board.Images("pictures/views")] == [1, 2, 3, 4]
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == seen
+    names = sorted(p.name for p in (tmp_path / "pictures").iterdir())
+    assert names == [f"step-{step:08d}.png" for step in range(1, 5)]
+
+
 def test_logs_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys, alone):
     monitor = Monitor(tmp_path, rank=0, first=0, total=5, images=16, log_steps=1)
     full = open("/dev/full", "w")  # noqa: SIM115 (the monitor closes it)

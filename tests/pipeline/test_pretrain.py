@@ -53,7 +53,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     text = capsys.readouterr().out
     for word in ("--ds_config", "zero2.json", "--recipe", "rmae.yaml", "--set", "--data",
                  "data/shards/train", "--output", "runs/<recipe>-<date>", "--resume", "auto",
-                 "--max-steps"):  # fmt: skip
+                 "--max-steps", "--resume-changed", "--no-lock"):  # fmt: skip
         assert word in text, word
 
 
@@ -99,7 +99,8 @@ def test_more_images_in_a_batch_than_there_are(shards, tmp_path, capsys):
 
 
 def test_run_resume_and_refusals(shards, tmp_path, capsys):
-    """A run in two parts equals a run in one; then another recipe and a second run are refused."""
+    """A run in two parts equals a run in one; another recipe, other data and a second run are
+    refused."""
     words = arguments(
         shards,
         tmp_path,
@@ -126,6 +127,12 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     assert "already holds a run" in refused(capsys, *words, "--resume", "none")
     elsewhere = [str(tmp_path / "third") if w == str(tmp_path / "run") else w for w in words]
     assert "no valid checkpoint" in refused(capsys, *elsewhere, "--resume", str(tmp_path / "none"))
+    words[words.index(str(shards / "train"))] = str(shards / "val")
+    assert "other data (96 images, now 48)" in refused(capsys, *words)
+    assert pretrain.main([*words, "--max-steps", "4", "--resume-changed"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 4 was epoch 0.33 at lr" in printed
+    assert "now epoch 0.67 at lr" in printed
     kept = sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir())
     assert kept == ["latest", "step-00000002", "step-00000004"]
     assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000004\n"
@@ -195,21 +202,25 @@ def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
 
 
 @pytest.mark.parametrize("name", ["rmae", "cmae"])
-def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("config", "section", "way"),
+    [("zero2-bf16", "bf16", "bf16"), ("zero2", "torch_autocast", "autocast")],
+)
+def test_bf16_follows_fp32(name, config, section, way, shards, tmp_path, capsys):
     """bf16 asked for, native or emulated; the teacher and the losses stay fp32."""
     words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
     words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "3"]
-    words[words.index("ds_configs/zero0.json")] = "ds_configs/zero2.json"
+    words[words.index("ds_configs/zero0.json")] = config
     assert pretrain.main(words) == 0
     assert "precision: fp32 (auto" in capsys.readouterr().out
-    config = json.loads((pretrain.ROOT / "ds_configs/zero2.json").read_text())
-    config["bf16"] = {"enabled": True}
-    (tmp_path / "bf16.json").write_text(json.dumps(config))
+    values = json.loads((pretrain.ROOT / f"ds_configs/{config}.json").read_text())
+    values[section] = {"enabled": True}
+    (tmp_path / "bf16.json").write_text(json.dumps(values))
     other = [str(tmp_path / "bf16") if w == str(tmp_path / "run") else w for w in words]
-    other[other.index("ds_configs/zero2.json")] = str(tmp_path / "bf16.json")
+    other[other.index(config)] = str(tmp_path / "bf16.json")
     assert pretrain.main(other) == 0
-    assert "precision: bf16" in capsys.readouterr().out
-    for folder, precision in (("run", "fp32"), ("bf16", "bf16")):
+    assert f"precision: {way}" in capsys.readouterr().out
+    for folder, precision in (("run", "fp32"), ("bf16", way)):
         assert (
             json.loads((tmp_path / folder / "versions.json").read_text())["precision"] == precision
         )
@@ -218,6 +229,8 @@ def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), rel=0.02)
     weights = load_file(tmp_path / "bf16/encoder/encoder.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
+    other[other.index(str(tmp_path / "bf16.json"))] = config
+    assert f"written with precision {way}, this run has fp32" in refused(capsys, *other)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -242,9 +255,8 @@ def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path)
     assert "Traceback" not in text
 
 
-def test_a_host_that_lacks_its_shards_says_so_itself(shards, tmp_path):
-    """Two hosts of one rank each: the other sees only that a rank is gone."""
-    words = arguments(shards, tmp_path, "mae")
+def two_hosts(words, *second):
+    """The trainer on two hosts of one rank each, started; the second has further words."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -252,16 +264,31 @@ def test_a_host_that_lacks_its_shards_says_so_itself(shards, tmp_path):
     for rank in range(2):
         env = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         env |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        here = words if rank == 0 else [*words, "--data", str(tmp_path / "nowhere")]
-        command = [sys.executable, "pipeline/pretrain.py", *here]
+        command = [sys.executable, "pipeline/pretrain.py", *words, *(second if rank else ())]
         runs.append(
             subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         )
+    return runs
+
+
+def test_a_host_that_lacks_its_shards_says_so_itself(shards, tmp_path):
+    """Two hosts of one rank each: the other sees only that a rank is gone."""
+    runs = two_hosts(arguments(shards, tmp_path, "mae"), "--data", str(tmp_path / "nowhere"))
     texts = [run.communicate(timeout=240)[1].decode() for run in runs]
     lines = [line for line in texts[1].splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert lines[0].startswith(f"error (rank 1 on {socket.gethostname()}): ")
     assert "nowhere" in lines[0]
+    assert [run.returncode for run in runs] == [1, 2]
+
+
+def test_a_host_with_other_shards_than_the_first_is_refused(shards, tmp_path):
+    runs = two_hosts(arguments(shards, tmp_path, "mae"), "--data", str(shards / "val"))
+    texts = [run.communicate(timeout=240)[1].decode() for run in runs]
+    lines = [line for line in texts[1].splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert "48 images" in lines[0]
+    assert "rank 0 has 96 images" in lines[0]
     assert [run.returncode for run in runs] == [1, 2]
 
 

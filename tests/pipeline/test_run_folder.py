@@ -1,9 +1,14 @@
 """Run folders: atomic files, the lock, whole and broken checkpoints, where to go on."""
 
+import errno
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny import tiny_recipe
@@ -12,16 +17,18 @@ from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import STATE, CheckpointStore, SaveError, read_state
 from pipeline.runtime.run_folder import RunLock, claim
+from pipeline.runtime.same_run import check_same, data_identity
 from shard_tools.atomic import FILES, seal, verify
+from shard_tools.manifest import read_manifest
 
 
-def fake_checkpoint(run, step, recipe):
+def fake_checkpoint(run, step, recipe, **state):
     """A folder with the shape of a checkpoint (its weights are not read here)."""
     name = f"step-{step:08d}"
     place = run / "checkpoints" / f".{name}"
     place.mkdir(parents=True)
     (place / "weights.bin").write_bytes(os.urandom(100))
-    (place / STATE).write_text(json.dumps({"step": step}))
+    (place / STATE).write_text(json.dumps({"step": step} | state))
     (place / "recipe.yaml").write_text(dump_recipe(recipe))
     seal(place, place.with_name(name))
     return place.with_name(name)
@@ -48,25 +55,127 @@ def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
     RunLock(tmp_path)  # free again, even after a kill
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_no_held_lock(code, tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("pipeline.runtime.run_folder.fcntl.lockf", without)
+    with pytest.raises(
+        UserError, match=rf"has no locks \({os.strerror(code)}\).* --no-lock"
+    ) as error:
+        RunLock(tmp_path)
+    assert "another run holds" not in str(error.value)
+    RunLock(tmp_path, needed=False).release()
+    with pytest.raises(UserError, match="has no locks"):
+        claim(tmp_path, "auto")
+    assert claim(tmp_path, "auto", lock_needed=False)[1] is None
+
+
+def test_an_output_that_cannot_be_a_folder_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file: is a file; --output is a folder"):
+        RunLock(tmp_path / "file")
+    with pytest.raises(UserError, match=r"file.*: --output cannot be written .Not a directory"):
+        RunLock(tmp_path / "file/run")
+    with pytest.raises(UserError, match=r"/proc/run.*: --output cannot be written"):
+        RunLock(Path("/proc/run"))
+    (tmp_path / "run/lock").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run/lock: --output cannot be written .Is a directory"):
+        claim(tmp_path / "run", "auto")
+
+
+def read_only(folder):
+    """Make a folder read-only, for root too (a bind mount in this process's own namespace)."""
+    if os.geteuid():
+        folder.chmod(0o555)
+        return []
+    mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    return ["unshare", "-m", "sh", "-c", mount, str(folder)]
+
+
+def test_a_read_only_output_is_a_sentence(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from pipeline.errors import UserError\n"
+        "from pipeline.runtime.run_folder import claim\n"
+        "try: claim(Path(sys.argv[1]), 'auto')\n"
+        "except UserError as error: print(error)"
+    )
+    fake_checkpoint(tmp_path / "run", 10, tiny_recipe("mae"))
+    prefix = read_only(tmp_path / "run")
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("needs a mount namespace, or a user that is not root")
+    assert done.stderr == ""
+    assert "--output cannot be written (" in done.stdout
+
+
 def test_where_to_go_on(tmp_path):
     recipe = tiny_recipe("mae")
-    assert claim(tmp_path, recipe, "auto")[1] is None
+    assert claim(tmp_path, "auto")[1] is None
     fake_checkpoint(tmp_path, 10, recipe)
     newest = fake_checkpoint(tmp_path, 200, recipe)
-    assert claim(tmp_path, recipe, "auto")[1] == newest
+    assert claim(tmp_path, "auto")[1] == newest
     other = tmp_path / "other"
-    assert claim(other, recipe, str(tmp_path))[1] == newest
-    assert claim(other, recipe, str(newest))[1] == newest
+    assert claim(other, str(tmp_path))[1] == newest
+    assert claim(other, str(newest))[1] == newest
     with pytest.raises(UserError, match="already holds a run"):
-        claim(tmp_path, recipe, "none")
+        claim(tmp_path, "none")
     with pytest.raises(UserError, match="no valid checkpoint"):
-        claim(other, recipe, str(tmp_path / "nowhere"))
+        claim(other, str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_key(tmp_path):
-    fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
-    with pytest.raises(UserError, match=r"another recipe \(optimizer.base_lr: 0.00015 != 0.1\)"):
-        claim(tmp_path, tiny_recipe("mae", "optimizer.base_lr=0.1"), "auto")
+    place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
+    other = tiny_recipe("mae", "optimizer.base_lr=0.1", "seed=4")
+    with pytest.raises(
+        UserError, match=r"recipe \(optimizer.base_lr: 0.00015 != 0.1; seed: 0 != 4"
+    ):
+        check_same(place, other, FACTS)
+    assert check_same(place, tiny_recipe("mae"), FACTS) == []
+
+
+FACTS = {"images": 96, "data": "a" * 64, "batch_size": 8, "epochs": 100, "steps_per_epoch": 12}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"images": 192, "data": "b" * 64, "steps_per_epoch": 24}, r"\(96 images, now 192\)"),
+        ({"data": "b" * 64}, "as many images, manifest aaaaaaaaaaaa, now bbbbbbbbbbbb"),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused_or_continued_deliberately(changed, said, tmp_path):
+    recipe = tiny_recipe("mae", "optimizer.warmup_epochs=10", "optimizer.base_lr=3.2e-4")
+    place = fake_checkpoint(tmp_path, 30, recipe, schedule=FACTS)
+    assert check_same(place, recipe, FACTS) == []
+    with pytest.raises(UserError, match=f"{said}.*--resume-changed"):
+        check_same(place, recipe, FACTS | changed)
+    first, second = check_same(place, recipe, FACTS | changed, anyway=True)
+    assert re.search(said, first)
+    # lr = 3.2e-4 * 8 / 256 * (step / steps of warm-up)
+    now = "epoch 1.25 at lr 1.25e-06" if "images" in changed else "epoch 2.50 at lr 2.50e-06"
+    assert second == f"warning: step 30 was epoch 2.50 at lr 2.50e-06, now {now}"
+
+
+def test_the_data_of_an_older_checkpoint_is_not_known(tmp_path):
+    place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
+    assert check_same(place, tiny_recipe("mae"), FACTS) == []
+
+
+def test_data_are_the_same_wherever_they_lie_and_others_where_a_byte_differs(shards, tmp_path):
+    train = read_manifest(shards / "train")
+    shutil.copytree(shards / "train", tmp_path / "copy")
+    assert data_identity(read_manifest(tmp_path / "copy")) == data_identity(train)
+    first = replace(train.shards[0], sha256="0" * 64)
+    others = [
+        replace(train, shards=(first, *train.shards[1:])),
+        replace(train, shards=train.shards[::-1]),
+        replace(train, index_sha256="0" * 64),
+    ]
+    assert len({data_identity(m) for m in (train, *others)}) == 4
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "list"])
@@ -98,7 +207,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, capsys):
     for step in (10, 20):
         (fake_checkpoint(tmp_path, step, recipe) / "weights.bin").unlink()
     with pytest.raises(UserError, match=r"step-00000010/.*: missing .* start from scratch"):
-        claim(tmp_path, recipe, "auto")
+        claim(tmp_path, "auto")
     assert capsys.readouterr().out.count("falling back to the previous checkpoint") == 1
 
 
@@ -161,7 +270,7 @@ def test_a_start_removes_what_a_kill_left_and_points_latest_to_where_it_goes_on(
     for name in (".recipe.yaml.7.tmp", "checkpoints/.latest.7.tmp"):
         (tmp_path / name).write_text("half")
     (tmp_path / "checkpoints/latest").write_text("step-00000005\n")  # killed before it was written
-    lock, place = claim(tmp_path, recipe, "auto")
+    lock, place = claim(tmp_path, "auto")
     assert place == found
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000010\n"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []

@@ -204,3 +204,12 @@ def test_an_interrupted_job_unpacks_once(tmp_path: Path) -> None:
     before = plain.stat().st_mtime_ns
     assert list_archive(packed, unpacked, skip=False) == first
     assert plain.stat().st_mtime_ns == before
+
+
+def test_tasks_do_not_each_unpack_an_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, _ = nested(tmp_path / "train.tar")
+    (tmp_path / "train.tar.gz").write_bytes(gzip.compress(archive.read_bytes()))
+    error = refused(capsys, tmp_path / "train.tar.gz", tmp_path / "d", "--num-tasks", "2")
+    assert "is compressed, so tasks cannot share it; unpack it first" in error

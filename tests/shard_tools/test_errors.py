@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from shard_tools import demo_images, index_shards, make_shards, subset, verify_shards
-from tests.helpers.shard_samples import image_tree
+from shard_tools.manifest import read_manifest
+from tests.helpers.shard_samples import image_tree, jpeg
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,6 +56,52 @@ def test_a_slip_in_a_shard_worker_shows_its_traceback_and_the_image(tree, tmp_pa
     assert f"while working on {tree}/" in done.stderr
     assert "error: " not in done.stderr
     assert not list((tmp_path / "out").glob(".*.tmp"))
+
+
+# Kills the worker that has the image of 31 x 23 pixels in hand, as a crash or the kernel would.
+DEATH = """
+import os
+import shard_tools.sharding.writer as writer
+
+original = writer.check_image
+
+def check_image(data, settings):
+    image = original(data, settings)
+    if (image.width, image.height) == (31, 23):
+        os.kill(os.getpid(), {signal})
+    return image
+
+writer.check_image = check_image
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("signal", ["9", "11"])
+def test_the_death_of_a_worker_names_the_file_and_can_be_resumed(tmp_path, workers, signal):
+    tree = image_tree(tmp_path / "images", {"cat": 20, "dog": 20})
+    (tree / "dog" / "deadly.jpg").write_bytes(jpeg(1, (31, 23)))
+    (tmp_path / "slip").mkdir()
+    (tmp_path / "slip/sitecustomize.py").write_text(DEATH.replace("{signal}", signal))
+    out = tmp_path / "out"
+    command = [sys.executable, ROOT / "shard_tools/make_shards.py", tree, out, "--shard-size"]
+    command += ["40KiB", "--workers", str(workers)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path / 'slip'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        f"error: a worker process died while working on {tree}/dog/deadly.jpg (out of memory, or a "
+        "crash in a decoder); finished shards are kept, --resume does the rest"
+    )
+    assert "Traceback" not in done.stderr
+    assert not list(out.glob(".*.tmp"))
+    assert make_shards.main([*map(str, command[2:]), "--resume"]) == 0
+    assert read_manifest(out).samples == 41
+    assert verify_shards.main([str(out), "--workers", "1"]) == 0
 
 
 def test_a_slip_in_this_process_is_raised(shards, monkeypatch):

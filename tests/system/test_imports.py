@@ -62,9 +62,9 @@ def circle(graph):
 
 # From the ground up: a room imports only rooms that stand before it (of one line, no other).
 FLOORS = (
-    ("pipeline.errors",),
+    ("pipeline.errors", "shard_tools.cores"),
     ("shard_tools.atomic", "shard_tools.cli", "shard_tools.members", "pipeline.distributed"),
-    ("shard_tools.tar",),
+    ("shard_tools.tar", "shard_tools.image_file"),
     ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),
     ("shard_tools.class_list",),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),

@@ -1,0 +1,105 @@
+"""Result files: their path and how they are written."""
+
+import hashlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from eval.shared.encoders import EncoderChoice
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_json
+
+
+class Timer:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return round(time.monotonic() - self.start, 2)
+
+
+def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
+    """Where a result is written: `output`, to which .json is added where it lacks that, or
+    RUN/eval/NAME.json. NAME has --options, if there are any, and the seed of a random encoder.
+
+    RUN of a FILE is runs/<its name>-<digest of its full path>, since files of several folders are
+    named alike; of others runs/<source>, and of a random encoder runs/random-<architecture>.
+    """
+    if output:
+        return named_json(output)
+    run = Path(encoder.source)
+    if run.is_file():
+        run = Path("runs") / f"{run.stem}-{digest(str(run.resolve()))}"
+    elif encoder.source == "random":
+        run = Path("runs") / f"random-{encoder.arch}"
+    elif encoder.source.startswith("timm:"):
+        run = Path("runs") / encoder.source.replace(":", "-")
+    elif run.name == "encoder":
+        run = run.parent
+    if encoder.options:
+        name += f"-{in_a_name(json.dumps(encoder.options, sort_keys=True))}"
+    if encoder.random or encoder.source == "random":
+        name += f"-random-{encoder.seed}"
+    name += "-ema" * encoder.ema
+    name += f"-resize{encoder.resize}" if encoder.resize else ""
+    return run / "eval" / f"{name}.json"
+
+
+def named_json(output: str) -> Path:
+    """The path of --output, which ends in .json: the report reads no other results."""
+    path = Path(output)
+    if path.name in ("", ".."):
+        raise UserError(f"--output {output}: must be a file, such as {path / 'result.json'}")
+    return path if path.suffix == ".json" else path.with_name(f"{path.name}.json")
+
+
+def check_output(path: Path, ranks: Ranks, folder: Path | None = None) -> None:
+    """UserError, on every rank, where the result at `path` or files in `folder` could not be
+    written: known before the work and not after it. Nothing is created."""
+
+    def attempt() -> None:
+        if path.is_dir():
+            raise UserError(f"{path}: cannot be written (Is a directory); choose another --output")
+        for wanted in (path.parent, folder or path.parent):
+            there = wanted
+            try:
+                while not there.exists():
+                    there = there.parent
+                with tempfile.TemporaryFile(dir=there):
+                    pass
+            except OSError as error:
+                reason = f"{there}: {error.strerror}"
+                raise UserError(
+                    f"{path}: cannot be written ({reason}); choose another --output"
+                ) from None
+
+    ranks.agree(attempt)
+
+
+def digest(text: str) -> str:
+    """Eight hexadecimal digits that stand for a text in a file name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def in_a_name(text: str, longest: int = 40) -> str:
+    """A text as a part of a file name: its words, or its digest where they are too long."""
+    words = "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
+    return words if len(words) <= longest else digest(text)
+
+
+def write_result(path: str | Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, atomically. UserError where the path cannot be written."""
+    with naming(path, "cannot be written"):
+        write_json(Path(path), result, indent=1)
+
+
+def write_accuracy(path: Path, result: dict[str, Any]) -> None:
+    """Write a result that has top1 and top5, and print them."""
+    write_result(path, result)
+    print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {path}", flush=True)

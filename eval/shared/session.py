@@ -1,0 +1,188 @@
+"""A frozen encoder on this rank and how images reach it: what every evaluation is handed."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from eval.shared.cli import progress, seed_everything
+from eval.shared.encoders import EncoderChoice, EncoderInfo, open_encoder, read_options
+from eval.shared.features import (
+    image_features,
+    image_size,
+    last_tokens,
+    normalise,
+    used_precision,
+)
+from eval.shared.results import Timer
+from pipeline.data.crops import CentreCrop, shorter_side
+from pipeline.data.loader import Loader, eval_loader
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError
+from shard_tools.manifest import read_manifest
+
+# Pixels [b, 3, H, W], normalised; labels and sample numbers, int64 [b].
+LabelledPixels = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class EvalSession:
+    """An encoder with its facts, these ranks, and how batches are read.
+
+    precision: auto, fp32 or bf16. workers: loader processes of each rank. resize: pixels of the
+    shorter side before the evaluation crop, 0 for those of `shorter_side`.
+    """
+
+    vit: VisionTransformer
+    info: EncoderInfo
+    ranks: Ranks
+    precision: str = "auto"
+    workers: int = 0
+    resize: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        return self.ranks.device
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) images that the encoder takes, in pixels."""
+        return image_size(self.vit)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [b, H, W, 3] → float32 [b, 3, H, W] on the device, as the encoder expects it."""
+        return normalise(image, self.info.mean, self.info.std, self.device)
+
+    def patch_tokens(self, pixels: Tensor) -> Tensor:
+        """Patch tokens after the last norm, float32 [b, L, D], of pixels [b, 3, H, W]."""
+        return last_tokens(self.vit, pixels, self.precision)[:, self.vit.num_prefix_tokens :]
+
+    def features(self, pixels: Tensor, feature: str) -> Tensor:
+        """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
+        return image_features(self.vit, pixels, feature, self.precision)
+
+    def loader(self, folder: str | Path, batch_size: int) -> Loader:
+        """This rank's batches of a set: each image once over all ranks, evaluation crop.
+
+        What is in a batch does not depend on the number of ranks, and so neither does the
+        rounding of its features.
+        """
+        return eval_loader(
+            folder,
+            batch_size=batch_size,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            image_size=self.image_size,
+            workers=self.workers,
+            interleave=True,
+            resize=self.resize or None,
+        )
+
+    def check_readable(self, folder: str | Path, batch_size: int) -> None:
+        """UserError now, and not at the end of a training, where a set's loader cannot start."""
+        self.loader(folder, batch_size).close()
+
+    def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
+        """The loader's batches on the device."""
+        for batch in self.loader(folder, batch_size):
+            pixels = self.normalise(batch.image)
+            yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
+
+    def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Features float32 [N, D] and labels int64 [N] of a full set on every rank, in sample
+        order.
+
+        No augmentation. The order, and so whatever is computed from it, does not depend on how
+        many ranks shared the work.
+        """
+        total, ranks = read_manifest(folder).samples, self.ranks
+        stream = progress(self.batches(folder, batch_size), ranks, f"features of {folder}")
+        parts = [(self.features(pixels, feature), *rest) for pixels, *rest in stream]
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        none = torch.zeros(0, self.vit.num_features, device=self.device)
+        features = ranks.gather(torch.cat([none, *[p[0] for p in parts]]))
+        label = ranks.gather(torch.cat([empty, *[p[1] for p in parts]]))
+        sample = ranks.gather(torch.cat([empty, *[p[2] for p in parts]]))
+        if not bool(features.isfinite().all()):
+            raise UserError(f"{folder}: the encoder's features of it are not finite")
+        order = sample.argsort()
+        if not torch.equal(sample[order], torch.arange(total, device=self.device)):
+            raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
+        return features[order], label[order]
+
+    def identity(self) -> str:
+        """What a checkpoint was trained from, whatever path leads there: sha256 of the weights,
+        of a random encoder what they were drawn from."""
+        info, record = self.info, self.info.record
+        built = [info.arch, info.options, record.get("random_seed")]
+        total = hashlib.sha256(json.dumps(built, sort_keys=True).encode())
+        if not record["random"]:
+            for name, tensor in sorted(self.vit.state_dict().items()):
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
+
+    def facts(self, timer: Timer) -> dict[str, Any]:
+        """What every result says last: precision, encoder, seconds, ranks."""
+        return {
+            "precision": used_precision(self.precision, self.device),
+            "encoder": self.info.record,
+            "resize": self.resize or shorter_side(self.image_size),
+            "seconds": timer.seconds,
+            "ranks": self.ranks.world,
+        }
+
+
+def open_session(
+    choice: EncoderChoice,
+    ranks: Ranks,
+    *,
+    feature: str = "mean_patch",
+    precision: str = "auto",
+    workers: int = 0,
+    device: torch.device | None = None,
+) -> EvalSession:
+    """Seed everything, alike on every rank, and open the encoder, which must have the feature.
+
+    device: where it is kept; by default the rank's.
+    """
+    seed_everything(choice.seed)
+    vit, info = open_encoder(choice, device or ranks.device, feature)
+    if ranks.first and info.record.get("note"):
+        print(f"encoder: {info.record['note']}", flush=True)
+    if choice.resize:
+        CentreCrop(image_size(vit), choice.resize)  # refused now, not after the training
+    return EvalSession(vit, info, ranks, precision, workers, choice.resize)
+
+
+def encoder_of(args: argparse.Namespace) -> EncoderChoice:
+    """The encoder that a command line names."""
+    options = read_options(args.options)
+    return EncoderChoice(
+        args.encoder, args.arch, options, args.random, args.seed, args.ema, args.resize
+    )
+
+
+def session_of(
+    args: argparse.Namespace,
+    ranks: Ranks,
+    feature: str = "mean_patch",
+    device: torch.device | None = None,
+) -> EvalSession:
+    """The session that a command line names."""
+    return open_session(
+        encoder_of(args),
+        ranks,
+        feature=feature,
+        precision=args.precision,
+        workers=args.workers,
+        device=device,
+    )

@@ -1,0 +1,289 @@
+"""Encoders that others trained, or that we wrote in their form: files, folders, timm's hub."""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError, safe_open
+from timm.data.config import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pipeline.config.recipe import DataRecipe
+from pipeline.errors import UserError
+from pipeline.method.encoder import METADATA
+from pipeline.method.families import adopt, build_family, with_timm_names
+from pipeline.method.interop import from_hf, hf_arch
+from pipeline.method.layouts import (
+    OURS,
+    TIMM,
+    Layout,
+    fix_norms,
+    fixed_options,
+    layout_of,
+    refuse_stem,
+)
+from pipeline.method.positions import resize_positions, square
+from pipeline.method.weights import EMA, Found, find_encoder, load_tensors
+
+# Heads and decoders are not part of an encoder.
+LEFT_OUT = (
+    "head", "decoder", "lm_head", "attn_pool", "predictor", "projector", "fc.", "masked_embed",
+)  # fmt: skip
+
+
+def known_arch(arch: str | None, source: object) -> str:
+    """An architecture that timm knows, which a file of others and a random encoder need."""
+    if not arch:
+        raise UserError(
+            f"{source} does not say its architecture: give it with --arch (arch=), the name of a "
+            "vision transformer of timm such as vit_base_patch16_224"
+        )
+    if not timm.is_model(arch.split(".")[0]):
+        near = ", ".join(timm.list_models("vit_*_patch16_224")[:6])
+        raise UserError(f"--arch {arch} is not a timm model; for example: {near}")
+    return arch
+
+
+def named(arch: str, name: str) -> dict[str, Any]:
+    """Info of an encoder that is not ours, with the mean and std of ImageNet."""
+    data = DataRecipe()
+    statistics = {"mean": list(data.mean), "std": list(data.std)}
+    return {"arch": arch, "options": {}, **statistics, "recipe": name, "method": name}
+
+
+def other_size(
+    path: Path, info: Mapping[str, Any], arch: str | None, options: Mapping[str, Any]
+) -> Any:
+    """The image size that options ask of a source that says its architecture itself.
+
+    UserError for another architecture and for every other option that is not the source's.
+    """
+    own = {"img_size": None, **info["options"]}
+    if arch and arch != info["arch"]:
+        raise UserError(f"--arch {arch}: {path} says itself that it is {info['arch']}")
+    for key, value in options.items():
+        if key != "img_size" and (key not in own or own[key] != value):
+            has = f"{key} {own[key]!r}" if key in own else f"no {key}"
+            raise UserError(
+                f"--options {{{key}: {value}}}: {path} says itself how it is built, with {has}; "
+                "only img_size may be another"
+            )
+    return options.get("img_size", own["img_size"])
+
+
+def refuse_indivisible(size: Any, vit: VisionTransformer, path: object) -> None:
+    patch = vit.patch_embed.patch_size[0]
+    if not isinstance(size, int) or size < patch or size % patch:
+        raise UserError(
+            f"{path}: img_size {size} is no multiple of the patch size {patch}; take one such as "
+            f"{patch * 16}"
+        )
+
+
+def from_hub(name: str, options: dict[str, Any]) -> tuple[VisionTransformer, dict[str, Any]]:
+    """A timm model with the weights that timm publishes for it."""
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"--encoder timm:{name}: not a timm model; timm.list_models() lists them")
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, **options)
+    except Exception as error:  # each version of the hub's client has its own kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"--encoder timm:{name}: its weights cannot be fetched ({reason}); where no hub can be "
+            f"reached give a local file: --encoder FILE --arch {name}"
+        ) from None
+    info = named(name, f"timm:{name}") | timm_statistics(model)
+    options.pop("pretrained_cfg_overlay", None)
+    vit = adopt(model, name, options)
+    return vit, finish(info, vit, options)
+
+
+def from_file(
+    path: Path, arch: str | None, options: dict[str, Any], ema: bool = False
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """A file of weights as a timm model; every weight of the encoder must be there.
+
+    A file of pipeline/export.py says its architecture, mean and std itself. For others see
+    layouts: mean and std are those of its project's code, or timm's for the architecture.
+    """
+    content = load_tensors(path)
+    written = exported_info(path, content)
+    found = find_encoder(content, path, ema=ema)
+    refuse_stem(found, path)
+    if written:
+        size = other_size(path, written, arch, options)
+        arch, options = written["arch"], {**written["options"], "img_size": size}
+        layout = OURS
+    else:
+        arch = known_arch(arch or _timms_arch(content), path)
+        layout = layout_of(found, content)
+    given, options = options, fixed_options(layout, found.state) | options
+    vit = fit(found.state, arch, options, path, layout)
+    overlay = options.pop("pretrained_cfg_overlay", {})
+    info = named(arch, path.stem)  # with ImageNet's statistics
+    if not layout.imagenet:
+        info |= _trained_with(content) or timm_statistics(vit)
+    info |= {key: list(overlay[key]) for key in ("mean", "std") if key in overlay}
+    info |= {key: written[key] for key in ("mean", "std") if key in written}
+    info = finish(info, vit, options)
+    return vit, info | {"note": "" if written else _note(found, layout, info, given, ema)}
+
+
+def _timms_arch(content: Any) -> str | None:
+    """The architecture that timm's training script writes beside the weights."""
+    arch = content.get("arch") if isinstance(content, dict) else None
+    return arch if isinstance(arch, str) and timm.is_model(arch.split(".")[0]) else None
+
+
+def _trained_with(content: Any) -> dict[str, Any]:
+    """Mean and std that timm's training script was given, as it keeps its arguments, or {}."""
+    args = content.get("args") if isinstance(content, dict) else None
+    if not isinstance(args, Namespace):
+        return {}
+    mean, std = getattr(args, "mean", None), getattr(args, "std", None)
+    return {"mean": list(mean), "std": list(std)} if mean and std else {}
+
+
+def _note(
+    found: Found, layout: Layout, info: dict[str, Any], given: dict[str, Any], ema: bool
+) -> str:
+    """What was taken to be so of a file that does not say it."""
+    if layout is TIMM:
+        whose = f"timm's names, mean and std {_short(info)} as timm has them for {info['arch']}"
+    else:
+        whose = f"a file of {layout.name}: mean and std {_short(info)}"
+        heads = fixed_options(layout, found.state).get("num_heads")
+        if heads is not None:
+            said = given.get("num_heads", heads)
+            whose += f", {said} heads" + ("" if said == heads else f" (its own code has {heads})")
+    others = sorted({".".join(words) or "the file itself" for words in found.others})
+    left = f"; not taken: {', '.join(others)}" if others else ""
+    kept = [words[0] for words in found.others if words and words[0] in EMA]
+    left += f" (--ema takes {kept[0]})" if kept and not ema else ""
+    return f"{whose}; weights from {found.place}{left}"
+
+
+def _short(info: dict[str, Any]) -> str:
+    return " ".join(",".join(f"{v:g}" for v in info[key]) for key in ("mean", "std"))
+
+
+def fit(
+    state: dict[str, Tensor], arch: str, options: dict[str, Any], path: Path, layout: Layout
+) -> VisionTransformer:
+    """The timm model `arch` with these weights, at the image size of its position table unless
+    options say another. UserError names what is missing or left over.
+    """
+    state = dict(state)
+    if "decoder_embed.weight" in state:
+        state.pop("mask_token", None)  # timm takes it for a sign of DINOv2
+    try:
+        vit = build_family(arch, options, state)
+        _same_patch(state, vit, arch, path)
+        size = _table_size(state, vit)
+        if "img_size" not in options and size not in (None, vit.patch_embed.img_size[0]):
+            options["img_size"] = size
+            vit = build_family(arch, options, state)
+        refuse_indivisible(vit.patch_embed.img_size[0], vit, path)
+        pooled = getattr(vit, "attn_pool", None) is not None
+        dropped = tuple(k for k in LEFT_OUT if k != "attn_pool" or not pooled)
+        state = {k: v for k, v in state.items() if not k.startswith(dropped)}
+        if layout.positions != "timm" and getattr(vit, "pos_embed", None) is not None:
+            prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+            grid, how = vit.patch_embed.grid_size, layout.positions
+            state["pos_embed"] = resize_positions(state["pos_embed"], prefix, grid, how)
+        state = with_timm_names(state, vit, arch)
+        state.pop("mask_token", None)
+        missing, unexpected = vit.load_state_dict(state, strict=False)
+        fix_norms(vit, layout, arch)
+    except (UserError, RuntimeError, TypeError, AssertionError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        reason = f"{reason} is missing" if isinstance(error, KeyError) else reason
+        raise UserError(f"{path}: the weights do not fit {arch}: {reason}") from None
+    if missing or unexpected:
+        what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} has no place in it"
+        raise UserError(f"{path}: the weights do not fit {arch}: {what}")
+    return vit
+
+
+def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, path: Path) -> None:
+    """Refuse patches of another size, which timm would resample without a word."""
+    theirs, mine = state.get("patch_embed.proj.weight"), vit.patch_embed.proj.weight
+    if theirs is None or theirs.ndim != 4 or theirs.shape[2:] == mine.shape[2:]:
+        return
+    side = theirs.shape[-1]
+    raise UserError(
+        f"its patches are {side} pixels wide, those of {arch} {mine.shape[-1]}; give another "
+        f"--arch, or --options '{{patch_size: {side}}}'"
+    )
+
+
+def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | None:
+    """Side in pixels of the images that a position table [1, prefix + L, D] is for, if any."""
+    table = state.get("pos_embed")
+    if table is None or table.ndim != 3 or getattr(vit, "pos_embed", None) is None:
+        return None
+    for prefix in (vit.num_prefix_tokens, 0, 1):
+        side = square(table.shape[1] - int(prefix))
+        if side is not None:
+            return side * int(vit.patch_embed.patch_size[0])
+    raise UserError(
+        f"its position table has {table.shape[1]} entries, which is no square of patches and "
+        f"{vit.num_prefix_tokens} further"
+    )
+
+
+def exported_info(path: Path, content: Any) -> dict[str, Any]:
+    """What pipeline/export.py wrote beside the weights (arch, options, mean, std), or {}."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(METADATA, "{}")
+        else:
+            text = content.get(METADATA, "{}") if isinstance(content, dict) else "{}"
+        return dict(json.loads(text))
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read as a file of weights ({error})") from None
+
+
+def from_hugging_face(
+    folder: Path, arch: str | None, options: dict[str, Any]
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The encoder of a ViTModel or ViTMAEForPreTraining folder (config.json, model.safetensors)."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name, own = hf_arch(config)
+        state = from_hf(load_tensors(folder / "model.safetensors"), own["depth"])
+        pixels = folder / "preprocessor_config.json"
+        about = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
+    written = exported_info(folder / "model.safetensors", {})
+    own["img_size"] = other_size(folder, {"arch": name, "options": own}, arch, options)
+    layout = OURS if written else Layout("transformers", positions="bicubic")
+    vit = fit(state, name, own, folder, layout)
+    for part in vit.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = float(config.get("layer_norm_eps", 1e-12))
+    info, note = named(name, folder.name), ""
+    if {"image_mean", "image_std"} <= about.keys():
+        info |= {"mean": about["image_mean"], "std": about["image_std"]}
+    else:
+        if config["model_type"] == "vit":  # the default of transformers' ViTImageProcessor
+            info |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+        note = f"no preprocessor_config.json: mean and std {_short(info)}"
+    return vit, finish(info, vit, own) | {"note": note}
+
+
+def timm_statistics(vit: nn.Module) -> dict[str, Any]:
+    """Mean and std per channel from timm's data configuration of a model."""
+    config = resolve_model_data_config(vit)
+    return {"mean": list(config["mean"]), "std": list(config["std"])}
+
+
+def finish(info: dict[str, Any], vit: VisionTransformer, options: dict[str, Any]) -> dict[str, Any]:
+    """The info with the options that build the model again."""
+    return {**info, "options": {"img_size": vit.patch_embed.img_size[0], **options}}

@@ -1,0 +1,109 @@
+"""What each project's code fixes that neither the names of its weights nor timm's name of the
+architecture say: heads, the norms' eps, the pixels' mean and std, and how positions are resized.
+
+Sources: facebookresearch/moco-v3 `vits.py`, `main_moco.py`; facebookresearch/mae `models_mae.py`,
+`util/pos_embed.py`; facebookresearch/dino `vision_transformer.py`; facebookresearch/ijepa
+`src/models/vision_transformer.py`; microsoft/unilm `beit/modeling_pretrain.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.method.weights import EMA as EMA_WORDS
+from pipeline.method.weights import Found
+
+# Projects outside timm: LayerNorm's eps and the activation of every one of them.
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A project's encoders.
+
+    heads: by width. imagenet: pixels are normalised by ImageNet's mean and std; else as timm's
+    configuration of the architecture says. positions: how a table is resized; `exact`: the sin-cos
+    table is made again; `bicubic`: bicubic to the new size; `scale`: bicubic by DINO's scale factor
+    of (new + 0.1) / old; `timm`: antialiased bicubic.
+    """
+
+    name: str
+    heads: Mapping[int, int] = field(default_factory=dict)
+    imagenet: bool = True
+    positions: Literal["exact", "bicubic", "scale", "timm"] = "timm"
+    fixed: bool = True  # whether eps and activation are those of its code
+
+
+TIMM = Layout("timm", imagenet=False, fixed=False)
+OURS = Layout("relaxmim", imagenet=False, positions="exact", fixed=False)
+MOCO_V3 = Layout("MoCo v3", {384: 12, 768: 12}, positions="exact")
+MAE = Layout("MAE", {768: 12, 1024: 16, 1280: 16}, positions="bicubic")
+DINO = Layout("DINO", {192: 3, 384: 6, 768: 12, 1024: 16}, positions="scale")
+I_JEPA = Layout(
+    "I-JEPA", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}, positions="bicubic"
+)
+BEIT = Layout("BEiT", {768: 12, 1024: 16}, imagenet=False, fixed=False)
+OTHER = Layout("another project", fixed=False)
+
+# Words around a timm model that name no project.
+_WRAPPERS = {"module", "model", "state_dict", *EMA_WORDS}
+# Parts that only timm's conversions know (registers, layer scale, CLIP's norm, SigLIP's pooling),
+# or that no plain ViT has (EVA, DeiT III): the architecture's name says the rest of them.
+_NOT_PLAIN = ("reg_token", "register_tokens", "storage_tokens", "norm_pre.", "attn_pool.", "dist_")
+_NOT_PLAIN_BLOCK = (".ls1.", ".ls1", ".gamma_1", ".q_bias", ".q_norm.weight", ".q_proj.weight")
+
+
+def layout_of(found: Found, content: Any) -> Layout:
+    """Whose file it is, by where its encoder stands and what stands beside it."""
+    words, state = set(found.words), found.state
+    if "base_encoder" in words or "momentum_encoder" in words:
+        return MOCO_V3
+    if "decoder_embed.weight" in state:
+        return MAE
+    if any(k.endswith("relative_position_bias_table") for k in state):
+        return BEIT
+    if any(k.startswith(_NOT_PLAIN) or k.endswith(_NOT_PLAIN_BLOCK) for k in state):
+        return TIMM
+    beside = content if isinstance(content, dict) else {}
+    if "target_encoder" in words or ("encoder" in words and "target_encoder" in beside):
+        return I_JEPA
+    if words & {"teacher", "student", "backbone"}:
+        return DINO
+    if found.words and found.words[0] in ("model", "model_ema") and words <= _WRAPPERS:
+        return MAE  # and DeiT, which has the same code
+    return TIMM if words <= _WRAPPERS else OTHER
+
+
+def refuse_stem(found: Found, path: object) -> None:
+    """Refuse MoCo v3's convolutional stem, which timm does not have."""
+    if "patch_embed.proj.0.weight" in found.state:
+        raise UserError(
+            f"{path}: a ViT with MoCo v3's convolutional stem (vit_conv_*) is not timm's"
+        )
+
+
+def fixed_options(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keywords of timm.create_model that the project's code fixes for these weights: heads."""
+    first = state.get("patch_embed.proj.weight")
+    heads = None if first is None else layout.heads.get(first.shape[0])
+    return {} if heads is None else {"num_heads": heads}
+
+
+def fix_norms(vit: nn.Module, layout: Layout, where: str) -> None:
+    """Give the norms the project's eps; UserError where the architecture's activation is not its.
+
+    where: what the sentence is about.
+    """
+    if not layout.fixed:
+        return
+    for part in vit.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.eps = EPS
+        act = getattr(part, "act", None)
+        if act is not None and not (isinstance(act, nn.GELU) and act.approximate == "none"):
+            raise UserError(f"{where} uses {act}, {layout.name} exact GELU; choose another --arch")

@@ -1,0 +1,182 @@
+"""Files of weights: read without running code, and where in them an encoder is kept.
+
+A checkpoint is a dictionary in dictionaries; the encoder is whatever has a patch embedding. Around
+it stand the names of containers (`model`, `state_dict`, `teacher`) and of wrappers (`module.`,
+`_orig_mod.`), which differ by project and are looked through, not listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import datetime
+import pathlib
+import pickle
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+# Where an average of the weights is kept beside them (timm; DeiT and ConvNeXt; others).
+EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict")
+# Which of several encoders in one file the project itself evaluates: its average where that is the
+# method (I-JEPA, DINO, iBOT), the online one in MoCo v3.
+_ROLES = {"target_encoder": 0, "teacher": 0, "student": 2, "momentum_encoder": 3}
+# Wrappers that may stand anywhere in a name: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# The first layer of a ViT: timm's, a convolutional stem (MoCo v3), NaFlexViT's, CLIP's, Meta's PE.
+_FIRST = (
+    "patch_embed.proj.weight", "patch_embed.proj.0.weight", "embeds.proj.weight",
+    "visual.conv1.weight", "conv1.weight",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """An encoder in a file: its weights, and the words that stood before their names.
+
+    words: containers and prefixes, outermost first (("state_dict", "module", "base_encoder")).
+    others: the words of other encoders there, which are not taken.
+    """
+
+    state: dict[str, Tensor]
+    words: tuple[str, ...]
+    others: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Where it is in the file, for a sentence."""
+        return ".".join(self.words) or "the file itself"
+
+
+def load_tensors(path: Path) -> Any:
+    """The content of a file of weights (.safetensors, or of torch.save), on the CPU.
+
+    Reads tensors and plain values only (numbers of numpy, paths, dates, the argparse.Namespace of
+    training scripts): no code of the file runs. Raises UserError in one sentence.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_plain_values()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        said = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        reason = _refused_objects(path) or said[:160]
+        raise UserError(f"{path}: cannot be read as a file of weights ({reason})") from None
+
+
+def _plain_values() -> list[Any]:
+    """Types of torch.load's safe_globals that hold values and run nothing of a file's."""
+    kinds = [np.dtype(code) for code in "?bBhHiIlLqQefdFDSU"]
+    paths = [pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath]
+    plain: list[Any] = [
+        argparse.Namespace, types.SimpleNamespace, collections.defaultdict, np.dtype, np.ndarray,
+        datetime.datetime, datetime.date, datetime.timedelta,
+        *{type(kind) for kind in kinds}, *paths, frozenset, range, slice,
+    ]  # fmt: skip
+    rebuild, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since numpy 2
+        plain += [(rebuild, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    for module in ("pathlib", "pathlib._local"):  # the latter is Python 3.13's
+        plain += [(path, f"{module}.{path.__name__}") for path in paths]
+        plain.append((pathlib.PureWindowsPath, f"{module}.WindowsPath"))
+    return plain
+
+
+def _refused_objects(path: Path) -> str:
+    """Which objects of a file torch refuses to make, as a reason; "" where that is not it."""
+    with contextlib.suppress(Exception):
+        with torch.serialization.safe_globals(_plain_values()):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if names:
+            return (
+                f"it holds {', '.join(sorted(names)[:3])}, whose code is not run; save its weights "
+                "alone in a file"
+            )
+    return ""
+
+
+def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
+    """The encoder in a file's content. ema: the average that is kept beside the weights.
+
+    UserError where there is none, where ema asks for what is not there, or where two are alike.
+    """
+    everything = list(_encoders(content, ()))
+    averaged = [f for f in everything if f.words and f.words[0] in EMA]
+    if ema:
+        roles = [f for f in everything if {"teacher", "target_encoder"} & {*f.words}]
+        roles = roles or [f for f in everything if "momentum_encoder" in f.words]
+        chosen = averaged or roles
+        if everything and not chosen:
+            raise UserError(f"--ema: {path} keeps no average of its weights ({', '.join(EMA[:3])})")
+    else:
+        chosen = [f for f in everything if f not in averaged] or averaged
+    if not chosen:
+        names = list(content) if isinstance(content, dict) else []
+        shown = ", ".join(map(str, names[:3])) or type(content).__name__
+        raise UserError(
+            f"{path}: holds no patch_embed.proj.weight, so no vision transformer under timm's "
+            f"names; its first entries are {shown}"
+        )
+    ranked = sorted(chosen, key=lambda f: (_rank(f), len(f.words)))
+    best = ranked[0]
+    if (
+        len(ranked) > 1
+        and _rank(best) == _rank(ranked[1])
+        and len(best.words) == len(ranked[1].words)
+    ):
+        raise UserError(
+            f"{path}: holds two encoders, {best.place} and {ranked[1].place}; save one of them in "
+            "a file of its own"
+        )
+    others = tuple(f.words for f in everything if f is not best)
+    return Found(best.state, best.words, others)
+
+
+def _rank(found: Found) -> int:
+    return min((_ROLES[w] for w in found.words if w in _ROLES), default=1)
+
+
+def _encoders(content: Any, words: tuple[str, ...]) -> Iterator[Found]:
+    """Every encoder in a dictionary and, three deep, in the dictionaries in it."""
+    if not isinstance(content, dict):
+        return
+    named = {k: v for k, v in content.items() if isinstance(k, str)}
+    state = {_unwrapped(k): v for k, v in named.items() if isinstance(v, Tensor)}
+    seen = set()
+    for first in _FIRST:
+        for name in state:
+            start = name.removesuffix(first)
+            if start == name or (start and not start.endswith(".")) or start in seen:
+                continue
+            if "patch_embed." in start or (first == "conv1.weight" and not _is_clip(state, start)):
+                continue
+            seen.add(start)
+            kept = start.removesuffix("image_encoder.")  # timm's names of SAM go by it
+            inside = {k.removeprefix(kept): v for k, v in state.items() if k.startswith(kept)}
+            yield Found(inside, (*words, *start.split(".")[:-1]))
+    if len(words) < 3:
+        for name, value in named.items():
+            yield from _encoders(value, (*words, name))
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _is_clip(state: dict[str, Tensor], start: str) -> bool:
+    """Whether a first convolution is that of a ViT of CLIP, not of a convolutional network."""
+    return f"{start}class_embedding" in state and not start.endswith("visual.")

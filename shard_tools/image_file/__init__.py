@@ -1,0 +1,63 @@
+"""Which image files are accepted, and what pixels they stand for: one rule for all.
+
+Sharding, adopting, verifying and training ask `read_header`, which decides from the file's bytes
+and decodes nothing; its name never counts. `decode` gives the pixels, 8-bit grey or RGB, or says
+why not. What cannot be turned into these without a guess (16 bits, transparency) is refused unless
+a `Conversion` says how.
+"""
+
+from __future__ import annotations
+
+from shard_tools.image_file.header import MAX_PIXELS, MAX_SIDE, Header, ImageFault
+from shard_tools.image_file.jpeg import MAX_SCANS, SOI, FindMarker, next_marker, read_jpeg
+from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
+from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
+
+__all__ = [
+    "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header", "ImageFault", "decode",
+    "next_marker", "orientation", "read_header",
+]  # fmt: skip
+
+_MAGIC = {
+    b"BM": "BMP",
+    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
+    **{b"P%c" % kind: "PPM" for kind in b"123456f"},
+}  # fmt: skip
+_FOREIGN = {
+    (4, b"ftypheic"): "a HEIC image", (4, b"ftypmif1"): "a HEIC image",
+    (4, b"ftypavif"): "an AVIF image", (0, b"\0\0\0\x0cjP  "): "a JPEG 2000 image",
+    (0, b"\xff\x4f\xff\x51"): "a JPEG 2000 image", (0, b"\xff\x0a"): "a JPEG XL image",
+    (0, b"\0\0\0\x0cJXL "): "a JPEG XL image", (0, b"8BPS"): "a Photoshop file",
+    (0, b"%PDF"): "a PDF file", (0, b"<svg"): "an SVG drawing", (0, b"\0\0\1\0"): "an icon (ICO)",
+}  # fmt: skip
+
+
+def read_header(
+    data: bytes, conversion: Conversion = REFUSE, find_marker: FindMarker = next_marker
+) -> Header:
+    """What the file declares. Raises ImageFault, the reason in one sentence, if it is not accepted.
+
+    Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF goes on to its end marker.
+    Values of more than 8 bits are refused unless `conversion` scales them; whether a transparent
+    colour is used only `decode` can say. find_marker: a faster `next_marker`.
+    """
+    if data[:2] == SOI:
+        return read_jpeg(data, find_marker)
+    header = _read(data)
+    refuse_guesses(header, conversion)
+    return header
+
+
+def _read(data: bytes) -> Header:
+    if data.startswith(PNG):
+        return read_png(data)
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return read_gif(data)
+    kind = "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+    kind = kind or _MAGIC.get(data[:4]) or _MAGIC.get(data[:2])
+    if kind:
+        return read_other(data, kind)
+    for (at, magic), name in _FOREIGN.items():
+        if data[at : at + len(magic)] == magic:
+            raise ImageFault(f"{name}; convert it to JPEG or PNG first")
+    raise ImageFault("not an image in a known format" if data else "the file is empty")

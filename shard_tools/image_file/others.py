@@ -1,0 +1,167 @@
+"""What PNG, GIF and the formats that Pillow alone knows declare, without decoding them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+from PIL import Image, features
+
+from shard_tools.image_file.header import Header, ImageFault, check_size
+from shard_tools.image_file.pillow import calling_pillow
+
+PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # chunks that decide the pixels
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type; 4 and 6 have alpha
+
+# TIFF tags; channels by photometric interpretation, without the extra ones; kinds of numbers.
+_BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _NUMBER = 258, 262, 277, 338, 339
+_CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
+_YCBCR = 6
+_STRIPS_OR_TILES = ((273, 324), (279, 325))  # their offsets, their lengths
+_PIECE = 1 << 20  # bytes inflated at once
+_NUMBERS = {1: "unsigned", 2: "signed", 3: "float"}
+
+
+def read_png(data: bytes) -> Header:
+    """The header of a PNG, after every chunk's CRC and the end chunk were checked."""
+    at, parts, about, frames, alpha, exif = len(PNG), [(0, len(PNG))], b"", 1, False, b""
+    view, kind = memoryview(data), b""
+    while kind != b"IEND":
+        if at + 12 > len(data):
+            raise ImageFault("the file is truncated (no IEND chunk)")
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if end > len(data):
+            raise ImageFault(f"the file is truncated (in its {_name(kind)} chunk)")
+        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise ImageFault(f"damaged: the checksum of its {_name(kind)} chunk does not match")
+        content = data[at + 8 : end - 4] if kind != b"IDAT" else b""
+        if not about and (kind != b"IHDR" or length != 13):
+            raise ImageFault(f"the PNG begins with a {_name(kind)} chunk, not with IHDR")
+        if kind == b"IHDR":
+            about = content
+        elif kind == b"tRNS":
+            alpha = True
+        elif kind == b"acTL":
+            frames = int.from_bytes(content[:4], "big")
+        elif kind == b"eXIf":
+            exif = content
+        if kind in _PNG_PICTURE:
+            parts.append((at, end))
+        at = end
+    width, height, bits, colour = struct.unpack(">IIBB", about[:10])
+    check_size(width, height)
+    _check_frames("PNG", frames)
+    channels, alpha = _PNG_CHANNELS.get(colour, 3), alpha or colour in (4, 6)
+    return Header("PNG", width, height, channels, bits, alpha=alpha, parts=tuple(parts), exif=exif)
+
+
+def _name(kind: bytes) -> str:
+    return kind.decode("ascii", "backslashreplace")
+
+
+def read_gif(data: bytes) -> Header:
+    """The header of a GIF with one picture, after its blocks were followed to the trailer."""
+    frames, alpha = 0, False
+    try:
+        width, height, flags = struct.unpack_from("<HHB", data, 6)
+        at = 13 + _table(flags)
+        while (kind := data[at]) != 0x3B:
+            if kind == 0x2C:
+                frames += 1
+                at += 10 + _table(data[at + 9]) + 1
+            elif kind == 0x21:
+                alpha |= data[at + 1] == 0xF9 and bool(data[at + 3] & 1)
+                at += 2
+            else:
+                raise ImageFault(f"damaged: block 0x{kind:02x} at byte {at} of the GIF is unknown")
+            while data[at]:
+                at += data[at] + 1
+            at += 1
+    except (IndexError, struct.error):
+        raise ImageFault("the file is truncated (no trailer of the GIF)") from None
+    check_size(width, height)
+    _check_frames("GIF", frames)
+    return Header("GIF", width, height, channels=1, alpha=alpha)
+
+
+def _table(flags: int) -> int:
+    """Bytes of the colour table that the flags of a GIF announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def read_other(data: bytes, kind: str) -> Header:
+    """The header of a WebP, TIFF, BMP or PPM file, as Pillow reads it."""
+    if kind == "WEBP" and not features.check("webp"):
+        raise ImageFault("a WebP image, which this build of Pillow cannot read")
+    if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise ImageFault("the file is truncated (shorter than its RIFF header says)")
+    with calling_pillow(kind):
+        image = Image.open(io.BytesIO(data), formats=(kind,))
+        size, mode, frames = image.size, image.mode, getattr(image, "n_frames", 1)
+        coding = image.tile[0].args if kind == "PPM" else None
+    check_size(*size)
+    _check_frames(kind, frames)
+    if kind == "TIFF":
+        return _tiff(image, *size)
+    alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    bits, number = {"I": (16, "unsigned"), "F": (32, "float")}.get(mode, (8, "unsigned"))
+    if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it
+        bits = 16
+    return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
+
+
+def _tiff(image: Image.Image, width: int, height: int) -> Header:
+    """Pillow has matched the tags with the layouts that it knows; some of these lose values."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    compression = image.info.get("compression", "raw")
+    if compression not in ("raw", "packbits") and not features.check("libtiff"):
+        raise ImageFault(f"a TIFF with {compression}, which this build of Pillow cannot read")
+    photometric = tags.get(_PHOTOMETRIC, 0) if compression != "tiff_jpeg" else _YCBCR
+    if photometric not in _CHANNELS:
+        raise ImageFault(f"a TIFF in {image.mode} colours; convert it to RGB first")
+    known = _CHANNELS[photometric]
+    channels, extra = tags.get(_SAMPLES, known), tags.get(_EXTRA, ())
+    alpha = extra in ((1,), (2,))  # associated and unassociated alpha
+    if channels > known + alpha:
+        raise ImageFault(
+            f"a TIFF of {channels} channels, of which {known} would be used; write those that are "
+            "meant to a file of their own"
+        )
+    bits, number = tags.get(_BITS, (1,))[0], _NUMBERS.get(tags.get(_NUMBER, (1,))[0], "unsigned")
+    if number == "signed" and bits == 8:
+        raise ImageFault("a TIFF of signed 8-bit values; convert it to unsigned ones first")
+    if photometric == 0 and (bits > 8 or number != "unsigned"):
+        raise ImageFault("a TIFF of more than 8 bits whose 0 is white; invert it first")
+    return Header("TIFF", width, height, channels, bits, number, alpha)
+
+
+def check_deflated(image: Image.Image, data: bytes) -> None:
+    """Raise ImageFault where a checksum inside a deflated TIFF fails; libtiff looks at none."""
+    if image.info.get("compression") not in ("tiff_adobe_deflate", "tiff_deflate"):
+        return
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    with calling_pillow("TIFF"):
+        offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in _STRIPS_OR_TILES)
+        pieces = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
+    for offset, length in pieces:
+        inflate, rest, out = zlib.decompressobj(), data[offset : offset + length], b"x"
+        try:
+            while not inflate.eof and (rest or out):
+                out = inflate.decompress(rest, _PIECE)
+                rest = inflate.unconsumed_tail
+        except zlib.error:
+            raise ImageFault("damaged: the checksum of its deflated data does not match") from None
+        if not inflate.eof:
+            raise ImageFault("the file is truncated (in its deflated data)")
+
+
+def _check_frames(kind: str, frames: int) -> None:
+    if frames != 1:
+        what = "pages" if kind == "TIFF" else "frames"
+        raise ImageFault(
+            f"a {kind} of {frames} {what}; write the one that is meant, or each, to a file of its "
+            "own" if frames else f"a {kind} without a picture"
+        )  # fmt: skip

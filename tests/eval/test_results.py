@@ -1,0 +1,64 @@
+"""Every result has a path of its own: of two files named alike, of two options, of two lists."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from eval_helpers import write_encoder
+
+from eval.finetune import Settings
+from eval.shared.encoders import EncoderChoice
+from eval.shared.results import in_a_name, output_path
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def path_of(source: object, **more: object) -> Path:
+    return output_path(None, EncoderChoice(str(source), **more), "knn")
+
+
+def test_files_named_alike_have_two_results_and_one_file_has_one(tmp_path):
+    for folder in ("A", "B"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "checkpoint.safetensors").touch()
+    (tmp_path / "C").symlink_to("A")
+    first, second = (path_of(f"{n}/checkpoint.safetensors") for n in "AB")
+    assert first != second
+    for path in (first, second):
+        assert path.parent.parent.name.startswith("checkpoint-")
+        assert (path.parts[0], path.name) == ("runs", "knn.json")
+    for same in (tmp_path / "A/checkpoint.safetensors", "C/checkpoint.safetensors"):
+        assert path_of(same) == first
+
+
+def test_runs_keep_their_results_and_options_have_their_own(tmp_path):
+    run = write_encoder(tmp_path / "run")
+    assert path_of(run) == path_of(run / "encoder") == run / "eval/knn.json"
+    assert path_of(run, random=True, seed=3) == run / "eval/knn-random-3.json"
+    assert path_of(run, options={"img_size": 384}) == run / "eval/knn-img_size-384.json"
+    assert path_of("timm:vit.dino") == Path("runs/timm-vit.dino/eval/knn.json")
+    paths = [
+        path_of("random", arch=arch, options=options, seed=seed)
+        for arch in ("vit_tiny", "vit_small")
+        for options in ({}, {"depth": 3}, {"depth": 4}, {"d": "x" * 50}, {"d": "y" * 50})
+        for seed in (0, 1)
+    ]
+    assert len(set(paths)) == 20
+    assert paths[0] == Path("runs/random-vit_tiny/eval/knn-random-0.json")
+
+
+def test_lists_of_labels_named_alike_have_two_results(tmp_path):
+    names = {
+        replace(Settings("", ""), subset=f"{folder}/10percent.txt").name for folder in ("A", "B")
+    }
+    assert len(names | {Settings("", "", fraction=0.1).name}) == 3
+    absolute = Settings("", "", subset=str(tmp_path / "A/10percent.txt")).name
+    assert absolute in names
+
+
+def test_a_name_has_no_separators():
+    assert in_a_name('{"a/b": [1, 2]}') == "a-b-1-2"
+    assert len(in_a_name("x" * 41)) == 8

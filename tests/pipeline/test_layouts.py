@@ -1,0 +1,146 @@
+"""What a project's code fixes and no name says (heads, eps, pixels): set as there, or refused."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+
+from pipeline import load_encoder
+from pipeline.errors import UserError
+from pipeline.method import layouts
+from pipeline.method.layouts import fix_norms
+
+IMAGENET, HALF = [0.485, 0.456, 0.406], [0.5, 0.5, 0.5]
+SMALL = {"img_size": 32, "depth": 2}
+
+
+def model(arch="vit_small_patch16_224", **more):
+    torch.manual_seed(1)
+    vit = timm.create_model(arch, num_classes=0, **SMALL | more).eval()
+    for parameter in vit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return vit
+
+
+def write(path, vit, prefix="", box=None, **beside):
+    state = {prefix + k: v for k, v in vit.state_dict().items()}
+    torch.save(({box: state} | beside) if box else state, path)
+    return path
+
+
+def same_tokens(found, vit):
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(found.forward_features(pixels), vit.forward_features(pixels))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "box", "arch", "width", "heads"),
+    [
+        # MoCo v3's ViT-S is not timm's.
+        ("module.base_encoder.", "state_dict", "vit_small_patch16_224", 384, 12),
+        ("module.base_encoder.", "state_dict", "vit_base_patch16_224", 768, 12),
+        ("backbone.", "teacher", "vit_small_patch16_224", 384, 6),
+        ("module.backbone.", "teacher", "vit_base_patch16_224", 384, 6),
+        ("", "model", "vit_base_patch16_224", 1024, 16),
+        ("module.", "target_encoder", "vit_base_patch16_224", 1280, 16),
+    ],
+)
+def test_heads_are_those_of_the_projects_code(tmp_path, prefix, box, arch, width, heads):
+    vit = model(arch, embed_dim=width, num_heads=heads)
+    path = write(tmp_path / "x.pth", vit, prefix, box)
+    found, info = load_encoder(path, arch=arch, options=SMALL | {"embed_dim": width})
+    assert {block.attn.num_heads for block in found.blocks} == {heads}
+    same_tokens(found, vit)
+    assert info["options"]["num_heads"] == heads
+    assert f"{heads} heads" in info["note"]
+    again = timm.create_model(arch, num_classes=0, **info["options"])
+    assert again.blocks[0].attn.num_heads == heads
+
+
+def test_other_heads_are_taken_where_asked_for_and_said(tmp_path):
+    vit = model()
+    path = write(tmp_path / "x.pth", vit, "module.base_encoder.", "state_dict")
+    found, info = load_encoder(
+        path, arch="vit_small_patch16_224", options={"num_heads": 6, "depth": 2}
+    )
+    same_tokens(found, vit)
+    assert "6 heads (its own code has 12)" in info["note"]
+
+
+def test_the_norms_have_the_projects_eps_and_the_mlps_its_activation():
+    vit = timm.create_model("vit_small_patch16_224", **SMALL)
+    for block in vit.blocks:
+        block.norm1.eps = 1e-5  # as in CLIP's of timm
+    fix_norms(vit, layouts.TIMM, "x")
+    assert vit.blocks[0].norm1.eps == 1e-5
+    fix_norms(vit, layouts.DINO, "x")
+    assert {m.eps for m in vit.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    vit.blocks[1].mlp.act = torch.nn.GELU(approximate="tanh")
+    with pytest.raises(UserError, match="DINO exact GELU"):
+        fix_norms(vit, layouts.DINO, "x")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "box", "arch", "mean"),
+    [
+        ("", None, "vit_small_patch16_224", HALF),  # timm's own file: what timm has for the name
+        ("", None, "vit_small_patch16_224.dino", IMAGENET),
+        ("_orig_mod.", "state_dict", "vit_small_patch16_224", HALF),
+        ("", "model", "vit_small_patch16_224", IMAGENET),
+        ("base_encoder.", "state_dict", "vit_small_patch16_224", IMAGENET),
+        ("", "model", "beit_base_patch16_224", HALF),
+        ("", "model", "beitv2_base_patch16_224", IMAGENET),
+    ],
+)
+def test_mean_and_std_are_the_projects(tmp_path, prefix, box, arch, mean):
+    width = {"embed_dim": 384, "num_heads": 12 if "base_encoder" in prefix else 6}
+    path = write(tmp_path / "x.pth", model(arch.split(".")[0], **width), prefix, box)
+    _, info = load_encoder(path, arch=arch, options=SMALL | width)
+    assert info["mean"] == pytest.approx(mean)
+    assert f"mean and std {mean[0]:g}," in info["note"]
+    overlay = {"pretrained_cfg_overlay": {"std": [0.1, 0.2, 0.3]}}
+    _, info = load_encoder(path, arch=arch, options=SMALL | width | overlay)
+    assert (info["mean"], info["std"]) == (pytest.approx(mean), [0.1, 0.2, 0.3])
+    assert "pretrained_cfg_overlay" not in info["options"]
+
+
+def test_a_training_script_of_timm_says_architecture_and_pixels(tmp_path):
+    args = argparse.Namespace(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    vit = model()
+    path = write(tmp_path / "x.pth", vit, "", "state_dict", arch="vit_small_patch16_224", args=args)
+    found, info = load_encoder(path, options={"depth": 2})
+    same_tokens(found, vit)
+    assert (info["mean"], info["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_the_files_own_image_size_is_taken(tmp_path):
+    path = write(tmp_path / "x.pth", model(), "", "model")
+    found, info = load_encoder(path, arch="vit_small_patch16_224", options={"depth": 2})
+    assert found.patch_embed.img_size == (32, 32)
+    assert info["options"]["img_size"] == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"patch_size": 8}, r"patches are 8 pixels wide, those of vit_small_patch16_224 16"),
+        ({"class_token": False, "global_pool": "avg"}, "no square of patches and 1 further"),
+        ({"reg_tokens": 2}, "no square of patches and 1 further"),
+        ({"qkv_bias": False}, "qkv.bias is missing"),
+        ({"init_values": 0.1}, r"ls1\.gamma has no place"),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, change, words):
+    path = write(tmp_path / "x.pth", model(**change), "", "model")
+    with pytest.raises(UserError, match=words) as error:
+        load_encoder(path, arch="vit_small_patch16_224", options={"depth": 2})
+    assert str(error.value).startswith(str(tmp_path / "x.pth"))
+
+
+def test_mocos_convolutional_stem_is_refused(tmp_path):
+    state = {"module.base_encoder.patch_embed.proj.0.weight": torch.ones(2)}
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="convolutional stem"):
+        load_encoder(tmp_path / "x.pth", arch="vit_small_patch16_224")

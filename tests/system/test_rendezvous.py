@@ -1,0 +1,154 @@
+"""How the ranks of a run meet: a port of their own, what is said of a taken one, who waits ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import LAUNCH, NAMES, RANK, ROOT, finish, start, wait_for
+from tiny import tiny_overrides
+
+from pipeline.distributed import check_environment
+from pipeline.errors import UserError
+from shard_tools.cores import cores
+
+
+@pytest.fixture
+def taken():
+    """A port on which another process listens."""
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        yield s.getsockname()[1]
+
+
+def words(shards, folder):
+    values = [word for value in tiny_overrides("mae") for word in ("--set", value)]
+    return ["--data", shards / "train", "--output", folder / "run", "--recipe", "mae", *values]
+
+
+def rank(number, port, *arguments):
+    """One rank of two of the real trainer."""
+    env = {k: v for k, v in os.environ.items() if k not in NAMES}
+    env |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "pipeline/pretrain.py", *map(str, arguments)], env=env, cwd=ROOT,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def listens(port):
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_launch_finds_a_free_port_when_none_is_given(tmp_path, taken):
+    free = taken + 1
+    while listens(free):
+        free += 1
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/pretrain.py").write_text(RANK.replace('"env"', '"port"'))
+    copy = tmp_path / "launch.sh"
+    text = LAUNCH.read_text()
+    assert text.count("range(20000, 32000), 12000") == 1
+    copy.write_text(text.replace("range(20000, 32000), 12000", f"({taken}, {free}), 2"))
+    clean = {k: v for k, v in os.environ.items() if k not in NAMES}
+    env = clean | {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"}
+    for _ in range(4):  # drawn at random
+        done = subprocess.run(
+            ["bash", copy, "--ranks", "1", tmp_path, "end"], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f'"MASTER_PORT": "{free}"' in (tmp_path / "rank-0").read_text()
+
+
+def test_a_taken_port_is_a_sentence_and_the_other_rank_ends_too(taken, shards, tmp_path):
+    """Rank 1 waits for the stranger that listens there, until launch.sh ends it."""
+    process = start("--ranks", 2, *words(shards, tmp_path), MASTER_PORT=str(taken))
+    said = process.stderr.readline()
+    begun = time.monotonic()
+    code, _, rest = finish(process, 60)
+    assert time.monotonic() - begun < 6
+    assert (code, rest) == (2, "")
+    assert said.startswith(f"error: MASTER_PORT {taken} is taken, perhaps by another run")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_rank_that_waits_for_others_ends_at_sigterm(number, shards, tmp_path, free_port):
+    """Rank 0 waits for rank 1 to come, rank 1 for rank 0 to listen."""
+    process = rank(number, free_port, *words(shards, tmp_path))
+    try:
+        if number == 0:
+            wait_for(lambda: listens(free_port), 60)
+        else:
+            time.sleep(8)
+        assert process.poll() is None
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+        assert time.monotonic() - begun < 5
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_survivor_of_a_failed_start_ends_with_a_sentence(shards, tmp_path, free_port):
+    """Rank 1 is killed when the ranks have met and build their models."""
+    ranks = [rank(number, free_port, *words(shards, tmp_path)) for number in range(2)]
+    try:
+        wait_for(lambda: (tmp_path / "run/lock").exists(), 60)
+        ranks[1].kill()
+        begun = time.monotonic()
+        _, error = ranks[0].communicate(timeout=60)
+        assert time.monotonic() - begun < 5
+        assert ranks[0].returncode == 1
+        lines = [line for line in error.splitlines() if line.startswith("error")]
+        assert len(lines) == 1
+        assert "lost contact to another rank" in lines[0]
+        assert "Traceback" not in error
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize(("bound", "each"), [(True, 1), (False, None)])
+def test_ranks_share_the_cores_that_they_may_both_use(bound, each, free_port):
+    """A rank that is bound to a core of its own has it all, the others divide what there is."""
+    code = "import os, sys; mine = sorted(os.sched_getaffinity(0))[int(os.environ['RANK'])]\n"
+    code += f"if {bound}: os.sched_setaffinity(0, [mine])\n"
+    code += "from pipeline.runtime.engine import init_ranks; import torch\n"
+    code += "print(init_ranks().cores, torch.get_num_threads())"
+    ranks = []
+    for number in range(2):
+        env = {k: v for k, v in os.environ.items() if k not in (*NAMES, "OMP_NUM_THREADS")}
+        env |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code]
+        ranks.append(
+            subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+        )
+    share = each or max(1, cores() // 2)
+    assert [r.communicate(timeout=60)[0].split() for r in ranks] == [[str(share)] * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", "2"), ("RANK", "-1"), ("RANK", ""), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"),
+        ("LOCAL_RANK", "a"), ("MASTER_PORT", "65536"), ("MASTER_PORT", "0"),
+    ],
+)  # fmt: skip
+def test_an_environment_that_is_no_ranks_is_refused(name, value, monkeypatch):
+    right = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "65535"}
+    for key in right:
+        monkeypatch.setenv(key, right[key])
+    check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name} is {value!r}: must be a number"):
+        check_environment()
