@@ -1,5 +1,6 @@
 """A run's status and health: each check turns at its threshold, each way to end has its name."""
 
+import errno
 import fcntl
 import json
 import subprocess
@@ -180,6 +181,20 @@ def test_a_held_lock_is_a_running_run_and_is_left_alone(tmp_path):
         child.stdin.close()
         child.wait(10)
     assert read_status(folder).state == "cut off"
+
+
+def test_without_locks_the_newest_line_decides(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", log=BEGUN)
+    (folder / "lock").touch()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert read_status(folder, START + timedelta(seconds=601)).state == "running"
+    assert read_status(folder, START + timedelta(seconds=602)).state == "cut off"
+    (folder / "failure.txt").write_text("rank 0: boom")
+    assert read_status(folder, START + timedelta(seconds=2)).state == "failed"
 
 
 def test_a_folder_without_a_log(tmp_path):
