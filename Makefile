@@ -68,8 +68,18 @@ endif
 mini-paper: .venv/ready   ## five claims of the paper on demo photographs, three seeds → runs/mini-paper/report.html
 	@$(PY) eval/mini_paper.py --seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS))
 
+.PHONY: test-page
+test-page: .venv/ready   ## the report's page in a headless chromium, with axe-core from npm; skips what cannot be had
+	@test -f build/axe/package/axe.min.js || { mkdir -p build/axe && cd build/axe && \
+		npm pack --silent axe-core && tar xzf axe-core-*.tgz; } || true
+	$(PY) -m pytest -rs tests/eval/test_report.py
+
 report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.html
 	$(PY) eval/report.py $(RUNS) --output runs/report.html
+
+.PHONY: tensorboard
+tensorboard: .venv/ready   ## the curves of every run below RUNS=runs at http://localhost:6006 (PORT=6006)
+	.venv/bin/tensorboard --logdir $(or $(RUNS),runs) --port $(or $(PORT),6006)
 
 .PHONY: bench-step bench-memory roofline
 bench-step: .venv/ready   ## time, memory and FLOPs of the training step against MAE's; our loop (MAE=checkout of facebookresearch/mae)

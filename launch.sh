@@ -7,18 +7,22 @@ PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 host=$(hostname)
 ranks='' hostfile='' script=$root/pipeline/pretrain.py grace=300 output='' stopping='' mode=node
+requeue=yes job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+job=${job:-${SLURM_JOB_ID:-}} # of an array its task: the number alone may mean the whole array
 arguments=() pids=() hosts=() ssh_options=()
 
 usage() {
   cat <<'END'
-usage: launch.sh [--ranks N] [--hostfile FILE] [--script FILE] [--grace SECONDS] [ARGUMENT …]
+usage: launch.sh [--ranks N] [--hostfile FILE] [--script FILE] [--grace SECONDS] [--no-requeue] [ARGUMENT …]
 
 Starts pipeline/pretrain.py, or another --script, once per rank; every other ARGUMENT goes to it
 (after `--` also those that launch.sh would take). How it starts depends on where it is called:
 
   one node              one rank per GPU, or one on the CPU; --ranks N says otherwise
   --hostfile FILE       the nodes of a DeepSpeed hostfile (lines `name slots=N`), over pdsh and ssh
-  in an sbatch script   starts itself with srun; requeues the job when it was preempted
+  in a Slurm job        starts itself with srun; an sbatch script that exports
+                        RELAXMIM_BATCH=$SLURM_JOB_ID is requeued when it was preempted, unless by
+                        Ctrl-C, scancel or with --no-requeue
   in srun               a task is a rank; with one task per node, the ranks of that node
   RANK, WORLD_SIZE set  with LOCAL_RANK (torchrun): this one rank; without it (Kubernetes
                         PyTorchJob): the ranks of node RANK of WORLD_SIZE nodes
@@ -140,7 +144,7 @@ send() { # SIGNAL: to every rank
   local pid
   case $mode:$1 in
     hosts:*) on_hosts "$root/launch.sh" --signal "$1" "$run" ;;
-    sbatch:KILL) scancel --signal=KILL "$SLURM_JOB_ID" ;;
+    sbatch:KILL) scancel --signal=KILL "$job" ;;
     *:KILL) for pid in "${pids[@]}"; do kill -KILL -- "-$pid"; done ;;
     *) kill -s "$1" "${pids[@]}" ;;
   esac 2>/dev/null
@@ -152,6 +156,7 @@ stop() { # SIGNAL REASON
   else
     [[ -n $stopping ]] || printf '%s: the ranks finish their step and save\n' "$2" >&2
     stopping=$1
+    [[ $2 != SIGINT ]] || requeue='' # somebody stopped it
     send "$1" >/dev/null
   fi
 }
@@ -279,8 +284,18 @@ run_sbatch() { # on the first node of the job: one srun for all; requeue when pr
   pids=($!)
   watch_over
   code=$?
-  [[ $code != "$PREEMPTED" ]] || scontrol requeue "$SLURM_JOB_ID"
+  [[ $code != "$PREEMPTED" || -z $requeue ]] || requeue_job
   return "$code"
+}
+
+requeue_job() { # only a batch script that said it is ours, and not where the job was cancelled
+  if [[ ${RELAXMIM_BATCH:-} != "$SLURM_JOB_ID" ]]; then # also that of another job, inherited
+    printf "job %s is not requeued: its batch script does not export RELAXMIM_BATCH=\$SLURM_JOB_ID\n" "$job" >&2
+  elif [[ $(scontrol show job -o "$job" 2>/dev/null) == *JobState=CANCELLED* ]]; then
+    printf 'job %s was cancelled and is not requeued\n' "$job" >&2
+  else
+    scontrol requeue "$job" || printf 'error: job %s cannot be requeued: submit it again to resume\n' "$job" >&2
+  fi
 }
 
 run_srun() { # SLURM_* to the names that every rank knows
@@ -308,6 +323,7 @@ esac
 while (($#)); do
   case $1 in
     --) arguments+=("${@:2}") && break ;;
+    --no-requeue) requeue='' ;;
     --ranks=* | --hostfile=* | --script=* | --grace=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     --ranks | --hostfile | --script | --grace)
       (($# > 1)) || fail "$1 needs a value"

@@ -143,7 +143,10 @@ class Finetuning:
         count = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)
         with torch.random.fork_rng(devices=[]):
             for pixels, label, _ in self.session.batches(self.settings.val, VAL_BATCH):
-                logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
+                with torch.autocast(
+                    pixels.device.type, torch.bfloat16, self.run_plan.precision == "autocast"
+                ):
+                    logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
         return accuracy(self.ranks.sum(count))

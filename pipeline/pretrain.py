@@ -6,6 +6,7 @@ deepspeed pipeline/pretrain.py --ds_config ds_configs/zero2.json
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -16,16 +17,18 @@ from typing import Any
 
 from pipeline.config.recipe import RECIPES, Recipe, dump_recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
-from pipeline.data.loader import Batch, Loader, eval_loader
+from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.distributed import PREEMPTED, StopSignal, any_rank, close, lost_contact
 from pipeline.errors import UserError, refuse
 from pipeline.method.pictures import draw
 from pipeline.runtime.checkpoint import SaveError
 from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
 from pipeline.runtime.seeding import seed_step
 from pipeline.runtime.train_state import Settings, TrainState, setup
 from pipeline.runtime.watchdog import report_failure
+from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +67,12 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "or start from scratch",
     )  # fmt: skip
     parser.add_argument(
+        "--init", metavar="PATH", default=argparse.SUPPRESS,
+        help="start a fresh run from weights: a run, an export, a file of facebookresearch/mae, "
+        "MoCo v3, DINO or timm, or timm:NAME (--set init.weights=PATH; --set init.ema=true takes "
+        "the average in a file, or the run's EMA teacher)",
+    )  # fmt: skip
+    parser.add_argument(
         "--resume-changed", action="store_true",
         help="resume although the data or the recipe is not the checkpoint's; the log says what "
         "differs and how the schedule moves",
@@ -81,6 +90,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     args.pop("local_rank")  # of the launcher
+    if "init" in args:
+        weights = args.pop("init")
+        place = weights if weights.startswith("timm:") else os.path.abspath(weights)
+        args["overrides"].append(f"init.weights={json.dumps(place)}")
     steps = args.get("max_steps")
     if steps is not None and steps < 1:
         parser.error(f"--max-steps {steps}: must be at least 1")
@@ -95,7 +108,7 @@ def train(run: TrainState, stop: StopSignal) -> int:
     recipe, steps, device, m = run.recipe, run.steps, run.ranks.device, run.recipe.monitor
     objective, teacher, engine = run.model.objective, run.model.teacher, run.model.engine
     monitor, watchdog = run.watch.monitor, run.watch.watchdog
-    shown = next(iter(fixed_images(run.data, recipe)))
+    shown = first_images(run.data, recipe)
     batches, begun, saving = iter(run.loader), time.perf_counter(), 0.0
     for step in range(steps.first, steps.last):
         lr = learning_rate(recipe, step, steps.per_epoch)
@@ -127,8 +140,8 @@ def train(run: TrainState, stop: StopSignal) -> int:
         }
         if teacher is not None:
             values["ema"] = ema_momentum(recipe, step, steps.total)
-            teacher.update(objective, values["ema"], engine.gathered)
-            values["teacher_distance"] = partial(teacher.distance, objective, engine.gathered)
+            teacher.update(objective, values["ema"], engine.masters)
+            values["teacher_distance"] = partial(teacher.distance, objective, engine.masters)
         watchdog.note(f"step {step + 1}, after the update", patience)
         monitor.step(step, values, device)
         probe(run, step + 1)
@@ -188,19 +201,19 @@ def probe(run: TrainState, step: int) -> None:
             run.watch.monitor.probed(step, metrics)
 
 
-def picture(run: TrainState, step: int, batch: Batch) -> None:
+def picture(run: TrainState, step: int, fixed: Fixed) -> None:
     """Draw the fixed pictures with the weights after `step` steps (collective)."""
     device = run.ranks.device
     with run.watch.monitor.paused():
-        grid = draw(run.model.objective, batch.image.to(device), batch.sample.to(device))
+        grid = draw(run.model.objective, fixed.image.to(device), fixed.sample.to(device))
         run.watch.monitor.picture(step, grid)
 
 
-def fixed_images(data: str, recipe: Recipe) -> Loader:
+def first_images(data: str, recipe: Recipe) -> Fixed:
     """The first eight samples, centre-cropped: the same in every picture of a run."""
-    return eval_loader(
-        data, batch_size=8, rank=0, world=1, image_size=recipe.encoder.image_size, workers=0
-    )
+    manifest = read_manifest(data)
+    first = range(min(8, manifest.samples))
+    return fixed_images(manifest, first, recipe.encoder.image_size, recipe.data.on_error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,7 +239,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error (rank {ranks.rank}): lost contact to another rank", file=sys.stderr)
         return 1
     try:
-        return train(run, StopSignal())
+        size = run.recipe.encoder.image_size
+        with run.loader.explaining(), explaining_memory(run.plan, size, ranks.device):
+            return train(run, StopSignal())
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
     finally:

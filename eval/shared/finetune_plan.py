@@ -17,6 +17,7 @@ from pipeline.config.ds_config import (
     auto_micro_batch,
     make_plan,
     read_ds_config,
+    set_precision,
 )
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe
@@ -104,7 +105,7 @@ def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
             "use zero2 (or zero0, zero1)"
         )
     if session.precision != "auto":
-        config["bf16"] = {"enabled": session.precision == "bf16"}
+        set_precision(config, session.precision)
         check_bf16(s, session, stage)
     config["train_micro_batch_size_per_gpu"] = micro_batch(s, config, patches, session.ranks.world)
     return make_plan(

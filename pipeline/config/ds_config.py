@@ -33,6 +33,7 @@ _FREE = (
 _OBJECTS = {
     "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
     "data_types": {"grad_accum_dtype"},
+    "torch_autocast": {"enabled", "lower_precision_safe_modules"},
 }
 # What changes the result, and the recipe key that owns it.
 _RECIPE_KEYS = {
@@ -47,6 +48,8 @@ _RECIPE_KEYS = {
     "seed": "seed",
 }
 
+# Sections that turn bf16 on, and what a run under them is called.
+PRECISIONS = {"bf16": "bf16", "torch_autocast": "autocast"}
 # DeepSpeed's stage 0 under bf16 was 0.04 off plain torch's loss, the other stages 0.006.
 STAGE_0_BF16 = "bf16 needs zero_optimization.stage 1, 2 or 3"
 
@@ -106,11 +109,22 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
-    wanted = config.get("bf16", {}).get("enabled", False)
-    if not (isinstance(wanted, bool) or wanted == "auto"):
-        raise UserError(f'{path}: bf16.enabled must be true, false or "auto", not {wanted!r}')
-    if stage == 0 and wanted:
+    wanted = {name: config.get(name, {}).get("enabled", False) for name in PRECISIONS}
+    for name, value in wanted.items():
+        if not (isinstance(value, bool) or value == "auto"):
+            raise UserError(f'{path}: {name}.enabled must be true, false or "auto", not {value!r}')
+    if all(wanted.values()):
+        raise UserError(f"{path}: bf16 and torch_autocast exclude each other: enable one of them")
+    if stage == 0 and wanted["bf16"]:
         raise UserError(f"{path}: {STAGE_0_BF16}")
+    summed = config.get("data_types", {}).get("grad_accum_dtype", "bf16")
+    if summed not in ("bf16", "fp32"):
+        raise UserError(f"{path}: data_types.grad_accum_dtype must be bf16 or fp32, not {summed!r}")
+    if stage == 1 and wanted["bf16"] and summed == "fp32":
+        raise UserError(
+            f"{path}: bf16 with data_types.grad_accum_dtype fp32 needs zero_optimization.stage 2 "
+            "or 3 (DeepSpeed has another optimizer for stage 1, which skips no step)"
+        )
     for key in ("gradient_checkpointing", "compile"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
@@ -121,22 +135,54 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
 
 
-def resolve_precision(wanted: bool | str, stage: int) -> tuple[str, str]:
-    """("bf16" or "fp32", why) for `bf16.enabled`: true, false or "auto".
+def resolve_precision(
+    wanted: bool | str, stage: int, section: str = "torch_autocast"
+) -> tuple[str, str]:
+    """(precision, why) for `enabled` of a section of PRECISIONS: true, false or "auto".
 
-    "auto" is bf16 on a GPU with bf16 units and fp32 elsewhere, so that a CPU run gives the same
-    numbers whether or not the processor multiplies bf16 natively. true is bf16 on every CPU
-    (emulated where the processor lacks it). UserError where a GPU cannot do what was asked for.
+    precision: "fp32"; "autocast" (torch_autocast: matrix products in bf16; weights, gradients and
+    their sums in fp32, as torch's AMP); "bf16" (bf16: weights and gradients too, beside fp32 master
+    weights). "auto" is the section's on a GPU with bf16 units and fp32 elsewhere, so that a CPU
+    run gives the same numbers whether or not the processor multiplies bf16 natively. true holds on
+    every CPU (emulated where the processor lacks it). UserError where a GPU cannot do it.
     """
     gpu = torch.cuda.is_available()
     if wanted is True and gpu and not bf16_units():
         name = torch.cuda.get_device_name()
-        raise UserError(f'bf16.enabled true: {name} has no bf16 units; use false or "auto"')
-    if wanted is True and not stage:
+        raise UserError(f'{section}.enabled true: {name} has no bf16 units; use false or "auto"')
+    if wanted is True and section == "bf16" and not stage:
         raise UserError(STAGE_0_BF16)
     if wanted is True or (wanted == "auto" and gpu and bf16_units()):
-        return "bf16", "" if bf16_units() else "emulated: this processor has no bf16 units"
+        emulated = "" if bf16_units() else "emulated: this processor has no bf16 units"
+        return PRECISIONS[section], emulated
     return "fp32", "auto: bf16 on a GPU with bf16 units only" if wanted == "auto" else ""
+
+
+def set_precision(config: dict[str, Any], precision: str) -> None:
+    """Let a read ds_config run in "fp32", or in the bf16 way that it names (autocast if none)."""
+    named = [name for name in PRECISIONS if name in config] or ["torch_autocast"]
+    for name in named:
+        config[name] = config.get(name, {}) | {"enabled": precision != "fp32"}
+
+
+def _fill_in_precision(full: dict[str, Any], stage: int) -> tuple[str, str]:
+    """Resolve both sections of PRECISIONS to what DeepSpeed takes; (precision, why)."""
+    found = "fp32", ""
+    for section in PRECISIONS:
+        if section not in full:
+            continue
+        here = resolve_precision(full[section].get("enabled", False), stage, section)
+        if here[0] == "fp32":
+            full[section] = {"enabled": False}
+            found = here if found == ("fp32", "") else found
+            continue
+        found = here
+        if section == "bf16":  # a step that is not finite is never taken
+            full["bf16"] |= {"enabled": True, "check_grad_overflow": True}
+        else:  # gradients are reduced in fp32 too, but of the classes of modules that are listed
+            more = {"lower_precision_safe_modules": []} | full[section]
+            full[section] = more | {"enabled": True, "dtype": "bfloat16"}
+    return found
 
 
 # Images of an "auto" micro-batch at the most, and on a CPU tokens too: of 128 images of 64 patches,
@@ -205,7 +251,9 @@ class RunPlan:
 
     def describe(self) -> list[str]:
         """The plan as lines of a log."""
-        why = f" ({self.precision_reason})" if self.precision_reason else ""
+        meaning = {"autocast": "products in bf16, weights and gradients in fp32"}
+        reasons = [meaning.get(self.precision, ""), self.precision_reason]
+        why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
         size = self.world * self.micro_batch * self.accumulation
         parts = (
             _count(self.world, "rank"),
@@ -240,11 +288,11 @@ def make_plan(
     wanted = full.pop("train_micro_batch_size_per_gpu", "auto")
     micro, accumulation = split_batch(batch_size, partitions, world, wanted, patches)
     stage = full.get("zero_optimization", {}).get("stage", 0)
-    precision, reason = resolve_precision(full.get("bf16", {}).get("enabled", False), stage)
-    if precision == "bf16":  # a step that is not finite is never taken
-        full["bf16"] |= {"enabled": True, "check_grad_overflow": True}
-    elif "bf16" in full:
-        full["bf16"] = {"enabled": False}
+    precision, reason = _fill_in_precision(full, stage)
+    if precision != "bf16":
+        full.pop("data_types", None)  # fp32 all the same
+    elif full.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        reason = "; ".join(filter(None, ("gradients are summed in fp32", reason)))
     checkpointing, compiled = full.pop("gradient_checkpointing", False), full.pop("compile", False)
     watchdog_seconds = float(full.pop("watchdog_seconds", 1800))
     full |= {

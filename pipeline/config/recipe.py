@@ -23,6 +23,7 @@ from pipeline.config.schema import (
     EncoderRecipe,
     HeadsRecipe,
     InfoNCERecipe,
+    InitRecipe,
     JitterRecipe,
     MeasureRecipe,
     MonitorRecipe,
@@ -62,6 +63,7 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     data: DataRecipe = DataRecipe()
     monitor: MonitorRecipe = MonitorRecipe()
+    init: InitRecipe = InitRecipe()
     kernels: Literal["auto", "triton", "reference"] = "auto"
 
     @property
@@ -122,8 +124,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Each key that changes results and differs, as `key: a != b`."""
-    ignored = ("name", "monitor", "kernels", "data.workers")
+    """Each key that changes results and differs, as `key: a != b`.
+
+    a: of a checkpoint, b: of the run that resumes it. Where a started from matters only to a b that
+    names another start.
+    """
+    ignored = ("name", "monitor", "kernels", "data.workers", *("init",) * (not b.init.weights))
     flat_a, flat_b = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (a, b))
     return [
         f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"

@@ -7,11 +7,13 @@ batch; normalisation belongs to the device. The state of the data is one integer
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,6 +33,7 @@ from pipeline.data.order import (
 )
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import GIB, ShardCache
+from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
@@ -40,8 +43,6 @@ Augment = Callable[[np.ndarray, int, int, int], None]
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
 _NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
-_PREFETCH = 2  # micro-batches that each worker keeps ready
-_SHARED = "/dev/shm"  # noqa: S108  (where batches pass from worker to main process)
 _AHEAD = 32  # steps ahead of which a remote shard is fetched
 
 
@@ -122,6 +123,7 @@ class _Train(Dataset):
         self.per_step = order.batch_size // (world * config.micro_batch)
         self.on_error, self.augment = config.on_error, config.augment
         self.streams = (CROPS, SECOND_CROPS) if config.second_crop else (CROPS,)
+        self.images = config.micro_batch * len(self.streams)  # in a batch
 
     def __getitem__(self, task: int) -> Batch | Exception:
         try:
@@ -193,7 +195,7 @@ class _Eval(Dataset):
         self, reader: Reader, crop: CentreCrop, batch_size: int, low: int, high: int
     ) -> None:
         self.reader, self.crop, self.batch_size = reader, crop, batch_size
-        self.low, self.high = low, high
+        self.low, self.high, self.images = low, high, batch_size
 
     def __getitem__(self, task: int) -> Batch | Exception:
         first = self.low + task * self.batch_size
@@ -220,8 +222,9 @@ class Loader:
     """Iterates over batches (once); `len()` is their number, `bad_samples` counts those so far
     that would not decode and were replaced.
 
-    Raises SampleError or ManifestError from the loop. `close()` ends the workers; leaving the
-    loop at its end or by an exception does too, and so does the end of the process.
+    Raises SampleError or ManifestError from the loop, UserError for a lost worker. `close()` ends
+    the workers; leaving the loop at its end or by an exception does too, and so does the end of
+    the process.
     """
 
     def __init__(
@@ -229,6 +232,7 @@ class Loader:
     ) -> None:
         self.tasks, self.bad_samples, self.decoder = tasks, 0, reader.decoder
         self.reader, self.manifest = reader, reader.manifest
+        self._sizes = workers, dataset.images, reader.image_size
         self._iterator: Iterator[Any] | None = None
         self._workers: list[Any] = []
         self._loader = DataLoader(
@@ -236,7 +240,7 @@ class Loader:
             batch_size=None,
             sampler=tasks,
             num_workers=workers,
-            prefetch_factor=_PREFETCH if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_quiet_worker,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # so that the global one is left as it is
@@ -247,11 +251,13 @@ class Loader:
         return len(self.tasks)
 
     def __iter__(self) -> Iterator[Batch]:
-        self._start()
+        with self.explaining():
+            self._start()
         try:
             # Not a for loop: it would keep the iterator, and so the workers, alive after close().
             while self._iterator is not None:
-                item = next(self._iterator, None)
+                with self.explaining():
+                    item = next(self._iterator, None)
                 if item is None:
                     return
                 if isinstance(item, Exception):
@@ -262,6 +268,21 @@ class Loader:
                 yield item
         finally:
             self.close()
+
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turn the loss of a worker into a UserError. torch raises it wherever the main process
+        is, so a training loop has this around all of it."""
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError, MemoryError) as error:
+            for worker in self._workers:  # its pipe breaks before its end is known
+                worker.join(1 if isinstance(error, ConnectionError | EOFError) else 0)
+            codes = [worker.exitcode for worker in self._workers if worker.exitcode is not None]
+            told = worker_fault(error, *self._sizes, codes)
+            if told is None:
+                raise
+            raise told from error
 
     def _start(self) -> None:
         others = set(multiprocessing.active_children())
@@ -276,12 +297,27 @@ class Loader:
     def close(self) -> None:
         """End the worker processes and what fetches ahead."""
         self.reader.close()
-        self._iterator = None  # its destructor asks them to stop, unless a traceback holds it
-        for worker in self._workers:
-            worker.join(2)
-            if worker.is_alive():
-                worker.kill()
+        with _deaths_unwatched():
+            self._iterator = None  # its destructor asks them to stop, unless a traceback holds it
+            for worker in self._workers:
+                worker.join(2)
+                if worker.is_alive():
+                    worker.kill()
+                    worker.join()
         self._workers = []
+
+
+@contextlib.contextmanager
+def _deaths_unwatched() -> Iterator[None]:
+    """Hold off torch's handler of SIGCHLD, which raises for every worker that is killed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 _open_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
@@ -400,12 +436,12 @@ def _check_ranks(rank: int, world: int, workers: int) -> None:
 
 def _check_shared_memory(workers: int, batch: int, image_size: int) -> None:
     # A full /dev/shm (64 MB in a container by default) ends a worker with a bus error.
-    needed = workers * (_PREFETCH + 1) * batch * image_size**2 * 3
-    if workers and os.path.isdir(_SHARED):
-        free = shutil.disk_usage(_SHARED).free
+    needed = shared_bytes(workers, batch, image_size)
+    if workers and os.path.isdir(SHARED):
+        free = shutil.disk_usage(SHARED).free
         if free < needed:
             raise UserError(
                 f"workers {workers}: their batches need {needed >> 20} MiB of shared memory where "
-                f"{_SHARED} has {free >> 20} MiB free; use fewer workers or a smaller batch, or "
+                f"{SHARED} has {free >> 20} MiB free; use fewer workers or a smaller batch, or "
                 "start the container with a larger --shm-size or --ipc=host"
             )

@@ -187,7 +187,7 @@ def fit(
         if "img_size" not in options and size not in (None, vit.patch_embed.img_size[0]):
             options["img_size"] = size
             vit = build_family(arch, options, state)
-        refuse_indivisible(vit.patch_embed.img_size[0], vit, path)
+        refuse_indivisible(vit.patch_embed.img_size[0], vit, arch)
         pooled = getattr(vit, "attn_pool", None) is not None
         dropped = tuple(k for k in LEFT_OUT if k != "attn_pool" or not pooled)
         state = {k: v for k, v in state.items() if not k.startswith(dropped)}

@@ -15,8 +15,9 @@ from pipeline.errors import UserError
 from pipeline.method.heads import choose_tokens
 from pipeline.method.views import View
 
-# A context in which the given parameters are gathered (engine.Engine.gathered); None: they are.
-Gathered = Callable[[list[nn.Parameter]], AbstractContextManager[object]] | None
+# A context with the fp32 values of the given parameters, whole (engine.Engine.masters); None: they
+# are whole and fp32 themselves.
+Masters = Callable[[list[nn.Parameter]], AbstractContextManager[list[Tensor]]] | None
 SLICE = 24  # parameters, two blocks of a ViT
 
 
@@ -49,26 +50,28 @@ class Teacher(nn.Module):
     def forward(self, view: View) -> Tensor:
         """A view → keys p'(f'(view)), fp32 [B, T, C], without gradient."""
         tokens = choose_tokens(self.encoder(*view), self.tokens)
-        return tokens if self.projector is None else self.projector(tokens)
+        keys = tokens if self.projector is None else self.projector(tokens)
+        return keys.float()  # under autocast they are bf16
 
     @torch.no_grad()
-    def update(self, objective: Online, momentum: float, gathered: Gathered = None) -> None:
+    def update(self, objective: Online, momentum: float, masters: Masters = None) -> None:
         """teacher ← momentum · teacher + (1 − momentum) · online, in fp32.
 
-        gathered: gathers partitioned parameters (ZeRO stage 3), slice by slice.
+        masters: gives the online weights, slice by slice. Of a bf16 model they are the fp32 master
+        weights: at small learning rates the rounding to bf16 is as large as the teacher's distance.
         """
         for mine, online in self.pairs(objective):
-            with gathered(online) if gathered else contextlib.nullcontext():
-                torch._foreach_lerp_(mine, [p.detach().float() for p in online], 1.0 - momentum)
+            with masters(online) if masters else contextlib.nullcontext(online) as values:
+                torch._foreach_lerp_(mine, [v.detach().float() for v in values], 1.0 - momentum)
 
     @torch.no_grad()
-    def distance(self, objective: Online, gathered: Gathered = None) -> float:
+    def distance(self, objective: Online, masters: Masters = None) -> float:
         """||online - teacher|| / ||teacher|| over all weights of f and p (reads the device)."""
         apart: list[Tensor] = []
         size: list[Tensor] = []
         for mine, online in self.pairs(objective):
-            with gathered(online) if gathered else contextlib.nullcontext():
-                change = torch._foreach_sub([p.detach().float() for p in online], mine)
+            with masters(online) if masters else contextlib.nullcontext(online) as values:
+                change = torch._foreach_sub([v.detach().float() for v in values], mine)
                 apart += torch._foreach_norm(change)
             size += torch._foreach_norm(mine)
         return float(torch.stack(apart).norm() / torch.stack(size).norm())

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -126,6 +127,8 @@ class Engine:
         own = client.param_groups if client else groups
         # What the optimizer keeps per parameter, by the parameter's identity.
         self._moments = {id(p): self.kind.moments(g) for g in own for p in g["params"]}
+        # DeepSpeed keeps it for the whole process, where an engine before this one may have set it.
+        deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=client,
@@ -168,6 +171,40 @@ class Engine:
         if self.plan.stage < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
+
+    @contextlib.contextmanager
+    def masters(self, parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+        """A context with the fp32 values of these parameters, whole on every rank (collective).
+
+        Under bf16 those of the master weights, from which the model's are rounded.
+        """
+        if self.plan.precision != "bf16":
+            with self.gathered(parameters):
+                yield [p.detach() for p in parameters]
+        elif self.plan.stage == 3:
+            yield [self._whole(p, "model").float() for p in parameters]
+        else:
+            yield self._joined_masters(parameters)
+
+    def _joined_masters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Stages 1 and 2: the parts of all ranks, which do not overlap, joined by one sum."""
+        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+        values = [
+            part.view_as(p)
+            for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
+        ]
+        for p, value in zip(parameters, values, strict=True):
+            mine = getattr(p, "_hp_mapping", None)
+            if mine is not None:
+                at = mine.lp_fragment_address
+                value.view(-1).narrow(0, at.start, at.numel).copy_(mine.hp_fragment)
+        if self.plan.world > 1:
+            torch.distributed.all_reduce(flat)
+        frozen = [p.detach().float() for p in parameters]
+        return [
+            value if p.requires_grad else whole
+            for p, value, whole in zip(parameters, values, frozen, strict=True)
+        ]
 
     def gradient_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping; nan where not known."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
-from pipeline.data.crops import CentreCrop, shorter_side
-from pipeline.data.reader import Reader
+from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import gather_keys
@@ -24,16 +22,9 @@ REFERENCES = 4  # training images per held-out image in the k-NN probe
 K, TEMPERATURE = 20, 0.07
 
 
-@dataclass(frozen=True)
-class Fixed:
-    """Images of this rank, the same at every probe: uint8 [n, H, W, 3], numbers and labels [n]."""
-
-    image: Tensor
-    sample: Tensor
-    label: Tensor
-
-
-def fixed_images(folder: str | Path, count: int, size: int, rank: int, world: int) -> Fixed:
+def share_of(
+    folder: str | Path, count: int, size: int, rank: int, world: int, on_error: str = "fail"
+) -> Fixed:
     """This rank's share of `count` images taken evenly from a shard folder, centre-cropped.
 
     Every rank gets equally many, so at most world - 1 images are left out.
@@ -43,12 +34,8 @@ def fixed_images(folder: str | Path, count: int, size: int, rank: int, world: in
     if share * world < 4:
         raise UserError(f"{folder}: {manifest.samples} images are too few for the probes")
     chosen = np.linspace(0, manifest.samples - 1, share * world).astype(np.int64)
-    chosen = chosen[rank * share : (rank + 1) * share]
-    reader = Reader(manifest, size, "bicubic", "auto", None)
-    crop, image = CentreCrop(size, shorter_side(size)), reader.empty(share)
-    for place, sample in enumerate(chosen.tolist()):
-        reader.decode(sample, crop, image[place].numpy())
-    return Fixed(image, torch.from_numpy(chosen), reader.labels(chosen))
+    mine = chosen[rank * share : (rank + 1) * share].tolist()
+    return fixed_images(manifest, mine, size, on_error)
 
 
 class Probes:
@@ -56,14 +43,14 @@ class Probes:
 
     def __init__(self, recipe: Recipe, data: str, rank: int, world: int, batch: int) -> None:
         self.recipe, self.batch = recipe, batch
-        m, size = recipe.monitor, recipe.encoder.image_size
+        m, size, skip = recipe.monitor, recipe.encoder.image_size, recipe.data.on_error
         self.held_out: Fixed | None = None
         self.training: Fixed | None = None
         if m.occlusion_steps or m.knn_steps:
             folder = m.held_out or str(Path(data).parent / "val")
-            self.held_out = fixed_images(folder, m.images, size, rank, world)
+            self.held_out = share_of(folder, m.images, size, rank, world, skip)
         if m.knn_steps:
-            self.training = fixed_images(data, REFERENCES * m.images, size, rank, world)
+            self.training = share_of(data, REFERENCES * m.images, size, rank, world, skip)
             if any(f.label.min() < 0 for f in (self.training, self.held_out) if f):
                 raise UserError(f"{data}: monitor.knn_steps needs labels, which it has not")
 

@@ -151,7 +151,9 @@ def load_checkpoint(checkpoint: Path, engine: Engine, teacher: Teacher | None) -
     if state["precision"] != engine.plan.precision:
         raise UserError(
             f"{checkpoint}: written with precision {state['precision']}, this run has "
-            f"{engine.plan.precision}; resume with the same precision"
+            f"{engine.plan.precision}; resume with the same precision: in the ds_config "
+            '"bf16": {"enabled": true} is bf16, "torch_autocast": {"enabled": true} autocast, '
+            "neither fp32"
         )
     load_consolidated(engine, checkpoint)
     if teacher is not None:

@@ -19,9 +19,11 @@ from pipeline.distributed import Ranks, agree
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
@@ -141,10 +143,20 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     objective, teacher = build_objective(recipe)
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
     lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)
+    started: list[str] = []
+    if recipe.init.weights and checkpoint is None:
+        started = start_from(objective, recipe.init.weights, recipe.init.ema).lines(
+            recipe.init.weights
+        )
+        teacher = Teacher(objective) if recipe.teacher else None
+    elif checkpoint is not None and not recipe.init.weights:  # what the run once started from
+        before = load_recipe(checkpoint / "recipe.yaml").init
+        recipe = recipe.model_copy(update={"init": before})
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
-    engine = Engine(objective, parameter_groups(objective), plan)
-    if teacher is not None:
-        teacher.to(ranks.device)
+    with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
+        engine = Engine(objective, parameter_groups(objective), plan)
+        if teacher is not None:
+            teacher.to(ranks.device)
     first, resumed = 0, ""
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)
@@ -174,7 +186,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         ),
     )  # fmt: skip
     with naming(path, UNWRITABLE):
-        _announce(state, kernel_line, failure, [*warnings, resumed])
+        _announce(state, kernel_line, failure, [*warnings, *started, resumed])
     return state
 
 

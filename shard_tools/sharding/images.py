@@ -1,4 +1,4 @@
-"""Look at the content of an image file: what it is, whether it is whole, what must change.
+"""Look at the content of an image file: what it is, whether it is complete, what must change.
 
 What is accepted is decided in shard_tools/image_file. JPEGs in RGB or grey pass unchanged; PNG, GIF
 and other formats and CMYK JPEGs become JPEGs. EXIF orientation is recorded and not applied, as

@@ -74,7 +74,7 @@ preemption() { # a job of a higher partition takes both nodes; the trainer is re
   trap '"$slurm" down "$dir"; "$hosts" down "$dir"' EXIT
   {
     printf '#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --exclusive --requeue --open-mode=append\n'
-    printf 'cd %q\nexec ./launch.sh' "$root"
+    printf "export RELAXMIM_BATCH=\$SLURM_JOB_ID\ncd %q\nexec ./launch.sh" "$root"
     printf ' %q' "${small[@]}" --output "$dir/slurm" --max-steps 600
   } >"$dir/job.sbatch"
   job=$("$hosts" on head "$dir" sbatch --parsable -p low -o "$log" "$dir/job.sbatch")

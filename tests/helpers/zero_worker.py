@@ -60,7 +60,7 @@ def steps(engine, objective, teacher, recipe, first, last, ranks):
             loss, _ = engine.micro_step(lr, image[mine], mine, step, teacher)
             total += loss / len(MICRO)
         if teacher is not None:
-            teacher.update(objective, 0.9, engine.gathered)
+            teacher.update(objective, 0.9, engine.masters)
         losses.append(mean_over_ranks(total).item())
         norms.append(engine.gradient_norm())
     return losses, norms

@@ -18,6 +18,7 @@ from pipeline.config.ds_config import (
     plan_recipe,
     read_ds_config,
     resolve_precision,
+    set_precision,
 )
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.config.schedules import learning_rate
@@ -38,9 +39,16 @@ def write(tmp_path, value):
     return path
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_shipped_configs_are_taken(stage):
-    config = read_ds_config(ROOT / f"ds_configs/zero{stage}.json")
+SHIPPED = {
+    "zero0": (0, "fp32"), "zero1": (1, "autocast"), "zero2": (2, "autocast"),
+    "zero3": (3, "autocast"), "zero2-bf16": (2, "bf16"), "zero2-bf16-fp32-grads": (2, "bf16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_taken(name):
+    assert sorted(p.stem for p in (ROOT / "ds_configs").iterdir()) == sorted(SHIPPED)
+    config, (stage, _) = read_ds_config(name), SHIPPED[name]
     assert config["zero_optimization"]["stage"] == stage
     plan = plan_recipe(config, load_recipe(RECIPES / "rmae.yaml"), world=8)
     assert (plan.stage, plan.micro_batch * plan.accumulation) == (stage, 128)
@@ -50,42 +58,83 @@ def test_shipped_configs_are_taken(stage):
     assert plan.describe()[0].startswith("precision: fp32")
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_shipped_configs_are_on_a_gpu(name, monkeypatch):
+    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: True)
+    plan = plan_recipe(read_ds_config(name), load_recipe(RECIPES / "rmae.yaml"), world=8)
+    assert plan.precision == SHIPPED[name][1]
+    assert plan.config.get("data_types", {}) == (
+        {"grad_accum_dtype": "fp32"} if name.endswith("fp32-grads") else {}
+    )
+    assert ("gradients are summed in fp32" in plan.describe()[0]) == name.endswith("fp32-grads")
+    if plan.precision == "autocast":
+        section = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        assert plan.config["torch_autocast"] == section
+
+
 @pytest.mark.parametrize(
-    ("wanted", "gpu", "units", "precision", "words"),
+    ("wanted", "gpu", "units", "on", "words"),
     [
-        (True, False, True, "bf16", ""),
-        (True, False, False, "bf16", "emulated"),
-        ("auto", False, True, "fp32", "auto"),
-        ("auto", True, True, "bf16", ""),
-        ("auto", True, False, "fp32", "auto"),
-        (False, True, True, "fp32", ""),
+        (True, False, True, True, ""),
+        (True, False, False, True, "emulated"),
+        ("auto", False, True, False, "auto"),
+        ("auto", True, True, True, ""),
+        ("auto", True, False, False, "auto"),
+        (False, True, True, False, ""),
     ],
 )
+@pytest.mark.parametrize(("section", "name"), [("bf16", "bf16"), ("torch_autocast", "autocast")])
 def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
-    wanted, gpu, units, precision, words, monkeypatch
+    wanted, gpu, units, on, words, section, name, monkeypatch
 ):
     """The processor's own bf16 units change nothing but a word in the log."""
     monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: units)
-    config = {"bf16": {"enabled": wanted}, "zero_optimization": {"stage": 2}}
-    found, why = resolve_precision(wanted, stage=2)
+    config = {section: {"enabled": wanted}, "zero_optimization": {"stage": 2}}
+    precision = name if on else "fp32"
+    found, why = resolve_precision(wanted, 2, section)
     assert found == precision
     assert words in why if words else not why
     plan = plan_recipe(config, tiny_recipe("mae"), world=1)
     assert plan.precision == precision
-    assert plan.config["bf16"]["enabled"] is (precision == "bf16")
-    assert plan.config["bf16"].get("check_grad_overflow", False) is (precision == "bf16")
-    assert config["bf16"] == {"enabled": wanted}  # left as it was
+    assert plan.config[section]["enabled"] is on
+    if section == "bf16":
+        assert plan.config["bf16"].get("check_grad_overflow", False) is on
+    assert config[section] == {"enabled": wanted}  # left as it was
+
+
+def test_both_sections_at_once_follow_the_one_that_is_on():
+    config = {"bf16": {"enabled": False}, "zero_optimization": {"stage": 2}}
+    config["torch_autocast"] = {"enabled": True}
+    assert plan_recipe(config, tiny_recipe("mae"), world=1).precision == "autocast"
+    config |= {"bf16": {"enabled": True}, "torch_autocast": {"enabled": False}}
+    assert plan_recipe(config, tiny_recipe("mae"), world=1).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "precision"),
+    [
+        ("zero2", "bf16", "autocast"), ("zero2", "fp32", "fp32"), ("zero0", "bf16", "autocast"),
+        ("zero2-bf16", "bf16", "bf16"), ("zero2-bf16", "fp32", "fp32"),
+    ],
+)  # fmt: skip
+def test_a_precision_can_be_set_over_a_file(name, wanted, precision):
+    config = read_ds_config(name)
+    set_precision(config, wanted)
+    assert plan_recipe(config, tiny_recipe("mae"), world=1).precision == precision
 
 
 def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(UserError, match="bf16 needs"):
-        resolve_precision(True, stage=0)
+        resolve_precision(True, 0, "bf16")
+    assert resolve_precision(True, 0, "torch_autocast")[0] == "autocast"
     monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.get_device_name", lambda: "V100")
     monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: False)
-    with pytest.raises(UserError, match="V100 has no bf16 units"):
-        resolve_precision(True, stage=1)
+    for section in ("bf16", "torch_autocast"):
+        with pytest.raises(UserError, match=f"{section}.enabled true: V100 has no bf16 units"):
+            resolve_precision(True, 1, section)
 
 
 def test_auto_micro_batch_is_a_function_of_the_recipe():
@@ -117,6 +166,19 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled must be true, false or", "yes"]),
         ({"bf16": {"enabled": 1}}, ["bf16.enabled must be true, false or", "1"]),
         ({"fp16": {"enabled": True}}, ["unknown key 'fp16'"]),
+        ({"torch_autocast": {"enabled": 1}}, ["torch_autocast.enabled must be true, false or"]),
+        ({"torch_autocast": {"dtype": "float16"}}, ["unknown key 'torch_autocast.dtype'"]),
+        (
+            {"torch_autocast": {"enabled": True}, "bf16": {"enabled": "auto"}}
+            | {"zero_optimization": {"stage": 2}},
+            ["bf16 and torch_autocast exclude each other"],
+        ),
+        (
+            {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+            | {"zero_optimization": {"stage": 1}},
+            ["grad_accum_dtype fp32 needs zero_optimization.stage 2 or 3"],
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, ["must be bf16 or fp32, not 'fp8'"]),
         ({"compile": "yes"}, ["'compile' must be true or false"]),
         ({"compile": True, "zero_optimization": {"stage": 3}}, ["compile needs"]),
         ("{", ["not valid JSON"]),

@@ -202,21 +202,25 @@ def test_without_a_compiler_torchs_fused_adamw_trains_the_same(
 
 
 @pytest.mark.parametrize("name", ["rmae", "cmae"])
-def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("config", "section", "way"),
+    [("zero2-bf16", "bf16", "bf16"), ("zero2", "torch_autocast", "autocast")],
+)
+def test_bf16_follows_fp32(name, config, section, way, shards, tmp_path, capsys):
     """bf16 asked for, native or emulated; the teacher and the losses stay fp32."""
     words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
     words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "3"]
-    words[words.index("ds_configs/zero0.json")] = "ds_configs/zero2.json"
+    words[words.index("ds_configs/zero0.json")] = config
     assert pretrain.main(words) == 0
     assert "precision: fp32 (auto" in capsys.readouterr().out
-    config = json.loads((pretrain.ROOT / "ds_configs/zero2.json").read_text())
-    config["bf16"] = {"enabled": True}
-    (tmp_path / "bf16.json").write_text(json.dumps(config))
+    values = json.loads((pretrain.ROOT / f"ds_configs/{config}.json").read_text())
+    values[section] = {"enabled": True}
+    (tmp_path / "bf16.json").write_text(json.dumps(values))
     other = [str(tmp_path / "bf16") if w == str(tmp_path / "run") else w for w in words]
-    other[other.index("ds_configs/zero2.json")] = str(tmp_path / "bf16.json")
+    other[other.index(config)] = str(tmp_path / "bf16.json")
     assert pretrain.main(other) == 0
-    assert "precision: bf16" in capsys.readouterr().out
-    for folder, precision in (("run", "fp32"), ("bf16", "bf16")):
+    assert f"precision: {way}" in capsys.readouterr().out
+    for folder, precision in (("run", "fp32"), ("bf16", way)):
         assert (
             json.loads((tmp_path / folder / "versions.json").read_text())["precision"] == precision
         )
@@ -225,6 +229,8 @@ def test_bf16_follows_fp32(name, shards, tmp_path, capsys):
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "run"), rel=0.02)
     weights = load_file(tmp_path / "bf16/encoder/encoder.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
+    other[other.index(str(tmp_path / "bf16.json"))] = config
+    assert f"written with precision {way}, this run has fp32" in refused(capsys, *other)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -325,3 +331,35 @@ def test_a_slip_in_a_measure_keeps_its_traceback(slip, shards, tmp_path, capsys,
     assert "Traceback" in error
     assert "in broken" in error
     assert type(slip).__name__ in error
+
+
+def test_a_fresh_run_starts_from_weights_and_is_resumed_without_them(shards, tmp_path, capsys):
+    """--init: step 0, another recipe's schedule; the refusal of --resume names this way."""
+    first = arguments(shards, tmp_path / "a", "mae")
+    assert pretrain.main([*first, "--max-steps", "2"]) == 0
+    weights = load_file(tmp_path / "a/run/model.safetensors")
+    words = arguments(shards, tmp_path / "b", "mae", "optimizer.base_lr=1e-12", "seed=7")
+    checkpoint = next((tmp_path / "a/run/checkpoints").glob("step-*"))
+    line = refused(capsys, *words, "--resume", str(checkpoint))
+    assert f"--init {checkpoint} with another --output" in line
+    assert pretrain.main([*words, "--init", str(tmp_path / "a/run"), "--max-steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"starts from {tmp_path / 'a/run'}: {len(weights)} tensors taken, 0 resized" in out
+    started = load_file(tmp_path / "b/run/model.safetensors")
+    assert all(torch.allclose(started[k], weights[k], atol=1e-6) for k in weights)
+    assert pretrain.main([*words, "--max-steps", "2"]) == 0  # without --init: resumed
+    out = capsys.readouterr().out
+    assert "starts from" not in out
+    assert "at step 1 of 2" in out
+    again = pretrain.main([*words, "--init", str(tmp_path / "a/run"), "--max-steps", "3"])
+    assert again == 0
+    line = refused(capsys, *words, "--init", str(shards), "--max-steps", "4")
+    assert "init.weights" in line
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_first_step(shards, tmp_path, capsys):
+    assert pretrain.main([*arguments(shards, tmp_path / "a"), "--max-steps", "1"]) == 0
+    capsys.readouterr()
+    deeper = arguments(shards, tmp_path / "b", "mae", "encoder.options.depth=3")
+    line = refused(capsys, *deeper, "--init", str(tmp_path / "a/run"))
+    assert "another architecture, without encoder.blocks.2" in line

@@ -12,7 +12,7 @@ from pipeline.data.randaugment import RandAugment
 from pipeline.errors import UserError
 from pipeline.method.metrics import cka, gram, hsic
 from pipeline.method.objective import build_objective
-from pipeline.runtime.probes import Probes, fixed_images
+from pipeline.runtime.probes import Probes, share_of
 from pipeline.runtime.skipped_steps import SkippedSteps
 from shard_tools.manifest import read_manifest
 
@@ -79,8 +79,8 @@ def test_probes_without_held_out_shards_say_so(tmp_path):
 
 def test_ranks_share_the_fixed_images(shards):
     samples = read_manifest(shards / "val").samples
-    whole = fixed_images(shards / "val", 20, 16, 0, 1)
-    parts = [fixed_images(shards / "val", 20, 16, rank, 2) for rank in (0, 1)]
+    whole = share_of(shards / "val", 20, 16, 0, 1)
+    parts = [share_of(shards / "val", 20, 16, rank, 2) for rank in (0, 1)]
     assert torch.equal(torch.cat([p.sample for p in parts]), whole.sample)
     assert torch.equal(torch.cat([p.image for p in parts]), whole.image)
     assert len(set(whole.sample.tolist())) == 20

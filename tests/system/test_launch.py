@@ -57,7 +57,16 @@ def test_shellcheck_finds_nothing():
 def test_help_names_every_option_and_exit_code():
     code, out, err = finish(start("--help"))
     assert (code, err) == (0, "")
-    for word in ("--ranks", "--hostfile", "--script", "--grace", "sbatch", "torchrun", "85"):
+    for word in (
+        "--ranks",
+        "--hostfile",
+        "--script",
+        "--grace",
+        "--no-requeue",
+        "sbatch",
+        "torchrun",
+        "85",
+    ):
         assert word in out
 
 
@@ -291,6 +300,87 @@ def test_ranks_do_not_outlive_a_killed_launcher(script, tmp_path):
     process.wait()
     wait_for(lambda: not any(map(alive, pids)))
     process.communicate()
+
+
+SRUN = """#!/bin/bash
+echo srun >>"$CALLS"
+trap 'exit 85' TERM USR1
+touch "$CALLS.up"
+case $PLAN in
+  end) exit 0 ;; preempted) exit 85 ;; bad) exit 2 ;;
+  *) sleep 60 & wait ;;
+esac
+"""
+SCONTROL = """#!/bin/bash
+echo scontrol "$@" >>"$CALLS"
+[[ $1 != show ]] || echo "JobId=77 JobState=$STATE Reason=None"
+[[ $1 != requeue || $PLAN != disabled ]]
+"""
+JOB = {"SLURM_JOB_ID": "77", "RELAXMIM_BATCH": "77", "STATE": "RUNNING", "PLAN": "preempted"}
+ARRAY = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "4"}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """PATH with an srun that ends as $PLAN says, and a scontrol; both note how they were called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(number=None, *words, **env):
+        path = {"PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(calls)}
+        process = start("--output", tmp_path / "run", *words, **JOB | path | env)
+        if number:
+            wait_for(Path(f"{calls}.up").exists)
+            process.send_signal(number)
+        code, _, err = finish(process)
+        requeued = [c.split()[2] for c in calls.read_text().splitlines() if " requeue " in c]
+        return code, err, requeued
+
+    return run
+
+
+def test_a_preempted_batch_script_of_ours_is_requeued(slurm):
+    assert slurm() == (85, "", ["77"])
+
+
+def test_a_task_of_an_array_requeues_itself_and_not_the_array(slurm):
+    assert slurm(**ARRAY) == (85, "", ["70_4"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_batch_script_saves_and_requeues(number, slurm):
+    code, err, requeued = slurm(number, PLAN="wait")
+    assert (code, requeued) == (85, ["77"])
+    assert err == f"{number.name}: the ranks finish their step and save\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "env", "code", "said"),
+    [
+        (signal.SIGINT, [], {"PLAN": "wait"}, 85, "SIGINT: the ranks finish"),
+        (None, ["--no-requeue"], {}, 85, ""),
+        (None, [], {"RELAXMIM_BATCH": ""}, 85, "does not export RELAXMIM_BATCH=$SLURM_JOB_ID"),
+        (None, [], {"RELAXMIM_BATCH": "76"}, 85, "job 77 is not requeued"),  # of an outer job
+        (None, [], {"STATE": "CANCELLED"}, 85, "job 77 was cancelled"),
+        (None, [], {"PLAN": "end"}, 0, ""),
+        (None, [], {"PLAN": "bad"}, 2, ""),
+    ],
+)
+def test_what_is_not_requeued(number, words, env, code, said, slurm):
+    got, err, requeued = slurm(number, *words, **env)
+    assert (got, requeued) == (code, [])
+    assert said in err
+    assert err.count("\n") == bool(said)
+
+
+def test_a_job_that_slurm_does_not_requeue_is_said(slurm):
+    code, err, requeued = slurm(signal.SIGTERM, PLAN="disabled")
+    assert (code, requeued) == (85, ["77"])
+    assert "error: job 77 cannot be requeued" in err
 
 
 def test_a_hidden_output_folder_is_noticed(script, tmp_path):

@@ -1,0 +1,68 @@
+"""Out of memory in the model, as a sentence that says what to lower."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from pipeline.config.ds_config import RunPlan
+from pipeline.errors import UserError
+
+# Allocators that raise a RuntimeError without a class of its own.
+_WORDS = (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Cuda failure 2 'out of memory'",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one behind it, says that memory ran out on the device or the host."""
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(behind, RuntimeError) and any(word in str(behind) for word in _WORDS):
+            return True
+        behind = behind.__cause__
+    return False
+
+
+@contextlib.contextmanager
+def explaining_memory(plan: RunPlan, image_size: int, device: torch.device) -> Iterator[None]:
+    """Turn running out of memory inside into a UserError with the sizes and what to lower."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(_sentence(plan, image_size, device)) from error
+
+
+def _sentence(plan: RunPlan, image_size: int, device: torch.device) -> str:
+    where = "out of memory on the CPU"
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device) / 2**30
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        where = f"out of memory on {device} ({used:.1f} of {total:.1f} GiB were in use)"
+    size = plan.micro_batch * plan.accumulation * plan.world
+    remedies = []
+    if plan.micro_batch > 1:
+        smaller = next(m for m in range(plan.micro_batch // 2, 0, -1) if plan.micro_batch % m == 0)
+        remedies.append(
+            f"set train_micro_batch_size_per_gpu of the ds_config to {smaller} or less "
+            f"(accumulation keeps the batch of {size}"
+            f"{'; negatives come from fewer images' if plan.negatives else ''})"
+        )
+    if not plan.checkpointing:
+        remedies.append("set gradient_checkpointing there to true")
+    if plan.stage < 3 and plan.world > 1:
+        remedies.append(f"use a zero_optimization.stage above {plan.stage}")
+    remedies.append("use smaller images or a smaller encoder")
+    *first, last = remedies
+    advice = f"{', '.join(first)}, or {last}" if first else last
+    return (
+        f"{where} with a micro-batch of {plan.micro_batch} images of {image_size} × {image_size} "
+        f"pixels: {advice}; pipeline/estimate.py predicts what fits"
+    )
