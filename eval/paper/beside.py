@@ -133,7 +133,7 @@ def label_share(result: dict[str, Any]) -> float:
     """
     settings = result.get("settings", {})
     if settings.get("subset"):
-        return 0.1 if Path(settings["subset"]).name == "10percent.txt" else math.nan
+        return 0.1 if "10percent" in Path(settings["subset"]).name else math.nan
     return float(settings.get("fraction") or 1)
 
 

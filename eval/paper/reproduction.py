@@ -40,6 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--train", default="", help="training shards (default: the scale's)")
     add("--val", default="", help="validation shards (default: the scale's)")
     add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")
+    add("--few-labels", type=Path, metavar="FILE",
+        help="names of the images with labels in few-shot finetuning, such as SimCLR's "
+        "10percent.txt (default: a tenth is drawn)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--also", nargs="+", default=[], choices=[k for k in keys() if k not in ("shape-bias",)],
@@ -54,7 +57,15 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
     jobs = args.jobs or (1 if scale.launch != "python" else cores())
     output = args.output or Path(f"runs/reproduce-{scale.name}")
-    workspace = Workspace(output, scale, args.classes, demo=not (args.train or args.val))
+    if args.few_labels is not None and not args.few_labels.is_file():
+        raise UserError(f"--few-labels {args.few_labels}: no such file")
+    workspace = Workspace(
+        output,
+        scale,
+        args.classes,
+        demo=not (args.train or args.val),
+        few_labels=str(args.few_labels or ""),
+    )
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
 
 

@@ -353,3 +353,17 @@ def test_bad_input_is_one_sentence(shards, words, sentence):
     data = ["--train", str(shards / "train"), "--val", str(shards / "val"), "--dry-run"]
     with pytest.raises(UserError, match=sentence):
         reproduce.reproduce(reproduce.parse_args([*data, *words]))
+
+
+def test_a_list_of_labelled_images_takes_the_place_of_a_drawn_tenth(shards):
+    row = choose_rows(find_table(1), None)[0]
+    drawn = workspace_of(shards, "mini")
+    listed = replace(drawn, few_labels="lists/10percent.txt")
+    (first,), (second,) = (
+        [j for j in rows.row_jobs(w, row, 0, ["fewshot"]) if j.name.endswith("fewshot")]
+        for w in (drawn, listed)
+    )
+    assert "--fraction 0.1" in " ".join(map(str, first.command))
+    assert "--subset lists/10percent.txt" in " ".join(map(str, second.command))
+    assert "--fraction" not in map(str, second.command)
+    assert first.flops == second.flops
