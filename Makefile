@@ -96,6 +96,10 @@ bench-micro-batch: .venv/ready   ## images/s by micro-batch on this CPU: what "a
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
 
+.PHONY: bench-scale
+bench-scale: .venv/ready   ## the loader's bookkeeping at 1.28 M to 2 B samples: memory, first batch, order (METHODS="fork spawn")
+	@$(PY) tests/bench/bench_scale.py $(if $(METHODS),--methods $(METHODS))
+
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
 bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU
 

@@ -37,6 +37,7 @@ from pipeline.data.shard_cache import GIB, ShardCache
 from pipeline.data.shared import share
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
+from shard_tools import shuffle_quality
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
 # Changes a crop, uint8 [S, S, 3], in place: (pixels, epoch, key, number of the view).
@@ -364,6 +365,10 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
     )  # fmt: skip
     remote = _cache(manifest, config.cache, config.cache_bytes)
     _warn_of_small_cache(order, manifest, world, config.cache_bytes)
+    if rank == 0 and not order.draws:
+        numbers = config.batch_size, config.partitions, config.window
+        if text := shuffle_quality.warning(manifest, *numbers):
+            log.warning("%s", text)
     reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
     dataset = _Train(reader, order, config, rank, world)
     tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
