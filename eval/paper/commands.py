@@ -279,7 +279,8 @@ def row_jobs(
     for protocol in protocols:
         words = list(encoder)
         if row.recipe == "supervised" and protocol == "linprobe":
-            words += ["--feature", "mean_patch"]  # the feature that it was trained with
+            # The feature that it was trained with; it has no other.
+            words += ["--feature", "mean_patch", "--also"]
         result = run / "eval" / f"{protocol}.json"
         evals.append(eval_job(workspace, row, seed, protocol, words, result, train, val, jobs))
     return [*jobs, *evals]

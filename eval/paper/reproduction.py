@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
+from eval.paper.beside import feature_note
 from eval.paper.commands import Workspace, read_scale, run_name
 from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.protocols import by_key, headings, keys
-from eval.reporting.run_records import read_result
-from eval.reporting.tables import NONE, Cell, Row, Table
+from eval.reporting.run_records import read_result, with_beside
+from eval.reporting.tables import FEATURE_NAMES, NONE, Cell, Row, Table
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
 from shard_tools.cores import cores
@@ -120,6 +121,18 @@ def our_result(workspace: Workspace, row: PaperRow, seed: int, protocol: str) ->
     return float(value)
 
 
+def by_feature(
+    workspace: Workspace, row: PaperRow, seeds: int, protocol: str
+) -> dict[str, list[float]]:
+    """Our results of a row over the seeds by the feature that they read, the chosen one first."""
+    found: dict[str, list[float]] = {}
+    metric = by_key(protocol).metric
+    for path in (result_path(workspace, row, seed, protocol) for seed in range(seeds)):
+        for result in with_beside(read_result(path)) if path.is_file() else ():
+            found.setdefault(str(result.get("feature")), []).append(float(result[metric]))
+    return found
+
+
 def spread_text(values: Sequence[float]) -> str:
     """`mean ± standard deviation` of what is there."""
     if not values:
@@ -141,7 +154,9 @@ def beside(
             found = [our_result(workspace, row, seed, column) for seed in range(seeds)]
             ours = spread_text([value for value in found if value is not None])
             shown = ours if column in wanted else NONE
-            cells += [Cell(str(row.published.get(column, NONE))), Cell(shown)]
+            _, *others = by_feature(workspace, row, seeds, column).items() or [("", [])]
+            note = ", ".join(f"{FEATURE_NAMES[f]} {spread_text(v)}" for f, v in others)
+            cells += [Cell(str(row.published.get(column, NONE))), Cell(shown, note)]
         lines.append(Row(tuple(cells), baseline=row.initial == "random"))
     facts = f"scale {workspace.scale.name}, {seeds} seed{'s' if seeds > 1 else ''}"
     notes = [f"Ours: {facts}; ± is the sample standard deviation over seeds."]
@@ -150,6 +165,9 @@ def beside(
             "PSNR: with the true mean and deviation of each patch where the recipe predicts "
             "patch-normalised pixels."
         )
+    probed = {row.name: list(by_feature(workspace, row, seeds, "linprobe")) for row, _ in rows}
+    chosen = [features[0] for features in probed.values() if features]
+    notes += [feature_note(chosen)] if "linprobe" in columns and chosen else []
     notes += [f"{row.name}: {row.caveat}." for row, _ in rows if row.caveat]
     return Table(tuple(head), tuple(lines), title, tuple(notes))
 

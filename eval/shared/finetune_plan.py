@@ -157,7 +157,7 @@ def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -
 
 def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
     """The shards to train on: s.train, or the subset that --fraction or --subset asks for, which
-    is written to `folder`, in the place of another one there."""
+    is written to `folder` and replaces another one there."""
     if s.fraction == 1.0 and not s.subset:
         return s.train
     path = folder / "subset"
@@ -249,7 +249,7 @@ def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
 
 
 def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
-    """`record` for a checkpoint: sha256 in the place of paths, which may change."""
+    """`record` for a checkpoint: sha256 instead of paths, which may change."""
     known = record(s, plan, session)
     del known["subset"]  # the training images say it
     return known | {
