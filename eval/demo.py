@@ -99,7 +99,7 @@ def clear(output: Path) -> None:
         return
     with naming(output, "cannot be read"):
         names = sorted(path.name for path in output.iterdir())
-    other = [n for n in names if n not in REPORTS and n.rpartition("-")[0] not in RECIPES]
+    other = [n for n in names if n not in REPORTS and not _is_run(n)]
     if other:
         raise UserError(
             f"{output}: has {other[0]}, which no demo wrote, and the demo would remove it; "
@@ -107,6 +107,11 @@ def clear(output: Path) -> None:
         )
     with naming(output, "cannot be removed"):
         shutil.rmtree(output)
+
+
+def _is_run(name: str) -> bool:
+    recipe, _, seed = name.rpartition("-")
+    return recipe in RECIPES and seed.isdigit()
 
 
 def pretrain(settings: Settings, recipe: str, seed: int, run: Path) -> float:

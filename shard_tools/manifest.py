@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import reason
+from pipeline.errors import reason, said_by_backend
 from shard_tools.atomic import write_atomic
 from shard_tools.index_cache import local_copy
 from shard_tools.index_file import (
@@ -261,10 +261,7 @@ def _fetch(url: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             return file.read()
     except Exception as error:
-        # A backend has exceptions of its own class, or says with ImportError or ValueError that it
-        # is not installed or not known; what else is built in would be a slip.
-        known = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
-        if not known and type(error).__module__ == "builtins":
+        if not said_by_backend(error):
             raise
         raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error
 

@@ -3,6 +3,7 @@
 What reads shards then reads all of them: an image file counts as a shard of one sample.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +56,7 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
     if is_remote(str(where)) or (path / MANIFEST).is_file():
         return read_manifest(where)
     if path.suffix == LIST:
-        return _as_manifest(_listed(path, root or path.parent))
+        return _listed(path, root or path.parent)
     if path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
     table = path.suffix in (".csv", ".jsonl", ".ndjson")
@@ -102,6 +103,7 @@ def load_batches(
 class _Batches(Dataset):
     def __init__(self, source: Reader, crop: CentreCrop, batch_size: int, skip: bool) -> None:
         self.reader, self.crop, self.batch_size, self.skip = source, crop, batch_size, skip
+        self.images = batch_size  # of a batch, which Loader asks for
 
     def __getitem__(self, task: int) -> Batch | Exception:
         first, total = task * self.batch_size, self.reader.manifest.samples
@@ -123,17 +125,23 @@ class _Batches(Dataset):
         return Batch(image, labels, numbers, torch.from_numpy(key), 0, task, bad, tuple(faults))
 
 
-def _listed(path: Path, root: Path) -> Source:
+def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
+    """The image files that are named, in that order, without labels."""
     items = []
-    for line in read_list(path):
-        file = root / line
+    for name in files:
+        file = root / name
         with naming(file, "cannot be read"):
-            items.append(Item(line, -1, str(file), 0, file.stat().st_size))
+            items.append(Item(name, -1, str(file.absolute()), 0, file.stat().st_size))
         if not file.is_file():
-            raise UserError(f"{path}: {file} is no image file")
-    if not items:
+            raise UserError(f"{file}: is no image file")
+    return _as_manifest(Source(str(root), items))
+
+
+def _listed(path: Path, root: Path) -> FileManifest:
+    lines = read_list(path)
+    if not lines:
         raise UserError(f"{path}: names no image; write one path per line")
-    return Source(str(root), items)
+    return of_files(lines, root)
 
 
 def _by_folder(source: Source) -> Source:
