@@ -11,7 +11,7 @@ attends over the patch tokens, in heads of 64 channels where they fit:
 Many heads, one per pair of learning rate and weight decay, are trained at once by AdamW on random
 crops and flips of the training images (the encoder sees each crop once); the pair is chosen on a
 held-out tenth of the training images (`--select held-out`, the default), and that head is
-reported, beside the whole grid. Defaults (12,500 steps of batch 128, a tenth of them warm-up,
+reported, beside the full grid. Defaults (12,500 steps of batch 128, a tenth of them warm-up,
 cosine to 0, ten learning rates, three weight decays, initial weights N(0, 0.02) truncated):
 facebookresearch/capi, `eval_classification.py`. The gradient is that of the global batch, and so
 the result does not depend on the number of ranks. It is not resumed: at the defaults it is a few
@@ -33,10 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import as_percent, count_correct
-from eval.shared.results import Timer, output_path, write_accuracy
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Crop
 from pipeline.data.loader import LoaderConfig, train_loader
@@ -48,7 +49,6 @@ from shard_tools.subset import write_subset
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 DECAYS = (5e-4, 1e-3, 5e-2)
 HELD_OUT = 0.1  # share of the training images on which the pair is chosen
-PARTITIONS = 64  # of the order of the samples; the ranks must share them evenly
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,25 @@ class Heads:
             optimizer.step()
         return losses
 
+    def finite(self, losses: Tensor) -> list[bool]:
+        """Which heads have finite losses [heads] and weights; the others have diverged."""
+        weights = [all(bool(w.isfinite().all()) for w in p.parameters()) for p in self.probes]
+        return [ok and bool(loss.isfinite()) for ok, loss in zip(weights, losses, strict=True)]
+
 
 def training_tokens(
     session: EvalSession, s: Settings, train: str
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Tokens and labels of this rank's crops, step by step, a list of micro-batches each."""
     ranks = session.ranks
-    share = s.batch_size // ranks.world
-    micro = max(n for n in range(1, min(share, s.micro_batch) + 1) if share % n == 0)
+    micro = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
     config = LoaderConfig(
         train,
         batch_size=s.batch_size,
         micro_batch=micro,
         crop=Crop(image_size=session.image_size, scale=(0.08, 1.0)),
         seed=s.seed,
-        partitions=math.gcd(s.batch_size, PARTITIONS),
+        partitions=partitions_of(s.batch_size, ranks.world),
         workers=session.workers,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
@@ -161,7 +165,7 @@ def training_tokens(
     for batch in loader:
         tokens = session.patch_tokens(session.normalise(batch.image))
         parts.append((tokens, batch.label.to(session.device)))
-        if len(parts) * micro == share:
+        if len(parts) * micro * ranks.world == s.batch_size:
             yield parts
             parts = []
 
@@ -210,8 +214,7 @@ def check(s: Settings, ranks: Ranks) -> int:
         raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
     if min(s.rates) <= 0 or min(s.decays) < 0:
         raise UserError("--rates must be above 0, --decays at least 0")
-    if s.batch_size % ranks.world:
-        raise UserError(f"--batch-size {s.batch_size} cannot be split over {ranks.world} ranks")
+    check_batch(s.batch_size, ranks.world)
     kept = train.samples
     if s.select == "held-out":
         kept -= held_out_count(kept)
@@ -227,6 +230,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """
     timer, ranks = Timer(), session.ranks
     classes = check(s, ranks)
+    session.check_readable(s.val, s.micro_batch)
     train, chosen_on = s.train, s.val
     if s.select == "held-out":
         train, chosen_on = split(read_manifest(s.train), folder, s.seed, ranks)
@@ -236,18 +240,22 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     for step, micro in progress(stream, ranks, "attentive probe", s.steps):
         losses = heads.step(step, micro, ranks)
     losses = ranks.sum(losses)
-    if not bool(losses.isfinite().any()):
+    finite = heads.finite(losses)
+    if not any(finite):
         raise UserError("no head of the attentive probe has a finite loss: lower --rates")
     selection, count = accuracies(heads, chosen_on, session, s.micro_batch)
-    best = max(range(len(selection)), key=lambda n: selection[n][0] if losses[n].isfinite() else -1)
+    best = max(range(len(selection)), key=lambda n: selection[n][0] if finite[n] else -1)
     final, images = selection, count
     if s.select == "held-out":
         final, images = accuracies(heads, s.val, session, s.micro_batch)
     what = "held-out training images" if s.select == "held-out" else "the validation set"
     grid = [
-        {"lr": lr, "weight_decay": wd, "selection": a[0], "validation": b[0]}
-        for (lr, wd), a, b in zip(s.pairs, selection, final, strict=True)
+        {"lr": lr, "weight_decay": wd}
+        | ({"selection": a[0], "validation": b[0]} if ok else {"diverged": True})
+        for (lr, wd), a, b, ok in zip(s.pairs, selection, final, finite, strict=True)
     ]
+    lost = finite.count(False)
+    rates = f"{len(grid)}, of which {lost} diverged" if lost else str(len(grid))
     more = {"precision": session.precision, "workers": session.workers}
     return {
         "protocol": "attentive-probe",
@@ -256,7 +264,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "images": images,
         "lr": s.pairs[best][0],
         "weight_decay": s.pairs[best][1],
-        "base_lr_chosen_on": f"{count} images of {what} (best of {len(grid)})",
+        "base_lr_chosen_on": f"{count} images of {what} (best of {rates})",
         "train_loss": round(float(losses[best]), 5),
         "grid": grid,
         "settings": asdict(s) | more | {"optimizer": "AdamW", "classes": classes},
@@ -285,7 +293,9 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
     output = output_path(args.output, encoder_of(args), "attentive-probe")
-    result = evaluate(settings, session_of(args, ranks), output.with_suffix(""))
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
+    result = evaluate(settings, session_of(args, ranks), folder)
     if ranks.first:
         write_accuracy(output, result)
 

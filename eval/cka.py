@@ -5,18 +5,28 @@ the full images X and of the images with some patches dropped Y:
 
     CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),   K = X Xᵀ, L = Y Yᵀ.
 
-HSIC is the unbiased estimator of Song et al. 2012, averaged over minibatches of n images as in
-Nguyen et al. 2021 (Eq. 3): with the diagonals of K and L set to zero,
+The features of an image are (`--pool`)
 
-    HSIC(K, L) = [ tr(K L) + 1ᵀK1 1ᵀL1 / ((n-1)(n-2)) - 2/(n-2) 1ᵀK L 1 ] / (n (n-3)).
+kept-in-both  the mean of the patch tokens that both encodings have: X leaves out, at every
+              block, the tokens of the patches that Y never saw
+all-kept      the mean of all patch tokens in X, of those that are left in Y
+cls           the cls token
 
-`--pool mean_patch`: the mean of the patch tokens that both encodings have; `--pool cls`: the cls
-token. A high CKA at a large share says that the features do not mind the occlusion.
+HSIC (`--hsic`) is averaged over minibatches of n images as in Nguyen et al. 2021 (Eq. 3). unbiased
+is the estimator of Song et al. 2012: with the diagonals of K and L set to zero,
+
+    HSIC(K, L) = [ tr(K L) + 1ᵀK1 1ᵀL1 / ((n-1)(n-2)) - 2/(n-2) 1ᵀK L 1 ] / (n (n-3));
+
+biased is that of Gretton et al. 2005, tr(K H L H) / (n-1)² with H = 1 - 11ᵀ/n, whose CKA of
+features that have nothing in common is above 0, the more the smaller n. The paper says neither how
+it pools nor how it estimates, so a result has all of them (`variants`); the two options choose
+which one `cka` is. A high CKA at a large share says that the features do not mind the occlusion.
 
     python eval/cka.py --encoder runs/rmae --val data/shards/val
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,14 +36,16 @@ from torch import Tensor
 
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
 from eval.shared.features import autocast
-from eval.shared.results import Timer, output_path, write_result
+from eval.shared.labels import with_images
+from eval.shared.results import Timer, check_output, output_path, write_result
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
-from pipeline.method.metrics import gram, hsic, kept_patches
-from shard_tools.manifest import read_manifest
+from pipeline.method.families import block_features, drops_patches
+from pipeline.method.metrics import biased_hsic, gram, hsic, kept_patches
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
-POOLS = ("mean_patch", "cls")
+POOLS = ("kept-in-both", "all-kept", "cls")
+ESTIMATORS = {"unbiased": hsic, "biased": biased_hsic}
 
 
 @dataclass(frozen=True)
@@ -42,76 +54,90 @@ class Settings:
     (0 = all)."""
 
     val: str
-    pool: str = "mean_patch"
+    pool: str = "kept-in-both"
+    hsic: str = "unbiased"
     mask_ratios: tuple[float, ...] = RATIOS
     batch_size: int = 256
     images: int = 0
     seed: int = 0
 
 
-def block_features(vit: VisionTransformer, pixels: Tensor, kept: Tensor | None) -> list[Tensor]:
-    """Tokens [b, prefix + K, D] after every block; patches not kept are dropped before the first.
-
-    kept: int64 [b, K] or None for all.
-    """
-    tokens = vit._pos_embed(vit.patch_embed(pixels))
-    if kept is not None:
-        prefix = vit.num_prefix_tokens
-        index = (kept + prefix)[..., None].expand(-1, -1, tokens.shape[-1])
-        tokens = torch.cat([tokens[:, :prefix], tokens.gather(1, index)], dim=1)
-    tokens = vit.norm_pre(tokens)
-    outputs = []
-    for block in vit.blocks:
-        tokens = block(tokens)
-        outputs.append(tokens)
-    return outputs
+def tokens_at(tokens: Tensor, kept: Tensor) -> Tensor:
+    """The tokens [b, K, D] at positions int64 [b, K] of patch tokens [b, L, D]."""
+    return tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
-def pooled(tokens: list[Tensor], prefix: int, pool: str) -> Tensor:
-    """Features [blocks, b, D] of a list of tokens [b, prefix + K, D], one per block."""
-    if pool == "cls":
-        return torch.stack([t[:, 0] for t in tokens]).float()
-    return torch.stack([t[:, prefix:].mean(1) for t in tokens]).float()
+def pooled(tokens: Tensor, prefix: int, kept: Tensor | None = None) -> Tensor:
+    """Mean float32 [b, D] of the patch tokens among [b, prefix + L, D], or of those kept."""
+    patches = tokens[:, prefix:].float()
+    return (patches if kept is None else tokens_at(patches, kept)).mean(1)
 
 
 @torch.no_grad()
-def batch_hsic(session: EvalSession, pixels: Tensor, sample: Tensor, s: Settings) -> Tensor:
-    """HSIC of one minibatch, float64 [ratios, blocks, 3]: (K, L), (K, K), (L, L)."""
-    vit = session.vit
-    prefix, length = vit.num_prefix_tokens, vit.patch_embed.num_patches
+def features(
+    session: EvalSession, pixels: Tensor, masks: Sequence[Tensor]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Pool → (X, Y), float32 [blocks, b, D] each, for every mask (kept positions, int64 [b, K])."""
+    vit, prefix = session.vit, session.vit.num_prefix_tokens
+    full: list[list[Tensor]] = []  # per block: all patches, cls token, the patches of each mask
     with autocast(session.precision, pixels.device):
-        full = gram(pooled(block_features(vit, pixels, None), prefix, s.pool))
-    own = hsic(full, full)
-    result = []
-    for ratio in s.mask_ratios:
-        kept = kept_patches(sample, length, ratio, s.seed).to(pixels.device)
-        with autocast(session.precision, pixels.device):
-            part = gram(pooled(block_features(vit, pixels, kept), prefix, s.pool))
-        result.append(torch.stack([hsic(full, part), own, hsic(part, part)], dim=-1))
-    return torch.stack(result)
+        for tokens in block_features(vit, pixels):
+            first = [pooled(tokens, prefix), tokens[:, 0].float()]
+            full.append(first + [pooled(tokens, prefix, kept) for kept in masks])
+        every, cls, *both = (torch.stack(column) for column in zip(*full, strict=True))
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {pool: [] for pool in pools_of(vit)}
+        for kept, same in zip(masks, both, strict=True):
+            part = [(pooled(t, prefix), t[:, 0].float()) for t in block_features(vit, pixels, kept)]
+            mean, token = (torch.stack(column) for column in zip(*part, strict=True))
+            pairs = {"kept-in-both": (same, mean), "all-kept": (every, mean), "cls": (cls, token)}
+            for pool, pair_list in found.items():
+                pair_list.append(pairs[pool])
+    return found
+
+
+def batch_hsic(session: EvalSession, pixels: Tensor, sample: Tensor, s: Settings) -> Tensor:
+    """HSIC of one minibatch, float64 [pools, estimators, ratios, blocks, 3]: (K, L), (K, K),
+    (L, L)."""
+    length = session.vit.patch_embed.num_patches
+    masks = [kept_patches(sample, length, r, s.seed).to(pixels.device) for r in s.mask_ratios]
+    rows = []
+    for pairs in features(session, pixels, masks).values():
+        for x, y in pairs:
+            k, m = gram(x), gram(y)
+            for estimate in ESTIMATORS.values():
+                rows.append(torch.stack([estimate(k, m), estimate(k, k), estimate(m, m)], dim=-1))
+    shape = (-1, len(s.mask_ratios), len(ESTIMATORS), *rows[0].shape)
+    return torch.stack(rows).view(shape).transpose(1, 2)
+
+
+def pools_of(vit: VisionTransformer) -> list[str]:
+    """The ways to pool that an encoder has."""
+    return [pool for pool in POOLS if pool != "cls" or vit.cls_token is not None]
 
 
 def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
     """Refuse an encoder whose patches cannot be left out, or that lacks the cls token."""
-    if not isinstance(vit, VisionTransformer):
+    if not drops_patches(vit):
         raise UserError(
             f"{arch} is a {type(vit).__name__}, whose blocks know patches by their position "
             "in a full image: none can be left out"
         )
-    if pool == "cls" and not vit.has_class_token:
-        raise UserError(f"{arch} has no cls token: take --pool mean_patch")
+    if pool == "cls" and vit.cls_token is None:
+        raise UserError(f"{arch} has no cls token: take --pool kept-in-both")
 
 
 def check(s: Settings) -> int:
     """Refuse what cannot be computed; the number of images that are used."""
-    images = read_manifest(s.val).samples
-    if s.batch_size < 4:
+    samples = with_images(s.val).samples
+    images = min(samples, s.images or samples)
+    if s.batch_size < 4:  # a result has both estimators
         raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
-    if images < s.batch_size:
-        raise UserError(f"{s.val} has {images} images, fewer than --batch-size")
+    if s.images < 0 or images < s.batch_size:
+        which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
+        raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
     if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
         raise UserError("--mask-ratios: each must lie between 0 and 1")
-    return min(images, s.images or images) // s.batch_size * s.batch_size
+    return images // s.batch_size * s.batch_size
 
 
 def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
@@ -123,24 +149,38 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     timer, images = Timer(), check(s)
     vit, ranks = session.vit, session.ranks
     check_encoder(vit, session.info.arch, s.pool)
-    total = torch.zeros(len(s.mask_ratios), len(vit.blocks), 3, dtype=torch.float64)
-    total = total.to(session.device)
+    length = vit.patch_embed.num_patches
+    if round(length * max(s.mask_ratios)) >= length:
+        raise UserError(f"--mask-ratios {max(s.mask_ratios)}: leaves none of {length} patches")
     steps = images // s.batch_size
     mine = range(ranks.rank, steps, ranks.world)
     loader = session.loader(s.val, s.batch_size)
+    pools = pools_of(vit)
+    shape = (len(pools), len(ESTIMATORS), len(s.mask_ratios), len(vit.blocks), 3)
+    total = torch.zeros(shape, dtype=torch.float64, device=session.device)
     for _, batch in zip(mine, progress(loader, ranks, "CKA", len(mine)), strict=False):
         total += batch_hsic(session, session.normalise(batch.image), batch.sample, s)
     total = ranks.sum(total) / steps
-    cka = total[..., 0] / (total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)).sqrt()
+    if not bool(total.isfinite().all()):
+        raise UserError("the features of the encoder are not finite, so they have no CKA")
+    size = total[..., 1].clamp_min(0) * total[..., 2].clamp_min(0)
+    # Where the features do not differ between images (an estimate at or below 0) there is none: 0.
+    cka = torch.where(size > 0, total[..., 0] / size.sqrt(), 0.0)
+    variants = [
+        {"pool": pool, "hsic": name, "cka": rounded(cka[p, e])}
+        for p, pool in enumerate(pools)
+        for e, name in enumerate(ESTIMATORS)
+    ]
+    chosen = next(v for v in variants if (v["pool"], v["hsic"]) == (s.pool, s.hsic))
     return {
         "protocol": "cka",
-        "pool": s.pool,
+        **chosen,
         "ratios": list(s.mask_ratios),
-        "cka": [[round(value, 5) for value in row] for row in cka.tolist()],
         "images": images,
+        "variants": variants,
         "settings": {
             "batch_size": s.batch_size,
-            "estimator": "unbiased minibatch HSIC, linear kernel",
+            "estimator": f"{s.hsic} minibatch HSIC, linear kernel",
             "seed": s.seed,
             "val": s.val,
         },
@@ -148,12 +188,18 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     }
 
 
+def rounded(cka: Tensor) -> list[list[float]]:
+    """[ratios, blocks] as a result has it."""
+    return [[round(value, 5) for value in row] for row in cka.tolist()]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     add = result.add_argument
     add("--val", required=True, help="shards with the images to compare")
-    add("--pool", choices=POOLS, default=d.pool)
+    add("--pool", choices=POOLS, default=d.pool, help="which tokens are the features")
+    add("--hsic", choices=list(ESTIMATORS), default=d.hsic, help="the estimator")
     add("--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
     add("--batch-size", type=int, default=d.batch_size, help="n of a minibatch's HSIC")
     add("--images", type=int, default=d.images, help="at most N; 0 = all")
@@ -163,7 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
-    output = output_path(args.output, encoder_of(args), f"cka-{settings.pool}")
+    name = f"cka-{settings.pool}" + ("" if settings.hsic == "unbiased" else f"-{settings.hsic}")
+    output = output_path(args.output, encoder_of(args), name)
+    check_output(output, ranks)
     result = evaluate(settings, session_of(args, ranks))
     if ranks.first:
         write_result(output, result)

@@ -17,7 +17,6 @@ import argparse
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,90 +28,35 @@ from torch import Tensor, nn
 
 from eval.shared.batch_augment import make_erasing, make_mixup
 from eval.shared.checkpoints import Checkpoints
-from eval.shared.classifier import build_classifier, layer_groups, write_classifier
+from eval.shared.classifier import (
+    build_classifier,
+    layer_groups,
+    write_classifier,
+)
 from eval.shared.cli import parser, progress, run_command, settings_of
-from eval.shared.labels import class_count, labelled
+from eval.shared.finetune_plan import (
+    Plan,
+    Settings,
+    identity,
+    learning_rate,
+    make_run_plan,
+    plan_training,
+    record,
+)
 from eval.shared.metrics import accuracy, count_correct
-from eval.shared.results import Timer, digest, output_path, write_accuracy
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
-from pipeline.config.ds_config import RunPlan, make_plan, read_ds_config, set_precision
-from pipeline.config.schedules import warmup_cosine
-from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Batch, LoaderConfig, train_loader
-from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import PREEMPTED, Ranks, StopSignal
+from pipeline.distributed import PREEMPTED, StopSignal
 from pipeline.errors import UserError
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.seeding import seed_all, seed_step
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
-from shard_tools.manifest import read_manifest
-from shard_tools.subset import Choice, choose_samples, write_subset
 
 VAL_BATCH = 256  # images of a validation batch on a rank
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How finetuning trains; its defaults are MAE's. train, val: shards; see --help."""
-
-    train: str
-    val: str
-    ds_config: str = "ds_configs/zero2.json"
-    fraction: float = 1.0
-    subset: str | None = None
-    subset_seed: int = 0
-    epochs: float = 100
-    warmup_epochs: float = 5
-    batch_size: int = 1024
-    base_lr: float = 1e-3
-    min_lr: float = 1e-6
-    weight_decay: float = 0.05
-    layer_decay: float = 0.75
-    drop_path: float = 0.1
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    erasing: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    smoothing: float = 0.1
-    validate_epochs: int = 1
-    stop_epoch: float | None = None
-    max_steps: int | None = None
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """finetune, finetune-10percent …: of the folder and the result file. Lists of several
-        folders may be named alike."""
-        if self.subset:
-            path = Path(self.subset)
-            return f"finetune-{path.stem}-{digest(str(path.resolve()))}"
-        return "finetune" if self.fraction == 1.0 else f"finetune-{100 * self.fraction:g}percent"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the settings come to with these data. train: shards, of the chosen labels; classes:
-    their names; steps: of an epoch; total: of all."""
-
-    train: str
-    classes: tuple[str, ...]
-    partitions: int
-    steps: int
-    total: int
-
-
-def learning_rate(s: Settings, step: int, steps: int) -> float:
-    """The learning rate of a step, given `steps` per epoch, before the layers' scales."""
-    return warmup_cosine(
-        step,
-        peak=s.base_lr * s.batch_size / 256,
-        total=s.epochs * steps,
-        warmup=s.warmup_epochs * steps,
-        low=s.min_lr,
-    )
 
 
 class Classifier(nn.Module):
@@ -125,7 +69,7 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels [b, 3, H, W] and soft targets fp32 [b, classes] → mean loss, no terms."""
-        logits = self.model(pixels.to(self.model.patch_embed.proj.weight.dtype))
+        logits = self.model(pixels.to(next(self.model.parameters()).dtype))
         return self.criterion(logits.float(), target), {}
 
 
@@ -160,6 +104,7 @@ class Finetuning:
             crop=Crop(image_size=self.session.image_size, scale=(0.08, 1.0)),
             seed=self.settings.seed,
             partitions=self.plan.partitions,
+            samples_per_epoch=self.settings.samples_per_epoch or 0,
             augment=self.augment,
             workers=self.session.workers,
         )
@@ -201,91 +146,45 @@ class Finetuning:
                 with torch.autocast(
                     pixels.device.type, torch.bfloat16, self.run_plan.precision == "autocast"
                 ):
-                    logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
+                    logits = model(pixels.to(next(model.parameters()).dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
         return accuracy(self.ranks.sum(count))
 
 
-def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
-    """How the engine runs it on these ranks."""
-    config = read_ds_config(s.ds_config)
-    if session.precision != "auto":
-        set_precision(config, session.precision)
-    run_plan = make_plan(
-        config,
-        OptimizerRecipe(base_lr=s.base_lr, betas=(0.9, 0.999)),
-        batch_size=s.batch_size,
-        partitions=plan.partitions,
-        patches=session.vit.patch_embed.num_patches,
-        world=session.ranks.world,
-    )
-    if run_plan.stage == 3:
-        raise UserError(
-            f"{s.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
-            "use ds_configs/zero2.json (or zero0, zero1)"
-        )
-    if run_plan.micro_batch % 2:
-        raise UserError(
-            f"mixup pairs images: {run_plan.micro_batch} images per micro-batch must be even; "
-            "choose another --batch-size"
-        )
-    return run_plan
-
-
-def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
-    """The shards to train on: s.train, or the subset that --fraction or --subset asks for, which
-    is written to `folder`."""
-    if s.fraction == 1.0 and not s.subset:
-        return s.train
-    path = folder / "subset"
-
-    def write() -> None:
-        if not (path / "manifest.json").is_file():
-            names = Path(s.subset) if s.subset else None
-            fraction = None if s.subset else s.fraction
-            choice = Choice(fraction=fraction, names=names, seed=s.subset_seed)
-            manifest = read_manifest(s.train)
-            write_subset(manifest, path, choose_samples(manifest, choice), choice.record())
-
-    ranks.agree(write)
-    return str(path)
-
-
-def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
-    """Check the settings against the data; what they come to."""
-    shards = choose_labels(s, folder, ranks)
-    train, val = labelled(shards), labelled(s.val)
-    if s.batch_size < 1 or (s.max_steps is not None and s.max_steps < 1):
-        raise UserError("--batch-size and --max-steps must be at least 1")
-    if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:
-        raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
-    count = class_count(train, val)
-    partitions = next(p for p in (64, 32, 16, 8, 4, 2, 1) if s.batch_size % p == 0)
-    steps = steps_per_epoch(train.samples, s.batch_size, partitions)
-    if not steps:
-        raise UserError(
-            f"{shards} has {train.samples} samples, too few for --batch-size {s.batch_size}"
-        )
-    total = round(steps * s.epochs)
-    total = total if s.max_steps is None else min(total, s.max_steps)
-    return Plan(shards, train.classes or tuple(map(str, range(count))), partitions, steps, total)
-
-
-def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
-    """What the result depends on."""
-    names = (
-        "epochs", "warmup_epochs", "batch_size", "base_lr", "min_lr", "weight_decay",
-        "layer_decay", "drop_path", "randaugment", "erasing", "mixup", "cutmix", "smoothing",
-        "fraction", "subset", "subset_seed", "seed", "max_steps", "val",
-    )  # fmt: skip
-    encoder, values = session.info.record, asdict(s)
-    return {name: values[name] for name in names} | {
-        "random": encoder["random"],
-        "encoder": encoder["source"],
-        "train": plan.train,
-        "precision": session.precision,
-    }
+def train(
+    run: Finetuning, checkpoints: Checkpoints, latest: dict[str, Any], stop: StopSignal
+) -> list[dict[str, Any]]:
+    """Train from the checkpoint `latest` on, to the end or to --stop-epoch; the history, whose
+    last row is of the last step and validated."""
+    s, plan, ranks = run.settings, run.plan, run.ranks
+    done, history = latest.get("step", 0), latest.get("history", [])
+    pause = plan.total if s.stop_epoch is None else min(plan.total, s.stop_epoch * plan.steps)
+    loader = run.batches(done)
+    for step in progress(range(done, plan.total), ranks, "finetuning"):
+        if step >= pause:
+            break  # resumes here when rerun
+        loss = run.train_step(step, loader)
+        done, last = step + 1, step + 1 == plan.total
+        stopping = ranks.any(bool(stop.name)) and not last
+        epoch_ends = done % plan.steps == 0 or last
+        if epoch_ends:
+            row = {"epoch": round(done / plan.steps, 3), "loss": round(loss.item(), 5)}
+            if last or round(done / plan.steps) % s.validate_epochs == 0:
+                row |= run.validate()
+            history.append(row)
+        if epoch_ends or stopping or done >= pause:
+            checkpoints.save(done, partial(save_consolidated, run.engine), history=history)
+        if epoch_ends and ranks.first:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        if stopping:
+            sys.exit(PREEMPTED)
+    epoch = round(done / plan.steps, 3)
+    if not history or history[-1]["epoch"] != epoch:  # within an epoch
+        history = [*history, {"epoch": epoch}]
+    if "top1" not in history[-1]:
+        history[-1] |= run.validate()
+    return history
 
 
 def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
@@ -295,32 +194,11 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """
     timer, ranks = Timer(), session.ranks
     plan, stop = plan_training(s, folder, ranks), StopSignal()
+    session.check_readable(s.val, VAL_BATCH)
     run = Finetuning(s, plan, session)
-    checkpoints = Checkpoints(folder, record(s, plan, session))
+    checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
-    first, history = latest.get("step", 0), latest.get("history", [])
-    loader = run.batches(first)
-    for step in progress(range(first, plan.total), ranks, "finetuning"):
-        if s.stop_epoch is not None and step >= s.stop_epoch * plan.steps:
-            break  # resumes here when rerun
-        loss = run.train_step(step, loader)
-        last = step + 1 == plan.total
-        stopping = ranks.any(bool(stop.name)) and not last
-        epoch_ends = (step + 1) % plan.steps == 0 or last
-        if epoch_ends:
-            epoch = (step + 1) / plan.steps
-            row = {"epoch": round(epoch, 3), "loss": round(loss.item(), 5)}
-            if last or round(epoch) % s.validate_epochs == 0:
-                row |= run.validate()
-            history.append(row)
-        if epoch_ends or stopping:
-            checkpoints.save(step + 1, partial(save_consolidated, run.engine), history=history)
-        if epoch_ends and ranks.first:
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        if stopping:
-            sys.exit(PREEMPTED)
-    if "top1" not in history[-1]:
-        history[-1] |= run.validate()
+    history = train(run, checkpoints, latest, stop)
     state = run.engine.full_state()
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
@@ -344,10 +222,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--train", required=True, help="training shards")
     add("--val", required=True, help="validation shards")
-    add("--ds_config", default=d.ds_config)
+    add("--ds_config", default=d.ds_config, help="a file, or zero0, zero1 or zero2")
     add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
     add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
     add("--subset-seed", type=int, default=d.subset_seed)
+    add("--samples-per-epoch", type=int,
+        help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
     add("--epochs", type=float, default=d.epochs)
     add("--warmup-epochs", type=float, default=d.warmup_epochs)
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
@@ -371,8 +251,10 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = init_ranks(), settings_of(Settings, args)
     output = output_path(args.output, encoder_of(args), settings.name)
+    folder = output.with_suffix("")
+    check_output(output, ranks, folder)
     session = session_of(args, ranks, device=torch.device("cpu"))  # the classifier is a copy
-    result = evaluate(settings, session, output.with_suffix(""))
+    result = evaluate(settings, session, folder)
     if ranks.first:
         write_accuracy(output, result)
 

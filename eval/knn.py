@@ -17,7 +17,7 @@ from eval.shared.cli import join_ranks, parser, run_command, settings_of
 from eval.shared.features import FEATURES
 from eval.shared.labels import class_count, labelled
 from eval.shared.metrics import accuracy, count_correct
-from eval.shared.results import Timer, output_path, write_accuracy
+from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.errors import UserError
 from pipeline.method.metrics import vote
@@ -40,6 +40,8 @@ def check(s: Settings) -> int:
     train, val = labelled(s.train), labelled(s.val)
     if not 1 <= s.k <= train.samples:
         raise UserError(f"--k {s.k}: must lie between 1 and {train.samples} training images")
+    if s.temperature <= 0 or s.micro_batch < 1:
+        raise UserError("--temperature must be above 0 and --micro-batch at least 1")
     return class_count(train, val)
 
 
@@ -81,6 +83,7 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
     output = output_path(args.output, encoder_of(args), "knn")
+    check_output(output, ranks)
     result = evaluate(settings, session_of(args, ranks, settings.feature))
     if ranks.first:
         write_accuracy(output, result)

@@ -34,6 +34,7 @@ from eval.paper.reproduction import (
 )
 from eval.protocols import headings, keys
 from eval.report import write_report
+from eval.reporting.cka_charts import cka_table
 from eval.reporting.page import Chapter, markdown_table
 from eval.reporting.run_records import read_result
 from eval.reporting.tables import Cell, Row, Table
@@ -91,13 +92,18 @@ def paper_row(name: str) -> PaperRow:
 def wanted_metrics(claims: Sequence[Claim]) -> dict[str, list[str]]:
     """Row → the metrics that the claims need of it, both in a fixed order."""
     pairs = {
-        (name, difference.metric)
+        (name, protocol_of(difference.metric))
         for claim in claims
         for difference in claim.differences
         for name in (difference.better, difference.worse)
     }
     names = [name for name in (*ROWS, SUPERVISED.name) if any(name == row for row, _ in pairs)]
     return {name: [p for p in keys() if (name, p) in pairs] for name in names}
+
+
+def protocol_of(metric: str) -> str:
+    """The protocol that a claim's metric is of: `cka <pool>` are several of one."""
+    return metric.split()[0]
 
 
 def plan(workspace: Workspace, claims: Sequence[Claim], seeds: int) -> list[Command]:
@@ -110,22 +116,23 @@ def plan(workspace: Workspace, claims: Sequence[Claim], seeds: int) -> list[Comm
 
 
 def our_value(workspace: Workspace, name: str, seed: int, what: str) -> float | None:
-    """Our result of a row and seed; of CKA its mean over all blocks where most is dropped."""
+    """Our result of a row and seed; of `cka <pool>` its mean over all blocks where most is
+    dropped."""
     row = paper_row(name)
-    if what != "cka":
+    if protocol_of(what) != "cka":
         return our_result(workspace, row, seed, what)
     path = result_path(workspace, row, seed, "cka")
     if not path.is_file():
         return None
     result = read_result(path)
     try:
-        by_ratio = zip(result["ratios"], result["cka"], strict=True)
+        by_ratio = zip(result["ratios"], cka_table(result, what.split()[1]) or (), strict=True)
         rows = [values for ratio, values in by_ratio if ratio > LARGE - 1e-6]
         return sum(map(sum, rows)) / sum(map(len, rows))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"{path}: not a result of eval/cka.py with {LARGE:.0%} dropped and more; remove it to "
-            "run it again"
+            f"{path}: not a result of today's eval/cka.py with {LARGE:.0%} dropped and more; "
+            "remove it to run it again"
         ) from error
 
 
@@ -134,13 +141,17 @@ def claim_table(claim: Claim, judged: Sequence[Judged]) -> Table:
     head = ("difference", "metric", "first", "second", "difference (95 % interval)", "verdict")
     rows = []
     for one in judged:
-        d, digits = one.difference, 3 if one.difference.metric == "cka" else 2
+        d, digits = one.difference, 3 if protocol_of(one.difference.metric) == "cka" else 2
         means = [f"{sum(v) / len(v):.{digits}f}" if v else "-" for v in (one.better, one.worse)]
         bounds = f"{one.low:+.{digits}f} … {one.high:+.{digits}f}"
         if len(one.better) < 2:
             bounds = "no interval: fewer than two seeds"
         apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip()
-        cells = [f"{d.better} - {d.worse}", headings().get(d.metric, d.metric.upper()), *means]
+        cells = [
+            f"{d.better} - {d.worse}",
+            headings().get(d.metric, d.metric.replace("cka ", "CKA, ")),
+            *means,
+        ]
         rows.append(Row((*map(Cell, cells), Cell(apart, bounds), Cell(one.verdict))))
     refuted = any(one.verdict == REFUTED for one in judged)
     mark = "holds" if verdict(judged) else "does not hold" if refuted else "is undecided"

@@ -52,9 +52,11 @@ def linear_probe(work: Work) -> tuple[int, float]:
 
 
 def finetuning(work: Work) -> tuple[int, float]:
-    """Forward and backward (three forward passes) over the labelled images in every epoch."""
-    share = float(work.option("--fraction", 1.0))
-    images = round(float(work.option("--epochs", 100)) * share * work.train)
+    """Forward and backward (three forward passes) of the images in all epochs: the labelled ones,
+    or as many as --samples-per-epoch draws."""
+    images = float(work.option("--fraction", 1.0)) * work.train
+    drawn = float(work.option("--samples-per-epoch", images))
+    images = round(float(work.option("--epochs", 100)) * drawn)
     return images, images * 3 * work.forward
 
 

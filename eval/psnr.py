@@ -22,7 +22,8 @@ from torch import Tensor
 
 from eval.shared.cli import base_parser, join_ranks, progress, run_command, settings_of
 from eval.shared.encoders import EncoderChoice
-from eval.shared.results import Timer, output_path, write_result
+from eval.shared.labels import with_images
+from eval.shared.results import Timer, check_output, output_path, write_result
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -102,13 +103,19 @@ def measure(
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
         total[:2] += decibel(error).sum(0)
         total[2] += len(image)
-    hidden, full, images = ranks.sum(total).tolist()
+    total = ranks.sum(total)
+    if not bool(total.isfinite().all()):
+        raise UserError(f"{s.encoder}: its predictions are not finite, so they have no PSNR")
+    hidden, full, images = total.tolist()
     return [hidden / images, full / images], int(images)
 
 
 def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     """PSNR of a run's reconstructions; the full result, alike on every rank."""
     timer = Timer()
+    with_images(s.val)
+    if s.micro_batch < 1:
+        raise UserError("--micro-batch must be at least 1")
     model = load_reconstructor(s.encoder, s.recipe, s.overrides).to(ranks.device)
     mask_ratio = mask_ratio_of(model, s.mask_ratio)
     (hidden, full), images = measure(model, ranks, s, mask_ratio)
@@ -149,6 +156,7 @@ def main() -> None:
     args = build_parser().parse_args()
     ranks, settings = join_ranks(), settings_of(Settings, args)
     output = output_path(args.output, EncoderChoice(args.encoder), "psnr")
+    check_output(output, ranks)
     result = evaluate(settings, ranks)
     if ranks.first:
         write_result(output, result)

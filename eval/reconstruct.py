@@ -21,7 +21,10 @@ from torch import Tensor
 from eval.psnr import TRUE_STATISTICS, add_model, mask_ratio_of
 from eval.shape_bias import evaluation_crop
 from eval.shared.cli import base_parser, run_command
+from eval.shared.labels import with_images
+from eval.shared.results import check_output
 from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError, naming
 from pipeline.method.reconstructor import Reconstructor, load_reconstructor
 from shard_tools.atomic import write_atomic
@@ -33,6 +36,7 @@ MARGIN, LINE = 4, 14  # pixels between pictures, and of a line of text
 
 def first_images(data: str, count: int, size: int) -> tuple[Tensor, Tensor]:
     """The first centre crops of shards, uint8 [n, size, size, 3], and their numbers int64 [n]."""
+    with_images(data)
     loader = eval_loader(data, batch_size=count, rank=0, world=1, image_size=size, workers=0)
     batch = next(iter(loader))
     return batch.image, batch.sample
@@ -90,6 +94,7 @@ def main() -> None:
     args = build_parser().parse_args()
     if args.images < 1 or not str(args.output).endswith(".png"):
         raise UserError("--images must be at least 1 and --output must end in .png")
+    check_output(Path(args.output), Ranks.alone())
     model = load_reconstructor(args.encoder, args.recipe, args.overrides)
     if args.files:
         image, sample = read_files(args.files, model.size)

@@ -18,7 +18,7 @@ model-vs-human's, with the columns object_response, category and imagename.
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ from eval.shared.classifier import classify, read_classifier
 from eval.shared.cli import join_ranks, progress, run_command, settings_of
 from eval.shared.features import normalise
 from eval.shared.metrics import as_percent
-from eval.shared.results import Timer, write_result
+from eval.shared.results import Timer, check_output, named_json, write_result
+from pipeline.data.crops import shorter_side
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError
+from pipeline.errors import UserError, naming
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
 # human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.
@@ -61,6 +62,8 @@ CATEGORIES: dict[str, tuple[int | tuple[int, int], ...]] = {
     "oven": (766,),
     "truck": (555, 569, 656, 675, 717, 734, 864, 867),
 }  # fmt: skip
+
+COLUMNS = ("category", "imagename", "object_response")  # of model-vs-human's CSV files
 
 
 @dataclass(frozen=True)
@@ -134,18 +137,23 @@ def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
     }
 
 
-def read_decisions(paths: Iterable[str | Path]) -> list[tuple[str, str, str]]:
+def read_decisions(paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
     """Trials (decision, shape, texture) of model-vs-human's CSV files."""
     trials = []
     for path in paths:
-        with Path(path).open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            missing = {"object_response", "category", "imagename"} - set(rows.fieldnames or [])
+        with naming(path, "cannot be read"):
+            try:
+                rows = list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UserError(f"{path}: cannot be read as a CSV file ({error})") from error
+        for number, row in enumerate(rows, start=2):
+            missing = [name for name in COLUMNS if row.get(name) is None]
             if missing:
-                raise UserError(f"{path}: the column {sorted(missing)[0]} is missing")
-            for row in rows:
-                texture = texture_of(row["imagename"])
-                trials.append((row["object_response"], row["category"], texture))
+                raise UserError(f"{path}, line {number}: the column {missing[0]} is missing")
+            texture = texture_of(row["imagename"])
+            trials.append((row["object_response"], row["category"], texture))
+    if not trials:
+        raise UserError(f"{', '.join(map(str, paths))}: no decisions in it")
     return trials
 
 
@@ -163,10 +171,13 @@ def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
 
 
 def evaluation_crop(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: shorter side resized to size · 256 / 224, bicubic, centre crop."""
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
-    scale = round(size * 256 / 224) / min(picture.size)
+    """uint8 [size, size, 3]: shorter side resized as shorter_side says, bicubic, centre crop."""
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
+    scale = shorter_side(size) / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
@@ -204,6 +215,8 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     timer = Timer()
     if bool(s.classifier) != bool(s.images) or bool(s.classifier) == bool(s.decisions):
         raise UserError("give either --classifier with --images, or --decisions")
+    if s.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
     if s.classifier and s.images:
         trials, info = classifier_trials(s.classifier, s.images, s.batch_size, ranks)
     else:
@@ -234,11 +247,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     ranks = join_ranks()
-    result = evaluate(settings_of(Settings, args), ranks)
-    output = args.output
+    output = named_json(args.output) if args.output else None
     if output is None and args.classifier and not args.classifier.startswith("timm:"):
         folder = Path(args.classifier)
         output = folder.with_name(f"shape-bias-{folder.name}.json")
+    if output is not None:
+        check_output(output, ranks)
+    result = evaluate(settings_of(Settings, args), ranks)
     if ranks.first:
         if output is not None:
             write_result(output, result)

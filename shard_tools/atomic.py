@@ -53,16 +53,16 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
     write_atomic(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-def seal(temporary: Path, place: Path) -> None:
+def seal(temporary: Path, final: Path) -> None:
     """List the files of a temporary folder with their sha256, fsync all, and give it its name."""
     paths = sorted(p for p in temporary.rglob("*") if p.is_file())
-    files = {str(p.relative_to(temporary)): [p.stat().st_size, _sha256(p)] for p in paths}
+    files = {str(p.relative_to(temporary)): [p.stat().st_size, file_sha256(p)] for p in paths}
     (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
     for path in (*paths, temporary / FILES, temporary):
         fsync(path)
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(temporary, place)
-    fsync(place.parent)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    fsync(final.parent)
 
 
 def verify(folder: Path) -> None:
@@ -75,10 +75,11 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path}: missing or of the wrong size")
-        if _sha256(path) != digest:
+        if file_sha256(path) != digest:
             raise UserError(f"{path}: damaged (its sha256 is not that of {FILES})")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -16,7 +16,8 @@ from typing import BinaryIO, NamedTuple
 from pipeline.errors import UserError, naming
 
 BLOCK = 512
-_LONGEST_HEADER = 16 << 20  # bytes of an extended header; tarfile reads it whole
+_MOST_LINKS = 40  # that are followed, as Linux does
+_LONGEST_HEADER = 16 << 20  # bytes of an extended header; tarfile reads it at once
 _FOLDERS = (tarfile.DIRTYPE, b"D", b"V")  # a folder, GNU's folder listing, a volume's name
 _SPECIAL = {tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device", tarfile.FIFOTYPE: "a FIFO"}
 # What tarfile raises for bytes that are no tar; the recursion is a chain of extended headers.
@@ -25,6 +26,10 @@ _DAMAGE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionErr
 
 class TarError(UserError):
     """A tar that is damaged or cannot be used, in one sentence."""
+
+
+class MissingEnd(TarError):
+    """A tar that ends without the two zero blocks."""
 
 
 class Member(NamedTuple):
@@ -119,29 +124,33 @@ def _plain(name: str) -> str:
     return posixpath.normpath(name).lstrip("/")
 
 
-def resolve_links(members: Iterable[Member]) -> tuple[list[Member], list[Member]]:
-    """(members with bytes, members without): a link becomes the bytes of what it points to in the
-    same archive, in either direction; what cannot be read has a `problem`."""
+def follow_links(members: Iterable[Member]) -> list[Member]:
+    """The members in order: a link becomes the bytes of what it points to in the same archive, in
+    either direction; what cannot be read has a `problem`."""
     members = list(members)
     by_name = {_plain(member.name): member for member in members}
-    found, lost = [], []
-    for member in members:
-        last, steps = member, 0
-        while last.target and not last.problem and steps < 40:
-            target = last.target
-            following = by_name.get(target)
-            if following is None:
-                problem = f"is a link to {target!r}, which is not in the archive"
-                last = last._replace(problem=problem)
-                break
-            last, steps = following, steps + 1
-        if last.target and not last.problem:
-            last = last._replace(problem="is a link that leads back to itself")
-        if last.problem:
-            lost.append(member._replace(problem=last.problem))
-        else:
-            found.append(Member(member.name, last.offset, last.size))
-    return found, lost
+    return [_follow(member, by_name) for member in members]
+
+
+def _follow(member: Member, by_name: dict[str, Member]) -> Member:
+    last, steps = member, 0
+    while last.target and not last.problem and steps < _MOST_LINKS:
+        following = by_name.get(last.target)
+        if following is None:
+            problem = f"is a link to {last.target!r}, which is not in the archive"
+            return member._replace(problem=problem)
+        last, steps = following, steps + 1
+    if last.problem:
+        return member._replace(problem=last.problem)
+    if last.target:
+        return member._replace(problem="is a link that leads back to itself")
+    return Member(member.name, last.offset, last.size)
+
+
+def resolve_links(members: Iterable[Member]) -> tuple[list[Member], list[Member]]:
+    """(members with bytes, members without), each in order, after `follow_links`."""
+    followed = follow_links(members)
+    return [m for m in followed if not m.problem], [m for m in followed if m.problem]
 
 
 def _check_end(path: str | Path, file: BinaryIO, offset: int, end: int, lenient: bool) -> None:
@@ -153,7 +162,7 @@ def _check_end(path: str | Path, file: BinaryIO, offset: int, end: int, lenient:
     if len(tail) >= BLOCK and any(tail[:BLOCK]):
         raise TarError(f"{path}: damaged at byte {offset}, no member begins there")
     if len(tail) < 2 * BLOCK or any(tail):
-        raise TarError(f"{path}: cut at byte {offset}, the end of the archive is missing")
+        raise MissingEnd(f"{path}: cut at byte {offset}, the end of the archive is missing")
     left = end - offset - len(tail)
     while chunk := file.read(min(1 << 20, left)):
         if any(chunk):

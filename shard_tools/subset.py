@@ -4,7 +4,8 @@
 
 Exactly one way to choose is given:
   --fraction F    stratified: the share F of every class (at least one image)
-  --names FILE    the images whose file names FILE lists, one per line (SimCLR's 10percent.txt)
+  --names FILE    the images whose file names FILE lists, one per line (SimCLR's 10percent.txt);
+                  of adopted tars, whose samples have keys, those with the same stem
   --classes FILE  the classes FILE lists, renumbered in their old order (ImageNet-100)
   --count N       N images: --choose random | first | one-class | one-per-class
 `--copy` writes tars of their own instead. A draw depends on the seed and on the original names
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +31,7 @@ from shard_tools.cli import HelpFormatter, ToolError, cores, read_list, run
 from shard_tools.make_shards import byte_size
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
+from shard_tools.sharding.found import EXTENSIONS
 
 CHOICES = ("random", "first", "one-class", "one-per-class")
 
@@ -54,22 +57,44 @@ def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
 
 
 def by_names(manifest: Manifest, path: Path) -> np.ndarray:
-    """Samples whose file name, without folders, stands in the list; every listed name must be
-    there exactly once."""
+    """Samples whose file name, without folders, is in the list: the name itself, else its stem (the
+    keys of adopted tars have no suffix). Every listed name must be there exactly once."""
     wanted = {os.path.basename(line.strip()) for line in _lines(path)}
     names = [os.path.basename(name) for name in manifest.names]
     if not names:
         raise ToolError(f"{manifest.home}: no file names were recorded; --fraction can be used")
-    chosen = np.array([i for i, name in enumerate(names) if name in wanted], np.int64)
-    missing = wanted - {names[i] for i in chosen}
+    exact, stems = _numbers(names), _numbers(map(_stem, names))
+    found = {name: exact.get(name) or stems.get(_stem(name), []) for name in wanted}
+    missing = [name for name in wanted if not found[name]]
     if missing:
         raise ToolError(
             f"{path}: {len(missing)} of {len(wanted)} names are not in {manifest.home}, "
             f"such as {min(missing)}"
         )
-    if len(chosen) > len(wanted):
-        raise ToolError(f"{manifest.home}: some of the listed file names occur more than once")
+    for name in sorted(wanted):
+        if len(found[name]) > 1:
+            first, second = (manifest.names[number] for number in found[name][:2])
+            raise ToolError(
+                f"{manifest.home}: {name} of {path} occurs more than once, as {first} and {second}"
+            )
+    chosen = np.unique([numbers[0] for numbers in found.values()])
+    if len(chosen) != len(wanted):
+        raise ToolError(f"{path}: two of its names stand for one image of {manifest.home}")
     return chosen
+
+
+def _numbers(names: Iterable[str]) -> dict[str, list[int]]:
+    """The positions of each name."""
+    found: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(name, []).append(number)
+    return found
+
+
+def _stem(name: str) -> str:
+    """A file name without the suffix of an image."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in EXTENSIONS else name
 
 
 def by_classes(manifest: Manifest, path: Path) -> np.ndarray:
@@ -195,13 +220,15 @@ def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: 
     if "classes" in record:
         rows, classes = renumber(manifest, rows)
     names = [manifest.names[i] for i in samples] if manifest.names else []
-    made = {
+    made: dict[str, Any] = {
         "kind": kind,
         "tool": "subset",
         "version": version("relaxmim"),
         "of": manifest.index_sha256,
         "options": record,
     }
+    if manifest.made.get("unlabelled"):
+        made["unlabelled"] = True
     return Chosen(shard, rows, names, classes, made)
 
 
@@ -218,6 +245,8 @@ def write_subset(
     made = dict(chosen.made)
     if chosen.classes != stored_classes(manifest):
         made["stored_classes"] = list(stored_classes(manifest))
+    if manifest.made.get("lenient"):
+        made["lenient"] = True
     with naming(dest, "cannot be written"):
         write_manifest(
             dest,

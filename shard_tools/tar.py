@@ -2,8 +2,8 @@
 
 Samples are members `key.field` that follow each other. The writer fills a prepared ustar header
 (POSIX.1-1988, mtime 0), so a member costs a few string operations instead of a TarInfo; any tar
-reader can read the result. The reader is Python's tarfile over the raw file: it only reports where
-the bytes lie and never extracts anything.
+reader can read the result. The reader groups the members that `read_members` finds as webdataset
+does: it only reports where the bytes are and never extracts anything.
 """
 
 from __future__ import annotations
@@ -12,24 +12,19 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import UserError
+from shard_tools.members import BLOCK, Member, TarError, follow_links, read_members
 
-BLOCK = 512
-# Fields that may hold the image of a sample, in the order of preference.
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "JPEG", "JPG", "PNG", "WEBP")
 RECORD = 10240  # tar files are padded to a multiple of this
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 
 _SIZE_LIMIT = 8**11  # what the octal size field of a ustar header can hold
 _ZEROS = bytes(RECORD)
-
-
-class TarError(UserError):
-    """A tar that is damaged or is no WebDataset tar, in one sentence."""
+_PIECE = 1 << 20  # bytes
 
 
 def _template() -> tuple[bytes, bytes, int]:
@@ -80,13 +75,13 @@ class ShardWriter:
 
     def write(self, key: str, fields: Mapping[str, bytes]) -> dict[str, int]:
         """Append one sample; offset of the data of each field in the file."""
-        offsets, parts, pending, place = {}, [], b"", self.bytes
+        offsets, parts, pending, end = {}, [], b"", self.bytes
         for name in sorted(fields):
             data = fields[name]
             pending += header(f"{key}.{name}".encode(), len(data))
-            place += BLOCK
-            offsets[name] = place
-            place += padded(len(data))
+            end += BLOCK
+            offsets[name] = end
+            end += padded(len(data))
             if len(data) <= 8 * BLOCK:  # small ones are joined, large ones never copied
                 pending += data + padding(len(data))
             else:
@@ -117,73 +112,76 @@ class ShardWriter:
 
 @dataclass
 class Sample:
-    """One sample of a tar: its key and, per field, where the data lie (offset, bytes)."""
+    """One sample of a tar: its key, per field where the data are (offset, bytes), and why it cannot
+    be used, if so."""
 
     key: str
     fields: dict[str, tuple[int, int]] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The samples of a tar in order, each key once, and (name, reason) of its other members."""
+
+    samples: list[Sample]
+    others: list[tuple[str, str]]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and field of a member name, split at the first dot of the last path part, as webdataset
-    does; ("", "") for a name that belongs to no sample (no dot, or a hidden file)."""
+    """Key and field of a member name, split at the first dot of the last path part; the field in
+    lower case, as webdataset has it. ("", "") for a name that belongs to no sample: no dot, a
+    hidden file, or webdataset's own `__name__`."""
     match = _KEY.fullmatch(name)
-    return (match[1], match[2]) if match else ("", "")
+    return (match[1], match[2].lower()) if match and not _META.match(name) else ("", "")
 
 
-def read_samples(path: str | Path) -> Iterator[Sample]:
-    """The samples of a tar in order, by its headers only.
+def read_samples(path: str | Path, *, lenient: bool = False) -> Contents:
+    """What a tar holds, by its headers only; links are followed.
 
-    Raises TarError where a member is damaged, cut, compressed, sparse, or a field comes twice
-    in one sample, and where the end-of-archive blocks are missing.
+    Raises TarError where the tar is damaged, cut, compressed or without its end (see
+    `read_members`, also for `lenient`). A sample has a `problem` where webdataset would fail or
+    make two samples of it (a field twice, fields that are not adjacent, a key that is used twice),
+    or where a field cannot be read as a range of bytes (sparse, a link to nothing, a device).
     """
-    size = os.path.getsize(path)
-    sample, end = Sample(""), 0
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                end = member.offset_data + padded(member.size)
-                if member.size < 0:  # tarfile would walk backwards
-                    raise TarError(f"{path}: member {member.name!r} has a negative size")
-                if end > size:
-                    raise TarError(f"{path}: cut inside member {member.name!r}")
-                key, name = split_name(member.name) if member.isreg() else ("", "")
-                if member.issparse():
-                    raise TarError(f"{path}: member {member.name!r} is stored sparse")
-                if not key:
-                    continue
-                if key != sample.key:
-                    if sample.key:
-                        yield sample
-                    sample = Sample(key)
-                if name in sample.fields:
-                    raise TarError(f"{path}: sample {key!r} has field {name!r} twice")
-                sample.fields[name] = (member.offset_data, member.size)
-    except TarError:
-        raise
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise TarError(f"{path}: not a readable, uncompressed tar ({error})") from error
-    if sample.key:
-        yield sample
-    _check_end(path, end, size)
+    samples: list[Sample] = []
+    by_key: dict[str, Sample] = {}
+    others = []
+    last = ""
+    for member in follow_links(read_members(path, lenient=lenient)):
+        key, name = split_name(member.name)
+        if not key:
+            others.append((member.name, member.problem or "belongs to no sample by its name"))
+            continue
+        if key not in by_key:
+            by_key[key] = Sample(key)
+            samples.append(by_key[key])
+        elif key != last:
+            _split(by_key[key], name)
+        _add(by_key[key], name, member)
+        last = key
+    return Contents(samples, others)
 
 
-def _check_end(path: str | Path, end: int, size: int) -> None:
-    """After the last member come two zero blocks or more, and nothing else."""
-    with open(path, "rb") as file:
-        file.seek(end)
-        tail = file.read(2 * BLOCK)
-        if len(tail) < 2 * BLOCK or any(tail):
-            raise TarError(
-                f"{path}: cut or damaged at byte {end}, the end of the archive is missing"
-            )
-        while chunk := file.read(1 << 20):
-            if any(chunk):
-                raise TarError(f"{path}: data after the end of the archive at byte {end}")
+def _split(sample: Sample, name: str) -> None:
+    """Another run of members with the key of `sample` begins with the field `name`."""
+    twice = name in sample.fields
+    sample.problem = sample.problem or (
+        "its key is used twice in this tar" if twice else "its fields are not adjacent in the tar"
+    )
 
 
-def read_range(handle: int, place: tuple[int, int]) -> bytes:
+def _add(sample: Sample, name: str, member: Member) -> None:
+    if name in sample.fields:
+        sample.problem = sample.problem or f"has field {name!r} twice"
+    elif member.problem:
+        sample.problem = sample.problem or f"its field {name!r} {member.problem}"
+    sample.fields.setdefault(name, (member.offset, member.size))
+
+
+def read_range(handle: int, extent: tuple[int, int]) -> bytes:
     """The bytes at (offset, length) of an open file; TarError where the file ends before."""
-    offset, length = place
+    offset, length = extent
     data = os.pread(handle, length, offset)
     while len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
         data += more
@@ -192,12 +190,37 @@ def read_range(handle: int, place: tuple[int, int]) -> bytes:
     return data
 
 
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a whole file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class Sweep:
+    """Reads an open file from front to back, once, for its sha256 and for ranges on the way.
 
+    A range that begins before the last one ended is read a second time; what is between two ranges
+    is read in pieces, so that memory stays bounded by the longest range.
+    """
 
-def image_field(sample: Sample) -> str:
-    """Name of the field that holds the image: the first of IMAGE_FIELDS; "" where there is none."""
-    return next((name for name in IMAGE_FIELDS if name in sample.fields), "")
+    def __init__(self, handle: int) -> None:
+        self.handle, self._at, self._hash = handle, 0, hashlib.sha256()
+
+    def read(self, extent: tuple[int, int]) -> bytes:
+        """As `read_range`."""
+        offset, length = extent
+        if offset < self._at:
+            return read_range(self.handle, extent)
+        self._advance(offset)
+        data = read_range(self.handle, extent)
+        self._hash.update(data)
+        self._at += length
+        return data
+
+    def finish(self) -> str:
+        """Read the rest; the sha256 of the file, in hex."""
+        self._advance(None)
+        return self._hash.hexdigest()
+
+    def _advance(self, end: int | None) -> None:
+        while end is None or self._at < end:
+            size = _PIECE if end is None else min(_PIECE, end - self._at)
+            data = os.pread(self.handle, size, self._at)
+            if not data:
+                return
+            self._hash.update(data)
+            self._at += len(data)

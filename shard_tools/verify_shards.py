@@ -2,23 +2,26 @@
 
     python shard_tools/verify_shards.py DIR
 
-Checked are the checksum and size of every tar, the structure of the tar, that keys are unique,
-that the index and the labels agree with what the tar holds, and that no tar is missing or extra.
+Checked are the checksum and size of every tar, its structure, that keys are unique in it, that the
+index and the labels agree with what the tar holds, and that no tar is missing or extra.
 `--decode` also decodes every image. Exit code: 0 sound, 1 faults, 2 cannot be checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pipeline.errors import UserError, naming
 from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, run
 from shard_tools.manifest import (
     FORMATS,
@@ -28,16 +31,19 @@ from shard_tools.manifest import (
     is_remote,
     read_manifest,
 )
-from shard_tools.sharding.images import decode_fully, probe
+from shard_tools.sharding.images import ImageFault, decode_fully, probe
 from shard_tools.sharding.layout import PARTS
-from shard_tools.tar import (
-    Sample,
-    TarError,
-    file_sha256,
-    image_field,
-    read_range,
-    read_samples,
+from shard_tools.sharding.stored_sample import (
+    SampleFault,
+    images_by_offset,
+    read_json,
+    read_label,
+    read_synset,
+    stored_labels,
+    take_candidate,
 )
+from shard_tools.sharding.tar_files import tar_files
+from shard_tools.tar import Contents, Sample, Sweep, read_samples
 from shard_tools.workers import map_in_workers, report, working_on
 
 LISTED = 20  # faults that are named of one shard; the rest is counted
@@ -46,7 +52,8 @@ LISTED = 20  # faults that are named of one shard; the rest is counted
 @dataclass(frozen=True)
 class VerifyJob:
     """One shard to check against its rows. complete: the tar must hold nothing but these samples;
-    stored_classes: what a number in `cls` means, where labels were renumbered (a subset)."""
+    stored_classes: what a number in `cls` means, where labels were renumbered (a subset).
+    lenient, unlabelled: as the tars were adopted."""
 
     folder: str
     shard: Shard
@@ -56,115 +63,163 @@ class VerifyJob:
     stored_classes: tuple[str, ...]
     complete: bool
     decode: bool
+    lenient: bool
+    unlabelled: bool
+
+    @cached_property
+    def stored_labels(self) -> tuple[int, ...]:
+        """What the labels of the rows are in the tar; empty where they are the same."""
+        return stored_labels(self.classes, self.stored_classes)
+
+    @cached_property
+    def synsets(self) -> frozenset[str]:
+        """Every name that a class has in the index or had in the tars."""
+        return frozenset((*self.classes, *self.stored_classes))
 
 
 @dataclass
 class Findings:
-    """Faults and remarks on one shard, one sentence each, and the keys of all its samples."""
+    """Faults and remarks on one shard, one sentence each."""
 
     shard: str
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def catching(self, path: str) -> Iterator[None]:
+        """What cannot be used or read inside becomes a fault."""
+        try:
+            with naming(path, "cannot be read"):
+                yield
+        except UserError as error:
+            fault = str(error).removeprefix(f"{path}: ")
+            if fault not in self.faults:
+                self.faults.append(fault)
 
 
 def check_shard(job: VerifyJob) -> Findings:
-    """All checks of one tar; a disk that cannot read it is a fault of the shard."""
+    """All checks of one tar in one pass; a disk that cannot read it is a fault of the shard."""
     path = os.path.join(job.folder, job.shard.name)
     found = Findings(job.shard.name)
     working_on(path)
-    try:
-        _check_tar(job, path, found)
-    except OSError as error:
-        found.faults.append(f"cannot be read ({error.strerror or error})")
+    with found.catching(path):
+        if not os.path.isfile(path):
+            found.faults.append("the shard is missing")
+            return found
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            _check_tar(job, path, handle, found)
+        finally:
+            os.close(handle)
     return found
 
 
-def _check_tar(job: VerifyJob, path: str, found: Findings) -> None:
-    if not os.path.isfile(path):
-        found.faults.append("the shard is missing")
-        return
-    size = os.path.getsize(path)
+def _check_tar(job: VerifyJob, path: str, handle: int, found: Findings) -> None:
+    size = os.fstat(handle).st_size
     if size != job.shard.bytes:
         found.faults.append(f"{size} bytes long where the manifest says {job.shard.bytes}")
-    if file_sha256(path) != job.shard.sha256:
-        found.faults.append("its sha256 is not the one of the manifest")
-    samples: dict[int, Sample] = {}
-    try:
-        for sample in read_samples(path):
-            found.keys.append(sample.key)
-            place = sample.fields.get(image_field(sample))
-            if place:
-                samples[place[0]] = sample
-    except TarError as error:
-        found.faults.append(str(error).removeprefix(f"{path}: "))
-        return  # the index would only repeat it for every sample
-    check_rows(job, path, samples, found)
+    first, sweep = len(found.faults), Sweep(handle)
+    with found.catching(path):  # the index would only repeat it for every sample
+        contents = read_samples(path, lenient=job.lenient)
+        if job.complete:
+            found.faults += _surplus(contents, len(job.rows))
+        check_rows(job, path, sweep, contents.samples, found)
+    if sweep.finish() != job.shard.sha256:
+        found.faults.insert(first, "its sha256 is not the one of the manifest")
 
 
-def check_rows(job: VerifyJob, path: str, samples: dict[int, Sample], found: Findings) -> None:
-    """Every row of the index against the samples of the tar, given by the offset of the image."""
-    if job.complete and len(samples) != len(job.rows):
-        found.faults.append(f"holds {len(samples)} samples, the index lists {len(job.rows)}")
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        for number, row in enumerate(job.rows):
-            report(int(row["length"]))
-            sample = samples.get(int(row["offset"]))
-            if sample is None:
-                found.faults.append(f"no image begins at byte {row['offset']} (sample {number})")
-                continue
-            name = job.names[number] if job.names else ""
-            for fault in check_sample(job, handle, row, sample, name, found.remarks):
-                found.faults.append(f"sample {sample.key!r}: {fault}")
-    finally:
-        os.close(handle)
+def _surplus(contents: Contents, rows: int) -> Iterator[str]:
+    """What a tar of our own does not hold."""
+    if len(contents.samples) != rows:
+        yield f"holds {len(contents.samples)} samples, the index lists {rows}"
+    for name, reason in contents.others:
+        yield f"member {name!r}: {reason}"
+
+
+def check_rows(
+    job: VerifyJob, path: str, sweep: Sweep, samples: list[Sample], found: Findings
+) -> None:
+    """Every row of the index against the samples of the tar."""
+    by_offset = images_by_offset(samples)
+    for number, row in enumerate(job.rows):
+        report(int(row["length"]))
+        candidates = by_offset.get(int(row["offset"]))
+        if not candidates:
+            found.faults.append(f"no image begins at byte {row['offset']} (sample {number})")
+            continue
+        label = int(row["label"])
+        label = job.stored_labels[label] if job.stored_labels and label >= 0 else label
+        sample, image = take_candidate(sweep.handle, candidates, label)
+        working_on(f"{path}: sample {sample.key!r}")
+        name = job.names[number] if job.names else ""
+        for fault in check_sample(job, sweep, row, sample, image, name, found.remarks):
+            found.faults.append(f"sample {sample.key!r}: {fault}")
 
 
 def check_sample(
-    job: VerifyJob, handle: int, row: np.void, sample: Sample, name: str, remarks: list[str]
+    job: VerifyJob,
+    sweep: Sweep,
+    row: np.void,
+    sample: Sample,
+    image: str,
+    name: str,
+    remarks: list[str],
 ) -> Iterator[str]:
-    """Faults of one sample: index, label, name and image."""
-    place = sample.fields[image_field(sample)]
-    if place[1] != row["length"]:
-        yield f"image of {place[1]} bytes, the index says {row['length']}"
+    """Faults of one sample: index, label, name and the image in its field `image`."""
+    if sample.problem:
+        yield sample.problem
+        return
+    extent = sample.fields[image]
+    if extent[1] != row["length"]:
+        yield f"image of {extent[1]} bytes, the index says {row['length']}"
+        return
+    data = sweep.read(extent)
     try:
-        data = read_range(handle, place)
-        kind, *size, orientation = probe(data)
-        expected = [FORMATS[row["format"]], row["width"], row["height"], row["orientation"]]
-        if [kind, *size, orientation] != expected:
-            yield f"image is {kind} {size} {orientation}, the index says {expected}"
-        if job.decode and (warning := decode_fully(data)):
-            remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
-    except Exception as error:  # Pillow's decoders raise many kinds
+        found = _describe(*probe(data))
+        warning = decode_fully(data) if job.decode else ""
+    except ImageFault as error:
         yield f"image cannot be decoded ({error})"
         return
-    yield from _check_label(job, handle, int(row["label"]), sample)
-    if job.complete and "json" in sample.fields:
-        try:
-            about = json.loads(read_range(handle, sample.fields["json"]))
-            if name and about.get("name", name) != name:
-                yield f"its json says {about.get('name')!r}, names.bin says {name!r}"
-        except (ValueError, AttributeError):
-            yield "its json cannot be read"
+    recorded = dict(enumerate(FORMATS)).get(row["format"], f"format {row['format']}")
+    expected = _describe(recorded, row["width"], row["height"], row["orientation"])
+    if found != expected:
+        yield f"image is {found}, the index says {expected}"
+    if warning:
+        remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
+    try:
+        about = read_json(sweep.handle, sample)
+        if not job.unlabelled:
+            yield from _check_label(job, sweep.handle, int(row["label"]), sample, about)
+    except SampleFault as fault:
+        yield str(fault)
+        return
+    if job.complete and name and about.get("name", name) != name:
+        yield f"its json says {about.get('name')!r}, names.bin says {name!r}"
 
 
-def _check_label(job: VerifyJob, handle: int, label: int, sample: Sample) -> Iterator[str]:
-    if "cls" not in sample.fields:
-        if job.complete and label != -1:
+def _describe(kind: str, width: int, height: int, orientation: int) -> str:
+    return f"{kind} of {width}x{height} pixels, orientation {orientation}"
+
+
+def _check_label(
+    job: VerifyJob, handle: int, label: int, sample: Sample, about: dict[str, Any]
+) -> Iterator[str]:
+    stored = read_label(handle, sample, about)
+    source = "cls" if "cls" in sample.fields else "label of its json"
+    if stored < 0:
+        if label >= 0:
             yield f"has no cls, the index says {label}"
         return
-    text = read_range(handle, sample.fields["cls"]).decode("ascii", "replace").strip()
-    if not text.isdecimal():
-        yield f"cls is {text[:40]!r}, not a class index"
-    elif label < 0:
-        yield f"cls is {text}, the index has no label"
+    if label < 0:
+        yield f"{source} is {stored}, the index has no label"
     elif job.stored_classes:
-        stored = int(text)
         if stored >= len(job.stored_classes) or job.stored_classes[stored] != job.classes[label]:
-            yield f"cls is {text}, which is not class {job.classes[label]!r}"
-    elif int(text) != label:
-        yield f"cls is {text}, the index says {label}"
+            yield f"{source} is {stored}, which is not class {job.classes[label]!r}"
+    elif stored != label:
+        yield f"{source} is {stored}, the index says {label}"
+    synset = read_synset(about)
+    if label >= 0 and synset in job.synsets and synset != job.classes[label]:
+        yield f"its json says synset {synset!r}, the index says {job.classes[label]!r}"
 
 
 def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[str]]:
@@ -175,7 +230,8 @@ def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[
     manifest = read_manifest(folder, check_shards=False)
     if is_remote(manifest.folder):
         raise ToolError(f"{manifest.folder}: only local shards can be verified; copy them first")
-    faults = list(_check_folder(manifest))
+    with naming(folder, "cannot be read"):
+        faults = list(_check_folder(manifest))
     jobs, index_faults = _jobs(manifest, decode)
     faults += index_faults
     results = {
@@ -188,18 +244,16 @@ def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[
             total=manifest.samples,
         )
     }
-    remarks: list[str] = []
-    seen: dict[str, str] = {}
+    remarks = [
+        f"{name}: left out as the tars were adopted ({reason})"
+        for name, reason in manifest.made.get("left_out", {}).items()
+    ]
     for shard in manifest.shards:
         found = results[shard.name]
         faults += [f"{shard.name}: {fault}" for fault in found.faults[:LISTED]]
         if len(found.faults) > LISTED:
             faults.append(f"{shard.name}: and {len(found.faults) - LISTED} further faults")
         remarks += [f"{shard.name}: {remark}" for remark in found.remarks]
-        for key in found.keys:
-            if key in seen:
-                faults.append(f"{shard.name}: key {key!r} was already used in {seen[key]}")
-            seen[key] = shard.name
     return faults, remarks
 
 
@@ -222,6 +276,8 @@ def _jobs(manifest: Manifest, decode: bool) -> tuple[list[VerifyJob], list[str]]
                 stored_classes=tuple(manifest.made.get("stored_classes", ())),
                 complete=rows is not None and manifest.made.get("kind") == "shards",
                 decode=decode,
+                lenient=bool(manifest.made.get("lenient")),
+                unlabelled=bool(manifest.made.get("unlabelled")),
             )
         )
     return jobs, faults
@@ -229,11 +285,13 @@ def _jobs(manifest: Manifest, decode: bool) -> tuple[list[VerifyJob], list[str]]
 
 def _check_folder(manifest: Manifest) -> Iterator[str]:
     """Tars that the manifest does not know, and traces of a job that did not end."""
-    if manifest.made.get("kind") != "subset":
-        known = {shard.name for shard in manifest.shards}
-        for path in sorted(Path(manifest.folder).glob("**/*.tar")):
-            name = str(path.relative_to(manifest.folder))
-            if name not in known:
+    made = manifest.made
+    known = {shard.name for shard in manifest.shards} | set(made.get("left_out", {}))
+    searched = [] if made.get("kind") == "subset" else made.get("folders", ["."])
+    for inner in searched:
+        for name in tar_files(Path(manifest.folder, inner)):
+            name = os.path.normpath(os.path.join(inner, name))
+            if name not in known and name.endswith(".tar"):
                 yield f"{name}: this tar is not in the manifest"
     if (Path(manifest.home) / PARTS).exists():
         yield f"{PARTS}: a sharding job did not end; resume it with make_shards.py --resume"
@@ -241,18 +299,18 @@ def _check_folder(manifest: Manifest) -> Iterator[str]:
         yield f"{path.name}: left behind by a killed process"
 
 
-def verify_shards(options: argparse.Namespace) -> int:
-    """The command."""
-    faults, remarks = verify(options.folder, decode=options.decode, workers=options.workers)
+def verify_shards(folder: str, *, decode: bool, workers: int) -> int:
+    """Print remarks, faults and a verdict; the exit code."""
+    faults, remarks = verify(folder, decode=decode, workers=workers)
     for line in remarks:
         print(f"remark: {line}")
     for line in faults:
         print(f"fault: {line}")
-    manifest = read_manifest(options.folder, check_shards=False)
+    manifest = read_manifest(folder, check_shards=False)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
     verdict = f"{len(faults)} faults" if faults else "sound"
     print(
-        f"{options.folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
+        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
         f"{size:.1f} MB: {verdict}"
     )
     return FAULTS if faults else 0
@@ -270,7 +328,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(verify_shards, parser().parse_args(arguments))
+    options = parser().parse_args(arguments)
+    return run(lambda o: verify_shards(o.folder, decode=o.decode, workers=o.workers), options)
 
 
 if __name__ == "__main__":

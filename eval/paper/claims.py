@@ -104,9 +104,11 @@ CLAIMS = (
     Claim(
         2,
         "CKA of full and masked images is higher for MAE, R-MAE and C-MAE than for supervised and "
-        "random encoders where 70 to 90 % is dropped (Fig. 1; mean over these and all blocks)",
+        "random encoders where 70 to 90 % is dropped (Fig. 1; mean over these and all blocks), "
+        "both of the patches that both encodings have and of all patches against those kept",
         tuple(
-            Difference(method, other, "cka", "")
+            Difference(method, other, f"cka {pool}", "")
+            for pool in ("kept-in-both", "all-kept")
             for other in ("supervised", "random")
             for method in MASKED
         ),

@@ -9,10 +9,19 @@ from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import CheckpointStore
 
 
+def difference(key: str, theirs: Any, ours: Any) -> str:
+    """`key (theirs, now ours)`, without the values where they say nothing to a reader."""
+    values = [json.dumps(value) for value in (theirs, ours)]
+    if max(map(len, values)) > 30:
+        return key
+    return f"{key} ({values[0]}, now {values[1]})"
+
+
 class Checkpoints:
     """A store of one checkpoint that belongs to certain settings.
 
-    settings: what the result depends on; a checkpoint of other settings is refused.
+    settings: what the result depends on, of encoder and data their sha256 and not their path; a
+    checkpoint of other settings is refused.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -29,7 +38,11 @@ class Checkpoints:
         def check_and_read(folder: Path, state: dict[str, Any]) -> None:
             theirs = state["settings"]
             keys = self.settings.keys() | theirs.keys()
-            changed = sorted(k for k in keys if self.settings.get(k) != theirs.get(k))
+            changed = [
+                difference(key, theirs.get(key), self.settings.get(key))
+                for key in sorted(keys)
+                if self.settings.get(key) != theirs.get(key)
+            ]
             if changed:
                 raise UserError(
                     f"{self.store.folder} holds a training with another {', '.join(changed)}; "

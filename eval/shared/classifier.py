@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from eval.shared.encoders import EncoderInfo
 from pipeline.errors import UserError, naming
+from pipeline.method.families import adopt
 from shard_tools.atomic import write_atomic, write_json
 
-FRESH = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+FRESH = ("fc_norm.", "head.")  # what the classifier does not take from the encoder
 HEAD_STD = 2e-5
 
 
@@ -26,30 +27,64 @@ def build_classifier(
 ) -> VisionTransformer:
     """The encoder with a mean over the patch tokens, a fresh fc_norm and a fresh head.
 
-    The encoder's own final norm is dropped; drop path grows linearly from 0 to `drop_path` over
-    the blocks; head weights are N(0, 2e-5) truncated at two deviations, its bias is zero.
+    The encoder's own final norm is dropped (SAM keeps the norms of its neck); drop path grows
+    linearly from 0 to `drop_path` over the blocks; head weights are N(0, 2e-5) truncated at two
+    deviations, its bias is zero.
     """
-    model = timm.create_model(
-        info.arch,
-        **info.options,
-        num_classes=classes,
-        global_pool="avg",
-        drop_path_rate=drop_path,
-    )
-    own = ("norm.", "fc_norm.", "attn_pool.")
-    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(own)}
+    arch, options = classifier_words(info.arch, info.options)
+    model = timm.create_model(arch, **options, num_classes=classes, drop_path_rate=drop_path)
+    mine = model.state_dict()
+    state = {
+        k: v
+        for k, v in encoder.state_dict().items()
+        if not k.startswith(("fc_norm.", "attn_pool.", "head."))
+        and (k in mine or not k.startswith("norm."))
+    }
+    if "dist_token" in state:
+        state["reg_token"] = state.pop("dist_token")
     missing, unexpected = model.load_state_dict(state, strict=False)
-    if set(missing) != FRESH or unexpected:
+    if unexpected or not all(name.startswith(FRESH) for name in missing):
         raise UserError(f"{info.arch} does not fit a classifier: {missing}, {unexpected}")
-    assert isinstance(model.head, nn.Linear)
-    nn.init.trunc_normal_(model.head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
-    nn.init.zeros_(model.head.bias)
-    return model  # type: ignore[return-value]
+    parts = model.get_submodule("head").modules()
+    head = next(part for part in parts if isinstance(part, nn.Linear))
+    nn.init.trunc_normal_(head.weight, std=HEAD_STD, a=-2 * HEAD_STD, b=2 * HEAD_STD)
+    nn.init.zeros_(head.bias)
+    return adopt(model, arch, options).train()
+
+
+def classifier_words(arch: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, keywords) of timm's classifier on this encoder: the mean of the patches, normalised.
+
+    A distilled DeiT, whose class has no such pooling, is the plain one with a register token. Each
+    family has another word for the norm behind the mean, of which the first is taken that works.
+    """
+    arch, options = arch.split(".")[0], {**options, "global_pool": "avg"}
+    if "_distilled" in arch:
+        arch, options = arch.replace("_distilled", ""), {**options, "reg_tokens": 1}
+    works: list[dict[str, Any]] = []
+    for more in ({}, {"fc_norm": True}, {"use_fc_norm": True}):
+        try:
+            model = timm.create_model(arch, **options | more | {"depth": 1, "num_classes": 1})
+        except (TypeError, AssertionError):
+            continue
+        works.append(more)
+        if not isinstance(getattr(model, "fc_norm", nn.Identity()), nn.Identity):
+            break
+    else:
+        works = works[:1]  # no norm behind the mean at all
+    if not works:
+        raise UserError(f"timm builds no classifier of {arch} with {options}")
+    return arch, options | works[-1]
 
 
 def layer_of(name: str, depth: int) -> int:
     """Layer number of a parameter: embeddings 0, block i is i + 1, fc_norm and head depth + 1."""
-    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")):
+    name = name.removeprefix("encoder.")
+    first = (
+        "cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "embeds.", "rope.",
+        "rel_pos", "shared_rel_pos",
+    )  # fmt: skip
+    if name.startswith(first):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
@@ -101,7 +136,11 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     text = str(folder)
     if text.startswith("timm:"):
-        model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        try:
+            model = timm.create_model(text.removeprefix("timm:"), pretrained=True)
+        except Exception as error:  # each version of the hub's client has its own kinds
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"--classifier {text}: cannot be fetched ({reason})") from None
         config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
         info = {"arch": text, "options": {"img_size": config["input_size"][-1]}}
         info |= {"mean": list(config["mean"]), "std": list(config["std"])}
@@ -110,9 +149,8 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     home = Path(folder)
     try:
         info = json.loads((home / "classifier.json").read_text(encoding="utf-8"))
-        model = timm.create_model(
-            info["arch"], **info["options"], num_classes=len(info["classes"]), global_pool="avg"
-        )
+        arch, options = classifier_words(info["arch"], info["options"])
+        model = timm.create_model(arch, **options, num_classes=len(info["classes"]))
         model.load_state_dict(load_file(home / "classifier.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

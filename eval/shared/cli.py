@@ -6,6 +6,7 @@ WORLD_SIZE and LOCAL_RANK.
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -50,12 +51,20 @@ def run_command(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
+def seed_number(text: str) -> int:
+    """A seed that every generator takes. argparse turns the error into a sentence."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and {2**32 - 1}")
+    return number
+
+
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    result.add_argument("--seed", type=int, default=0)
+    result.add_argument("--seed", type=seed_number, default=0)
     result.add_argument("--workers", type=int, default=min(8, cores()))
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
@@ -67,8 +76,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument(
         "--encoder",
         required=True,
-        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO or BEiT, with --arch; "
-        "timm:NAME; or random, with --arch",
+        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO, I-JEPA or BEiT, with "
+        "--arch; timm:NAME; or random, with --arch",
     )
     result.add_argument("--arch", help="timm's name of what a FILE or random is")
     result.add_argument(
@@ -79,14 +88,34 @@ def parser(description: str) -> argparse.ArgumentParser:
         action="store_true",
         help="take a randomly initialised encoder of the same architecture: the baseline",
     )
+    result.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the average that a FILE keeps beside its weights (state_dict_ema, model_ema), "
+        "or the EMA teacher of a run",
+    )
+    result.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        help="pixels of the shorter side before an evaluation's centre crop (0: 256/224 of the "
+        "image size up to 224, above it the image size)",
+    )
     result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
     result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     return result
 
 
 def settings_of(kind: type[T], args: argparse.Namespace) -> T:
-    """The settings (a dataclass) that a command line names; its lists become tuples."""
+    """The settings (a dataclass) that a command line names; its lists become tuples.
+
+    UserError for a number that is not finite.
+    """
     values = {field.name: getattr(args, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be finite")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 

@@ -14,13 +14,17 @@ from pipeline.method.load import load_encoder
 
 @dataclass(frozen=True)
 class EncoderChoice:
-    """Which encoder; the words are load_encoder's."""
+    """Which encoder; the words are load_encoder's, but for resize: pixels of the shorter side of
+    images before the evaluation crop (0: as crops.shorter_side).
+    """
 
     source: str
     arch: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     random: bool = False
     seed: int = 0
+    ema: bool = False
+    resize: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def open_encoder(
         options=choice.options,
         random=choice.random,
         seed=choice.seed,
+        ema=choice.ema,
     )
     check_feature(vit, feature)
     vit.requires_grad_(False).eval().to(device)
@@ -72,12 +77,15 @@ def read_options(text: str) -> dict[str, Any]:
 
 def check_feature(vit: VisionTransformer, feature: str) -> None:
     """Refuse the cls token of an encoder that has none, or none that was trained to be read."""
-    if feature == "mean_patch":
+    if feature != "cls":
         return
     if getattr(vit, "cls_token", None) is None:
-        raise UserError("this encoder has no cls token; take the mean of the patches instead")
+        raise UserError(
+            "this encoder has no cls token; take the mean of the patches instead, "
+            "--feature mean_patch, or its own pooling, --feature own"
+        )
     if isinstance(vit.norm, nn.Identity):
         raise UserError(
             "this encoder normalises the mean of its patches, not its cls token; take the mean "
-            "of the patches instead"
+            "of the patches instead, --feature mean_patch, or its own pooling, --feature own"
         )

@@ -6,9 +6,17 @@ from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 
 
+def with_images(folder: str | Path) -> Manifest:
+    """The manifest of a shard folder that has samples."""
+    manifest = read_manifest(folder)
+    if not manifest.samples:
+        raise UserError(f"{folder}: has no images")
+    return manifest
+
+
 def labelled(folder: str | Path) -> Manifest:
     """The manifest of a shard folder, with the assurance that every sample has a label."""
-    manifest = read_manifest(folder)
+    manifest = with_images(folder)
     if bool((manifest.index["label"] < 0).any()):
         raise UserError(f"{folder}: some samples have no label; an evaluation needs every label")
     return manifest

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from eval.shared.encoders import EncoderChoice
-from pipeline.errors import naming
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_json
 
 
@@ -23,14 +25,14 @@ class Timer:
 
 
 def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
-    """Where a result is written: `output`, or RUN/eval/NAME.json. NAME has --options, if there
-    are any, and the seed of a random encoder.
+    """Where a result is written: `output`, to which .json is added where it lacks that, or
+    RUN/eval/NAME.json. NAME has --options, if there are any, and the seed of a random encoder.
 
     RUN of a FILE is runs/<its name>-<digest of its full path>, since files of several folders are
     named alike; of others runs/<source>, and of a random encoder runs/random-<architecture>.
     """
     if output:
-        return Path(output)
+        return named_json(output)
     run = Path(encoder.source)
     if run.is_file():
         run = Path("runs") / f"{run.stem}-{digest(str(run.resolve()))}"
@@ -44,7 +46,40 @@ def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
         name += f"-{in_a_name(json.dumps(encoder.options, sort_keys=True))}"
     if encoder.random or encoder.source == "random":
         name += f"-random-{encoder.seed}"
+    name += "-ema" * encoder.ema
+    name += f"-resize{encoder.resize}" if encoder.resize else ""
     return run / "eval" / f"{name}.json"
+
+
+def named_json(output: str) -> Path:
+    """The path of --output, which ends in .json: the report reads no other results."""
+    path = Path(output)
+    if path.name in ("", ".."):
+        raise UserError(f"--output {output}: must be a file, such as {path / 'result.json'}")
+    return path if path.suffix == ".json" else path.with_name(f"{path.name}.json")
+
+
+def check_output(path: Path, ranks: Ranks, folder: Path | None = None) -> None:
+    """UserError, on every rank, where the result at `path` or files in `folder` could not be
+    written: known before the work and not after it. Nothing is created."""
+
+    def attempt() -> None:
+        if path.is_dir():
+            raise UserError(f"{path}: cannot be written (Is a directory); choose another --output")
+        for wanted in (path.parent, folder or path.parent):
+            there = wanted
+            try:
+                while not there.exists():
+                    there = there.parent
+                with tempfile.TemporaryFile(dir=there):
+                    pass
+            except OSError as error:
+                reason = f"{there}: {error.strerror}"
+                raise UserError(
+                    f"{path}: cannot be written ({reason}); choose another --output"
+                ) from None
+
+    ranks.agree(attempt)
 
 
 def digest(text: str) -> str:

@@ -1,7 +1,9 @@
 """A frozen encoder on this rank and how images reach it: what every evaluation is handed."""
 
 import argparse
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor
 from eval.shared.cli import progress, seed_everything
 from eval.shared.encoders import EncoderChoice, EncoderInfo, open_encoder, read_options
 from eval.shared.features import (
+    feature_of,
     image_features,
     image_size,
     last_tokens,
@@ -20,6 +23,7 @@ from eval.shared.features import (
     used_precision,
 )
 from eval.shared.results import Timer
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.loader import Loader, eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -33,7 +37,8 @@ LabelledPixels = tuple[Tensor, Tensor, Tensor]
 class EvalSession:
     """An encoder with its facts, these ranks, and how batches are read.
 
-    precision: auto, fp32 or bf16. workers: loader processes of each rank.
+    precision: auto, fp32 or bf16. workers: loader processes of each rank. resize: pixels of the
+    shorter side before the evaluation crop, 0 for those of `shorter_side`.
     """
 
     vit: VisionTransformer
@@ -41,6 +46,7 @@ class EvalSession:
     ranks: Ranks
     precision: str = "auto"
     workers: int = 0
+    resize: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +70,12 @@ class EvalSession:
         """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
         return image_features(self.vit, pixels, feature, self.precision)
 
+    @torch.no_grad()
+    def all_features(self, pixels: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """Several features of the same pixels, from one forward pass."""
+        tokens = last_tokens(self.vit, pixels, self.precision)
+        return [feature_of(self.vit, tokens, name) for name in names]
+
     def loader(self, folder: str | Path, batch_size: int) -> Loader:
         """This rank's batches of a set: each image once over all ranks, evaluation crop.
 
@@ -78,7 +90,12 @@ class EvalSession:
             image_size=self.image_size,
             workers=self.workers,
             interleave=True,
+            resize=self.resize or None,
         )
+
+    def check_readable(self, folder: str | Path, batch_size: int) -> None:
+        """UserError now, and not at the end of a training, where a set's loader cannot start."""
+        self.loader(folder, batch_size).close()
 
     def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
         """The loader's batches on the device."""
@@ -87,30 +104,54 @@ class EvalSession:
             yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
 
     def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Features float32 [N, D] and labels int64 [N] of a full set on every rank, in sample
-        order.
+        """`extract_all` of one feature: float32 [N, D] and labels int64 [N]."""
+        (found,), label = self.extract_all(folder, (feature,), batch_size)
+        return found, label
+
+    def extract_all(
+        self, folder: str | Path, names: Sequence[str], batch_size: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features float32 [N, D], one for each name, and labels int64 [N] of a full set on every
+        rank, in sample order, from one pass.
 
         No augmentation. The order, and so whatever is computed from it, does not depend on how
         many ranks shared the work.
         """
         total, ranks = read_manifest(folder).samples, self.ranks
         stream = progress(self.batches(folder, batch_size), ranks, f"features of {folder}")
-        parts = [(self.features(pixels, feature), *rest) for pixels, *rest in stream]
-        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        numbers = torch.zeros(0, dtype=torch.int64, device=self.device)
         none = torch.zeros(0, self.vit.num_features, device=self.device)
-        features = ranks.gather(torch.cat([none, *[p[0] for p in parts]]))
-        label = ranks.gather(torch.cat([empty, *[p[1] for p in parts]]))
-        sample = ranks.gather(torch.cat([empty, *[p[2] for p in parts]]))
+        parts = [(numbers, numbers, *[none] * len(names))]  # of a rank without images
+        for pixels, label, sample in stream:
+            parts.append((label, sample, *self.all_features(pixels, names)))
+        label, sample, *features = (
+            ranks.gather(torch.cat(column)) for column in zip(*parts, strict=True)
+        )
+        if not all(bool(feature.isfinite().all()) for feature in features):
+            raise UserError(f"{folder}: the encoder's features of it are not finite")
         order = sample.argsort()
         if not torch.equal(sample[order], torch.arange(total, device=self.device)):
             raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
-        return features[order], label[order]
+        return [feature[order] for feature in features], label[order]
+
+    def identity(self) -> str:
+        """What a checkpoint was trained from, whatever path leads there: sha256 of the weights,
+        of a random encoder what they were drawn from."""
+        info, record = self.info, self.info.record
+        built = [info.arch, info.options, record.get("random_seed")]
+        total = hashlib.sha256(json.dumps(built, sort_keys=True).encode())
+        if not record["random"]:
+            for name, tensor in sorted(self.vit.state_dict().items()):
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return total.hexdigest()
 
     def facts(self, timer: Timer) -> dict[str, Any]:
         """What every result says last: precision, encoder, seconds, ranks."""
         return {
             "precision": used_precision(self.precision, self.device),
             "encoder": self.info.record,
+            "resize": self.resize or shorter_side(self.image_size),
             "seconds": timer.seconds,
             "ranks": self.ranks.world,
         }
@@ -131,13 +172,19 @@ def open_session(
     """
     seed_everything(choice.seed)
     vit, info = open_encoder(choice, device or ranks.device, feature)
-    return EvalSession(vit, info, ranks, precision, workers)
+    if ranks.first and info.record.get("note"):
+        print(f"encoder: {info.record['note']}", flush=True)
+    if choice.resize:
+        CentreCrop(image_size(vit), choice.resize)  # refused now, not after the training
+    return EvalSession(vit, info, ranks, precision, workers, choice.resize)
 
 
 def encoder_of(args: argparse.Namespace) -> EncoderChoice:
     """The encoder that a command line names."""
     options = read_options(args.options)
-    return EncoderChoice(args.encoder, args.arch, options, args.random, args.seed)
+    return EncoderChoice(
+        args.encoder, args.arch, options, args.random, args.seed, args.ema, args.resize
+    )
 
 
 def session_of(

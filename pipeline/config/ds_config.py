@@ -191,12 +191,16 @@ def _fill_in_precision(full: dict[str, Any], stage: int) -> tuple[str, str]:
 MOST_IMAGES, MOST_TOKENS_ON_CPU = 128, 10_000
 
 
-def auto_micro_batch(per_rank: int, patches: int) -> int:
-    """The largest divisor of a rank's `per_rank` images per step within the limits above."""
+def auto_micro_batch(per_rank: int, patches: int, multiple: int = 1) -> int:
+    """The largest divisor of a rank's `per_rank` images per step within the limits above.
+
+    multiple: of which it is one; it must divide per_rank.
+    """
     most = min(per_rank, MOST_IMAGES)
     if not torch.cuda.is_available():
-        most = max(1, min(most, MOST_TOKENS_ON_CPU // (patches + 1)))
-    return next(m for m in range(most, 0, -1) if per_rank % m == 0)
+        most = min(most, MOST_TOKENS_ON_CPU // (patches + 1))
+    sizes = range(multiple, max(multiple, most) + 1, multiple)
+    return max(m for m in sizes if per_rank % m == 0)
 
 
 def split_batch(

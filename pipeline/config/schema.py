@@ -200,8 +200,9 @@ class ReconstructionRecipe(MeasureRecipe):
 class HeadsRecipe(Section):
     """Widths and depths of the projector p and the predictor q.
 
-    Linear layers with GELU between them; batch_norm: MoCo v3's heads instead (no biases, batch
-    norm over all ranks and ReLU after each layer, after the last one a norm without scale).
+    Linear layers with an activation between them; batch_norm: MoCo v3's heads instead (no biases,
+    torch's default initial weights, batch norm over all ranks after each layer, after the last one
+    a norm without scale). activation: auto is relu with batch_norm, as MoCo v3, and gelu without.
     """
 
     hidden: Positive = 2048
@@ -209,6 +210,7 @@ class HeadsRecipe(Section):
     projector_layers: Positive = 2
     predictor_layers: Positive = 2
     batch_norm: bool = False
+    activation: Literal["auto", "gelu", "relu"] = "auto"
 
 
 class ContrastRecipe(MeasureRecipe):
@@ -311,6 +313,17 @@ class WeightDecayRecipe(Section):
     tokens: bool = True
 
 
+class InitRecipe(Section):
+    """Weights to start from, with a schedule and an optimizer of their own: what load_encoder takes
+    (a run, an export, a file of facebookresearch/mae, MoCo v3, DINO, …, timm:NAME); "": fresh ones.
+
+    ema: the average that a file keeps beside its weights, or the EMA teacher of a run.
+    """
+
+    weights: str = ""
+    ema: bool = False
+
+
 class OptimizerRecipe(Section):
     """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 
@@ -332,11 +345,12 @@ class OptimizerRecipe(Section):
 
 
 class CropRecipe(Section):
-    """RandomResizedCrop (antialiased bicubic) and horizontal flip."""
+    """RandomResizedCrop (antialiased) and horizontal flip; MoCo v3's crops are bilinear."""
 
     scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
 class DataRecipe(Section):

@@ -1,6 +1,7 @@
 from typing import Any
 
 def size(data: bytes) -> tuple[int, int]: ...
+def next_marker(data: bytes, start: int) -> int: ...
 def decode(
     data: bytes,
     out: Any,  # writable buffer of size * size * 3 bytes

@@ -67,6 +67,13 @@ class Crop:
         )
 
 
+def shorter_side(image_size: int) -> int:
+    """Pixels of the shorter side before an evaluation's centre crop: 256 / 224 of the image size up
+    to 224, above it the image size. Source: facebookresearch/mae, `util/datasets.py` (crop_pct).
+    """
+    return round(image_size * 256 / 224) if image_size <= 224 else image_size
+
+
 @dataclass(frozen=True)
 class CentreCrop:
     """Resize the shorter side to `resize` pixels, then cut the centre `image_size` square."""

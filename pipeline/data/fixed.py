@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.crops import CentreCrop
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
 from shard_tools.manifest import Manifest, is_remote, read_manifest
@@ -40,7 +40,7 @@ def fixed_images(
     manifest = data if isinstance(data, Manifest) else read_manifest(data)
     cache = ShardCache(manifest) if is_remote(manifest.folder) else None
     reader = Reader(manifest, size, "bicubic", "auto", cache)
-    crop, image = CentreCrop(size, round(size * 256 / 224)), reader.empty(len(wanted))
+    crop, image = CentreCrop(size, shorter_side(size)), reader.empty(len(wanted))
     numbers, taken = [], set(wanted)
     for place, number in enumerate(wanted):
         out = image[place].numpy()

@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.data.crops import Box, Choose
 from pipeline.errors import UserError
-from shard_tools.image_file import Header, ImageFault, decode, read_header
+from shard_tools.image_file import Header, ImageFault, decode, next_marker, read_header
 
 try:  # built at set-up where a compiler and libjpeg-turbo's headers are
     from pipeline.data import _jpegcrop
@@ -34,6 +34,8 @@ except ImportError:  # no wheel for this platform
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
+# An extension that was built before it had this function still decodes.
+_find_marker = getattr(_jpegcrop, "next_marker", next_marker)
 DecodeError = ImageFault  # what a Decode raises: bytes that cannot be turned into pixels
 
 # (bytes, choose, output uint8 [S, S, 3], interpolation)
@@ -46,9 +48,9 @@ def _decoding(fast: _Fast | None) -> Decode:
     """A decoder that asks `fast` for plain JPEGs first, and Pillow for all else."""
 
     def decode_crop(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
-        header = read_header(data)
+        header = read_header(data, find_marker=_find_marker)
         box, flip = choose(header.width, header.height)
-        if fast is not None and header.plain:
+        if fast is not None and header.plain and header.channels != 4:  # not CMYK
             try:
                 fast(data, header, box, flip, out, interpolation)
                 return

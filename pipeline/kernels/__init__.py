@@ -7,6 +7,7 @@ function, which checks and dispatches; `reference.py`; `triton.py`, imported onl
 from pipeline.kernels import philox
 from pipeline.kernels.backend import implementation, use
 from pipeline.kernels.color_jitter import color_jitter, jitter_parameters
+from pipeline.kernels.cutmix import cutmix
 from pipeline.kernels.embed_visible import embed_visible
 from pipeline.kernels.patch_loss import patch_loss
 from pipeline.kernels.patch_loss.reference import patch_target
@@ -18,6 +19,7 @@ from pipeline.kernels.token_infonce import token_infonce
 __all__ = [
     "Masks",
     "color_jitter",
+    "cutmix",
     "embed_visible",
     "implementation",
     "jitter_parameters",

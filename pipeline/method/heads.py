@@ -12,8 +12,10 @@ from pipeline.method.vit import init_weights
 
 def mlp(width: int, recipe: HeadsRecipe, layers: int) -> nn.Sequential:
     """A projector or predictor of `layers` linears, GELU between them (SPEC §3.1); with
-    batch_norm as MoCo v3's: no biases, norm and ReLU between, a norm without scale at the end.
+    batch_norm as MoCo v3's: no biases, norm and ReLU between, a norm without scale at the end,
+    weights U(±1 / sqrt(in)) as torch's linears have them.
     """
+    relu = recipe.activation == "relu" or (recipe.activation == "auto" and recipe.batch_norm)
     widths = [width, *[recipe.hidden] * (layers - 1), recipe.out]
     parts: list[nn.Module] = []
     for number in range(layers):
@@ -22,9 +24,10 @@ def mlp(width: int, recipe: HeadsRecipe, layers: int) -> nn.Sequential:
         if recipe.batch_norm:
             parts.append(GlobalBatchNorm(widths[number + 1], affine=not last))
         if not last:
-            parts.append(nn.ReLU() if recipe.batch_norm else nn.GELU())
+            parts.append(nn.ReLU() if relu else nn.GELU())
     head = nn.Sequential(*parts)
-    init_weights(head)
+    if not recipe.batch_norm:
+        init_weights(head)
     return head
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError
@@ -51,7 +52,8 @@ def load_encoder(
     the file does not say it. options: further keywords of timm.create_model, of which a source that
     says its own architecture takes img_size alone; `pretrained_cfg_overlay: {mean, std}` says the
     statistics of the pixels where a file cannot. random: draw new weights of the same architecture
-    with `seed`. ema: the average that a file keeps beside its weights.
+    with `seed`. ema: the average that a file keeps beside its weights, or
+    the EMA teacher of a run.
     info: arch and options (of timm.create_model), mean and std (of pixels in 0 … 1), recipe (what a
     table calls it), random, source, note (what was taken to be so, as a sentence).
     UserError where the source cannot be used.
@@ -65,9 +67,12 @@ def load_encoder(
         raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
     vit: VisionTransformer | None = None
     if name == "random":
+        _refuse_ema(ema, name)
         info = named(known_arch(arch, name), "random encoder") | {"options": options}
     elif name.startswith("timm:"):
         _refuse_ema(ema, name)
+        if arch and arch != name.removeprefix("timm:"):
+            raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
         vit, info = from_hub(name.removeprefix("timm:"), options)
     elif path.is_file():
         vit, info = from_file(path, arch, options, ema)
@@ -75,8 +80,7 @@ def load_encoder(
         _refuse_ema(ema, name)
         vit, info = from_hugging_face(path, arch, options)
     else:
-        _refuse_ema(ema, name)
-        vit, info = from_run(path, arch, options)
+        vit, info = from_run(path, arch, options, ema)
     if random or vit is None:
         vit = _random(vit, info, seed)
         info = {**info, "random_seed": seed}
@@ -124,12 +128,31 @@ def load_run(run: Path) -> Objective:
 
 
 def from_run(
-    path: Path, arch: str | None, options: dict[str, Any]
+    path: Path, arch: str | None, options: dict[str, Any], ema: bool = False
 ) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The encoder of a run folder, at its own image size or at another."""
+    """The encoder of a run folder, or of its EMA teacher, at its own image size or at another."""
     vit, info = read_encoder(path)
     size = other_size(path, info, arch, options)
-    if size == info["options"]["img_size"]:
-        return vit, info
-    refuse_indivisible(size, vit, path)
-    return read_encoder(path, size)
+    if size != info["options"]["img_size"]:
+        refuse_indivisible(size, vit, path)
+        vit, info = read_encoder(path, size)
+    if ema:
+        vit.load_state_dict(teacher_weights(path) | {"pos_embed": vit.state_dict()["pos_embed"]})
+        info = {**info, "note": "weights of the EMA teacher"}
+    return vit, info
+
+
+def teacher_weights(path: Path) -> dict[str, Tensor]:
+    """The encoder of a run's EMA teacher, but its fixed positions; of its newest checkpoint, or of
+    the one that is named.
+    """
+    run = path.parent if path.name == "encoder" else path
+    try:
+        newest = run
+        if not (run / "teacher.safetensors").is_file():
+            newest = run / "checkpoints" / (run / "checkpoints/latest").read_text().strip()
+        state = load_file(newest / "teacher.safetensors")
+    except (OSError, SafetensorError):
+        raise UserError(f"--ema: {path} has no checkpoint with an EMA teacher") from None
+    named = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    return {k: v for k, v in named.items() if k not in ("pos_embed", "mask_token")}

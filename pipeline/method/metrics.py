@@ -29,6 +29,18 @@ def hsic(first: Tensor, second: Tensor) -> Tensor:
     return (trace + product - mixed) / (n * (n - 3))
 
 
+def biased_hsic(first: Tensor, second: Tensor) -> Tensor:
+    """Biased HSIC of Gram matrices [..., n, n] (float64): [...] (Gretton et al. 2005).
+
+    tr(K H L H) / (n-1)², where H takes out the mean over the n images.
+    """
+    k, m = (
+        x - x.mean(-1, keepdim=True) - x.mean(-2, keepdim=True) + x.mean((-1, -2), keepdim=True)
+        for x in (first, second)
+    )
+    return (k * m).sum((-1, -2)) / (first.shape[-1] - 1) ** 2
+
+
 def gram(feature: Tensor) -> Tensor:
     """Linear kernel [..., n, n] of features [..., n, D], in float64.
 

@@ -19,9 +19,7 @@ from pipeline import kernels
 from pipeline.config.recipe import JitterRecipe, Recipe
 from pipeline.config.schema import ViewsRecipe
 from pipeline.errors import UserError
-from pipeline.kernels import philox
 from pipeline.kernels.sample_masks.reference import complement
-from pipeline.kernels.streams import Stream
 from pipeline.method.masking import Draw, select
 
 FIRST, SECOND, BOTH = 0, 1, 2  # what a draw is for: T1, T2, or the image of both
@@ -107,7 +105,7 @@ def make_views(
 
     def view(number: int, image: Tensor, visible: Tensor, inverse: Tensor) -> View:
         if v.cutmix:
-            image = cutmix(image, sample, v.cutmix, seed=seed, epoch=epoch, view=number)
+            image = kernels.cutmix(image, sample, v.cutmix, seed=seed, epoch=epoch, view=number)
         if v.jitter.where != "visible":
             return View(image, visible, inverse)
         jittered = jitter(
@@ -164,31 +162,6 @@ def draw_masks(
     everything = torch.arange(length, dtype=torch.int32, device=sample.device)
     everything = everything.repeat(len(sample), 1)
     return kernels.Masks(visible, inverse, everything, everything, masked)
-
-
-def cutmix(
-    image: Tensor, sample: Tensor, probability: float, *, seed: int, epoch: int, view: int
-) -> Tensor:
-    """CutMix's box (Yun et al. 2019, Eq. 2): inside it, a neighbour in the batch is seen.
-
-    image and result: uint8 [B, H, W, 3]; sample: int64 [B]. The box covers the share 1 - lambda
-    of the image before it is cut at the border, lambda uniform, centre uniform. T1 takes from the
-    next image of the batch, T2 from the one before.
-    """
-    height, width = image.shape[1:3]
-    u = philox.uniform(sample, seed=seed, epoch=epoch, stream=Stream.CUTMIX + view, count=4)
-    side = (1.0 - u[:, :1]).sqrt()
-
-    def inside(centre: Tensor, size: int) -> Tensor:
-        half = (side * size).int() // 2
-        centre = (centre * size).int()
-        pixel = torch.arange(size, device=image.device)
-        return (pixel >= centre - half) & (pixel < centre + half)
-
-    box = inside(u[:, 1:2], height)[:, :, None] & inside(u[:, 2:3], width)[:, None, :]
-    box &= (u[:, 3] < probability)[:, None, None]
-    other = image.roll(-1 if view == FIRST else 1, dims=0)
-    return torch.where(box[..., None], other, image)
 
 
 def jitter(

@@ -9,13 +9,13 @@ a `Conversion` says how.
 from __future__ import annotations
 
 from shard_tools.image_file.header import MAX_PIXELS, MAX_SIDE, Header, ImageFault
-from shard_tools.image_file.jpeg import MAX_SCANS, SOI, read_jpeg
+from shard_tools.image_file.jpeg import MAX_SCANS, SOI, FindMarker, next_marker, read_jpeg
 from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
 from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
 
 __all__ = [
     "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header", "ImageFault", "decode",
-    "orientation", "read_header",
+    "next_marker", "orientation", "read_header",
 ]  # fmt: skip
 
 _MAGIC = {
@@ -32,15 +32,17 @@ _FOREIGN = {
 }  # fmt: skip
 
 
-def read_header(data: bytes, conversion: Conversion = REFUSE) -> Header:
+def read_header(
+    data: bytes, conversion: Conversion = REFUSE, find_marker: FindMarker = next_marker
+) -> Header:
     """What the file declares. Raises ImageFault, the reason in one sentence, if it is not accepted.
 
     Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF goes on to its end marker.
     Values of more than 8 bits are refused unless `conversion` scales them; whether a transparent
-    colour is used only `decode` can say.
+    colour is used only `decode` can say. find_marker: a faster `next_marker`.
     """
     if data[:2] == SOI:
-        return read_jpeg(data)
+        return read_jpeg(data, find_marker)
     header = _read(data)
     refuse_guesses(header, conversion)
     return header

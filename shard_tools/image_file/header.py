@@ -22,7 +22,8 @@ class Header:
     (1 with a palette), of `bits` bits and of the kind `number` (unsigned, signed, float). alpha:
     there is an alpha channel or a transparent colour. plain: a JPEG as cameras and libraries write
     it, on which every libjpeg agrees. parts: the slices of the file that the picture depends on
-    (empty: all of it). exif: the content of a PNG's eXIf chunk.
+    (empty: all of it). damage: what is known to be lacking, though it can be decoded. exif: the
+    content of a PNG's eXIf chunk.
     """
 
     format: str
@@ -34,6 +35,7 @@ class Header:
     alpha: bool = False
     parts: tuple[tuple[int, int], ...] = ()
     plain: bool = False
+    damage: str = ""
     exif: bytes = b""
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
 
@@ -24,15 +25,27 @@ _FOREIGN_SOF = {
 # Segments that may stand anywhere: tables, DAC, DNL, APPn, comments.
 _SEGMENTS = {_DHT, _DQT, _DRI, 0xCC, 0xDC, *range(0xE0, 0xF0), 0xFE}
 _TABLES = {_DHT, _DQT, _DRI}
+_BARE = {0x01, *range(0xD0, 0xDA)}  # markers without a segment
 # Inside a scan 0xff is data if 0 follows, and a restart marker if 0xd0 to 0xd7 do.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # Sampling factors (h << 4 | v) by component on which the decoders were compared; others are rare.
 _LUMA = (0x11, 0x21, 0x22, 0x12, 0x41)
-_PLAIN = {*((luma,) for luma in _LUMA), *((luma, 0x11, 0x11) for luma in _LUMA)}
+_PLAIN = {*((y,) for y in _LUMA), *((y, 0x11, 0x11) for y in _LUMA), (0x11, 0x11, 0x11, 0x11)}
+_INCOMPLETE = "scans are missing that would complete the picture"
 _CUT = "the file is truncated (no end-of-image marker)"
 
 
-def read_jpeg(data: bytes) -> Header:
+# (bytes of a JPEG, index) → index of the next marker inside a scan from there on, or -1.
+FindMarker = Callable[[bytes, int], int]
+
+
+def next_marker(data: bytes, start: int) -> int:
+    """Index of the next marker that is neither escaped data nor a restart marker, or -1."""
+    match = _MARKER.search(data, start)
+    return match.start() if match else -1
+
+
+def read_jpeg(data: bytes, find_marker: FindMarker = next_marker) -> Header:
     """The header of a JPEG that ends properly. Raises ImageFault for kinds that decoders do not
     share, for limits exceeded and for a file that is cut or whose markers make no sense.
 
@@ -54,21 +67,29 @@ def read_jpeg(data: bytes) -> Header:
             )
         elif kind not in _SEGMENTS and kind != _SOS:
             raise ImageFault(f"unexpected marker ff{kind:02x} in the header")
-        if kind in _SOF or kind in _TABLES or _names_colours(kind, data[start:end]):
+        if (
+            kind in _TABLES
+            or kind in _SOF
+            or _names_colours(kind, data[start : min(end, start + 14)])
+        ):
             tables.append((begin, end))
         at = end
     if not frame:
         raise ImageFault("a scan begins before the frame header")
     width, height, sampling = _read_frame(frame)
-    scanned = data[start] if end > start else 0  # components of the first scan
-    if scanned == len(sampling) > 1 and sum((s >> 4) * (s & 15) for s in sampling) > 10:
+    scan = data[start:end]
+    together = scan[:1] == frame[5:6]  # the first scan holds all channels
+    if together and len(sampling) > 1 and sum((s >> 4) * (s & 15) for s in sampling) > 10:
         raise ImageFault(f"sampling factors {_text(sampling)} are too large for one scan")
-    length, scans, between = _scans(data, end)
-    # Decoders that stop with the last row of such a file would not see what follows it.
-    whole = progressive or scanned < len(sampling) or (scans == 1 and not between)
-    plain = orderly and whole and sampling in _PLAIN
+    length, scans, between = _scans(data, end, find_marker)
+    # Decoders that stop with the last row of a file of one scan would not see what follows it.
+    single = together and not progressive
+    damage = "" if single or _complete(frame, [scan, *scans]) else _INCOMPLETE
+    plain = orderly and not damage and not (single and (scans or between)) and sampling in _PLAIN
     parts = ((0, 2), *tables, (begin, length))
-    return Header("JPEG", width, height, len(sampling), plain=plain, parts=parts)
+    return Header(
+        "JPEG", width, height, len(sampling), plain=plain, parts=parts, damage=damage
+    )  # fmt: skip
 
 
 def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
@@ -84,7 +105,7 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
             break
         at = code + 1
     kind = data[code]
-    if kind in (0x01, *range(0xD0, 0xDA)):  # markers without a segment
+    if kind in _BARE:
         raise ImageFault(
             "the file ends before its picture" if kind == _EOI
             else f"unexpected marker ff{kind:02x} in the header"
@@ -96,29 +117,45 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
     return kind, begin, code + 3, end
 
 
-def _scans(data: bytes, at: int) -> tuple[int, int, bool]:
-    """(end of the file, number of scans, whether other segments follow the first scan)."""
-    scans, between = 1, False
-    while match := _MARKER.search(data, at):
-        kind = data[match.start() + 1]
+def _scans(data: bytes, at: int, find_marker: FindMarker) -> tuple[int, list[bytes], bool]:
+    """(end of the file, headers of the scans after the first, whether other segments follow)."""
+    scans: list[bytes] = []
+    between = False
+    while (at := find_marker(data, at)) >= 0:
+        kind, at = data[at + 1], at + 2
         if kind == _EOI:
-            return match.end(), scans, between
+            return at, scans, between
+        end = at + int.from_bytes(data[at : at + 2], "big")
         if kind == _SOS:
-            scans += 1
-            if scans > MAX_SCANS:
+            scans.append(data[at + 2 : end])
+            if len(scans) >= MAX_SCANS:
                 raise ImageFault(f"more than {MAX_SCANS} scans")
         elif kind in _SEGMENTS:
             between = True
         else:
             raise ImageFault(f"damaged: unexpected marker ff{kind:02x} in the picture")
-        at = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+        at = end
     raise ImageFault(_CUT)
 
 
+def _complete(frame: bytes, scans: list[bytes]) -> bool:
+    """Whether the scans give every coefficient of every channel to its last bit."""
+    known = dict.fromkeys(frame[6::3], 0)  # by channel: bit k = coefficient k
+    for scan in scans:
+        count = scan[0] if scan else 0
+        if len(scan) != 4 + 2 * count:
+            return False
+        first, last, shift = scan[-3:]
+        if shift & 15 == 0:
+            for channel in scan[1 : 1 + 2 * count : 2]:
+                known[channel] = known.get(channel, 0) | ((2 << last) - (1 << first))
+    return all(mask & (1 << 64) - 1 == (1 << 64) - 1 for mask in known.values())
+
+
 def _names_colours(kind: int, payload: bytes) -> bool:
-    """Whether it is a JFIF or Adobe segment of the length that libjpeg asks for."""
+    """Whether the segment, of which 14 bytes are given, is JFIF or Adobe by libjpeg's rule."""
     if kind == 0xE0:
-        return payload[:5] == b"JFIF\0" and len(payload) >= 14
+        return payload[:5] == b"JFIF\0" and len(payload) == 14
     return kind == 0xEE and payload[:5] == b"Adobe" and len(payload) >= 12
 
 

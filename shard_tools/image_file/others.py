@@ -19,6 +19,8 @@ _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type; 4 and 6 have a
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _NUMBER = 258, 262, 277, 338, 339
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
 _YCBCR = 6
+_STRIPS_OR_TILES = ((273, 324), (279, 325))  # their offsets, their lengths
+_PIECE = 1 << 20  # bytes inflated at once
 _NUMBERS = {1: "unsigned", 2: "signed", 3: "float"}
 
 
@@ -99,12 +101,15 @@ def read_other(data: bytes, kind: str) -> Header:
     with calling_pillow(kind):
         image = Image.open(io.BytesIO(data), formats=(kind,))
         size, mode, frames = image.size, image.mode, getattr(image, "n_frames", 1)
+        coding = image.tile[0].args if kind == "PPM" else None
     check_size(*size)
     _check_frames(kind, frames)
     if kind == "TIFF":
         return _tiff(image, *size)
     alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     bits, number = {"I": (16, "unsigned"), "F": (32, "float")}.get(mode, (8, "unsigned"))
+    if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it
+        bits = 16
     return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
 
 
@@ -131,6 +136,26 @@ def _tiff(image: Image.Image, width: int, height: int) -> Header:
     if photometric == 0 and (bits > 8 or number != "unsigned"):
         raise ImageFault("a TIFF of more than 8 bits whose 0 is white; invert it first")
     return Header("TIFF", width, height, channels, bits, number, alpha)
+
+
+def check_deflated(image: Image.Image, data: bytes) -> None:
+    """Raise ImageFault where a checksum inside a deflated TIFF fails; libtiff looks at none."""
+    if image.info.get("compression") not in ("tiff_adobe_deflate", "tiff_deflate"):
+        return
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    with calling_pillow("TIFF"):
+        offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in _STRIPS_OR_TILES)
+        pieces = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
+    for offset, length in pieces:
+        inflate, rest, out = zlib.decompressobj(), data[offset : offset + length], b"x"
+        try:
+            while not inflate.eof and (rest or out):
+                out = inflate.decompress(rest, _PIECE)
+                rest = inflate.unconsumed_tail
+        except zlib.error:
+            raise ImageFault("damaged: the checksum of its deflated data does not match") from None
+        if not inflate.eof:
+            raise ImageFault("the file is truncated (in its deflated data)")
 
 
 def _check_frames(kind: str, frames: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from shard_tools.image_file.header import Header, ImageFault
+from shard_tools.image_file.others import check_deflated
 from shard_tools.image_file.pillow import calling_pillow
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -63,6 +64,8 @@ def decode(data: bytes, header: Header, conversion: Conversion = REFUSE) -> Imag
         data = b"".join(data[start:end] for start, end in header.parts)
     with calling_pillow(header.format):
         image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
+    check_deflated(image, data)
+    with calling_pillow(header.format):
         image.load()
     if image.size != (header.width, header.height):
         raise ImageFault(f"declares {header.width}x{header.height} pixels and holds {image.size}")

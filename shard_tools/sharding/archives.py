@@ -140,18 +140,24 @@ def _latest(members: list[Member], found: Found) -> list[Member]:
     return list(last.values())
 
 
+def compression(path: Path) -> str:
+    """gzip, zstd, bzip2 or xz by the first bytes of a file, else ""."""
+    with naming(path, "cannot be read"), open(path, "rb") as file:
+        head = file.read(6)
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+
+
 def plain_tar(path: Path, unpacked: Path | None) -> Path:
     """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
     folder `unpacked`, made at first use (None: a ToolError asks to unpack it).
 
     TarError where the stream is damaged or cut.
     """
-    with naming(path, "cannot be read"), open(path, "rb") as file:
-        head = file.read(6)
-        about = os.fstat(file.fileno())
-    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    kind = compression(path)
     if not kind:
         return path
+    with naming(path, "cannot be read"):
+        about = path.stat()
     if unpacked is None:
         raise ToolError(f"{path}: is compressed, so tasks cannot share it; unpack it first")
     mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,18 +16,28 @@ from pipeline.errors import naming
 from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, write_manifest
-from shard_tools.tar import BLOCK, Sample, ShardWriter, image_field, read_range, read_samples
+from shard_tools.members import BLOCK
+from shard_tools.sharding.stored_sample import (
+    images_by_offset,
+    read_json,
+    stored_labels,
+    take_candidate,
+)
+from shard_tools.tar import Sample, ShardWriter, read_range, read_samples
 from shard_tools.workers import map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """One new tar: `pieces` are (path of an old tar, rows to take from it)."""
+    """One new tar: `pieces` are (path of an old tar, rows to take from it); stored_labels: what the
+    labels of the rows are in the old tars; lenient: as these were adopted."""
 
     number: int
     path: Path
     first: int
     pieces: list[tuple[str, np.ndarray]]
+    stored_labels: tuple[int, ...]
+    lenient: bool
 
 
 def copy_samples(
@@ -53,7 +64,9 @@ def copy_samples(
     with naming(dest, "cannot be written"):
         partial.mkdir(parents=True)
     try:
-        jobs = _cut(manifest, shard, rows, partial, shard_size)
+        before = manifest.made.get("stored_classes", manifest.classes)
+        labels = stored_labels(classes, before)
+        jobs = _cut(manifest, shard, rows, partial, shard_size, labels)
         found: list[tuple[Shard, np.ndarray]] = [(Shard("", 0, 0, ""), rows[:0])] * len(jobs)
         for number, new, index in map_in_workers(
             copy, jobs, workers=workers, description=f"copy to {dest}", total=len(rows)
@@ -78,7 +91,12 @@ def copy_samples(
 
 
 def _cut(
-    manifest: Manifest, shard: np.ndarray, rows: np.ndarray, folder: Path, shard_size: int
+    manifest: Manifest,
+    shard: np.ndarray,
+    rows: np.ndarray,
+    folder: Path,
+    shard_size: int,
+    labels: tuple[int, ...],
 ) -> list[CopyJob]:
     """Jobs of about `shard_size` bytes each, in the order of the rows."""
     sizes = rows["length"].astype(np.int64) + 8 * BLOCK
@@ -91,7 +109,8 @@ def _cut(
             for old in np.unique(shard[members])
         ]
         path = folder / f"subset-{number:06d}.tar"
-        jobs.append(CopyJob(number, path, int(members[0]), pieces))
+        lenient = bool(manifest.made.get("lenient"))
+        jobs.append(CopyJob(number, path, int(members[0]), pieces, labels, lenient))
     return jobs
 
 
@@ -108,21 +127,20 @@ def _copy(job: CopyJob) -> tuple[int, Shard, np.ndarray]:
         writer = ShardWriter(handle)
         for path, rows in job.pieces:
             working_on(path)
-            samples = {
-                sample.fields[name][0]: sample
-                for sample in read_samples(path)
-                if (name := image_field(sample))
-            }
+            by_offset = images_by_offset(read_samples(path, lenient=job.lenient).samples)
             source = os.open(path, os.O_RDONLY)
             try:
                 for row in rows:
                     report(int(row["length"]))
-                    sample = samples.get(int(row["offset"]))
-                    if sample is None:
+                    candidates = by_offset.get(int(row["offset"]))
+                    if not candidates:
                         raise ToolError(f"{path}: no image at byte {row['offset']}; verify it")
+                    label = int(row["label"])
+                    stored = job.stored_labels[label] if job.stored_labels and label >= 0 else label
+                    sample, image = take_candidate(source, candidates, stored)
                     key = f"{job.first + writer.samples:09d}"
-                    offsets = writer.write(key, _fields(source, sample, int(row["label"])))
-                    new["offset"][writer.samples - 1] = offsets[image_field(sample)]
+                    offsets = writer.write(key, _fields(source, sample, label))
+                    new["offset"][writer.samples - 1] = offsets[image]
             finally:
                 os.close(source)
         digest = writer.close()
@@ -133,7 +151,11 @@ def _copy(job: CopyJob) -> tuple[int, Shard, np.ndarray]:
 
 
 def _fields(source: int, sample: Sample, label: int) -> dict[str, bytes]:
-    fields = {name: read_range(source, place) for name, place in sample.fields.items()}
+    """All fields, with the label of the new index in `cls` and where the json has one."""
+    fields = {name: read_range(source, extent) for name, extent in sample.fields.items()}
     if label >= 0:
         fields["cls"] = b"%d" % label
+        about = read_json(source, sample)
+        if type(about.get("label")) is int and about["label"] != label:
+            fields["json"] = json.dumps(about | {"label": label}).encode()
     return fields

@@ -1,4 +1,4 @@
-"""Look at the content of an image file: what it is, whether it is whole, what must change.
+"""Look at the content of an image file: what it is, whether it is complete, what must change.
 
 What is accepted is decided in shard_tools/image_file. JPEGs in RGB or grey pass unchanged; PNG, GIF
 and other formats and CMYK JPEGs become JPEGs. EXIF orientation is recorded and not applied, as
@@ -123,11 +123,12 @@ def decode_fully(data: bytes) -> str:
 
 
 def _jpeg_warning(data: bytes, header: Header) -> str:
-    """What libjpeg has to say about a plain JPEG, or ""."""
+    """What its scans lack or libjpeg warns of (of a plain JPEG), or ""."""
     if not header.plain:
-        return ""
+        return header.damage
     try:  # entropy decoding is complete at 1/8 size too, and warnings are errors here
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8)
+        colours = "CMYK" if header.channels == 4 else "GRAY"
+        simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8)
         return ""
     except ValueError as warning:
         return str(warning)

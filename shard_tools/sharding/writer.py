@@ -106,8 +106,8 @@ def write_shard(job: ShardJob) -> Part:
                 image = check_image(data, job.settings)
             except ImageFault as fault:
                 if job.on_error == "fail":
-                    place = f"{job.root}/{item.name}"
-                    raise ToolError(f"{place}: {fault}; --on-error skip leaves it out") from None
+                    source = f"{job.root}/{item.name}"
+                    raise ToolError(f"{source}: {fault}; --on-error skip leaves it out") from None
                 remarks.append((item.name, "skipped", str(fault)))
                 continue
             if image.converted:
@@ -152,5 +152,5 @@ def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes
 def row_of(item: Item, image: CheckedImage, offset: int) -> tuple[int, ...]:
     """The SAMPLE row of one sample."""
     kind = FORMATS.index("jpeg")
-    place = (offset, len(image.data), item.label)
-    return (*place, image.width, image.height, image.orientation, kind, 0)
+    extent = (offset, len(image.data), item.label)
+    return (*extent, image.width, image.height, image.orientation, kind, 0)

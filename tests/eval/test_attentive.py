@@ -158,6 +158,15 @@ def test_bad_input_is_one_sentence(home, words, sentence, tmp_path):
         evaluate(home, tmp_path, *words)
 
 
+def test_a_pair_that_diverges_has_no_accuracy_and_the_others_keep_theirs(home, tmp_path):
+    mixed = evaluate(home, tmp_path, "--rates", "1e30", "1e-2")
+    alone = evaluate(home, tmp_path, "--rates", "1e-2")
+    assert mixed["grid"][0] == {"lr": 1e30, "weight_decay": 0.0, "diverged": True}
+    assert mixed["grid"][1:] == alone["grid"]
+    assert mixed["top1"] == alone["top1"]
+    assert mixed["base_lr_chosen_on"].endswith("(best of 2, of which 1 diverged)")
+
+
 def test_help_names_every_flag(capsys):
     with pytest.raises(SystemExit):
         attentive.build_parser().parse_args(["--help"])

@@ -1,4 +1,4 @@
-"""CKA against exact oracles: the U-statistic by loops, and the whole set as one batch."""
+"""CKA against exact oracles: the U-statistic by loops, and the full set as one batch."""
 
 import itertools
 import json
@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)
 from torch import Tensor
 
 from eval import cka
@@ -77,10 +84,47 @@ def plain_cka(first: Tensor, second: Tensor) -> float:
     return float((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt())
 
 
-@pytest.mark.parametrize("pool", ["mean_patch", "cls"])
-def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str) -> None:
-    words = ("--pool", pool, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
+def biased_cka(first: Tensor, second: Tensor) -> float:
+    """Biased CKA by its published form: tr(K H L H) with H = 1 - 11'/n (Kornblith et al. 2019)."""
+    n = len(first)
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    k, m = (centre @ (x.double() @ x.double().T) @ centre for x in (first, second))
+    return float((k * m).sum() / ((k * k).sum() * (m * m).sum()).sqrt())
+
+
+ORACLES = {"unbiased": plain_cka, "biased": biased_cka}
+
+
+def pooled(tokens: Tensor, pool: str, kept: Tensor, full: bool) -> Tensor:
+    """Features by a plain loop over the images, of [b, 1 + L, D]."""
+    if pool == "cls":
+        return tokens[:, 0]
+    if pool == "all-kept" or not full:
+        return tokens[:, 1:].mean(1)
+    return torch.stack([image[1:][rows].mean(0) for image, rows in zip(tokens, kept, strict=True)])
+
+
+def test_the_biased_estimator_is_a_trace_and_its_bias_is_that_of_small_batches() -> None:
+    torch.manual_seed(3)
+    first, second = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    k, m = (first + 4) @ (first + 4).T, (second - 2) @ (second - 2).T  # not centred
+    centre = torch.eye(6, dtype=torch.float64) - 1 / 6
+    expected = torch.trace(k @ centre @ m @ centre) / 25
+    assert cka.biased_hsic(k, m).item() == pytest.approx(expected.item(), rel=1e-12)
+    independent = torch.randn(500, 8, 5), torch.randn(500, 8, 5)
+    grams = [cka.gram(x) for x in independent]
+    assert cka.biased_hsic(*grams).mean() > 1
+    assert abs(cka.hsic(*grams).mean()) < 0.3
+
+
+@pytest.mark.parametrize("hsic", ["unbiased", "biased"])
+@pytest.mark.parametrize("pool", ["kept-in-both", "all-kept", "cls"])
+def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str, hsic: str) -> None:
+    words = ("--pool", pool, "--hsic", hsic, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
     result = evaluate(home, *words)
+    assert (result["pool"], result["hsic"]) == (pool, hsic)
+    assert {"pool": pool, "hsic": hsic, "cka": result["cka"]} in result["variants"]
+    assert len({(v["pool"], v["hsic"]) for v in result["variants"]}) == 6
     session = session_of(parse(home, *words), ALONE)
     vit = session.vit
     batch = next(iter(session.loader(home / "val", COUNT)))
@@ -90,16 +134,13 @@ def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str) -> No
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
         vit(pixels)
-        whole = list(seen)
+        full = list(seen)
         for row, ratio in enumerate((0.3, 0.8)):
             kept = cka.kept_patches(batch.sample, 16, ratio, 0)
             part = cka.block_features(vit, pixels, kept)
             for number in range(2):
-                features = [
-                    t[number][:, 0] if pool == "cls" else t[number][:, 1:].mean(1)
-                    for t in (whole, part)
-                ]
-                assert result["cka"][row][number] == pytest.approx(plain_cka(*features), abs=2e-5)
+                x, y = (pooled(t[number], pool, kept, t is full) for t in (full, part))
+                assert result["cka"][row][number] == pytest.approx(ORACLES[hsic](x, y), abs=2e-5)
 
 
 def test_dropped_patches_do_not_reach_the_encoder(home: Path) -> None:
@@ -149,5 +190,12 @@ def test_minibatches_on_two_ranks_give_the_value_of_one(home: Path) -> None:
 def test_bad_input_is_one_sentence(home: Path) -> None:
     with pytest.raises(UserError, match="at least 4 images"):
         evaluate(home, "--batch-size", 3)
-    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size"):
+    with pytest.raises(UserError, match="has 48 images, fewer than --batch-size 64"):
         evaluate(home, "--batch-size", 64)
+    with pytest.raises(UserError, match="--images 8: are fewer than --batch-size 16"):
+        evaluate(home, "--batch-size", 16, "--images", 8)
+    with pytest.raises(UserError, match=r"--mask-ratios 0.99: leaves none of 16 patches"):
+        evaluate(home, "--batch-size", 16, "--mask-ratios", 0.5, 0.99)
+    spoil_encoder(home / "run", home / "spoilt")
+    with pytest.raises(UserError, match="features of the encoder are not finite"):
+        evaluate(home, "--batch-size", 16, "--encoder", home / "spoilt")

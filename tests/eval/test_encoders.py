@@ -218,3 +218,45 @@ def test_unreachable_hub_is_one_sentence(tmp_path):
     assert done.returncode == 2
     assert "cannot be fetched" in done.stderr.splitlines()[-1]
     assert f"--encoder FILE --arch {ARCH}.dino" in done.stderr.splitlines()[-1]
+
+
+def test_what_was_taken_to_be_so_is_printed_and_kept(tmp_path, capsys):
+    """A DINO file: heads, mean and std are in no name; the student beside it is not taken."""
+    state = dino(tiny(global_pool="token").state_dict())
+    torch.save({"teacher": state, "student": state}, tmp_path / "dino.pth")
+    session = session_of(parse("--encoder", tmp_path / "dino.pth", *WORDS), ALONE)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("encoder: a file of DINO: mean and std 0.485,0.456,0.406 0.229")
+    assert line.endswith("weights from teacher.backbone; not taken: student.backbone")
+    assert session.info.record["note"] == line.removeprefix("encoder: ")
+
+
+def test_another_image_size_and_resize_reach_the_result(tmp_path):
+    """--options on a run folder is not ignored; above 224 pixels nothing is cut off (MAE)."""
+    run = write_encoder(tmp_path / "run")
+    write_shards(tmp_path / "train", *coloured_images(12, 2, seed=1))
+    data = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "train"), "--workers", "0"]
+    results = {}
+    for size, more in ((16, []), (32, []), (16, ["--resize", "16"]), (232, [])):
+        options = ["--options", json.dumps({"img_size": size})]
+        words = ["--encoder", str(run), *options, *more, *data, "--k", "3"]
+        args = knn.build_parser().parse_args(words)
+        session = session_of(args, ALONE, "cls")
+        assert session.image_size == size
+        result = knn.evaluate(settings_of(knn.Settings, args), session)
+        assert result["encoder"]["options"]["img_size"] == size
+        results[size, *more] = result["resize"]
+        batch = next(iter(session.loader(tmp_path / "train", 4)))
+        assert batch.image.shape[1:3] == (size, size)
+    assert results == {(16,): 18, (32,): 37, (16, "--resize", "16"): 16, (232,): 232}
+    with pytest.raises(UserError, match="resize 15 is smaller than image_size 16"):
+        session_of(parse("--encoder", run, "--resize", "15"), ALONE)
+
+
+def test_results_of_another_size_ema_or_resize_have_names_of_their_own(tmp_path):
+    names = set()
+    for words in ([], ["--ema"], ["--resize", "20"], ["--options", "{img_size: 32}"]):
+        choice = encoder_of(parse("--encoder", tmp_path, *words))
+        names.add(output_path(None, choice, "knn").name)
+    assert len(names) == 4
+    assert "knn.json" in names

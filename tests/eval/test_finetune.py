@@ -24,6 +24,7 @@ from timm.layers import DropPath
 from eval import finetune
 from eval.finetune import Settings
 from eval.shared import batch_augment as augment
+from eval.shared import finetune_plan
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import (
     build_classifier,
@@ -36,6 +37,7 @@ from eval.shared.cli import settings_of
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import normalise
 from eval.shared.session import EvalSession, session_of
+from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import PREEMPTED, Ranks
 from pipeline.errors import UserError
@@ -257,7 +259,7 @@ def test_two_ranks_finetune_resume_and_export(home: Path, tmp_path: Path) -> Non
     assert round(100 * correct / 37, 3) == result["top1"]
 
 
-def test_going_on_equals_never_stopping(home: Path, tmp_path: Path) -> None:
+def test_resuming_equals_never_stopping(home: Path, tmp_path: Path) -> None:
     init_ranks()
     results = []
     for name, stops in (("whole", (12,)), ("parts", (5, 12))):
@@ -271,8 +273,137 @@ def test_going_on_equals_never_stopping(home: Path, tmp_path: Path) -> None:
         evaluate(other, tmp_path / "whole")
 
 
+def test_stopping_within_an_epoch_resumes_there(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At half of the first of two epochs of four steps; the rest is that of one run."""
+    init_ranks()
+    done, train_step = [], finetune.Finetuning.train_step
+
+    def note(self: finetune.Finetuning, step: int, micro: object) -> torch.Tensor:
+        done.append(step)
+        return train_step(self, step, micro)
+
+    monkeypatch.setattr(finetune.Finetuning, "train_step", note)
+    words = arguments(home, tmp_path / "x", "--epochs", "2", "--warmup-epochs", "1")
+    half = evaluate([*words, "--stop-epoch", "0.5"], tmp_path / "parts")
+    assert done == [0, 1]
+    assert [row["epoch"] for row in half["history"]] == [0.5]
+    assert half["top1"] == half["history"][-1]["top1"]
+    again = evaluate([*words, "--stop-epoch", "0.5"], tmp_path / "parts")
+    assert (done, again["history"]) == ([0, 1], half["history"])
+    parts = evaluate(words, tmp_path / "parts")
+    assert done == list(range(8))
+    whole = evaluate(words, tmp_path / "whole")
+    assert parts["history"] == whole["history"]
+    assert [row["epoch"] for row in parts["history"]] == [1.0, 2.0]
+
+
+def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init_ranks()
+    run, short = write_encoder(tmp_path / "run", seed=3), ("--epochs", "1", "--warmup-epochs", "0")
+    words = arguments(home, tmp_path / "x.json", *short, "--encoder", str(run))
+    first = evaluate(words, tmp_path / "x")
+    monkeypatch.chdir(tmp_path)
+    names = [os.path.relpath(home / name) for name in ("train", "val")]
+    relative = ["--encoder", "run", "--train", names[0], "--val", names[1]]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Finetuning, "train_step", None)  # all is done
+        assert evaluate([*words, *relative], Path("x"))["history"] == first["history"]
+    write_encoder(tmp_path / "other", seed=4)
+    with pytest.raises(UserError, match="another encoder; remove it"):
+        evaluate([*words, "--encoder", "other"], tmp_path / "x")
+
+
+def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> None:
+    """12 images make an epoch of 70 draws, 4 batches of 16, each draw with its own crop."""
+    init_ranks()
+    few = write_shards(tmp_path / "few", *coloured_images(12, 6, seed=1))
+    words = arguments(home, tmp_path / "x", "--train", str(few), "--epochs", "2")
+    words += ["--warmup-epochs", "1", "--samples-per-epoch", "70"]
+    s, session = asked(words)
+    plan = finetune_plan.plan_training(s, tmp_path, ALONE)
+    assert (plan.steps, plan.total) == (4, 8)
+    run = finetune.Finetuning(s, plan, session)
+    epochs: list[list[torch.Tensor]] = [[], []]
+    for batch in run.batches(0):
+        epochs[batch.epoch].append(batch)
+    run.engine.destroy()
+    for batches in epochs:
+        drawn = torch.cat([batch.sample for batch in batches])
+        assert len(drawn) == 64
+        counts = torch.bincount(drawn, minlength=12)
+        assert counts.min() < 4 < 7 < counts.max()  # replaced: not five or six of each
+        images = torch.cat([batch.image for batch in batches])[drawn == counts.argmax()]
+        assert len(torch.unique(images, dim=0)) > 1
+    result = evaluate(words, tmp_path / "x")
+    assert result["settings"]["samples_per_epoch"] == 70
+    assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
+
+
+def test_another_choice_of_labels_replaces_the_one_before(home: Path, tmp_path: Path) -> None:
+    counts = []
+    for words in (("0.3",), ("0.5",), ("0.5", "--subset-seed", "1")):
+        s, _ = asked(arguments(home, tmp_path / "x", "--fraction", *words))
+        manifest = read_manifest(finetune_plan.choose_labels(s, tmp_path, ALONE))
+        made = manifest.made["options"]
+        assert (made["fraction"], made["seed"]) == (s.fraction, s.subset_seed)
+        counts.append(manifest.samples)
+        before = (tmp_path / "subset/manifest.json").stat().st_mtime_ns
+        finetune_plan.choose_labels(s, tmp_path, ALONE)  # the same one stays
+        assert (tmp_path / "subset/manifest.json").stat().st_mtime_ns == before
+    assert counts == [22, 36, 36]
+
+
+def test_the_default_configuration_is_found_from_any_folder(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_ds_config(Settings("", "").ds_config) == read_ds_config(ZERO2)
+
+
+def distilled() -> torch.nn.Module:
+    torch.manual_seed(3)
+    model = timm.create_model("deit_base_distilled_patch16_224", num_classes=0, **OPTIONS)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def test_a_distilled_deit_is_finetuned_on_the_mean_of_its_patches(
+    home: Path, tmp_path: Path
+) -> None:
+    init_ranks()
+    encoder = distilled()
+    info = EncoderInfo("deit_base_distilled_patch16_224.x", OPTIONS, (), (), {})
+    model = build_classifier(encoder, info, 5, drop_path=0.1).eval()
+    torch.nn.init.normal_(model.head.weight)
+    pixels = torch.randn(3, 3, 16, 16)
+    last: list[torch.Tensor] = []
+    encoder.blocks[-1].register_forward_hook(lambda m, i, output: last.append(output))
+    with torch.no_grad():
+        encoder.forward_features(pixels)
+        mean = last[0][:, 2:].mean(dim=1)  # after the cls and the distillation token
+        normal = torch.nn.functional.layer_norm(mean, (32,), eps=1e-6)
+        torch.testing.assert_close(
+            model(pixels), normal @ model.head.weight.T, rtol=1e-4, atol=1e-4
+        )
+    groups = layer_groups(model, weight_decay=0.05, layer_decay=0.75)
+    found = {id(p): (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found[id(model.reg_token)] == (0.75**3, 0.0)
+    torch.save({"model": encoder.state_dict()}, tmp_path / "deit.pth")
+    words = arguments(home, tmp_path / "x", "--encoder", str(tmp_path / "deit.pth"))
+    words += ["--arch", "deit_base_distilled_patch16_224", "--options", json.dumps(OPTIONS)]
+    result = evaluate([*words, "--max-steps", "2"], tmp_path / "x")
+    assert result["encoder"]["arch"] == "deit_base_distilled_patch16_224"
+    again, _ = read_classifier(tmp_path / "x")
+    assert again(pixels).shape == (3, 6)
+
+
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["within an epoch", "at its end"])
-def test_a_signal_saves_once_and_going_on_equals_never_stopping(
+def test_a_signal_saves_once_and_resuming_equals_never_stopping(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     init_ranks()
@@ -297,11 +428,11 @@ def test_a_signal_saves_once_and_going_on_equals_never_stopping(
             evaluate(words, tmp_path / "a")
         assert stopped.value.code == PREEMPTED
         assert saved == [stop_at]
-        going_on, whole = (evaluate(words, tmp_path / name) for name in ("a", "b"))
+        resumed, whole = (evaluate(words, tmp_path / name) for name in ("a", "b"))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert going_on["history"] == whole["history"]
+    assert resumed["history"] == whole["history"]
     assert done == [*range(8), *range(8)]
 
 
@@ -370,9 +501,28 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
     ("change", "words"),
     [
         (("--batch-size", "128"), "too few for --batch-size 128"),
-        (("--batch-size", "15"), "mixup pairs images"),
+        (("--batch-size", "15", "--mixup", "1"), "--batch-size 15: mixup and cutmix pair .* of 2,"),
+        (("--batch-size", "15", "--cutmix", "1"), "and 15 per rank is odd"),
+        (("--batch-size", "0"), "--batch-size 0: must be at least 1"),
         (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
         (("--fraction", "2"), "--fraction must lie in"),
+        (("--fraction", "0.5", "--subset", "names.txt"), "--subset and --fraction both choose"),
+        (("--subset", "names.txt"), "names.txt: no such file"),
+        (("--ds_config", "zero0", "--precision", "bf16"), "--precision bf16 needs ZeRO stage 1"),
+        (("--batch-size", "128", "--samples-per-epoch", "100"), "--samples-per-epoch 100: too few"),
+        (("--samples-per-epoch", "0"), "--samples-per-epoch must be at least 1"),
+        (("--stop-epoch", "0"), "--stop-epoch above 0"),
+        (("--validate-epochs", "0"), "--validate-epochs must be at least 1"),
+        (("--epochs", "0.1", "--warmup-epochs", "0"), "--epochs 0.1: less than a step, with 4"),
+        (("--base-lr", "nan"), "--base-lr nan: must be finite"),
+        (("--base-lr", "0"), "--base-lr must be above 0"),
+        (("--layer-decay", "0"), "--layer-decay must lie in"),
+        (("--drop-path", "1"), "--drop-path in"),
+        (("--erasing", "2"), "--erasing must lie in"),
+        (("--smoothing", "1"), "--smoothing in"),
+        (("--weight-decay", "-1"), "--weight-decay and --min-lr must be at least 0"),
+        (("--randaugment", "rind-m9"), "randaugment 'rind-m9' is not a policy"),
+        (("--val", "nowhere"), "nowhere: no such folder"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -385,7 +535,7 @@ def test_bad_input_is_one_sentence(
 
 def test_few_labels_are_a_share_of_each_class(home: Path, tmp_path: Path) -> None:
     s, _ = asked(arguments(home, tmp_path / "x.json", "--fraction", "0.3"))
-    train = finetune.choose_labels(s, tmp_path, ALONE)
+    train = finetune_plan.choose_labels(s, tmp_path, ALONE)
     assert train == str(tmp_path / "subset")
     labels = read_manifest(train).index["label"]
     assert np.bincount(labels).tolist() == [4, 4, 4, 4, 3, 3]  # of 12, 12, 12, 12, 11, 11

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)
 
 from eval import knn
 from eval.shared.cli import settings_of
@@ -74,6 +81,15 @@ def test_two_ranks_give_the_result_of_one(home: Path) -> None:
         ]  # fmt: skip
 
 
+def test_features_that_are_not_finite_have_no_accuracy(home: Path, tmp_path: Path) -> None:
+    spoil_encoder(home / "run", tmp_path / "run")
+    with pytest.raises(UserError, match="train: the encoder's features of it are not finite"):
+        evaluate(home, "--encoder", str(tmp_path / "run"))
+
+
 def test_too_many_neighbours_are_refused(home: Path) -> None:
     with pytest.raises(UserError, match="--k 71: must lie between 1 and 70"):
         evaluate(home, "--k", "71")
+    for words in (("--temperature", "0"), ("--micro-batch", "0")):
+        with pytest.raises(UserError, match="--temperature must be above 0 and --micro-batch"):
+            evaluate(home, *words)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from eval_helpers import (
     ALONE,
     MEAN,
+    OPTIONS,
     SIZE,
     STD,
     coloured_images,
@@ -27,6 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from eval import linprobe
+from eval.shared import linprobe_plan
 from eval.shared.cli import run_command, settings_of
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import count_correct
@@ -188,7 +191,7 @@ def test_crop_is_tensorflows() -> None:
         areas.append((box.right - box.left) * (box.bottom - box.top) / 2400)
     assert min(areas) < 0.12
     assert max(areas) > 0.9
-    # The whole area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
+    # The full area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
     uniform = [1.0 - 1e-9, 0.5] + [0.0] * 21
     box, flip = crop.choose(uniform)(60, 40)
     assert (box.left, box.top, box.right, box.bottom) == (0, 0, 49, 40)
@@ -232,7 +235,7 @@ def test_cached_and_augmented_runs_learn_something(home: Path, tmp_path: Path) -
     easy = ("--epochs", "60", "--feature", "mean_patch")
     cached = evaluate(home, tmp_path, "--protocol", "cached", *easy)
     assert cached["top1"] > 60  # chance is 16.7
-    assert [row["base_lr"] for row in cached["grid"]] == list(linprobe.GRID)
+    assert [row["base_lr"] for row in cached["grid"]] == list(linprobe_plan.GRID)
     best = next(row for row in cached["grid"] if row["base_lr"] == cached["base_lr"])
     assert best["held_out"] == max(row["held_out"] for row in cached["grid"])
     assert (cached["top1"], cached["top5"]) == (best["validation"], best["validation_top5"])
@@ -253,7 +256,7 @@ def work(ranks: Ranks, home: str) -> None:
         (Path(home) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_going_on_equals_never_stopping(
+def test_resuming_equals_never_stopping(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped by SIGTERM in the middle of an epoch, and again by the end of --max-steps' trial."""
@@ -314,6 +317,38 @@ def test_two_ranks_give_the_result_of_one(home: Path) -> None:
                 assert result["grid"] == alone["grid"]
 
 
+@pytest.mark.parametrize("protocol", ["mae", "cached"])
+def test_features_probed_beside_are_those_probed_alone(
+    home: Path, tmp_path: Path, protocol: str
+) -> None:
+    words = ("--protocol", protocol, "--base-lr", "20", "--feature", "cls")
+    both = evaluate(home, tmp_path / "both", *words, "--also", "mean_patch")
+    cls, mean = (
+        evaluate(home, tmp_path / name, *words, "--feature", name) for name in ("cls", "mean_patch")
+    )
+    assert both["settings"]["also"] == ("mean_patch",)
+    assert "also" not in cls["settings"]
+    names = ("top1", "top5", "images") + (("base_lr", "grid") if protocol == "cached" else ())
+    assert [both[n] for n in ("feature", *names)] == [cls[n] for n in ("feature", *names)]
+    (row,) = both["also"]
+    assert [row[n] for n in ("feature", *names)] == [mean[n] for n in ("feature", *names)]
+    assert cls["top1"] != mean["top1"]
+    if protocol == "mae":  # resumed: both are there
+        assert evaluate(home, tmp_path / "both", *words, "--also", "mean_patch")["also"] == [row]
+        with pytest.raises(UserError, match="another also"):
+            evaluate(home, tmp_path / "both", *words)
+
+
+def test_a_feature_is_probed_once_and_must_be_there(home: Path, tmp_path: Path) -> None:
+    for also in (("cls",), ("mean_patch", "mean_patch")):
+        with pytest.raises(UserError, match=r"--also .*: each feature once"):
+            evaluate(home, tmp_path, "--also", *also)
+    options = json.dumps(OPTIONS | {"class_token": False, "global_pool": "avg"})
+    words = ("--encoder", "random", "--arch", "vit_base_patch16_224", "--options", options)
+    with pytest.raises(UserError, match="has no cls token"):
+        evaluate(home, tmp_path, *words, "--feature", "mean_patch", "--also", "cls")
+
+
 def test_command_writes_its_result(home: Path) -> None:
     done = command(linprobe, *arguments(home, "--max-steps", "2", "--local_rank", "0"))
     assert done.returncode == 0, done.stderr
@@ -324,16 +359,72 @@ def test_command_writes_its_result(home: Path) -> None:
     assert f"top-1 {result['top1']:.2f} %" in done.stdout
 
 
+def test_a_rate_that_diverges_has_no_accuracy_and_the_others_keep_theirs(
+    home: Path, tmp_path: Path
+) -> None:
+    def grid(*rates: str) -> dict:
+        return evaluate(home, tmp_path, "--protocol", "cached", "--grid", *rates)
+
+    mixed, kept = grid("1e30", "0.1", "1e38", "1"), grid("0.1", "1")
+    rows = mixed["grid"]
+    assert [rows[0], rows[2]] == [{"base_lr": r, "diverged": True} for r in (1e30, 1e38)]
+    assert [rows[1], rows[3]] == kept["grid"]
+    assert (mixed["top1"], mixed["base_lr"]) == (kept["top1"], kept["base_lr"])
+    assert mixed["base_lr_chosen_on"].endswith("(best of 4, of which 2 diverged)")
+    assert kept["base_lr_chosen_on"].endswith("(best of 2)")
+    json.dumps(mixed, allow_nan=False)
+    with pytest.raises(UserError, match="not finite at the end at base learning rate 1e"):
+        grid("1e30", "1e38")
+
+
+@pytest.mark.parametrize(
+    ("images", "select", "refused"),
+    [(1, "held-out", True), (1, "validation", True), (2, "held-out", True),
+     (2, "validation", False), (3, "held-out", False)],
+)  # fmt: skip
+def test_a_cached_probe_needs_two_images_to_train_on(
+    home: Path, tmp_path: Path, images: int, select: str, refused: bool
+) -> None:
+    train = write_shards(tmp_path / "few", *coloured_images(images, 6, seed=1), classes=6)
+    words = ("--protocol", "cached", "--train", str(train), "--select", select)
+    if refused:
+        with pytest.raises(UserError, match=f"{images} training images, .* needs at least 2"):
+            evaluate(home, tmp_path / "x", *words)
+    else:
+        assert evaluate(home, tmp_path / "x", *words)["images"] == 37
+
+
+def test_a_checkpoint_belongs_to_the_encoder_and_not_to_its_path(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_encoder(tmp_path / "run", seed=3)
+    first = evaluate(home, tmp_path / "out", "--encoder", str(run))
+    monkeypatch.chdir(tmp_path)
+    names = [os.path.relpath(home / name) for name in ("train", "val")]
+    words = ("--encoder", "run/encoder", "--train", names[0], "--val", names[1])
+    monkeypatch.setattr(Training, "step", None)  # all is done
+    assert evaluate(home, tmp_path / "out", *words)["top1"] == first["top1"]
+    shutil.rmtree(run)
+    write_encoder(run, seed=4)
+    with pytest.raises(UserError, match="a training with another encoder; remove it"):
+        evaluate(home, tmp_path / "out", "--encoder", str(run))
+    other = ("--encoder", str(home / "run"), "--train", str(home / "val"), "--batch-size", "16")
+    with pytest.raises(UserError, match=r"batch_size \(32, now 16\), encoder, train; remove"):
+        evaluate(home, tmp_path / "out", *other)
+
+
 @pytest.mark.parametrize("protocol", ["mae", "cached"])
 def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_written(
     home: Path, tmp_path: Path, protocol: str
 ) -> None:
+    words_of = {"mae": "the loss or the weights of the probe are not finite"}
+    words_of["cached"] = f"{home / 'train'}: the encoder's features of it are not finite"
     spoil_encoder(home / "run", tmp_path / "run")
     words = arguments(home, "--protocol", protocol, "--output", str(tmp_path / "x.json"))
     words[words.index("--encoder") + 1] = str(tmp_path / "run")
     done = command(linprobe, *words)
     assert done.returncode == 2
-    assert "error: the loss or the weights of the probe are not finite" in done.stderr
+    assert f"error: {words_of[protocol]}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.json").exists()
 
@@ -345,6 +436,11 @@ def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_writte
         (("--encoder", "nowhere"), "nowhere"),
         (("--val", "nowhere"), "nowhere: no such folder"),
         (("--epochs", "0"), "--epochs"),
+        (("--batch-size", "1"), "--batch-size 1: the batch norm needs"),
+        (("--base-lr", "nan"), "--base-lr nan: must be finite"),
+        (("--base-lr", "0"), "--base-lr .* must be above 0"),
+        (("--grid", "1", "inf"), r"--grid \[1.0, inf\]: must be finite"),
+        (("--warmup-epochs", "-1"), "--warmup-epochs must be"),
     ],
 )
 def test_bad_input_is_one_sentence(

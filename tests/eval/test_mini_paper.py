@@ -80,10 +80,13 @@ def test_cka_counts_all_blocks_where_most_is_dropped(tmp_path):
     workspace = mini_paper.Workspace(tmp_path, read_scale("mini"))
     folder = tmp_path / "mae-0" / "eval"
     folder.mkdir(parents=True)
-    cka = {"ratios": [0.6, 0.7, 0.8], "cka": [[0, 0], [0.5, 0.75], [0.25, 0.5]]}
+    ways = (("kept-in-both", [[0, 0], [0.5, 0.75], [0.25, 0.5]]), ("all-kept", [[1, 1]] * 3))
+    variants = [{"pool": pool, "hsic": "unbiased", "cka": table} for pool, table in ways]
+    cka = {"ratios": [0.6, 0.7, 0.8], **variants[0], "variants": variants}
     (folder / "cka.json").write_text(json.dumps(cka))
-    assert mini_paper.our_value(workspace, "MAE", 0, "cka") == 0.5
-    assert mini_paper.our_value(workspace, "MAE", 1, "cka") is None
+    assert mini_paper.our_value(workspace, "MAE", 0, "cka kept-in-both") == 0.5
+    assert mini_paper.our_value(workspace, "MAE", 0, "cka all-kept") == 1
+    assert mini_paper.our_value(workspace, "MAE", 1, "cka all-kept") is None
 
 
 @pytest.mark.slow

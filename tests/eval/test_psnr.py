@@ -8,7 +8,7 @@ import pytest
 import torch
 from eval_helpers import ALONE, MEAN, STD, coloured_images, on_two_ranks, write_shards
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
 
 from eval import psnr, reconstruct
@@ -99,6 +99,16 @@ def test_without_norm_pix_nothing_is_given_back(home):
     assert "as they are" in result["statistics"]
 
 
+def test_predictions_that_are_not_finite_have_no_psnr(home):
+    state = load_file(home / "mae/model.safetensors")
+    state["measure.decoder.head.bias"][0] = float("nan")
+    (home / "lost").mkdir()
+    (home / "lost/recipe.yaml").write_text((home / "mae/recipe.yaml").read_text())
+    save_file(state, home / "lost/model.safetensors")
+    with pytest.raises(UserError, match="lost: its predictions are not finite"):
+        evaluate(home, "lost")
+
+
 def test_predictions_are_clipped_and_perfect_ones_are_finite():
     image = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
     inverse = torch.tensor([[0, 1, 2, 3]])  # two visible, two hidden, patch 2
@@ -169,6 +179,13 @@ def test_pictures_from_files(home, tmp_path):
     assert note == "75% hidden; pixels as predicted"
 
 
+def test_a_file_that_is_no_picture_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    for name in ("a.png", "none.png"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+            reconstruct.read_files([str(tmp_path / name)], 16)
+
+
 @pytest.mark.parametrize(
     ("run", "more", "sentence"),
     [
@@ -176,6 +193,7 @@ def test_pictures_from_files(home, tmp_path):
         ("nowhere", [], "nowhere"),
         ("mae/mae.pth", [], "needs --recipe"),
         ("mae/recipe.yaml", ["--recipe", str(RECIPES / "mae_vits.yaml")], "cannot be read"),
+        ("mae", ["--micro-batch", "0"], "--micro-batch must be at least 1"),
         ("mae", ["--mask-ratio", "1"], "--mask-ratio 1.0: must leave some of 16 patches"),
     ],
 )

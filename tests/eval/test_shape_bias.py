@@ -135,7 +135,22 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     ]
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
-    cases.append((parse("--decisions", wrong), "the column category is missing"))
+    cases.append((parse("--decisions", wrong), "line 2: the column category is missing"))
+    images = ("--images", home / "images")
+    cases.append((parse("--decisions", tmp_path / "no.csv"), "no.csv: cannot be read"))
+    (tmp_path / "empty.csv").write_text("object_response,category,imagename\n")
+    cases.append((parse("--decisions", tmp_path / "empty.csv"), "no decisions in it"))
+    (tmp_path / "short.csv").write_text("object_response,category,imagename\ncat,dog\n")
+    cases.append((parse("--decisions", tmp_path / "short.csv"), "the column imagename is missing"))
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    cases.append((parse("--decisions", tmp_path / "binary.csv"), "cannot be read as a CSV"))
+    small = ("--classifier", home / "model", *images, "--batch-size", 0)
+    cases.append((parse(*small), "--batch-size must be at least 1"))
+    cases.append((parse("--classifier", "timm:no_such_model", *images), "cannot be fetched"))
+    (tmp_path / "pictures/cat").mkdir(parents=True)
+    (tmp_path / "pictures/cat/cat1-dog1.png").write_text("no picture")
+    broken = ("--classifier", home / "model", "--images", tmp_path / "pictures")
+    cases.append((parse(*broken), "cat1-dog1.png: cannot be read as a picture"))
     for settings, words in cases:
         with pytest.raises(UserError, match=words):
             shape_bias.evaluate(settings, ALONE)

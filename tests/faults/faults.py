@@ -129,7 +129,7 @@ def vanished_shard(place: Place) -> str:
     code, text = place.run(shards)
     assert code == 0, text[-500:]
     assert not differences(place.folder / "run", place.reference)
-    return "exit 2 with the shard's name where it was not open yet; goes on, bit for bit"
+    return "exit 2 with the shard's name where it was not open yet; resumes, bit for bit"
 
 
 def broken_checkpoint(place: Place) -> str:
@@ -176,7 +176,7 @@ def sigterm(place: Place) -> str:
     child.signal(signal.SIGTERM)
     assert child.wait() == PREEMPTED
     place.same()
-    return f"saved at step 5, exit {PREEMPTED}; goes on, bit for bit"
+    return f"saved at step 5, exit {PREEMPTED}; resumes, bit for bit"
 
 
 @contextlib.contextmanager
@@ -239,12 +239,12 @@ def disk_full(place: Place, policy: str) -> str:
 
 def disk_full_stop(place: Place) -> str:
     """the disk is full at a save, two ranks, monitor.on_disk_full: stop"""
-    return disk_full(place, "stop") + "; exit 2 on both; goes on, bit for bit"
+    return disk_full(place, "stop") + "; exit 2 on both; resumes, bit for bit"
 
 
 def disk_full_continue(place: Place) -> str:
     """the disk is full at a save, two ranks, monitor.on_disk_full: continue"""
-    return disk_full(place, "continue") + "; the run goes on and saves later, bit for bit"
+    return disk_full(place, "continue") + "; the run continues and saves later, bit for bit"
 
 
 def poisoned(steps: range) -> None:
@@ -343,7 +343,7 @@ def rank_killed(place: Place) -> str:
     assert "lost contact to another rank" in one_line(children[0].log.read_text())
     first = goes_on(place, reference).splitlines()[0]
     assert first.startswith("previous run failed: rank 0 on ")
-    return f"the other ends with 1 in {took:.0f} s, one line; goes on, bit for bit"
+    return f"the other ends with 1 in {took:.0f} s, one line; resumes, bit for bit"
 
 
 def rank_stuck(place: Place) -> str:
@@ -363,7 +363,7 @@ def rank_stuck(place: Place) -> str:
     assert "no progress" in (place.folder / "run" / FAILURE).read_text()
     children[1].kill()
     assert "no progress" in goes_on(place, reference).splitlines()[0]
-    return f"exit {STUCK} in {took:.0f} s with step, rank and stack; goes on, bit for bit"
+    return f"exit {STUCK} in {took:.0f} s with step, rank and stack; resumes, bit for bit"
 
 
 def second_run(place: Place) -> str:

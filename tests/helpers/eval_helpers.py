@@ -112,8 +112,8 @@ def command(module: ModuleType, *arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def _on_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+def _on_rank(rank: int, world: int, port: int, work: Callable[..., None], arguments: tuple) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     ranks = join_ranks()
@@ -123,11 +123,16 @@ def _on_rank(rank: int, port: int, work: Callable[..., None], arguments: tuple) 
 
 def on_two_ranks(work: Callable[..., None], *arguments: str) -> None:
     """Call work(ranks, *arguments) on two real processes joined by gloo."""
+    on_ranks(2, work, *arguments)
+
+
+def on_ranks(world: int, work: Callable[..., None], *arguments: str) -> None:
+    """Call work(ranks, *arguments) on real processes joined by gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # A server that has imported everything once, from which every rank is forked.
     multiprocessing.set_forkserver_preload(["eval.finetune", "eval.linprobe"])
     torch.multiprocessing.start_processes(
-        _on_rank, (port, work, arguments), nprocs=2, start_method="forkserver"
+        _on_rank, (world, port, work, arguments), nprocs=world, start_method="forkserver"
     )

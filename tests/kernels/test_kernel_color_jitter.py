@@ -95,6 +95,21 @@ def test_kernel_equals_reference_on_visible_patches_of_planes(patch, count):
     assert got.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"brightness": 1.5, "hue": 0.0, "probability": 1.0, "grayscale": 1.0}]
+)
+def test_parameters_by_the_kernel_are_the_references_bits(settings):
+    sample = torch.cat([torch.arange(300), torch.tensor([2**40 + 1, 2**62])]).to(DEVICE)
+    keys = {"seed": 2**50 + 7, "epoch": 2**31 + 5, "view": 1, **settings}
+    with using("reference"):
+        expected = kernels.jitter_parameters(sample, **keys)
+    with using("triton"):
+        got = kernels.jitter_parameters(sample, **keys)
+    for mine, wanted in zip(got, expected, strict=True):
+        assert mine.dtype == wanted.dtype
+        assert torch.equal(mine, wanted)
+
+
 def test_parameters_follow_their_distributions():
     factors, order, apply, gray = kernels.jitter_parameters(
         torch.arange(20_000), seed=0, epoch=0, view=1, grayscale=0.2

@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+from flat_jpeg import flat_jpeg
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +17,7 @@ from pipeline.data import jpeg as decode
 from pipeline.data.crops import Box, CentreCrop, Crop
 from pipeline.data.jpeg import DecodeError, available, decoder
 from pipeline.errors import UserError
+from shard_tools.image_file import ImageFault, next_marker, read_header
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))
 DECODERS = available()
@@ -205,6 +207,20 @@ def test_decompression_bombs_are_refused(name: str, photograph: Image.Image) -> 
         run(name, bomb)
 
 
+def test_the_limit_of_pixels_is_the_last_that_is_accepted() -> None:
+    data = flat_jpeg(16, 16)
+    at = data.index(b"\xff\xc0") + 5
+    sizes = {(9459, 9459): True, (9460, 9459): False, (1, 65_500): True, (1, 65_501): False}
+    for (height, width), good in sizes.items():
+        declared = data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+        if good:
+            header = read_header(declared)
+            assert (header.width, header.height) == (width, height)
+        else:
+            with pytest.raises(ImageFault, match=f"{width}x{height} pixels"):
+                read_header(declared)
+
+
 def many_scans(count: int) -> bytes:
     """A valid baseline colour file with one scan per component, the first one `count` times."""
     grey = encode(PICTURE.convert("L").resize((16, 16)))
@@ -250,6 +266,19 @@ def test_the_extension_refuses_wrong_arguments(photograph: Image.Image) -> None:
     for wrong in (bytes(192), out[:, ::2]):
         with pytest.raises((TypeError, BufferError, ValueError)):
             call(data, wrong, 8, 0, 0, 5, 5, True, False, True)
+
+
+@pytest.mark.skipif(
+    not hasattr(decode._jpegcrop, "next_marker"),
+    reason="no extension, or one older than its source",
+)
+@given(
+    data=st.lists(st.sampled_from([b"\xff", b"\0", b"\xd0", b"\xd7", b"\xd8", b"\1", b"a"])),
+    start=st.integers(0, 30),
+)
+def test_the_extension_finds_the_same_markers(data: list[bytes], start: int) -> None:
+    joined = b"".join(data)
+    assert decode._jpegcrop.next_marker(joined, start) == next_marker(joined, start)
 
 
 VICTIMS = [

@@ -12,12 +12,13 @@ from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
 from pipeline.config.recipe import HeadsRecipe, RecipeError
 from pipeline.distributed import can_build
 from pipeline.errors import UserError
+from pipeline.kernels import cutmix
 from pipeline.kernels.philox import uniform
 from pipeline.method.encoder import Encoder, encoder_state
 from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
-from pipeline.method.views import FIRST, SECOND, cutmix, make_views
+from pipeline.method.views import FIRST, SECOND, make_views
 from pipeline.method.vit import sincos_position
 
 SAMPLE = torch.tensor([11, 4, 29])

@@ -7,14 +7,17 @@ import sys
 
 import pytest
 import torch
-from tiny import images, tiny_recipe
+from kernels_testing import DEVICE, using
+from tiny import METHODS, PATCH, images, tiny_recipe
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 from eval.shared.processes import LAUNCHER
 from pipeline.config.ds_config import plan_recipe
 from pipeline.distributed import close
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.views import make_views
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
 
@@ -63,6 +66,74 @@ def test_objective_teacher_and_monitor_read_nothing(name, tmp_path):
                 teacher.update(objective, 0.99)
     monitor.close()
     assert reads.count == 0
+
+
+VARIANTS = {
+    **{name: (name,) for name in METHODS},
+    "mocov3": ("mocov3",),
+    "mae cutmix": ("mae", "views.cutmix=0.5"),
+    "rmae jitter": ("rmae", "views.jitter.where=visible"),
+    "mae jitter whole": ("mae", "views.jitter.where=whole"),
+    "cmae cutmix": ("cmae", "views.cutmix=0.5", "views.jitter.grayscale=0.2"),
+}
+
+
+class CountLaunches(CountReads):
+    """Counts also what a device would launch: ops that are no views, kernels, and copies of Python
+    numbers to the device, which wait for it."""
+
+    FREE = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.numbers += name == "lift_fresh"  # torch.tensor(…), Tensor.new_tensor(…)
+        if func.namespace == "aten" and not func.is_view and name not in self.FREE:
+            self.launches += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Kernels launched, and memory filled around them, which no dispatch mode sees."""
+    count = {"kernels": 0}
+    call, zeros = GridExecutor.__call__, torch.Tensor.new_zeros
+
+    def launch(self, *args, **kwargs):
+        count["kernels"] += 1
+        return call(self, *args, **kwargs)
+
+    def fill(self, *args, **kwargs):
+        count["kernels"] += torch._C._len_torch_dispatch_stack() == 0  # else the mode sees it
+        return zeros(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", fill)
+    return count
+
+
+def views_of(variant):
+    recipe = tiny_recipe(*VARIANTS[variant])
+    batch, sample = images(4), torch.arange(4)
+    crop = images(4, seed=1) if recipe.views.second == "crop" else None
+    return lambda: make_views(batch, sample, recipe=recipe, epoch=0, patch=PATCH, crop=crop)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's launches")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_masks_jitter_and_cutmix_are_few_launches_without_a_wait(variant, launched):
+    draw = views_of(variant)
+    with using("triton"):
+        draw()  # fills the tables that are kept
+        launched["kernels"] = 0
+        with CountLaunches() as seen:
+            draw()
+    assert seen.count == 0
+    assert seen.numbers == 0
+    assert seen.launches + launched["kernels"] <= 12, (seen.launches, launched)
 
 
 def reads_of(stage):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from image_corpus import corpus
+from PIL import Image, ImageOps, features
 from shard_samples import (
     SMALL,
     encode,
@@ -19,9 +20,11 @@ from shard_samples import (
     report,
 )
 
+from shard_tools.image_file import Conversion
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
 from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
+from shard_tools.verify_shards import verify
 
 
 @pytest.fixture
@@ -91,6 +94,93 @@ def test_orientation_is_recorded_and_not_applied(odd: Path, tmp_path: Path) -> N
         assert json.loads(read_samples(dest)[number]["json"])["orientation"] == 6
         others = np.delete(manifest.index["orientation"], number)
         assert set(others.tolist()) == {1}
+
+
+def test_reencoded_images_keep_the_orientation_they_had(tmp_path: Path) -> None:
+    """Whoever applies EXIF sees the source's picture, and verify finds what the index says."""
+    (tmp_path / "s" / "c").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        (tmp_path / "s" / "c" / f"{kind}.jpg").write_bytes(
+            encode(picture(6, (80, 60)), kind, exif=exif)
+        )
+    dest = make(tmp_path / "s", tmp_path / "d", "--resize-shorter", "30")
+    assert verify(str(dest), decode=True, workers=1) == ([], [])
+    manifest = read_manifest(dest)
+    for name, row, sample in zip(manifest.names, manifest.index, read_samples(dest), strict=True):
+        stored = Image.open(io.BytesIO(sample["jpg"]))
+        # Pillow itself turns a TIFF as it decodes.
+        expected = (1, 30, 40) if "TIFF" in name else (6, 40, 30)
+        assert (row["orientation"], row["width"], row["height"]) == expected
+        assert stored.getexif().get(0x0112, 1) == expected[0]
+        upright = ImageOps.exif_transpose(stored)
+        source = ImageOps.exif_transpose(Image.open(tmp_path / "s" / name))
+        assert psnr(upright, source.resize(upright.size, Image.Resampling.BICUBIC)) > 30
+
+
+GREY16 = np.array([[0, 1000], [2000, 4095]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "how", "expected"),
+    [
+        (GREY16, "PNG", "full", [[0, 4], [8, 16]]),
+        (GREY16, "PNG", "fit", [[0, 62], [125, 255]]),
+        (GREY16, "TIFF", "fit", [[0, 62], [125, 255]]),
+        (GREY16 + 100, "TIFF", "fit", [[0, 62], [125, 255]]),
+        (GREY16 * 16, "TIFF", "full", [[0, 62], [125, 255]]),
+        (GREY16.astype(np.int32) - 2000, "TIFF", "fit", [[0, 62], [125, 255]]),
+        (GREY16.astype(np.int32), "TIFF", "full", "have no full range; --gray16 fit"),
+        ((GREY16 / 4095).astype(np.float32), "TIFF", "fit", [[0, 62], [125, 255]]),
+        ((GREY16 / 4095).astype(np.float32), "TIFF", "full", "have no full range; --gray16 fit"),
+        (np.float32([[0, 1], [np.nan, 2]]), "TIFF", "fit", "not finite"),
+        (np.full((2, 2), 700, np.uint16), "PNG", "fit", [[0, 0], [0, 0]]),
+    ],
+)
+def test_deep_values_become_8_bits_as_asked(values, kind, how, expected) -> None:
+    data = encode(Image.fromarray(values), kind)
+    with pytest.raises(ImageFault, match=r"--gray16 full .* or fit"):
+        check_image(data, ImageSettings())
+    settings = ImageSettings(conversion=Conversion(gray16=how), quality=100)
+    if isinstance(expected, str):
+        with pytest.raises(ImageFault, match=expected):
+            check_image(data, settings)
+        return
+    stored = Image.open(io.BytesIO(check_image(data, settings).data))
+    assert stored.mode == "L"
+    assert np.abs(np.asarray(stored).astype(int) - expected).max() <= 2
+
+
+def test_deep_colours_have_their_full_range_only() -> None:
+    data, _ = corpus()["png 16 bits, rgb"]
+    stored = check_image(data, ImageSettings(conversion=Conversion(gray16="full")))
+    assert psnr(Image.open(io.BytesIO(stored.data)), picture(3, (61, 45))) > 33
+    assert stored.converted == "PNG to JPEG, 16 to 8 bits (full)"
+    with pytest.raises(ImageFault, match="in 3 channels; convert it to 8 bits first"):
+        check_image(data, ImageSettings(conversion=Conversion(gray16="fit")))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "palette"])
+@pytest.mark.parametrize(
+    ("how", "colour"), [("drop", (200, 100, 0)), ("white", (255,) * 3), ("black", (0,) * 3)]
+)
+def test_transparent_pixels_become_what_was_asked(kind: str, how: str, colour) -> None:
+    image = Image.new("RGBA", (16, 16), (200, 100, 0, 0))
+    if kind == "palette":
+        image = image.convert("RGB").quantize(2)
+        data = encode(image, "PNG", transparency=image.getpixel((0, 0)))
+    elif kind == "GIF":
+        image = image.convert("RGB").quantize(2)
+        data = encode(image, "GIF", transparency=image.getpixel((0, 0)))
+    else:
+        data = encode(image, kind)
+    with pytest.raises(ImageFault, match=r"has transparent pixels; .*--alpha"):
+        check_image(data, ImageSettings())
+    checked = check_image(data, ImageSettings(conversion=Conversion(alpha=how)))
+    stored = np.asarray(Image.open(io.BytesIO(checked.data)))
+    assert np.abs(stored.astype(int) - colour).max() <= 3
+    assert checked.converted.endswith(f"to JPEG, alpha ({how})")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])

@@ -107,14 +107,14 @@ def test_labels_in_the_json_and_other_formats(tmp_path: Path) -> None:
     rotated = encode(picture(2), quality=90, exif=exif)
     samples = [
         {"__key__": "a", "png": encode(picture(1), "PNG"), "json": {"label": 4}},
-        {"__key__": "b", "jpeg": rotated, "json": {"label": "text"}},
-        {"__key__": "c", "jpg": jpeg(3), "seg.png": encode(picture(4), "PNG")},
+        {"__key__": "b", "jpeg": rotated, "json": {"label": 0}},
+        {"__key__": "c", "jpg": jpeg(3), "seg.png": encode(picture(4), "PNG"), "cls": 2},
     ]
     write_foreign(tmp_path / "f", samples)
     (tmp_path / "classes.txt").write_text("zero\none\ntwo\nthree\nfour\n")
     assert main([str(tmp_path / "f"), "--classes-from", str(tmp_path / "classes.txt")]) == 0
     manifest = read_manifest(tmp_path / "f")
-    assert manifest.index["label"].tolist() == [4, -1, -1]
+    assert manifest.index["label"].tolist() == [4, 0, 2]
     assert [FORMATS[number] for number in manifest.index["format"]] == ["png", "jpeg", "jpeg"]
     assert manifest.index["orientation"].tolist() == [1, 3, 1]
     assert manifest.classes[4] == "four"
@@ -155,7 +155,10 @@ def test_unusable_samples_are_refused_or_listed(
     assert main([str(tmp_path / "f"), "--workers", "1", "--on-error", "skip"]) == 0
     assert read_manifest(tmp_path / "f").samples == 1
     lines = (tmp_path / "f" / "report.jsonl").read_text().splitlines()
-    assert [json.loads(line)["name"] for line in lines] == ["noimage", "text"]
+    assert [json.loads(line)["name"] for line in lines] == [
+        "part-0000.tar/noimage",
+        "part-0000.tar/text",
+    ]
     assert main([str(tmp_path / "f")]) == 2
     assert "already has a manifest.json; --replace" in capsys.readouterr().err
     assert main([str(tmp_path / "f"), "--replace", "--on-error", "skip"]) == 0
@@ -167,9 +170,9 @@ def test_unusable_samples_are_refused_or_listed(
         (lambda data: data[:700], "not a readable"),
         (lambda data: data[:9000], "cut inside member 'a.jpg'"),
         (lambda data: data[: len(data) - 10240], "cut inside|end of the archive"),
-        (lambda data: b"\x1f\x8b" + data, "not a readable, uncompressed tar"),
-        (lambda data: b"", "not a readable|no samples"),
-        (lambda data: bytes(10240), "no samples with an image"),
+        (lambda data: b"\x1f\x8b" + data, r"is compressed \(gzip\).* decompress it"),
+        (lambda data: b"", "empty file"),
+        (lambda data: bytes(10240), "holds no samples"),
         (lambda data: data + b"more", "data after the end of the archive"),
     ],
 )

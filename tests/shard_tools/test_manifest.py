@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import struct
 import threading
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -22,6 +24,7 @@ from shard_tools.manifest import (
     Manifest,
     ManifestError,
     Shard,
+    read_bytes,
     read_manifest,
     write_manifest,
 )
@@ -69,7 +72,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_index_is_documented_bytes(tmp_path: Path) -> None:
     shard_folder(tmp_path / "s")
     data = (tmp_path / "s" / INDEX).read_bytes()
-    assert struct.unpack("<8sIIQ", data[:24]) == (b"RMIMINDX", 1, 24, 5)
+    assert struct.unpack("<8sIIQ", data[:24]) == (b"RMIMINDX", 2, 24, 5)
     assert struct.unpack("<QIiHHBBH", data[64 + 24 : 64 + 48]) == (10, 10, 0, 0, 0, 0, 0, 0)
 
 
@@ -223,3 +226,89 @@ def test_a_url_that_cannot_be_read_says_why_and_not_the_url_again(free_port: int
     finally:
         server.shutdown()
         server.server_close()
+
+
+class BackendError(Exception):
+    """What a backend of fsspec might raise."""
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (BackendError("no credentials"), True),
+        (OSError(5, "Input/output error"), True),
+        (ValueError("no such bucket"), True),
+        (ImportError("install it"), True),
+        (TypeError("a slip"), False),
+        (KeyError("a slip"), False),
+        (AttributeError("a slip"), False),
+    ],
+)
+def test_what_a_backend_says_is_a_sentence_and_a_slip_is_none(
+    error: Exception, refused: bool
+) -> None:
+    class Backend(fsspec.AbstractFileSystem):
+        protocol = "failing"
+        cachable = False
+
+        def _open(self, path: str, mode: str = "rb", **_: object) -> object:
+            raise error
+
+    fsspec.register_implementation("failing", Backend, clobber=True)
+    with pytest.raises(ManifestError if refused else type(error)) as caught:
+        read_bytes("failing://bucket/x")
+    if refused:
+        reason = error.strerror if isinstance(error, OSError) and error.errno else str(error)
+        assert str(caught.value) == f"failing://bucket/x: cannot be read ({reason})"
+
+
+def test_a_disk_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """The first bytes of this process's memory are a file that answers EIO."""
+    shard_folder(tmp_path / "s")
+    for name in (INDEX, MANIFEST):
+        (tmp_path / "s" / name).unlink()
+        (tmp_path / "s" / name).symlink_to("/proc/self/mem")
+        with pytest.raises(ManifestError, match=f"{name}: cannot be read .Input/output error"):
+            read_manifest(tmp_path / "s")
+
+
+def test_contents_that_no_reader_expects(tmp_path: Path) -> None:
+    """Sealed with a right checksum, as a crafted manifest would be."""
+    shard_folder(tmp_path / "s")
+    path = tmp_path / "s" / MANIFEST
+    good = json.loads(path.read_text())
+    first, second = good["shards"]
+    for change, sentence in (
+        ({"made": [1]}, "how the shards were made is not recorded as an object"),
+        ({"shards": [first, {**second, "name": first["name"]}]}, "lists the shard .* twice"),
+        (
+            {"shards": [{**s, "samples": 2**62} for s in (first, second)]},
+            "cannot hold so many samples",
+        ),
+    ):
+        content = {key: value for key, value in (good | change).items() if key != "checksum"}
+        content["checksum"] = hashlib.sha256(
+            json.dumps(content, sort_keys=True).encode()
+        ).hexdigest()
+        path.write_text(json.dumps(content))
+        with pytest.raises(ManifestError, match=sentence):
+            read_manifest(tmp_path / "s")
+    path.write_text("[" * 100_000)
+    with pytest.raises(ManifestError, match="not a manifest of relaxmim shards"):
+        read_manifest(tmp_path / "s")
+
+
+def test_names_that_cannot_be_unpacked(tmp_path: Path) -> None:
+    shard_folder(tmp_path / "s")
+    path = tmp_path / "s" / MANIFEST
+    for blob in (b"no zlib", zlib.compress(b"\xff\xfe")):
+        content = json.loads(path.read_text())
+        content.pop("checksum")
+        (tmp_path / "s" / NAMES).write_bytes(blob)
+        content["names_sha256"] = hashlib.sha256(blob).hexdigest()
+        content["checksum"] = hashlib.sha256(
+            json.dumps(content, sort_keys=True).encode()
+        ).hexdigest()
+        path.write_text(json.dumps(content))
+        with pytest.raises(ManifestError, match=r"names.bin: holds no list of names"):
+            _ = read_manifest(tmp_path / "s").names

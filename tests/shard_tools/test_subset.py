@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from shard_samples import image_tree, jpeg, tars_of
+from shard_samples import image_tree, jpeg, tar_of, tars_of
 
 from shard_tools.index_shards import main as index_shards
 from shard_tools.make_shards import main as make_shards
@@ -121,6 +121,45 @@ def test_a_list_of_file_names(
     assert main([str(parent), str(tmp_path / "b"), "--names", str(tmp_path / "wrong.txt")]) == 2
     assert "1 of 2 names are not in" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("suffix", [".JPEG", ".jpg", ""])
+def test_a_list_matches_the_keys_of_adopted_tars(
+    suffix: str, shards: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a json a sample has no other name than its key, in two tars `tar/key`."""
+    for shard in range(shards):
+        members = {f"n1/n1_{number}.jpg": jpeg(number) for number in range(8)}
+        tar_of(tmp_path / f"{shard}.tar", {**members, f"n2_{shard}.jpg": jpeg(20 + shard)})
+    assert index_shards([str(tmp_path), "--workers", "0"]) == 0
+    listed = tmp_path / "1percent.txt"
+    listed.write_text(f"n1_3{suffix}\nn2_0{suffix}\n")
+    if shards == 1:
+        chosen = take(tmp_path, tmp_path / "a", "--names", str(listed))
+        assert chosen.names == ("n1/n1_3", "n2_0")
+        assert list(images(chosen).values()) == [jpeg(3), jpeg(20)]
+        listed.write_text("n1_3.JPEG\nn1_3.jpg\n")
+        assert main([str(tmp_path), str(tmp_path / "b"), "--names", str(listed)]) == 2
+        assert "two of its names stand for one image" in capsys.readouterr().err
+        return
+    assert main([str(tmp_path), str(tmp_path / "b"), "--names", str(listed)]) == 2
+    said = f"n1_3{suffix} of {listed} occurs more than once, as 0/n1/n1_3 and 1/n1/n1_3"
+    assert said in capsys.readouterr().err
+    listed.write_text(f"n2_0{suffix}\nn2_1{suffix}\n")
+    chosen = take(tmp_path, tmp_path / "a", "--names", str(listed))
+    assert chosen.names == ("0/n2_0", "1/n2_1")
+
+
+def test_a_name_itself_counts_before_its_stem(tmp_path: Path) -> None:
+    for name in ("x/a.jpg", "x/a.png", "x/b.v1", "x/b.v2.jpg"):
+        (tmp_path / "tree" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes(jpeg(len(name)))
+    dest = tmp_path / "s"
+    assert make_shards([str(tmp_path / "tree"), str(dest), "--workers", "0"]) == 0
+    (tmp_path / "list.txt").write_text("a.png\nb.v2\n")
+    chosen = take(dest, tmp_path / "a", "--names", str(tmp_path / "list.txt"))
+    assert set(chosen.names) == {"x/a.png", "x/b.v2.jpg"}
 
 
 def test_a_list_of_classes_renumbers(parent: Path, tree: Path, tmp_path: Path) -> None:

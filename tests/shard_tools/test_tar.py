@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import tarfile
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shard_tools import tar as tarfmt
+from shard_tools.atomic import file_sha256
 
 
 @settings(max_examples=200, deadline=None)
@@ -38,7 +40,7 @@ def test_a_short_write_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         offsets = writer.write("000", fields)
         digest = writer.close()
         os.close(handle)
-        assert digest == tarfmt.file_sha256(path)
+        assert digest == file_sha256(path)
         for name, place in offsets.items():
             assert path.read_bytes()[place : place + len(fields[name])] == fields[name]
         written.append(path.read_bytes())
@@ -74,4 +76,22 @@ def test_a_negative_size_does_not_walk_backwards(tmp_path: Path) -> None:
     block[148:156] = b"%06o\0 " % sum(block)
     (tmp_path / "x.tar").write_bytes(bytes(block) + bytes(10240 - 512))
     with pytest.raises(tarfmt.TarError, match=r"negative size|invalid offset"):
-        list(tarfmt.read_samples(tmp_path / "x.tar"))
+        tarfmt.read_samples(tmp_path / "x.tar")
+
+
+def test_a_sweep_hashes_all_bytes_once_and_gives_any_range(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    path = tmp_path / "x"
+    path.write_bytes(data)
+    ranges = [(512, 100), (612, 0), (700, 2_000_000), (600, 50), (2_900_000, 100_000)]
+    for count in range(len(ranges) + 1):
+        handle = os.open(path, os.O_RDONLY)
+        sweep = tarfmt.Sweep(handle)
+        for at, size in ranges[:count]:
+            assert sweep.read((at, size)) == data[at : at + size]
+        assert sweep.finish() == hashlib.sha256(data).hexdigest()
+        os.close(handle)
+    handle = os.open(path, os.O_RDONLY)
+    with pytest.raises(tarfmt.TarError, match="the file ends at byte 3000000"):
+        tarfmt.Sweep(handle).read((2_999_990, 20))
+    os.close(handle)

@@ -12,11 +12,18 @@ Where `visible` is given, the picture is its visible patches: only they are read
 contrast's mean is taken over them, and hidden pixels are written as 0.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.kernels import backend, philox
-from pipeline.kernels.color_jitter.reference import ORDERS, color_jitter_reference
+from pipeline.kernels.color_jitter.reference import (
+    ORDERS as ORDERS,
+)
+from pipeline.kernels.color_jitter.reference import (
+    color_jitter_reference,
+    jitter_parameters_reference,
+)
 from pipeline.kernels.patches import check_positions, grid_of
 from pipeline.kernels.streams import Stream
 
@@ -43,13 +50,23 @@ def jitter_parameters(
     strengths = (brightness, contrast, saturation)
     if min(*strengths, hue) < 0 or hue > 0.5:
         raise ValueError(f"jitter strengths must be >= 0 and hue <= 0.5, not {strengths}, {hue}")
-    stream = Stream.JITTER + view
-    u = philox.uniform(sample, seed=seed, epoch=epoch, stream=stream, count=7)
-    low = u.new_tensor([max(0.0, 1 - s) for s in strengths] + [-hue])
-    high = u.new_tensor([1 + s for s in strengths] + [hue])
-    factors = low + (high - low) * u[:, :4]
-    order = (u[:, 4] * len(ORDERS)).to(torch.int32)
-    return factors, order, u[:, 5] < probability, u[:, 6] < grayscale
+    philox.check_key(sample, seed, epoch)
+    low = np.array([max(0.0, 1 - s) for s in strengths] + [-hue], np.float32)
+    span = np.array([1 + s for s in strengths] + [hue], np.float32) - low
+    if backend.implementation() == "triton":
+        from pipeline.kernels.color_jitter.triton import jitter_parameters_triton as run
+    else:
+        run = jitter_parameters_reference
+    return run(
+        sample,
+        seed=seed,
+        epoch=epoch,
+        stream=Stream.JITTER + view,
+        low=low.tolist(),
+        span=span.tolist(),
+        probability=probability,
+        grayscale=grayscale,
+    )
 
 
 def color_jitter(

@@ -26,11 +26,23 @@ def _inputs(visible: bool) -> Callable[[Sizes], Callable[[], Any]]:
     return build
 
 
-CASES = tuple(
-    Case(f"color_jitter {where}", _inputs(where == "visible"), kernels=("color_jitter",),
-         typed=False)
-    for where in ("whole", "visible")
-)  # fmt: skip
+def _parameters(s: Sizes) -> Callable[[], Any]:
+    sample = s.sample()
+    return lambda: kernels.jitter_parameters(sample, seed=0, epoch=0, view=0)
+
+
+CASES = (
+    *(
+        Case(
+            f"color_jitter {where}",
+            _inputs(where == "visible"),
+            kernels=("color_jitter_sum", "color_jitter"),
+            typed=False,
+        )
+        for where in ("whole", "visible")
+    ),
+    Case("jitter_parameters", _parameters, kernels=("jitter_parameters",), typed=False),
+)
 
 
 def as_launch(book: Book, op: Callable[..., Any]) -> Callable[..., Any]:

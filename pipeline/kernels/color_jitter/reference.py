@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from pipeline.kernels import philox
 from pipeline.kernels.patches import gather_patches
 
 ORDERS = tuple(itertools.permutations(range(4)))  # number -> order of the four steps
@@ -32,6 +33,24 @@ def color_jitter_reference(
     index = torch.arange(batch, device=image.device)[:, None]
     out[index, visible // columns, :, visible % columns] = pixels
     return out.view(batch, height, width, 3)
+
+
+def jitter_parameters_reference(
+    sample: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    stream: int,
+    low: list[float],
+    span: list[float],
+    probability: float,
+    grayscale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`jitter_parameters` in PyTorch: factors low + span u, order, apply, gray."""
+    u = philox.uniform(sample, seed=seed, epoch=epoch, stream=stream, count=7)
+    factors = torch.stack([b + s * x for b, s, x in zip(low, span, u[:, :4].T, strict=True)], 1)
+    order = (u[:, 4] * len(ORDERS)).to(torch.int32)
+    return factors, order, u[:, 5] < probability, u[:, 6] < grayscale
 
 
 def _jitter(pixels: Tensor, factors: Tensor, order: Tensor, apply: Tensor, gray: Tensor) -> Tensor:

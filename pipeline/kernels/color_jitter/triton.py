@@ -1,9 +1,10 @@
-"""Triton kernel of `color_jitter`: one program per image, parameters and order read at run time.
+"""Triton kernels of `color_jitter` and `jitter_parameters`.
 
-Contrast needs the mean of grey over the picture after the steps before it, so the program walks
-its image twice: once summing grey, once jittering and writing. The second read finds the image
-(150 KB at 224 x 224) in the L2 cache. Whole numbers 0 .. 255 are kept in fp32 between steps, with
-correctly rounded divisions and no fused multiply-add, so the bytes equal the reference's.
+Several programs share an image, parameters and order are read at run time. Contrast needs the mean
+of grey over the picture after the steps before it, so there are two launches: one sums grey, one
+jitters and writes; the second finds the image (150 KB at 224 x 224) in the L2 cache. Only visible
+patches are read. Whole numbers 0 .. 255 are kept in fp32 between steps, with correctly rounded
+divisions and no fused multiply-add, so the bytes equal the reference's.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -17,8 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.color_jitter.reference import ORDERS
+from pipeline.kernels.philox_triton import uniforms
 
-BLOCK = 512  # pixels at a time
+BLOCK = 512  # pixels of a program
+_ORDERS = tl.constexpr(len(ORDERS))
 
 
 @triton.jit
@@ -91,75 +94,80 @@ def _steps(red, green, blue, factors_ptr, steps, count, mean):
 
 
 @triton.jit
-def _pixels(n, columns, WIDTH: tl.constexpr, PATCH: tl.constexpr, VISIBLE: tl.constexpr):
-    """(y, x, patch number) of pixel n; patch after patch where patches can be hidden."""
+def _load(image_ptr, visible_ptr, n, pixels, columns, row_stride, WIDTH: tl.constexpr,
+          PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
+          VISIBLE: tl.constexpr):  # fmt: skip
+    """Pixel n of the picture, patch after patch where it is its visible patches: (red, green, blue
+    as fp32, its offset in the output)."""
+    inside = n < pixels
     if VISIBLE:
-        patch = n // (PATCH * PATCH)
+        patch = tl.load(visible_ptr + n // (PATCH * PATCH), mask=inside, other=0)
         y = patch // columns * PATCH + n % (PATCH * PATCH) // PATCH
-        return y, patch % columns * PATCH + n % PATCH, patch
+        x = patch % columns * PATCH + n % PATCH
     else:
-        return n // WIDTH, n % WIDTH, n
+        y, x = n // WIDTH, n % WIDTH
+    source = image_ptr + y * row_stride + x * PIXEL_STRIDE
+    red = tl.load(source, mask=inside, other=0).to(tl.float32)
+    green = tl.load(source + CHANNEL_STRIDE, mask=inside, other=0).to(tl.float32)
+    blue = tl.load(source + 2 * CHANNEL_STRIDE, mask=inside, other=0).to(tl.float32)
+    return red, green, blue, (y * WIDTH + x) * 3
 
 
 @triton.jit
-def _load(image_ptr, shown_ptr, n, pixels, columns, row_stride, WIDTH: tl.constexpr,
-          PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
-          VISIBLE: tl.constexpr):  # fmt: skip
-    """(red, green, blue as fp32, whether the pixel is shown, its offset in the output)."""
-    y, x, patch = _pixels(n, columns, WIDTH, PATCH, VISIBLE)
-    shown = n < pixels
-    if VISIBLE:
-        shown = shown & (tl.load(shown_ptr + patch, mask=shown, other=0) != 0)
-    source = image_ptr + y * row_stride + x * PIXEL_STRIDE
-    red = tl.load(source, mask=shown, other=0).to(tl.float32)
-    green = tl.load(source + CHANNEL_STRIDE, mask=shown, other=0).to(tl.float32)
-    blue = tl.load(source + 2 * CHANNEL_STRIDE, mask=shown, other=0).to(tl.float32)
-    return red, green, blue, shown, (y * WIDTH + x) * 3
+def color_jitter_sum_kernel(
+    image_ptr, sums_ptr, factors_ptr, order_ptr, steps_ptr, before_ptr, apply_ptr, visible_ptr,
+    pixels, columns, image_stride, row_stride, WIDTH: tl.constexpr, PIXEL_STRIDE: tl.constexpr,
+    CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr, VISIBLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (b, i): the sum of grey over block i of image b, after the steps before contrast."""
+    b, block = tl.program_id(0), tl.program_id(1)
+    total = 0
+    if tl.load(apply_ptr + b) != 0:
+        order = tl.load(order_ptr + b)
+        n = block * BLOCK + tl.arange(0, BLOCK)
+        red, green, blue, _ = _load(
+            image_ptr + b.to(tl.int64) * image_stride,
+            visible_ptr + b * (pixels // (PATCH * PATCH)), n,
+            pixels, columns, row_stride, WIDTH, PIXEL_STRIDE, CHANNEL_STRIDE, PATCH, VISIBLE,
+        )  # fmt: skip
+        red, green, blue = _steps(
+            red, green, blue, factors_ptr + b * 4, tl.load(steps_ptr + order),
+            tl.load(before_ptr + order), 0.0,
+        )  # fmt: skip
+        total = tl.sum(tl.where(n < pixels, _grey(red, green, blue), 0.0).to(tl.int32), 0)
+    tl.store(sums_ptr + b * tl.num_programs(1) + block, total)
 
 
 @triton.jit
 def color_jitter_kernel(
-    image_ptr, out_ptr, factors_ptr, steps_ptr, before_ptr, apply_ptr, gray_ptr, shown_ptr,
-    pixels, shown_pixels, columns, image_stride, row_stride,
-    WIDTH: tl.constexpr, PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
-    PATCH: tl.constexpr, VISIBLE: tl.constexpr, BLOCK: tl.constexpr,
+    image_ptr, out_ptr, sums_ptr, factors_ptr, order_ptr, steps_ptr, apply_ptr, gray_ptr,
+    visible_ptr, pixels, columns, image_stride, row_stride, out_stride, WIDTH: tl.constexpr,
+    PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
+    VISIBLE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0)
-    image_ptr += b.to(tl.int64) * image_stride
-    out_ptr += b.to(tl.int64) * pixels * 3
-    factors_ptr += b * 4
-    if VISIBLE:
-        shown_ptr += b * (pixels // (PATCH * PATCH))
-    steps, before = tl.load(steps_ptr + b), tl.load(before_ptr + b)
+    """Program (b, i): block i of image b."""
+    b, block = tl.program_id(0), tl.program_id(1)
+    blocks = tl.num_programs(1)
+    each = tl.arange(0, SUMS)
+    sums = tl.load(sums_ptr + b * blocks + each, mask=each < blocks, other=0)
+    mean = (tl.sum(sums.to(tl.int64), 0).to(tl.float64) / pixels).to(tl.float32)
+    steps = tl.load(steps_ptr + tl.load(order_ptr + b))
     count = tl.where(tl.load(apply_ptr + b) != 0, 4, 0)
-    gray = tl.load(gray_ptr + b) != 0
 
-    total = tl.zeros((BLOCK,), tl.int32)
-    if count > 0:
-        for first in range(0, pixels, BLOCK):
-            n = first + tl.arange(0, BLOCK)
-            red, green, blue, shown, _ = _load(
-                image_ptr, shown_ptr, n, pixels, columns, row_stride, WIDTH, PIXEL_STRIDE,
-                CHANNEL_STRIDE, PATCH, VISIBLE,
-            )  # fmt: skip
-            red, green, blue = _steps(red, green, blue, factors_ptr, steps, before, 0.0)
-            total += tl.where(shown, _grey(red, green, blue), 0.0).to(tl.int32)
-    mean = (tl.sum(total, 0).to(tl.float64) / shown_pixels).to(tl.float32)
-
-    for first in range(0, pixels, BLOCK):
-        n = first + tl.arange(0, BLOCK)
-        red, green, blue, shown, at = _load(
-            image_ptr, shown_ptr, n, pixels, columns, row_stride, WIDTH, PIXEL_STRIDE,
-            CHANNEL_STRIDE, PATCH, VISIBLE,
-        )  # fmt: skip
-        red, green, blue = _steps(red, green, blue, factors_ptr, steps, count, mean)
-        if gray:
-            red = _grey(red, green, blue)
-            green, blue = red, red
-        inside = n < pixels
-        tl.store(out_ptr + at, tl.where(shown, red, 0.0).to(tl.uint8), mask=inside)
-        tl.store(out_ptr + at + 1, tl.where(shown, green, 0.0).to(tl.uint8), mask=inside)
-        tl.store(out_ptr + at + 2, tl.where(shown, blue, 0.0).to(tl.uint8), mask=inside)
+    n = block * BLOCK + tl.arange(0, BLOCK)
+    red, green, blue, at = _load(
+        image_ptr + b.to(tl.int64) * image_stride, visible_ptr + b * (pixels // (PATCH * PATCH)), n,
+        pixels, columns, row_stride, WIDTH, PIXEL_STRIDE, CHANNEL_STRIDE, PATCH, VISIBLE,
+    )  # fmt: skip
+    red, green, blue = _steps(red, green, blue, factors_ptr + b * 4, steps, count, mean)
+    if tl.load(gray_ptr + b) != 0:
+        red = _grey(red, green, blue)
+        green, blue = red, red
+    out_ptr += b.to(tl.int64) * out_stride
+    inside = n < pixels
+    tl.store(out_ptr + at, red.to(tl.uint8), mask=inside)
+    tl.store(out_ptr + at + 1, green.to(tl.uint8), mask=inside)
+    tl.store(out_ptr + at + 2, blue.to(tl.uint8), mask=inside)
 
 
 @functools.lru_cache(maxsize=8)
@@ -184,20 +192,28 @@ def _color_jitter(
     patch: int,
 ) -> Tensor:
     batch, height, width, _ = image.shape
-    out = image.new_empty(image.shape)
-    packed, before = (table[order] for table in _order_tables(image.device))
-    shown, shown_pixels = None, height * width
-    if visible is not None:
-        shown = image.new_zeros(batch, height * width // patch**2)
-        shown.scatter_(1, visible.to(torch.int64), 1)
-        shown_pixels = visible.shape[1] * patch**2
+    whole = visible is None
+    pixels = height * width if visible is None else visible.shape[1] * patch**2
+    blocks = triton.cdiv(pixels, BLOCK)
+    out = image.new_empty(image.shape) if whole else image.new_zeros(image.shape)
+    sums = image.new_empty(batch, blocks, dtype=torch.int32)
+    steps, before = _order_tables(image.device)
     image_stride, row_stride, pixel_stride, channel_stride = image.stride()
     flags: Any = (apply.contiguous().view(torch.uint8), gray.contiguous().view(torch.uint8))
-    color_jitter_kernel[(batch,)](
-        image, out, factors.contiguous(), packed, before, *flags, shown,
-        height * width, shown_pixels, width // patch, image_stride, row_stride,
-        WIDTH=width, PIXEL_STRIDE=pixel_stride, CHANNEL_STRIDE=channel_stride, PATCH=patch,
-        VISIBLE=visible is not None, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=False,
+    factors, order = factors.contiguous(), order.contiguous()
+    shown = image if visible is None else visible.contiguous()  # not read for whole images
+    sizes: Any = (pixels, width // patch, image_stride, row_stride)
+    constants: Any = {
+        "WIDTH": width, "PIXEL_STRIDE": pixel_stride, "CHANNEL_STRIDE": channel_stride,
+        "PATCH": patch, "VISIBLE": not whole, "BLOCK": BLOCK, "num_warps": 4,
+        "enable_fp_fusion": False,
+    }  # fmt: skip
+    color_jitter_sum_kernel[(batch, blocks)](
+        image, sums, factors, order, steps, before, flags[0], shown, *sizes, **constants
+    )
+    color_jitter_kernel[(batch, blocks)](
+        image, out, sums, factors, order, steps, *flags, shown, *sizes, height * width * 3,
+        SUMS=triton.next_power_of_2(blocks), **constants,
     )  # fmt: skip
     return out
 
@@ -227,3 +243,77 @@ def color_jitter_triton(
 ) -> Tensor:
     """`color_jitter` by the kernel; arguments already checked."""
     return _color_jitter(image, factors, order, apply, gray, visible, patch or 1)
+
+
+@triton.jit(do_not_specialize=["seed", "epoch", "stream"])
+def jitter_parameters_kernel(
+    sample_ptr, factors_ptr, order_ptr, apply_ptr, gray_ptr, batch, seed, epoch, stream,
+    low0, low1, low2, low3, span0, span1, span2, span3, probability, grayscale, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program i: the parameters of BLOCK samples, from words 0 .. 6 of their stream."""
+    b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < batch
+    sample = tl.load(sample_ptr + b, mask=inside, other=0)
+    u0, u1, u2, u3 = uniforms(seed, epoch, sample, stream, 0)
+    tl.store(factors_ptr + b * 4, low0 + span0 * u0, mask=inside)
+    tl.store(factors_ptr + b * 4 + 1, low1 + span1 * u1, mask=inside)
+    tl.store(factors_ptr + b * 4 + 2, low2 + span2 * u2, mask=inside)
+    tl.store(factors_ptr + b * 4 + 3, low3 + span3 * u3, mask=inside)
+    u4, u5, u6, _ = uniforms(seed, epoch, sample, stream, 1)
+    tl.store(order_ptr + b, (u4 * _ORDERS).to(tl.int32), mask=inside)
+    tl.store(apply_ptr + b, (u5 < probability).to(tl.uint8), mask=inside)
+    tl.store(gray_ptr + b, (u6 < grayscale).to(tl.uint8), mask=inside)
+
+
+@torch.library.custom_op("relaxmim::jitter_parameters", mutates_args=())
+def _jitter_parameters(
+    sample: Tensor,
+    seed: int,
+    epoch: int,
+    stream: int,
+    low: list[float],
+    span: list[float],
+    probability: float,
+    grayscale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, block = len(sample), 128
+    factors = sample.new_empty(batch, 4, dtype=torch.float32)
+    order = sample.new_empty(batch, dtype=torch.int32)
+    flags = [sample.new_empty(batch, dtype=torch.bool) for _ in range(2)]
+    jitter_parameters_kernel[(triton.cdiv(batch, block),)](
+        sample.contiguous(), factors, order, *(flag.view(torch.uint8) for flag in flags), batch,
+        seed, epoch, stream, *low, *span, probability, grayscale, BLOCK=block, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return factors, order, flags[0], flags[1]
+
+
+@_jitter_parameters.register_fake
+def _(
+    sample: Tensor,
+    seed: int,
+    epoch: int,
+    stream: int,
+    low: list[float],
+    span: list[float],
+    probability: float,
+    grayscale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    flags = [sample.new_empty(len(sample), dtype=torch.bool) for _ in range(2)]
+    factors = sample.new_empty(len(sample), 4, dtype=torch.float32)
+    return factors, sample.new_empty(len(sample), dtype=torch.int32), flags[0], flags[1]
+
+
+def jitter_parameters_triton(
+    sample: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+    stream: int,
+    low: list[float],
+    span: list[float],
+    probability: float,
+    grayscale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`jitter_parameters` by the kernel; arguments already checked."""
+    return _jitter_parameters(sample, seed, epoch, stream, low, span, probability, grayscale)

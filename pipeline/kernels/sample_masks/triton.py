@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.philox_triton import philox_words
 from pipeline.kernels.sample_masks.reference import POLICIES, Masks
 from pipeline.kernels.select_visible.triton import slots
 from pipeline.kernels.streams import Stream
@@ -22,12 +23,8 @@ _MASK_STREAM = tl.constexpr(int(Stream.MASK))
 @triton.jit
 def _draw_words(seed, epoch, sample, stream, BLOCK: tl.constexpr):
     """Philox words 0 .. BLOCK-1 of one sample: uint32 [BLOCK]."""
-    block = (tl.arange(0, BLOCK // 4) + (stream << 16)).to(tl.uint32)
-    zero = block * 0
-    epoch_word = zero + epoch.to(tl.uint32)
-    low = zero + (sample & 0xFFFFFFFF).to(tl.uint32)
-    high = zero + (sample >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, block, epoch_word, low, high)
+    block = tl.arange(0, BLOCK // 4) + (stream << 16)
+    w0, w1, w2, w3 = philox_words(seed, epoch, sample, block)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 

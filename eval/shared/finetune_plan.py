@@ -1,0 +1,258 @@
+"""What a finetuning is asked for, checked, and what that comes to with these data and ranks."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.shared.batches import check_batch, partitions_of
+from eval.shared.labels import class_count, labelled
+from eval.shared.results import digest
+from eval.shared.session import EvalSession
+from pipeline.config.ds_config import (
+    DS_CONFIGS,
+    RunPlan,
+    auto_micro_batch,
+    make_plan,
+    read_ds_config,
+    set_precision,
+)
+from pipeline.config.schedules import warmup_cosine
+from pipeline.config.schema import OptimizerRecipe
+from pipeline.data.order import steps_per_epoch
+from pipeline.distributed import Ranks, bf16_units
+from pipeline.errors import UserError
+from shard_tools.manifest import read_manifest
+from shard_tools.subset import Choice, choose_samples, write_subset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How finetuning trains; its defaults are MAE's. train, val: shards; see --help.
+
+    samples_per_epoch: draws with replacement that make an epoch; None: each image once.
+    """
+
+    train: str
+    val: str
+    ds_config: str = str(DS_CONFIGS / "zero2.json")
+    fraction: float = 1.0
+    subset: str | None = None
+    subset_seed: int = 0
+    samples_per_epoch: int | None = None
+    epochs: float = 100
+    warmup_epochs: float = 5
+    batch_size: int = 1024
+    base_lr: float = 1e-3
+    min_lr: float = 1e-6
+    weight_decay: float = 0.05
+    layer_decay: float = 0.75
+    drop_path: float = 0.1
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    smoothing: float = 0.1
+    validate_epochs: int = 1
+    stop_epoch: float | None = None
+    max_steps: int | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """finetune, finetune-10percent …: of the folder and the result file. Lists of several
+        folders may be named alike."""
+        if self.subset:
+            path = Path(self.subset)
+            return f"finetune-{path.stem}-{digest(str(path.resolve()))}"
+        return "finetune" if self.fraction == 1.0 else f"finetune-{100 * self.fraction:g}percent"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings come to with these data. train: shards, of the chosen labels; classes:
+    their names; steps: of an epoch; total: of all; sha256: of the training and validation index.
+    """
+
+    train: str
+    classes: tuple[str, ...]
+    partitions: int
+    steps: int
+    total: int
+    sha256: tuple[str, str]
+
+
+def learning_rate(s: Settings, step: int, steps: int) -> float:
+    """The learning rate of a step, given `steps` per epoch, before the layers' scales."""
+    return warmup_cosine(
+        step,
+        peak=s.base_lr * s.batch_size / 256,
+        total=s.epochs * steps,
+        warmup=s.warmup_epochs * steps,
+        low=s.min_lr,
+    )
+
+
+def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
+    """How the engine runs it on these ranks."""
+    config, patches = read_ds_config(s.ds_config), session.vit.patch_embed.num_patches
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:
+        raise UserError(
+            f"--ds_config {s.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
+            "use zero2 (or zero0, zero1)"
+        )
+    if session.precision != "auto":
+        set_precision(config, session.precision)
+        check_bf16(s, session, stage)
+    config["train_micro_batch_size_per_gpu"] = micro_batch(s, config, patches, session.ranks.world)
+    return make_plan(
+        config,
+        OptimizerRecipe(base_lr=s.base_lr, betas=(0.9, 0.999)),
+        batch_size=s.batch_size,
+        partitions=plan.partitions,
+        patches=patches,
+        world=session.ranks.world,
+    )
+
+
+def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
+    """UserError where --precision bf16 is not to be had."""
+    if session.precision == "bf16" and not stage:
+        raise UserError(
+            f"--precision bf16 needs ZeRO stage 1 or 2, and --ds_config {s.ds_config} has stage 0; "
+            "use zero1 or zero2, or --precision fp32"
+        )
+    if session.precision == "bf16" and torch.cuda.is_available() and not bf16_units():
+        name = torch.cuda.get_device_name()
+        raise UserError(f"--precision bf16: {name} has no bf16 units; use auto or fp32")
+
+
+def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -> int:
+    """Images of a micro-batch on a rank: the ds_config's, or by its size; even where mixup or
+    cutmix pairs them."""
+    per_rank, pairs = s.batch_size // world, bool(s.mixup or s.cutmix)
+    wanted = config.get("train_micro_batch_size_per_gpu", "auto")
+    if pairs and per_rank % 2:
+        raise UserError(
+            f"--batch-size {s.batch_size}: mixup and cutmix pair images, and {per_rank} per "
+            f"rank is odd; choose a multiple of {2 * world}, or --mixup 0 --cutmix 0"
+        )
+    if wanted == "auto":
+        return auto_micro_batch(per_rank, patches, multiple=2 if pairs else 1)
+    if not isinstance(wanted, int) or wanted < 1 or per_rank % wanted:
+        raise UserError(
+            f"{s.ds_config}: train_micro_batch_size_per_gpu {wanted!r} does not divide the "
+            f"{per_rank} images per rank of --batch-size {s.batch_size} over {world} ranks"
+        )
+    if pairs and wanted % 2:
+        raise UserError(
+            f"{s.ds_config}: train_micro_batch_size_per_gpu {wanted}: mixup and cutmix pair "
+            "images, so it must be even; or --mixup 0 --cutmix 0"
+        )
+    return wanted
+
+
+def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
+    """The shards to train on: s.train, or the subset that --fraction or --subset asks for, which
+    is written to `folder` and replaces another one there."""
+    if s.fraction == 1.0 and not s.subset:
+        return s.train
+    path = folder / "subset"
+
+    def write() -> None:
+        names = Path(s.subset) if s.subset else None
+        fraction = None if s.subset else s.fraction
+        choice, manifest = Choice(fraction, names, seed=s.subset_seed), read_manifest(s.train)
+        samples = choose_samples(manifest, choice)
+        if (path / "manifest.json").is_file():
+            known = read_manifest(path)
+            same = known.made["of"] == manifest.index_sha256
+            if same and known.made["options"] == choice.record() and known.samples == len(samples):
+                return
+            shutil.rmtree(path)
+        write_subset(manifest, path, samples, choice.record())
+
+    ranks.agree(write)
+    return str(path)
+
+
+def check(s: Settings, world: int) -> None:
+    """UserError for a setting that no data could make good; it names the option."""
+    check_batch(s.batch_size, world, pairs=bool(s.mixup or s.cutmix))
+    if min(1 if n is None else n for n in (s.max_steps, s.samples_per_epoch)) < 1:
+        raise UserError("--max-steps and --samples-per-epoch must be at least 1")
+    if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:
+        raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
+    if s.validate_epochs < 1 or (s.stop_epoch is not None and s.stop_epoch <= 0):
+        raise UserError("--validate-epochs must be at least 1, --stop-epoch above 0")
+    if not 0 < s.layer_decay <= 1 or not 0 <= s.drop_path < 1:
+        raise UserError("--layer-decay must lie in (0, 1] and --drop-path in [0, 1)")
+    if not 0 <= s.erasing <= 1 or not 0 <= s.smoothing < 1:
+        raise UserError("--erasing must lie in [0, 1] and --smoothing in [0, 1)")
+    if min(s.mixup, s.cutmix, s.weight_decay, s.min_lr) < 0:
+        raise UserError("--mixup, --cutmix, --weight-decay and --min-lr must be at least 0")
+    if s.subset and s.fraction != 1.0:
+        raise UserError("--subset and --fraction both choose the labels: give one of them")
+
+
+def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
+    """Check the settings and the data; what they come to. The chosen labels go to `folder`."""
+    check(s, ranks.world)
+    val = labelled(s.val)
+    count = class_count(labelled(s.train), val)
+    shards = choose_labels(s, folder, ranks)
+    train = labelled(shards)
+    partitions = partitions_of(s.batch_size, ranks.world)
+    steps = steps_per_epoch(s.samples_per_epoch or train.samples, s.batch_size, partitions)
+    if not steps:
+        raise UserError(
+            f"--samples-per-epoch {s.samples_per_epoch}: too few for --batch-size {s.batch_size}"
+            if s.samples_per_epoch
+            else f"{shards} has {train.samples} samples, too few for --batch-size {s.batch_size}; "
+            "choose a smaller one, or draw with replacement: --samples-per-epoch"
+        )
+    total = round(steps * s.epochs)
+    if not total:
+        raise UserError(f"--epochs {s.epochs:g}: less than a step, with {steps} in an epoch")
+    return Plan(
+        train=shards,
+        classes=train.classes or tuple(map(str, range(count))),
+        partitions=partitions,
+        steps=steps,
+        total=total if s.max_steps is None else min(total, s.max_steps),
+        sha256=(train.index_sha256, val.index_sha256),
+    )
+
+
+def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
+    """What the result depends on."""
+    names = (
+        "epochs", "warmup_epochs", "batch_size", "base_lr", "min_lr", "weight_decay",
+        "layer_decay", "drop_path", "randaugment", "erasing", "mixup", "cutmix", "smoothing",
+        "fraction", "subset", "subset_seed", "seed", "max_steps", "val",
+    )  # fmt: skip
+    encoder, values = session.info.record, asdict(s)
+    drawn = {"samples_per_epoch": s.samples_per_epoch} if s.samples_per_epoch else {}
+    return (
+        {name: values[name] for name in names}
+        | drawn
+        | {
+            "random": encoder["random"],
+            "encoder": encoder["source"],
+            "train": plan.train,
+            "precision": session.precision,
+        }
+    )
+
+
+def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
+    """`record` for a checkpoint: sha256 instead of paths, which may change."""
+    known = record(s, plan, session)
+    del known["subset"]  # the training images say it
+    return known | {
+        "encoder": session.identity(), "train": plan.sha256[0], "val": plan.sha256[1],
+        "resize": session.resize or None,
+    }  # fmt: skip

@@ -1,0 +1,109 @@
+"""What would fail at the end of an evaluation is refused at its start."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from eval_helpers import ALONE, coloured_images, write_encoder, write_shards
+
+from eval import attentive, cka, finetune, knn, linprobe, psnr, reconstruct, shape_bias
+from eval.shared.cli import run_command
+from eval.shared.labels import class_count, labelled
+from eval.shared.results import check_output, named_json
+from pipeline.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    write_shards(folder / "train", *coloured_images(12, 3, seed=1))
+    write_shards(folder / "val", *coloured_images(6, 3, seed=2))
+    write_encoder(folder / "run")
+    return folder
+
+
+def test_a_result_is_a_json_file():
+    assert named_json("o/ft") == Path("o/ft.json")
+    assert named_json("o/lr-0.1") == Path("o/lr-0.1.json")
+    assert named_json("o/ft.json") == Path("o/ft.json")
+    assert named_json("o/") == Path("o.json")
+    for name in (".", "..", "/"):
+        with pytest.raises(UserError, match=r"--output .*: must be a file"):
+            named_json(name)
+
+
+def test_an_output_that_cannot_be_written_is_refused_and_nothing_is_created(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=r"folder.json: cannot be written \(Is a directory\)"):
+        check_output(tmp_path / "folder.json", ALONE)
+    with pytest.raises(UserError, match=r"x.json: cannot be written \(.*file: Not a directory\)"):
+        check_output(tmp_path / "file/deep/x.json", ALONE)
+    with pytest.raises(UserError, match=r"x.json: cannot be written \(.*file: Not a directory\)"):
+        check_output(tmp_path / "x.json", ALONE, tmp_path / "file")  # where checkpoints would go
+    check_output(tmp_path / "new/deep/x.json", ALONE, tmp_path / "new/deep/x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.json"]
+
+
+COMMANDS = [
+    (linprobe, ["--train", "no", "--val", "no"]),
+    (finetune, ["--train", "no", "--val", "no"]),
+    (attentive, ["--train", "no", "--val", "no"]),
+    (knn, ["--train", "no", "--val", "no"]),
+    (cka, ["--val", "no"]),
+    (psnr, ["--val", "no"]),
+    (reconstruct, ["--data", "no"]),
+    (shape_bias, ["--classifier", "no", "--images", "no"]),
+]
+
+
+@pytest.mark.parametrize(("module", "words"), COMMANDS, ids=[m.__name__ for m, _ in COMMANDS])
+def test_every_command_looks_at_its_output_first(module, words, tmp_path, monkeypatch, capsys):
+    """Neither encoder nor data are there: the output is named all the same."""
+    (tmp_path / "file").write_text("x")
+    output = tmp_path / "file" / ("x.png" if module is reconstruct else "x.json")
+    encoder = [] if module is shape_bias else ["--encoder", "nowhere"]
+    monkeypatch.setattr(sys, "argv", ["x.py", *encoder, *words, "--output", str(output)])
+    # The command leaves the ranks at its end; other tests of this process are still in them.
+    monkeypatch.setattr("eval.shared.cli.dist.destroy_process_group", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(module.main)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {output}: cannot be written")
+
+
+def test_labels_and_classes_are_those_of_one_data_set(tmp_path):
+    image, label = coloured_images(6, 3, seed=2)
+    train = labelled(write_shards(tmp_path / "train", image, label))
+    more = labelled(write_shards(tmp_path / "more", image, label, classes=4))
+    with pytest.raises(UserError, match=r"do not have the same classes \(3 and 4\)"):
+        class_count(train, more)
+    with pytest.raises(UserError, match="without: some samples have no label"):
+        labelled(write_shards(tmp_path / "without", image, label - 1))
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "x"])
+def test_a_seed_that_no_generator_takes_is_refused(seed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        knn.build_parser().parse_args(
+            ["--encoder", "x", "--train", "x", "--val", "x", "--seed", seed]
+        )
+    assert stopped.value.code == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_an_output_without_a_suffix_has_its_result_beside_its_folder(
+    home, tmp_path, monkeypatch, capsys
+):
+    """From another folder, with the default --ds_config, to the result."""
+    words = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
+    words += ["--batch-size", 6, "--epochs", 1, "--warmup-epochs", 0, "--workers", 0]
+    words += ["--output", "o/lr-0.1"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
+    monkeypatch.setattr("eval.shared.cli.dist.destroy_process_group", lambda: None)
+    run_command(finetune.main)
+    assert json.loads((tmp_path / "o/lr-0.1.json").read_text())["images"] == 6
+    assert (tmp_path / "o/lr-0.1/classifier.json").is_file()
+    assert "→ o/lr-0.1.json" in capsys.readouterr().out

@@ -1,0 +1,62 @@
+"""cutmix: the kernel byte for byte the reference, whose box tests/pipeline/test_methods tests."""
+
+import pytest
+import torch
+from kernels_testing import DEVICE, random_images, using
+
+from pipeline import kernels
+
+
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize("planes", [False, True])
+@pytest.mark.parametrize(("height", "width"), [(8, 12), (33, 47), (64, 64)])
+def test_kernel_equals_reference(height, width, planes, view):
+    image, sample = random_images(7, height, width), torch.arange(90, 97, device=DEVICE)
+    if planes:
+        image = image.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    arguments = {"seed": 2**40 + 3, "epoch": 5, "view": view}
+    with using("reference"):
+        expected = kernels.cutmix(image, sample, 0.7, **arguments)
+    with using("triton"):
+        got = kernels.cutmix(image, sample, 0.7, **arguments)
+    assert torch.equal(got, expected)
+    assert got.is_contiguous()
+    changed = (got != image).flatten(1).any(1)
+    assert changed.any()
+    assert not changed.all()
+
+
+def test_the_neighbour_is_the_next_for_t1_and_the_one_before_for_t2():
+    image = torch.arange(4, dtype=torch.uint8, device=DEVICE)[:, None, None, None]
+    image = image.expand(4, 40, 40, 3).contiguous()
+    for view, step in ((0, 1), (1, -1)):
+        with using("triton"):
+            mixed = kernels.cutmix(
+                image, torch.arange(4, device=DEVICE), 1.0, seed=0, epoch=0, view=view
+            )
+        for b in range(4):
+            assert set(mixed[b].unique().tolist()) <= {b, (b + step) % 4}
+
+
+def test_opcheck():
+    with using("triton"):
+        from pipeline.kernels.cutmix.triton import _cutmix
+
+        image, sample = random_images(2, 8, 8), torch.arange(2, device=DEVICE)
+        torch.library.opcheck(_cutmix, (image, sample, 0.5, 3, 1, 32, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"sample": torch.arange(3)}, "3 sample numbers for 2 images"),
+        ({"view": 2}, "view must be 0 or 1"),
+        ({"seed": -1}, "seed must lie"),
+        ({"image": torch.zeros(2, 8, 8)}, "image"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, error):
+    image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    arguments = {"image": image, "sample": torch.arange(2), "probability": 1.0, "seed": 0}
+    with pytest.raises(ValueError, match=error):
+        kernels.cutmix(**{**arguments, "epoch": 0, "view": 0, **change})

@@ -1,0 +1,107 @@
+"""The C extension under AddressSanitizer and UndefinedBehaviorSanitizer. `make test-sanitize`.
+
+    python tests/sanitize
+
+Builds pipeline/data/_jpegcrop.c with both sanitizers into build/sanitize and gives it the whole
+image corpus, also the files that shard_tools/image_file would keep from it, and thousands of
+damaged ones. Exit code 0: no report; 1: a sanitizer stopped it; 2: it cannot be built here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "pipeline" / "data" / "_jpegcrop.c"
+BUILT = ROOT / "build" / "sanitize" / "_jpegcrop.so"
+CC = shlex.split(os.environ.get("CC", "cc"))
+FLAGS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
+         "-fno-omit-frame-pointer", "-shared", "-fPIC", "-Wall", "-Wextra")  # fmt: skip
+DAMAGED = 6000  # files
+
+
+def build() -> str:
+    """Compile; returns what LD_PRELOAD needs. Raises OSError or CalledProcessError."""
+    BUILT.parent.mkdir(parents=True, exist_ok=True)
+    include = f"-I{sysconfig.get_path('include')}"
+    subprocess.run([*CC, *FLAGS, include, SOURCE, "-ljpeg", "-lm", "-o", BUILT], check=True)
+    names = ("libasan.so", "libubsan.so")
+    found = [
+        subprocess.run([*CC, f"-print-file-name={n}"], capture_output=True, text=True, check=True)
+        for n in names
+    ]
+    return " ".join(str(Path(done.stdout.strip()).resolve()) for done in found)
+
+
+def main() -> int:
+    try:
+        preload = build()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {SOURCE.name} cannot be built with sanitizers ({error})", file=sys.stderr)
+        return 2
+    environment = os.environ | {
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # Python itself frees little at its end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",  # so that reads behind the bytes of a file are seen
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}",
+    }
+    command = [sys.executable, __file__, "--inside"]
+    return 1 if subprocess.run(command, env=environment, check=False).returncode else 0
+
+
+def inside() -> None:
+    """In a process with the sanitizers: every file, several rectangles, both kinds of loops."""
+    import numpy as np
+    from image_corpus import corpus
+
+    spec = importlib.util.spec_from_file_location("_jpegcrop", BUILT)
+    assert spec is not None
+    assert spec.loader is not None
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    rng, calls = np.random.default_rng(0), 0
+
+    def feed(data: bytes) -> None:
+        nonlocal calls
+        extension.next_marker(data, int(rng.integers(0, len(data) + 2)))
+        try:
+            width, height = extension.size(data)
+        except (ValueError, OverflowError):
+            width, height = 61, 45
+        width, height = min(width, 3000), min(height, 3000)
+        left, top = rng.integers(0, width), rng.integers(0, height)
+        inner = (left, top, rng.integers(left, width) + 1, rng.integers(top, height) + 1)
+        thin = rng.uniform(0, 1, 2) * (width, height)
+        boxes = [(0, 0, width, height), inner, (*thin, *(thin + rng.uniform(0.1, 9, 2)))]
+        for box in boxes:
+            size = int(rng.choice([1, 3, 8, 33, 64]))
+            out = np.zeros((size, size, 3), np.uint8)
+            inside, flip, cubic, simd = (bool(n) for n in rng.integers(0, 2, 4))
+            whole = [int(n) for n in box] if inside else [float(n) for n in box]
+            with contextlib.suppress(ValueError, OverflowError):
+                extension.decode(data, out, size, *whole, inside, flip, cubic, simd)
+            calls += 1
+
+    files = [data for data, _ in corpus().values()]
+    for data in files:
+        for _ in range(4):
+            feed(data)
+    jpegs = [data for data in files if data[:2] == b"\xff\xd8" and len(data) < 4000]
+    for _ in range(DAMAGED):
+        damaged = bytearray(jpegs[rng.integers(len(jpegs))])
+        for _ in range(rng.integers(1, 5)):
+            damaged[int(len(damaged) * rng.random() ** 2)] = rng.integers(256)
+        feed(bytes(damaged[: len(damaged) - rng.integers(0, 2) * rng.integers(len(damaged) // 2)]))
+    print(f"{calls} calls on {len(files)} files and {DAMAGED} damaged ones: no report")
+
+
+if __name__ == "__main__":
+    sys.exit(inside() if sys.argv[1:] == ["--inside"] else main())
