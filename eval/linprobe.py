@@ -334,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val", required=True, help="validation shards")
     add("--protocol", choices=["mae", "cached"], default=d.protocol)
     add("--feature", choices=FEATURES, default=d.feature)
-    add("--also", nargs="+", choices=FEATURES, default=d.also, metavar="FEATURE",
+    add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
         help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
     add("--epochs", type=int, default=d.epochs)
     add("--warmup-epochs", type=float, default=d.warmup_epochs)

@@ -37,6 +37,7 @@ from eval.shared.cli import run_command
 from eval.shared.processes import environment, stop_on_sigterm
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
+from shard_tools.cores import cores
 
 TASK = "SLURM_ARRAY_TASK_ID"
 
@@ -93,8 +94,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
         tuple(args.set), read_eval_args(args.eval_args, evals),
         ("--ds_config", args.ds_config) if args.ds_config else (),
     )  # fmt: skip
-    cores = len(os.sched_getaffinity(0))
-    jobs = args.jobs or (1 if torch.cuda.is_available() else cores)
+    jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
     slurm = None if args.slurm is None else tuple(split(args.slurm))
     again = tuple(without(words, "--slurm", "--jobs"))
     return Settings(sweep, jobs, args.dry_run, args.report, args.cell, slurm, again)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.errors import reason
+from pipeline.errors import reason, said_by_backend
 from shard_tools.index_file import IndexHeader, ManifestError, parse_header
 
 
@@ -56,5 +56,7 @@ def _download(url: str, path: Path) -> None:
     try:
         filesystem, where = url_to_fs(url)
         filesystem.get_file(where, str(path))
-    except Exception as error:  # each fsspec backend has its own exceptions
+    except Exception as error:
+        if not said_by_backend(error):
+            raise
         raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error

@@ -13,6 +13,7 @@ where the tars lie. Every reader goes through `read_manifest`, so subsets need n
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -20,14 +21,15 @@ import posixpath
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import reason
+from pipeline.errors import reason, said_by_backend
 from shard_tools.atomic import write_atomic
 from shard_tools.index_cache import local_copy
 from shard_tools.index_file import (
@@ -61,6 +63,8 @@ __all__ = [
 
 VERSION = 1
 MANIFEST, INDEX, NAMES = "manifest.json", "index.bin", "names.bin"
+
+_FEW = 1000  # shards whose files one thread looks for
 
 # Image formats by the number stored in SAMPLE["format"].
 FORMATS = ("jpeg", "png", "webp", "other")
@@ -157,7 +161,16 @@ def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
     header; for tars on a local disk (unless `check_shards` is off) also a missing shard or one of
     the wrong size. The index itself is read and checked at its first use.
     """
-    home = os.fspath(folder)
+    collects = gc.isenabled()
+    gc.disable()  # of hundreds of thousands of shards none is garbage before the end
+    try:
+        return _read_manifest(os.fspath(folder), check_shards)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _read_manifest(home: str, check_shards: bool) -> Manifest:
     text = _read_manifest_text(home)
     where = join(home, MANIFEST)
     try:
@@ -182,9 +195,8 @@ def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
     _check_types(where, manifest)
-    manifest = replace(manifest, shards=ShardTable.of(manifest.shards))
     _check_files(manifest, check_shards)
-    return manifest
+    return replace(manifest, shards=ShardTable.of(manifest.shards))
 
 
 def write_manifest(
@@ -261,10 +273,7 @@ def _fetch(url: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             return file.read()
     except Exception as error:
-        # A backend has exceptions of its own class, or says with ImportError or ValueError that it
-        # is not installed or not known; what else is built in would be a slip.
-        known = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
-        if not known and type(error).__module__ == "builtins":
+        if not said_by_backend(error):
             raise
         raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error
 
@@ -339,8 +348,18 @@ def _check_files(manifest: Manifest, check_shards: bool) -> None:
         if head.rows != manifest.samples or head.checksum.hex() != manifest.index_sha256:
             raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
     if check_shards and not is_remote(manifest.folder):
-        for number, shard in enumerate(manifest.shards):
-            _check_shard(manifest.path(number), shard)
+        numbers = range(len(manifest.shards))
+        if len(numbers) <= _FEW:
+            return _check_shards(manifest, numbers)
+        # A network file system answers many at a time.
+        with ThreadPoolExecutor(16) as threads:
+            pieces = (numbers[i : i + _FEW] for i in range(0, len(numbers), _FEW))
+            list(threads.map(partial(_check_shards, manifest), pieces))
+
+
+def _check_shards(manifest: Manifest, numbers: range) -> None:
+    for number in numbers:
+        _check_shard(manifest.path(number), manifest.shards[number])
 
 
 def _check_shard(where: str, shard: Shard) -> None:

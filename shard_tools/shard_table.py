@@ -24,7 +24,10 @@ class ShardTable(Sequence[Shard]):
     """A read-only sequence of shards whose numbers are arrays too.
 
     buffer: uint8, int64 [4, count] (samples, bytes, where name and sha256 end), then the texts.
+    shared: the handle of the shared memory that the buffer is in (see pipeline/data/shared.py).
     """
+
+    shared: Any = None
 
     def __init__(self, buffer: np.ndarray, count: int) -> None:
         self.buffer = buffer

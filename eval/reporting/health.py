@@ -56,9 +56,8 @@ def _loss(run: Run) -> Check:
         "way from the lowest (a rising loss: lower the learning rate)"
     )
     steps, values = run.series("loss")
-    missing = len(run.metrics) - len(values)
-    if missing:
-        return Check(name, BAD, f"not finite in {missing} of {len(run.metrics)} logged steps", rule)
+    if gaps := _gaps(run, "loss", name, rule):
+        return gaps
     if len(values) < FEW:
         return Check(name, UNKNOWN, f"{len(values)} logged steps, {FEW} needed", rule)
     first, last = ends(values)
@@ -76,6 +75,16 @@ def _loss(run: Run) -> Check:
             name, LOOK, f"{found}, lowest {windows[lowest]:.4g} at step {lowest:.0f}", rule
         )
     return Check(name, GOOD, found, rule)
+
+
+def _gaps(run: Run, key: str, name: str, rule: str) -> Check | None:
+    """A quantity that was not finite in some logged steps, which leave it out: bad where the
+    newest is one of them."""
+    without = [key not in row for row in run.metrics]
+    if not any(without):
+        return None
+    found = f"not finite in {sum(without)} of {len(without)} logged steps"
+    return Check(name, BAD if without[-1] else LOOK, found, rule)
 
 
 def _features(run: Run) -> Check:
@@ -113,11 +122,10 @@ def _gradient(run: Run) -> Check:
         "(spikes: clip the gradient or lower the learning rate)"
     )
     values = run.series("grad_norm")[1]
-    missing = len(run.metrics) - len(values)
     if not values:
         return Check(name, UNKNOWN, "grad_norm is not logged", rule)
-    if missing:
-        return Check(name, BAD, f"not finite in {missing} of {len(run.metrics)} logged steps", rule)
+    if gaps := _gaps(run, "grad_norm", name, rule):
+        return gaps
     half = values[len(values) // 2 :]
     middle, most = median(half), max(half)
     found = f"median {middle:.3g}, most {most:.3g}"

@@ -83,8 +83,9 @@ def probed(log: list[LogLine]) -> dict[str, tuple[list[float], list[float]]]:
     return {name: ([s for s, _ in p], [v for _, v in p]) for name, p in series.items()}
 
 
-def running(folder: Path) -> bool:
-    """Whether a process holds the run's lock; asks without taking it."""
+def running(folder: Path) -> bool | None:
+    """Whether a process holds the run's lock, None on a file system without locks; asks without
+    taking it."""
     try:
         handle = os.open(folder / "lock", os.O_RDONLY)
     except OSError:
@@ -93,8 +94,8 @@ def running(folder: Path) -> bool:
         asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         answer = struct.unpack(FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, asked))
         return bool(answer[0] != fcntl.F_UNLCK)
-    except OSError:  # a file system without locks
-        return False
+    except OSError:
+        return None
     finally:
         os.close(handle)
 
@@ -114,8 +115,8 @@ def read_status(folder: Path, now: datetime | None = None) -> RunStatus:
     )
     step, total = _progress(log)
     state, reason = _end(last, failure, step, total)
-    if alive:
-        idle = ((now or datetime.now()) - log[-1].time).total_seconds()
+    idle = ((now or datetime.now()) - log[-1].time).total_seconds()
+    if alive or (alive is None and state == "cut off" and idle <= SILENT):
         quiet = f"no line in log.txt for {idle / 60:.0f} minutes" if idle > SILENT else ""
         state, reason = "running", quiet
     return RunStatus(state, reason, step, total, log[0].time, max(seconds, 0.0), len(starts) or 1)

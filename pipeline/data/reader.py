@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ class Reader:
         self.decoder, _ = decoder(how)  # by name: a worker may be a fresh process
         self.handles: OrderedDict[int, int] = OrderedDict()
         manifest.lazy_index.open()  # what can be found wrong at once is, before the workers start
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"handles": OrderedDict()}  # they are numbers of this process only
 
     def read(self, sample: int) -> bytes:
         """The image bytes of a sample."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipeline.errors import reason as why
+from pipeline.errors import said_by_backend
 from shard_tools.index_cache import cache_folder
 from shard_tools.manifest import Manifest, ManifestError
 
@@ -143,7 +144,9 @@ class ShardCache:
                     return
             except (FileNotFoundError, PermissionError) as error:
                 raise CacheError(f"{url}: cannot be fetched ({why(error, url)})") from error
-            except Exception as error:  # each fsspec backend has its own exceptions
+            except Exception as error:
+                if not said_by_backend(error):
+                    raise
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise CacheError(f"{self.folder}: the disk of the cache is full") from error
                 reason = why(error, url)

@@ -100,6 +100,11 @@ def fixed_options(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Any]
     return {} if heads is None else {"num_heads": heads}
 
 
+def mae_decoder_heads(state: Mapping[str, Tensor]) -> int:
+    """Heads of the decoder of facebookresearch/mae's models (width 512); 0 where that is open."""
+    return 16 if state["decoder_embed.weight"].shape[0] == 512 else 0
+
+
 def fix_norms(vit: nn.Module, layout: Layout, where: str) -> None:
     """Give the norms the project's eps; UserError where the architecture's activation is not its.
 

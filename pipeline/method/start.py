@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_info, read_encoder
 from pipeline.method.foreign import LEFT_OUT, exported_info, from_hub, named
 from pipeline.method.interop import from_hf, from_hf_decoder, hf_arch, mae_decoder
-from pipeline.method.layouts import MAE, fixed_options, layout_of, refuse_stem
+from pipeline.method.layouts import fixed_options, layout_of, mae_decoder_heads, refuse_stem
 from pipeline.method.load import teacher_weights
 from pipeline.method.objective import Objective
 from pipeline.method.positions import is_sincos, square
@@ -41,7 +41,6 @@ from pipeline.method.weights import find_encoder, load_tensors
 
 POSITIONS, MASK = "encoder.pos_embed", "encoder.mask_token"
 NORM = ("encoder.norm.weight", "encoder.norm.bias")
-MAE_DECODER_HEADS = 16  # in each of facebookresearch/mae's models
 
 
 @dataclass(frozen=True)
@@ -154,22 +153,19 @@ def _file(path: Path, recipe: Recipe, ema: bool) -> Source:
     written = exported_info(path, content)
     found = find_encoder(content, path, ema=ema)
     refuse_stem(found, path)
-    state, rest = found.state, {}
+    state, rest, decoder_heads = found.state, {}, 0
     if "decoder_embed.weight" in state:
-        rest = mae_decoder(state)
+        rest, decoder_heads = mae_decoder(state), mae_decoder_heads(state)
         state = {k: v for k, v in state.items() if not k.startswith(("decoder", "mask_token"))}
     if written:
-        heads = int(written.get("decoder_heads", 0))
-        return Source(state, rest, written, heads)
+        return Source(state, rest, written, int(written.get("decoder_heads", 0)))
     layout = layout_of(found, content)
     info = named(recipe.encoder.arch, "") | {"options": fixed_options(layout, state)}
     if not layout.imagenet:
         config = timm.get_pretrained_cfg(recipe.encoder.arch)
         if config is not None:
             info |= {"mean": list(config.mean), "std": list(config.std)}
-    width = len(rest.get("measure.decoder.mask_token", ()))
-    heads = MAE_DECODER_HEADS if layout is MAE and width == 512 else 0
-    return Source(state, rest, info, heads)
+    return Source(state, rest, info, decoder_heads)
 
 
 def _hugging_face(folder: Path) -> Source:

@@ -93,6 +93,15 @@ def _only(fitting: list[str]) -> str:
     return fitting[0]
 
 
+def stored_labels(classes: Sequence[str], stored: Sequence[str]) -> tuple[int, ...]:
+    """By label the number of the class among `stored`, as the tars have it (-1: not there); empty
+    where labels were not renumbered."""
+    if not stored or tuple(classes) == tuple(stored):
+        return ()
+    numbers = {name: number for number, name in enumerate(stored)}
+    return tuple(numbers.get(name, -1) for name in classes)
+
+
 Candidates = list[tuple[Sample, str]]
 
 
@@ -107,8 +116,8 @@ def images_by_offset(samples: Iterable[Sample]) -> dict[int, Candidates]:
 
 
 def take_candidate(handle: int, candidates: Candidates, label: int) -> tuple[Sample, str]:
-    """The sample that a row of the index with this label means, and the field of its image. It is
-    taken away from the others at its offset, if there are any."""
+    """The sample that a row of the index means, and the field of its image: the first with this
+    label in the tar. It is taken away from the others at its offset, if there are any."""
     for number, (sample, _) in enumerate(candidates[:-1]):
         with suppress(SampleFault):
             if read_label(handle, sample, read_json(handle, sample)) == label:

@@ -60,6 +60,9 @@ def test_the_demo_removes_only_what_a_demo_wrote(tmp_path):
     with pytest.raises(UserError, match=r"runs: has rmae-20260101, which no demo wrote"):
         demo.clear(runs)
     assert (runs / "rmae-20260101").is_dir()
+    (runs / "rmae-20260101").rename(runs / "demo_rmae-best")
+    with pytest.raises(UserError, match=r"demo_rmae-best, which no demo wrote"):
+        demo.clear(runs)
     old = tmp_path / "old"
     (old / "demo_rmae-0").mkdir(parents=True)
     (old / "report.html").write_text("")

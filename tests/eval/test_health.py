@@ -1,5 +1,6 @@
 """A run's status and health: each check turns at its threshold, each way to end has its name."""
 
+import errno
 import fcntl
 import json
 import subprocess
@@ -61,7 +62,8 @@ def test_a_run_that_is_well(tmp_path):
         ("loss falls", {"loss": lambda n: 5.0 - 0.005 * n}, LOOK),  # 1.5 %
         ("loss falls", {"loss": 5.0}, LOOK),
         ("loss falls", {"loss": lambda n: 5.0 + 0.1 * n}, BAD),
-        ("loss falls", {"loss": lambda n: None if n == 7 else 5.0 - 0.1 * n}, BAD),
+        ("loss falls", {"loss": lambda n: None if n == 7 else 5.0 - 0.1 * n}, LOOK),
+        ("loss falls", {"loss": lambda n: None if n == 19 else 5.0 - 0.1 * n}, BAD),
         # falls by 1 up to the middle, then rises by 0.1 or by 0.5 of it
         ("loss falls", {"loss": lambda n: 5 - min(n, 10) / 10 + max(n - 10, 0) / 90}, GOOD),
         ("loss falls", {"loss": lambda n: 5 - min(n, 10) / 10 + max(n - 10, 0) / 18}, LOOK),
@@ -76,7 +78,8 @@ def test_a_run_that_is_well(tmp_path):
         ("gradient norm is steady", {"grad_norm": lambda n: 9.0 if n == 15 else 1.0}, GOOD),
         ("gradient norm is steady", {"grad_norm": lambda n: 11.0 if n == 15 else 1.0}, LOOK),
         ("gradient norm is steady", {"grad_norm": lambda n: 11.0 if n == 3 else 1.0}, GOOD),
-        ("gradient norm is steady", {"grad_norm": lambda n: None if n == 15 else 1.0}, BAD),
+        ("gradient norm is steady", {"grad_norm": lambda n: None if n == 15 else 1.0}, LOOK),
+        ("gradient norm is steady", {"grad_norm": lambda n: None if n == 19 else 1.0}, BAD),
         ("gradient norm is steady", {"grad_norm": 1e-7}, BAD),
         ("no skipped steps", {"nonfinite_steps": lambda n: 2 * (n > 5)}, LOOK),  # of 200: 1 %
         ("no skipped steps", {"nonfinite_steps": lambda n: 3 * (n > 5)}, BAD),
@@ -178,6 +181,20 @@ def test_a_held_lock_is_a_running_run_and_is_left_alone(tmp_path):
         child.stdin.close()
         child.wait(10)
     assert read_status(folder).state == "cut off"
+
+
+def test_without_locks_the_newest_line_decides(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", log=BEGUN)
+    (folder / "lock").touch()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    assert read_status(folder, START + timedelta(seconds=601)).state == "running"
+    assert read_status(folder, START + timedelta(seconds=602)).state == "cut off"
+    (folder / "failure.txt").write_text("rank 0: boom")
+    assert read_status(folder, START + timedelta(seconds=2)).state == "failed"
 
 
 def test_a_folder_without_a_log(tmp_path):

@@ -191,7 +191,7 @@ def test_crop_is_tensorflows() -> None:
         areas.append((box.right - box.left) * (box.bottom - box.top) / 2400)
     assert min(areas) < 0.12
     assert max(areas) > 0.9
-    # The whole area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
+    # The full area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
     uniform = [1.0 - 1e-9, 0.5] + [0.0] * 21
     box, flip = crop.choose(uniform)(60, 40)
     assert (box.left, box.top, box.right, box.bottom) == (0, 0, 49, 40)
@@ -256,7 +256,7 @@ def work(ranks: Ranks, home: str) -> None:
         (Path(home) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_going_on_equals_never_stopping(
+def test_resuming_equals_never_stopping(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped by SIGTERM in the middle of an epoch, and again by the end of --max-steps' trial."""

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from mae_layout import plain_mae, random_mae_state
-from tiny import PATCH, images, tiny_recipe
+from tiny import DECODER, PATCH, SIZE, images, tiny_recipe
 
+from pipeline import load_reconstructor
 from pipeline.errors import UserError
+from pipeline.export import export
 from pipeline.method.interop import from_mae, to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views
@@ -83,3 +85,40 @@ def test_what_hugging_faces_vit_lacks_is_refused(option, words):
     for write in (to_hf_vit, to_hf_mae):
         with pytest.raises(UserError, match=words):
             write(objective)
+
+
+def test_a_recipe_that_contradicts_the_file_where_no_shape_shows_it_is_refused(tmp_path):
+    """Heads of facebookresearch/mae's decoders (16) and encoders, and its pixels."""
+    big = {"width": 64, "decoder": 512, "depth": 1}
+    torch.save({"model": random_mae_state(**big)}, tmp_path / "mae.pth")
+    sets = [*SIZE, "encoder.options={patch_size: 4, embed_dim: 64, depth: 1, num_heads: 2}"]
+    wide = "measure.decoder={{width: 512, depth: 1, heads: {}}}"
+    good = load_reconstructor(tmp_path / "mae.pth", "mae", [*sets, wide.format(16)])
+    assert good.recipe.measure.decoder.heads == 16
+    for more, words in (
+        ([wide.format(8)], r"has measure\.decoder\.heads 16, the recipe 8; set"),
+        ([wide.format(16), "data.mean=[0.5, 0.5, 0.5]"], r"has data\.mean \[0\.485"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_reconstructor(tmp_path / "mae.pth", "mae", [*sets, *more])
+
+
+def test_our_own_file_says_its_heads(tmp_path):
+    objective, _ = build_objective(tiny_recipe("mae", "data.std=[0.2, 0.2, 0.2]"))
+    export(objective, "mae", tmp_path / "x.pth")
+    sets = [*SIZE, *DECODER, "data.std=[0.2, 0.2, 0.2]"]
+    load_reconstructor(tmp_path / "x.pth", "mae", sets)
+    for more, key in (
+        ("encoder.options.num_heads=4", r"encoder\.options\.num_heads 2"),
+        ("measure.decoder.heads=4", r"measure\.decoder\.heads 2"),
+        ("data.std=[0.2, 0.2, 0.3]", r"data\.std"),
+    ):
+        with pytest.raises(UserError, match=f"has {key}"):
+            load_reconstructor(tmp_path / "x.pth", "mae", [*sets, more])
+
+
+def test_a_file_without_a_decoder_reconstructs_nothing(tmp_path):
+    state = {k: v for k, v in random_mae_state().items() if "decoder" not in k}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="with a decoder"):
+        load_reconstructor(tmp_path / "x.pth", "mae", [*SIZE, *DECODER])

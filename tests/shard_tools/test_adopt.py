@@ -226,7 +226,9 @@ def test_samples_that_share_an_image_keep_their_own_fields(tmp_path: Path) -> No
             (["--classes", str(tmp_path / "classes.txt")], [b"c"]),
         )
     ):
-        few = tmp_path / f"few{number}"
+        few, index = tmp_path / f"few{number}", tmp_path / f"index{number}"
+        assert subset([str(tmp_path), str(index), *choice]) == 0
+        assert verify(str(index), decode=True, workers=0)[0] == []
         assert subset([str(tmp_path), str(few), *choice, "--copy", "--workers", "0"]) == 0
         copies = webdataset.WebDataset(read_manifest(few).path(0), shardshuffle=False)
         assert [sample["txt"] for sample in copies] == texts
