@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from eval.shared.processes import environment
@@ -158,7 +159,7 @@ def show_plan(jobs: Sequence[Command]) -> list[str]:
     lines, left = [], [job for job in unique(jobs) if not job.done]
     for job in unique(jobs):
         state = "done" if job.done else f"{job.images:>10,} images {job.flops / 1e12:>12,.1f} TFLOP"
-        lines += [f"{state:>40}  {job.name}", f"{'':>42}{' '.join(map(quoted, job.command))}"]
+        lines += [f"{state:>40}  {job.name}", f"{'':>42}{' '.join(map(quote, job.command))}"]
     flops = sum(job.flops for job in left)
     lines.append(
         f"{len(left)} of {len(unique(jobs))} commands to run: "
@@ -167,8 +168,3 @@ def show_plan(jobs: Sequence[Command]) -> list[str]:
         f"{flops / 3.6e3 / 30e9:,.2f} hours of a CPU core at 30 GFLOP/s"
     )
     return lines
-
-
-def quoted(word: str) -> str:
-    """A word as a shell needs it."""
-    return word if word and all(c.isalnum() or c in "-_./=:+,…" for c in word) else f"'{word}'"

@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import yaml
 
@@ -12,6 +13,7 @@ from eval.reporting.charts import Line, line_chart
 from eval.reporting.cka_charts import cka_charts
 from eval.reporting.page import Chapter, Detail, Picture
 from eval.reporting.run_records import Group, Run
+from eval.reporting.run_status import probed, read_log
 from eval.reporting.tables import (
     accuracy_table,
     difference_table,
@@ -51,44 +53,95 @@ def loss_chapter(groups: Sequence[Group]) -> Chapter:
     """Loss and its terms, a chart per recipe (losses of different measures do not compare)."""
     charts = []
     for number, group in enumerate(groups):
-        losses: list[Line] = []
+        terms = dict.fromkeys(term for run in group.runs for term in run.terms)
+        losses = course(group, "loss", number, "loss")
         cosines: list[Line] = []
-        for seed, run in enumerate(group.runs):
-            losses.append(Line(*run.series("loss"), number, "loss" if seed == 0 else ""))
-            for index, term in enumerate(run.terms):
-                label = term if seed == 0 else ""
-                line = Line(*run.series(term), number + 1 + index, label, dashed=True)
-                (cosines if term in COSINES else losses).append(line)
+        for index, term in enumerate(terms, 1):
+            lines = course(group, term, number + index, term, dashed=True)
+            (cosines if term in COSINES else losses).extend(lines)
         if any(line.x for line in losses):
             charts.append(line_chart(losses, title=f"Loss: {group.label}", x="step", y="loss"))
         if cosines:
             title = f"Similarity of pairs: {group.label}"
             charts.append(line_chart(cosines, title=title, x="step", y="mean cosine"))
-    texts = ("Solid: the loss; dashed: its parts. Runs of one recipe share a chart.",)
+    texts = (
+        "Solid: the loss; dashed: its parts. Of several seeds the mean; the band is their range.",
+    )
     return Chapter("loss", "Loss", texts, charts=tuple(charts))
 
 
-def course_chapter(groups: Sequence[Group]) -> Chapter:
-    """Learning rate, gradient norm, speed and waiting over the steps, all runs in each chart."""
-    wanted = [
-        ("lr", "Learning rate", ""),
-        ("grad_norm", "Gradient norm", ""),
-        ("images_per_second", "Throughput", "images/s"),
-        ("data_wait", "Data wait", "share of the step"),
-    ]
+def course(group: Group, key: str, colour: int, label: str, *, dashed: bool = False) -> list[Line]:
+    """The curve of a logged quantity over a group's seeds; none where it is not logged."""
+    return banded([run.series(key) for run in group.runs], colour, label, dashed=dashed)
+
+
+def banded(
+    series: Sequence[tuple[list[float], list[float]]], colour: int, label: str, *,
+    dashed: bool = False,
+) -> list[Line]:  # fmt: skip
+    """One line through the means of several (steps, values) at the steps that they share, with
+    their range as a band; a line each where they share fewer than two."""
+    shown = [dict(zip(x, y, strict=True)) for x, y in series if x]
+    if not shown:
+        return []
+    steps = sorted(set.intersection(*(set(s) for s in shown)))
+    if len(shown) == 1 or len(steps) < 2:
+        return [
+            Line(list(s), list(s.values()), colour, "" if n else label, dashed=dashed)
+            for n, s in enumerate(shown)
+        ]
+    values = [[s[step] for s in shown] for step in steps]
+    band = ([min(v) for v in values], [max(v) for v in values])
+    return [Line(steps, [mean(v) for v in values], colour, label, dashed=dashed, band=band)]
+
+
+def overlaid(groups: Sequence[Group], wanted: Sequence[tuple[str, str, str]]) -> list[str]:
+    """A chart per logged quantity (key, title, unit) with a curve per group."""
     charts = []
     for key, title, unit in wanted:
         lines = [
-            Line(*run.series(key), number, group.label if seed == 0 else "")
+            line
             for number, group in enumerate(groups)
-            for seed, run in enumerate(group.runs)
-            if run.series(key)[0]
+            for line in course(group, key, number, group.label)
         ]
         if lines:
             charts.append(line_chart(lines, title=title, x="step", y=unit))
+    return charts
+
+
+def health_chapter(groups: Sequence[Group]) -> Chapter:
+    """What distinguishes a sick run from a healthy one, and the probes made while it trained."""
+    charts = overlaid(
+        groups,
+        [
+            ("feature_std", "Spread of the features", "1: even, 0: collapsed"),
+            ("grad_norm", "Gradient norm", ""),
+            ("teacher_distance", "Distance of the teacher", "relative"),
+        ],
+    )
+    probes = [[probed(read_log(run.folder)) for run in group.runs] for group in groups]
+    names = dict.fromkeys(name for group in probes for run in group for name in run)
+    for name in names:
+        lines = [
+            line
+            for number, (group, runs) in enumerate(zip(groups, probes, strict=True))
+            for line in banded([run[name] for run in runs if name in run], number, group.label)
+        ]
+        charts.append(line_chart(lines, title=f"Online probe: {name}", x="step", y=name))
+    return Chapter("health", "Health", charts=tuple(charts))
+
+
+def course_chapter(groups: Sequence[Group]) -> Chapter:
+    """Learning rate, speed and waiting over the steps, all runs in each chart."""
+    wanted = [
+        ("lr", "Learning rate", ""),
+        ("images_per_second", "Throughput", "images/s"),
+        ("data_wait", "Data wait", "share of the step"),
+    ]
     runs = [run for group in groups for run in group.runs if run.metrics]
     tables = (throughput_table(runs),) if runs else ()
-    return Chapter("course", "Throughput and schedule", tables=tables, charts=tuple(charts))
+    charts = tuple(overlaid(groups, wanted))
+    return Chapter("course", "Throughput and schedule", tables=tables, charts=charts)
 
 
 def picture_chapter(groups: Sequence[Group]) -> Chapter:

@@ -17,6 +17,7 @@ PALETTE = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000",
 )  # fmt: skip
 
+GRID = "#e6e6e6"
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
     "svg.hashsalt": "report",  # equal input, equal bytes
@@ -24,8 +25,10 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#888888",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "axes.grid": True,
-    "grid.color": "#e6e6e6",
+    "grid.color": GRID,
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -34,7 +37,8 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: points, colour (a number of the palette), label ("" = none), dash or not."""
+    """One curve: points, colour (a number of the palette), label ("" = none), dash or not, and
+    the lower and upper bounds of a band around it."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -42,6 +46,7 @@ class Line:
     label: str = ""
     dashed: bool = False
     marker: bool = False
+    band: tuple[Sequence[float], Sequence[float]] | None = None
 
 
 def line_chart(
@@ -51,8 +56,12 @@ def line_chart(
     x: str,
     y: str,
     limits: tuple[float, float] | None = None,
+    ticks: Sequence[str] | None = None,
 ) -> str:
-    """An `<svg>` element of the curves, 5.6 × 3.2 inches, which scales with its surroundings."""
+    """An `<svg>` element of the curves, 5.6 × 3.2 inches, which scales with its surroundings.
+
+    ticks: names of x = 0, 1, 2 …
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         FigureCanvasSVG(figure)
@@ -68,8 +77,13 @@ def line_chart(
                 markersize=3.5,
                 label=line.label or "_",
             )
+            if line.band is not None:
+                colour = PALETTE[line.colour % len(PALETTE)]
+                axes.fill_between(line.x, *line.band, color=colour, alpha=0.2, linewidth=0)
         axes.set(title=title, xlabel=x, ylabel=y)
-        if all(float(x).is_integer() for line in lines for x in line.x):
+        if ticks is not None:
+            axes.set_xticks(range(len(ticks)), ticks)
+        elif all(float(x).is_integer() for line in lines for x in line.x):
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if limits is not None:
             axes.set_ylim(*limits)
@@ -91,7 +105,8 @@ def add_legend(figure: Figure) -> None:
 
 
 def inline(svg: str, title: str) -> str:
-    """A matplotlib SVG file made fit for a page: no prolog or metadata, ids of its own, a name."""
+    """A matplotlib SVG file made fit for a page: no prolog or metadata, ids of its own, a name;
+    colours are the page's variables --c0 … and --line, which know light from dark."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     own = re.sub(r"\W+", "-", title).strip("-").lower()
@@ -101,4 +116,7 @@ def inline(svg: str, title: str) -> str:
         f'<svg class="chart" role="img" aria-label="{html.escape(title)}" viewBox="\\1" '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
+    for index, colour in enumerate(PALETTE):
+        svg = svg.replace(f": {colour}", f": var(--c{index}, {colour})")
+    svg = svg.replace(f": {GRID}", f": var(--line, {GRID})")
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, svg, count=1)

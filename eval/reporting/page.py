@@ -6,8 +6,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.reporting.overview import MARKS, Card, headline
 from eval.reporting.run_records import Group
 from eval.reporting.tables import Table
+
+WIDE = 576  # CSS pixels to which a small picture is enlarged, about
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Picture:
     width: int
     height: int
     caption: str
+
+    @property
+    def scale(self) -> int:
+        """The whole factor by which a small picture is enlarged, so that its pixels stay sharp."""
+        return max(1, round(WIDE / self.width))
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Detail:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A chapter of the report."""
+    """A chapter of the report; cards: of runs, on the first screen."""
 
     id: str
     title: str
@@ -39,14 +47,23 @@ class Chapter:
     charts: tuple[str, ...] = ()
     pictures: tuple[Picture, ...] = ()
     details: tuple[Detail, ...] = ()
+    cards: tuple[Card, ...] = ()
 
     @property
     def empty(self) -> bool:
-        return not (self.tables or self.charts or self.pictures or self.details)
+        return not (self.cards or self.tables or self.charts or self.pictures or self.details)
 
 
-def render_html(title: str, groups: Sequence[Group], chapters: Sequence[Chapter]) -> str:
-    """The page as one string."""
+def overview_chapter(cards: Sequence[Card]) -> Chapter:
+    """The first screen: is my run healthy?"""
+    text = headline(cards)
+    return Chapter("overview", "Overview", (text,) if text else (), cards=tuple(cards))
+
+
+def render_html(
+    title: str, groups: Sequence[Group], chapters: Sequence[Chapter], refresh: float = 0
+) -> str:
+    """The page as one string. refresh: seconds after which it loads itself again, 0: never."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -54,7 +71,9 @@ def render_html(title: str, groups: Sequence[Group], chapters: Sequence[Chapter]
     )
     runs = [run for group in groups for run in group.runs]
     template = environment.get_template("report.html")
-    return template.render(title=title, groups=groups, runs=runs, chapters=chapters)
+    return template.render(
+        title=title, groups=groups, runs=runs, chapters=chapters, refresh=refresh, marks=MARKS
+    )
 
 
 def render_markdown(title: str, chapters: Sequence[Chapter]) -> str:
@@ -64,6 +83,8 @@ def render_markdown(title: str, chapters: Sequence[Chapter]) -> str:
         lines += [f"## {chapter.title}", ""]
         for text in chapter.texts:
             lines += [text, ""]
+        for card in chapter.cards:
+            lines += markdown_card(card)
         for table in chapter.tables:
             lines += markdown_table(table)
         for detail in chapter.details:
@@ -73,6 +94,17 @@ def render_markdown(title: str, chapters: Sequence[Chapter]) -> str:
             shown = len(chapter.charts) + len(chapter.pictures)
             lines += [f"({shown} charts or pictures in the HTML page)", ""]
     return "\n".join(lines)
+
+
+def markdown_card(card: Card) -> list[str]:
+    """A run's status, results and checks as Markdown."""
+    status = f"{card.state}{f', {card.reason}' if card.reason else ''}"
+    lines = [f"### {card.name}: {status}", "", card.sentence, ""]
+    lines += [f"- {term}: {text}" for term, text in card.facts]
+    lines += [f"- {m.title}: {m.value}, {m.note}" for m in card.metrics]
+    lines += ["", "| check | verdict | found | rule |", "| --- | --- | --- | --- |"]
+    lines += [f"| {c.name} | {c.verdict} | {c.found} | {c.rule} |" for c in card.checks]
+    return [*lines, ""]
 
 
 def markdown_table(table: Table) -> list[str]:

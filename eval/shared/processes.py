@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +20,12 @@ LAUNCHER = (
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The environment of a child: no ranks of ours, `threads` per process, CPU without a GPU."""
+    """The environment of a child: no ranks of ours, `threads` per process, CPU without a GPU; and
+    launch.sh finds this interpreter."""
     result = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     result["OMP_NUM_THREADS"] = str(threads)
+    if Path(sys.prefix, "bin", "python").exists():
+        result["VIRTUAL_ENV"] = sys.prefix
     if not torch.cuda.is_available():
         result["DS_ACCELERATOR"] = "cpu"
     return result

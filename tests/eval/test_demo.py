@@ -1,10 +1,17 @@
 """The demo: photographs, shards, two pretrainings, probes and report, by the real commands."""
 
+import json
 import os
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+
+import pytest
+
+from eval import demo
+from eval.shared.demo_shards import make_demo_shards
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -45,3 +52,47 @@ def test_the_demo_from_photographs_to_report(tmp_path):
     page.feed(report.read_text())
     assert sum(s.startswith("data:image/png") for s in page.sources) >= 2
     assert not [s for s in page.sources if s.startswith(("http", "//"))]
+
+
+def test_the_demo_removes_only_what_a_demo_wrote(tmp_path):
+    runs, data = tmp_path / "runs", tmp_path / "data"
+    (runs / "rmae-20260101").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"runs: has rmae-20260101, which no demo wrote"):
+        demo.clear(runs)
+    assert (runs / "rmae-20260101").is_dir()
+    (runs / "rmae-20260101").rename(runs / "demo_rmae-best")
+    with pytest.raises(UserError, match=r"demo_rmae-best, which no demo wrote"):
+        demo.clear(runs)
+    old = tmp_path / "old"
+    (old / "demo_rmae-0").mkdir(parents=True)
+    (old / "report.html").write_text("")
+    demo.clear(old)
+    assert not old.exists()
+    (data / "shards" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"data/shards: no demo wrote it"):
+        make_demo_shards(data, 256, 64)
+    assert (data / "shards" / "train").is_dir()
+
+
+def test_shards_that_are_there_are_left(tmp_path, capsys):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/done.json").write_text(json.dumps({"train": 256, "val": 64}))
+    make_demo_shards(tmp_path, 256, 64)
+    assert "demo shards are there" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_sentence_and_exit_2(tmp_path):
+    (tmp_path / "file").write_text("")
+    for words, sentence in (
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--ranks", "3"], "--ranks a divisor of 8"),
+        (["--output", tmp_path / "file"], f"{tmp_path}/file: cannot be read (Not a directory)"),
+        (["--output", tmp_path / "o", "--data", tmp_path / "file"], "failed with exit code 2"),
+    ):
+        command = [sys.executable, ROOT / "eval/demo.py", *words]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert sentence in last
+        assert "Traceback" not in done.stderr

@@ -1,16 +1,27 @@
 """An output or input path that cannot be used is one sentence and exit code 2, in every command."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+from eval_helpers import OPTIONS, coloured_images, command, write_encoder, write_shards
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import tiny_recipe
 
+from eval import reconstruct
+from eval.shared.classifier import write_classifier
 from eval.shared.cli import run_command
 from eval.shared.results import write_result
 from pipeline import estimate, export
+from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
+from pipeline.method.objective import build_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,13 +51,72 @@ def test_export_names_a_classifier_that_is_no_json(tmp_path, capsys):
     assert f"error: {tmp_path}: no classifier" in capsys.readouterr().err
 
 
+@pytest.fixture
+def trained(tmp_path):
+    """A run folder with the weights of a tiny model, as pretraining leaves it."""
+    recipe = tiny_recipe("mae")
+    objective, _ = build_objective(recipe)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    save_file(objective.state_dict(), run / "model.safetensors")
+    return run
+
+
+@pytest.mark.parametrize("kind", ["timm", "mae", "hf", "hf-mae"])
+def test_export_names_an_output_that_cannot_be_written(kind, trained, below, capsys):
+    name = {"timm": "x.safetensors", "mae": "x.pth"}.get(kind, "folder")
+    assert export.main([str(trained), "--format", kind, str(below.parent / name)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {below.parent}")
+
+
+def test_export_names_a_classifiers_output_that_cannot_be_written(below, tmp_path, capsys):
+    (tmp_path / "classifier.json").write_text("{}")
+    save_file({"fc_norm.weight": torch.ones(2)}, tmp_path / "classifier.safetensors")
+    assert export.main([str(tmp_path), "--format", "run", str(below)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {below.parent}")
+
+
+def test_reconstruct_names_a_picture_that_cannot_be_written(trained, below, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    output = below.with_suffix(".png")
+    done = command(reconstruct, "--encoder", str(trained), "--files", str(tmp_path / "a.png"),
+                   "--output", str(output))  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {below.parent}")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_classifier_that_cannot_be_written_is_named(below):
+    vit = timm.create_model("vit_base_patch16_224", num_classes=2, **OPTIONS)
+    with pytest.raises(UserError, match=f"{below.parent}.*: cannot be written"):
+        write_classifier(below.parent / "classifier", vit.state_dict(), {}, ("a", "b"))
+
+
+@pytest.mark.parametrize("script", ["knn", "linprobe", "finetune", "attentive"])
+def test_training_shards_that_cannot_be_read_are_named(script, tmp_path):
+    write_encoder(tmp_path / "run")
+    val = write_shards(tmp_path / "val", *coloured_images(8, 2, seed=1))
+    broken = tmp_path / "train"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{")
+    module = importlib.import_module(f"eval.{script}")
+    for train in (broken, tmp_path / "nowhere"):
+        done = command(module, "--encoder", str(tmp_path / "run"), "--train", str(train), "--val",
+                       str(val))  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ")
+        assert str(train) in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+
 def test_the_report_names_its_page_and_a_result_that_cannot_be_used(below, tmp_path):
     run = tmp_path / "run" / "eval"
     run.mkdir(parents=True)
     result = {"protocol": "knn", "top1": 50.0, "encoder": {"recipe": "other"}}
     (run / "knn.json").write_text(json.dumps(result))
-    command = [sys.executable, ROOT / "eval/report.py", run.parent, "--output", below]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = [sys.executable, ROOT / "eval/report.py", run.parent, "--output", below]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(f"error: {below.parent}")
     assert "Traceback" not in done.stderr

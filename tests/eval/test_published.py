@@ -7,6 +7,7 @@ import yaml
 
 from eval.paper.beside import one_table, paper_tables
 from eval.paper.published import PaperTable, find_row, read_paper, row_recipe
+from eval.paper.recipe_table import README, rewrite
 from eval.protocols import headings
 from eval.reporting.run_records import Group, Run, flatten
 from eval.reporting.tables import accuracy_table
@@ -29,11 +30,34 @@ def run(recipe: str, *overrides: str, results: tuple[dict, ...] = ()) -> Run:
 
 def test_all_tables_are_there() -> None:
     sizes = {t.number: len(t.rows) for t in read_paper()}
-    assert sizes == {1: 7, 2: 6, 3: 4, 4: 7, 5: 17, 6: 9, 7: 3, 8: 6}
+    assert sizes == {1: 11, 2: 8, 3: 4, 4: 7, 5: 17, 6: 9, 7: 3, 8: 6}
     for t in read_paper():
         assert set(t.columns) <= set(headings())
         assert len({row.name for row in t.rows}) == len(t.rows)
         assert all(row.published for row in t.rows)
+
+
+def test_tables_1_and_2_print_every_published_row() -> None:
+    """In the paper's order, cited ones too (Tab. 1 and 2 of the paper)."""
+    shown = {
+        t.number: [(row.name.split(" (")[0], row.published["finetune"]) for row in t.rows]
+        for t in read_paper()
+    }
+    cited = [("MoCo v3, 300 epochs", 83.2), ("DINO, 800 epochs", 82.8)]
+    assert shown[1] == [
+        ("random, 100 epochs", 80.9), ("random, 300 epochs", 82.1), *cited,
+        ("BEiT, 300 epochs", 82.9), ("MAE, 1600 epochs", 83.6), ("CAE, 300 epochs", 83.3),
+        ("MAE, 100 epochs", 83.1), ("R-MAE", 82.7), ("R-MAE†", 82.8), ("R-MAE‡", 82.7),
+    ]  # fmt: skip
+    assert shown[2] == [
+        ("random, 100 epochs", 80.9), *cited, ("MAE, 1600 epochs", 83.6),
+        ("MAE, 100 epochs", 83.1), ("C-MAE, 100 epochs", 82.9),
+        ("MAE, 400 epochs", 83.2), ("C-MAE, 400 epochs", 83.1),
+    ]  # fmt: skip
+    runs = paper_tables([Group("mine", (run("mae", results=(result("finetune", 50.0),)),))])
+    printed = {t.title[:6]: [row.cells[0].value for row in t.rows] for t in runs}
+    assert len(printed["Tab. 1"]) == 11
+    assert len(printed["Tab. 2"]) == 8
 
 
 @pytest.mark.parametrize(
@@ -120,6 +144,17 @@ def test_ours_stand_beside_the_published_figures() -> None:
     assert first["random, 300 epochs"] == ["82.1", "-", "-", "-"]
 
 
+def test_a_table_has_one_feature_and_says_which() -> None:
+    main = result("linprobe-mae", 12.0) | {"feature": "cls"}
+    beside = main | {"feature": "mean_patch", "top1": 99.0, "beside": True}
+    shown = paper_tables([Group("mine", (run("mae", results=(main, beside)),))])
+    (fourth,) = (t for t in shown if t.title.startswith("Tab. 4"))
+    rows = {row.cells[0].value: [cell.value for cell in row.cells[1:3]] for row in fourth.rows}
+    assert rows["MAE"] == ["54.5", "12.00"]
+    assert "Our linear probes read the cls token." in fourth.notes
+    assert not any("linear probes" in note for t in shown if t is not fourth for note in t.notes)
+
+
 @pytest.mark.parametrize(("name", "shown"), [("lists/10percent.txt", "30.00"), ("some.txt", "-")])
 def test_a_list_of_names_is_never_all_labels(name: str, shown: str) -> None:
     few = result("finetune", 30.0)
@@ -160,3 +195,22 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({1: {"title": "", "columns": ["finetune"], "rows": [row]}}))
     with pytest.raises(UserError, match=r"table 1, MAE: .*'recipes'"):
         read_paper(path)
+
+
+def test_the_recipes_readme_is_made_from_these_rows() -> None:
+    """`python eval/paper/recipe_table.py` would change nothing, and every row that is pretrained
+    has its command there."""
+    text = README.read_text()
+    assert rewrite(text) == text
+    for t in read_paper():
+        for row in t.rows:
+            if row.recipe and row.recipe != "supervised" and not row.initial:
+                assert f"| {row.name} | `pretrain " in text
+
+
+def test_a_table_without_its_comments_is_named() -> None:
+    text = README.read_text().replace("<!-- rows of Tab. 3 -->", "")
+    with pytest.raises(UserError, match=r"no comment `rows of Tab\. 3`"):
+        rewrite(text)
+    stale = README.read_text().replace("measure.tokens=cls`", "measure.tokens=patch`")
+    assert rewrite(stale) == README.read_text() != stale

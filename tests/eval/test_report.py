@@ -1,12 +1,16 @@
 """The report is one page that holds everything, says what it shows, and renders."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,8 +23,11 @@ from eval.protocols import PROTOCOLS, Work, by_key
 from eval.reporting import cka_charts
 from eval.reporting.run_records import group_runs, read_lines, read_run
 from eval.reporting.tables import accuracy_table
+from pipeline.config.recipe import RECIPES as RECIPES_DIR
+from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 RECIPES = {
     "mae": {"kind": "reconstruction", "norm_pix": True},
     "rmae": {"kind": "reconstruction", "norm_pix": False},
@@ -123,7 +130,7 @@ def test_page_is_well_formed_and_needs_no_network(page: Path) -> None:
             assert value.startswith(("#", "data:")), (tag, name, value[:80])
     assert not re.findall(r"url\((?!#)", text)
     assert "@import" not in text
-    assert not parsed.named("script")
+    assert [script.get("src") for script in parsed.named("script")] == [None]
     ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     targets = {(a.get("href") or "#")[1:] for a in parsed.named("a")}
@@ -131,8 +138,11 @@ def test_page_is_well_formed_and_needs_no_network(page: Path) -> None:
 
 
 def test_pictures_are_the_latest_of_each_recipe(page: Path) -> None:
-    pictures = Page(page.read_text()).named("img")
-    assert [(p["width"], p["height"]) for p in pictures] == [("48", "20")] * 3
+    *pictures, _ = Page(page.read_text()).named("img")  # the last one is the dialog's
+    # 48 × 20 pixels, each shown as 12 × 12 of the screen
+    assert [(p["width"], p["height"], p["class"]) for p in pictures] == [
+        ("576", "240", "sharp")
+    ] * 3
     captions = [p["alt"] for p in pictures]
     assert captions[0] == (
         "mae, step 30: original | masked | prediction of the masked patches | full prediction "
@@ -184,6 +194,25 @@ def test_another_number_of_epochs_is_another_column(runs: list[Path]) -> None:
     assert [c.value for c in cells["random encoder"]] == ["20.50 ± 0.71", "60.00"]
     assert (cells["rmae"][0].note, cells["rmae"][1].value) == ("+21.50 over random", "-")
     assert any(note.startswith("linear probe, cached, 270 epochs: 37 val") for note in table.notes)
+
+
+def test_a_feature_that_was_probed_beside_has_its_own_column(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    path = run / "eval/linprobe-cached.json"
+    also = [{"feature": "mean_patch", "top1": 12.5}, {"feature": "own", "diverged": True}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"also": also}))
+    read = read_run(run)
+    assert [r.get("beside") for r in read.results].count(True) == 1
+    shown = accuracy_table(group_runs([read]))
+    assert shown is not None
+    assert shown.head[1:] == (
+        "linear probe, cached (%)",
+        "linear probe, cached, mean of patches (%)",
+    )
+    assert [cell.value for cell in shown.rows[0].cells[1:]] == ["30.00", "12.50"]
 
 
 def test_cka_is_drawn_as_in_figure_1(runs: list[Path], tmp_path: Path) -> None:
@@ -276,39 +305,212 @@ def test_bad_input_is_one_sentence(tmp_path: Path, runs: list[Path]) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [1200, 390])
-def test_page_renders_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
-    """Every picture decodes, nothing is wider than the window, the console stays silent."""
-    check = (
-        "<script>addEventListener('load', () => { const d = document; parent.postMessage({"
-        "broken: [...d.images].filter(i => !i.complete || !i.naturalWidth).length,"
-        "images: d.images.length, charts: d.querySelectorAll('svg.chart').length,"
-        "flat: [...d.querySelectorAll('svg.chart')].filter(s => s.clientHeight < 50).length,"
-        "wide: d.documentElement.scrollWidth - innerWidth, width: innerWidth}, '*'); });</script>"
-    )
-    (tmp_path / "page.html").write_text(page.read_text().replace("</body>", check + "</body>"))
-    frame = tmp_path / "frame.html"  # a browser's window cannot be as narrow as a telephone's
-    frame.write_text(
-        "<script>addEventListener('message', e => document.title = JSON.stringify(e.data))"
-        f"</script><iframe src=page.html width={width} height=900 style='border:0'></iframe>"
+def test_the_chapters_answer_first_and_compare_last(runs: list[Path], tmp_path: Path) -> None:
+    groups = group_runs([read_run(run) for run in runs])
+    titles = [chapter.title for chapter in report.build_chapters(groups)]
+    assert titles == [
+        "Overview", "Reconstructions and views", "Loss", "Throughput and schedule", "Accuracy",
+        "Settings",
+    ]  # fmt: skip
+    mae = RECIPES_DIR / "mae.yaml"
+    run = tmp_path / "mae"
+    shutil.copytree(runs[0], run)
+    (run / "recipe.yaml").write_text(dump_recipe(load_recipe(mae)))
+    (run / "eval/finetune.json").write_text(json.dumps(result(50.0, "finetune")))
+
+    def order(images: int) -> list[str]:
+        (run / "versions.json").write_text(json.dumps({"images": images}))
+        chapters = report.build_chapters(group_runs([read_run(run)]))
+        return [chapter.id for chapter in chapters]
+
+    assert order(4096)[-2:] == ["settings", "paper"]
+    assert order(1281167)[-3:] == ["accuracy", "paper", "settings"]
+
+
+def test_seeds_are_a_line_with_a_band(page: Path) -> None:
+    text = page.read_text()
+    rmae = re.search(r'aria-label="Loss: rmae".*?</svg>', text, re.S)
+    mae = re.search(r'aria-label="Loss: mae".*?</svg>', text, re.S)
+    assert rmae
+    assert mae
+    assert "FillBetween" in rmae[0]
+    assert "FillBetween" not in mae[0]
+    assert ": #0072b2" not in rmae[0]  # colours are the page's variables: dark mode
+
+
+def colours(text: str, dark: bool) -> dict[str, tuple[float, float, float]]:
+    """The page's colour variables, in light or in dark."""
+    light, _, rest = text.partition("@media (prefers-color-scheme: dark)")
+    found = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", light))
+    if dark:
+        found |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", rest.partition("* {")[0]))
+    return {k: tuple(int(v[n : n + 2], 16) / 255 for n in (1, 3, 5)) for k, v in found.items()}  # type: ignore[misc]
+
+
+def luminance(colour: tuple[float, float, float]) -> float:
+    """Relative luminance of WCAG 2."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_has_contrast(page: Path, dark: bool) -> None:
+    """At least 4.5 of text, 1.9 of curves (whose names are in text), on both grounds."""
+    found = colours(page.read_text(), dark)
+    for ground in ("paper", "tint"):
+        for name in ("ink", "soft", "accent", "good", "look", "bad", *(f"c{n}" for n in range(8))):
+            pair = sorted((luminance(found[ground]), luminance(found[name])))
+            ratio = (pair[1] + 0.05) / (pair[0] + 0.05)
+            assert ratio >= (1.9 if name.startswith("c") else 4.5), (name, ground, ratio)
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+AXE = Path(os.environ.get("AXE", ROOT / "build/axe/package/axe.min.js"))
+TITLE = "addEventListener('message', e => document.title = JSON.stringify(e.data));"
+CHECK = """
+addEventListener('load', async () => {
+  const d = document, charts = [...d.querySelectorAll('svg.chart')], seen = {};
+  const pictures = [...d.querySelectorAll('figure img')];
+  seen.broken = pictures.filter(i => !i.complete || !i.naturalWidth).length;
+  seen.images = pictures.length;
+  seen.charts = charts.length;
+  seen.flat = charts.filter(s => s.clientHeight < 50).length;
+  seen.wide = d.documentElement.scrollWidth - innerWidth;
+  seen.width = innerWidth;
+  seen.dark = matchMedia('(prefers-color-scheme: dark)').matches;
+  seen.ground = getComputedStyle(d.body).backgroundColor;
+  const zoom = d.querySelector('button.zoom'), dialog = d.querySelector('dialog');
+  zoom.focus(); zoom.click();
+  seen.open = dialog.open;
+  seen.large = dialog.querySelector('img').getBoundingClientRect().width;
+  seen.sharp = getComputedStyle(dialog.querySelector('img')).imageRendering;
+  dialog.querySelector('button').click();
+  seen.closed = !dialog.open;
+  seen.focus = d.activeElement === zoom;
+  if (window.axe) {
+    const found = await axe.run(d, {resultTypes: ['violations']});
+    seen.rules = found.passes.length;
+    seen.axe = found.violations.map(v => v.id + ': ' + v.nodes[0].html.slice(0, 200));
+  }
+  parent.postMessage(seen, '*');
+});
+"""
+
+
+def browse(page: Path, folder: Path, width: int, dark: bool, axe: bool) -> tuple[dict, str]:
+    """What CHECK sees of a page in a headless browser, and the browser's log.
+
+    The page is in a frame, since a browser's window cannot be as narrow as a telephone's.
+    """
+    scripts = [AXE.read_text()] if axe else []
+    extra = "".join(f"<script>{text}</script>" for text in (*scripts, CHECK))
+    (folder / "page.html").write_text(page.read_text().replace("</body>", extra + "</body>"))
+    (folder / "frame.html").write_text(
+        f"<script>{TITLE}</script><iframe src=page.html width={width} height=900 "
+        "style='border:0; color-scheme: light dark'></iframe>"
     )
     options = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
         "--disable-background-networking --disable-component-update --disable-sync "
-        f"--enable-logging=stderr --user-data-dir={tmp_path / 'profile'} "
-        "--window-size=1400,1000 --virtual-time-budget=5000 --dump-dom"
-    )
+        f"--enable-logging=stderr --user-data-dir={folder / 'profile'} "
+        f"--window-size=1400,1000 --virtual-time-budget=20000 --dump-dom"
+    ).split()
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
     done = subprocess.run(
-        ["chromium", *options.split(), frame.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    assert "CONSOLE" not in done.stderr
+        [str(BROWSER), *options, (folder / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
-    seen = json.loads(title[1])
-    assert seen["width"] == width
+    return json.loads(unescape(title[1])), done.stderr
+
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium (Debian: apt-get install chromium)"
+)
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (400, False)])
+def test_page_renders_in_a_browser(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    """Every picture decodes, nothing is wider than the window, a picture enlarges and closes and
+    the focus returns to it, the console stays silent."""
+    seen, log = browse(page, tmp_path, width, dark, axe=False)
+    assert "CONSOLE" not in log
+    assert (seen["width"], seen["dark"]) == (width, dark)
+    assert seen["ground"] == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
     assert (seen["broken"], seen["images"], seen["charts"], seen["flat"]) == (0, 3, 6, 0)
     assert seen["wide"] <= 0
+    assert (seen["open"], seen["closed"], seen["focus"]) == (True, True, True)
+    assert seen["large"] >= 1200
+    assert seen["sharp"] == "pixelated"
+
+
+@needs_browser
+@pytest.mark.skipif(not AXE.is_file(), reason=f"no axe-core at {AXE} (make test-page gets it)")
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (400, False)])
+def test_axe_finds_nothing(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    """axe-core, every rule it has: contrast, names, landmarks, keyboard access, headings."""
+    seen, _ = browse(page, tmp_path, width, dark, axe=True)
+    assert seen["axe"] == []
+    assert seen["rules"] > 20
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.2)
+
+
+def test_watch_follows_a_run_and_ends_with_a_still_page(runs: list[Path], tmp_path: Path) -> None:
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(runs[0], run)
+    command = [sys.executable, report.__file__, run, "--output", page, "--watch", "1"]
+    child = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(page.is_file)
+        assert "location.reload()" in page.read_text()
+        assert "reloads every 1 s" in page.read_text()
+        written = page.stat().st_mtime_ns
+        time.sleep(2.5)
+        assert page.stat().st_mtime_ns == written  # nothing changed
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write('s": 1}\n{"step": 77777, "loss": 0.125}\n')
+        wait_for(lambda: "77777" in page.with_suffix(".md").read_text())
+        good = page.read_text()
+        (run / "eval/bad.json").write_text("{")  # a later fault is said, and does not end it
+        time.sleep(2.5)
+        assert child.poll() is None
+        assert page.read_text() == good
+        (run / "eval/bad.json").unlink()
+        child.send_signal(signal.SIGTERM)
+        output, errors = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 0, errors
+    assert "warning: " in errors
+    assert "eval/bad.json is not JSON" in errors
+    assert output.splitlines()[-1] == f"report: {page}"
+    assert "location.reload" not in page.read_text()
+
+
+@pytest.mark.parametrize("seconds", ["0.5", "-3", "inf", "nan", "x"])
+def test_watch_needs_a_second(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        report.parse_args(["run", "--watch", seconds])
+    assert stop.value.code == 2
+    assert "--watch" in capsys.readouterr().err
+    assert report.parse_args(["run", "--watch"]).watch == 30
+    assert report.parse_args(["run"]).watch == 0
+
+
+def test_watch_of_no_run_ends_at_once(tmp_path: Path) -> None:
+    settings = report.Settings((tmp_path,), tmp_path / "page.html", watch=1)
+    with pytest.raises(UserError, match=r"has no recipe\.yaml"):
+        report.watch(settings)
 
 
 def test_a_result_of_an_unknown_protocol_is_named(runs, tmp_path):

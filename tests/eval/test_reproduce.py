@@ -12,11 +12,18 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 from tiny import tiny_recipe
 
-from eval import reproduce
+from eval import linprobe, reproduce
 from eval.paper import commands as rows
-from eval.paper.job_runner import Command, costs, python, quoted, run_commands, show_plan
+from eval.paper import reproduction
+from eval.paper.job_runner import Command, costs, python, run_commands, show_plan
 from eval.paper.published import read_paper
-from eval.paper.reproduction import choose_rows, columns_of, find_table
+from eval.paper.reproduction import (
+    choose_rows,
+    columns_of,
+    find_table,
+    our_result,
+    result_path,
+)
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.errors import UserError
 from pipeline.estimate import dry_run
@@ -127,6 +134,32 @@ def test_evaluations_of_a_row(shards):
     assert rows.option(mini.command, "--epochs", None) == "12"  # three times the scale's 4
 
 
+@pytest.mark.parametrize(
+    ("scale", "chosen", "other"),
+    [("full", "cls", "mean_patch"), ("mini", "mean_patch", "cls")],
+)
+def test_one_feature_counts_in_a_table_and_the_other_is_beside_it(
+    shards, tmp_path, scale, chosen, other
+):
+    workspace = workspace_of(shards, scale, str(tmp_path))
+    table = reproduce.find_table(8)
+    chosen_rows = reproduce.choose_rows(table, ["MAE", "supervised"])
+    mae, supervised = (rows.row_jobs(workspace, r, 0, ["linprobe"])[-1] for r in chosen_rows)
+    args, last = (linprobe.build_parser().parse_args(job.command[2:]) for job in (mae, supervised))
+    assert (args.feature, list(args.also)) == (chosen, [other])
+    assert (last.feature, list(last.also)) == ("mean_patch", [])  # it was trained with
+    mae.makes.parent.mkdir(parents=True)
+    result = {"protocol": "linprobe-mae", "feature": chosen, "top1": 40.0, "top5": 80.0,
+              "also": [{"feature": other, "top1": 30.25}]}  # fmt: skip
+    mae.makes.write_text(json.dumps(result))
+    shown = reproduction.beside("x", [(chosen_rows[0], ["linprobe"])], workspace, 1)
+    names = {"cls": "cls token", "mean_patch": "mean of patches"}
+    assert (shown.rows[0].cells[2].value, shown.rows[0].cells[2].note) == (
+        "40.00", f"{names[other]} 30.25",
+    )  # fmt: skip
+    assert f"Our linear probes read the {names[chosen]}." in shown.notes
+
+
 def test_a_run_is_shared_by_the_tables_that_name_it():
     first = next(r for r in find_table(1).rows if r.name == "MAE, 100 epochs")
     fourth = next(r for r in find_table(4).rows if r.name == "MAE")
@@ -233,9 +266,62 @@ def test_two_commands_of_one_name_are_refused(tmp_path):
         run_commands([touch(tmp_path / "a"), touch(tmp_path / "a", "other")], 1, tmp_path)
 
 
-def test_words_are_quoted_for_a_shell():
-    for word in ("a=b", "{a: 1}", "", "x y"):
-        assert shlex.split(quoted(word)) == [word]
+def test_the_plan_can_be_pasted_into_a_shell(tmp_path):
+    words = ("echo", "a=b", "{a: 1}", "", "x y", "it's", "$HOME", "a;b")
+    line = show_plan([Command("a", words, tmp_path / "a")])[1]
+    assert tuple(shlex.split(line)) == words
+
+
+def lines_of_jobs(folder, *lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_what_cannot_be_read_written_or_started_is_named(tmp_path):
+    """Files at fault are named; nothing is run."""
+    made = tmp_path / "encoder.json"
+    made.write_text('{"step": ')
+    with pytest.raises(UserError, match=rf"{made}: has no step"):
+        run_commands([Command("a", python("x.py"), made, step=3)], 1, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"{tmp_path}/file.*: cannot be written \("):
+        run_commands([touch(tmp_path / "b")], 1, tmp_path / "file" / "out")
+    missing = Command("c", (str(tmp_path / "deepspeed"),), tmp_path / "c")
+    with pytest.raises(UserError, match=rf"{tmp_path}/deepspeed: cannot be started \(No such"):
+        run_commands([missing], 1, tmp_path / "out")
+    folder = lines_of_jobs(tmp_path / "out", '{"name": "a", "cpu_seconds": 1}', '{"name"')
+    with pytest.raises(UserError, match=r"jobs\.jsonl, line 2: not a record"):
+        costs(folder)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_log_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "out/logs/b.log").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"out/logs/b\.log: cannot be written \(Is a directory\)"):
+        run_commands([touch(tmp_path / "b")], 1, tmp_path / "out")
+
+
+def test_a_slip_in_a_thread_keeps_its_traceback(tmp_path):
+    with pytest.raises(TypeError):
+        run_commands([Command("a", (1, 2), tmp_path / "a")], 1, tmp_path / "out")  # type: ignore
+
+
+def test_a_result_without_its_metric_is_named(tmp_path, shards):
+    workspace = replace(workspace_of(shards, "mini"), output=tmp_path)
+    row = choose_rows(find_table(1), ["R-MAE"])[0]
+    path = result_path(workspace, row, 0, "finetune")
+    path.parent.mkdir(parents=True)
+    for text, sentence in (
+        ("{", "is not JSON"), ("{}", "has no top1; remove it"),
+        ('{"protocol": "finetune", "top1": null}', "top1 is None, not a number"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"{path}.*{sentence}"):
+            our_result(workspace, row, 0, "finetune")
+    path.write_text('{"protocol": "finetune", "top1": 50.5}')
+    assert our_result(workspace, row, 0, "finetune") == 50.5
+    assert our_result(workspace, row, 1, "finetune") is None
 
 
 # ------------------------------------------------------------------ command
@@ -260,9 +346,24 @@ def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, ca
         (["--table", "4", "--rows", "MEA"], "rows of table 4 are: MAE; MAE, jitter"),
         (["--table", "4", "--scale", "huge"], "knows full, mini"),
         (["--table", "4", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--table", "4", "--train", "/nowhere"], "/nowhere: no such folder"),
     ],
 )
 def test_bad_input_is_one_sentence(shards, words, sentence):
     data = ["--train", str(shards / "train"), "--val", str(shards / "val"), "--dry-run"]
     with pytest.raises(UserError, match=sentence):
-        reproduce.reproduce(reproduce.parse_args([*words, *data]))
+        reproduce.reproduce(reproduce.parse_args([*data, *words]))
+
+
+def test_a_list_of_labelled_images_takes_the_place_of_a_drawn_tenth(shards):
+    row = choose_rows(find_table(1), None)[0]
+    drawn = workspace_of(shards, "mini")
+    listed = replace(drawn, few_labels="lists/10percent.txt")
+    (first,), (second,) = (
+        [j for j in rows.row_jobs(w, row, 0, ["fewshot"]) if j.name.endswith("fewshot")]
+        for w in (drawn, listed)
+    )
+    assert "--fraction 0.1" in " ".join(map(str, first.command))
+    assert "--subset lists/10percent.txt" in " ".join(map(str, second.command))
+    assert "--fraction" not in map(str, second.command)
+    assert first.flops == second.flops

@@ -1,0 +1,121 @@
+"""A sweep's results: mean and spread of every point, each parameter plotted, and the best point."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+from eval.paper.claims import interval
+from eval.paper.reproduction import spread_text
+from eval.paper.sweep_plan import Cell, Sweep, as_number, result_path
+from eval.protocols import by_key, headings
+from eval.reporting.charts import Line, line_chart
+from eval.reporting.page import Chapter
+from eval.reporting.run_records import read_result
+from eval.reporting.tables import NONE, Row, Table
+from eval.reporting.tables import Cell as TableCell
+from pipeline.errors import UserError
+
+Point = tuple[tuple[str, str], ...]
+Values = dict[Point, dict[int, float]]  # point → seed → result
+
+
+def sweep_chapter(sweep: Sweep) -> Chapter:
+    """The first chapter of a sweep's page."""
+    shown = [name for name in sweep.evals if by_key(name).metric]
+    found = {name: results(sweep, name) for name in shown}
+    charts = [
+        chart
+        for name in shown
+        for key in sweep.grid
+        if (chart := parameter_chart(sweep, name, key, found[name]))
+    ]
+    texts = [best_text(name, found[name]) for name in shown]
+    seeds = f"{sweep.seeds} seed{'s' if sweep.seeds > 1 else ''}"
+    texts.append(f"{seeds}; curves are means, with the range of the seeds.")
+    table = (sweep_table(sweep, found),) if shown else ()
+    return Chapter("sweep", "Sweep", tuple(filter(None, texts)), table, tuple(charts))
+
+
+def results(sweep: Sweep, protocol: str) -> Values:
+    """Point → seed → the metric of a protocol, of what is done."""
+    metric, found = by_key(protocol).metric, Values()
+    for cell in sweep.cells:
+        values, path = found.setdefault(cell.point, {}), result_path(sweep, cell, protocol)
+        if path.is_file():
+            value = read_result(path).get(metric)
+            if not isinstance(value, int | float):
+                raise UserError(f"{path}: has no {metric}; remove it to run it again")
+            values[cell.seed] = float(value)
+    return found
+
+
+def sweep_table(sweep: Sweep, found: dict[str, Values]) -> Table:
+    """A row per point: its values of the grid, then mean ± deviation of each protocol."""
+    titles = headings()
+    head = (*sweep.grid, "seeds done", *(titles[name] for name in found))
+    rows = []
+    for point in dict.fromkeys(cell.point for cell in sweep.cells):
+        done = max((len(values[point]) for values in found.values()), default=0)
+        words = [value for _, value in point] + [f"{done} of {sweep.seeds}"]
+        words += [spread_text(list(values[point].values())) for values in found.values()]
+        rows.append(Row(tuple(map(TableCell, words))))
+    notes = ("± is the sample standard deviation over seeds.",) if sweep.seeds > 1 else ()
+    return Table(head, tuple(rows), notes=notes)
+
+
+def parameter_chart(sweep: Sweep, protocol: str, key: str, found: Values) -> str:
+    """A protocol's metric against one key of the grid, a line per point of the other keys."""
+    choices = sweep.grid[key]
+    numbers = [number for value in choices if (number := as_number(value)) is not None]
+    numeric = len(numbers) == len(choices)
+    positions = dict(zip(choices, numbers if numeric else range(len(choices)), strict=True))
+    lines: dict[Point, list[tuple[float, list[float]]]] = {}
+    for point, values in found.items():
+        if values:
+            others = tuple(pair for pair in point if pair[0] != key)
+            x = float(positions[dict(point)[key]])
+            lines.setdefault(others, []).append((x, list(values.values())))
+    if not lines:
+        return ""
+    drawn = []
+    for number, (others, points) in enumerate(lines.items()):
+        points.sort(key=lambda pair: pair[0])
+        band = ([min(v) for _, v in points], [max(v) for _, v in points])
+        label = Cell(others, 0).label
+        steps, means = [x for x, _ in points], [mean(v) for _, v in points]
+        drawn.append(Line(steps, means, number, label, marker=True, band=band))
+    heading = headings()[protocol]
+    ticks = None if numeric else choices
+    return line_chart(drawn, title=f"{heading} against {key}", x=key, y=heading, ticks=ticks)
+
+
+def best_text(protocol: str, found: Values) -> str:
+    """The best point of a protocol, and whether it is surely ahead of the second."""
+    ranked = sorted(
+        ((mean(values.values()), point) for point, values in found.items() if values),
+        key=lambda pair: -pair[0],
+    )
+    if not ranked:
+        return ""
+    heading = headings()[protocol]
+    first = ranked[0][1]
+    text = f"Best by {heading}: {words(first)}, {spread_text(list(found[first].values()))}"
+    if len(ranked) < 2:
+        return f"{text}."
+    second = ranked[1][1]
+    seeds = sorted(found[first].keys() & found[second].keys())
+    apart = [found[first][seed] - found[second][seed] for seed in seeds]
+    return f"{text}; {ahead(apart)} {words(second)}."
+
+
+def ahead(apart: Sequence[float]) -> str:
+    """Paired differences over seeds in words, with Student's 95 % interval."""
+    if len(apart) < 2:
+        return "with one seed it is not known whether it is ahead of"
+    low, high = interval(apart)
+    verdict = "ahead of" if low > 0 else "not surely ahead of"
+    return f"by {mean(apart):.2f} (95 % interval {low:+.2f} … {high:+.2f}) {verdict}"
+
+
+def words(point: Point) -> str:
+    """A point in words."""
+    return Cell(point, 0).label or NONE

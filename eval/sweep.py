@@ -1,0 +1,190 @@
+"""A grid of recipe settings with several seeds: pretrained, evaluated, and compared on one page.
+
+    python eval/sweep.py demo_mae --grid views.mask_ratio=0.6,0.75,0.9 --seeds 3 --eval knn,linprobe
+
+--dry-run prints every command and its cost. Runs are in OUTPUT/<key>-<value>-<seed>; what is done
+is skipped, so the same command resumes, and a larger grid, more seeds or evaluations add to it.
+Every command goes through launch.sh, over all GPUs; on a CPU several run side by side. With
+--slurm the cells become a job array, and the page a job after it. The page is OUTPUT/sweep.html.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join, quote, split
+
+import torch
+
+from eval.paper.job_runner import run_commands, show_plan
+from eval.paper.sweep_chapter import sweep_chapter
+from eval.paper.sweep_plan import (
+    ROOT,
+    Sweep,
+    claim_output,
+    plan,
+    read_eval_args,
+    read_evals,
+    read_grid,
+)
+from eval.report import write_report
+from eval.reporting.page import markdown_table
+from eval.shared.cli import run_command
+from eval.shared.processes import environment, stop_on_sigterm
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_atomic
+from shard_tools.cores import cores
+
+TASK = "SLURM_ARRAY_TASK_ID"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A sweep and what to do with it: print the plan, run it `jobs` commands at a time, run one
+    cell, only write the page, or (slurm: options of sbatch) submit it.
+
+    again: the words of the command line that name the same sweep.
+    """
+
+    sweep: Sweep
+    jobs: int
+    dry_run: bool = False
+    report: bool = False
+    cell: int | None = None
+    slurm: tuple[str, ...] | None = None
+    again: tuple[str, ...] = ()
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Settings:
+    """The command line. UserError for values that cannot be."""
+    parser = argparse.ArgumentParser(
+        description=str(__doc__).split("\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="a file, or a bundled name such as mae")
+    add("--grid", action="append", required=True, metavar="KEY=VALUE,…",
+        help="a recipe key and its values; several span a grid")  # fmt: skip
+    add("--seeds", type=int, default=1, help="run seeds 0 … N - 1")
+    add("--eval", default="knn", metavar="PROTOCOL,…", help="evaluations of every cell")
+    add("--eval-args", action="append", default=[], metavar="PROTOCOL=OPTIONS",
+        help='further options of an evaluation: linprobe="--protocol cached"')  # fmt: skip
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key everywhere")
+    add("--ds_config", "--ds-config", help="of pretraining (default: pretrain.py's)")
+    add("--train", default="data/shards/train", help="shards to train on")
+    add("--val", default="data/shards/val", help="shards to evaluate on")
+    add("--output", type=Path, help="folder of the runs (default: runs/sweep-<recipe>)")
+    add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
+    add("--dry-run", action="store_true", help="print the plan and its cost, run nothing")
+    add("--report", action="store_true", help="only write the page from what is there")
+    add("--slurm", metavar="OPTIONS", help='submit as a job array; options of sbatch: "-N 1 -G 8"')
+    add("--cell", type=int, help=argparse.SUPPRESS)  # one cell, in a task of the array
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    if args.seeds < 1 or args.jobs < 0:
+        raise UserError("--seeds must be at least 1 and --jobs not negative")
+    evals = read_evals(args.eval)
+    output = args.output or Path("runs") / f"sweep-{Path(args.recipe).stem}"
+    sweep = Sweep(
+        args.recipe, read_grid(args.grid), args.seeds, evals, output, args.train, args.val,
+        tuple(args.set), read_eval_args(args.eval_args, evals),
+        ("--ds_config", args.ds_config) if args.ds_config else (),
+    )  # fmt: skip
+    jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
+    slurm = None if args.slurm is None else tuple(split(args.slurm))
+    again = tuple(without(words, "--slurm", "--jobs"))
+    return Settings(sweep, jobs, args.dry_run, args.report, args.cell, slurm, again)
+
+
+def without(words: Sequence[str], *names: str) -> list[str]:
+    """The words of a command line without some options and their values."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and not any(word.startswith(f"{name}=") for name in names):
+            kept += [] if word in names else [word]
+        skip = not skip and word in names
+    return kept
+
+
+def submit(settings: Settings, cells: int) -> None:
+    """A job array with a task per cell, and a job after it that writes the page."""
+    if shutil.which("sbatch") is None:
+        raise UserError("--slurm: sbatch is not on PATH; leave it out to run the grid here")
+    assert settings.slurm is not None
+    output = settings.sweep.output
+    logs = output / "logs"
+    with naming(logs, "cannot be written"):
+        logs.mkdir(parents=True, exist_ok=True)
+    line = join([sys.executable, str(ROOT / "eval/sweep.py"), *settings.again])
+    go = f"cd {quote(os.getcwd())} && exec {line}"
+    job = sbatch(
+        output / "array.sbatch", f'{go} --cell "${TASK}"',
+        ["--array", f"0-{cells - 1}", "--output", str(logs / "slurm-%A_%a.log"), *settings.slurm],
+    )  # fmt: skip
+    page = sbatch(
+        output / "page.sbatch", f"{go} --report",
+        ["--dependency", f"afterany:{job}", "--output", str(logs / "slurm-page-%j.log")],
+    )  # fmt: skip
+    print(f"submitted: job array {job} of {cells} cells, then job {page} for the page", flush=True)
+
+
+def sbatch(path: Path, line: str, options: Sequence[str]) -> str:
+    """Submit one line as a batch script, kept at `path`; the job's number."""
+    with naming(path, "cannot be written"):
+        write_atomic(path, f"#!/bin/bash\n{line}\n")
+    command = ["sbatch", "--parsable", *options, str(path)]
+    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout.strip().split(";")[0]
+
+
+def write_page(sweep: Sweep) -> None:
+    """OUTPUT/sweep.html and sweep.md from what is done so far; prints the table."""
+    runs = [sweep.output / cell.name for cell in sweep.cells]
+    made = [run for run in runs if (run / "recipe.yaml").is_file()]
+    if not made:
+        raise UserError(f"{sweep.output}: has no run of this sweep yet")
+    chapter = sweep_chapter(sweep)
+    title = f"Sweep of {sweep.recipe}: {', '.join(sweep.grid)}"
+    page, _ = write_report(made, sweep.output / "sweep.html", title, [chapter])
+    for table in chapter.tables:
+        print("\n".join(markdown_table(table)))
+    print(f"report: {page}", flush=True)
+
+
+def run_sweep(settings: Settings) -> None:
+    """Plan it, then do what the settings say."""
+    sweep = settings.sweep
+    commands = plan(sweep)
+    everything = [command for group in commands.values() for command in group]
+    if settings.dry_run:
+        print("\n".join(show_plan(everything)), flush=True)
+        return
+    claim_output(sweep)
+    if settings.cell is not None:
+        cells = list(commands.items())
+        if not 0 <= settings.cell < len(cells):
+            raise UserError(f"--cell {settings.cell}: the grid has cells 0 to {len(cells) - 1}")
+        cell, own = cells[settings.cell]
+        run_commands(own, 1, sweep.output / "cells" / cell.name)
+    elif settings.report:
+        write_page(sweep)
+    elif settings.slurm is not None:
+        submit(settings, len(commands))
+    else:
+        run_commands(everything, settings.jobs, sweep.output)
+        write_page(sweep)
+
+
+def main() -> None:
+    stop_on_sigterm()
+    run_sweep(parse_args())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,299 @@
+"""A sweep plans every cell, runs each once, refuses what would mix, and says what is best."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from eval_helpers import coloured_images, write_shards
+
+from eval import sweep as command
+from eval.paper.claims import interval
+from eval.paper.sweep_chapter import ahead, best_text, parameter_chart, sweep_chapter
+from eval.paper.sweep_plan import (
+    Cell,
+    Sweep,
+    claim_output,
+    plan,
+    read_eval_args,
+    read_evals,
+    read_grid,
+)
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "encoder.options={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}", "batch_size=32",
+    "optimizer.epochs=2", "optimizer.warmup_epochs=1", "data.workers=0", "monitor.log_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_shards(folder / "train", *coloured_images(128, 4, seed=1), per_shard=16)
+    write_shards(folder / "val", *coloured_images(32, 4, seed=2))
+    return folder
+
+
+def sweep_of(data, output, grid=("views.mask_ratio=0.5,0.75",), **changed):
+    settings = {"seeds": 2, "evals": ("knn",), "overrides": TINY} | changed
+    return Sweep("demo_mae", read_grid(grid), output=output, train=str(data / "train"),
+                 val=str(data / "val"), **settings)  # fmt: skip
+
+
+def words(data, output, *more, grid="views.mask_ratio=0.5,0.75", evals="knn"):
+    result = ["demo_mae", "--grid", grid, "--eval", evals, "--train", data / "train", "--val",
+              data / "val", "--output", output, *more]  # fmt: skip
+    for text in TINY:
+        result += ["--set", text]
+    return list(map(str, result))
+
+
+# ------------------------------------------------------------------ grid
+
+
+def test_a_grid_is_every_combination_with_every_seed(data, tmp_path):
+    grid = ("views.mask_ratio=0.5,0.75", "optimizer.base_lr=1e-3,2e-3,3e-3")
+    sweep = sweep_of(data, tmp_path, grid)
+    names = [cell.name for cell in sweep.cells]
+    assert len(names) == len(set(names)) == 12
+    assert names[:3] == [
+        "mask_ratio-0.5-base_lr-1e-3-0", "mask_ratio-0.5-base_lr-1e-3-1",
+        "mask_ratio-0.5-base_lr-2e-3-0",
+    ]  # fmt: skip
+    assert sweep.cells[0].label == "mask_ratio 0.5, base_lr 1e-3"
+
+
+def test_commas_in_brackets_do_not_part_values():
+    grid = read_grid(["encoder.options={depth: 1, num_heads: 2},{depth: 2, num_heads: 4}"])
+    assert grid == {"encoder.options": ("{depth: 1, num_heads: 2}", "{depth: 2, num_heads: 4}")}
+    assert read_grid(["optimizer.betas=[0.9, 0.95],[0.9, 0.999]"])["optimizer.betas"][1] == (
+        "[0.9, 0.999]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("grid", "sentence"),
+    [
+        (["views.mask_ratio"], "should be KEY=VALUE"),
+        (["views.mask_ratio="], "should be KEY=VALUE"),
+        (["views.mask_ratio=0.5,,0.6"], "should be KEY=VALUE"),
+        (["=0.5"], "should be KEY=VALUE"),
+        (["a=1,2,1"], "a value is there twice"),
+        (["a=1", "a=2"], "a is there twice"),
+        (["seed=1,2"], "--seeds N"),
+    ],
+)
+def test_a_bad_grid_is_one_sentence(grid, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        read_grid(grid)
+
+
+def test_bad_values_are_found_before_anything_runs(data, tmp_path):
+    for grid, sentence in (
+        (("views.mask_ratio=0.5,1.5",), "mask_ratio"),
+        (("mask_ratio=0.5",), "views.mask_ratio"),  # the full key is suggested
+        (("optimizer.epochs=2,1", "optimizer.warmup_epochs=1"), "warmup"),
+        (("batch_size=32,1024",), "fewer than one batch of 1024"),
+        (("monitor.held_out=a/b,a b",), "would share"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            plan(sweep_of(data, tmp_path / "out", grid))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"/nowhere: no such folder"):
+        plan(Sweep("demo_mae", {}, 1, (), tmp_path, "/nowhere", str(data / "val")))
+
+
+def test_evaluations_are_named():
+    assert read_evals("knn, linprobe,knn") == ("knn", "linprobe")
+    with pytest.raises(UserError, match="--eval kn: should be one of linprobe, finetune"):
+        read_evals("knn,kn")
+    assert read_eval_args(['linprobe=--protocol cached --feature "mean_patch"'], ["linprobe"]) == {
+        "linprobe": ("--protocol", "cached", "--feature", "mean_patch")
+    }
+    with pytest.raises(UserError, match="PROTOCOL=OPTIONS of one of --eval"):
+        read_eval_args(["knn=--k 3"], ["linprobe"])
+
+
+# ------------------------------------------------------------------ commands
+
+
+def test_a_cell_is_pretrained_and_evaluated_by_launch_sh(data, tmp_path):
+    sweep = sweep_of(
+        data, tmp_path, evals=("knn", "fewshot", "psnr"), eval_args={"knn": ("--k", "3")},
+        pretrain_args=("--ds_config", "zero1"),
+    )  # fmt: skip
+    pretrain, knn, few, psnr = plan(sweep)[Cell((("views.mask_ratio", "0.75"),), 1)]
+    assert all(c.command[0] == str(ROOT / "launch.sh") for c in (pretrain, knn, few, psnr))
+    line = " ".join(pretrain.command[1:])
+    assert line.startswith("--script pipeline/pretrain.py -- --recipe demo_mae --data ")
+    assert line.endswith("--set views.mask_ratio=0.75 --set seed=1 --ds_config zero1")
+    assert pretrain.step == 2 * 128 // 32
+    assert pretrain.images == 256
+    assert pretrain.flops > 0
+    assert " ".join(knn.command).endswith(
+        f"--k 3 --output {tmp_path}/mask_ratio-0.75-1/eval/knn.json"
+    )
+    assert "--fraction 0.1 --subset-seed 1" in " ".join(few.command)
+    assert "--train" not in psnr.command
+    assert all(c.needs == (pretrain.name,) for c in (knn, few, psnr))
+
+
+def test_dry_run_prints_the_plan_and_runs_nothing(data, tmp_path, capsys):
+    command.run_sweep(command.parse_args(words(data, tmp_path / "o", "--dry-run", "--seeds", "3")))
+    printed = capsys.readouterr().out
+    assert "12 of 12 commands to run" in printed
+    assert "TFLOP" in printed
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
+    claim_output(sweep_of(data, tmp_path))
+    claim_output(sweep_of(data, tmp_path, grid=("views.mask_ratio=0.9",), seeds=5))  # grows
+    claim_output(sweep_of(data, tmp_path, evals=("linprobe",), eval_args={"linprobe": ("--k",)}))
+    for changed, sentence in (
+        ({"overrides": (*TINY, "optimizer.base_lr=1")}, "another recipe"),
+        ({"pretrain_args": ("--ds_config", "zero1")}, "another pretrain_args"),
+        ({"eval_args": {"knn": ("--k", "3")}}, "another --eval-args of knn"),
+        ({"evals": ("linprobe",)}, "another --eval-args of linprobe"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            claim_output(sweep_of(data, tmp_path, **changed))
+    claim_output(sweep_of(data, tmp_path))
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match=r"sweep\.json: not a record of a sweep"):
+        claim_output(sweep_of(data, tmp_path))
+
+
+@pytest.mark.slow
+def test_a_real_grid_runs_once_and_ends_in_a_page(data, tmp_path):
+    line = [sys.executable, ROOT / "eval/sweep.py", *words(data, tmp_path / "out", "--jobs", "2")]
+    for _ in (1, 2):  # the second call finds that all is done
+        done = subprocess.run(
+            list(map(str, line)), capture_output=True, text=True, timeout=400, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len((tmp_path / "out/jobs.jsonl").read_text().splitlines()) == 4
+    values = [
+        json.loads((tmp_path / f"out/mask_ratio-{r}-0/eval/knn.json").read_text())["top1"]
+        for r in (0.5, 0.75)
+    ]
+    for ratio, value in zip((0.5, 0.75), values, strict=True):
+        assert f"| {ratio} | 1 of 1 | {value:.2f} |" in done.stdout
+        recipe = (tmp_path / f"out/mask_ratio-{ratio}-0/recipe.yaml").read_text()
+        assert f"mask_ratio: {ratio}" in recipe
+    page = (tmp_path / "out/sweep.html").read_text()
+    assert 'aria-label="k-NN (%) against views.mask_ratio"' in page
+    assert "Best by k-NN (%): mask_ratio" in page
+
+
+SBATCH = """#!/bin/bash
+# Slurm's part here: keep what was submitted, number it, run it at once as it would be run.
+echo "$@" >> "$SUBMITTED/calls"
+number=$(wc -l < "$SUBMITTED/calls")
+echo "$number"
+"""
+
+
+def test_slurm_gets_an_array_and_a_job_for_the_page(data, tmp_path, monkeypatch, capsys):
+    """sbatch stands in for Slurm's; the script of a task is run as Slurm would run it, until it
+    refuses a cell that is not there."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text(SBATCH)
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SUBMITTED", str(tmp_path))
+    out = tmp_path / "out dir"
+    more = ("--slurm", "-N 1 --gpus-per-node=8", "--seeds", "2", "--jobs", "7")
+    command.run_sweep(command.parse_args(words(data, out, *more)))
+    assert "job array 1 of 4 cells, then job 2" in capsys.readouterr().out
+    array, page = (tmp_path / "calls").read_text().splitlines()
+    assert array.startswith(f"--parsable --array 0-3 --output {out}/logs/slurm-%A_%a.log")
+    assert f"-N 1 --gpus-per-node=8 {out}/array.sbatch" in array
+    assert "--dependency afterany:1" in page
+    script = (out / "array.sbatch").read_text()
+    assert script.startswith("#!/bin/bash\n")
+    assert "--slurm" not in script
+    assert "--jobs" not in script
+    done = subprocess.run(
+        ["bash", out / "array.sbatch"], env=os.environ | {"SLURM_ARRAY_TASK_ID": "4"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("--cell 4: the grid has cells 0 to 3")
+    done = subprocess.run(
+        ["bash", out / "page.sbatch"], capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr.strip() == f"error: {out}: has no run of this sweep yet"
+
+
+def test_without_slurm_it_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="sbatch is not on PATH"):
+        command.run_sweep(command.parse_args(words(data, tmp_path / "o", "--slurm", "")))
+
+
+# ------------------------------------------------------------------ page
+
+
+def fill(sweep, table):
+    """Write the results {(point values): [by seed]} of k-NN."""
+    for cell in sweep.cells:
+        values = table[tuple(value for _, value in cell.point)]
+        if cell.seed < len(values):
+            folder = sweep.output / cell.name / "eval"
+            folder.mkdir(parents=True)
+            result = {"protocol": "knn", "top1": values[cell.seed], "encoder": {}}
+            (folder / "knn.json").write_text(json.dumps(result))
+
+
+def test_the_page_has_mean_spread_and_the_best(data, tmp_path):
+    sweep = sweep_of(data, tmp_path, grid=("views.mask_ratio=0.5,0.75,0.9",), seeds=3)
+    fill(sweep, {("0.5",): [50.0, 52.0], ("0.75",): [60.0, 62.0, 64.0], ("0.9",): []})
+    chapter = sweep_chapter(sweep)
+    rows = [[cell.value for cell in row.cells] for row in chapter.tables[0].rows]
+    assert rows == [
+        ["0.5", "2 of 3", "51.00 ± 1.41"], ["0.75", "3 of 3", "62.00 ± 2.00"],
+        ["0.9", "0 of 3", "-"],
+    ]  # fmt: skip
+    assert chapter.tables[0].head == ("views.mask_ratio", "seeds done", "k-NN (%)")
+    # Pairs of seeds 0 and 1: 10 and 10.
+    assert chapter.texts[0] == (
+        "Best by k-NN (%): mask_ratio 0.75, 62.00 ± 2.00; by 10.00 (95 % interval +10.00 … +10.00) "
+        "ahead of mask_ratio 0.5."
+    )
+    assert len(chapter.charts) == 1
+
+
+def test_best_is_not_claimed_without_evidence():
+    found = {(("a", "1"),): {0: 5.0, 1: 1.0}, (("a", "2"),): {0: 3.0, 1: 2.0}}
+    low, high = interval([2.0, -1.0])
+    assert ahead([2.0, -1.0]) == (
+        f"by 0.50 (95 % interval {low:+.2f} … {high:+.2f}) not surely ahead of"
+    )
+    assert "not surely ahead of a 2" in best_text("knn", found)
+    assert "with one seed it is not known" in best_text(
+        "knn", {point: {0: values[0]} for point, values in found.items()}
+    )
+    assert best_text("knn", {(("a", "1"),): {}}) == ""
+
+
+def test_each_parameter_is_plotted_with_a_line_per_other_value(data, tmp_path):
+    sweep = sweep_of(
+        data, tmp_path, ("views.mask_ratio=0.9,0.5", "views.mask=random,block"), seeds=1
+    )
+    found = {
+        (("views.mask_ratio", r), ("views.mask", m)): {0: float(r) * 10}
+        for r in ("0.9", "0.5") for m in ("random", "block")
+    }  # fmt: skip
+    chart = parameter_chart(sweep, "knn", "views.mask_ratio", found)
+    assert ">mask random<" in chart
+    assert ">mask block<" in chart
+    named = parameter_chart(sweep, "knn", "views.mask", found)
+    assert ">random<" in named  # the ticks are the values' names
+    assert ">mask_ratio 0.9<" in named
+    assert parameter_chart(sweep, "knn", "views.mask", {point: {} for point in found}) == ""
