@@ -93,8 +93,17 @@ bench-memory: .venv/ready   ## bytes per rank by ZeRO stage on 1, 2 and 4 ranks 
 bench-micro-batch: .venv/ready   ## images/s by micro-batch on this CPU: what "auto" rests on
 	@$(PY) tests/bench/bench_micro_batch.py
 
+.PHONY: bench-precision
+bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 against fp32: what the shipped ds_configs rest on (PRECISION="options")
+	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
+	@$(PY) tests/bench/bench_precision.py $(PRECISION)
+
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
+
+.PHONY: bench-scale
+bench-scale: .venv/ready   ## the loader's bookkeeping at 1.28 M to 2 B samples: memory, first batch, order (METHODS="fork spawn")
+	@$(PY) tests/bench/bench_scale.py $(if $(METHODS),--methods $(METHODS))
 
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
 bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU

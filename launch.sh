@@ -56,10 +56,14 @@ for port in random.sample(range(20000, 32000), 12000):
     break'
 }
 
-find_python() { # of the active environment, of .venv here, or on PATH (a container)
+choose_python() { # of the active environment, of .venv here, or on PATH (a container)
   for python in ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} "$root/.venv/bin/python" "$(type -P python3)"; do
     [[ -x $python ]] && break
   done
+}
+
+find_python() {
+  choose_python
   "$python" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("deepspeed"))' 2>/dev/null ||
     fail "${python:-python3} has no deepspeed: run 'make setup' in $root or activate its environment"
   export PATH="${python%/*}:$PATH" # deepspeed and ninja lie beside it
@@ -317,6 +321,7 @@ run_srun() { # SLURM_* to the names that every rank knows
 
 case ${1:-} in
   -h | --help) usage && exit ;;
+  --check) choose_python && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m pipeline.doctor "${@:2}" ;;
   --signal) signal_run "$2" "$3" ;;
   --decode) mapfile -d '' -t arguments < <(base64 -d <<<"$2") && exec env "${arguments[@]}" ;;
 esac

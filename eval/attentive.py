@@ -11,7 +11,7 @@ attends over the patch tokens, in heads of 64 channels where they fit:
 Many heads, one per pair of learning rate and weight decay, are trained at once by AdamW on random
 crops and flips of the training images (the encoder sees each crop once); the pair is chosen on a
 held-out tenth of the training images (`--select held-out`, the default), and that head is
-reported, beside the whole grid. Defaults (12,500 steps of batch 128, a tenth of them warm-up,
+reported, beside the full grid. Defaults (12,500 steps of batch 128, a tenth of them warm-up,
 cosine to 0, ten learning rates, three weight decays, initial weights N(0, 0.02) truncated):
 facebookresearch/capi, `eval_classification.py`. The gradient is that of the global batch, and so
 the result does not depend on the number of ranks. It is not resumed: at the defaults it is a few

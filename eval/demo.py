@@ -20,7 +20,7 @@ import torch
 
 from eval.protocols import metric_of
 from eval.report import write_report
-from eval.reporting.run_records import read_result
+from eval.reporting.run_records import read_result, with_beside
 from eval.shared.cli import run_command
 from eval.shared.demo_shards import make_demo_shards
 from eval.shared.processes import call
@@ -53,12 +53,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Gain:
-    """Linear-probe top-1 of a pretrained and of a random encoder, in percent."""
+    """Linear-probe top-1 of a pretrained and of a random encoder, in percent: of the mean of the
+    patches, and of the cls token where its probe has not diverged."""
 
     recipe: str
     seed: int
     pretrained: float
     random: float
+    cls: float | None = None
+    random_cls: float | None = None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Settings:
@@ -132,18 +135,20 @@ def pretrain(settings: Settings, recipe: str, seed: int, run: Path) -> float:
     return call(f"pretrain {NAMES[recipe]}, seed {seed}, {settings.ranks} ranks", command, threads)
 
 
-def probe(settings: Settings, run: Path, seed: int, *, random: bool) -> float:
-    """Cached linear probe of a run's encoder, or of a random one of its architecture: top-1 %."""
+def probe(settings: Settings, run: Path, seed: int, *, random: bool) -> dict[str, float]:
+    """Cached linear probe of a run's encoder, or of a random one of its architecture: feature →
+    top-1 %."""
     result = run / "eval" / f"linprobe-cached{'-random' if random else ''}.json"
     command: list[str | Path] = [
         sys.executable, ROOT / "eval" / "linprobe.py", "--encoder", run,
-        "--protocol", "cached", "--feature", "mean_patch", "--batch-size", "512",
+        "--protocol", "cached", "--feature", "mean_patch", "--also", "cls",
+        "--batch-size", "512",
         "--train", settings.shards / "train", "--val", settings.shards / "val",
         "--seed", str(seed), "--output", result,
     ]  # fmt: skip
     what = f"linear probe of {'a random encoder' if random else run.name}"
     call(what, command + (["--random"] if random else []), cores())
-    return metric_of(read_result(result), result)
+    return {one["feature"]: metric_of(one, result) for one in with_beside(read_result(result))}
 
 
 def summary(gains: list[Gain]) -> list[str]:
@@ -166,6 +171,17 @@ def summary(gains: list[Gain]) -> list[str]:
     return lines
 
 
+def cls_summary(gains: list[Gain]) -> str:
+    """What the probes read, and what they find in the cls token."""
+    parts = {NAMES[r]: [g.cls for g in gains if g.recipe == r] for r in RECIPES}
+    parts["random encoder"] = [g.random_cls for g in gains]
+    texts = []
+    for name, values in parts.items():
+        found = [value for value in values if value is not None]
+        texts.append(f"{name} {mean(found):.1f} %" if found else f"{name} -")
+    return f"these probes read the mean of the patch tokens; the cls token: {', '.join(texts)}"
+
+
 def demo(settings: Settings) -> None:
     """All steps in order; prints the summary and where the report is."""
     start = time.perf_counter()
@@ -181,9 +197,10 @@ def demo(settings: Settings) -> None:
             if random is None:
                 random = probe(settings, run, seed, random=True)
             runs.append(run)
-            gains.append(Gain(recipe, seed, score, random))
+            means = score["mean_patch"], random["mean_patch"]
+            gains.append(Gain(recipe, seed, *means, score.get("cls"), random.get("cls")))
     page, _ = write_report(runs, settings.output / REPORTS[0], "relaxmim demo")
-    print("\n" + "\n".join(summary(gains)))
+    print("\n" + "\n".join([*summary(gains), cls_summary(gains)]))
     print(f"took {(time.perf_counter() - start) / 60:.1f} minutes on {settings.ranks} ranks")
     print(f"report: {page.resolve()}")
 

@@ -69,7 +69,7 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixels [b, 3, H, W] and soft targets fp32 [b, classes] → mean loss, no terms."""
-        logits = self.model(pixels.to(self.model.patch_embed.proj.weight.dtype))
+        logits = self.model(pixels.to(next(self.model.parameters()).dtype))
         return self.criterion(logits.float(), target), {}
 
 
@@ -146,7 +146,7 @@ class Finetuning:
                 with torch.autocast(
                     pixels.device.type, torch.bfloat16, self.run_plan.precision == "autocast"
                 ):
-                    logits = model(pixels.to(model.patch_embed.proj.weight.dtype))
+                    logits = model(pixels.to(next(model.parameters()).dtype))
                 count += count_correct(logits.float(), label)
         self.module.train()
         return accuracy(self.ranks.sum(count))

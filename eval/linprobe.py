@@ -29,7 +29,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,64 +36,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
+from eval.shared.encoders import check_feature
 from eval.shared.features import FEATURES
-from eval.shared.labels import class_count, labelled
-from eval.shared.lars_probe import Probe, Training
+from eval.shared.lars_probe import Probe, Training, read_all, write_all
+from eval.shared.linprobe_plan import (
+    HELD_OUT,
+    Plan,
+    Settings,
+    held_out_count,
+    identity,
+    make_plan,
+    record,
+)
 from eval.shared.metrics import accuracy, as_percent, count_correct
 from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Box, Crop
 from pipeline.data.loader import LoaderConfig, train_loader
-from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import PREEMPTED, Ranks, StopSignal
 from pipeline.errors import UserError
-
-HELD_OUT = 0.1  # share of the training images on which cached chooses its learning rate
-GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a probe is trained; its defaults are MAE's protocol.
-
-    train, val: shards. protocol: mae or cached. feature: one of FEATURES. batch_size: global.
-    micro_batch: images of a forward pass, at most. base_lr: per 256 images, of mae; grid: those of
-    cached, and select: where its best is chosen. max_steps: of a trial.
-    """
-
-    train: str
-    val: str
-    protocol: str = "mae"
-    feature: str = "cls"
-    epochs: int = 90
-    warmup_epochs: float = 10
-    batch_size: int = 16384
-    micro_batch: int = 256
-    base_lr: float = 0.1
-    grid: tuple[float, ...] = GRID
-    select: str = "held-out"
-    max_steps: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the settings come to with these data and ranks; of cached the classes alone.
-
-    train_sha256, val_sha256: of the index of the sets. steps: of an epoch. total: of all.
-    micro_batch: images of this rank's forward pass.
-    """
-
-    classes: int
-    train_sha256: str
-    val_sha256: str
-    steps: int = 0
-    total: int = 0
-    micro_batch: int = 0
-    partitions: int = 1
 
 
 class ProbeCrop(Crop):
@@ -124,9 +86,10 @@ class ProbeCrop(Crop):
 
 def global_features(
     session: EvalSession, s: Settings, plan: Plan, start: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented training features [B, D] and labels [B], one global batch after the other."""
-    ranks = session.ranks
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Augmented training features, [B, D] for each of `features_of`, and labels [B], one global
+    batch after the other."""
+    ranks, names = session.ranks, features_of(s)
     config = LoaderConfig(
         s.train,
         batch_size=s.batch_size,
@@ -137,61 +100,83 @@ def global_features(
         workers=session.workers,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(start, plan.total))
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for batch in loader:
-        feature = session.features(session.normalise(batch.image), s.feature)
-        parts.append((feature, batch.label.to(session.device)))
+        features = session.all_features(session.normalise(batch.image), names)
+        parts.append((batch.label.to(session.device), *features))
         if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
-            feature, label = (torch.cat(column) for column in zip(*parts, strict=True))
-            yield ranks.gather(feature), ranks.gather(label)
+            label, *found = (ranks.gather(torch.cat(column)) for column in zip(*parts, strict=True))
+            yield found, label
             parts.clear()
 
 
-def score(probe: Probe, session: EvalSession, s: Settings) -> dict[str, Any]:
-    """Accuracy on the validation set, each image counted once whatever the number of ranks."""
-    probe.eval()
-    ranks = session.ranks
-    count = torch.zeros(len(probe.bias), 3, dtype=torch.int64, device=session.device)
+def features_of(s: Settings) -> tuple[str, ...]:
+    """Every feature that is probed, the chosen one first."""
+    return (s.feature, *s.also)
+
+
+def score(probes: dict[str, Probe], session: EvalSession, s: Settings) -> dict[str, Any]:
+    """Accuracy on the validation set by feature, each image counted once over all ranks."""
+    ranks, count = session.ranks, torch.zeros(len(probes), 3, dtype=torch.int64)
+    count = count.to(session.device)
+    stream = progress(session.batches(s.val, s.micro_batch), ranks, "validation")
     with torch.no_grad():
-        for pixels, label, _ in progress(
-            session.batches(s.val, s.micro_batch), ranks, "validation"
-        ):
-            count += count_correct(probe(session.features(pixels, s.feature)), label)
-    return accuracy(ranks.sum(count)[0])
+        for pixels, label, _ in stream:
+            features = session.all_features(pixels, tuple(probes))
+            for row, probe, feature in zip(count, probes.values(), features, strict=True):
+                row += count_correct(probe.eval()(feature), label)[0]
+    return dict(zip(probes, map(accuracy, ranks.sum(count)), strict=True))
+
+
+def start_probes(session: EvalSession, s: Settings, plan: Plan) -> dict[str, Training]:
+    """A probe and its optimizer for each feature."""
+    trainings = {}
+    for feature in features_of(s):
+        probe = Probe(session.vit.num_features, plan.classes, seed=s.seed).to(session.device)
+        session.ranks.broadcast(probe.state_dict().values())
+        trainings[feature] = Training(
+            probe, (s.base_lr,), batch=s.batch_size, steps=plan.steps, epochs=s.epochs,
+            warmup=s.warmup_epochs, name="probe" if feature == s.feature else f"probe-{feature}",
+        )  # fmt: skip
+    return trainings
 
 
 def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> dict[str, Any]:
     """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
-    ranks = session.ranks
-    probe = Probe(session.vit.num_features, plan.classes, seed=s.seed).to(session.device)
-    ranks.broadcast(probe.state_dict().values())
-    training = Training(
-        probe, (s.base_lr,), batch=s.batch_size, steps=plan.steps, epochs=s.epochs,
-        warmup=s.warmup_epochs,
-    )  # fmt: skip
-    known = record(s, plan, session) | {"encoder": session.identity(), "feature": s.feature}
-    known |= {"train": plan.train_sha256, "val": plan.val_sha256}
-    checkpoints = Checkpoints(folder, known)
-    latest, stop = checkpoints.load(training.read), StopSignal()
+    ranks, trainings = session.ranks, start_probes(session, s, plan)
+    main = trainings[s.feature]
+    checkpoints = Checkpoints(folder, identity(s, plan, session))
+    latest, stop = checkpoints.load(partial(read_all, list(trainings.values()))), StopSignal()
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
+    write = partial(write_all, list(trainings.values()), ranks.first)
     stream = global_features(session, s, plan, first)
-    for step, batch in enumerate(
+    for step, (features, label) in enumerate(
         progress(stream, ranks, "linear probe", plan.total - first), first
     ):
-        losses = training.step(step, *batch)
-        if not bool(losses.isfinite().all() and training.finite.all()):
+        losses = [t.step(step, x, label) for t, x in zip(trainings.values(), features, strict=True)]
+        if not bool(losses[0].isfinite().all() and main.finite.all()):
             raise diverged([s.base_lr], f"in step {step + 1}")
         ended, last = (step + 1) % plan.steps == 0, step + 1 == plan.total
         stopping = ranks.any(bool(stop.name)) and not last
         if ended or last or stopping:
-            loss = losses.item()
-            checkpoints.save(step + 1, partial(training.write, ranks.first), loss=loss)
+            loss = losses[0].item()
+            checkpoints.save(step + 1, write, loss=loss)
         if ended and ranks.first:
-            announce(step, training, loss)
+            announce(step, main, loss)
         if stopping:
             sys.exit(PREEMPTED)
-    return {**score(probe, session, s), "train_loss": round(loss, 5)}
+    scores = score({feature: t.probe for feature, t in trainings.items()}, session, s)
+    rows = [
+        {"feature": f, **(scores[f] if bool(trainings[f].finite.all()) else {"diverged": True})}
+        for f in s.also
+    ]
+    return {**scores[s.feature], "train_loss": round(loss, 5), **beside(rows)}
+
+
+def beside(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of --also as the field that a result has for them."""
+    return {"also": rows} if rows else {}
 
 
 def diverged(rates: list[float], where: str) -> UserError:
@@ -245,11 +230,6 @@ def accuracies(probe: Probe, feature: Tensor, label: Tensor) -> list[tuple[float
     return [(as_percent(a, n), as_percent(b, n)) for a, b, n in count.tolist()]
 
 
-def held_out_count(samples: int, share: float) -> int:
-    """How many of the training images the learning rate is chosen on."""
-    return max(1, round(samples * share))
-
-
 def held_out(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Sample numbers (kept, held out), a random split fixed by the seed, both in order."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
@@ -293,10 +273,34 @@ def grid_scores(
 
 def probe_cached(session: EvalSession, s: Settings, plan: Plan, _: Path) -> dict[str, Any]:
     """The cached protocol, too short to resume; the accuracy fields and the full grid."""
-    feature, label = session.extract(s.train, s.feature, s.micro_batch)
-    val = session.extract(s.val, s.feature, s.micro_batch)
+    names = features_of(s)
+    features, label = session.extract_all(s.train, names, s.micro_batch)
+    val, truth = session.extract_all(s.val, names, s.micro_batch)
+    rows = []
+    for name, train, test in zip(names, features, val, strict=True):
+        row: dict[str, Any] = {} if name == s.feature else {"feature": name}
+        try:
+            row |= best_of_grid((train, label), (test, truth), session.ranks, s, plan.classes)
+        except UserError:
+            if name == s.feature:
+                raise
+            row["diverged"] = True
+        rows.append(row)
+    return rows[0] | beside(rows[1:])
+
+
+def best_of_grid(
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    ranks: Ranks,
+    s: Settings,
+    classes: int,
+) -> dict[str, Any]:
+    """The accuracy fields of the best of the grid, and the full grid, from features [N, D] and
+    labels [N]."""
+    feature, label = train
     if s.select == "validation":
-        train, tests, criterion = (feature, label), {"validation": val}, "validation"
+        tests, criterion = {"validation": val}, "validation"
         chosen_on = "the validation set (best of {}, an optimistic result)"
     else:
         kept, out = (part.to(label.device) for part in held_out(len(label), HELD_OUT, s.seed))
@@ -304,7 +308,7 @@ def probe_cached(session: EvalSession, s: Settings, plan: Plan, _: Path) -> dict
         tests = {"held_out": (feature[out], label[out]), "validation": val}
         criterion = "held_out"
         chosen_on = f"{len(out)} held-out training images (best of {{}})"
-    grid = grid_scores(train, tests, session.ranks, s, plan.classes)
+    grid = grid_scores(train, tests, ranks, s, classes)
     finite = [row for row in grid if "diverged" not in row]
     best = max(finite, key=lambda row: row[criterion])
     lost = len(grid) - len(finite)
@@ -330,6 +334,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val", required=True, help="validation shards")
     add("--protocol", choices=["mae", "cached"], default=d.protocol)
     add("--feature", choices=FEATURES, default=d.feature)
+    add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
+        help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
     add("--epochs", type=int, default=d.epochs)
     add("--warmup-epochs", type=float, default=d.warmup_epochs)
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
@@ -341,55 +347,6 @@ def build_parser() -> argparse.ArgumentParser:
     return result
 
 
-def make_plan(s: Settings, ranks: Ranks) -> Plan:
-    """Check the settings against the data and these ranks; what they come to."""
-    train, val = labelled(s.train), labelled(s.val)
-    classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
-    if min(s.epochs, s.batch_size, s.micro_batch) < 1:
-        raise UserError("--epochs, --batch-size and --micro-batch must be at least 1")
-    if s.max_steps is not None and s.max_steps < 1:
-        raise UserError("--max-steps must be at least 1")
-    if s.warmup_epochs < 0:
-        raise UserError("--warmup-epochs must be at least 0")
-    if min(s.base_lr, *s.grid) <= 0:
-        raise UserError("--base-lr and every rate of --grid must be above 0")
-    if s.batch_size < 2:
-        raise UserError(f"--batch-size {s.batch_size}: the batch norm needs at least 2 images")
-    if s.protocol == "cached":
-        check_cached(s, train.samples)
-        return Plan(classes, *sets)
-    check_batch(s.batch_size, ranks.world)
-    micro_batch = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
-    partitions = partitions_of(s.batch_size, ranks.world)
-    steps = steps_per_epoch(train.samples, s.batch_size, partitions)
-    if steps < 1:
-        raise UserError(
-            f"{s.train} has {train.samples} samples, too few for --batch-size "
-            f"{s.batch_size}; choose a smaller one"
-        )
-    total = steps * s.epochs if s.max_steps is None else min(steps * s.epochs, s.max_steps)
-    return Plan(classes, *sets, steps, total, micro_batch, partitions)
-
-
-def check_cached(s: Settings, samples: int) -> None:
-    """UserError where too few images are left to train on."""
-    out = held_out_count(samples, HELD_OUT) if s.select == "held-out" else 0
-    if samples - out < 2:
-        raise UserError(
-            f"{s.train}: {samples} training images, of which {out} are held out, leave "
-            f"{samples - out}; the batch norm needs at least 2 (--select validation holds out none)"
-        )
-
-
-def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
-    """What the result depends on, for the result file."""
-    names = ["epochs", "warmup_epochs", "batch_size", "seed", "train", "val", "max_steps"]
-    names += ["base_lr"] if s.protocol == "mae" else ["grid", "select"]
-    chosen = {name: getattr(s, name) for name in names}
-    fixed = {"optimizer": "LARS", "momentum": 0.9, "trust": 0.001, "weight_decay": 0.0}
-    return {**chosen, **fixed, "precision": session.precision, "classes": plan.classes}
-
-
 def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """Run the protocol that the settings name; the full result, alike on every rank.
 
@@ -397,6 +354,8 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """
     timer, plan = Timer(), make_plan(s, session.ranks)
     session.check_readable(s.val, s.micro_batch)
+    for feature in s.also:
+        check_feature(session.vit, feature)
     run: Callable[..., dict[str, Any]] = probe_mae if s.protocol == "mae" else probe_cached
     return {
         "protocol": f"linprobe-{s.protocol}",

@@ -47,6 +47,14 @@ def reason(error: BaseException, name: str = "") -> str:
     return "not found" if isinstance(error, FileNotFoundError) else type(error).__name__
 
 
+def said_by_backend(error: Exception) -> bool:
+    """True for what a backend of fsspec raises where it cannot read or write: exceptions of its own
+    class, OSError, and ImportError, ValueError or NotImplementedError where it is not installed or
+    a URL means nothing to it. Other exceptions of Python's own are slips."""
+    expected = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
+    return expected or type(error).__module__ != "builtins"
+
+
 def refuse(error: UserError, who: str = "") -> int:
     """Print `error: …` on stderr; the exit code, 2. who: the rank, where it matters."""
     print(f"error{who}: {error}", file=sys.stderr, flush=True)

@@ -40,7 +40,10 @@ FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 def export(objective: Objective, kind: str, out: Path) -> str:
     """Write one format to `out`; returns a line that says how to open it."""
     recipe = objective.recipe
-    about = {METADATA: json.dumps(encoder_info(recipe))}
+    facts = encoder_info(recipe)
+    if objective.reconstructs and kind in ("mae", "hf-mae"):
+        facts["decoder_heads"] = recipe.measure.decoder.heads
+    about = {METADATA: json.dumps(facts)}
     if kind == "timm":
         _need_suffix(out, ".safetensors")
         state = encoder_state(objective.encoder.state_dict(), objective.encoder)

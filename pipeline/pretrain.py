@@ -6,6 +6,7 @@ deepspeed pipeline/pretrain.py --ds_config ds_configs/zero2.json
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -66,6 +67,12 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         "or start from scratch",
     )  # fmt: skip
     parser.add_argument(
+        "--init", metavar="PATH", default=argparse.SUPPRESS,
+        help="start a fresh run from weights: a run, an export, a file of facebookresearch/mae, "
+        "MoCo v3, DINO or timm, or timm:NAME (--set init.weights=PATH; --set init.ema=true takes "
+        "the average in a file, or the run's EMA teacher)",
+    )  # fmt: skip
+    parser.add_argument(
         "--resume-changed", action="store_true",
         help="resume although the data or the recipe is not the checkpoint's; the log says what "
         "differs and how the schedule moves",
@@ -83,6 +90,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     args.pop("local_rank")  # of the launcher
+    if "init" in args:
+        weights = args.pop("init")
+        place = weights if weights.startswith("timm:") else os.path.abspath(weights)
+        args["overrides"].append(f"init.weights={json.dumps(place)}")
     steps = args.get("max_steps")
     if steps is not None and steps < 1:
         parser.error(f"--max-steps {steps}: must be at least 1")

@@ -1,4 +1,4 @@
-"""The cores that this process may use: its affinity and the CPU quota of its cgroups.
+"""The cores and the memory that this process may use: its affinity, the limits of its cgroups.
 
 python shard_tools/cores.py prints their number (launch.sh asks so).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 UNLIMITED = 2.0**30  # cores
@@ -26,21 +27,35 @@ def cgroup_quota(proc: Path = Path("/proc/self")) -> float:
 
     UNLIMITED where there is none. proc: the process's folder in /proc.
     """
+    return min([UNLIMITED, *_limits(proc, _quota_v2, _quota_v1, "cpu")])
+
+
+def _limits(
+    proc: Path, v2: Callable[[Path], float], v1: Callable[[Path], float], controller: str
+) -> Iterator[float]:
+    """What v2 or v1 read in every cgroup of the process and those above them."""
     try:
         groups = (proc / "cgroup").read_text().splitlines()
         mounts = (proc / "mountinfo").read_text().splitlines()
     except OSError:  # no cgroups in this kernel
-        return UNLIMITED
-    quotas = [UNLIMITED]
+        return
     for line in groups:
         _, controllers, group = line.split(":", 2)
         for mount in mounts:
             kind, options = _kind(mount)
             if kind == "cgroup2" and controllers == "":
-                quotas += map(_quota_v2, _folders(mount, group))
-            elif kind == "cgroup" and "cpu" in controllers.split(",") and "cpu" in options:
-                quotas += map(_quota_v1, _folders(mount, group))
-    return min(quotas)
+                yield from map(v2, _folders(mount, group))
+            elif (
+                kind == "cgroup" and controller in controllers.split(",") and controller in options
+            ):
+                yield from map(v1, _folders(mount, group))
+
+
+def cgroup_memory(proc: Path = Path("/proc/self")) -> float:
+    """The smallest memory limit of this process's cgroups and those above them, in bytes; inf where
+    there is none. proc: the process's folder in /proc.
+    """
+    return min(_limits(proc, _memory_v2, _memory_v1, "memory"), default=math.inf)
 
 
 def _kind(mount: str) -> tuple[str, list[str]]:
@@ -70,6 +85,15 @@ def _quota_v1(folder: Path) -> float:
     quota = int(_words(folder / "cpu.cfs_quota_us", "-1")[0])
     period = int(_words(folder / "cpu.cfs_period_us", "100000")[0])
     return math.inf if quota < 0 else quota / period
+
+
+def _memory_v2(folder: Path) -> float:
+    most = _words(folder / "memory.max", "max")[0]
+    return math.inf if most == "max" else int(most)
+
+
+def _memory_v1(folder: Path) -> float:
+    return int(_words(folder / "memory.limit_in_bytes", str(2**63))[0])
 
 
 def _words(path: Path, default: str) -> list[str]:

@@ -4,6 +4,7 @@ A shard folder holds plain WebDataset tars and three small files:
 
     manifest.json   shards (name, samples, bytes, sha256), classes, how it was made; written last
     index.bin       one SAMPLE row per sample, in shard order: where its image bytes lie, its label
+                    (see shard_tools/index_file.py)
     names.bin       the original name of each sample (optional; zlib-compressed UTF-8 lines)
 
 A subset, or tars that others wrote, is a folder that holds only these files; its manifest then says
@@ -12,61 +13,61 @@ where the tars lie. Every reader goes through `read_manifest`, so subsets need n
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import posixpath
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError, reason
+from pipeline.errors import reason, said_by_backend
 from shard_tools.atomic import write_atomic
+from shard_tools.index_cache import local_copy
+from shard_tools.index_file import (
+    SAMPLE,
+    Index,
+    IndexHeader,
+    ManifestError,
+    check_rows,
+    encode_index,
+    index_checksum,
+    parse_header,
+)
+from shard_tools.shard_table import Shard, ShardTable
+
+__all__ = [
+    "FORMATS",
+    "INDEX",
+    "MANIFEST",
+    "NAMES",
+    "SAMPLE",
+    "Manifest",
+    "ManifestError",
+    "Shard",
+    "encode_index",
+    "is_remote",
+    "join",
+    "read_bytes",
+    "read_manifest",
+    "write_manifest",
+]
 
 VERSION = 1
 MANIFEST, INDEX, NAMES = "manifest.json", "index.bin", "names.bin"
 
+_FEW = 1000  # shards whose files one thread looks for
+
 # Image formats by the number stored in SAMPLE["format"].
 FORMATS = ("jpeg", "png", "webp", "other")
-
-# One row per sample; `offset` and `length` are bytes inside the tar. 24 bytes, little-endian.
-SAMPLE = np.dtype(
-    [
-        ("offset", "<u8"),  # of the first image byte
-        ("length", "<u4"),  # of the image, in bytes
-        ("label", "<i4"),  # class index, -1 = none
-        ("width", "<u2"),  # of the stored image in pixels, 0 = unknown
-        ("height", "<u2"),
-        ("orientation", "u1"),  # EXIF orientation as recorded, 1 = upright; never applied
-        ("format", "u1"),  # position in FORMATS
-        ("reserved", "<u2"),
-    ]
-)
-
-_MAGIC = b"RMIMINDX"
-_HEADER = struct.Struct("<8sIIQ32s8x")  # magic, version, row size, rows, sha256 of the rows
-
-
-class ManifestError(UserError):
-    """A shard folder that cannot be used, in one sentence that names the file."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar: `name` relative to `Manifest.folder`, `samples` that the manifest lists in it,
-    and `bytes` and `sha256` of the file."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Manifest:
     """Shards, classes and the lazily loaded index of one folder (or of a subset of it)."""
 
     folder: str  # where the tars lie: a path or an fsspec URL
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
     classes: tuple[str, ...] = ()  # index → name (synset); empty where there are no labels
     made: dict[str, Any] = field(default_factory=dict)
     home: str = ""  # where manifest.json itself is; differs from `folder` for a subset
@@ -86,23 +87,35 @@ class Manifest:
         return int(self.starts[-1])
 
     @cached_property
+    def table(self) -> ShardTable:
+        """The shards as a table; its `samples` and `bytes` are arrays."""
+        return ShardTable.of(self.shards)
+
+    @cached_property
     def starts(self) -> np.ndarray:
         """Number of the first sample of each shard, then the total: int64 [shards + 1]."""
-        return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
+        return np.concatenate([[0], np.cumsum(self.table.samples)]).astype(np.int64)
+
+    @cached_property
+    def lazy_index(self) -> Index:
+        """The index file, of which only what is asked for is read and checked."""
+        where = join(self.home, INDEX)
+        path = local_copy(where, self.index_sha256) if is_remote(self.home) else where
+        sizes, classes = self.table.bytes, len(self.classes)
+        return Index(where, path, self.index_sha256, self.starts, sizes, classes)
 
     @cached_property
     def index(self) -> np.ndarray:
-        """SAMPLE rows [samples] in shard order (read-only); checked against its checksum and
-        against the sizes of the shards. Raises ManifestError where it does not hold."""
-        where = join(self.home, INDEX)
-        data = read_bytes(where)
-        count, digest = _parse_header(where, data[: _HEADER.size], len(data))
-        rows = np.frombuffer(data, SAMPLE, count, _HEADER.size)
-        actual = hashlib.sha256(data[_HEADER.size :]).digest()
-        if actual != digest or actual.hex() != self.index_sha256:
-            raise ManifestError(f"{where}: damaged, its checksum does not match its content")
-        _check_rows(where, self, rows)
-        return rows
+        """SAMPLE rows [samples] in shard order (memory-mapped, read-only), all of them checked
+        against the checksums and the sizes of the shards. Raises ManifestError where they do not
+        hold. `rows` and `locate` check only what they return."""
+        return self.lazy_index.whole()
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """SAMPLE rows of sample numbers from 0 to samples - 1; same shape."""
+        if "index" in self.__dict__:
+            return self.index[samples]
+        return self.lazy_index.rows(samples)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -122,6 +135,10 @@ class Manifest:
             raise ManifestError(f"{where}: {len(names)} names for {self.samples} samples")
         return names
 
+    def __getstate__(self) -> dict[str, Any]:
+        # To another process, which maps the index itself.
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
     def path(self, shard: int) -> str:
         """Path or URL of shard number `shard`."""
         return join(self.folder, self.shards[shard].name)
@@ -134,7 +151,7 @@ class Manifest:
                 f"{self.home}: sample numbers run from 0 to {self.samples - 1}, "
                 f"not {sample.min()} to {sample.max()}"
             )
-        return np.searchsorted(self.starts, sample, side="right") - 1, self.index[sample]
+        return np.searchsorted(self.starts, sample, side="right") - 1, self.rows(sample)
 
 
 def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
@@ -144,7 +161,16 @@ def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
     header; for tars on a local disk (unless `check_shards` is off) also a missing shard or one of
     the wrong size. The index itself is read and checked at its first use.
     """
-    home = os.fspath(folder)
+    collects = gc.isenabled()
+    gc.disable()  # of hundreds of thousands of shards none is garbage before the end
+    try:
+        return _read_manifest(os.fspath(folder), check_shards)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _read_manifest(home: str, check_shards: bool) -> Manifest:
     text = _read_manifest_text(home)
     where = join(home, MANIFEST)
     try:
@@ -170,7 +196,7 @@ def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
         raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
     _check_types(where, manifest)
     _check_files(manifest, check_shards)
-    return manifest
+    return replace(manifest, shards=ShardTable.of(manifest.shards))
 
 
 def write_manifest(
@@ -194,7 +220,7 @@ def write_manifest(
     if len(names) not in (0, len(rows)) or any("\n" in name for name in names):
         raise ManifestError(f"{folder}: names must be one line per sample, or none")
     blob = zlib.compress("\n".join(names).encode(), 6) if names else b""
-    location = _relative(folder, shard_folder)
+    location, encoded = _relative(folder, shard_folder), encode_index(rows)
     content: dict[str, Any] = {
         "version": VERSION,
         "folder": location,
@@ -202,14 +228,17 @@ def write_manifest(
         "shards": [asdict(shard) for shard in shards],
         "classes": list(classes),
         "made": made or {},
-        "index_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "index_sha256": index_checksum(encoded),
         "names_sha256": hashlib.sha256(blob).hexdigest() if names else "",
     }
     planned = Manifest(_resolve(str(folder), location), tuple(shards), tuple(classes))
-    _check_rows(str(folder / INDEX), planned, rows)
+    if len(rows) != planned.samples:
+        raise ManifestError(f"{folder}: {len(rows)} rows for {planned.samples} samples")
+    starts, sizes = planned.starts, planned.table.bytes
+    check_rows(str(folder / INDEX), rows, 0, starts, sizes, len(classes))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_atomic(folder / INDEX, encode_index(rows))
+    write_atomic(folder / INDEX, encoded)
     if names:
         write_atomic(folder / NAMES, blob)
     else:
@@ -217,13 +246,6 @@ def write_manifest(
     content["checksum"] = _checksum(content)
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
     return read_manifest(folder)
-
-
-def encode_index(rows: np.ndarray) -> bytes:
-    """The bytes of index.bin: a 64-byte header (magic, version, row size, rows, sha256), rows."""
-    data = rows.tobytes()
-    digest = hashlib.sha256(data).digest()
-    return _HEADER.pack(_MAGIC, VERSION, SAMPLE.itemsize, len(rows), digest) + data
 
 
 def is_remote(folder: str) -> bool:
@@ -251,10 +273,7 @@ def _fetch(url: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             return file.read()
     except Exception as error:
-        # A backend has exceptions of its own class, or says with ImportError or ValueError that it
-        # is not installed or not known; what else is built in would be a slip.
-        known = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
-        if not known and type(error).__module__ == "builtins":
+        if not said_by_backend(error):
             raise
         raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error
 
@@ -291,22 +310,6 @@ def _resolve(home: str, folder: str) -> str:
     return os.path.normpath(os.path.join(os.path.realpath(home), folder))
 
 
-def _parse_header(where: str, head: bytes, size: int) -> tuple[int, bytes]:
-    """Rows and sha256 that the header of index.bin announces."""
-    if len(head) < _HEADER.size:
-        raise ManifestError(f"{where}: too short for an index ({size} bytes)")
-    magic, version, width, count, digest = _HEADER.unpack(head)
-    if magic != _MAGIC:
-        raise ManifestError(f"{where}: not an index of relaxmim shards")
-    if version != VERSION or width != SAMPLE.itemsize:
-        raise ManifestError(f"{where}: version {version} is not known, this code reads {VERSION}")
-    if size != _HEADER.size + count * width:
-        raise ManifestError(
-            f"{where}: holds {size} bytes where {count} samples need {_HEADER.size + count * width}"
-        )
-    return count, digest
-
-
 def _check_types(where: str, manifest: Manifest) -> None:
     """Every field has its type, and no number is negative."""
     texts = [manifest.index_sha256, manifest.names_sha256, *manifest.classes]
@@ -339,15 +342,24 @@ def _check_files(manifest: Manifest, check_shards: bool) -> None:
             raise ManifestError(f"{where}: is missing; make the index again")
         try:
             with open(where, "rb") as file:
-                head, size = file.read(_HEADER.size), os.path.getsize(where)
+                head = parse_header(where, file.read(IndexHeader.SIZE), os.path.getsize(where))
         except OSError as error:
             raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
-        count, digest = _parse_header(where, head, size)
-        if count != manifest.samples or digest.hex() != manifest.index_sha256:
+        if head.rows != manifest.samples or head.checksum.hex() != manifest.index_sha256:
             raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
     if check_shards and not is_remote(manifest.folder):
-        for number, shard in enumerate(manifest.shards):
-            _check_shard(manifest.path(number), shard)
+        numbers = range(len(manifest.shards))
+        if len(numbers) <= _FEW:
+            return _check_shards(manifest, numbers)
+        # A network file system answers many at a time.
+        with ThreadPoolExecutor(16) as threads:
+            pieces = (numbers[i : i + _FEW] for i in range(0, len(numbers), _FEW))
+            list(threads.map(partial(_check_shards, manifest), pieces))
+
+
+def _check_shards(manifest: Manifest, numbers: range) -> None:
+    for number in numbers:
+        _check_shard(manifest.path(number), manifest.shards[number])
 
 
 def _check_shard(where: str, shard: Shard) -> None:
@@ -359,22 +371,3 @@ def _check_shard(where: str, shard: Shard) -> None:
         raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
     if size != shard.bytes:
         raise ManifestError(f"{where}: {size} bytes long where the manifest says {shard.bytes}")
-
-
-def _check_rows(where: str, manifest: Manifest, rows: np.ndarray) -> None:
-    """Every row is inside its shard and has a label that the classes know."""
-    if len(rows) != manifest.samples:
-        raise ManifestError(f"{where}: {len(rows)} rows for {manifest.samples} samples")
-    sizes = np.repeat(
-        np.array([shard.bytes for shard in manifest.shards], np.uint64),
-        [shard.samples for shard in manifest.shards],
-    )
-    ends = rows["offset"] + rows["length"]
-    outside = np.flatnonzero((ends > sizes) | (ends < rows["offset"]))
-    if len(outside):
-        raise ManifestError(f"{where}: sample {outside[0]} lies outside its shard")
-    known = len(manifest.classes) or np.iinfo(np.int32).max
-    wrong = np.flatnonzero((rows["label"] < -1) | (rows["label"] >= known))
-    if len(wrong):
-        label = rows["label"][wrong[0]]
-        raise ManifestError(f"{where}: sample {wrong[0]} has label {label} of {known} classes")

@@ -39,6 +39,7 @@ from shard_tools.sharding.stored_sample import (
     read_json,
     read_label,
     read_synset,
+    stored_labels,
     take_candidate,
 )
 from shard_tools.sharding.tar_files import tar_files
@@ -64,6 +65,11 @@ class VerifyJob:
     decode: bool
     lenient: bool
     unlabelled: bool
+
+    @cached_property
+    def stored_labels(self) -> tuple[int, ...]:
+        """What the labels of the rows are in the tar; empty where they are the same."""
+        return stored_labels(self.classes, self.stored_classes)
 
     @cached_property
     def synsets(self) -> frozenset[str]:
@@ -141,7 +147,9 @@ def check_rows(
         if not candidates:
             found.faults.append(f"no image begins at byte {row['offset']} (sample {number})")
             continue
-        sample, image = take_candidate(sweep.handle, candidates, int(row["label"]))
+        label = int(row["label"])
+        label = job.stored_labels[label] if job.stored_labels and label >= 0 else label
+        sample, image = take_candidate(sweep.handle, candidates, label)
         working_on(f"{path}: sample {sample.key!r}")
         name = job.names[number] if job.names else ""
         for fault in check_sample(job, sweep, row, sample, image, name, found.remarks):

@@ -10,6 +10,7 @@ from eval.protocols import PROTOCOLS, headings, metric_of
 from eval.reporting.page import Chapter
 from eval.reporting.run_records import Group, Run
 from eval.reporting.tables import (
+    FEATURE_NAMES,
     NONE,
     Cell,
     Column,
@@ -56,8 +57,17 @@ def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequen
     for name in table.columns:
         head += [f"{headings()[name]}: paper", "ours"]
     caveats = [f"{row.name}: {row.caveat}." for row in table.rows if row.caveat]
-    notes = tuple(note for note in (table.note, *caveats) if note)
+    runs = [run for group in groups for run in group.runs]
+    features = [r.get("feature") for name in table.columns for _, r in fitting(runs, name)
+                if name == "linprobe"]  # fmt: skip
+    notes = tuple(note for note in (table.note, feature_note(features), *caveats) if note)
     return Table(tuple(head), tuple(rows), f"Tab. {table.number}: {table.title}", notes)
+
+
+def feature_note(features: Sequence[str | None]) -> str:
+    """Which feature our linear probes read, or "" without any."""
+    names = [FEATURE_NAMES[f] for f in dict.fromkeys(features) if f in FEATURE_NAMES]
+    return f"Our linear probes read the {' or the '.join(names)}." if names else ""
 
 
 def random_runs(row: PaperRow, groups: Sequence[Group]) -> list[Run]:
@@ -107,7 +117,9 @@ def fitting(runs: Sequence[Run], name: str) -> list[tuple[Run, dict[str, Any]]]:
             (run, result)
             for run in runs
             for result in run.results
-            if result.get("protocol") == protocol.name and label_share(result) == protocol.fraction
+            if result.get("protocol") == protocol.name
+            and label_share(result) == protocol.fraction
+            and not result.get("beside")
         ]
         if found:
             return found
@@ -121,7 +133,7 @@ def label_share(result: dict[str, Any]) -> float:
     """
     settings = result.get("settings", {})
     if settings.get("subset"):
-        return 0.1 if Path(settings["subset"]).name == "10percent.txt" else math.nan
+        return 0.1 if "10percent" in Path(settings["subset"]).name else math.nan
     return float(settings.get("fraction") or 1)
 
 

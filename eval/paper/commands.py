@@ -73,13 +73,15 @@ def from_root(word: object) -> str:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where rows are made: the folder of their runs, the scale, the list of Tab. 5's classes, and
-    whether the demo's shards are to be built where they are missing."""
+    """Where rows are made: the folder of their runs, the scale, the list of Tab. 5's classes,
+    whether the demo's shards are to be built where they are missing, and the list of the images
+    that have labels in few-shot finetuning ("" draws a tenth)."""
 
     output: Path
     scale: Scale
     classes: str = "imagenet100.txt"
     demo: bool = False
+    few_labels: str = ""
 
 
 def overrides(row: PaperRow, scale: Scale) -> list[str]:
@@ -240,12 +242,15 @@ def eval_job(
     if how.script == "finetune" and row.finetune:
         epochs = float(option(words, "--epochs", 100)) * row.finetune.get("epochs", 100) / 100
         words += ["--epochs", f"{epochs:g}"]
-    words += how.words(seed)
+    chosen = how.words(seed)
+    if how.fraction < 1 and workspace.few_labels:
+        chosen = ["--subset", workspace.few_labels]
     forward = encoder_flops(row_recipe(workspace, row))
     samples, held_out = (read_manifest(shards).samples for shards in (scale.train, scale.val))
-    images, flops = how.cost(Work(forward, samples, held_out, tuple(map(str, words))))
+    work = tuple(map(str, [*words, *how.words(seed)]))
+    images, flops = how.cost(Work(forward, samples, held_out, work))
     name = f"{run_name(row, seed)} {protocol}"
-    command = scale.command(f"eval/{how.script}.py", *words)
+    command = scale.command(f"eval/{how.script}.py", *words, *chosen)
     return Command(name, command, result, tuple(j.name for j in needs), 0, images, flops)
 
 
@@ -274,7 +279,8 @@ def row_jobs(
     for protocol in protocols:
         words = list(encoder)
         if row.recipe == "supervised" and protocol == "linprobe":
-            words += ["--feature", "mean_patch"]  # the feature that it was trained with
+            # The feature that it was trained with; it has no other.
+            words += ["--feature", "mean_patch", "--also"]
         result = run / "eval" / f"{protocol}.json"
         evals.append(eval_job(workspace, row, seed, protocol, words, result, train, val, jobs))
     return [*jobs, *evals]

@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
+from eval.paper.beside import feature_note
 from eval.paper.commands import Workspace, read_scale, run_name
 from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.protocols import by_key, headings, keys
-from eval.reporting.run_records import read_result
-from eval.reporting.tables import NONE, Cell, Row, Table
+from eval.reporting.run_records import read_result, with_beside
+from eval.reporting.tables import FEATURE_NAMES, NONE, Cell, Row, Table
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
 from shard_tools.cores import cores
@@ -39,6 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--train", default="", help="training shards (default: the scale's)")
     add("--val", default="", help="validation shards (default: the scale's)")
     add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")
+    add("--few-labels", type=Path, metavar="FILE",
+        help="names of the images with labels in few-shot finetuning, such as SimCLR's "
+        "10percent.txt (default: a tenth is drawn)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--also", nargs="+", default=[], choices=[k for k in keys() if k not in ("shape-bias",)],
@@ -53,7 +57,15 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
     jobs = args.jobs or (1 if scale.launch != "python" else cores())
     output = args.output or Path(f"runs/reproduce-{scale.name}")
-    workspace = Workspace(output, scale, args.classes, demo=not (args.train or args.val))
+    if args.few_labels is not None and not args.few_labels.is_file():
+        raise UserError(f"--few-labels {args.few_labels}: no such file")
+    workspace = Workspace(
+        output,
+        scale,
+        args.classes,
+        demo=not (args.train or args.val),
+        few_labels=str(args.few_labels or ""),
+    )
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
 
 
@@ -109,6 +121,18 @@ def our_result(workspace: Workspace, row: PaperRow, seed: int, protocol: str) ->
     return float(value)
 
 
+def by_feature(
+    workspace: Workspace, row: PaperRow, seeds: int, protocol: str
+) -> dict[str, list[float]]:
+    """Our results of a row over the seeds by the feature that they read, the chosen one first."""
+    found: dict[str, list[float]] = {}
+    metric = by_key(protocol).metric
+    for path in (result_path(workspace, row, seed, protocol) for seed in range(seeds)):
+        for result in with_beside(read_result(path)) if path.is_file() else ():
+            found.setdefault(str(result.get("feature")), []).append(float(result[metric]))
+    return found
+
+
 def spread_text(values: Sequence[float]) -> str:
     """`mean ± standard deviation` of what is there."""
     if not values:
@@ -130,7 +154,9 @@ def beside(
             found = [our_result(workspace, row, seed, column) for seed in range(seeds)]
             ours = spread_text([value for value in found if value is not None])
             shown = ours if column in wanted else NONE
-            cells += [Cell(str(row.published.get(column, NONE))), Cell(shown)]
+            _, *others = by_feature(workspace, row, seeds, column).items() or [("", [])]
+            note = ", ".join(f"{FEATURE_NAMES[f]} {spread_text(v)}" for f, v in others)
+            cells += [Cell(str(row.published.get(column, NONE))), Cell(shown, note)]
         lines.append(Row(tuple(cells), baseline=row.initial == "random"))
     facts = f"scale {workspace.scale.name}, {seeds} seed{'s' if seeds > 1 else ''}"
     notes = [f"Ours: {facts}; ± is the sample standard deviation over seeds."]
@@ -139,6 +165,9 @@ def beside(
             "PSNR: with the true mean and deviation of each patch where the recipe predicts "
             "patch-normalised pixels."
         )
+    probed = {row.name: list(by_feature(workspace, row, seeds, "linprobe")) for row, _ in rows}
+    chosen = [features[0] for features in probed.values() if features]
+    notes += [feature_note(chosen)] if "linprobe" in columns and chosen else []
     notes += [f"{row.name}: {row.caveat}." for row, _ in rows if row.caveat]
     return Table(tuple(head), tuple(lines), title, tuple(notes))
 

@@ -96,7 +96,8 @@ def read_run(folder: str | Path) -> Run:
     random one), results in eval/, whose name of the encoder is then the recipe's.
     """
     folder = Path(folder)
-    results = tuple(read_result(path) for path in sorted((folder / "eval").glob("*.json")))
+    paths = sorted((folder / "eval").glob("*.json"))
+    results = tuple(one for path in paths for one in with_beside(read_result(path)))
     if not (folder / "recipe.yaml").is_file():
         if not results:
             raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
@@ -129,6 +130,14 @@ def read_result(path: Path) -> dict[str, Any]:
         if not _is_number(value) or not math.isfinite(float(value or 0)):
             raise UserError(f"{path}: {protocol.metric} is {value!r}, not a number; run it again")
     return result
+
+
+def with_beside(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A result, and a result of its own (marked `beside`) for each other feature that was probed
+    with it and did not diverge."""
+    main = {key: value for key, value in result.items() if key != "also"}
+    also = [row for row in result.get("also", []) if "diverged" not in row]
+    return [main, *(main | {"beside": True} | row for row in also)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

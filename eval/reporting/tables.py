@@ -51,6 +51,7 @@ class Column:
         return f"{self.title}, {self.length}" if self.length else self.title
 
 
+FEATURE_NAMES = {"cls": "cls token", "mean_patch": "mean of patches", "own": "own pooling"}
 NONE = "-"  # what a table shows where there is no number
 
 
@@ -66,8 +67,8 @@ def column_of(result: dict[str, Any]) -> Column | None:
         title += f", the labels of {Path(settings['subset']).name}"
     elif fraction not in (None, 1, 1.0):
         title += f", {100 * fraction:g} % of the labels"
-    pooling = {"mean_patch": ", mean of patches", "own": ", own pooling"}
-    title += pooling.get(str(result.get("feature")), "")
+    feature = result.get("feature")
+    title += f", {FEATURE_NAMES[feature]}" if feature in ("mean_patch", "own") else ""
     epochs = settings.get("epochs")
     length = f"{epochs:g} epochs" if epochs else ""
     return Column(title, length, protocol.metric, protocol.unit)

@@ -79,6 +79,7 @@ def classifier_words(arch: str, options: dict[str, Any]) -> tuple[str, dict[str,
 
 def layer_of(name: str, depth: int) -> int:
     """Layer number of a parameter: embeddings 0, block i is i + 1, fc_norm and head depth + 1."""
+    name = name.removeprefix("encoder.")
     first = (
         "cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "embeds.", "rope.",
         "rel_pos", "shared_rel_pos",

@@ -52,7 +52,11 @@ def last_tokens(vit: VisionTransformer, pixels: Tensor, precision: str) -> Tenso
 def image_features(vit: VisionTransformer, pixels: Tensor, feature: str, precision: str) -> Tensor:
     """Features float32 [b, D] of normalised pixels [b, 3, H, W], see FEATURES; where the encoder
     was trained to normalise the mean of its patches (fc_norm), they are normalised."""
-    tokens = last_tokens(vit, pixels, precision)
+    return feature_of(vit, last_tokens(vit, pixels, precision), feature)
+
+
+def feature_of(vit: VisionTransformer, tokens: Tensor, feature: str) -> Tensor:
+    """A feature [b, D] of the tokens after the last norm [b, prefix + L, D]."""
     if feature == "own":
         return vit.forward_head(tokens, pre_logits=True)
     return vit.fc_norm(pool(tokens, vit.num_prefix_tokens, feature))

@@ -157,7 +157,7 @@ def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -
 
 def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
     """The shards to train on: s.train, or the subset that --fraction or --subset asks for, which
-    is written to `folder`, in the place of another one there."""
+    is written to `folder` and replaces another one there."""
     if s.fraction == 1.0 and not s.subset:
         return s.train
     path = folder / "subset"
@@ -181,7 +181,7 @@ def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
 
 def check(s: Settings, world: int) -> None:
     """UserError for a setting that no data could make good; it names the option."""
-    check_batch(s.batch_size, world)
+    check_batch(s.batch_size, world, pairs=bool(s.mixup or s.cutmix))
     if min(1 if n is None else n for n in (s.max_steps, s.samples_per_epoch)) < 1:
         raise UserError("--max-steps and --samples-per-epoch must be at least 1")
     if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:
@@ -249,7 +249,7 @@ def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
 
 
 def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
-    """`record` for a checkpoint: sha256 in the place of paths, which may change."""
+    """`record` for a checkpoint: sha256 instead of paths, which may change."""
     known = record(s, plan, session)
     del known["subset"]  # the training images say it
     return known | {

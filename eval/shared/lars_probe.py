@@ -41,15 +41,16 @@ class Training:
         v ← m v + g;  w ← w - lr · v
 
     Learning rate of head h: rates[h] · batch / 256; `warmup` epochs of warm-up, of `epochs` with
-    `steps` each, then a cosine to 0.
+    `steps` each, then a cosine to 0. name: of the file of its state.
     """
 
     momentum, trust = 0.9, 0.001
 
     def __init__(
         self, probe: Probe, rates: tuple[float, ...], *, batch: int, steps: int, epochs: int,
-        warmup: float,
+        warmup: float, name: str = "probe",
     ) -> None:  # fmt: skip
+        self.file = f"{name}.safetensors"
         self.probe, self.steps, self.epochs, self.warmup = probe, steps, epochs, warmup
         self.peaks = [rate * batch / 256 for rate in rates]
         self.speed = [torch.zeros_like(p) for p in (probe.weight, probe.bias)]
@@ -75,7 +76,7 @@ class Training:
             if first:
                 folder.mkdir(parents=True, exist_ok=True)
                 state = {k: v.detach().cpu() for k, v in self.state().items()}
-                save_file(state, folder / "probe.safetensors")
+                save_file(state, folder / self.file)
         except (OSError, SafetensorError) as error:
             return str(error)
         return ""
@@ -83,7 +84,7 @@ class Training:
     @torch.no_grad()
     def read(self, folder: Path) -> None:
         """Resume from a state that was written."""
-        saved = load_file(folder / "probe.safetensors")
+        saved = load_file(folder / self.file)
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])
 
@@ -111,3 +112,14 @@ class Training:
         ):
             speed.mul_(self.momentum).add_(gradient)
             parameter.sub_(rate.view(-1, *[1] * (speed.ndim - 1)) * speed)
+
+
+def write_all(trainings: list[Training], first: bool, folder: Path) -> str:
+    """Write every state, see Training.write."""
+    return next(filter(None, [training.write(first, folder) for training in trainings]), "")
+
+
+def read_all(trainings: list[Training], folder: Path) -> None:
+    """Resume all from states that were written."""
+    for training in trainings:
+        training.read(folder)

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from eval.shared.cli import progress, seed_everything
 from eval.shared.encoders import EncoderChoice, EncoderInfo, open_encoder, read_options
 from eval.shared.features import (
+    feature_of,
     image_features,
     image_size,
     last_tokens,
@@ -69,6 +70,12 @@ class EvalSession:
         """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
         return image_features(self.vit, pixels, feature, self.precision)
 
+    @torch.no_grad()
+    def all_features(self, pixels: Tensor, names: Sequence[str]) -> list[Tensor]:
+        """Several features of the same pixels, from one forward pass."""
+        tokens = last_tokens(self.vit, pixels, self.precision)
+        return [feature_of(self.vit, tokens, name) for name in names]
+
     def loader(self, folder: str | Path, batch_size: int) -> Loader:
         """This rank's batches of a set: each image once over all ranks, evaluation crop.
 
@@ -97,26 +104,35 @@ class EvalSession:
             yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
 
     def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Features float32 [N, D] and labels int64 [N] of a full set on every rank, in sample
-        order.
+        """`extract_all` of one feature: float32 [N, D] and labels int64 [N]."""
+        (found,), label = self.extract_all(folder, (feature,), batch_size)
+        return found, label
+
+    def extract_all(
+        self, folder: str | Path, names: Sequence[str], batch_size: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """Features float32 [N, D], one for each name, and labels int64 [N] of a full set on every
+        rank, in sample order, from one pass.
 
         No augmentation. The order, and so whatever is computed from it, does not depend on how
         many ranks shared the work.
         """
         total, ranks = read_manifest(folder).samples, self.ranks
         stream = progress(self.batches(folder, batch_size), ranks, f"features of {folder}")
-        parts = [(self.features(pixels, feature), *rest) for pixels, *rest in stream]
-        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        numbers = torch.zeros(0, dtype=torch.int64, device=self.device)
         none = torch.zeros(0, self.vit.num_features, device=self.device)
-        features = ranks.gather(torch.cat([none, *[p[0] for p in parts]]))
-        label = ranks.gather(torch.cat([empty, *[p[1] for p in parts]]))
-        sample = ranks.gather(torch.cat([empty, *[p[2] for p in parts]]))
-        if not bool(features.isfinite().all()):
+        parts = [(numbers, numbers, *[none] * len(names))]  # of a rank without images
+        for pixels, label, sample in stream:
+            parts.append((label, sample, *self.all_features(pixels, names)))
+        label, sample, *features = (
+            ranks.gather(torch.cat(column)) for column in zip(*parts, strict=True)
+        )
+        if not all(bool(feature.isfinite().all()) for feature in features):
             raise UserError(f"{folder}: the encoder's features of it are not finite")
         order = sample.argsort()
         if not torch.equal(sample[order], torch.arange(total, device=self.device)):
             raise UserError(f"{folder}: expected each of {total} samples once, got {len(sample)}")
-        return features[order], label[order]
+        return [feature[order] for feature in features], label[order]
 
     def identity(self) -> str:
         """What a checkpoint was trained from, whatever path leads there: sha256 of the weights,

@@ -7,6 +7,7 @@ buckets) belongs to ds_configs/, never here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +24,7 @@ from pipeline.config.schema import (
     EncoderRecipe,
     HeadsRecipe,
     InfoNCERecipe,
+    InitRecipe,
     JitterRecipe,
     MeasureRecipe,
     MonitorRecipe,
@@ -62,6 +64,7 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     data: DataRecipe = DataRecipe()
     monitor: MonitorRecipe = MonitorRecipe()
+    init: InitRecipe = InitRecipe()
     kernels: Literal["auto", "triton", "reference"] = "auto"
 
     @property
@@ -94,10 +97,15 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    pixels: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides and check the result.
 
-    path: a file, or the bare name of a bundled recipe (`mae`). RecipeError names file and key.
+    path: a file, or the bare name of a bundled recipe (`mae`). pixels: the `mean` and `std` that
+    `data.mean: manifest` and `data.std: manifest` stand for. RecipeError names file and key.
     """
     path = bundled(path, RECIPES, ".yaml")
     if not path.exists():
@@ -105,7 +113,22 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     values = _read(path, seen=())
     for text in overrides:
         _override(values, text)
+    _fill_in_pixels(values, pixels, str(path))
     return parse_recipe(values, str(path))
+
+
+def _fill_in_pixels(values: dict[str, Any], pixels: Mapping[str, Any] | None, where: str) -> None:
+    """Put the measured numbers where data.mean or data.std is `manifest`."""
+    data = values.get("data")
+    for name in ("mean", "std"):
+        if not isinstance(data, dict) or data.get(name) != "manifest":
+            continue
+        if not pixels or name not in pixels:
+            raise RecipeError(
+                f"{where}: data.{name}: manifest stands for what make_shards measured of the "
+                "training shards, which is not known here; give three numbers"
+            )
+        data[name] = list(pixels[name])
 
 
 def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
@@ -122,8 +145,12 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Each key that changes results and differs, as `key: a != b`."""
-    ignored = ("name", "monitor", "kernels", "data.workers")
+    """Each key that changes results and differs, as `key: a != b`.
+
+    a: of a checkpoint, b: of the run that resumes it. Where a started from matters only to a b that
+    names another start.
+    """
+    ignored = ("name", "monitor", "kernels", "data.workers", *("init",) * (not b.init.weights))
     flat_a, flat_b = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (a, b))
     return [
         f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"

@@ -313,6 +313,17 @@ class WeightDecayRecipe(Section):
     tokens: bool = True
 
 
+class InitRecipe(Section):
+    """Weights to start from, with a schedule and an optimizer of their own: what load_encoder takes
+    (a run, an export, a file of facebookresearch/mae, MoCo v3, DINO, …, timm:NAME); "": fresh ones.
+
+    ema: the average that a file keeps beside its weights, or the EMA teacher of a run.
+    """
+
+    weights: str = ""
+    ema: bool = False
+
+
 class OptimizerRecipe(Section):
     """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -33,12 +34,16 @@ from pipeline.data.order import (
 )
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import GIB, ShardCache
+from pipeline.data.shared import share
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
+from shard_tools import shuffle_quality
 from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
 
 # Changes a crop, uint8 [S, S, 3], in place: (pixels, epoch, key, number of the view).
 Augment = Callable[[np.ndarray, int, int, int], None]
+
+StartMethod = Literal["fork", "forkserver", "spawn"]
 
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
@@ -85,16 +90,17 @@ class Batch:
 class LoaderConfig:
     """What training batches are made of, the same on every rank.
 
-    folder: shards (a path or URL). batch_size is global; a step has
+    folder: shards (a path, URL, or their manifest). batch_size is global; a step has
     batch_size / (world · micro_batch) micro-batches per rank. window: shards that are shuffled
     together. on_error: `skip` replaces a sample that will not decode by the next one of its
     partition, counts and logs it. samples_per_epoch: > 0 makes an epoch of that many draws with
     replacement. second_crop: fill Batch.second. augment: applied to each crop in the worker.
     workers: processes per rank. cache, cache_bytes: where remote shards are kept on this node
-    (default $RELAXMIM_CACHE) and how many bytes of them.
+    (default $RELAXMIM_CACHE) and how many bytes of them. start_method: of the workers, by default
+    Python's own; the batches are the same.
     """
 
-    folder: str | Path
+    folder: str | Path | Manifest
     batch_size: int
     micro_batch: int
     crop: Crop
@@ -110,6 +116,7 @@ class LoaderConfig:
     cache: str | Path | None = None
     cache_bytes: int = 100 * GIB
     pin_memory: bool = False
+    start_method: StartMethod | None = None
 
 
 class _Train(Dataset):
@@ -124,6 +131,13 @@ class _Train(Dataset):
         self.on_error, self.augment = config.on_error, config.augment
         self.streams = (CROPS, SECOND_CROPS) if config.second_crop else (CROPS,)
         self.images = config.micro_batch * len(self.streams)  # in a batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"order": self.order.numbers}  # its sizes are in the manifest
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.order = Order(self.reader.manifest.table.samples, *state["order"])
 
     def __getitem__(self, task: int) -> Batch | Exception:
         try:
@@ -214,6 +228,7 @@ class _Eval(Dataset):
 def _quiet_worker(_: int) -> None:
     # The launcher signals every process of the group; the rank, not its workers, decides when
     # to stop. Workers end when the rank closes the loader or is gone.
+    gc.freeze()  # a collection would write to what a fork inherits, and so copy all of it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -228,8 +243,9 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Any, tasks: range, workers: int, pin_memory: bool, reader: Reader
-    ) -> None:
+        self, dataset: Any, tasks: range, workers: int, pin_memory: bool, reader: Reader,
+        start_method: StartMethod | None = None,
+    ) -> None:  # fmt: skip
         self.tasks, self.bad_samples, self.decoder = tasks, 0, reader.decoder
         self.reader, self.manifest = reader, reader.manifest
         self._sizes = workers, dataset.images, reader.image_size
@@ -242,6 +258,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_quiet_worker,
+            multiprocessing_context=start_method if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # so that the global one is left as it is
         )
@@ -341,17 +358,21 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
     crop = config.crop
     images = config.micro_batch * (1 + config.second_crop)
     _check_shared_memory(config.workers, images, crop.image_size)
-    manifest = read_manifest(config.folder)
+    manifest = _open(config.folder, config.workers)
     order = Order(
-        tuple(shard.samples for shard in manifest.shards), config.seed, config.batch_size,
+        manifest.table.samples, config.seed, config.batch_size,
         config.partitions, config.window, config.samples_per_epoch,
     )  # fmt: skip
     remote = _cache(manifest, config.cache, config.cache_bytes)
     _warn_of_small_cache(order, manifest, world, config.cache_bytes)
+    if rank == 0 and not order.draws:
+        numbers = config.batch_size, config.partitions, config.window
+        if text := shuffle_quality.warning(manifest, *numbers):
+            log.warning("%s", text)
     reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
     dataset = _Train(reader, order, config, rank, world)
     tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
-    return Loader(dataset, tasks, config.workers, config.pin_memory, reader)
+    return Loader(dataset, tasks, config.workers, config.pin_memory, reader, config.start_method)
 
 
 def _check_split(config: LoaderConfig, world: int, steps: range) -> None:
@@ -372,7 +393,7 @@ def _check_split(config: LoaderConfig, world: int, steps: range) -> None:
 
 
 def eval_loader(
-    folder: str | Path,
+    folder: str | Path | Manifest,
     *,
     batch_size: int,
     rank: int,
@@ -386,6 +407,7 @@ def eval_loader(
     cache: str | Path | None = None,
     cache_bytes: int = 100 * GIB,
     pin_memory: bool = False,
+    start_method: StartMethod | None = None,
 ) -> Loader:
     """Centre crops, each sample exactly once over all ranks, in manifest order, without padding.
 
@@ -399,7 +421,7 @@ def eval_loader(
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
-    manifest = read_manifest(folder)
+    manifest = _open(folder, workers)
     crop = CentreCrop(image_size, resize or shorter_side(image_size), interpolation)
     remote = _cache(manifest, cache, cache_bytes)
     reader = Reader(manifest, image_size, interpolation, decode, remote)
@@ -409,7 +431,15 @@ def eval_loader(
     dataset = _Eval(reader, crop, batch_size, low, high)
     tasks = range(-(-(high - low) // batch_size))
     tasks = tasks[rank::world] if interleave else tasks
-    return Loader(dataset, tasks, workers, pin_memory, reader)
+    return Loader(dataset, tasks, workers, pin_memory, reader, start_method)
+
+
+def _open(folder: str | Path | Manifest, workers: int) -> Manifest:
+    """The manifest; with workers, one that any number of processes can share."""
+    manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
+    if workers and manifest.table.shared is None:
+        manifest = replace(manifest, shards=share(manifest.table))
+    return manifest
 
 
 def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:
@@ -417,13 +447,13 @@ def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCa
 
 
 def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:
-    sizes = [shard.bytes for shard in manifest.shards]
+    sizes = manifest.table.bytes
     open_shards = min(order.partitions // world * (order.window + 1), len(sizes))
-    if is_remote(manifest.folder) and open_shards * max(sizes) > limit:
+    if is_remote(manifest.folder) and open_shards * int(sizes.max()) > limit:
         log.warning(
             "a rank reads %d shards of up to %d bytes at a time, more than the cache of %d bytes "
             "holds, so shards will be fetched again and again: use a larger cache, fewer "
-            "partitions or a smaller window", open_shards, max(sizes), limit,
+            "partitions or a smaller window", open_shards, sizes.max(), limit,
         )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ touches only the shards of its partitions.
 
 Random numbers come from Philox, a counter-based generator, keyed by (seed, epoch) and the number
 of what they are for; only its raw bits are used, so the order does not depend on numpy's version.
+A place in that stream is reached at once, and so is any step: a process holds the permutation of
+the shards and, per partition, the window that it serves, never what grows with the samples.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,13 +39,16 @@ class _Generator(threading.local):
 _generator = _Generator()
 
 
-def random_bits(seed: int, epoch: int, stream: int, number: int, count: int) -> np.ndarray:
-    """`count` random uint64: Philox4x64-10, key (seed, epoch), counter (…, number, stream)."""
+def random_bits(
+    seed: int, epoch: int, stream: int, number: int, count: int, skip: int = 0
+) -> np.ndarray:
+    """`count` random uint64 from place `skip` of a stream: Philox4x64-10, key (seed, epoch),
+    counter (…, number, stream)."""
     state = _generator.state
     state["state"]["key"][:] = (seed, epoch)
-    state["state"]["counter"][:] = (0, 0, number, stream)
+    state["state"]["counter"][:] = (skip // 4, 0, number, stream)  # four of them at a time
     _generator.philox.state = state
-    return _generator.philox.random_raw(count)
+    return _generator.philox.random_raw(count + skip % 4)[skip % 4 :]
 
 
 def steps_per_epoch(samples: int, batch_size: int, partitions: int) -> int:
@@ -63,42 +69,69 @@ def global_batch(
     Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` lies
     outside the epoch or the batch cannot be cut into partitions.
     """
-    order = _known_order(tuple(shard_sizes), seed, batch_size, partitions, window)
+    order = _known_order(tuple(map(int, shard_sizes)), seed, batch_size, partitions, window)
     return order.samples(epoch, step, 0, batch_size)[0]
+
+
+class _Window(NamedTuple):
+    """Places [first, last) of a partition and the samples there, in the order they are served."""
+
+    epoch: int
+    first: int
+    last: int
+    samples: np.ndarray  # uint32 where that suffices, else int64
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Which sample stands where: shard sizes, and the recipe's numbers that fix the order.
+    """Which sample stands where: shard sizes (int64 [shards]), and the recipe's numbers that fix
+    the order.
 
     draws: > 0 makes an epoch of that many draws with replacement (for tiny data sets).
     """
 
-    sizes: tuple[int, ...]
+    sizes: np.ndarray
     seed: int
     batch_size: int
     partitions: int = 64
     window: int = 8
     draws: int = 0
-    _epochs: dict[int, dict[int, np.ndarray]] = field(default_factory=dict, init=False, repr=False)
+    _windows: dict[int, list[_Window]] = field(default_factory=dict, init=False, repr=False)
+    _epoch: dict[int, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
         _check_batch(self.batch_size, self.partitions)
         if self.window < 1:
             raise UserError(f"window {self.window}: must be at least one shard")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed {self.seed}: must lie between 0 and 2**63 - 1")
         if not self.steps:
-            what = f"an epoch of {self.draws} draws" if self.draws else f"{sum(self.sizes)} samples"
+            what = f"an epoch of {self.draws} draws" if self.draws else f"{self.total} samples"
             raise UserError(
                 f"batch_size {self.batch_size}: {what} cannot fill one batch; "
                 "use a smaller batch_size or set samples_per_epoch"
             )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Order, (self.sizes, *self.numbers)  # without what is remembered
+
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """All that fixes the order besides the sizes, as Order takes them."""
+        return self.seed, self.batch_size, self.partitions, self.window, self.draws
+
+    @cached_property
+    def total(self) -> int:
+        """Samples of the data set."""
+        return int(self.sizes.sum())
+
+    @cached_property
     def steps(self) -> int:
         """Steps of one epoch."""
-        return steps_per_epoch(self.draws or sum(self.sizes), self.batch_size, self.partitions)
+        return steps_per_epoch(self.draws or self.total, self.batch_size, self.partitions)
 
     def samples(
         self, epoch: int, step: int, first: int, last: int
@@ -107,77 +140,116 @@ class Order:
         if not 0 <= step < self.steps:
             raise UserError(f"step {step}: an epoch has the steps 0 to {self.steps - 1}")
         share = self.batch_size // self.partitions
-        samples, keys = [], []
+        begin, samples, keys = step * share, [], []
         for number in range(first // share, -(-last // share)):
-            start, stop = max(first - number * share, 0), min(last - number * share, share)
-            places = np.arange(step * share + start, step * share + stop)
-            part = self.places(epoch, number, places)
-            samples.append(part[0])
-            keys.append(part[1])
-        return np.concatenate(samples), np.concatenate(keys)
+            start = begin + max(first - number * share, 0)
+            stop = begin + min(last - number * share, share)
+            samples.append(self._serve(epoch, number, start, stop))
+            if self.draws:
+                keys.append(np.arange(start, stop) + self._bounds(number)[0])
+        served = np.concatenate(samples).astype(np.int64)
+        return served, np.concatenate(keys) if self.draws else served.copy()
 
     def places(self, epoch: int, number: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sample numbers and keys at `places` of partition `number` (taken modulo its length)."""
-        samples = self._partition(epoch, number)
-        places = places % len(samples)
-        if not self.draws:
-            return samples[places], samples[places]
-        return samples[places], places + number * self.draws // self.partitions
+        low, high = self._bounds(number)
+        places = places % (high - low)
+        samples = np.array([self._serve(epoch, number, p, p + 1)[0] for p in places], np.int64)
+        return samples, (places + low if self.draws else samples.copy())
 
-    def _partition(self, epoch: int, number: int) -> np.ndarray:
-        """partition_order, remembered for this epoch and the one before."""
-        if epoch not in self._epochs:
-            while len(self._epochs) > 1:
-                del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch] = {}
-        known = self._epochs[epoch]
-        if number not in known:
-            known[number] = partition_order(self, epoch, number)
-        return known[number]
+    def _bounds(self, number: int) -> tuple[int, int]:
+        """Where a partition begins and ends in the epoch's row of samples (or draws)."""
+        total = self.draws or self.total
+        return number * total // self.partitions, (number + 1) * total // self.partitions
 
+    def _serve(self, epoch: int, number: int, start: int, stop: int) -> np.ndarray:
+        """Samples at places [start, stop) of a partition."""
+        if self.draws:
+            bits = random_bits(self.seed, epoch, DRAWS, number, stop - start, start)
+            return bits % np.uint64(self.total)
+        pieces = []
+        while start < stop:
+            window = self._window(epoch, number, start)
+            pieces.append(window.samples[start - window.first : stop - window.first])
+            start = window.last
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-_known_order = lru_cache(maxsize=4)(Order)
+    def _window(self, epoch: int, number: int, place: int) -> _Window:
+        """The window that holds a place. The last two of a partition are remembered: the loader
+        asks for what comes next, and for remote shards for what comes some steps later."""
+        known = self._windows.setdefault(number, [])
+        for window in known:
+            if window.first <= place < window.last and window.epoch == epoch:
+                return window
+        del known[:-1]
+        known.append(_make_window(self, epoch, number, place))
+        return known[-1]
 
+    def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's permutation of the (non-empty) shards and where each ends once
+        concatenated; remembered for one epoch."""
+        known = self._epoch.get(epoch)
+        if known is None:
+            noise = random_bits(self.seed, epoch, SHARDS, 0, len(self.sizes))
+            shards = np.argsort(noise, kind="stable").astype(np.int32)
+            sizes = self.sizes[shards]
+            known = shards[sizes > 0], np.cumsum(sizes[sizes > 0])
+            self._epoch.clear()
+            self._epoch[epoch] = known
+        return known
 
-def partition_order(order: Order, epoch: int, number: int) -> np.ndarray:
-    """Sample numbers of one partition of an epoch in the order they are served: int64 [~ N / P]."""
-    total = order.draws or sum(order.sizes)
-    low = number * total // order.partitions
-    high = (number + 1) * total // order.partitions
-    if order.draws:
-        bits = random_bits(order.seed, epoch, DRAWS, number, high - low)
-        return (bits % np.uint64(sum(order.sizes))).astype(np.int64)
-    shards, ends = _shard_order(order, epoch)
-    first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
-    sizes, starts = np.array(order.sizes), np.cumsum([0, *order.sizes])
-    pieces = []
-    for place in range(first, last + 1):
-        shard = shards[place]
-        begin = ends[place] - sizes[shard]  # of this shard in the epoch's concatenation
-        inside = np.arange(max(low - begin, 0), min(high - begin, sizes[shard]))
-        pieces.append(starts[shard] + inside)
-    windows = [
-        np.concatenate(pieces[start : start + order.window])
-        for start in range(0, len(pieces), order.window)
-    ]
-    bits = random_bits(order.seed, epoch, WINDOWS, number, high - low)
-    cuts = np.cumsum([len(window) for window in windows])[:-1]
-    return np.concatenate(
-        [
-            window[np.argsort(noise, kind="stable")]
-            for window, noise in zip(windows, np.split(bits, cuts), strict=True)
-        ]
-    )
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First sample of each shard: int64 [shards]."""
+        return np.cumsum(self.sizes) - self.sizes
 
 
 @lru_cache(maxsize=4)
-def _shard_order(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's permutation of the (non-empty) shards and where each ends once concatenated."""
-    noise = random_bits(order.seed, epoch, SHARDS, 0, len(order.sizes))
-    shards = np.argsort(noise, kind="stable")
-    sizes = np.array(order.sizes, np.int64)[shards]
-    shards = shards[sizes > 0]
-    return shards, np.cumsum(sizes[sizes > 0])
+def _known_order(
+    sizes: tuple[int, ...], seed: int, batch_size: int, partitions: int, window: int
+) -> Order:
+    return Order(np.array(sizes, np.int64), seed, batch_size, partitions, window)
+
+
+def _make_window(order: Order, epoch: int, number: int, place: int) -> _Window:
+    """Shuffle the window of shards that holds a place of a partition.
+
+    The windows of a partition are cut from its row of shards; each is sorted by its own piece of
+    the partition's random numbers.
+    """
+    shards, ends = order.shard_order(epoch)
+    low, high = order._bounds(number)
+    first, last = np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "left")
+    inside = np.searchsorted(ends, low + place, "right") - first
+    begin = first + inside // order.window * order.window
+    those = slice(begin, min(begin + order.window, last + 1))
+    stops, sizes = ends[those], order.sizes[shards[those]]
+    begins = np.maximum(stops - sizes, low)  # in the epoch's row of samples
+    # From a place in that row to the number of the sample.
+    shifts = order.starts[shards[those]] - (stops - sizes)
+    stops = np.minimum(stops, high)
+    kind = np.uint32 if order.total <= 2**32 else np.int64
+    row = np.concatenate(
+        [np.arange(a + d, b + d, dtype=kind) for a, b, d in zip(begins, stops, shifts, strict=True)]
+    )
+    start, stop = int(begins[0]) - low, int(stops[-1]) - low
+    noise = random_bits(order.seed, epoch, WINDOWS, number, stop - start, start)
+    return _Window(epoch, start, stop, row[_stable_argsort(noise)])
+
+
+def _stable_argsort(noise: np.ndarray) -> np.ndarray:
+    """As np.argsort(noise, kind="stable"), but several times as fast where no two are equal."""
+    order = np.argsort(noise)
+    ordered = noise[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        return np.argsort(noise, kind="stable")
+    return order
+
+
+def partition_order(order: Order, epoch: int, number: int) -> np.ndarray:
+    """Sample numbers of a whole partition in the order they are served: int64 [~ N / P]."""
+    low, high = order._bounds(number)
+    return order._serve(epoch, number, 0, high - low).astype(np.int64)
 
 
 def _check_batch(batch_size: int, partitions: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from bisect import bisect_right
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +37,14 @@ class Reader:
         self.image_size = image_size
         self.decoder, _ = decoder(how)  # by name: a worker may be a fresh process
         self.handles: OrderedDict[int, int] = OrderedDict()
-        self.starts: list[int] = manifest.starts.tolist()
-        _ = manifest.index  # read and checked once, before the workers start
+        manifest.lazy_index.open()  # what can be found wrong at once is, before the workers start
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"handles": OrderedDict()}  # they are numbers of this process only
 
     def read(self, sample: int) -> bytes:
         """The image bytes of a sample."""
-        shard, row = self.shard(sample), self.manifest.index[sample]
+        shard, row = self.shard(sample), self.manifest.lazy_index.row(sample)
         offset, length = int(row["offset"]), int(row["length"])
         if self.cache is not None:
             data = self.cache.read(shard, offset, length)
@@ -57,7 +59,7 @@ class Reader:
 
     def shard(self, sample: int) -> int:
         """Number of the shard that holds a sample."""
-        return bisect_right(self.starts, sample) - 1
+        return int(self.manifest.starts.searchsorted(sample, "right")) - 1
 
     def decode(self, sample: int, choose: Choose, out: np.ndarray) -> None:
         """Write the chosen crop of a sample into `out`; SampleError if it will not decode."""
@@ -82,7 +84,8 @@ class Reader:
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
     def labels(self, samples: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.manifest.index["label"][samples].astype(np.int64))
+        """Class indices, int64, of sample numbers."""
+        return torch.from_numpy(self.manifest.lazy_index.rows(samples)["label"].astype(np.int64))
 
     def _handle(self, shard: int) -> int:
         if shard in self.handles:

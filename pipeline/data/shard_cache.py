@@ -16,7 +16,6 @@ import os
 import queue
 import random
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +24,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pipeline.errors import reason as why
+from pipeline.errors import said_by_backend
+from shard_tools.index_cache import cache_folder
 from shard_tools.manifest import Manifest, ManifestError
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,6 @@ STALL = 60.0  # seconds without a byte after which a connection is given up
 
 class CacheError(ManifestError):
     """A remote shard that cannot be had, or a cache that cannot hold it, in one sentence."""
-
-
-def default_folder() -> Path:
-    """$RELAXMIM_CACHE, or a folder of this user under the system's temporary one."""
-    given = os.environ.get("RELAXMIM_CACHE")
-    return Path(given or Path(tempfile.gettempdir()) / f"relaxmim-cache-{os.getuid()}")
 
 
 class ShardCache:
@@ -59,7 +54,7 @@ class ShardCache:
         pause: float = 0.5,
     ) -> None:
         self.manifest, self.limit, self.pause = manifest, limit, pause
-        self.folder = Path(folder or default_folder())
+        self.folder = Path(folder or cache_folder())
         for shard in manifest.shards:
             if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
                 raise CacheError(f"{manifest.home}: {shard.name} has no valid sha256")
@@ -149,7 +144,9 @@ class ShardCache:
                     return
             except (FileNotFoundError, PermissionError) as error:
                 raise CacheError(f"{url}: cannot be fetched ({why(error, url)})") from error
-            except Exception as error:  # each fsspec backend has its own exceptions
+            except Exception as error:
+                if not said_by_backend(error):
+                    raise
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     raise CacheError(f"{self.folder}: the disk of the cache is full") from error
                 reason = why(error, url)

@@ -80,13 +80,58 @@ class _NaFlex(NaFlexVit):
         )  # fmt: skip
 
 
+class _Within:
+    """A classifier of timm around an encoder (DeepSeek, Gemma 4, Qwen 3): patches in a map
+    [B, H, W, D] or in a row, without further tokens; its norm is that of their mean.
+    """
+
+    num_prefix_tokens = 0
+    cls_token = None
+    img_size: tuple[int, int]
+    encoder: Any
+    norm: nn.Module
+
+    @property
+    def blocks(self) -> Any:
+        return self.encoder.blocks
+
+    @property
+    def fc_norm(self) -> nn.Module:
+        return self.norm
+
+    @property
+    def patch_embed(self) -> SimpleNamespace:
+        own = self.encoder.patch_embed
+        grid = [s // p for s, p in zip(self.img_size, own.patch_size, strict=True)]
+        return SimpleNamespace(
+            img_size=self.img_size, grid_size=tuple(grid), num_patches=math.prod(grid),
+            patch_size=own.patch_size, proj=getattr(own, "proj", None) or own.input_proj,
+        )  # fmt: skip
+
+    def forward_features(self, x: Tensor, **keywords: Any) -> Tensor:
+        return super().forward_features(x, **keywords).flatten(1, -2)  # type: ignore[misc]
+
+
+class _Late:
+    """CaiT and XCiT, whose cls token joins after the blocks: no norm of the pooled feature."""
+
+    fc_norm = staticmethod(lambda feature: feature)
+
+
+def _size(model: Any, options: dict[str, Any]) -> tuple[int, int]:
+    """Sides in pixels of the images that a model of any size is to be given."""
+    size = options.get("img_size") or model.pretrained_cfg["input_size"][-1]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def adopt(model: nn.Module, arch: str, options: dict[str, Any]) -> VisionTransformer:
     """The model with the interface above, in eval mode; its weights' names stay timm's.
 
     UserError where tokens cannot be read from it.
     """
-    if not isinstance(model, FAMILIES):
-        kinds = ", ".join(family.__name__ for family in FAMILIES)
+    kind = type(model)
+    if not is_family(model):
+        kinds = ", ".join((*(family.__name__ for family in FAMILIES), *_FURTHER))
         raise UserError(
             f"{arch} is a {type(model).__name__}; the protocols take vision transformers of timm "
             f"({kinds})"
@@ -94,10 +139,36 @@ def adopt(model: nn.Module, arch: str, options: dict[str, Any]) -> VisionTransfo
     if isinstance(model, VisionTransformerSAM):
         model.__class__ = _Sam
     elif isinstance(model, NaFlexVit):
-        size = options.get("img_size") or model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
         model.__class__ = _NaFlex
-        model.img_size = (size, size) if isinstance(size, int) else tuple(size)  # type: ignore[assignment]
+        model.img_size = _size(model, options)  # type: ignore[assignment]
+    elif kind.__name__ in _FURTHER:
+        mixin = _FURTHER[kind.__name__]
+        model.__class__ = type(kind.__name__, (mixin, kind), {})
+        if mixin is _Within:
+            model.img_size = _size(model, options)  # type: ignore[assignment]
     return model.eval()  # type: ignore[return-value]
+
+
+# By name, since not every timm has them.
+_FURTHER: dict[str, type] = {
+    "Cait": _Late,
+    "Xcit": _Late,
+    "DeepseekVitClassifier": _Within,
+    "Gemma4VitClassifier": _Within,
+    "Qwen3VitClassifier": _Within,
+}
+
+
+def is_family(model: nn.Module) -> bool:
+    """Whether tokens can be read from a model of timm."""
+    return isinstance(model, FAMILIES) or type(model).__name__ in _FURTHER
+
+
+def within_classifier(arch: str) -> bool:
+    """Whether timm's names of an architecture begin with `encoder.`, and that is no prefix."""
+    module = timm.model_entrypoint(arch.split(".")[0]).__module__
+    around = module.endswith((".deepseek_vit", ".gemma4_vit", ".qwen3_vit"))
+    return around and not arch.endswith("_enc")
 
 
 def build_family(
@@ -120,7 +191,7 @@ def build_family(
             # timm checks keywords by assert, by shapes, or not at all
             refused = refused or " ".join(str(error).split())[:200] or type(error).__name__
             continue
-        if not isinstance(model, FAMILIES):
+        if not is_family(model):
             return adopt(model, arch, options)
         first = first or model
         if wanted is None or not wanted or _norms(model.state_dict()) == wanted:

@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from torch import Tensor, nn
 from pipeline.config.recipe import DataRecipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import METADATA
-from pipeline.method.families import adopt, build_family, with_timm_names
+from pipeline.method.families import (
+    adopt,
+    build_family,
+    with_timm_names,
+    within_classifier,
+)
 from pipeline.method.interop import from_hf, hf_arch
 from pipeline.method.layouts import (
     OURS,
@@ -76,7 +82,7 @@ def other_size(
 
 
 def refuse_indivisible(size: Any, vit: VisionTransformer, path: object) -> None:
-    patch = vit.patch_embed.patch_size[0]
+    patch = _patch(vit)
     if not isinstance(size, int) or size < patch or size % patch:
         raise UserError(
             f"{path}: img_size {size} is no multiple of the patch size {patch}; take one such as "
@@ -120,6 +126,8 @@ def from_file(
         layout = OURS
     else:
         arch = known_arch(arch or _timms_arch(content), path)
+        if within_classifier(arch):
+            found = replace(found, state=found.around, words=found.words[:-1])
         layout = layout_of(found, content)
     given, options = options, fixed_options(layout, found.state) | options
     vit = fit(found.state, arch, options, path, layout)
@@ -187,7 +195,7 @@ def fit(
         if "img_size" not in options and size not in (None, vit.patch_embed.img_size[0]):
             options["img_size"] = size
             vit = build_family(arch, options, state)
-        refuse_indivisible(vit.patch_embed.img_size[0], vit, path)
+        refuse_indivisible(vit.patch_embed.img_size[0], vit, arch)
         pooled = getattr(vit, "attn_pool", None) is not None
         dropped = tuple(k for k in LEFT_OUT if k != "attn_pool" or not pooled)
         state = {k: v for k, v in state.items() if not k.startswith(dropped)}
@@ -211,14 +219,21 @@ def fit(
 
 def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, path: Path) -> None:
     """Refuse patches of another size, which timm would resample without a word."""
-    theirs, mine = state.get("patch_embed.proj.weight"), vit.patch_embed.proj.weight
-    if theirs is None or theirs.ndim != 4 or theirs.shape[2:] == mine.shape[2:]:
+    theirs = state.get("patch_embed.proj.weight")
+    mine = getattr(vit.patch_embed.proj, "weight", None)  # none where the stem is convolutional
+    if theirs is None or mine is None or theirs.ndim != 4 or theirs.shape[2:] == mine.shape[2:]:
         return
     side = theirs.shape[-1]
     raise UserError(
         f"its patches are {side} pixels wide, those of {arch} {mine.shape[-1]}; give another "
         f"--arch, or --options '{{patch_size: {side}}}'"
     )
+
+
+def _patch(vit: VisionTransformer) -> int:
+    """Side of a patch in pixels."""
+    size: Any = vit.patch_embed.patch_size
+    return int(size if isinstance(size, int) else size[0])
 
 
 def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | None:
@@ -229,7 +244,7 @@ def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | No
     for prefix in (vit.num_prefix_tokens, 0, 1):
         side = square(table.shape[1] - int(prefix))
         if side is not None:
-            return side * int(vit.patch_embed.patch_size[0])
+            return side * _patch(vit)
     raise UserError(
         f"its position table has {table.shape[1]} entries, which is no square of patches and "
         f"{vit.num_prefix_tokens} further"

@@ -37,6 +37,13 @@ def _ours(name: str) -> str:
     return "encoder." + name
 
 
+def mae_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder of a facebookresearch/mae state dict under our names (measure.decoder.…)."""
+    mine = {_ours(k): v for k, v in state.items() if k.startswith("decoder") or k == "mask_token"}
+    flat = ("measure.decoder.mask_token", "measure.decoder.pos_embed")
+    return {k: v.flatten(0, -2).squeeze(0) if k in flat else v for k, v in mine.items()}
+
+
 def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
     """Load a checkpoint in facebookresearch/mae's names (its "model" entry) into an objective.
 
@@ -152,13 +159,37 @@ def from_hf(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     prefix = "vit." if any(name.startswith("vit.") for name in state) else ""
     result = {ours: state[prefix + theirs] for ours, theirs in _HF_OUTSIDE.items()}
     for number in range(depth):
-        mine, theirs = f"blocks.{number}", f"{prefix}encoder.layer.{number}"
-        for kind in ("weight", "bias"):
-            for ours, other in _HF_BLOCK.items():
-                result[f"{mine}.{ours}.{kind}"] = state[f"{theirs}.{other}.{kind}"]
-            parts = (f"{theirs}.attention.attention.{n}.{kind}" for n in ("query", "key", "value"))
-            result[f"{mine}.attn.qkv.{kind}"] = torch.cat([state[part] for part in parts])
+        result |= _from_hf_block(state, f"blocks.{number}", f"{prefix}encoder.layer.{number}")
     return result
+
+
+def _from_hf_block(state: Mapping[str, Tensor], mine: str, theirs: str) -> dict[str, Tensor]:
+    """One transformer block under timm's names (q, k and v in one)."""
+    result: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        for ours, other in _HF_BLOCK.items():
+            result[f"{mine}.{ours}.{kind}"] = state[f"{theirs}.{other}.{kind}"]
+        parts = (f"{theirs}.attention.attention.{n}.{kind}" for n in ("query", "key", "value"))
+        result[f"{mine}.attn.qkv.{kind}"] = torch.cat([state[part] for part in parts])
+    return result
+
+
+def from_hf_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder of a ViTMAEForPreTraining state dict under our names; {} where it has none."""
+    if "decoder.mask_token" not in state:
+        return {}
+    result = {
+        "mask_token": state["decoder.mask_token"],
+        "decoder_pos_embed": state["decoder.decoder_pos_embed"],
+    }
+    for part in ("decoder_embed", "decoder_norm", "decoder_pred"):
+        for kind in ("weight", "bias"):
+            result[f"{part}.{kind}"] = state[f"decoder.{part}.{kind}"]
+    depth = len({k.split(".")[2] for k in state if k.startswith("decoder.decoder_layers.")})
+    for number in range(depth):
+        theirs = f"decoder.decoder_layers.{number}"
+        result |= _from_hf_block(state, f"decoder_blocks.{number}", theirs)
+    return mae_decoder(result)
 
 
 def hf_arch(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -44,6 +44,9 @@ OURS = Layout("relaxmim", imagenet=False, positions="exact", fixed=False)
 MOCO_V3 = Layout("MoCo v3", {384: 12, 768: 12}, positions="exact")
 MAE = Layout("MAE", {768: 12, 1024: 16, 1280: 16}, positions="bicubic")
 DINO = Layout("DINO", {192: 3, 384: 6, 768: 12, 1024: 16}, positions="scale")
+# Layer scale; timm's names of the architectures say the rest.
+DINO_V2 = Layout("DINOv2", {384: 6, 768: 12, 1024: 16, 1536: 24}, fixed=False)
+DEIT_III = Layout("DeiT III", {384: 6, 768: 12, 1024: 16, 1280: 16}, positions="bicubic")
 I_JEPA = Layout(
     "I-JEPA", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}, positions="bicubic"
 )
@@ -52,10 +55,10 @@ OTHER = Layout("another project", fixed=False)
 
 # Words around a timm model that name no project.
 _WRAPPERS = {"module", "model", "state_dict", *EMA_WORDS}
-# Parts that only timm's conversions know (registers, layer scale, CLIP's norm, SigLIP's pooling),
-# or that no plain ViT has (EVA, DeiT III): the architecture's name says the rest of them.
+# Parts that a plain ViT has not; the architecture's name, and so timm, says the rest of them.
 _NOT_PLAIN = ("reg_token", "register_tokens", "storage_tokens", "norm_pre.", "attn_pool.", "dist_")
-_NOT_PLAIN_BLOCK = (".ls1.", ".ls1", ".gamma_1", ".q_bias", ".q_norm.weight", ".q_proj.weight")
+_NOT_PLAIN_BLOCK = (".q_bias", ".q_norm.weight", ".q_proj.weight")
+_SCALE = (".ls1.gamma", ".gamma_1")
 
 
 def layout_of(found: Found, content: Any) -> Layout:
@@ -67,6 +70,9 @@ def layout_of(found: Found, content: Any) -> Layout:
         return MAE
     if any(k.endswith("relative_position_bias_table") for k in state):
         return BEIT
+    scaled = any(k.endswith(_SCALE) for k in state)
+    if scaled and words & {"teacher", "student", "backbone"}:
+        return DINO_V2
     if any(k.startswith(_NOT_PLAIN) or k.endswith(_NOT_PLAIN_BLOCK) for k in state):
         return TIMM
     beside = content if isinstance(content, dict) else {}
@@ -75,7 +81,7 @@ def layout_of(found: Found, content: Any) -> Layout:
     if words & {"teacher", "student", "backbone"}:
         return DINO
     if found.words and found.words[0] in ("model", "model_ema") and words <= _WRAPPERS:
-        return MAE  # and DeiT, which has the same code
+        return DEIT_III if scaled else MAE  # and DeiT, which has MAE's code
     return TIMM if words <= _WRAPPERS else OTHER
 
 
@@ -92,6 +98,11 @@ def fixed_options(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Any]
     first = state.get("patch_embed.proj.weight")
     heads = None if first is None else layout.heads.get(first.shape[0])
     return {} if heads is None else {"num_heads": heads}
+
+
+def mae_decoder_heads(state: Mapping[str, Tensor]) -> int:
+    """Heads of the decoder of facebookresearch/mae's models (width 512); 0 where that is open."""
+    return 16 if state["decoder_embed.weight"].shape[0] == 512 else 0
 
 
 def fix_norms(vit: nn.Module, layout: Layout, where: str) -> None:

@@ -71,6 +71,8 @@ def load_encoder(
         info = named(known_arch(arch, name), "random encoder") | {"options": options}
     elif name.startswith("timm:"):
         _refuse_ema(ema, name)
+        if arch and arch != name.removeprefix("timm:"):
+            raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
         vit, info = from_hub(name.removeprefix("timm:"), options)
     elif path.is_file():
         vit, info = from_file(path, arch, options, ema)
@@ -135,16 +137,20 @@ def from_run(
         refuse_indivisible(size, vit, path)
         vit, info = read_encoder(path, size)
     if ema:
-        vit.load_state_dict(_teacher(path) | {"pos_embed": vit.state_dict()["pos_embed"]})
+        vit.load_state_dict(teacher_weights(path) | {"pos_embed": vit.state_dict()["pos_embed"]})
         info = {**info, "note": "weights of the EMA teacher"}
     return vit, info
 
 
-def _teacher(path: Path) -> dict[str, Tensor]:
-    """The weights of a run's EMA teacher in its newest checkpoint, but the fixed positions."""
+def teacher_weights(path: Path) -> dict[str, Tensor]:
+    """The encoder of a run's EMA teacher, but its fixed positions; of its newest checkpoint, or of
+    the one that is named.
+    """
     run = path.parent if path.name == "encoder" else path
     try:
-        newest = run / "checkpoints" / (run / "checkpoints/latest").read_text().strip()
+        newest = run
+        if not (run / "teacher.safetensors").is_file():
+            newest = run / "checkpoints" / (run / "checkpoints/latest").read_text().strip()
         state = load_file(newest / "teacher.safetensors")
     except (OSError, SafetensorError):
         raise UserError(f"--ema: {path} has no checkpoint with an EMA teacher") from None

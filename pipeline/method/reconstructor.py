@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch import Tensor
 from pipeline import kernels
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError
+from pipeline.method.foreign import exported_info, named
 from pipeline.method.interop import from_mae
+from pipeline.method.layouts import MAE, fixed_options, mae_decoder_heads
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.views import View, visible_count
-from pipeline.method.weights import load_tensors
+from pipeline.method.weights import find_encoder, load_tensors
 
 
 class Reconstructor:
@@ -97,7 +99,34 @@ def load_reconstructor(
         )
     objective, _ = build_objective(load_recipe(recipe, list(set_)))
     content = load_tensors(place)
-    if not isinstance(content, dict) or "model" not in content:
-        raise UserError(f"{place}: no facebookresearch/mae checkpoint: it has no entry 'model'")
-    from_mae(objective, content["model"])
+    state = find_encoder(content, place).state
+    if "decoder_embed.weight" not in state:
+        raise UserError(f"{place}: no facebookresearch/mae checkpoint with a decoder")
+    _check_facts(objective, state, exported_info(place, content), place)
+    from_mae(objective, state)
     return Reconstructor(objective, str(place))
+
+
+def _check_facts(
+    objective: Objective, state: dict[str, Tensor], written: dict[str, Any], place: Path
+) -> None:
+    """Refuse a recipe that contradicts what no shape shows: heads, mean and std of the pixels.
+
+    written: what our own export says; else facebookresearch/mae's code says it.
+    """
+    recipe = objective.recipe
+    pixels = written or named("", "")
+    facts: dict[str, tuple[Any, Any]] = {
+        "data.mean": (list(recipe.data.mean), list(pixels["mean"])),
+        "data.std": (list(recipe.data.std), list(pixels["std"])),
+    }
+    own = written.get("options", {}) if written else fixed_options(MAE, state)
+    if "num_heads" in own:
+        heads = cast("Any", objective.encoder.blocks)[0].attn.num_heads
+        facts["encoder.options.num_heads"] = (heads, own["num_heads"])
+    decoder_heads = written.get("decoder_heads") if written else mae_decoder_heads(state)
+    if objective.reconstructs and decoder_heads:
+        facts["measure.decoder.heads"] = (recipe.measure.decoder.heads, decoder_heads)
+    for key, (mine, theirs) in facts.items():
+        if mine != theirs:
+            raise UserError(f"{place}: has {key} {theirs}, the recipe {mine}; set {key}={theirs}")

@@ -13,9 +13,10 @@ import contextlib
 import datetime
 import pathlib
 import pickle
+import re
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,8 @@ EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "mod
 _ROLES = {"target_encoder": 0, "teacher": 0, "student": 2, "momentum_encoder": 3}
 # Wrappers that may stand anywhere in a name: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-# The first layer of a ViT: timm's, a convolutional stem (MoCo v3), NaFlexViT's, CLIP's, Meta's PE.
-_FIRST = (
-    "patch_embed.proj.weight", "patch_embed.proj.0.weight", "embeds.proj.weight",
-    "visual.conv1.weight", "conv1.weight",
-)  # fmt: skip
+# What the first layer of a ViT is called: by timm, NaFlexViT, CLIP, Meta's PE.
+_FIRST = re.compile(r"(?:^|(?<=\.))(?:patch_embed\.|embeds\.proj\.weight$|visual\.conv1\.weight$)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +44,13 @@ class Found:
     """An encoder in a file: its weights, and the words that stood before their names.
 
     words: containers and prefixes, outermost first (("state_dict", "module", "base_encoder")).
+    around: with what stands beside a prefix `encoder.`, under that prefix.
     others: the words of other encoders there, which are not taken.
     """
 
     state: dict[str, Tensor]
     words: tuple[str, ...]
+    around: dict[str, Tensor] = field(default_factory=dict)
     others: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -141,7 +141,7 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
             "a file of its own"
         )
     others = tuple(f.words for f in everything if f is not best)
-    return Found(best.state, best.words, others)
+    return Found(best.state, best.words, best.around, others)
 
 
 def _rank(found: Found) -> int:
@@ -154,18 +154,13 @@ def _encoders(content: Any, words: tuple[str, ...]) -> Iterator[Found]:
         return
     named = {k: v for k, v in content.items() if isinstance(k, str)}
     state = {_unwrapped(k): v for k, v in named.items() if isinstance(v, Tensor)}
-    seen = set()
-    for first in _FIRST:
-        for name in state:
-            start = name.removesuffix(first)
-            if start == name or (start and not start.endswith(".")) or start in seen:
-                continue
-            if "patch_embed." in start or (first == "conv1.weight" and not _is_clip(state, start)):
-                continue
-            seen.add(start)
-            kept = start.removesuffix("image_encoder.")  # timm's names of SAM go by it
-            inside = {k.removeprefix(kept): v for k, v in state.items() if k.startswith(kept)}
-            yield Found(inside, (*words, *start.split(".")[:-1]))
+    starts = {name[: match.start()] for name in state if (match := _FIRST.search(name))}
+    if "conv1.weight" in state and "class_embedding" in state:  # PE; not a convolutional network
+        starts.add("")
+    for start in sorted(starts, key=len):
+        kept = start.removesuffix("image_encoder.")  # timm's names of SAM go by it
+        outer = start.removesuffix("encoder.")
+        yield Found(_below(kept, state), (*words, *start.split(".")[:-1]), _below(outer, state))
     if len(words) < 3:
         for name, value in named.items():
             yield from _encoders(value, (*words, name))
@@ -177,6 +172,5 @@ def _unwrapped(name: str) -> str:
     return name
 
 
-def _is_clip(state: dict[str, Tensor], start: str) -> bool:
-    """Whether a first convolution is that of a ViT of CLIP, not of a convolutional network."""
-    return f"{start}class_embedding" in state and not start.endswith("visual.")
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

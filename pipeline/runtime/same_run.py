@@ -66,8 +66,9 @@ def check_same(
     fault = " and ".join(faults)
     if not anyway:
         raise UserError(
-            f"{checkpoint}: a checkpoint {fault}; choose another --output, or say {ANYWAY} to "
-            "continue from it all the same"
+            f"{checkpoint}: a checkpoint {fault}; choose another --output, say {ANYWAY} to "
+            f"continue from it all the same, or --init {checkpoint} with another --output to start "
+            "a fresh run from its weights"
         )
     step, then, now = int(state["step"]), before["steps_per_epoch"], facts["steps_per_epoch"]
     rates = learning_rate(theirs, step, then), learning_rate(recipe, step, now)

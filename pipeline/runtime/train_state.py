@@ -19,6 +19,7 @@ from pipeline.distributed import Ranks, agree
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
@@ -129,10 +130,10 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
 
     Raises UserError on the rank that finds the fault, on all where the first rank looks for all.
     """
-    recipe = load_recipe(settings.recipe, settings.overrides)
+    manifest = read_manifest(settings.data)
+    recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
     plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
     optimizer_of(plan)  # refused before anything is made
-    manifest = read_manifest(settings.data)
     per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
@@ -142,6 +143,15 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     objective, teacher = build_objective(recipe)
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
     lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)
+    started: list[str] = []
+    if recipe.init.weights and checkpoint is None:
+        started = start_from(objective, recipe.init.weights, recipe.init.ema).lines(
+            recipe.init.weights
+        )
+        teacher = Teacher(objective) if recipe.teacher else None
+    elif checkpoint is not None and not recipe.init.weights:  # what the run once started from
+        before = load_recipe(checkpoint / "recipe.yaml").init
+        recipe = recipe.model_copy(update={"init": before})
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
     with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
         engine = Engine(objective, parameter_groups(objective), plan)
@@ -176,7 +186,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         ),
     )  # fmt: skip
     with naming(path, UNWRITABLE):
-        _announce(state, kernel_line, failure, [*warnings, resumed])
+        _announce(state, kernel_line, failure, [*warnings, *started, resumed])
     return state
 
 

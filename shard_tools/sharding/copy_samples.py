@@ -17,20 +17,26 @@ from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, Shard, is_remote, write_manifest
 from shard_tools.members import BLOCK
-from shard_tools.sharding.stored_sample import images_by_offset, read_json, take_candidate
+from shard_tools.sharding.stored_sample import (
+    images_by_offset,
+    read_json,
+    stored_labels,
+    take_candidate,
+)
 from shard_tools.tar import Sample, ShardWriter, read_range, read_samples
 from shard_tools.workers import map_in_workers, report, working_on
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """One new tar: `pieces` are (path of an old tar, rows to take from it); lenient: as the old
-    tars were adopted."""
+    """One new tar: `pieces` are (path of an old tar, rows to take from it); stored_labels: what the
+    labels of the rows are in the old tars; lenient: as these were adopted."""
 
     number: int
     path: Path
     first: int
     pieces: list[tuple[str, np.ndarray]]
+    stored_labels: tuple[int, ...]
     lenient: bool
 
 
@@ -58,7 +64,9 @@ def copy_samples(
     with naming(dest, "cannot be written"):
         partial.mkdir(parents=True)
     try:
-        jobs = _cut(manifest, shard, rows, partial, shard_size)
+        before = manifest.made.get("stored_classes", manifest.classes)
+        labels = stored_labels(classes, before)
+        jobs = _cut(manifest, shard, rows, partial, shard_size, labels)
         found: list[tuple[Shard, np.ndarray]] = [(Shard("", 0, 0, ""), rows[:0])] * len(jobs)
         for number, new, index in map_in_workers(
             copy, jobs, workers=workers, description=f"copy to {dest}", total=len(rows)
@@ -83,7 +91,12 @@ def copy_samples(
 
 
 def _cut(
-    manifest: Manifest, shard: np.ndarray, rows: np.ndarray, folder: Path, shard_size: int
+    manifest: Manifest,
+    shard: np.ndarray,
+    rows: np.ndarray,
+    folder: Path,
+    shard_size: int,
+    labels: tuple[int, ...],
 ) -> list[CopyJob]:
     """Jobs of about `shard_size` bytes each, in the order of the rows."""
     sizes = rows["length"].astype(np.int64) + 8 * BLOCK
@@ -97,7 +110,7 @@ def _cut(
         ]
         path = folder / f"subset-{number:06d}.tar"
         lenient = bool(manifest.made.get("lenient"))
-        jobs.append(CopyJob(number, path, int(members[0]), pieces, lenient))
+        jobs.append(CopyJob(number, path, int(members[0]), pieces, labels, lenient))
     return jobs
 
 
@@ -122,9 +135,11 @@ def _copy(job: CopyJob) -> tuple[int, Shard, np.ndarray]:
                     candidates = by_offset.get(int(row["offset"]))
                     if not candidates:
                         raise ToolError(f"{path}: no image at byte {row['offset']}; verify it")
-                    sample, image = take_candidate(source, candidates, int(row["label"]))
+                    label = int(row["label"])
+                    stored = job.stored_labels[label] if job.stored_labels and label >= 0 else label
+                    sample, image = take_candidate(source, candidates, stored)
                     key = f"{job.first + writer.samples:09d}"
-                    offsets = writer.write(key, _fields(source, sample, int(row["label"])))
+                    offsets = writer.write(key, _fields(source, sample, label))
                     new["offset"][writer.samples - 1] = offsets[image]
             finally:
                 os.close(source)

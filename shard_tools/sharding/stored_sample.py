@@ -24,7 +24,8 @@ _NAME_KEYS = ("name", "filename", "url", "key")  # of the json, for the original
 _LABEL_WORDS = ("cls", "class", "label", "labels", "target", "category", "synset", "wnid")
 _LABEL_KEYS = (*_LABEL_WORDS, "class_id", "class_index", "class_idx", "class_name", "label_id")
 _UNLABELLED = "; --unlabelled takes the images without labels"
-_LONGEST_CLS, _LONGEST_JSON, _LONGEST_IMAGE = 4096, 64 << 20, 1 << 30  # bytes
+# Bytes; int() takes 4300 digits at most.
+_LONGEST_CLS, _LONGEST_JSON, _LONGEST_IMAGE = 4096, 64 << 20, 1 << 30
 
 
 class SampleFault(UserError):
@@ -92,6 +93,15 @@ def _only(fitting: list[str]) -> str:
     return fitting[0]
 
 
+def stored_labels(classes: Sequence[str], stored: Sequence[str]) -> tuple[int, ...]:
+    """By label the number of the class among `stored`, as the tars have it (-1: not there); empty
+    where labels were not renumbered."""
+    if not stored or tuple(classes) == tuple(stored):
+        return ()
+    numbers = {name: number for number, name in enumerate(stored)}
+    return tuple(numbers.get(name, -1) for name in classes)
+
+
 Candidates = list[tuple[Sample, str]]
 
 
@@ -106,8 +116,8 @@ def images_by_offset(samples: Iterable[Sample]) -> dict[int, Candidates]:
 
 
 def take_candidate(handle: int, candidates: Candidates, label: int) -> tuple[Sample, str]:
-    """The sample that a row of the index with this label means, and the field of its image. It is
-    taken away from the others at its offset, if there are any."""
+    """The sample that a row of the index means, and the field of its image: the first with this
+    label in the tar. It is taken away from the others at its offset, if there are any."""
     for number, (sample, _) in enumerate(candidates[:-1]):
         with suppress(SampleFault):
             if read_label(handle, sample, read_json(handle, sample)) == label:
@@ -135,7 +145,7 @@ def read_label(handle: int, sample: Sample, about: dict[str, Any]) -> int:
     number = given if type(given) is int and 0 <= given < MOST_CLASSES else None
     if "cls" in sample.fields:
         text = _read_small(handle, sample, "cls", _LONGEST_CLS).decode("ascii", "replace").strip()
-        if not text.isdecimal() or len(text) > 9 or int(text) >= MOST_CLASSES:
+        if not text.isdecimal() or int(text) >= MOST_CLASSES:
             raise SampleFault(f"its cls is {text[:40]!r}, not a class index")
         if number is not None and number != int(text):
             raise SampleFault(f"its cls is {text}, its json says label {number}")

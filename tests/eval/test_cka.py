@@ -1,4 +1,4 @@
-"""CKA against exact oracles: the U-statistic by loops, and the whole set as one batch."""
+"""CKA against exact oracles: the U-statistic by loops, and the full set as one batch."""
 
 import itertools
 import json
@@ -134,12 +134,12 @@ def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str, hsic:
         block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
         vit(pixels)
-        whole = list(seen)
+        full = list(seen)
         for row, ratio in enumerate((0.3, 0.8)):
             kept = cka.kept_patches(batch.sample, 16, ratio, 0)
             part = cka.block_features(vit, pixels, kept)
             for number in range(2):
-                x, y = (pooled(t[number], pool, kept, t is whole) for t in (whole, part))
+                x, y = (pooled(t[number], pool, kept, t is full) for t in (full, part))
                 assert result["cka"][row][number] == pytest.approx(ORACLES[hsic](x, y), abs=2e-5)
 
 

@@ -220,6 +220,17 @@ def test_unreachable_hub_is_one_sentence(tmp_path):
     assert f"--encoder FILE --arch {ARCH}.dino" in done.stderr.splitlines()[-1]
 
 
+def test_what_was_taken_to_be_so_is_printed_and_kept(tmp_path, capsys):
+    """A DINO file: heads, mean and std are in no name; the student beside it is not taken."""
+    state = dino(tiny(global_pool="token").state_dict())
+    torch.save({"teacher": state, "student": state}, tmp_path / "dino.pth")
+    session = session_of(parse("--encoder", tmp_path / "dino.pth", *WORDS), ALONE)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("encoder: a file of DINO: mean and std 0.485,0.456,0.406 0.229")
+    assert line.endswith("weights from teacher.backbone; not taken: student.backbone")
+    assert session.info.record["note"] == line.removeprefix("encoder: ")
+
+
 def test_another_image_size_and_resize_reach_the_result(tmp_path):
     """--options on a run folder is not ignored; above 224 pixels nothing is cut off (MAE)."""
     run = write_encoder(tmp_path / "run")

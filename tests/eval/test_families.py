@@ -55,6 +55,12 @@ FAMILIES = {
     "vit_relpos_base_patch16_cls_224": (TINY, "cls", 1),
     "vit_srelpos_small_patch16_224": (TINY, "mean_patch", 0),
     "samvit_base_patch16": (TINY, "mean_patch", 0),
+    "vitamin_small_224": ({"img_size": 64}, "mean_patch", 0),
+    "cait_xxs24_224": (TINY, "cls", 1),
+    "xcit_nano_12_p16_224": (TINY, "cls", 1),
+    "deepseek_vit_412m": (P14, "mean_patch", 0),
+    "gemma4_vit_167m": (TINY | {"img_size": 48}, "mean_patch", 0),
+    "qwen3_vit_88m": (TINY, "mean_patch", 0),
     "naflexvit_base_patch16_gap": (TINY, "mean_patch", 4),
     "naflexvit_base_patch16_map": (TINY, "own", 1),
     "naflexvit_base_patch16_siglip": (TINY, "own", 0),
@@ -93,7 +99,8 @@ def test_features_are_timms_own(member):
         own = theirs.forward_head(tokens, pre_logits=True)
     torch.testing.assert_close(image_features(vit, pixels, "own", "fp32"), own)
     assert own.shape == (2, vit.num_features)
-    tokens = tokens.flatten(2).mT if tokens.ndim == 4 else tokens
+    if tokens.ndim == 4:  # SAM's map has the channels first
+        tokens = tokens.flatten(2).mT if arch.startswith("sam") else tokens.flatten(1, 2)
     torch.testing.assert_close(vit.forward_features(pixels).detach(), tokens)
     assert tokens.shape[1] == prefix + vit.patch_embed.num_patches
     mean = vit.fc_norm(tokens[:, prefix:].mean(1)).detach()
@@ -115,8 +122,7 @@ def test_a_classifier_starts_from_all_weights_and_is_read_back(member, tmp_path)
     assert all(k.startswith(("fc_norm.", "head.")) for k in fresh), fresh
     groups = layer_groups(classifier, weight_decay=0.1, layer_decay=0.5)
     scales = {group["lr_scale"] for group in groups}
-    assert scales <= {0.125, 0.25, 0.5, 1.0}
-    assert {0.125, 0.25, 0.5, 1.0} - scales <= {1.0}
+    assert scales == {0.5**n for n in range(len(classifier.blocks) + 2)}
     side = options["img_size"]
     pixels = torch.randn(2, 3, side, side)
     torch.nn.functional.cross_entropy(classifier(pixels), torch.tensor([0, 2])).backward()
@@ -149,9 +155,10 @@ def test_cka_drops_patches_where_their_positions_go_with_them(member):
         tokens = theirs.forward_features(pixels)
         normed = theirs.norm(full[-1])
         part = block_features(vit, pixels, kept[:, :2])
+    close = {"rtol": 1e-3, "atol": 1e-3}
     torch.testing.assert_close(normed, tokens)
-    torch.testing.assert_close(moved[-1][:, :prefix], full[-1][:, :prefix])
-    torch.testing.assert_close(moved[-1][:, prefix:].flip(1), full[-1][:, prefix:])
+    torch.testing.assert_close(moved[-1][:, :prefix], full[-1][:, :prefix], **close)
+    torch.testing.assert_close(moved[-1][:, prefix:].flip(1), full[-1][:, prefix:], **close)
     assert part[-1].shape[1] == prefix + 2
 
 
@@ -183,7 +190,22 @@ def test_every_protocol_runs(arch, tmp_path):
 
 
 def test_what_is_no_vit_of_tokens_is_refused(tmp_path):
-    for arch in ("resnet18", "swin_tiny_patch4_window7_224", "cait_xxs24_224"):
+    for arch in ("resnet18", "swin_tiny_patch4_window7_224"):
         torch.save({"patch_embed.proj.weight": torch.ones(96, 3, 4, 4)}, tmp_path / "x.pth")
         with pytest.raises(UserError, match=f"{arch} is a .*vision transformers of timm"):
             load_encoder(tmp_path / "x.pth", arch=arch)
+
+
+@pytest.mark.parametrize("arch", ["vit_base_patch16_siglip_224", "vit_small_patch16_dinov3",
+                                  "samvit_base_patch16", "naflexvit_base_patch16_gap"])  # fmt: skip
+def test_random_members_depend_on_the_seed_alone(arch, tmp_path):
+    options, pooling, prefix = FAMILIES[arch]
+    torch.save(model(arch, options).state_dict(), tmp_path / "x.pth")
+    one, info = load_encoder("random", arch=arch, options=options, seed=3)
+    two, _ = load_encoder(tmp_path / "x.pth", arch=arch, options=options, random=True, seed=3)
+    other, _ = load_encoder("random", arch=arch, options=options, seed=4)
+    assert (own_pooling(one), one.num_prefix_tokens) == (pooling, prefix)
+    assert (info["random"], info["random_seed"]) == (True, 3)
+    names = [n for n, p in one.named_parameters() if p.ndim > 1]
+    assert all(torch.equal(one.state_dict()[n], two.state_dict()[n]) for n in names)
+    assert not torch.equal(one.state_dict()[names[-1]], other.state_dict()[names[-1]])

@@ -259,7 +259,7 @@ def test_two_ranks_finetune_resume_and_export(home: Path, tmp_path: Path) -> Non
     assert round(100 * correct / 37, 3) == result["top1"]
 
 
-def test_going_on_equals_never_stopping(home: Path, tmp_path: Path) -> None:
+def test_resuming_equals_never_stopping(home: Path, tmp_path: Path) -> None:
     init_ranks()
     results = []
     for name, stops in (("whole", (12,)), ("parts", (5, 12))):
@@ -403,7 +403,7 @@ def test_a_distilled_deit_is_finetuned_on_the_mean_of_its_patches(
 
 
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["within an epoch", "at its end"])
-def test_a_signal_saves_once_and_going_on_equals_never_stopping(
+def test_a_signal_saves_once_and_resuming_equals_never_stopping(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     init_ranks()
@@ -428,11 +428,11 @@ def test_a_signal_saves_once_and_going_on_equals_never_stopping(
             evaluate(words, tmp_path / "a")
         assert stopped.value.code == PREEMPTED
         assert saved == [stop_at]
-        going_on, whole = (evaluate(words, tmp_path / name) for name in ("a", "b"))
+        resumed, whole = (evaluate(words, tmp_path / name) for name in ("a", "b"))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert going_on["history"] == whole["history"]
+    assert resumed["history"] == whole["history"]
     assert done == [*range(8), *range(8)]
 
 

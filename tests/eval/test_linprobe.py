@@ -14,6 +14,7 @@ import torch
 from eval_helpers import (
     ALONE,
     MEAN,
+    OPTIONS,
     SIZE,
     STD,
     coloured_images,
@@ -28,6 +29,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from eval import linprobe
+from eval.shared import linprobe_plan
 from eval.shared.cli import run_command, settings_of
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import count_correct
@@ -189,7 +191,7 @@ def test_crop_is_tensorflows() -> None:
         areas.append((box.right - box.left) * (box.bottom - box.top) / 2400)
     assert min(areas) < 0.12
     assert max(areas) > 0.9
-    # The whole area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
+    # The full area at ratio 1 is a 49 by 49 square: too high for 40 rows, cut off and not redrawn.
     uniform = [1.0 - 1e-9, 0.5] + [0.0] * 21
     box, flip = crop.choose(uniform)(60, 40)
     assert (box.left, box.top, box.right, box.bottom) == (0, 0, 49, 40)
@@ -233,7 +235,7 @@ def test_cached_and_augmented_runs_learn_something(home: Path, tmp_path: Path) -
     easy = ("--epochs", "60", "--feature", "mean_patch")
     cached = evaluate(home, tmp_path, "--protocol", "cached", *easy)
     assert cached["top1"] > 60  # chance is 16.7
-    assert [row["base_lr"] for row in cached["grid"]] == list(linprobe.GRID)
+    assert [row["base_lr"] for row in cached["grid"]] == list(linprobe_plan.GRID)
     best = next(row for row in cached["grid"] if row["base_lr"] == cached["base_lr"])
     assert best["held_out"] == max(row["held_out"] for row in cached["grid"])
     assert (cached["top1"], cached["top5"]) == (best["validation"], best["validation_top5"])
@@ -254,7 +256,7 @@ def work(ranks: Ranks, home: str) -> None:
         (Path(home) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
 
 
-def test_going_on_equals_never_stopping(
+def test_resuming_equals_never_stopping(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped by SIGTERM in the middle of an epoch, and again by the end of --max-steps' trial."""
@@ -313,6 +315,38 @@ def test_two_ranks_give_the_result_of_one(home: Path) -> None:
                 assert result["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-4)
             else:
                 assert result["grid"] == alone["grid"]
+
+
+@pytest.mark.parametrize("protocol", ["mae", "cached"])
+def test_features_probed_beside_are_those_probed_alone(
+    home: Path, tmp_path: Path, protocol: str
+) -> None:
+    words = ("--protocol", protocol, "--base-lr", "20", "--feature", "cls")
+    both = evaluate(home, tmp_path / "both", *words, "--also", "mean_patch")
+    cls, mean = (
+        evaluate(home, tmp_path / name, *words, "--feature", name) for name in ("cls", "mean_patch")
+    )
+    assert both["settings"]["also"] == ("mean_patch",)
+    assert "also" not in cls["settings"]
+    names = ("top1", "top5", "images") + (("base_lr", "grid") if protocol == "cached" else ())
+    assert [both[n] for n in ("feature", *names)] == [cls[n] for n in ("feature", *names)]
+    (row,) = both["also"]
+    assert [row[n] for n in ("feature", *names)] == [mean[n] for n in ("feature", *names)]
+    assert cls["top1"] != mean["top1"]
+    if protocol == "mae":  # resumed: both are there
+        assert evaluate(home, tmp_path / "both", *words, "--also", "mean_patch")["also"] == [row]
+        with pytest.raises(UserError, match="another also"):
+            evaluate(home, tmp_path / "both", *words)
+
+
+def test_a_feature_is_probed_once_and_must_be_there(home: Path, tmp_path: Path) -> None:
+    for also in (("cls",), ("mean_patch", "mean_patch")):
+        with pytest.raises(UserError, match=r"--also .*: each feature once"):
+            evaluate(home, tmp_path, "--also", *also)
+    options = json.dumps(OPTIONS | {"class_token": False, "global_pool": "avg"})
+    words = ("--encoder", "random", "--arch", "vit_base_patch16_224", "--options", options)
+    with pytest.raises(UserError, match="has no cls token"):
+        evaluate(home, tmp_path, *words, "--feature", "mean_patch", "--also", "cls")
 
 
 def test_command_writes_its_result(home: Path) -> None:

@@ -144,6 +144,17 @@ def test_ours_stand_beside_the_published_figures() -> None:
     assert first["random, 300 epochs"] == ["82.1", "-", "-", "-"]
 
 
+def test_a_table_has_one_feature_and_says_which() -> None:
+    main = result("linprobe-mae", 12.0) | {"feature": "cls"}
+    beside = main | {"feature": "mean_patch", "top1": 99.0, "beside": True}
+    shown = paper_tables([Group("mine", (run("mae", results=(main, beside)),))])
+    (fourth,) = (t for t in shown if t.title.startswith("Tab. 4"))
+    rows = {row.cells[0].value: [cell.value for cell in row.cells[1:3]] for row in fourth.rows}
+    assert rows["MAE"] == ["54.5", "12.00"]
+    assert "Our linear probes read the cls token." in fourth.notes
+    assert not any("linear probes" in note for t in shown if t is not fourth for note in t.notes)
+
+
 @pytest.mark.parametrize(("name", "shown"), [("lists/10percent.txt", "30.00"), ("some.txt", "-")])
 def test_a_list_of_names_is_never_all_labels(name: str, shown: str) -> None:
     few = result("finetune", 30.0)

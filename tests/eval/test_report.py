@@ -196,6 +196,25 @@ def test_another_number_of_epochs_is_another_column(runs: list[Path]) -> None:
     assert any(note.startswith("linear probe, cached, 270 epochs: 37 val") for note in table.notes)
 
 
+def test_a_feature_that_was_probed_beside_has_its_own_column(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    path = run / "eval/linprobe-cached.json"
+    also = [{"feature": "mean_patch", "top1": 12.5}, {"feature": "own", "diverged": True}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"also": also}))
+    read = read_run(run)
+    assert [r.get("beside") for r in read.results].count(True) == 1
+    shown = accuracy_table(group_runs([read]))
+    assert shown is not None
+    assert shown.head[1:] == (
+        "linear probe, cached (%)",
+        "linear probe, cached, mean of patches (%)",
+    )
+    assert [cell.value for cell in shown.rows[0].cells[1:]] == ["30.00", "12.50"]
+
+
 def test_cka_is_drawn_as_in_figure_1(runs: list[Path], tmp_path: Path) -> None:
     copies = []
     for run in runs[:2]:

@@ -12,8 +12,9 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 from tiny import tiny_recipe
 
-from eval import reproduce
+from eval import linprobe, reproduce
 from eval.paper import commands as rows
+from eval.paper import reproduction
 from eval.paper.job_runner import Command, costs, python, run_commands, show_plan
 from eval.paper.published import read_paper
 from eval.paper.reproduction import (
@@ -131,6 +132,32 @@ def test_evaluations_of_a_row(shards):
     assert words.endswith("--epochs 300")
     (mini,) = rows.row_jobs(workspace_of(shards, "mini"), random, 0, ["finetune"])
     assert rows.option(mini.command, "--epochs", None) == "12"  # three times the scale's 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "chosen", "other"),
+    [("full", "cls", "mean_patch"), ("mini", "mean_patch", "cls")],
+)
+def test_one_feature_counts_in_a_table_and_the_other_is_beside_it(
+    shards, tmp_path, scale, chosen, other
+):
+    workspace = workspace_of(shards, scale, str(tmp_path))
+    table = reproduce.find_table(8)
+    chosen_rows = reproduce.choose_rows(table, ["MAE", "supervised"])
+    mae, supervised = (rows.row_jobs(workspace, r, 0, ["linprobe"])[-1] for r in chosen_rows)
+    args, last = (linprobe.build_parser().parse_args(job.command[2:]) for job in (mae, supervised))
+    assert (args.feature, list(args.also)) == (chosen, [other])
+    assert (last.feature, list(last.also)) == ("mean_patch", [])  # it was trained with
+    mae.makes.parent.mkdir(parents=True)
+    result = {"protocol": "linprobe-mae", "feature": chosen, "top1": 40.0, "top5": 80.0,
+              "also": [{"feature": other, "top1": 30.25}]}  # fmt: skip
+    mae.makes.write_text(json.dumps(result))
+    shown = reproduction.beside("x", [(chosen_rows[0], ["linprobe"])], workspace, 1)
+    names = {"cls": "cls token", "mean_patch": "mean of patches"}
+    assert (shown.rows[0].cells[2].value, shown.rows[0].cells[2].note) == (
+        "40.00", f"{names[other]} 30.25",
+    )  # fmt: skip
+    assert f"Our linear probes read the {names[chosen]}." in shown.notes
 
 
 def test_a_run_is_shared_by_the_tables_that_name_it():
@@ -326,3 +353,17 @@ def test_bad_input_is_one_sentence(shards, words, sentence):
     data = ["--train", str(shards / "train"), "--val", str(shards / "val"), "--dry-run"]
     with pytest.raises(UserError, match=sentence):
         reproduce.reproduce(reproduce.parse_args([*data, *words]))
+
+
+def test_a_list_of_labelled_images_takes_the_place_of_a_drawn_tenth(shards):
+    row = choose_rows(find_table(1), None)[0]
+    drawn = workspace_of(shards, "mini")
+    listed = replace(drawn, few_labels="lists/10percent.txt")
+    (first,), (second,) = (
+        [j for j in rows.row_jobs(w, row, 0, ["fewshot"]) if j.name.endswith("fewshot")]
+        for w in (drawn, listed)
+    )
+    assert "--fraction 0.1" in " ".join(map(str, first.command))
+    assert "--subset lists/10percent.txt" in " ".join(map(str, second.command))
+    assert "--fraction" not in map(str, second.command)
+    assert first.flops == second.flops

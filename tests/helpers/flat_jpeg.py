@@ -70,9 +70,7 @@ def _scan(planes, components, sampling, size, units) -> bytes:
     def block(component: int, y: int, x: int) -> None:
         level = int(planes[component][y, x])
         step, last[component] = level - last[component], level
-        length = abs(step).bit_length()
-        bits.put(length, 4)
-        bits.put(step if step >= 0 else step + (1 << length) - 1, length)
+        _put(bits, step)
         bits.put(0, 1)
 
     if len(components) == 1:  # of one component, every block that the picture needs, in rows
@@ -92,3 +90,28 @@ def _scan(planes, components, sampling, size, units) -> bytes:
                     for x in range(h):
                         block(c, row * v + y, column * h + x)
     return bits.bytes()
+
+
+def lossless_jpeg(values: np.ndarray) -> bytes:
+    """A lossless grey JPEG (SOF3), each value predicted by its left neighbour.
+
+    values: uint8 [H, W]. simplejpeg writes past its buffer when asked for an eighth of it.
+    """
+    height, width = values.shape
+    signed = values.astype(int)
+    predicted = np.hstack([signed[:, :1] * 0 + 128, signed[:, :-1]])
+    predicted[1:, 0] = signed[:-1, 0]
+    bits = _Bits()
+    for step in (signed - predicted).ravel():
+        _put(bits, int(step))
+    frame = struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0])
+    table = bytes([0, 0, 0, 0, 12, *[0] * 12, *range(12)])
+    scan = segment(0xDA, b"\x01\x01\0\x01\0\0") + bits.bytes()
+    return b"\xff\xd8" + segment(0xC3, frame) + segment(0xC4, table) + scan + b"\xff\xd9"
+
+
+def _put(bits: _Bits, step: int) -> None:
+    """A difference: its length in 4 bits, then its value in that many."""
+    length = abs(step).bit_length()
+    bits.put(length, 4)
+    bits.put(step if step >= 0 else step + (1 << length) - 1, length)

@@ -1,55 +1,16 @@
 """facebookresearch/mae's key names: that architecture, written out plainly, gives our outputs."""
 
-import oracle
 import pytest
 import torch
-from tiny import DECODER_HEADS, HEADS, PATCH, images, tiny_recipe
+from mae_layout import plain_mae, random_mae_state
+from tiny import DECODER, PATCH, SIZE, images, tiny_recipe
 
+from pipeline import load_reconstructor
 from pipeline.errors import UserError
+from pipeline.export import export
 from pipeline.method.interop import from_mae, to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views
-
-
-def random_mae_state(width=16, decoder=8, depth=2, decoder_depth=1, patch=4, grid=4):
-    """A state dict with the keys and shapes of facebookresearch/mae and random values."""
-    torch.manual_seed(3)
-    shapes = {
-        "cls_token": (1, 1, width), "mask_token": (1, 1, decoder),
-        "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,), "norm.bias": (width,),
-        "decoder_embed.weight": (decoder, width), "decoder_embed.bias": (decoder,),
-        "decoder_norm.weight": (decoder,), "decoder_norm.bias": (decoder,),
-        "decoder_pred.weight": (3 * patch**2, decoder), "decoder_pred.bias": (3 * patch**2,),
-    }  # fmt: skip
-    for prefix, count, d in (("blocks", depth, width), ("decoder_blocks", decoder_depth, decoder)):
-        for i in range(count):
-            for name, shape in {
-                "norm1": (d,), "norm2": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d),
-                "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
-            }.items():  # fmt: skip
-                shapes[f"{prefix}.{i}.{name}.weight"] = shape
-                shapes[f"{prefix}.{i}.{name}.bias"] = shape[:1]
-    state = {k: torch.randn(s) * 0.2 for k, s in shapes.items()}
-    state["pos_embed"] = oracle.sincos(grid, grid, width)[None]
-    state["decoder_pos_embed"] = oracle.sincos(grid, grid, decoder)[None]
-    return state
-
-
-def plain_mae(state, image, visible):
-    """That architecture on one image, from its own key names: predictions [L, p·p·3]."""
-    names = {
-        "decoder_embed": "measure.decoder.embed", "decoder_norm": "measure.decoder.norm",
-        "decoder_pred": "measure.decoder.head", "decoder_blocks": "measure.decoder.blocks",
-        "mask_token": "measure.decoder.mask_token",
-    }  # fmt: skip
-    w = {}
-    for key, value in state.items():
-        first, dot, rest = key.partition(".")
-        w[names.get(first, f"encoder.{first}") + dot + rest] = value
-    w["measure.decoder.mask_token"] = w["measure.decoder.mask_token"].reshape(-1)
-    z = oracle.encode(w, image, visible, patch=PATCH, heads=HEADS)
-    return oracle.decode(w, z, visible, (4, 4), DECODER_HEADS)
 
 
 def test_a_mae_checkpoint_gives_that_architectures_output():
@@ -124,3 +85,40 @@ def test_what_hugging_faces_vit_lacks_is_refused(option, words):
     for write in (to_hf_vit, to_hf_mae):
         with pytest.raises(UserError, match=words):
             write(objective)
+
+
+def test_a_recipe_that_contradicts_the_file_where_no_shape_shows_it_is_refused(tmp_path):
+    """Heads of facebookresearch/mae's decoders (16) and encoders, and its pixels."""
+    big = {"width": 64, "decoder": 512, "depth": 1}
+    torch.save({"model": random_mae_state(**big)}, tmp_path / "mae.pth")
+    sets = [*SIZE, "encoder.options={patch_size: 4, embed_dim: 64, depth: 1, num_heads: 2}"]
+    wide = "measure.decoder={{width: 512, depth: 1, heads: {}}}"
+    good = load_reconstructor(tmp_path / "mae.pth", "mae", [*sets, wide.format(16)])
+    assert good.recipe.measure.decoder.heads == 16
+    for more, words in (
+        ([wide.format(8)], r"has measure\.decoder\.heads 16, the recipe 8; set"),
+        ([wide.format(16), "data.mean=[0.5, 0.5, 0.5]"], r"has data\.mean \[0\.485"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_reconstructor(tmp_path / "mae.pth", "mae", [*sets, *more])
+
+
+def test_our_own_file_says_its_heads(tmp_path):
+    objective, _ = build_objective(tiny_recipe("mae", "data.std=[0.2, 0.2, 0.2]"))
+    export(objective, "mae", tmp_path / "x.pth")
+    sets = [*SIZE, *DECODER, "data.std=[0.2, 0.2, 0.2]"]
+    load_reconstructor(tmp_path / "x.pth", "mae", sets)
+    for more, key in (
+        ("encoder.options.num_heads=4", r"encoder\.options\.num_heads 2"),
+        ("measure.decoder.heads=4", r"measure\.decoder\.heads 2"),
+        ("data.std=[0.2, 0.2, 0.3]", r"data\.std"),
+    ):
+        with pytest.raises(UserError, match=f"has {key}"):
+            load_reconstructor(tmp_path / "x.pth", "mae", [*sets, more])
+
+
+def test_a_file_without_a_decoder_reconstructs_nothing(tmp_path):
+    state = {k: v for k, v in random_mae_state().items() if "decoder" not in k}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="with a decoder"):
+        load_reconstructor(tmp_path / "x.pth", "mae", [*SIZE, *DECODER])

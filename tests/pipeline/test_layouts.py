@@ -10,6 +10,7 @@ from pipeline import load_encoder
 from pipeline.errors import UserError
 from pipeline.method import layouts
 from pipeline.method.layouts import fix_norms
+from pipeline.method.weights import Found
 
 IMAGENET, HALF = [0.485, 0.456, 0.406], [0.5, 0.5, 0.5]
 SMALL = {"img_size": 32, "depth": 2}
@@ -91,6 +92,7 @@ def test_the_norms_have_the_projects_eps_and_the_mlps_its_activation():
         ("", "model", "vit_small_patch16_224", IMAGENET),
         ("base_encoder.", "state_dict", "vit_small_patch16_224", IMAGENET),
         ("", "model", "beit_base_patch16_224", HALF),
+        ("", "model", "deit3_small_patch16_224", IMAGENET),
         ("", "model", "beitv2_base_patch16_224", IMAGENET),
     ],
 )
@@ -137,6 +139,23 @@ def test_another_architecture_is_refused(tmp_path, change, words):
     with pytest.raises(UserError, match=words) as error:
         load_encoder(path, arch="vit_small_patch16_224", options={"depth": 2})
     assert str(error.value).startswith(str(tmp_path / "x.pth"))
+
+
+def test_dinov2_is_known_by_its_layer_scale():
+    state = {"patch_embed.proj.weight": torch.ones(384, 3, 14, 14), "blocks.0.ls1.gamma": None}
+    for words, layout in (
+        (("teacher", "backbone"), layouts.DINO_V2),
+        (("model",), layouts.DEIT_III),
+        (("state_dict",), layouts.TIMM),
+    ):
+        assert layouts.layout_of(Found(state, words), {}) is layout
+    registers = Found(state | {"reg_token": None}, ("model",))
+    assert layouts.layout_of(registers, {}) is layouts.TIMM
+
+
+def test_timms_own_name_is_not_contradicted():
+    with pytest.raises(UserError, match="--arch vit_base_patch16_224: timm:vit_small_patch16_224"):
+        load_encoder("timm:vit_small_patch16_224", arch="vit_base_patch16_224")
 
 
 def test_mocos_convolutional_stem_is_refused(tmp_path):

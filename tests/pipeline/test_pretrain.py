@@ -331,3 +331,35 @@ def test_a_slip_in_a_measure_keeps_its_traceback(slip, shards, tmp_path, capsys,
     assert "Traceback" in error
     assert "in broken" in error
     assert type(slip).__name__ in error
+
+
+def test_a_fresh_run_starts_from_weights_and_is_resumed_without_them(shards, tmp_path, capsys):
+    """--init: step 0, another recipe's schedule; the refusal of --resume names this way."""
+    first = arguments(shards, tmp_path / "a", "mae")
+    assert pretrain.main([*first, "--max-steps", "2"]) == 0
+    weights = load_file(tmp_path / "a/run/model.safetensors")
+    words = arguments(shards, tmp_path / "b", "mae", "optimizer.base_lr=1e-12", "seed=7")
+    checkpoint = next((tmp_path / "a/run/checkpoints").glob("step-*"))
+    line = refused(capsys, *words, "--resume", str(checkpoint))
+    assert f"--init {checkpoint} with another --output" in line
+    assert pretrain.main([*words, "--init", str(tmp_path / "a/run"), "--max-steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"starts from {tmp_path / 'a/run'}: {len(weights)} tensors taken, 0 resized" in out
+    started = load_file(tmp_path / "b/run/model.safetensors")
+    assert all(torch.allclose(started[k], weights[k], atol=1e-6) for k in weights)
+    assert pretrain.main([*words, "--max-steps", "2"]) == 0  # without --init: resumed
+    out = capsys.readouterr().out
+    assert "starts from" not in out
+    assert "at step 1 of 2" in out
+    again = pretrain.main([*words, "--init", str(tmp_path / "a/run"), "--max-steps", "3"])
+    assert again == 0
+    line = refused(capsys, *words, "--init", str(shards), "--max-steps", "4")
+    assert "init.weights" in line
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_first_step(shards, tmp_path, capsys):
+    assert pretrain.main([*arguments(shards, tmp_path / "a"), "--max-steps", "1"]) == 0
+    capsys.readouterr()
+    deeper = arguments(shards, tmp_path / "b", "mae", "encoder.options.depth=3")
+    line = refused(capsys, *deeper, "--init", str(tmp_path / "a/run"))
+    assert "another architecture, without encoder.blocks.2" in line

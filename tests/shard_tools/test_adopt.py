@@ -206,6 +206,34 @@ def test_links_are_followed_and_what_leads_nowhere_is_reported(
     assert adopted(folder, "--on-error", "skip").samples == 3
 
 
+def test_samples_that_share_an_image_keep_their_own_fields(tmp_path: Path) -> None:
+    """By label where they differ, else in order."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for key, label in (("a", b"0"), ("b", b"0"), ("c", b"1")):
+            for name, data in (("cls", label), ("jpg", jpeg(1)), ("txt", key.encode())):
+                info = tarfile.TarInfo(f"{key}.{name}")
+                if name == "jpg" and key != "a":
+                    info.type, info.linkname = tarfile.LNKTYPE, "a.jpg"
+                    archive.addfile(info)
+                else:
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    adopted(tmp_path)
+    (tmp_path / "classes.txt").write_text("1\n")
+    for number, (choice, texts) in enumerate(
+        (
+            (["--fraction", "1"], [b"a", b"b", b"c"]),
+            (["--classes", str(tmp_path / "classes.txt")], [b"c"]),
+        )
+    ):
+        few, index = tmp_path / f"few{number}", tmp_path / f"index{number}"
+        assert subset([str(tmp_path), str(index), *choice]) == 0
+        assert verify(str(index), decode=True, workers=0)[0] == []
+        assert subset([str(tmp_path), str(few), *choice, "--copy", "--workers", "0"]) == 0
+        copies = webdataset.WebDataset(read_manifest(few).path(0), shardshuffle=False)
+        assert [sample["txt"] for sample in copies] == texts
+
+
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
@@ -553,7 +581,7 @@ def test_synsets_against_given_classes(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "classes.txt").write_text("n0\nn1\n")
     given = ["--classes-from", tmp_path / "classes.txt"]
     tar_of(tmp_path / "x.tar", timm([(0, "n0"), (1, "other"), (0, "n1"), (2, "n2")]))
-    said = "sample 'k2': has label 0 and synset 'n1'"
+    said = "sample 'k2': has label 0 and synset 'n1', which is class 1"
     assert said in refused(capsys, tmp_path, *given)
     assert adopted(tmp_path, *given, "--on-error", "skip").samples == 2
     assert report(tmp_path)["x.tar/k3"][1] == "has label 2 of 2 classes"

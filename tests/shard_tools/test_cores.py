@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shard_tools.cores import UNLIMITED, cgroup_quota, cores
+from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
 
 V1 = "32 31 0:29 {root} {at}/cpu rw,relatime - cgroup cgroup rw,cpu,cpuacct"
 V2 = "24 30 0:21 {root} {at} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -21,6 +21,7 @@ def process(tmp_path, group, mount, root, files):
         (at / name).write_text(text + "\n")
     other = "22 1 8:1 / / rw - ext4 /dev/sda1 rw"
     mount = mount.format(root=root, at=str(at).replace(" ", "\\040"))
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "mountinfo").write_text(f"{other}\n{mount}\n")
     (tmp_path / "cgroup").write_text(f"{group}\n")
     return tmp_path
@@ -93,3 +94,15 @@ def test_a_real_quota_is_seen():
         assert done.stdout == "1\n", done.stderr
     finally:
         folder.rmdir()
+
+
+MEMORY = "33 31 0:30 {root} {at}/memory rw,relatime - cgroup cgroup rw,memory"
+
+
+def test_the_memory_limit_of_cgroups(tmp_path):
+    files = {"a/b/memory.max": "max", "a/memory.max": "3000000000"}
+    assert cgroup_memory(process(tmp_path / "v2", "0::/a/b", V2, "/", files)) == 3e9
+    assert cgroup_memory(process(tmp_path / "none", "0::/", V2, "/", {})) == float("inf")
+    files = {"memory/a/memory.limit_in_bytes": "2000000000"}
+    assert cgroup_memory(process(tmp_path / "v1", "5:memory:/a", MEMORY, "/", files)) == 2e9
+    assert cgroup_memory(tmp_path / "nowhere") == float("inf")

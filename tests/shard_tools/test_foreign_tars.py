@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from shard_samples import encode, jpeg, picture, tar_of
 
 from pipeline.errors import UserError
-from shard_tools.index_shards import IndexJob, Settings, adopt, main, same_labels
+from shard_tools.index_shards import main
 from shard_tools.manifest import read_manifest
+from shard_tools.sharding.adopt import IndexJob, Settings, adopt, same_labels
 from shard_tools.tar import read_samples
 from shard_tools.verify_shards import verify
 

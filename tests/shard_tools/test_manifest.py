@@ -72,7 +72,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_index_is_documented_bytes(tmp_path: Path) -> None:
     shard_folder(tmp_path / "s")
     data = (tmp_path / "s" / INDEX).read_bytes()
-    assert struct.unpack("<8sIIQ", data[:24]) == (b"RMIMINDX", 1, 24, 5)
+    assert struct.unpack("<8sIIQ", data[:24]) == (b"RMIMINDX", 2, 24, 5)
     assert struct.unpack("<QIiHHBBH", data[64 + 24 : 64 + 48]) == (10, 10, 0, 0, 0, 0, 0, 0)
 
 

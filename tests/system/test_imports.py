@@ -64,8 +64,10 @@ def circle(graph):
 FLOORS = (
     ("pipeline.errors", "shard_tools.cores"),
     ("shard_tools.atomic", "shard_tools.cli", "shard_tools.members", "pipeline.distributed"),
-    ("shard_tools.tar", "shard_tools.image_file"),
+    ("shard_tools.tar", "shard_tools.image_file", "shard_tools.index_file"),
+    ("shard_tools.index_cache", "shard_tools.shard_table"),
     ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),
+    ("shard_tools.shuffle_quality",),
     ("shard_tools.class_list",),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
     ("pipeline.runtime", "pipeline"),

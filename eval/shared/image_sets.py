@@ -1,0 +1,171 @@
+"""Images wherever they lie, as a Manifest: shards, a folder, a tar, a table or a list of paths.
+
+What reads shards then reads all of them: an image file counts as a shard of one sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pipeline.data.crops import CentreCrop
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.reader import Reader, SampleError
+from pipeline.data.shard_cache import ShardCache
+from pipeline.errors import UserError, naming
+from shard_tools.cli import read_list
+from shard_tools.index_file import ListedIndex
+from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
+from shard_tools.sharding.sources import Item, Listing, Source, open_source
+
+LIST = ".txt"
+
+
+@dataclass(frozen=True)
+class FileManifest(Manifest):
+    """A manifest of image files that nobody sharded; its index and names are in memory."""
+
+    listed: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
+    keys: tuple[str, ...] = ()
+
+    @cached_property
+    def lazy_index(self) -> ListedIndex:
+        """SAMPLE rows; of the pictures' sizes nothing is known."""
+        return ListedIndex(self.listed)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Name of each image: its path in the folder, member of the tar, or line of the list."""
+        return self.keys
+
+
+def open_images(where: str | Path, root: Path | None = None) -> Manifest:
+    """The images of shards (a folder or URL), of a folder (all below it), of a tar, of a CSV or
+    JSONL, or of a .txt with one path per line; labels as the source has them, -1 = none.
+
+    root: where the relative paths of a table or list start (default: its folder). In a folder
+    whose images all lie in folders, the folder right below it is an image's class, in sorted
+    order. UserError where nothing can be listed.
+    """
+    path = Path(where)
+    if is_remote(str(where)) or (path / MANIFEST).is_file():
+        return read_manifest(where)
+    if path.suffix == LIST:
+        return _listed(path, root or path.parent)
+    if path.is_dir() and (path / "train" / MANIFEST).is_file():
+        raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
+    table = path.suffix in (".csv", ".jsonl", ".ndjson")
+    source = open_source(path, Listing(unlabelled=not table, root=root))
+    return _as_manifest(source if table else _by_folder(source))
+
+
+def paths(manifest: Manifest) -> list[str]:
+    """The file that holds each sample: an image file, or the tar that it lies in."""
+    counts = [shard.samples for shard in manifest.shards]
+    files = [manifest.path(number) for number in range(len(counts))]
+    return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
+
+
+def keys(manifest: Manifest) -> tuple[str, ...]:
+    """A name for each sample: its original one, or its number where none was recorded."""
+    return manifest.names or tuple(f"{number:08d}" for number in range(manifest.samples))
+
+
+def reader(manifest: Manifest, size: int) -> Reader:
+    """Reads samples of a manifest as centre crops of `size` pixels."""
+    remote = is_remote(manifest.folder)
+    return Reader(manifest, size, "bicubic", "auto", ShardCache(manifest) if remote else None)
+
+
+def centre_crop(size: int) -> CentreCrop:
+    """The evaluation crop: the shorter side to size · 256 / 224 pixels, then the centre."""
+    return CentreCrop(size, round(size * 256 / 224))
+
+
+def load_batches(
+    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool
+) -> Loader:
+    """Batches number `tasks` of `batch_size` centre crops each, in manifest order.
+
+    An image that will not decode raises SampleError; with `skip` it is a black one, and its
+    number is in Batch.key as -1 - sample.
+    """
+    source = reader(manifest, size)
+    dataset = _Batches(source, centre_crop(size), batch_size, skip)
+    return Loader(dataset, tasks, workers, False, source)  # type: ignore[arg-type]
+
+
+class _Batches(Dataset):
+    def __init__(self, source: Reader, crop: CentreCrop, batch_size: int, skip: bool) -> None:
+        self.reader, self.crop, self.batch_size, self.skip = source, crop, batch_size, skip
+        self.images = batch_size  # of a batch, which Loader asks for
+
+    def __getitem__(self, task: int) -> Batch | Exception:
+        first, total = task * self.batch_size, self.reader.manifest.samples
+        samples = np.arange(first, min(first + self.batch_size, total))
+        image, key, faults = self.reader.empty(len(samples)), samples.copy(), []
+        pixels = image.numpy()
+        for place, sample in enumerate(samples.tolist()):
+            try:
+                self.reader.decode(sample, self.crop, pixels[place])
+            except SampleError as error:
+                if not self.skip:
+                    return error
+                pixels[place], key[place] = 0, -1 - sample
+                faults.append(str(error))
+            except UserError as error:
+                return error
+        labels, numbers = self.reader.labels(samples), torch.from_numpy(samples)
+        bad = len(faults)
+        return Batch(image, labels, numbers, torch.from_numpy(key), 0, task, bad, tuple(faults))
+
+
+def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
+    """The image files that are named, in that order, without labels."""
+    items = []
+    for name in files:
+        file = root / name
+        with naming(file, "cannot be read"):
+            items.append(Item(name, -1, str(file.absolute()), 0, file.stat().st_size))
+        if not file.is_file():
+            raise UserError(f"{file}: is no image file")
+    return _as_manifest(Source(str(root), items))
+
+
+def _listed(path: Path, root: Path) -> FileManifest:
+    lines = read_list(path)
+    if not lines:
+        raise UserError(f"{path}: names no image; write one path per line")
+    return of_files(lines, root)
+
+
+def _by_folder(source: Source) -> Source:
+    """The folder right below the top as the class, where every image lies in one."""
+    if not all("/" in item.name for item in source.items):
+        return source
+    classes = sorted({item.name.split("/")[0] for item in source.items})
+    number = {name: place for place, name in enumerate(classes)}
+    items = [item._replace(label=number[item.name.split("/")[0]]) for item in source.items]
+    return Source(source.root, items, tuple(classes), source.ignored, source.missing)
+
+
+def _as_manifest(source: Source) -> FileManifest:
+    shards: list[list[Any]] = []  # file, samples: an archive's images follow each other
+    for item in source.items:
+        if shards and shards[-1][0] == item.file:
+            shards[-1][1] += 1
+        else:
+            shards.append([item.file, 1])
+    rows = np.zeros(len(source.items), SAMPLE)
+    for name in ("offset", "size", "label"):
+        rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
+    files = tuple(Shard(file, count, 0, "") for file, count in shards)
+    names = tuple(item.name for item in source.items)
+    made = {"left_out": len(source.ignored)}
+    folder = str(Path(source.root).absolute())
+    return FileManifest(folder, files, source.classes, made, folder, listed=rows, keys=names)

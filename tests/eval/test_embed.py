@@ -1,0 +1,280 @@
+"""Embeddings: the rows of every kind of source, of ranks and resumed runs; neighbours on a page."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)  # fmt: skip
+from PIL import Image
+
+from eval import embed, retrieve
+from eval.shared import embeddings, image_sets
+from eval.shared.cli import settings_of
+from eval.shared.session import EvalSession, session_of
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError
+
+COUNT = 21
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embed")
+    image, label = coloured_images(COUNT, 3, seed=1)
+    order = np.argsort(label, kind="stable")  # a folder lists class by class
+    image, label = image[order], label[order]
+    write_shards(folder / "shards", image, label, per_shard=8)
+    for number, (pixels, of) in enumerate(zip(image, label, strict=True)):
+        path = folder / f"tree/class{of}/{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    lines = [str(p.relative_to(folder)) for p in sorted((folder / "tree").rglob("*.png"))]
+    (folder / "list.txt").write_text("\n".join(lines) + "\n\n")
+    write_encoder(folder / "run")
+    return folder
+
+
+def session(home: Path, images: str, output: str, *more: str, ranks: Ranks = ALONE) -> tuple:
+    common = ["--encoder", home / "run", "--images", home / images, "--workers", 0]
+    words = [*common, "--output", home / output, "--micro-batch", 4, *more]
+    args = embed.build_parser().parse_args([str(word) for word in words])
+    return settings_of(embed.Settings, args), session_of(args, ranks), embed.default_output(args)
+
+
+def run(home: Path, images: str, output: str, *more: str, ranks: Ranks = ALONE) -> np.ndarray:
+    embed.run(*session(home, images, output, *more, ranks=ranks))
+    return np.load(home / output / "embeddings.npy", mmap_mode="r")
+
+
+def pixels_of(home: Path, opened: EvalSession) -> torch.Tensor:
+    return torch.cat([pixels for pixels, *_ in opened.batches(home / "shards", 4)])
+
+
+def test_rows_are_the_features_of_shards_folder_and_list(home: Path) -> None:
+    _, opened, _ = session(home, "shards", "unused")
+    expected, label = opened.extract(home / "shards", "mean_patch", 4)
+    for images in ("shards", "tree", "list.txt"):
+        rows = run(home, images, f"out-{images}")
+        assert (rows.shape, rows.dtype) == ((COUNT, 32), np.float32)
+        np.testing.assert_array_equal(rows, expected.numpy())
+    lines = (home / "out-tree/names.txt").read_text().splitlines()
+    assert lines[0] == f"class0/000.png\t0\t{home}/tree/class0/000.png"
+    assert [int(line.split("\t")[1]) for line in lines] == label.tolist()
+    assert (home / "out-shards/names.txt").read_text().splitlines()[9] == (
+        f"00000009\t1\t{home}/shards/part-000001.tar"
+    )
+    assert (home / "out-list.txt/names.txt").read_text().startswith("tree/class0/000.png\t-1\t")
+
+
+@pytest.mark.parametrize(
+    ("feature", "block", "pick"),
+    [
+        ("cls", 0, lambda t: t[:, 0]),
+        ("patches", 0, lambda t: t[:, 1:]),
+        ("block:1", 1, lambda t: t[:, 1:].mean(1)),
+        ("block:2", 2, lambda t: t[:, 1:].mean(1)),
+        ("block:1:cls", 1, lambda t: t[:, 0]),
+        ("block:2:patches", 2, lambda t: t[:, 1:]),
+    ],
+)
+def test_each_feature(home: Path, feature: str, block: int, pick) -> None:
+    name = f"out-{feature.replace(':', '-')}"
+    rows = run(home, "shards", name, "--feature", feature, "--dtype", "float16")
+    _, opened, _ = session(home, "shards", "unused")
+    vit, x = opened.vit, pixels_of(home, opened)
+    tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(x)))
+    for layer in vit.blocks[: block or len(vit.blocks)]:
+        tokens = layer(tokens)
+    expected = pick(tokens if block else vit.norm(tokens))
+    assert rows.dtype == np.float16
+    np.testing.assert_allclose(rows, expected.numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_a_killed_run_resumes_and_only_with_the_same_settings(home: Path, monkeypatch) -> None:
+    whole = run(home, "tree", "out-whole")
+    write, written = embeddings.Writer.write, []
+
+    def stop(self, batch: int, *more) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(batch)
+        write(self, batch, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings.Writer, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, "tree", "out-killed")
+    assert not (home / "out-killed/embeddings.npy").exists()
+    with pytest.raises(UserError, match="another feature; remove it or choose another --output"):
+        run(home, "tree", "out-killed", "--feature", "cls")
+    with pytest.raises(UserError, match="not all embeddings are there; rerun"):
+        embeddings.read_embeddings(home / "out-killed")
+    np.testing.assert_array_equal(run(home, "tree", "out-killed"), whole)
+    info = json.loads((home / "out-killed/embeddings.json").read_text())
+    assert info["batches_of_this_start"] == 4  # of six
+    assert not (home / "out-killed/partial").exists()
+
+
+def test_a_finished_run_is_left_alone_and_other_weights_refused(home: Path) -> None:
+    run(home, "tree", "out-done")
+    before = (home / "out-done/embeddings.json").read_bytes()
+    assert embed.run(*session(home, "tree", "out-done")) == {}
+    assert (home / "out-done/embeddings.json").read_bytes() == before
+    with pytest.raises(UserError, match="embeddings with another weights"):
+        run(home, "tree", "out-done", "--random")
+    shutil.copytree(home / "tree", home / "tree2")
+    with pytest.raises(UserError, match="embeddings with another list of images"):
+        run(home, "tree2", "out-done")
+
+
+def work(ranks: Ranks, home: str) -> None:
+    run(Path(home), "tree", "out-ranks", ranks=ranks)
+
+
+def test_two_ranks_write_the_rows_of_one(home: Path) -> None:
+    on_two_ranks(work, str(home))
+    rows = np.load(home / "out-ranks/embeddings.npy")
+    np.testing.assert_allclose(rows, run(home, "tree", "out-alone"), rtol=1e-5, atol=1e-6)
+
+
+def test_a_damaged_image_stops_or_becomes_a_row_of_nan(home: Path) -> None:
+    shutil.copytree(home / "tree", home / "damaged")
+    path = home / "damaged/class1/009.png"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"sample 9 of {path} will not decode"):
+        run(home, "damaged", "out-damaged")
+    rows = run(home, "damaged", "out-skip", "--on-error", "skip")
+    assert np.flatnonzero(np.isnan(rows).any(1)).tolist() == [9]
+    assert np.isnan(rows[9]).all()
+    info = json.loads((home / "out-skip/embeddings.json").read_text())
+    assert info["damaged"] == ["class1/009.png"]
+
+
+def test_features_that_no_row_can_hold(home: Path) -> None:
+    spoil_encoder(home / "run", home / "spoilt")
+    with pytest.raises(UserError, match="features that are not finite; its weights are damaged"):
+        run(home, "tree", "out-nan", "--encoder", str(home / "spoilt"))
+    with pytest.raises(UserError, match="beyond the range of float16; take --dtype float32"):
+        embed.to_rows(torch.full((1, 2), 7e4), "float16", torch.tensor([False]), "x")
+
+
+@pytest.mark.parametrize("feature", ["block", "block:", "block:0", "block:x", "block:1:max", "x"])
+def test_unknown_features_are_refused(feature: str) -> None:
+    with pytest.raises(UserError, match=f"--feature {feature}: must be cls, mean_patch"):
+        embed.parse_feature(feature)
+
+
+def test_what_an_encoder_lacks_is_refused(home: Path) -> None:
+    with pytest.raises(UserError, match="block:3: this encoder has 2 blocks"):
+        run(home, "tree", "out-deep", "--feature", "block:3")
+    with pytest.raises(UserError, match="no cls token; take mean_patch"):
+        run(home, "tree", "out-avg", "--encoder", "random", "--arch", "vit_tiny_patch16_224",
+            "--options", "{class_token: false, global_pool: avg, img_size: 32}",
+            "--feature", "block:1:cls")  # fmt: skip
+
+
+def test_lists_that_name_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.txt: names no image"):
+        image_sets.open_images(tmp_path / "empty.txt")
+    (tmp_path / "wrong.txt").write_text("gone.jpg\n")
+    with pytest.raises(UserError, match=r"gone\.jpg: cannot be read \(No such file"):
+        image_sets.open_images(tmp_path / "wrong.txt")
+    with pytest.raises(UserError, match="no such file or folder"):
+        image_sets.open_images(tmp_path / "nowhere")
+
+
+def test_parquet_has_the_rows_or_says_what_is_missing(home: Path) -> None:
+    arrow = None
+    try:
+        import pyarrow.parquet as arrow
+    except ImportError:
+        with pytest.raises(UserError, match="needs pyarrow, which is not installed"):
+            run(home, "tree", "out-parquet", "--format", "parquet")
+        return
+    embed.run(*session(home, "tree", "out-parquet", "--format", "parquet"))
+    table = arrow.read_table(home / "out-parquet/embeddings.parquet")
+    assert table.column_names == ["key", "label", "path", "embedding"]
+    rows = np.stack(table["embedding"].to_numpy())
+    np.testing.assert_array_equal(rows, run(home, "tree", "out-npy"))
+    assert table["key"][9].as_py() == "class1/009.png"
+
+
+def test_the_command(home: Path) -> None:
+    words = ["--encoder", home / "run", "--images", home / "tree", "--workers", "1"]
+    command = [sys.executable, embed.__file__, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    found = re.search(
+        r"21 × 32 float32 → (.*/run/eval/embeddings-tree-\w{8}-mean_patch)/", done.stdout
+    )
+    assert found, done.stdout
+    assert embeddings.read_embeddings(found[1]).rows.shape == (21, 32)
+
+
+def test_neighbours_are_those_of_highest_cosine() -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
+    rows[7] = np.nan
+    rows[50] = 3 * rows[20]  # the same direction
+    query = rows[20]
+    cosine = rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
+    expected = [n for n in np.argsort(-cosine, kind="stable") if n not in (7, 20)][:6]
+    found = retrieve.nearest(rows, query, 6, leave_out=20)
+    assert [row for row, _ in found] == expected
+    assert expected[0] == 50
+    assert found[0][1] == pytest.approx(1)
+    assert [value for _, value in found] == pytest.approx([cosine[n] for n in expected], abs=1e-5)
+    assert retrieve.nearest(rows, query, 1)[0][0] == 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieve, "CHUNK", 7)
+        assert retrieve.nearest(rows, query, 6, leave_out=20) == found
+
+
+def page(home: Path, store: str, *queries: str, k: int = 4) -> str:
+    words = (*queries, "--embeddings", str(home / store), "--k", str(k))
+    args = retrieve.build_parser().parse_args(words)
+    return retrieve.build_page(
+        retrieve.Settings(tuple(args.queries), args.embeddings, home / "page.html", args.k)
+    )
+
+
+def test_the_page_has_a_picture_for_every_neighbour(home: Path) -> None:
+    run(home, "tree", "out-page")
+    outside = home / "outside.png"
+    shutil.copy(home / "tree/class1/010.png", outside)
+    text = page(home, "out-page", "class0/000.png", "20", str(outside))
+    assert text.count('<img src="data:image/jpeg;base64,') == 3 * 5
+    assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing from outside the page
+    assert text.count('class="query"') == 3
+    # The file from outside has the pixels of row 10, which is its nearest neighbour.
+    own = text[text.index(f"<h2>{outside}</h2>") :]
+    assert re.findall(r"<b>([\d.]+)</b> ([^<]+)", own)[0] == ("1.000", "class1/010.png")
+    assert "8 neighbours have the label of their query" in text
+    assert page(home, "out-page").count("<h2>") == 8  # drawn where none is given
+
+
+def test_what_cannot_be_searched(home: Path) -> None:
+    run(home, "tree", "out-search")
+    with pytest.raises(UserError, match=r"nothing\.jpg: no image file, no key of .* 0 to 20"):
+        page(home, "out-search", "nothing.jpg")
+    run(home, "tree", "out-tokens", "--feature", "patches")
+    with pytest.raises(UserError, match="a row per patch; embed with --feature mean_patch"):
+        page(home, "out-tokens", "0")
+    with pytest.raises(UserError, match="no embeddings there"):
+        page(home, "tree", "0")
+    path = home / "out-search/embeddings.json"
+    path.write_text(path.read_text().replace('"weights": "', '"weights": "f'))
+    with pytest.raises(UserError, match=r"other weights than those of .*; embed the images again"):
+        page(home, "out-search", str(home / "tree/class0/000.png"))

@@ -1,0 +1,148 @@
+"""Pictures from inside encoders: components, attention, similarity against plain computations."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from eval_helpers import coloured_images, write_encoder, write_shards
+from PIL import Image
+
+from eval import visualise
+from eval.shared import inside
+from pipeline.errors import UserError
+from pipeline.method.load import load_encoder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("visualise")
+    write_shards(folder / "shards", *coloured_images(9, 3, seed=1))
+    write_encoder(folder / "run")
+    return folder
+
+
+def test_components_are_the_principal_ones() -> None:
+    torch.manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(6, 6)).Q
+    truth = torch.randn(400, 3) * torch.tensor([9.0, 4.0, 2.0])
+    x = truth @ axes[:3] + 0.01 * torch.randn(400, 6) + 5
+    scores = inside.components(x, 3)
+    for number in range(3):
+        assert np.corrcoef(scores[:, number], truth[:, number])[0, 1] ** 2 > 0.99
+        column = scores[:, number]
+        assert column[column.abs().argmax()] > 0
+    assert scores.var(0)[0] == pytest.approx(81, rel=0.2)
+
+
+def test_otsu_splits_two_groups() -> None:
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(300) * 0.1, 4 + torch.randn(40) * 0.1])
+    assert 1 < inside.otsu(values) < 3  # the middle of the gap
+    assert inside.otsu(torch.ones(5)) == 1
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_object_is_what_stands_in_the_middle(sign: int) -> None:
+    torch.manual_seed(0)
+    grid = (6, 8)
+    object_ = torch.zeros(grid, dtype=torch.bool)
+    object_[2:4, 3:6] = True
+    tokens = 0.1 * torch.randn(2, 48, 5)
+    tokens[:, object_.flatten(), 0] += 3 * sign
+    mask = inside.foreground(tokens, grid)
+    assert torch.equal(mask, object_.flatten().expand(2, -1))
+    colours = inside.pca_colours(tokens, grid, mask)
+    assert colours.shape == (2, 6, 8, 3)
+    assert (colours[0][~object_] == 0).all()
+    assert (colours[0][object_] >= 25).all()  # never black
+
+
+def test_cosine_is_one_at_the_chosen_patch() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 12, 5)
+    maps = inside.cosine_map(tokens, (3, 4), (2, 1))
+    assert maps.shape == (2, 3, 4)
+    assert maps[:, 2, 1].tolist() == pytest.approx([1, 1])
+    expected = F.cosine_similarity(tokens[1, 3], tokens[1, 9], dim=0)
+    assert maps[1, 0, 3].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert visualise.patch_at((0.99, 0.5), (3, 4)) == (1, 3)  # x is the column
+    assert visualise.patch_at((1, 1), (3, 4)) == (2, 3)
+
+
+def test_attention_is_that_of_the_cls_token(home: Path) -> None:
+    vit, _ = load_encoder(home / "run")
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, 16, 16)
+    found, from_cls = inside.last_attention(vit, pixels)
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(pixels)))
+    x = vit.blocks[-1].norm1(vit.blocks[0](x))
+    q, k, _ = vit.blocks[-1].attn.qkv(x).view(2, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / 16**0.5).softmax(-1)
+    assert from_cls
+    torch.testing.assert_close(found, weights[:, :, 0, 1:].detach())
+    assert vit.blocks[-1].attn.fused_attn  # as it was
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "depth": 2}),
+        ("beit_base_patch16_224", {"img_size": 64, "depth": 1}),
+        ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 1}),
+        ("samvit_base_patch16", {"img_size": 64, "depth": 3}),
+    ],
+)
+def test_attention_of_every_family(arch: str, options: dict) -> None:
+    vit, _ = load_encoder("random", arch=arch, options={"img_size": 64} | options)
+    height, width = vit.patch_embed.img_size
+    maps, from_cls = inside.last_attention(vit, torch.randn(2, 3, height, width))
+    assert maps.shape[0::2] == (2, vit.patch_embed.num_patches)
+    assert maps.shape[1] > 1
+    assert from_cls == (getattr(vit, "cls_token", None) is not None)
+    assert (maps.sum(-1) <= 1 + 1e-5).all()
+
+
+def settings(home: Path, *more: str) -> visualise.Settings:
+    words = ["--encoder", home / "run", "random", "--images", home / "shards", *more]
+    words += ["--output", home / "look"]
+    return visualise.settings_of(visualise.build_parser().parse_args([str(w) for w in words]))
+
+
+def test_the_page_and_its_pictures(home: Path) -> None:
+    more = ["--count", "3", "--size", "32", "--point", "0.5", "0.5", "--point", "0", "1"]
+    names = visualise.draw(settings(home, *more))
+    assert names == [
+        "pca.png", "pca-object.png", "cosine-1.png", "cosine-2.png", "attention-1.png",
+        "attention-2.png",
+    ]  # fmt: skip
+    cell = visualise.CELL + visualise.MARGIN
+    assert visualise.CELL >= 224
+    assert Image.open(home / "look/pca.png").width == 3 * cell + visualise.MARGIN
+    assert Image.open(home / "look/attention-1.png").width == 4 * cell + visualise.MARGIN
+    assert Image.open(home / "look/pca.png").height > 3 * cell
+    text = (home / "look/index.html").read_text()
+    assert text.count("data:image/png;base64,") == 6
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "32 pixels, 8 × 8 patches" in text
+
+
+def test_random_takes_the_architecture_of_the_first(home: Path) -> None:
+    first, second = visualise.choices(settings(home))
+    assert (second.source, second.random) == (first.source, True)
+    words = ["--encoder", "random", "--images", str(home / "shards")]
+    args = visualise.build_parser().parse_args(words)
+    with pytest.raises(UserError, match="random: needs --arch where it is the first"):
+        visualise.choices(visualise.settings_of(args))
+
+
+def test_what_cannot_be_shown(home: Path) -> None:
+    with pytest.raises(UserError, match=r"--point 1\.5 0: must be shares from 0 to 1"):
+        settings(home, "--point", "1.5", "0")
+    with pytest.raises(UserError, match="--count 0: must be at least 1"):
+        settings(home, "--count", "0")
+    with pytest.raises(UserError, match="2 names for 1 files and random"):
+        settings(home, "--arch", "a", "b")
