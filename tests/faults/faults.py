@@ -22,7 +22,7 @@ from children import ROOT, Child, Config, differences, pretraining, result, run_
 from http_server import Server
 
 from pipeline import pretrain
-from pipeline.distributed import PREEMPTED
+from pipeline.errors import PREEMPTED
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.watchdog import FAILURE, STUCK
 
