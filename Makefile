@@ -93,6 +93,11 @@ bench-memory: .venv/ready   ## bytes per rank by ZeRO stage on 1, 2 and 4 ranks 
 bench-micro-batch: .venv/ready   ## images/s by micro-batch on this CPU: what "auto" rests on
 	@$(PY) tests/bench/bench_micro_batch.py
 
+.PHONY: bench-precision
+bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 against fp32: what the shipped ds_configs rest on (PRECISION="options")
+	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
+	@$(PY) tests/bench/bench_precision.py $(PRECISION)
+
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
 
@@ -127,6 +132,12 @@ test-gpu: .venv/ready   ## the kernel tests on a CUDA device, interpreter off
 
 bench-gpu: .venv/ready   ## each kernel against its reference and a device copy, on a CUDA device
 	@$(PY) tests/bench/bench_gpu.py
+
+.PHONY: bundle
+PYTHON_VERSION ?= 3.12
+TORCH ?= keep
+bundle: .venv/ready   ## wheels, checkout and install.sh for a node without a network (PYTHON_VERSION=3.12 TORCH=keep|add)
+	@$(PY) .ci/bundle.py --python $(PYTHON_VERSION) --torch $(TORCH)
 
 lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
 	$(PIP) install --dry-run --ignore-installed --report build/lock.json -r requirements.in

@@ -42,6 +42,12 @@ MOST = 128  # images of a micro-batch; more of them make a GPU no faster
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 
 
+# Ways to run (docs/training.md): torch_autocast, as shipped; bf16 weights with gradients kept and
+# summed in bf16 or in fp32; fp32.
+PRECISIONS = ("autocast", "bf16", "bf16-fp32-grads", "fp32")
+BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
+
+
 class PlanError(UserError):
     """A plan that cannot be made, in one sentence."""
 
@@ -86,7 +92,7 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
     still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
     recipe = recipe.model_copy(update={"views": still})
     objective, teacher = meta_objective(recipe)
-    if precision == "bf16":
+    if precision in BF16_WEIGHTS:
         objective.bfloat16()
     for part in objective.modules():
         if checkpointing and hasattr(part, "grad_checkpointing"):
@@ -104,7 +110,9 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
         crop = image if recipe.views.second == "crop" else None
         kept = _Kept(objective)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as work:
-            with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+            saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
+            with autocast, saved:
                 loss, _ = objective(image, sample, 0, teacher, crop)
             loss.backward()
     gathered = sum(key.numel() * key.element_size() for key in keys)
@@ -186,21 +194,25 @@ def memory(
     ranks: int,
     precision: str,
 ) -> Memory:
-    """Bytes on the fullest rank. Stage 1 shares the optimizer's state, 2 also gradients, 3 also
-    weights.
+    """Bytes on the fullest rank. Stage 1 shares the optimizer's state, 2 also gradients (each rank
+    keeps whole those that reach into its part; just its part where bf16's are kept in fp32), 3
+    also weights.
 
-    Per trained parameter: weight and gradient in the precision of the run; fp32 exp_avg and
+    Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; fp32 exp_avg and
     exp_avg_sq; from stage 1 on an fp32 weight beside it.
     """
     groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]  # type: ignore[attr-defined]
-    size = 2 if precision == "bf16" else 4
+    size = 2 if precision in BF16_WEIGHTS else 4
     trained, part = sum(map(sum, groups)), shard(groups, stage, ranks)
     frozen = [p.numel() for p in objective.parameters() if not p.requires_grad]
     here = [-(-n // ranks) for n in frozen] if stage == 3 else frozen
-    kept = {2: max(stage2_gradients(groups, ranks)), 3: part}.get(stage, trained)
+    if stage == 3 or (stage == 2 and precision == "bf16-fp32-grads"):
+        kept = part
+    else:
+        kept = max(stage2_gradients(groups, ranks)) if stage == 2 else trained
     return Memory(
         weights=((part if stage == 3 else trained) + sum(here)) * size,
-        gradients=kept * size,
+        gradients=kept * (2 if precision == "bf16" else 4),
         optimizer=part * (12 if stage else 8),
         teacher=sum(p.numel() for p in teacher.parameters()) * 4 if teacher else 0,
         activations=work.activations,
@@ -220,18 +232,23 @@ def traffic(
 
     Gradients: all-reduced at stage 0, scattered at 1 (once a step) and at 2 and 3 (every
     micro-batch). Weights: gathered after the step at 1 and 2; at 3 in every forward and backward,
-    and once more for a teacher. Keys: gathered in every micro-batch.
+    and once more for a teacher, in fp32; so that it sees the fp32 weights of a bf16 run, these are
+    summed over the ranks at 1 and 2. Keys: gathered in every micro-batch.
     """
-    size = 2 if precision == "bf16" else 4
-    full = sum(p.numel() for p in objective.parameters() if p.requires_grad) * size
-    passes = {
-        0: 2,
-        1: 2,
-        2: accumulation + 1,
-        3: 3 * accumulation + (teacher is not None),
+    full = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    followed = sum(p.numel() for p in teacher.parameters()) if teacher else 0
+    gradient = full * (2 if precision == "bf16" else 4)
+    weight = full * (2 if precision in BF16_WEIGHTS else 4)
+    sent = {
+        0: 2 * gradient,
+        1: gradient + weight,
+        2: accumulation * gradient + weight,
+        3: accumulation * (gradient + 2 * weight) + 4 * followed,
     }[stage]
+    if precision in BF16_WEIGHTS and stage < 3:
+        sent += 2 * 4 * followed
     share = (ranks - 1) / ranks
-    return round(share * full * passes + (ranks - 1) * work.keys * accumulation)
+    return round(share * sent + (ranks - 1) * work.keys * accumulation)
 
 
 def split(recipe: Recipe, ranks: int) -> list[int]:
@@ -253,13 +270,16 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         raise PlanError(
             f"--micro-batch {args.micro_batch}: must be one of {split(recipe, args.gpus)}"
         )
-    one = dry_run(recipe, 2, args.precision, args.checkpointing)
+    one, more = (dry_run(recipe, n, args.precision, args.checkpointing) for n in (2, 4))
+    per_image = (more.activations - one.activations) // 2
+    fixed = one.activations - 2 * per_image  # autocast's copies of the weights
     rows = []
     for stage in (0, 1, 2, 3):
-        if stage == 0 and args.precision == "bf16":
-            continue  # the engine refuses it: DeepSpeed's stage 0 loses accuracy in bf16
+        if args.precision in BF16_WEIGHTS[stage:]:
+            continue  # the engine refuses them: DeepSpeed's stage 0, and 1 with fp32 gradients
         for micro in sizes:
-            work = Work(micro, *(n * micro // 2 for n in (one.flops, one.activations, one.keys)))
+            kept = fixed + micro * per_image
+            work = Work(micro, one.flops * micro // 2, kept, one.keys * micro // 2)
             need = memory(objective, teacher, work, stage, args.gpus, args.precision)
             if need.total <= args.gpu_memory * 1e9 or micro == sizes[-1]:
                 break
@@ -278,7 +298,12 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
     total = round(steps * recipe.optimizer.epochs)
     flops = one.flops * recipe.batch_size // 2
-    speed = args.gpus * PEAKS[args.gpu][args.precision] * 1e12 * args.utilisation
+    speed = (
+        args.gpus
+        * PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"]
+        * 1e12
+        * args.utilisation
+    )
     return {
         "recipe": recipe.name,
         "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
@@ -331,7 +356,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
                         help=f"images per GPU and pass; 0: the most up to {MOST} that fit")
     # fmt: on
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")

@@ -148,9 +148,7 @@ def _skipped(run: Run) -> Check:
 
 
 def _samples(run: Run) -> Check:
-    rule = (
-        "every image decodes; damaged ones are left out and counted (verify_shards.py finds them)"
-    )
+    rule = "damaged ones are left out and counted; shard_tools/verify_shards.py finds them"
     values = run.series("bad_samples")[1] or run.series("skipped")[1]
     if not values:
         return Check("every image decodes", UNKNOWN, "not logged", rule)

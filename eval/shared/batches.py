@@ -7,13 +7,15 @@ from pipeline.errors import UserError
 PARTITIONS = 64  # of the order of the samples, times the odd part of the batch
 
 
-def check_batch(batch_size: int, world: int) -> None:
-    """UserError where --batch-size cannot be split evenly over the ranks; it names what can."""
+def check_batch(batch_size: int, world: int, pairs: bool = False) -> None:
+    """UserError where --batch-size cannot be split evenly over the ranks; it names what can, in
+    pairs of images where those are needed."""
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
-    below = batch_size // world * world
-    if below != batch_size:
-        near = [str(n) for n in (below, below + world) if n]
+    if batch_size % world:
+        each = 2 * world if pairs else world
+        below = batch_size // each * each
+        near = [str(n) for n in (below, below + each) if n]
         raise UserError(
             f"--batch-size {batch_size} cannot be split over {world} ranks; {' or '.join(near)} can"
         )

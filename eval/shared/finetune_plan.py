@@ -181,7 +181,7 @@ def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
 
 def check(s: Settings, world: int) -> None:
     """UserError for a setting that no data could make good; it names the option."""
-    check_batch(s.batch_size, world)
+    check_batch(s.batch_size, world, pairs=bool(s.mixup or s.cutmix))
     if min(1 if n is None else n for n in (s.max_steps, s.samples_per_epoch)) < 1:
         raise UserError("--max-steps and --samples-per-epoch must be at least 1")
     if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:

@@ -7,6 +7,7 @@ buckets) belongs to ds_configs/, never here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -96,10 +97,15 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    pixels: Mapping[str, Any] | None = None,
+) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides and check the result.
 
-    path: a file, or the bare name of a bundled recipe (`mae`). RecipeError names file and key.
+    path: a file, or the bare name of a bundled recipe (`mae`). pixels: the `mean` and `std` that
+    `data.mean: manifest` and `data.std: manifest` stand for. RecipeError names file and key.
     """
     path = bundled(path, RECIPES, ".yaml")
     if not path.exists():
@@ -107,7 +113,22 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     values = _read(path, seen=())
     for text in overrides:
         _override(values, text)
+    _fill_in_pixels(values, pixels, str(path))
     return parse_recipe(values, str(path))
+
+
+def _fill_in_pixels(values: dict[str, Any], pixels: Mapping[str, Any] | None, where: str) -> None:
+    """Put the measured numbers where data.mean or data.std is `manifest`."""
+    data = values.get("data")
+    for name in ("mean", "std"):
+        if not isinstance(data, dict) or data.get(name) != "manifest":
+            continue
+        if not pixels or name not in pixels:
+            raise RecipeError(
+                f"{where}: data.{name}: manifest stands for what make_shards measured of the "
+                "training shards, which is not known here; give three numbers"
+            )
+        data[name] = list(pixels[name])
 
 
 def parse_recipe(values: dict[str, Any], where: str) -> Recipe:

@@ -71,6 +71,8 @@ def load_encoder(
         info = named(known_arch(arch, name), "random encoder") | {"options": options}
     elif name.startswith("timm:"):
         _refuse_ema(ema, name)
+        if arch and arch != name.removeprefix("timm:"):
+            raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
         vit, info = from_hub(name.removeprefix("timm:"), options)
     elif path.is_file():
         vit, info = from_file(path, arch, options, ema)

@@ -188,22 +188,19 @@ class Engine:
 
     def _joined_masters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """Stages 1 and 2: the parts of all ranks, which do not overlap, joined by one sum."""
-        flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        values = [
-            part.view_as(p)
-            for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
-        ]
-        for p, value in zip(parameters, values, strict=True):
+        sizes = [p.numel() for p in parameters]
+        flat = torch.zeros(sum(sizes), device=parameters[0].device)
+        parts = flat.split(sizes)
+        for p, part in zip(parameters, parts, strict=True):
             mine = getattr(p, "_hp_mapping", None)
             if mine is not None:
                 at = mine.lp_fragment_address
-                value.view(-1).narrow(0, at.start, at.numel).copy_(mine.hp_fragment)
+                part[at.start : at.start + at.numel].copy_(mine.hp_fragment)
         if self.plan.world > 1:
             torch.distributed.all_reduce(flat)
-        frozen = [p.detach().float() for p in parameters]
-        return [
-            value if p.requires_grad else whole
-            for p, value, whole in zip(parameters, values, frozen, strict=True)
+        return [  # what is frozen has no master weights
+            part.view_as(p) if p.requires_grad else p.detach().float()
+            for p, part in zip(parameters, parts, strict=True)
         ]
 
     def gradient_norm(self) -> float:

@@ -116,10 +116,10 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
 
     Raises UserError on the rank that finds the fault, on all where the first rank looks for all.
     """
-    recipe = load_recipe(settings.recipe, settings.overrides)
+    manifest = read_manifest(settings.data)
+    recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
     plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
     optimizer_of(plan)  # refused before anything is made
-    manifest = read_manifest(settings.data)
     per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)

@@ -24,6 +24,16 @@ from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks
 
 PARTS = ("weights", "gradients", "optimizer")
+WAYS = {
+    "fp32": {},
+    "autocast": {"torch_autocast": {"enabled": True}},
+    "bf16": {"bf16": {"enabled": True}},
+    "bf16-fp32-grads": {
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    },
+}
 
 
 def stored(tensors: list[Tensor]) -> int:
@@ -37,6 +47,9 @@ def gradients(engine: Engine) -> list[Tensor]:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
     if engine.plan.stage == 3:
         return [engine.optimizer.grad_partitions_flat_buffer]
+    averaged = engine.optimizer.averaged_gradients.values()
+    if compact := [g.flat_partition for g in averaged if hasattr(g, "flat_partition")]:
+        return compact
     return [t for group in engine.optimizer.all_grad_tensors.values() for t in group]
 
 
@@ -57,13 +70,16 @@ def optimizer_state(engine: Engine) -> list[Tensor]:
     return mine
 
 
-def measure(recipe: Recipe, stage: int, world: int, rank: int) -> dict[str, dict[str, int]]:
+def measure(
+    recipe: Recipe, stage: int, world: int, rank: int, precision: str = "fp32"
+) -> dict[str, dict[str, int]]:
     """{part: {measured, predicted}} in bytes on this rank."""
     micro = recipe.batch_size // world // 2
     config = {"train_micro_batch_size_per_gpu": micro, "zero_optimization": {"stage": stage}}
+    config |= WAYS[precision]
     objective, teacher = build_objective(recipe)
     groups = parameter_groups(objective)
-    predicted = memory(objective, teacher, Work(micro, 0, 0, 0), stage, world, "fp32")
+    predicted = memory(objective, teacher, Work(micro, 0, 0, 0), stage, world, precision)
     engine = Engine(objective, groups, plan_recipe(config, recipe, world))
     side = recipe.encoder.image_size
     image = torch.zeros(micro, side, side, 3, dtype=torch.uint8)
@@ -89,7 +105,11 @@ def main() -> None:
     args = parser.parse_args()
     ranks = init_ranks()
     recipe = load_recipe(args.recipe, args.overrides) if args.recipe else tiny_recipe("rmae")
-    rows = {stage: measure(recipe, stage, ranks.world, ranks.rank) for stage in range(4)}
+    rows = {str(stage): measure(recipe, stage, ranks.world, ranks.rank) for stage in range(4)}
+    for precision in list(WAYS)[1:] * (not args.recipe):
+        for stage in (2, 3):
+            row = measure(recipe, stage, ranks.world, ranks.rank, precision)
+            rows[f"{stage}, {precision}"] = row
     everyone: list = [None] * ranks.world
     torch.distributed.all_gather_object(everyone, rows)
     if ranks.rank == 0:

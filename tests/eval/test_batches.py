@@ -59,6 +59,10 @@ def test_a_batch_that_cannot_be_split_names_those_that_can():
         check_batch(1024, 3)
     with pytest.raises(UserError, match=r"--batch-size 2 .* over 3 ranks; 3 can"):
         check_batch(2, 3)
+    with pytest.raises(UserError, match=r"over 3 ranks; 1020 or 1026 can"):
+        check_batch(1024, 3, pairs=True)
+    with pytest.raises(UserError, match=r"over 3 ranks; 1020 or 1026 can"):
+        finetune_plan.check(settings(1024), 3)
     with pytest.raises(UserError, match="--batch-size -3: must be at least 1"):
         check_batch(-3, 3)
 

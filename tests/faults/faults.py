@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from children import ROOT, Child, Config, differences, pretraining, result, run_
 from http_server import Server
 
 from pipeline import pretrain
+from pipeline.distributed import free_port
 from pipeline.errors import PREEMPTED
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.watchdog import FAILURE, STUCK
@@ -380,9 +382,69 @@ def second_run(place: Place) -> str:
     return "refused, exit 2, names the holder; the first is not disturbed"
 
 
+def worker_killed(place: Place) -> str:
+    """kill -9 of a loader worker, as the kernel does where memory runs out"""
+    child = pretraining(place.config, place.data, place.folder / "run")[0]
+    assert child.reached("step 5, forward")
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(workers) == place.config.workers
+    os.kill(int(workers[0]), signal.SIGKILL)
+    begun = time.monotonic()
+    assert child.wait(60) == 2
+    took = time.monotonic() - begun
+    line = one_line(child.log.read_text())
+    assert "a loader worker was killed" in line
+    assert "images of 16 × 16 pixels" in line
+    place.same()
+    return f"exit 2 in {took:.0f} s, one line with what to lower; goes on, bit for bit"
+
+
+def other_data(place: Place) -> str:
+    """other shards are given under the same --output"""
+    place.stopped_at("step 5, forward")
+    code, text = place.run(place.data.parent / "val")
+    assert code == 2
+    assert "a checkpoint of other data (96 images, now 48)" in one_line(text)
+    place.same()
+    return "refused before the first step, exit 2, with what differs; goes on, bit for bit"
+
+
+def port_taken(place: Place) -> str:
+    """another process listens on MASTER_PORT"""
+    words = place.config.words(place.data, place.folder / "run")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = {"MASTER_PORT": str(taken.getsockname()[1]), "MASTER_ADDR": "127.0.0.1"}
+        child = Child(lambda: pretrain.main(words), place.folder / "run.log", env)
+        assert child.wait(60) == 2
+    assert f"MASTER_PORT {env['MASTER_PORT']} is taken" in one_line(child.log.read_text())
+    return "one line, exit 2"
+
+
+def waiting_rank(place: Place) -> str:
+    """SIGTERM to a rank that waits for the others to start"""
+    words = place.config.words(place.data, place.folder / "run")
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    env["MASTER_PORT"] = str(free_port())
+    child = Child(lambda: pretrain.main(words), place.folder / "run.log", env)
+    for _ in range(600):
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", int(env["MASTER_PORT"]))) == 0:
+                break
+        time.sleep(0.1)
+    child.signal(signal.SIGTERM)
+    begun = time.monotonic()
+    assert child.wait(60) == -signal.SIGTERM
+    took = time.monotonic() - begun
+    assert took < 5
+    return f"ends in {took:.0f} s"
+
+
 FAULTS = (
     truncated_shard, flipped_shard, vanished_shard, broken_checkpoint, bad_http, sigterm,
     disk_full_stop, disk_full_continue, nan_once, nan_for_ever, clock_jump, second_run,
-    ranks_out_of_order, rank_killed, rank_stuck,
+    ranks_out_of_order, rank_killed, rank_stuck, worker_killed, other_data, port_taken,
+    waiting_rank,
 )  # fmt: skip
 QUICK = (sigterm, nan_for_ever, second_run)

@@ -93,6 +93,27 @@ def test_shards_cover_every_element():
     assert stage2_gradients([[8]], 2) == [8, 8]
 
 
+@pytest.mark.parametrize("name", ["rmae", "cmae"])
+def test_autocast_keeps_what_lies_between_bf16_and_fp32(name):
+    recipe = tiny_recipe(name)
+    kept = {p: dry_run(recipe, 4, p).activations for p in plan.PRECISIONS}
+    assert kept["bf16"] == kept["bf16-fp32-grads"] < kept["autocast"] < kept["fp32"]
+
+
+def test_what_each_precision_sends_and_keeps_per_parameter():
+    objective, teacher = plan.meta_objective(load_recipe(RECIPES / "cmae.yaml"))
+    n, t = (sum(p.numel() for p in module.parameters()) for module in (objective, teacher))
+    work = Work(1, 0, 0, 0)
+    # stage 2, two micro-batches: gradients twice, weights once, a bf16 run's fp32 for the teacher
+    sent = {"autocast": 12 * n, "bf16": 6 * n + 8 * t, "bf16-fp32-grads": 10 * n + 8 * t}
+    kept = {"autocast": 20 * n, "bf16": 16 * n, "bf16-fp32-grads": 18 * n, "fp32": 20 * n}
+    for precision, size in (sent | {"fp32": 12 * n}).items():
+        found = plan.traffic(objective, teacher, work, 2, 2, 2, precision)
+        assert found == pytest.approx(size / 2, abs=2), precision
+        need = memory(objective, teacher, work, 2, 1, precision)
+        assert need.total == pytest.approx(kept[precision] + 4 * t, abs=100), precision
+
+
 def test_memory_of_one_gpu_in_bf16_is_the_formula_of_the_paper():
     objective, teacher = plan.meta_objective(load_recipe(RECIPES / "cmae.yaml"))
     assert teacher is not None
@@ -121,7 +142,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize("stage", ["0", "1", "2", "3"])
+WAYS = ("autocast", "bf16", "bf16-fp32-grads")
+
+
+@pytest.mark.parametrize("stage", [*"0123", *(f"{s}, {way}" for way in WAYS for s in (2, 3))])
 def test_deepspeed_keeps_exactly_the_predicted_bytes(measured, stage):
     assert len(measured) == 2
     for part in ("weights", "gradients", "optimizer"):
@@ -143,9 +167,20 @@ def test_command_line(capsys, tmp_path):
     options = ["--recipe", recipe, "--gpus", "2", "--images", "1000", "--json", str(path)]
     assert plan.main([*options, "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
-    assert "hours on 2 A100 at 35% of the peak in bf16" in text
+    assert "hours on 2 A100 at 35% of the peak in autocast" in text
     made = json.loads(path.read_text())
-    assert [row["stage"] for row in made["stages"]] == [1, 2, 3]
+    assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
+    hours = {}
+    for way, first in (("autocast", 0), ("bf16", 1), ("bf16-fp32-grads", 2), ("fp32", 0)):
+        assert (
+            plan.main([*options, "--gpu", "a100", "--images", "999999999", "--precision", way]) == 0
+        )
+        other = json.loads(path.read_text())
+        assert [row["stage"] for row in other["stages"]] == list(range(first, 4))
+        hours[way] = other["hours"]
+    assert hours["bf16"] == hours["bf16-fp32-grads"] > 0
+    assert hours["autocast"] == hours["bf16"]
+    assert hours["fp32"] == pytest.approx(hours["bf16"] * 312 / 19.5, rel=0.02)
     expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * 0.35) / 3600
     assert made["hours"] == pytest.approx(expected, abs=0.005)
     assert plan.main([*options, "--gpu-memory", "0.001"]) == 0

@@ -153,6 +153,11 @@ def test_dinov2_is_known_by_its_layer_scale():
     assert layouts.layout_of(registers, {}) is layouts.TIMM
 
 
+def test_timms_own_name_is_not_contradicted():
+    with pytest.raises(UserError, match="--arch vit_base_patch16_224: timm:vit_small_patch16_224"):
+        load_encoder("timm:vit_small_patch16_224", arch="vit_base_patch16_224")
+
+
 def test_mocos_convolutional_stem_is_refused(tmp_path):
     state = {"module.base_encoder.patch_embed.proj.0.weight": torch.ones(2)}
     torch.save({"state_dict": state}, tmp_path / "x.pth")

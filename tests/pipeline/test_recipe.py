@@ -133,3 +133,15 @@ def test_differences_ignore_what_changes_no_result():
     assert differences(a, load_recipe(RECIPES / "mae.yaml", ["data.workers=3"])) == []
     changed = load_recipe(RECIPES / "mae.yaml", ["optimizer.betas=[0.9, 0.99]"])
     assert "optimizer.betas" in str(differences(a, changed))
+
+
+def test_mean_and_std_of_the_manifest(tmp_path):
+    words = ["data.mean=manifest", "data.std=manifest"]
+    measured = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "images": 9}
+    recipe = load_recipe("mae", words, measured)
+    assert recipe.data.mean == (0.1, 0.2, 0.3)
+    assert recipe.data.std == (0.4, 0.5, 0.6)
+    (tmp_path / "mine.yaml").write_text(f"base: {RECIPES / 'mae.yaml'}\ndata: {{std: manifest}}\n")
+    assert load_recipe(tmp_path / "mine.yaml", (), measured).data.std == (0.4, 0.5, 0.6)
+    with pytest.raises(RecipeError, match=r"data\.mean: manifest stands for what make_shards"):
+        load_recipe("mae", words)
