@@ -133,6 +133,12 @@ test-gpu: .venv/ready   ## the kernel tests on a CUDA device, interpreter off
 bench-gpu: .venv/ready   ## each kernel against its reference and a device copy, on a CUDA device
 	@$(PY) tests/bench/bench_gpu.py
 
+.PHONY: bundle
+PYTHON_VERSION ?= 3.12
+TORCH ?= keep
+bundle: .venv/ready   ## wheels, checkout and install.sh for a node without a network (PYTHON_VERSION=3.12 TORCH=keep|add)
+	@$(PY) .ci/bundle.py --python $(PYTHON_VERSION) --torch $(TORCH)
+
 lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
 	$(PIP) install --dry-run --ignore-installed --report build/lock.json -r requirements.in
 	$(PY) -c 'import json; r = json.load(open("build/lock.json"))["install"]; \

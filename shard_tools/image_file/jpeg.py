@@ -9,9 +9,7 @@ from collections.abc import Callable
 from shard_tools.image_file.header import Header, ImageFault, check_size
 
 SOI = b"\xff\xd8"
-MAX_SCANS = (
-    500  # more scans are an attack on the decoder's time; the C extension has this limit too
-)
+MAX_SCANS = 500  # more are an attack on the decoder's time; the C extension has this limit too
 _EOI, _SOS, _DHT, _DQT, _DRI = 0xD9, 0xDA, 0xC4, 0xDB, 0xDD
 _SOF = {0xC0, 0xC1, 0xC2}  # baseline, extended sequential, progressive: Huffman-coded DCT
 _PROGRESSIVE = 0xC2
@@ -67,11 +65,7 @@ def read_jpeg(data: bytes, find_marker: FindMarker = next_marker) -> Header:
             )
         elif kind not in _SEGMENTS and kind != _SOS:
             raise ImageFault(f"unexpected marker ff{kind:02x} in the header")
-        if (
-            kind in _TABLES
-            or kind in _SOF
-            or _names_colours(kind, data[start : min(end, start + 14)])
-        ):
+        if _decides(kind, data[start : min(end, start + 14)]):
             tables.append((begin, end))
         at = end
     if not frame:
@@ -87,9 +81,8 @@ def read_jpeg(data: bytes, find_marker: FindMarker = next_marker) -> Header:
     damage = "" if single or _complete(frame, [scan, *scans]) else _INCOMPLETE
     plain = orderly and not damage and not (single and (scans or between)) and sampling in _PLAIN
     parts = ((0, 2), *tables, (begin, length))
-    return Header(
-        "JPEG", width, height, len(sampling), plain=plain, parts=parts, damage=damage
-    )  # fmt: skip
+    channels = len(sampling)
+    return Header("JPEG", width, height, channels, plain=plain, parts=parts, damage=damage)
 
 
 def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
@@ -152,11 +145,14 @@ def _complete(frame: bytes, scans: list[bytes]) -> bool:
     return all(mask & (1 << 64) - 1 == (1 << 64) - 1 for mask in known.values())
 
 
-def _names_colours(kind: int, payload: bytes) -> bool:
-    """Whether the segment, of which 14 bytes are given, is JFIF or Adobe by libjpeg's rule."""
+def _decides(kind: int, payload: bytes) -> bool:
+    """Whether the picture depends on a segment, of which 14 bytes are given: tables, the frame, and
+    JFIF and Adobe segments as long as libjpeg wants them, which say what the colours are."""
     if kind == 0xE0:
         return payload[:5] == b"JFIF\0" and len(payload) == 14
-    return kind == 0xEE and payload[:5] == b"Adobe" and len(payload) >= 12
+    if kind == 0xEE:
+        return payload[:5] == b"Adobe" and len(payload) >= 12
+    return kind in _TABLES or kind in _SOF
 
 
 def _read_frame(frame: bytes) -> tuple[int, int, tuple[int, ...]]:
