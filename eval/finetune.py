@@ -49,8 +49,8 @@ from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Batch, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import PREEMPTED, StopSignal
-from pipeline.errors import UserError
+from pipeline.distributed import StopSignal
+from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.seeding import seed_all, seed_step

@@ -55,8 +55,8 @@ from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Box, Crop
 from pipeline.data.loader import LoaderConfig, train_loader
-from pipeline.distributed import PREEMPTED, Ranks, StopSignal
-from pipeline.errors import UserError
+from pipeline.distributed import Ranks, StopSignal
+from pipeline.errors import PREEMPTED, UserError
 
 
 class ProbeCrop(Crop):

@@ -25,8 +25,6 @@ from torch import Tensor
 from pipeline.errors import UserError
 from shard_tools.cores import cores
 
-PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
-
 
 @dataclass(frozen=True)
 class Ranks:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from os import PathLike
 
+PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
+
 
 class UserError(Exception):
     """Input, a file or a machine that cannot be used, in one sentence that names it.

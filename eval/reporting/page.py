@@ -24,7 +24,7 @@ class Picture:
 
     @property
     def scale(self) -> int:
-        """The whole factor by which a small picture is enlarged, so that its pixels stay sharp."""
+        """The integer factor that enlarges a small picture, so that its pixels stay sharp."""
         return max(1, round(WIDE / self.width))
 
 

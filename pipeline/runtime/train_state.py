@@ -37,25 +37,11 @@ from pipeline.runtime.run_folder import (
     versions,
 )
 from pipeline.runtime.same_run import check_same, schedule_facts
+from pipeline.runtime.settings import Settings
 from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.watchdog import Watchdog, last_failure
 from shard_tools.atomic import write_atomic, write_json
 from shard_tools.manifest import read_manifest
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line says; a path or a bundled name for ds_config and recipe."""
-
-    ds_config: str | Path
-    recipe: str | Path
-    overrides: tuple[str, ...] = ()
-    data: str = "data/shards/train"
-    output: str | None = None
-    resume: str = "auto"
-    resume_changed: bool = False
-    lock: bool = True
-    max_steps: int | None = None
 
 
 @dataclass(frozen=True)

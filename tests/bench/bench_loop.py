@@ -3,7 +3,7 @@
     python tests/bench/bench_loop.py overhead [--rounds 5]
     deepspeed --num_accelerators 2 tests/bench/bench_loop.py phases --recipe FILE
 
-overhead: one rank; seconds per step of `pretrain.train` (data, learning rate, monitor, checks) over
+overhead: one rank; seconds per step of `loop.train` (data, learning rate, monitor, checks) over
 those of forward, backward and step of the same engine on one fixed batch, in alternation, minus 1.
 phases: seconds of each phase of the real loop, what is nested counted once; pictures, saving and
 probes, which come every some thousand steps, are left out of both. The last line is JSON.
@@ -22,14 +22,16 @@ from typing import Any
 
 import torch
 
-from pipeline import kernels, pretrain
+from pipeline import kernels
 from pipeline.config.recipe import RECIPES
 from pipeline.data.loader import train_loader
 from pipeline.distributed import Ranks, close
 from pipeline.kernels.cases import ops
 from pipeline.method import objective
+from pipeline.runtime import loop
 from pipeline.runtime.engine import init_ranks
-from pipeline.runtime.train_state import Settings, TrainState, loader_config, setup
+from pipeline.runtime.settings import Settings
+from pipeline.runtime.train_state import TrainState, loader_config, setup
 
 ROOT = Path(__file__).parents[2]
 COLLECTIVES = (
@@ -47,9 +49,9 @@ class Run:
 
     def __init__(self, state: TrainState) -> None:
         self.state, self.ends = state, []
-        pretrain.save = lambda run, step, must: 0.0
-        pretrain.picture = lambda run, step, batch: None
-        pretrain.probe = lambda run, step: self.ends.append(time.perf_counter())
+        loop.save = lambda run, step, must: 0.0
+        loop.picture = lambda run, step, batch: None
+        loop.probe = lambda run, step: self.ends.append(time.perf_counter())
 
     def slice(self, steps: int) -> list[float]:
         """Train some steps more; the seconds of all but the first, which starts the workers."""
@@ -60,12 +62,12 @@ class Run:
         loader = train_loader(config, s.ranks.rank, s.ranks.world, chosen)
         self.ends.clear()
         now = replace(s, loader=loader, steps=replace(s.steps, last=chosen.stop))
-        pretrain.train(now, stop)
+        loop.train(now, stop)
         self.state = replace(now, steps=replace(now.steps, first=chosen.stop))
         return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
 
 
-stop = pretrain.StopSignal()
+stop = loop.StopSignal()
 
 
 def make_run(args: argparse.Namespace, ranks: Ranks) -> Run:

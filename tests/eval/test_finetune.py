@@ -39,8 +39,8 @@ from eval.shared.features import normalise
 from eval.shared.session import EvalSession, session_of
 from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader
-from pipeline.distributed import PREEMPTED, Ranks
-from pipeline.errors import UserError
+from pipeline.distributed import Ranks
+from pipeline.errors import PREEMPTED, UserError
 from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.seeding import seed_all

@@ -23,7 +23,8 @@ from children import ROOT, Child, Config, differences, pretraining, result, run_
 from http_server import Server
 
 from pipeline import pretrain
-from pipeline.distributed import PREEMPTED, free_port
+from pipeline.distributed import free_port
+from pipeline.errors import PREEMPTED
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.watchdog import FAILURE, STUCK
 

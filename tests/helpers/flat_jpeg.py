@@ -21,14 +21,16 @@ class _Bits:
     """Bits into bytes, with 0xff stuffed."""
 
     def __init__(self) -> None:
-        self.text = ""
+        self.parts: list[str] = []
 
     def put(self, value: int, count: int) -> None:
-        self.text += format(value, f"0{count}b") if count else ""
+        if count:
+            self.parts.append(format(value, f"0{count}b"))
 
     def bytes(self) -> bytes:
-        text = self.text + "1" * (-len(self.text) % 8)
-        raw = int(text, 2).to_bytes(len(text) // 8, "big") if text else b""
+        text = "".join(self.parts)
+        text += "1" * (-len(text) % 8)
+        raw = np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tobytes()
         return raw.replace(b"\xff", b"\xff\0")
 
 

@@ -146,13 +146,14 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from pipeline import pretrain
-setup = pretrain.setup
+from pipeline.runtime import loop
+setup = loop.setup
 def limited(*args):
     run = setup(*args)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (8 << 20),) * 2)
     return run
-pretrain.setup = limited
+loop.setup = limited
 sys.exit(pretrain.main())
 """
 

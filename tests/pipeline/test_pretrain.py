@@ -174,10 +174,10 @@ def test_a_crafted_checkpoint_runs_no_code(shards, tmp_path, capsys):
 
     state = place / "model.safetensors"
     torch.save({"module": Crafted()}, state)
-    from shard_tools.atomic import FILES, _sha256
+    from shard_tools.atomic import FILES, file_sha256
 
     files = json.loads((place / FILES).read_text())
-    files[state.name] = [state.stat().st_size, _sha256(state)]
+    files[state.name] = [state.stat().st_size, file_sha256(state)]
     (place / FILES).write_text(json.dumps(files))
     capsys.readouterr()
     line = refused(capsys, *words, "--max-steps", "2")

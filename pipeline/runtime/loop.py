@@ -1,0 +1,168 @@
+"""The training loop, and what happens between its steps: saving, probes, pictures."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from functools import partial
+from typing import Any
+
+from pipeline.config.recipe import Recipe, dump_recipe
+from pipeline.config.schedules import ema_momentum, learning_rate
+from pipeline.data.fixed import Fixed, fixed_images
+from pipeline.distributed import StopSignal, any_rank, lost_contact
+from pipeline.errors import PREEMPTED, UserError, refuse
+from pipeline.method.pictures import draw
+from pipeline.runtime.checkpoint import SaveError
+from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.memory import explaining_memory
+from pipeline.runtime.run_folder import export, save_checkpoint, versions
+from pipeline.runtime.seeding import seed_step
+from pipeline.runtime.settings import Settings
+from pipeline.runtime.train_state import TrainState, setup
+from pipeline.runtime.watchdog import report_failure
+from shard_tools.manifest import read_manifest
+
+
+def pretrain(settings: Settings) -> int:
+    """Join the ranks, set up, train; returns the exit code (see pipeline/pretrain.py)."""
+    try:
+        ranks = init_ranks()
+    except UserError as error:
+        return refuse(error)
+    try:
+        run = setup(settings, ranks)
+    except UserError as error:
+        # Once per host: one may lack what the others have.
+        who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
+        return refuse(error, who) if ranks.local_rank == 0 else 2
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        print(f"error (rank {ranks.rank}): lost contact to another rank", file=sys.stderr)
+        return 1
+    try:
+        size = run.recipe.encoder.image_size
+        with run.loader.explaining(), explaining_memory(run.plan, size, ranks.device):
+            return train(run, StopSignal())
+    except Exception as error:
+        return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
+    finally:
+        run.close()
+
+
+def train(run: TrainState, stop: StopSignal) -> int:
+    """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint.
+
+    Returns the exit code: 0, or PREEMPTED where any rank was told to stop.
+    """
+    recipe, steps, device, m = run.recipe, run.steps, run.ranks.device, run.recipe.monitor
+    objective, teacher, engine = run.model.objective, run.model.teacher, run.model.engine
+    monitor, watchdog = run.watch.monitor, run.watch.watchdog
+    shown = first_images(run.data, recipe)
+    batches, begun, saving = iter(run.loader), time.perf_counter(), 0.0
+    for step in range(steps.first, steps.last):
+        lr = learning_rate(recipe, step, steps.per_epoch)
+        patience = 4 if step == steps.first else 1  # kernels and blocks are compiled
+        for micro in range(run.plan.accumulation):
+            watchdog.note(f"step {step + 1}, waiting for data", patience)
+            waiting = time.perf_counter()
+            batch = next(batches)
+            monitor.waited(time.perf_counter() - waiting)
+            watchdog.note(f"step {step + 1}, forward, backward and update", patience)
+            # Whatever draws from global generators (dropout, say) is a function of the step too.
+            seed_step(recipe.seed, step, micro, run.ranks.rank)
+            loss, terms = engine.micro_step(
+                lr,
+                batch.image.to(device, non_blocking=True),
+                batch.key.to(device, non_blocking=True),
+                batch.epoch,
+                teacher,
+                None if batch.second is None else batch.second.to(device, non_blocking=True),
+            )
+            monitor.add(loss, terms, 1.0 / run.plan.accumulation)
+        run.watch.nonfinite.note(step, engine.step_skipped)
+        values: dict[str, Any] = {
+            "lr": lr,
+            "epoch": (step + 1) / steps.per_epoch,
+            "grad_norm": engine.gradient_norm,
+            "bad_samples": run.loader.bad_samples,
+            "nonfinite_steps": run.watch.nonfinite.total,
+        }
+        if teacher is not None:
+            values["ema"] = ema_momentum(recipe, step, steps.total)
+            teacher.update(objective, values["ema"], engine.masters)
+            values["teacher_distance"] = partial(teacher.distance, objective, engine.masters)
+        watchdog.note(f"step {step + 1}, after the update", patience)
+        monitor.step(step, values, device)
+        probe(run, step + 1)
+        if (step + 1) % m.picture_steps == 0 or step + 1 == steps.last:
+            picture(run, step + 1, shown)
+        stopping = any_rank(bool(stop.name)) and step + 1 < steps.last
+        must = stopping or step + 1 == steps.last
+        if must or (step + 1) % m.save_steps == 0:
+            saving += save(run, step + 1, must)
+        if stopping:
+            signal_name = stop.name or "a signal to another rank"
+            monitor.say(f"stopped by {signal_name}: saved at step {step + 1} of {steps.last}")
+            return PREEMPTED
+    share = 100 * saving / (time.perf_counter() - begun)
+    monitor.say(f"done: step {steps.last}; encoder in {run.folder.path / 'encoder'}")
+    monitor.say(f"checkpointing took {saving:.1f} s ({share:.1f} % of wall time)")
+    return 0
+
+
+def save(run: TrainState, step: int, must: bool) -> float:
+    """Write a checkpoint and the encoder as it is after `step` steps (collective); its seconds.
+
+    must: raise SaveError where they cannot be written, whatever monitor.on_disk_full says.
+    """
+    run.watch.watchdog.note(f"saving step {step}")
+    begun, recipe, model = time.perf_counter(), run.recipe, run.model
+    state = {
+        "step": step,
+        "ranks": run.ranks.world,
+        "zero_stage": run.plan.stage,
+        "precision": run.plan.precision,
+        "negatives_batch": run.negatives_batch,
+        "schedule": run.schedule,
+        "versions": versions(),
+    }
+    with run.watch.monitor.paused():
+        try:
+            checkpoint = save_checkpoint(
+                run.folder.store, model.engine, model.teacher, dump_recipe(recipe), state
+            )
+            export(run.folder.path, checkpoint, model.objective, recipe, step)
+        except SaveError as error:
+            if must or recipe.monitor.on_disk_full == "stop":
+                raise
+            run.watch.monitor.say(
+                f"warning: {error}; the run continues (monitor.on_disk_full: continue)"
+            )
+    return time.perf_counter() - begun
+
+
+def probe(run: TrainState, step: int) -> None:
+    """Report the probes of the weights after `step` steps, where any is due (collective)."""
+    if run.watch.probes.due(step):
+        with run.watch.monitor.paused():
+            encoder = run.model.objective.encoder
+            metrics = run.watch.probes(step, encoder, run.ranks.device)
+            run.watch.monitor.probed(step, metrics)
+
+
+def picture(run: TrainState, step: int, fixed: Fixed) -> None:
+    """Draw the fixed pictures with the weights after `step` steps (collective)."""
+    device = run.ranks.device
+    with run.watch.monitor.paused():
+        grid = draw(run.model.objective, fixed.image.to(device), fixed.sample.to(device))
+        run.watch.monitor.picture(step, grid)
+
+
+def first_images(data: str, recipe: Recipe) -> Fixed:
+    """The first eight samples, centre-cropped: the same in every picture of a run."""
+    manifest = read_manifest(data)
+    first = range(min(8, manifest.samples))
+    return fixed_images(manifest, first, recipe.encoder.image_size, recipe.data.on_error)
