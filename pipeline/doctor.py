@@ -203,10 +203,8 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
     if built:
         yield ok("DeepSpeed's ops", ", ".join(built))
     else:
-        when = (
-            "the first run compiles them (a minute)" if not missing else "they cannot be compiled"
-        )
-        cost = f"{when}; until then torch's AdamW and gloo's sum are taken, a few per cent slower"
+        when = "they cannot be compiled" if missing else "the first run compiles them (minutes)"
+        cost = f"{when}; without them a run takes torch's AdamW and gloo's sum, which are slower"
         yield lack("DeepSpeed's ops", "none compiled", cost)
     yield decoder_finding()
 
