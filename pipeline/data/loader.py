@@ -302,6 +302,8 @@ class Loader:
             raise told from error
 
     def _start(self) -> None:
+        # A server of forks imports torch once for all workers, which then share that memory.
+        multiprocessing.set_forkserver_preload([__name__])
         others = set(multiprocessing.active_children())
         # A worker is born with these signals blocked, so that none ends it before it ignores them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
