@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # several ranks find faults together
         try:
-            load_recipe(settings.recipe, settings.overrides)
-            read_manifest(settings.data)
+            pixels = read_manifest(settings.data).made.get("pixels")
+            load_recipe(settings.recipe, settings.overrides, pixels)
         except UserError as error:
             return refuse(error)
     from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds

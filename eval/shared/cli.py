@@ -41,13 +41,14 @@ def join_ranks() -> Ranks:
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line: bad input ends as `error: …` on stderr and exit code 2."""
+    joined = dist.is_initialized()  # before, by whoever calls it in a process of theirs
     try:
         main()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not joined:
             dist.destroy_process_group()
 
 

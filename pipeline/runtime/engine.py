@@ -36,6 +36,7 @@ import deepspeed.comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -79,7 +80,11 @@ def init_ranks() -> Ranks:
     if not can_build():
         _without_built_ops()
     with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
+        if not torch.distributed.is_initialized():
+            groups._WORLD_GROUP = None  # of a process group that was left
         deepspeed.init_distributed(verbose=False)
+        # Made here, where all ranks have just met: later it would wait for one that has died.
+        groups._clone_world_group()
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)

@@ -12,6 +12,7 @@ import torch
 from loader_helpers import open_loader
 from tiny import tiny_overrides, tiny_recipe
 
+from eval.shared.processes import LAUNCHER
 from pipeline.config.ds_config import plan_recipe
 from pipeline.data.crops import Crop
 from pipeline.data.worker_faults import worker_fault
@@ -166,9 +167,10 @@ def test_a_run_whose_memory_is_too_small_ends_with_the_sentence(shards, tmp_path
     bigger = ("encoder.image_size=128", "batch_size=64")
     for override in (*tiny_overrides("mae"), *bigger):
         words += ["--set", override]
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER}  # ranks of its own
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *map(str, words)], capture_output=True, text=True, cwd=ROOT,
-        timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=240, env=clean | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
