@@ -48,14 +48,14 @@ def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(crops), torch.arange(len(crops))
 
 
-def compose(columns: tuple[Tensor, ...], note: str) -> Image.Image:
+def compose(columns: dict[str, Tensor], note: str) -> Image.Image:
     """Rows of pictures, uint8 [n, S, S, 3] per column, under their names, with a note below."""
-    rows, size = len(columns[0]), columns[0].shape[1]
+    rows, size = next(iter(columns.values())).shape[:2]
     side = size * -(-SMALLEST // size)
     width = (side + MARGIN) * len(columns) + MARGIN
     sheet = Image.new("RGB", (width, LINE * 3 + (side + MARGIN) * rows), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, (name, pictures) in enumerate(zip(COLUMNS, columns, strict=True)):
+    for number, (name, pictures) in enumerate(columns.items()):
         left = MARGIN + number * (side + MARGIN)
         pen.text((left, 1), name, "black", font_size=9)
         for row, pixels in enumerate(pictures.cpu().numpy()):
@@ -66,16 +66,23 @@ def compose(columns: tuple[Tensor, ...], note: str) -> Image.Image:
 
 
 def draw(
-    model: Reconstructor, image: Tensor, sample: Tensor, mask_ratio: float, seed: int
+    model: Reconstructor,
+    image: Tensor,
+    sample: Tensor,
+    mask_ratio: float,
+    seed: int,
+    shown: Sequence[str] = COLUMNS,
 ) -> tuple[Image.Image, str]:
-    """The sheet of images uint8 [n, S, S, 3], and its note."""
+    """The sheet of images uint8 [n, S, S, 3], its columns `shown`, and its note."""
     note = f"{mask_ratio:.0%} hidden; " + (
         f"{TRUE_STATISTICS}:\nbrightness and contrast of a patch are not predicted"
         if model.true_statistics
         else "pixels as predicted"
     )
     visible, inverse = model.mask(sample, mask_ratio, seed)
-    return compose((image, *model.pictures(image, visible, inverse)), note), note
+    every = (image, *model.pictures(image, visible, inverse))
+    columns = dict(zip(COLUMNS, every, strict=True))
+    return compose({name: columns[name] for name in shown}, note), note
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--data", help="shards: the first images")
     source.add_argument("--files", nargs="+", help="picture files")
     result.add_argument("--images", type=int, default=8, help="the first N of --data")
+    result.add_argument(
+        "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="which, in this order"
+    )
     result.add_argument("--output", required=True, help="PNG to write")
     return result
 
@@ -101,12 +111,12 @@ def main() -> None:
     else:
         image, sample = first_images(args.data, args.images, model.size)
     mask_ratio = mask_ratio_of(model, args.mask_ratio)
-    sheet, note = draw(model, image, sample, mask_ratio, args.seed)
+    sheet, note = draw(model, image, sample, mask_ratio, args.seed, args.columns)
     data = io.BytesIO()
     sheet.save(data, "png")
     with naming(args.output, "cannot be written"):
         write_atomic(Path(args.output), data.getvalue())
-    print(f"{args.output}: {' | '.join(COLUMNS)}; {' '.join(note.split())}", flush=True)
+    print(f"{args.output}: {' | '.join(args.columns)}; {' '.join(note.split())}", flush=True)
 
 
 if __name__ == "__main__":

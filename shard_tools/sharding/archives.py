@@ -123,8 +123,9 @@ def _list(
 
 def _report_others(members: list[Member], found: Found, but: Sequence[Member] = ()) -> None:
     """List what is no image; `but` are class tars."""
+    class_tars = set(but)
     for member in members:
-        if is_image(member.name) or member in but:
+        if is_image(member.name) or member in class_tars:
             continue
         if member.name.lower().endswith(_ARCHIVES_INSIDE) and not is_system_file(member.name):
             raise ToolError(f"{member.name}: is an archive inside an archive; unpack it")

@@ -177,6 +177,15 @@ def test_pictures_from_files(home, tmp_path):
     sheet, note = reconstruct.draw(model, *images, 0.75, args.seed)
     assert sheet.height == 3 * reconstruct.LINE + reconstruct.SMALLEST + reconstruct.MARGIN
     assert note == "75% hidden; pixels as predicted"
+    chosen = (reconstruct.COLUMNS[3], reconstruct.COLUMNS[0])
+    fewer, _ = reconstruct.draw(model, *images, 0.75, args.seed, chosen)
+    whole, part = np.asarray(sheet), np.asarray(fewer)
+    step = reconstruct.SMALLEST + reconstruct.MARGIN
+    rows = slice(reconstruct.LINE, reconstruct.LINE + reconstruct.SMALLEST)
+    assert part.shape[1] == 2 * step + reconstruct.MARGIN
+    for column, number in enumerate((3, 0)):
+        mine, theirs = column * step, number * step
+        assert np.array_equal(part[rows, mine : mine + step], whole[rows, theirs : theirs + step])
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):
