@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.runtime.settings import Settings
 from shard_tools.manifest import read_manifest
@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # several ranks find faults together
         try:
-            pixels = read_manifest(settings.data).made.get("pixels")
-            load_recipe(settings.recipe, settings.overrides, pixels)
+            load_recipe(settings.recipe, settings.overrides, ANY_PIXELS)
+            read_manifest(settings.data)
         except UserError as error:
             return refuse(error)
     from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds

@@ -97,6 +97,10 @@ class Recipe(Section):
         return self
 
 
+# For a look at a recipe before the data are read.
+ANY_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
 def load_recipe(
     path: str | Path,
     overrides: list[str] | tuple[str, ...] = (),
