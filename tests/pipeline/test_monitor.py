@@ -1,6 +1,7 @@
 """What a person watches: means over steps, files, TensorBoard, the state of the line."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def test_no_curve_overlaps_or_has_a_gap_after_a_restart(first, tmp_path, alone):
         monitor.close()
         if value == 1.0:  # of a step that the second start does not reach
             (tmp_path / "pictures/step-00000005.png").write_bytes(b"")
+            time.sleep(1.1)  # event files are read in the order of the second they were begun
     seen = [(step, 1.0 if step <= first else 2.0) for step in range(1, 5)]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     for tag in ("loss/loss", "probe/knn_top1"):
