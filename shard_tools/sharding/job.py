@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import naming
+from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
 from shard_tools.manifest import MANIFEST, read_manifest
@@ -83,14 +83,20 @@ def run_job(dest: Path, plan: Plan, source_name: str, how: Execution) -> None:
     mine = range(how.task, plan.shards, how.tasks)
     todo = [i for i in mine if not how.resume or read_part(dest, i, plan.digest) is None]
     images = {i: plan.starts[i + 1] - plan.starts[i] for i in mine}
-    write_shards(
-        plan,
-        dest,
-        todo,
-        workers=how.workers,
-        on_error=how.on_error,
-        finished=sum(images[i] for i in mine) - sum(images[i] for i in todo),
-    )
+    try:
+        write_shards(
+            plan,
+            dest,
+            todo,
+            workers=how.workers,
+            on_error=how.on_error,
+            finished=sum(images[i] for i in mine) - sum(images[i] for i in todo),
+        )
+    except UserError:
+        # Nothing is finished: the next call may have other options, such as the sentence advises.
+        if how.tasks == 1 and not any((dest / PARTS).glob("[0-9]*.json")):
+            (dest / PARTS / PLAN).unlink(missing_ok=True)
+        raise
     if how.tasks > 1:
         print(f"{dest}: task {how.task} of {how.tasks} done; finish with --merge")
     else:

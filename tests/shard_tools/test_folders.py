@@ -174,3 +174,14 @@ def test_special_sources(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "shard_tools/index_shards.py" in refused(capsys, tars, tmp_path / "d")
     (tree / "n01440764.tar").write_bytes(bytes(10240))
     assert "holds class tars and beside them" in refused(capsys, tree, tmp_path / "d")
+
+
+def test_the_option_that_a_refusal_advises_can_be_given_at_once(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree / "a" / "bad.jpg").write_bytes(b"no image")
+    assert main([str(tree), str(tmp_path / "d"), *SMALL, "--quality", "80"]) == 2
+    assert "--on-error skip leaves it out" in capsys.readouterr().err
+    dest = make(tree, tmp_path / "d", "--on-error", "skip")  # and another quality
+    assert read_manifest(dest).samples == 5
+    assert list(report(dest)) == ["a/bad.jpg"]
