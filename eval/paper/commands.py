@@ -41,7 +41,7 @@ class Scale:
     tried: str = ""
 
     def command(self, script: str, *words: object) -> tuple[str, ...]:
-        """A script of ours over all devices, or in one process."""
+        """A relaxmim script over all devices, or in one process."""
         alone = python(ROOT / script, *words)
         if self.launch == "python":
             return alone

@@ -150,7 +150,7 @@ def costs(folder: Path) -> dict[str, float]:
 
 
 def python(script: str | Path, *words: object) -> tuple[str, ...]:
-    """A script of ours as a command of this interpreter."""
+    """A relaxmim script as a command of this interpreter."""
     return (sys.executable, str(script), *map(str, words))
 
 
