@@ -99,9 +99,11 @@ class EvalSession:
 
     def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
         """The loader's batches on the device."""
-        for batch in self.loader(folder, batch_size):
-            pixels = self.normalise(batch.image)
-            yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
+        loader = self.loader(folder, batch_size)
+        with loader.explaining():
+            for batch in loader:
+                pixels = self.normalise(batch.image)
+                yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
 
     def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
         """`extract_all` of one feature: float32 [N, D] and labels int64 [N]."""
