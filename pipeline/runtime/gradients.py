@@ -51,7 +51,7 @@ def one_norm(optimizer: Any, stage: int) -> None:
         optimizer.check_overflow = lambda partition_gradients=True: None
         optimizer.scaled_global_norm = norm
         optimizer.unscale_and_clip_grads = clip
-        # Every step points all parameters to the flat weights, where they have been since the start.
+        # Every step points all parameters to the flat weights, where they are since the start.
         optimizer._update_model_bit16_weights = lambda group: None
 
 
