@@ -21,7 +21,8 @@ from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
-from shard_tools.sharding.sources import Item, Listing, Source, open_source
+from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.sources import Listing, Source, open_source
 
 LIST = ".txt"
 
@@ -127,7 +128,7 @@ class _Batches(Dataset):
 
 def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
     """The image files that are named, in that order, without labels."""
-    items = []
+    items = Items()
     for name in files:
         file = root / name
         with naming(file, "cannot be read"):
@@ -150,7 +151,7 @@ def _by_folder(source: Source) -> Source:
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})
     number = {name: place for place, name in enumerate(classes)}
-    items = [item._replace(label=number[item.name.split("/")[0]]) for item in source.items]
+    items = Items(item._replace(label=number[item.name.split("/")[0]]) for item in source.items)
     return Source(source.root, items, tuple(classes), source.ignored, source.missing)
 
 
