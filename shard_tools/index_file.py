@@ -107,7 +107,7 @@ def encode_index(rows: np.ndarray) -> bytes:
     rows = np.ascontiguousarray(rows, SAMPLE)
     starts = range(0, len(rows), BLOCK)
     digests = b"".join(hashlib.sha256(_bytes(rows[i : i + BLOCK])).digest() for i in starts)
-    return b"".join([header_bytes(len(rows), digests), rows.tobytes(), digests])
+    return b"".join([header_bytes(len(rows), digests), _bytes(rows), digests])
 
 
 def index_checksum(data: bytes) -> str:

@@ -46,6 +46,7 @@ from shard_tools.index_file import (
     parse_header,
 )
 from shard_tools.shard_table import Shard, ShardTable
+from shard_tools.texts import Texts
 
 __all__ = [
     "FORMATS",
@@ -127,17 +128,17 @@ class Manifest:
         return self.lazy_index.rows(samples)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Texts:
         """Original name of each sample (as given to the sharding tool), in index order; empty
         where none were recorded."""
         if not self.names_sha256:
-            return ()
+            return Texts()
         where = join(self.home, NAMES)
         data = read_bytes(where)
         if hashlib.sha256(data).hexdigest() != self.names_sha256:
             raise ManifestError(f"{where}: the checksum does not match the manifest")
         try:
-            names = tuple(zlib.decompress(data).decode().split("\n"))
+            names = Texts.lines(zlib.decompress(data))
         except (zlib.error, UnicodeDecodeError) as error:
             raise ManifestError(f"{where}: holds no list of names ({error})") from error
         if len(names) != self.samples:
@@ -240,7 +241,8 @@ def write_manifest(
     rows = np.ascontiguousarray(index, SAMPLE)
     if len(names) not in (0, len(rows)) or any("\n" in name for name in names):
         raise ManifestError(f"{folder}: names must be one line per sample, or none")
-    blob = zlib.compress("\n".join(names).encode(), 6) if names else b""
+    names = names if isinstance(names, Texts) else Texts(names)
+    blob = zlib.compress(names.joined(), 6) if names else b""
     location, encoded = _relative(folder, shard_folder), encode_index(rows)
     table = b"" if len(shards) <= _LISTED else ShardTable.of(shards).encode()
     content: dict[str, Any] = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
+
+_PIECE = 1 << 20  # bytes
 
 
 class Texts(Sequence[str]):
@@ -34,9 +37,17 @@ class Texts(Sequence[str]):
     def lines(cls, data: bytes) -> Texts:
         """The lines of a UTF-8 text: one more than it has line feeds, none where it is empty.
         UnicodeDecodeError where it is not UTF-8."""
-        data.decode()
-        ends = np.append(np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")), len(data))
-        return cls.at(data, ends.astype(np.int64) if data else ends[:0])
+        ends = np.zeros(data.count(b"\n") + 1 if data else 0, np.int64)
+        decoder, found = codecs.getincrementaldecoder("utf-8")(), 0
+        for first in range(0, len(data), _PIECE):
+            piece = data[first : first + _PIECE]
+            decoder.decode(piece)
+            places = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + first
+            ends[found : found + len(places)] = places
+            found += len(places)
+        decoder.decode(b"", final=True)
+        ends[found:] = len(data)
+        return cls.at(data, ends)
 
     def append(self, text: str) -> None:
         assert isinstance(self.data, bytearray)

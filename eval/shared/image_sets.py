@@ -40,7 +40,7 @@ class FileManifest(Manifest):
         return ListedIndex(self.listed)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:  # type: ignore[override]
         """Name of each image: its path in the folder, member of the tar, or line of the list."""
         return self.keys
 
@@ -72,7 +72,7 @@ def paths(manifest: Manifest) -> list[str]:
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
 
 
-def keys(manifest: Manifest) -> tuple[str, ...]:
+def keys(manifest: Manifest) -> Sequence[str]:
     """A name for each sample: its original one, or its number where none was recorded."""
     return manifest.names or tuple(f"{number:08d}" for number in range(manifest.samples))
 
