@@ -218,7 +218,7 @@ def test_a_bad_source_is_one_sentence(files, sentence, tmp_path, capsys):
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
-    assert not [p for p in (tmp_path / "out").iterdir()]
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_damaged_archives_are_one_sentence(tmp_path, capsys):
