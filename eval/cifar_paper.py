@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--hours", type=float, help="of this machine, in all; 0: no limit (default: the scale's)")
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
+    add("--untuned", action="store_true", help="try no learning rates: the rows have the scale's")
     add("--archive", type=Path, nargs="?", const=ARCHIVE, help="write the archive of the page")
     add("--dry-run", action="store_true", help="print the plan and its measured cost, run nothing")
     add("--page", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
@@ -90,6 +91,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         hours=(scale.hours or 0) if args.hours is None else args.hours,
         archive=args.archive,
         dry_run=args.dry_run,
+        tuned=not args.untuned,
     )
 
 

@@ -25,7 +25,8 @@ RECORD = "study.json"
 class Settings:
     """What to do: claims to judge, on seeds 0 … seeds - 1, at a scale, on the shards in `data`, of
     a source of CIFAR-10 (None: they are there); jobs: commands side by side; hours: of this machine
-    in all (0: no limit); archive: where to write it ("" : nowhere)."""
+    in all (0: no limit); archive: where to write it (None: nowhere); tuned: learning rates are
+    chosen first."""
 
     claims: tuple[int, ...]
     scale: Scale
@@ -37,6 +38,7 @@ class Settings:
     hours: float
     archive: Path | None = None
     dry_run: bool = False
+    tuned: bool = True
 
     @property
     def workspace(self) -> Workspace:
@@ -63,11 +65,12 @@ class Plan:
 
 
 def tuning_of(settings: Settings) -> Tuning:
-    """How the methods of the claims are tuned."""
+    """How the methods of the claims are tuned; none of them where rates are not to be chosen."""
     shards = settings.data / "shards"
     claims = claims_of(settings.claims)
     needed = {method_of(name) for name in wanted_metrics(claims, NAMES)}
-    rows = {m: cifar_row(m, {}, {}, 1) for m in METHODS if m in needed}
+    tuned = METHODS if settings.tuned else ()
+    rows = {method: cifar_row(method, {}, {}, 1) for method in tuned if method in needed}
     return Tuning(settings.workspace, str(shards / "tune-train"), str(shards / "tune-val"), rows)
 
 
@@ -99,6 +102,7 @@ def claim_output(settings: Settings) -> dict[str, Any]:
     record = {
         "scale": json.loads(json.dumps(made)),
         "images": read_manifest(scale.train).index_sha256,
+        "tuned": settings.tuned,
         "compute": round(compute_of(settings.workspace), 4),
     }
     if path.is_file():

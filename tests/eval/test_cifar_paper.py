@@ -173,6 +173,14 @@ def test_every_method_has_the_same_trials_on_held_out_images(data, tmp_path):
     assert len(unique([*first, *second])) == len(first) + len(second)
 
 
+def test_untuned_rows_have_the_scales_rates(data, tmp_path):
+    tuning = cifar_plan.tuning_of(settings(data, tmp_path, "--untuned"))
+    assert tuning.pretrainings() == tuning.finetunings({}) == []
+    cifar_plan.claim_output(settings(data, tmp_path, "--untuned"))
+    with pytest.raises(UserError, match="another tuned; choose another --output"):
+        cifar_plan.claim_output(settings(data, tmp_path))
+
+
 def fill(tuning, values):
     """Write the results of the trials {(method, base_lr): value}."""
     for (method, rate), value in values.items():
