@@ -147,7 +147,7 @@ TORCH ?= keep
 bundle: .venv/ready   ## wheels, checkout and install.sh for a node without a network (PYTHON_VERSION=3.12 TORCH=keep|add)
 	@$(PY) .ci/bundle.py --python $(PYTHON_VERSION) --torch $(TORCH)
 
-lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
+lock: .venv/ready   ## resolve requirements.in into requirements.lock again
 	$(PIP) install --dry-run --ignore-installed --report build/lock.json -r requirements.in
 	$(PY) -c 'import json; r = json.load(open("build/lock.json"))["install"]; \
 	print("\n".join(sorted("{name}=={version}".format(**p["metadata"]) for p in r)))' > requirements.lock

@@ -136,7 +136,7 @@ def check(s: Settings) -> int:
         which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
         raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
     if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
-        raise UserError("--mask-ratios: each must lie between 0 and 1")
+        raise UserError("--mask-ratios: each must be between 0 and 1")
     return images // s.batch_size * s.batch_size
 
 

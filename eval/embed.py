@@ -114,7 +114,7 @@ def weights_digest(session: EvalSession) -> str:
 
 
 def images_digest(manifest: Manifest) -> str:
-    """What stands for the list of images: their names, labels and sizes, and where they lie."""
+    """What stands for the list of images: their names, labels and sizes, and where they are."""
     images = hashlib.sha256(manifest.index.tobytes())
     images.update("\n".join((*image_sets.keys(manifest), manifest.folder)).encode())
     return images.hexdigest()[:16]

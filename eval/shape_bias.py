@@ -11,7 +11,7 @@ with the highest mean probability over the category's classes.
     python eval/shape_bias.py --classifier runs/rmae/eval/finetune --images cue-conflict/
     python eval/shape_bias.py --decisions raw-data/cue-conflict/*subject*.csv
 
-The images lie in a folder per shape: cue-conflict/cat/cat1-elephant2.png. The CSV files are
+The images are in a folder per shape: cue-conflict/cat/cat1-elephant2.png. The CSV files are
 model-vs-human's, with the columns object_response, category and imagename.
 """
 

@@ -49,7 +49,7 @@ BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
 
 
 class PlanError(UserError):
-    """A plan that cannot be made, in one sentence."""
+    """A plan that cannot be made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
         parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
     if not 0 < args.utilisation <= 1 or args.gpu_memory <= 0:
-        parser.error("--utilisation must lie in (0, 1], --gpu-memory above 0")
+        parser.error("--utilisation must be in (0, 1], --gpu-memory above 0")
     return args
 
 

@@ -49,7 +49,7 @@ def ranks(manifest: Manifest, seed: int) -> np.ndarray:
 def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
     """`fraction` of every class, rounded, at least one image; sample numbers, ascending."""
     if not 0 < fraction <= 1:
-        raise ToolError(f"--fraction must lie in (0, 1], not {fraction}")
+        raise ToolError(f"--fraction must be in (0, 1], not {fraction}")
     labels = manifest.index["label"]
     order = np.lexsort((ranks(manifest, seed), labels))  # class by class, shuffled inside
     _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)

@@ -56,7 +56,7 @@ def seed_number(text: str) -> int:
     """A seed that every generator takes. argparse turns the error into a sentence."""
     number = int(text)
     if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
     return number
 
 

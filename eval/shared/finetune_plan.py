@@ -191,9 +191,9 @@ def check(s: Settings, world: int) -> None:
     if s.validate_epochs < 1 or (s.stop_epoch is not None and s.stop_epoch <= 0):
         raise UserError("--validate-epochs must be at least 1, --stop-epoch above 0")
     if not 0 < s.layer_decay <= 1 or not 0 <= s.drop_path < 1:
-        raise UserError("--layer-decay must lie in (0, 1] and --drop-path in [0, 1)")
+        raise UserError("--layer-decay must be in (0, 1] and --drop-path in [0, 1)")
     if not 0 <= s.erasing <= 1 or not 0 <= s.smoothing < 1:
-        raise UserError("--erasing must lie in [0, 1] and --smoothing in [0, 1)")
+        raise UserError("--erasing must be in [0, 1] and --smoothing in [0, 1)")
     if not 0 < s.crop_area <= 1:
         raise UserError(f"--crop-area {s.crop_area:g}: must be above 0 and at most 1")
     if min(s.mixup, s.cutmix, s.weight_decay, s.min_lr) < 0:

@@ -1,4 +1,4 @@
-"""Images wherever they lie, as a Manifest: shards, a folder, a tar, a table or a list of paths.
+"""Images wherever they are, as a Manifest: shards, a folder, a tar, a table or a list of paths.
 
 What reads shards then reads all of them: an image file counts as a shard of one sample.
 """
@@ -49,7 +49,7 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
     JSONL, or of a .txt with one path per line; labels as the source has them, -1 = none.
 
     root: where the relative paths of a table or list start (default: its folder). In a folder
-    whose images all lie in folders, the folder right below it is an image's class, in sorted
+    whose images are all in folders, the folder right below it is an image's class, in sorted
     order. UserError where nothing can be listed.
     """
     path = Path(where)
@@ -65,7 +65,7 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
 
 
 def paths(manifest: Manifest) -> list[str]:
-    """The file that holds each sample: an image file, or the tar that it lies in."""
+    """The file that holds each sample: an image file, or the tar that it is in."""
     counts = [shard.samples for shard in manifest.shards]
     files = [manifest.path(number) for number in range(len(counts))]
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
@@ -145,7 +145,7 @@ def _listed(path: Path, root: Path) -> FileManifest:
 
 
 def _by_folder(source: Source) -> Source:
-    """The folder right below the top as the class, where every image lies in one."""
+    """The folder right below the top as the class, where every image is in one."""
     if not all("/" in item.name for item in source.items):
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})

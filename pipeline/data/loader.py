@@ -389,7 +389,7 @@ def _check_split(config: LoaderConfig, world: int, steps: range) -> None:
             f"of {config.micro_batch}; use a multiple of {world * config.micro_batch}"
         )
     if not 0 <= steps.start <= steps.stop or steps.step != 1:
-        raise UserError(f"steps {steps.start} to {steps.stop}: the first must lie before the last")
+        raise UserError(f"steps {steps.start} to {steps.stop}: the first must be before the last")
     if config.on_error not in ("fail", "skip"):
         raise UserError(f"on_error {config.on_error!r}: must be 'fail' or 'skip'")
 

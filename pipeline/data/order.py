@@ -66,7 +66,7 @@ def global_batch(
 ) -> np.ndarray:  # fmt: skip
     """Sample numbers (int64 [batch_size]) of global batch `step` (counted within the epoch).
 
-    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` lies
+    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` is
     outside the epoch or the batch cannot be cut into partitions.
     """
     order = _known_order(tuple(map(int, shard_sizes)), seed, batch_size, partitions, window)
@@ -84,7 +84,7 @@ class _Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Which sample stands where: shard sizes (int64 [shards]), and the recipe's numbers that fix
+    """Which sample is where: shard sizes (int64 [shards]), and the recipe's numbers that fix
     the order.
 
     draws: > 0 makes an epoch of that many draws with replacement (for tiny data sets).
@@ -107,7 +107,7 @@ class Order:
         if self.window < 1:
             raise UserError(f"window {self.window}: must be at least one shard")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed {self.seed}: must lie between 0 and 2**63 - 1")
+            raise UserError(f"seed {self.seed}: must be between 0 and 2**63 - 1")
         if not self.steps:
             what = f"an epoch of {self.draws} draws" if self.draws else f"{self.total} samples"
             raise UserError(

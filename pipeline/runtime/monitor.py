@@ -78,7 +78,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def _spared(self) -> Iterator[None]:
-        """A full disk costs lines and pictures, said once; it does not end the run."""
+        """A full disk costs lines and pictures, warned about once; it does not end the run."""
         try:
             yield
         except OSError as error:

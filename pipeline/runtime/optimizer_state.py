@@ -50,7 +50,7 @@ def save_consolidated(engine: Engine, folder: Path) -> str:
 def load_consolidated(engine: Engine, folder: Path) -> None:
     """Read the files into an engine that has not stepped yet (collective; every rank reads).
 
-    Raises UserError in one sentence where a file is no safetensors or is of another model.
+    Raises UserError where a file is no safetensors or is of another model.
     """
     step = _read(engine, folder, MODEL)
     if step:

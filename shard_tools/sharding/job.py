@@ -1,4 +1,4 @@
-"""One sharding job in one folder: look at what lies there, write this task's shards, merge."""
+"""One sharding job in one folder: look at what is there, write this task's shards, merge."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def check_destination(dest: Path, sources: list[Path], how: Execution) -> None:
         raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
     for source in sources:
         if dest.resolve().is_relative_to(source.resolve()):
-            raise ToolError(f"{dest}: lies inside {source} and would become part of it")
+            raise ToolError(f"{dest}: is inside {source} and would become part of it")
 
 
 def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
-    """Compare the plan with what lies in `dest`; True where it is finished already."""
+    """Compare the plan with what is in `dest`; True where it is finished already."""
     if is_finished(dest):
         if read_manifest(dest).made.get("plan") == plan.digest:
             return True
@@ -60,7 +60,7 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
             raise ToolError(f"{dest}: already holds tars that this job did not write")
     elif record["digest"] != plan.digest:
         raise ToolError(
-            f"{dest}: an unfinished job lies here, of another source or other options; finish it "
+            f"{dest}: has an unfinished job, of another source or other options; finish it "
             "with the same options and --resume, or remove the folder"
         )
     elif not how.resume and how.tasks == 1:

@@ -16,7 +16,7 @@ from eval_helpers import coloured_images, write_shards
 from fake_cifar import CLASSES, write_archive
 
 from eval.cifar_paper import build_parser, rebuild, settings_of
-from eval.paper import archive, cifar_plan, commands
+from eval.paper import archive, cifar_plan
 from eval.paper.cifar_claims import (
     ALL,
     FINETUNED,
@@ -74,13 +74,6 @@ def test_every_claim_is_on_rows_that_are_made_and_the_miniatures_come_first():
         assert METHOD_OF.get(name.removesuffix(FINETUNED), name.removesuffix(FINETUNED)) in METHODS
 
 
-@pytest.fixture
-def unbilled(monkeypatch):
-    """Commands without counting what each recipe's step computes, which has tests of its own."""
-    monkeypatch.setattr(commands, "pretrain_flops", lambda recipe: 1.0)
-
-
-@pytest.mark.usefixtures("unbilled")
 def test_every_row_has_commands_of_its_own(data, tmp_path):
     chosen = settings(data, tmp_path, "--seeds", "1")
     study = cifar_plan.study_of(chosen.workspace, chosen.claims, 1, 1.5)
@@ -151,7 +144,6 @@ def test_the_compute_of_mae_is_counted_in_finetunings(data, tmp_path):
 # ------------------------------------------------------------------ tuning
 
 
-@pytest.mark.usefixtures("unbilled")
 def test_every_method_has_the_same_trials_on_held_out_images(data, tmp_path):
     tuning = cifar_plan.tuning_of(settings(data, tmp_path, "--scale", "cifar"))
     first, second = tuning.pretrainings(), tuning.finetunings({"MAE": 1.5e-3})

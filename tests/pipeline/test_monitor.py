@@ -96,7 +96,7 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint_and_a_cut_one(tmp_pat
 
 @pytest.mark.parametrize("first", [0, 2])
 def test_no_curve_overlaps_or_has_a_gap_after_a_restart(first, tmp_path, alone):
-    """A run of four steps, killed, and started again from its checkpoint, or from nothing."""
+    """A run of four steps, killed, and started again from its checkpoint, or from scratch."""
     for start, value in ((0, 1.0), (first, 2.0)):
         monitor = Monitor(tmp_path, rank=0, first=start, total=6, images=16, log_steps=1)
         for step in range(start, 4):

@@ -10,7 +10,7 @@ PACKAGES = ("pipeline", "shard_tools", "eval")
 
 
 def modules():
-    """(dotted name, path) of every module of ours."""
+    """(dotted name, path) of every relaxmim module."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -35,7 +35,7 @@ def imports_of(path):
 
 
 def ours(name):
-    """Modules of ours that a module imports; a package only where nothing below it is named."""
+    """relaxmim modules that a module imports; a package only where nothing below it is named."""
     found = imports_of(NAMES[name]) & NAMES.keys()
     return {m for m in found if not any(o.startswith(f"{m}.") for o in found)} - {name}
 
