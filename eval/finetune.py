@@ -102,7 +102,7 @@ class Finetuning:
             self.plan.train,
             batch_size=self.settings.batch_size,
             micro_batch=self.run_plan.micro_batch,
-            crop=Crop(image_size=self.session.image_size, scale=(0.08, 1.0)),
+            crop=Crop(image_size=self.session.image_size, scale=(self.settings.crop_area, 1.0)),
             seed=self.settings.seed,
             partitions=self.plan.partitions,
             samples_per_epoch=self.settings.samples_per_epoch or 0,
@@ -244,6 +244,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixup", type=float, default=d.mixup)
     add("--cutmix", type=float, default=d.cutmix)
     add("--smoothing", type=float, default=d.smoothing)
+    add("--crop-area", type=float, default=d.crop_area,
+        help="smallest share of the image that a training crop shows")  # fmt: skip
     add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
     add("--stop-epoch", type=float, help="stop here; rerun to resume")
     add("--max-steps", type=int, help="shorten the run: a trial")
