@@ -161,7 +161,8 @@ def train(
     done, history = latest.get("step", 0), latest.get("history", [])
     pause = plan.total if s.stop_epoch is None else min(plan.total, s.stop_epoch * plan.steps)
     loader = run.batches(done)
-    for step in progress(range(done, plan.total), ranks, "finetuning"):
+    images = s.batch_size // ranks.world
+    for step in progress(range(done, plan.total), ranks, "finetuning", images=images):
         if step >= pause:
             break  # resumes here when rerun
         loss = run.train_step(step, loader)
