@@ -1,7 +1,7 @@
 """From a row of the paper's tables to the commands that make it, at full scale or in miniature."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ import yaml
 
 from eval.paper.job_runner import Command, python
 from eval.paper.published import PaperRow
-from eval.protocols import Work, by_key, keys
+from eval.protocols import Protocol, Work, by_key, keys
 from pipeline import estimate
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
@@ -194,7 +194,7 @@ def pretrain_job(workspace: Workspace, row: PaperRow, seed: int) -> list[Command
         tuple(j.name for j in jobs),
         step=total,
         images=images,
-        flops=images * pretrain_flops(recipe),
+        count=lambda: images * pretrain_flops(recipe),
     )
     return [*jobs, job]
 
@@ -245,13 +245,12 @@ def eval_job(
     chosen = how.words(seed)
     if how.fraction < 1 and workspace.few_labels:
         chosen = ["--subset", workspace.few_labels]
-    forward = encoder_flops(row_recipe(workspace, row))
     samples, held_out = (read_manifest(shards).samples for shards in (scale.train, scale.val))
     work = tuple(map(str, [*words, *how.words(seed)]))
-    images, flops = how.cost(Work(forward, samples, held_out, work))
+    images, count = cost(how, row_recipe(workspace, row), samples, held_out, work)
     name = f"{run_name(row, seed)} {protocol}"
     command = scale.command(f"eval/{how.script}.py", *words, *chosen)
-    return Command(name, command, result, tuple(j.name for j in needs), 0, images, flops)
+    return Command(name, command, result, tuple(j.name for j in needs), 0, images, count)
 
 
 def option(words: Sequence[object], name: str, default: Any) -> Any:
@@ -288,6 +287,17 @@ def row_jobs(
 
 # ------------------------------------------------------------------ cost
 # Rows differ in epochs and data more often than in what a step computes: each dry run is made once.
+
+
+def cost(
+    how: Protocol, recipe: Recipe, train: int, val: int, words: tuple[str, ...]
+) -> tuple[int, Callable[[], float]]:
+    """Images that a protocol sees, and what counts its FLOPs."""
+
+    def flops() -> float:
+        return how.cost(Work(encoder_flops(recipe), train, val, words))[1]
+
+    return how.cost(Work(0.0, train, val, words))[0], flops
 
 
 def encoder_flops(recipe: Recipe) -> float:

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,7 +23,8 @@ class Command:
     """A command line, the file that it leaves, and the commands whose files it reads.
 
     step: the file must be an encoder.json of that step (a pretraining exports earlier ones too).
-    images, flops: what it trains or encodes: images, and floating-point operations.
+    images: how many it trains on or encodes. count: its floating-point operations, counted when a
+    plan asks, since a dry run of a large model takes a second.
     """
 
     name: str
@@ -32,7 +33,12 @@ class Command:
     needs: tuple[str, ...] = ()
     step: int = 0
     images: int = 0
-    flops: float = 0.0
+    count: Callable[[], float] = field(default=float, compare=False, repr=False)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the whole job."""
+        return self.count()
 
     @property
     def done(self) -> bool:
