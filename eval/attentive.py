@@ -238,7 +238,8 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     heads = Heads(session.vit.num_features, classes, s, session.device)
     losses = torch.zeros(len(s.pairs), device=session.device)
     stream = enumerate(training_tokens(session, s, train))
-    for step, micro in progress(stream, ranks, "attentive probe", s.steps):
+    images = s.batch_size // ranks.world
+    for step, micro in progress(stream, ranks, "attentive probe", s.steps, images):
         losses = heads.step(step, micro, ranks)
     losses = ranks.sum(losses)
     finite = heads.finite(losses)

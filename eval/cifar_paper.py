@@ -7,7 +7,7 @@
 Every command is skipped where its result is there, and resumes where it was cut off: Ctrl-C ends a
 sitting, the same command begins the next. What does not fit into --hours on this machine's cores is
 left out, and said. Writes OUTPUT/report.html and report.md and, with --archive, the file of which
-the page can be made again; the last line printed is {"claims": {"1": true, …}}.
+the page can be rebuilt; the last line printed is {"claims": {"1": true, …}}.
 """
 
 import argparse

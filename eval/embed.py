@@ -143,7 +143,7 @@ def write_rows(s: Settings, session: EvalSession, manifest: Manifest, writer: Wr
         manifest, size, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
         skip=s.on_error == "skip",
     )  # fmt: skip
-    for batch in progress(loader, ranks, f"embeddings of {s.images}"):
+    for batch in progress(loader, ranks, f"embeddings of {s.images}", images=s.micro_batch):
         feature = embed(session, session.normalise(batch.image), s.feature)
         damaged = batch.key < 0
         rows = to_rows(feature, s.dtype, damaged, str(session.info.record["source"]))

@@ -162,7 +162,8 @@ def train(
     s, plan, ranks = run.settings, run.plan, run.ranks
     done, history = latest.get("step", 0), latest.get("history", [])
     pause = plan.total if s.stop_epoch is None else min(plan.total, s.stop_epoch * plan.steps)
-    for step in progress(range(done, plan.total), ranks, "finetuning"):
+    images = s.batch_size // ranks.world
+    for step in progress(range(done, plan.total), ranks, "finetuning", images=images):
         if step >= pause:
             break  # resumes here when rerun
         loss = run.train_step(step, micro)

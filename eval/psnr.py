@@ -99,7 +99,7 @@ def measure(
         interleave=True,
     )
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    for batch in progress(loader, ranks, "PSNR"):
+    for batch in progress(loader, ranks, "PSNR", images=s.micro_batch):
         image, sample = batch.image.to(ranks.device), batch.sample.to(ranks.device)
         visible, inverse = model.mask(sample, mask_ratio, s.seed)
         prediction = model.predict(image, visible, inverse)

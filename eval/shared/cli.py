@@ -17,8 +17,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from pipeline import progress as status
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, refuse
 from pipeline.runtime.memory import explaining_memory
@@ -130,6 +130,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def progress(items: Iterable[T], ranks: Ranks, text: str, total: int | None = None) -> Iterable[T]:
-    """A progress bar with the time left, on the first rank and in a terminal only."""
-    return tqdm(items, desc=text, total=total, disable=None if ranks.first else True, leave=False)
+def progress(
+    items: Iterable[T], ranks: Ranks, text: str, total: int | None = None, images: int = 0
+) -> Iterable[T]:
+    """The items, followed by a line with speed and time left, on the first rank's terminal only.
+
+    total: their number, where they do not have a length. images: of one item, on one rank.
+    """
+    return status.progress(items, text, total, images * ranks.world, shown=ranks.first)

@@ -120,7 +120,10 @@ class EvalSession:
         many ranks shared the work.
         """
         total, ranks = read_manifest(folder).samples, self.ranks
-        stream = progress(self.batches(folder, batch_size), ranks, f"features of {folder}")
+        stream = progress(
+            self.batches(folder, batch_size), ranks, f"features of {folder}",
+            total=-(-total // (batch_size * ranks.world)), images=batch_size,
+        )  # fmt: skip
         numbers = torch.zeros(0, dtype=torch.int64, device=self.device)
         none = torch.zeros(0, self.vit.num_features, device=self.device)
         parts = [(numbers, numbers, *[none] * len(names))]  # of a rank without images

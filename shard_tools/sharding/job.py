@@ -75,7 +75,7 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
 
 def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request: str) -> None:
     """Write the plan, which `check_plan` has seen, for this process's workers and for other tasks;
-    nothing where it lies there already or all is finished."""
+    nothing where it is there already or all is finished."""
     if is_finished(dest):
         return
     with naming(dest, "cannot be written"):
