@@ -202,9 +202,7 @@ def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
 
 def _rest(manifest: Manifest, choice: Choice) -> np.ndarray:
     if choice.classes is not None:
-        raise ToolError(
-            "--rest does not go with --classes: list the other classes"
-        )
+        raise ToolError("--rest does not go with --classes: list the other classes")
     chosen = choose_samples(manifest, replace(choice, rest=False))
     left = np.setdiff1d(np.arange(manifest.samples), chosen)
     if not len(left):
