@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--archive", type=Path, nargs="?", const=ARCHIVE, help="write the archive of the page")
     add("--dry-run", action="store_true", help="print the plan and its measured cost, run nothing")
     add("--page", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
-        help="make the page of an archive again, beside it, and run nothing")  # fmt: skip
+        help="rebuild the page of an archive, beside it, and run nothing")  # fmt: skip
     return parser
 
 
@@ -136,7 +136,7 @@ def note_facts(settings: Settings, plan: Plan) -> Facts:
 
 
 def rebuild(archive: Path) -> None:
-    """Make the page of an archive again, beside it; prints the claims last."""
+    """Rebuild the page of an archive, beside it; prints the claims last."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file; `--archive` of a finished run writes it")
     with unpacked(archive) as output:

@@ -65,7 +65,7 @@ def build(source: Path, data: Path) -> None:
 
 
 def record_of(source: Path) -> dict[str, Any]:
-    """What distinguishes one source from another, wherever it is."""
+    """What distinguishes one source from another, in whatever folder it is."""
     size = source.stat().st_size if source.is_file() else 0
     return {"source": source.resolve().name, "bytes": size}
 
