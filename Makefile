@@ -68,6 +68,14 @@ endif
 mini-paper: .venv/ready   ## five claims of the paper on demo photographs, three seeds → runs/mini-paper/report.html
 	@$(PY) eval/mini_paper.py --seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS))
 
+.PHONY: paper-cifar paper-cifar-page
+paper-cifar: .venv/ready   ## the paper's claims on CIFAR10=PATH (folder or archive) → runs/paper-cifar/report.html; CIFAR=--dry-run first
+	@$(PY) eval/cifar_paper.py $(if $(CIFAR10),--cifar10 "$(CIFAR10)") \
+		--seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS)) $(CIFAR)
+
+paper-cifar-page: .venv/ready   ## the page of it from docs/page/cifar10.tar.xz, without the runs → docs/page/cifar10.html
+	@$(PY) eval/cifar_paper.py --page
+
 .PHONY: test-page
 test-page: .venv/ready   ## the report's page in a headless chromium, with axe-core from npm; skips what cannot be had
 	@test -f build/axe/package/axe.min.js || { mkdir -p build/axe && cd build/axe && \
@@ -146,7 +154,7 @@ TORCH ?= keep
 bundle: .venv/ready   ## wheels, checkout and install.sh for a node without a network (PYTHON_VERSION=3.12 TORCH=keep|add)
 	@$(PY) .ci/bundle.py --python $(PYTHON_VERSION) --torch $(TORCH)
 
-lock: .venv/ready   ## resolve requirements.in anew into requirements.lock
+lock: .venv/ready   ## resolve requirements.in into requirements.lock again
 	$(PIP) install --dry-run --ignore-installed --report build/lock.json -r requirements.in
 	$(PY) -c 'import json; r = json.load(open("build/lock.json"))["install"]; \
 	print("\n".join(sorted("{name}=={version}".format(**p["metadata"]) for p in r)))' > requirements.lock

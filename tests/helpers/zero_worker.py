@@ -1,7 +1,7 @@
 """Ten steps under every ZeRO stage, then the last five again from a checkpoint.
 
 Started by test_engine.py on two ranks through the deepspeed launcher; rank 0 writes the losses as
-JSON. The last five steps also go on from a checkpoint of one rank under another stage.
+JSON. The last five steps also resume from a checkpoint of one rank under another stage.
 """
 
 import json

@@ -20,6 +20,7 @@ from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.views import make_views
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
+from pipeline.runtime.trackers import Trackers
 
 
 def test_the_counter_sees_what_makes_the_host_wait():
@@ -36,7 +37,9 @@ def test_the_counter_sees_what_makes_the_host_wait():
 def test_objective_teacher_and_monitor_read_nothing(name, tmp_path):
     recipe = tiny_recipe(name, "views.jitter.where=none")
     objective, teacher = build_objective(recipe)
-    monitor = Monitor(tmp_path, rank=0, first=0, total=9, images=8, log_steps=5)
+    monitor = Monitor(
+        tmp_path, rank=0, first=0, total=9, images=8, log_steps=5, trackers=Trackers()
+    )
     image, sample = images(4), torch.arange(4)
     with CountReads() as reads:
         for _ in range(2):
