@@ -106,6 +106,10 @@ bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 a
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
 	@$(PY) tests/bench/bench_precision.py $(PRECISION)
 
+.PHONY: bench-launches
+bench-launches: .venv/ready   ## launches of a step by phase and recipe, and its host time beside plain torch's (MAE=checkout)
+	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae $(MAE))
+
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
 
