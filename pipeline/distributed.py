@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -95,25 +96,58 @@ def prepare_deepspeed() -> None:
     tools = str(Path(sys.executable).parent)
     if not os.environ.get("PATH", "").startswith(tools):
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
-    # Compiled ops belong to this environment: a cache shared by several would be rebuilt by each.
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def can_build() -> bool:
-    """Whether DeepSpeed's fused ops can be compiled here: c++, Python's headers, ninja (and nvcc).
+def extensions_dir() -> Path:
+    """Where compiled ops of this machine go: a folder named by all that they depend on, so that a
+    node with GPUs and one without, or two environments, do not overwrite each other's.
+
+    In TORCH_EXTENSIONS_DIR, in this virtual environment, or in ~/.cache where that is read-only.
+    """
+    kind = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":  # compiled for this processor
+        kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    built_with = torch.version.cuda or torch.version.hip or "cpu"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    name = f"torch{torch.__version__.partition('+')[0]}-{built_with}-{python}-{kind}"
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        root = Path(given)
+        # Of a parent process, perhaps on another accelerator.
+        return (root.parent if re.match(r"torch\d.*-py\d+-", root.name) else root) / name
+    own = Path(sys.prefix, "torch_extensions")
+    if sys.prefix != sys.base_prefix and os.access(own if own.exists() else own.parent, os.W_OK):
+        return own / name
+    return Path.home() / ".cache" / "torch_extensions" / name
+
+
+def cannot_build() -> str:
+    """Why DeepSpeed's fused ops cannot be compiled here; "" where they can, as far as is seen.
 
     Not where set-up tried and failed: it left torch_extensions/failed in this environment then.
     """
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    tools = [compiler, "ninja"]
-    if torch.cuda.is_available() and shutil.which("nvcc") is None:
-        tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    failed = Path(sys.prefix, "torch_extensions", "failed")
-    return all(map(shutil.which, tools)) and headers.is_file() and not failed.exists()
+    if torch.version.hip:
+        return "they were never tried on ROCm"
+    missing = [os.environ.get("CXX", "c++").split()[0], "ninja"]
+    missing = [tool for tool in missing if shutil.which(tool) is None]
+    if torch.cuda.is_available():
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        if not (shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))):
+            missing.append("nvcc")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h")
+    if missing:
+        return f"there is no {', '.join(missing)}"
+    if Path(sys.prefix, "torch_extensions", "failed").exists():
+        return "set-up could not compile them (make setup tries again)"
+    return ""
+
+
+def can_build() -> bool:
+    """Whether DeepSpeed's fused ops can be compiled here."""
+    return not cannot_build()
 
 
 def bf16_units() -> bool:
