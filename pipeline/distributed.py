@@ -51,6 +51,11 @@ class Ranks:
         """True on the rank that prints and writes."""
         return self.rank == 0
 
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches are prepared in page-locked memory, from which a GPU copies by itself."""
+        return self.device.type == "cuda"
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor (any shape, same on every rank) over all ranks."""
         if self.world == 1:
@@ -110,7 +115,8 @@ def extensions_dir() -> Path:
     kind = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":  # compiled for this processor
         kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
-    built_with = torch.version.cuda or torch.version.hip or "cpu"
+    hip, cuda = torch.version.hip, torch.version.cuda
+    built_with = f"rocm{hip}" if hip else f"cu{cuda}" if cuda else "nogpu"
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     name = f"torch{torch.__version__.partition('+')[0]}-{built_with}-{python}-{kind}"
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
@@ -167,6 +173,8 @@ def check_environment() -> None:
         "MASTER_PORT": (1, 65535),
     }
     for name, (least, most) in limits.items():
+        if name not in os.environ:
+            continue
         if not _number(name) or not least <= int(os.environ[name]) <= most:
             raise UserError(
                 f"{name} is {os.environ[name]!r}: must be a number from {least} to {most}; the "
@@ -175,12 +183,45 @@ def check_environment() -> None:
 
 
 def _number(name: str) -> bool:
-    return os.environ[name].isascii() and os.environ[name].isdecimal()
+    value = os.environ.get(name, "")
+    return value.isascii() and value.isdecimal()
+
+
+def device_of(local_rank: int) -> torch.device:
+    """The device of a rank: the GPU of its number, or the CPU where there is none.
+
+    UserError where this host has fewer GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        noun = "GPU" if gpus == 1 else "GPUs"
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this host has {gpus} {noun}; start at most one rank per GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def untried_device() -> str:
+    """A line about a GPU that is not NVIDIA's, which was never tried; "" where there is none."""
+    if torch.version.hip and torch.cuda.is_available():
+        return "device: an AMD GPU (ROCm), which was never tried; its kernels are PyTorch's"
+    if not torch.cuda.is_available() and hasattr(torch, "xpu") and torch.xpu.is_available():
+        return "device: the CPU; the Intel GPU (XPU) of this machine is not used"
+    return ""
 
 
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
     """What goes wrong while the ranks find each other, as a UserError."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"{name} is not set: with WORLD_SIZE {os.environ['WORLD_SIZE']} the ranks need to "
+                "know where rank 0 listens; the launcher sets it (launch.sh, deepspeed, torchrun)"
+            )
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         yield

@@ -22,12 +22,12 @@ from pipeline.distributed import (
     can_build,
     check_environment,
     cores_per_rank,
+    device_of,
     free_port,
     joining,
     prepare_deepspeed,
     unlink_buffer,
 )
-from pipeline.errors import UserError
 from pipeline.runtime import ops
 from pipeline.runtime.optimizers import optimizer_of
 
@@ -69,16 +69,7 @@ def init_ranks() -> Ranks:
         or os.environ.get("LOCAL_WORLD_SIZE")
         or os.environ["WORLD_SIZE"]
     )
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK {local_rank}: this host has {torch.cuda.device_count()} GPUs; start "
-                "at most one rank per GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
+    device = device_of(local_rank)
     ops.prepare()
     if ops.problem():
         _without_built_ops()

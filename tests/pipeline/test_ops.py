@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.builder import CUDAMismatchException
 from torch.utils.file_baton import FileBaton
 
-from pipeline.distributed import can_build, cannot_build, extensions_dir
+from eval.shared.cli import join_ranks
+from pipeline.distributed import can_build, cannot_build, extensions_dir, untried_device
+from pipeline.errors import UserError
+from pipeline.kernels import backend
 from pipeline.runtime import ops
+from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import adamw
 
 
@@ -61,7 +66,9 @@ def test_the_folder_names_what_the_ops_depend_on(monkeypatch, tmp_path):
     on_cpu = extensions_dir()
     version = torch.__version__.partition("+")[0]
     assert on_cpu.parent == tmp_path
-    assert on_cpu.name.startswith(f"torch{version}-{torch.version.cuda or 'cpu'}-{python}-cpu-")
+    assert on_cpu.name.startswith(f"torch{version}-")
+    assert f"-{python}-cpu-" in on_cpu.name
+    assert f"-cu{torch.version.cuda}-" in on_cpu.name or torch.version.cuda is None
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(on_cpu))  # as a child process inherits it
     assert extensions_dir() == on_cpu
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
@@ -89,9 +96,9 @@ def test_a_stale_lock_does_not_hang(folder):
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (CUDAMismatchException(">-"), f"nvcc is of another CUDA than torch's {torch.version.cuda}"),
+        (CUDAMismatchException(), f"nvcc is of another CUDA than torch's {torch.version.cuda}"),
         (subprocess.CalledProcessError(1, ["c++", "-v"]), "'c++ -v' ended with exit code 1"),
-        (RuntimeError("Error building\n[1/2] c++ -o x\nx.cpp:3: error: no\n"), "x.cpp:3: error: no"),
+        (RuntimeError("Error building\n[1/2] c++\nx.c:3: error: no\n"), "x.c:3: error: no"),
         (ImportError(), "ImportError"),
     ],
 )  # fmt: skip
@@ -159,3 +166,41 @@ def test_a_compiler_that_fails_ends_in_torchs_adamw(tmp_path):
 def test_rocm_takes_torchs_adamw(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert cannot_build() == "they were never tried on ROCm"
+
+
+def test_gpus_of_others_are_a_line_and_no_crash(monkeypatch):
+    assert untried_device() == ""
+    monkeypatch.setattr(torch, "xpu", SimpleNamespace(is_available=lambda: True))
+    assert untried_device() == "device: the CPU; the Intel GPU (XPU) of this machine is not used"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "AMD GPU (ROCm), which was never tried" in untried_device()
+    before = backend.implementation()
+    try:
+        assert backend.use("auto", "cuda") == "kernels: reference (auto on cuda)"
+    finally:
+        backend.use(before)
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(1, "1 GPU;"), (2, "2 GPUs;")])
+def test_a_rank_beyond_the_gpus_is_a_sentence(gpus, count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for join in (join_ranks, init_ranks):  # evaluations, training
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(UserError, match=f"LOCAL_RANK 2: this host has {count}"):
+            join()
+
+
+def test_ranks_of_an_evaluation_that_cannot_meet_are_a_sentence(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_ADDR is not set: with WORLD_SIZE 2"):
+        join_ranks()
+    monkeypatch.setenv("RANK", "two")
+    with pytest.raises(UserError, match="RANK is 'two': must be a number"):
+        join_ranks()
