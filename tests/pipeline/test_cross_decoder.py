@@ -210,13 +210,11 @@ def test_width_and_heads_must_fit():
 
 
 def test_what_it_saves_at_vit_b():
-    """FLOPs of a step with a third of the masked patches predicted, against MAE's. A quarter of the
-    blocks of both, which hardly moves the ratios."""
-    quarter = ("encoder.options={depth: 3}", "measure.decoder.depth=2")
-    cheap = (*quarter, "measure.decoder.attention=cross", "views.predicted=0.3333")
+    """FLOPs of a step at ViT-B/16 with a third of the masked patches predicted, against MAE's."""
+    cheap = ("measure.decoder.attention=cross", "views.predicted=0.3333")
     mae, crossed, relaxed = (
         dry_run(load_recipe(RECIPES / f"{name}.yaml", list(sets)), 2, "fp32").flops
-        for name, sets in (("mae", quarter), ("mae", cheap), ("rmae", cheap))
+        for name, sets in (("mae", ()), ("mae", cheap), ("rmae", cheap))
     )
     assert crossed / mae < 0.6
     assert relaxed / mae < 2.2
