@@ -121,10 +121,6 @@ class Engine:
             if plan.compile:
                 for block in getattr(part, "blocks", ()):
                     block.compile(dynamic=False)
-            if deepspeed_stage(plan) == 3:
-                # Gathered, and its hooks called, as a whole: not each of its dozen parts.
-                for block in getattr(part, "blocks", ()):
-                    deepspeed.utils.set_z3_leaf_module(block, True)
         self.kind = optimizer_of(plan)
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
