@@ -68,6 +68,14 @@ endif
 mini-paper: .venv/ready   ## five claims of the paper on demo photographs, three seeds → runs/mini-paper/report.html
 	@$(PY) eval/mini_paper.py --seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS))
 
+.PHONY: paper-cifar paper-cifar-page
+paper-cifar: .venv/ready   ## the paper's claims on CIFAR10=PATH (folder or archive) → runs/paper-cifar/report.html; CIFAR=--dry-run first
+	@$(PY) eval/cifar_paper.py $(if $(CIFAR10),--cifar10 "$(CIFAR10)") \
+		--seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS)) $(CIFAR)
+
+paper-cifar-page: .venv/ready   ## the page of it from docs/page/cifar10.tar.xz, without the runs → docs/page/cifar10.html
+	@$(PY) eval/cifar_paper.py --page
+
 .PHONY: test-page
 test-page: .venv/ready   ## the report's page in a headless chromium, with axe-core from npm; skips what cannot be had
 	@test -f build/axe/package/axe.min.js || { mkdir -p build/axe && cd build/axe && \

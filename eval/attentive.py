@@ -163,12 +163,13 @@ def training_tokens(
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
     parts: list[tuple[Tensor, Tensor]] = []
-    for batch in loader:
-        tokens = session.patch_tokens(session.normalise(batch.image))
-        parts.append((tokens, batch.label.to(session.device, non_blocking=True)))
-        if len(parts) * micro * ranks.world == s.batch_size:
-            yield parts
-            parts = []
+    with loader.explaining():
+        for batch in loader:
+            tokens = session.patch_tokens(session.normalise(batch.image))
+            parts.append((tokens, batch.label.to(session.device, non_blocking=True)))
+            if len(parts) * micro * ranks.world == s.batch_size:
+                yield parts
+                parts = []
 
 
 @torch.no_grad()

@@ -103,13 +103,15 @@ def global_features(
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(start, plan.total))
     parts: list[tuple[Tensor, ...]] = []
-    for batch in loader:
-        features = session.all_features(session.normalise(batch.image), names)
-        parts.append((batch.label.to(session.device, non_blocking=True), *features))
-        if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
-            label, *found = (ranks.gather(torch.cat(column)) for column in zip(*parts, strict=True))
-            yield found, label
-            parts.clear()
+    with loader.explaining():
+        for batch in loader:
+            features = session.all_features(session.normalise(batch.image), names)
+            parts.append((batch.label.to(session.device, non_blocking=True), *features))
+            if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
+                columns = zip(*parts, strict=True)
+                label, *found = (ranks.gather(torch.cat(column)) for column in columns)
+                yield found, label
+                parts.clear()
 
 
 def features_of(s: Settings) -> tuple[str, ...]:

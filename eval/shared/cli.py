@@ -21,6 +21,7 @@ import torch.distributed as dist
 from pipeline import progress as status
 from pipeline.distributed import Ranks, check_environment, device_of, joining, untried_device
 from pipeline.errors import UserError, refuse
+from pipeline.runtime.memory import explaining_memory
 from shard_tools.cores import cores
 
 T = TypeVar("T")
@@ -45,10 +46,12 @@ def join_ranks() -> Ranks:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line: bad input ends as `error: …` on stderr and exit code 2."""
+    """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
+    running out of memory, on the device, in this process or in a worker."""
     joined = dist.is_initialized()  # before, by whoever calls it in a process of theirs
     try:
-        main()
+        with explaining_memory():
+            main()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))

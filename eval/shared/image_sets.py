@@ -21,7 +21,8 @@ from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
-from shard_tools.sharding.sources import Item, Listing, Source, open_source
+from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.sources import Listing, Source, open_source
 
 LIST = ".txt"
 
@@ -39,7 +40,7 @@ class FileManifest(Manifest):
         return ListedIndex(self.listed)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:  # type: ignore[override]
         """Name of each image: its path in the folder, member of the tar, or line of the list."""
         return self.keys
 
@@ -71,7 +72,7 @@ def paths(manifest: Manifest) -> list[str]:
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
 
 
-def keys(manifest: Manifest) -> tuple[str, ...]:
+def keys(manifest: Manifest) -> Sequence[str]:
     """A name for each sample: its original one, or its number where none was recorded."""
     return manifest.names or tuple(f"{number:08d}" for number in range(manifest.samples))
 
@@ -128,7 +129,7 @@ class _Batches(Dataset):
 
 def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
     """The image files that are named, in that order, without labels."""
-    items = []
+    items = Items()
     for name in files:
         file = root / name
         with naming(file, "cannot be read"):
@@ -151,7 +152,7 @@ def _by_folder(source: Source) -> Source:
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})
     number = {name: place for place, name in enumerate(classes)}
-    items = [item._replace(label=number[item.name.split("/")[0]]) for item in source.items]
+    items = Items(item._replace(label=number[item.name.split("/")[0]]) for item in source.items)
     return Source(source.root, items, tuple(classes), source.ignored, source.missing)
 
 

@@ -100,11 +100,13 @@ class EvalSession:
 
     def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
         """The loader's batches on the device."""
-        for batch in self.loader(folder, batch_size):
-            label, sample = (
-                part.to(self.device, non_blocking=True) for part in (batch.label, batch.sample)
-            )
-            yield self.normalise(batch.image), label, sample
+        loader = self.loader(folder, batch_size)
+        with loader.explaining():
+            for batch in loader:
+                label, sample = (
+                    part.to(self.device, non_blocking=True) for part in (batch.label, batch.sample)
+                )
+                yield self.normalise(batch.image), label, sample
 
     def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
         """`extract_all` of one feature: float32 [N, D] and labels int64 [N]."""

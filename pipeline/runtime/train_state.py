@@ -142,7 +142,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         before = load_recipe(checkpoint / "recipe.yaml").init
         recipe = recipe.model_copy(update={"init": before})
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
-    with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
+    with explaining_memory(plan, recipe.encoder.image_size):
         engine = Engine(objective, parameter_groups(objective), plan)
         if teacher is not None:
             teacher.to(ranks.device)

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from kernels_testing import DEVICE, using
+from launches import CountLaunches, CountReads
 from tiny import METHODS, PATCH, images, tiny_recipe
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from eval.shared.processes import LAUNCHER
@@ -21,25 +21,6 @@ from pipeline.method.views import make_views
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.trackers import Trackers
-
-# Ops whose result the host reads, or whose output's size it must know.
-READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
-
-
-class CountReads(TorchDispatchMode):
-    """Counts the ops after which the host must have waited for a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = name in ("index", "index_put_") and any(
-            t.dtype == torch.bool for t in args[1] if t is not None
-        )
-        self.count += name in READS or masks
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_counter_sees_what_makes_the_host_wait():
@@ -79,24 +60,6 @@ VARIANTS = {
     "mae jitter whole": ("mae", "views.jitter.where=whole"),
     "cmae cutmix": ("cmae", "views.cutmix=0.5", "views.jitter.grayscale=0.2"),
 }
-
-
-class CountLaunches(CountReads):
-    """Counts also what a device would launch: ops that are no views, kernels, and copies of Python
-    numbers to the device, which wait for it."""
-
-    FREE = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "lift_fresh")
-
-    def __init__(self):
-        super().__init__()
-        self.launches = self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.numbers += name == "lift_fresh"  # torch.tensor(…), Tensor.new_tensor(…)
-        if func.namespace == "aten" and not func.is_view and name not in self.FREE:
-            self.launches += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 @pytest.fixture
