@@ -121,12 +121,18 @@ class Engine:
             if plan.compile:
                 for block in getattr(part, "blocks", ()):
                     block.compile(dynamic=False)
+            if deepspeed_stage(plan) == 3:
+                # Gathered, and its hooks called, as a whole: not each of its dozen parts.
+                for block in getattr(part, "blocks", ()):
+                    deepspeed.utils.set_z3_leaf_module(block, True)
         self.kind = optimizer_of(plan)
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
         self.config = copy.deepcopy(plan.config | self.kind.section(plan))
         if "zero_optimization" in self.config:
             self.config["zero_optimization"]["stage"] = self.stage
+        # DeepSpeed's count of samples per second waits for the device twice in a micro-batch.
+        self.config.setdefault("timers", {"throughput": {"enabled": False}})
         client = self.kind.build(objective, groups, plan)
         own = client.param_groups if client else groups
         # What the optimizer keeps per parameter, by the parameter's identity.
@@ -140,6 +146,8 @@ class Engine:
             config=copy.deepcopy(self.config),
         )
         self.flat = FlatGradients(self.engine) if takes_flat(plan) else None
+        if self.stage == 0 and plan.world == 1:  # nothing to reduce: no buckets
+            self.engine.enable_backward_allreduce = False
         if self.stage > 0:
             one_norm(self.optimizer, self.stage)
         self._norm: Tensor | None = None
