@@ -9,9 +9,9 @@ With raw vectors q, k, inverse norms a_i = 1/|q_i|, b_j = 1/|k_j| (fp32) and t =
 
 Forward writes lse, the positive and the summed score of each row. Backward makes the scores again:
 one kernel owns rows and walks the columns (dq), the other owns columns and walks the rows (dk);
-they are the same kernel with the two sides exchanged. A program keeps the sums of all channels (up to
-1024), so a tile's scores are made once, and the channels of `other` that it reads again for the sums
-are still in the L1 cache. u_i . q_i = sum_j w[i,j] b_j k_j . q_i comes out of the scores too.
+they are the same kernel with the two sides exchanged. A program keeps the sums of all channels (up
+to 1024), so a tile's scores are made once, and the channels of `other` that it reads again for the
+sums are still in the L1 cache. u_i . q_i = sum_j w[i,j] b_j k_j . q_i comes out of the scores too.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
