@@ -138,8 +138,9 @@ def run_one(job: Command, folder: Path, threads: int, children: set) -> dict[str
     return record
 
 
-def costs(folder: Path) -> dict[str, float]:
-    """CPU seconds by name, over all calls. UserError names a line that is no record."""
+def costs(folder: Path, what: str = "cpu_seconds") -> dict[str, float]:
+    """CPU seconds (what: `seconds`, elapsed ones) by name, over all calls. UserError names a line
+    that is no record."""
     path, total = folder / "jobs.jsonl", dict[str, float]()
     if not path.is_file():
         return total
@@ -148,7 +149,7 @@ def costs(folder: Path) -> dict[str, float]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            name, seconds = str(record["name"]), float(record["cpu_seconds"])
+            name, seconds = str(record["name"]), float(record[what])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a record of a command") from error
         total[name] = total.get(name, 0.0) + seconds

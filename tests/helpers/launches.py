@@ -7,11 +7,13 @@ null_gpu.py as calls come in, on a real GPU by torch's profiler.
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import null_gpu
 import torch
+from phases import Phases
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Ops whose result the host reads, or whose output's size it must know.
@@ -93,3 +95,46 @@ def profile(call: Callable[[], Any]) -> list[Any]:
         call()
         torch.cuda.synchronize()
     return list(seen.events())
+
+
+Watching = Callable[[Phases], AbstractContextManager[Any]]
+
+
+def launches_by_phase(call: Callable[[], Any], watching: Watching, device: str) -> Counter[str]:
+    """Launches of one call by the phases that `watching` opens (phases.watching)."""
+    if device == "cpu":
+        with CountLaunches() as seen:
+            return _summed(call, watching, Phases(lambda: seen.launches))
+    if null_gpu.here():
+        return _summed(call, watching, Phases(lambda: null_gpu.counts()[0]))
+    made: list[int] = []
+
+    def mark() -> int:
+        """An event of the profile at this moment; its number."""
+        with torch.profiler.record_function(f"mark {len(made)}"):
+            made.append(len(made))
+        return made[-1]
+
+    when: dict[int, float] = {}
+    launched: list[float] = []
+    phases = Phases(mark, lambda a, b: sum(when[a] <= t < when[b] for t in launched))
+
+    def marked() -> None:
+        phases.restart()
+        with watching(phases):
+            call()
+        phases.close()
+
+    for event in profile(marked):
+        if event.name.startswith("mark "):
+            when[int(event.name.split()[1])] = event.time_range.start
+        elif event.name.startswith(LAUNCHES):
+            launched.append(event.time_range.start)
+    return phases.sums()
+
+
+def _summed(call: Callable[[], Any], watching: Watching, phases: Phases) -> Counter[str]:
+    with watching(phases):
+        phases.restart()
+        call()
+        return phases.sums()

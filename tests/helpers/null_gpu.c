@@ -2,9 +2,8 @@
  * as torch, Triton and DeepSpeed call them in a step. Preloaded, it lets the real CUDA build of
  * torch run its real host code: allocator, streams, events, autograd, launches. Kernels do nothing,
  * device memory has addresses but no contents (a host that touches it dies, as it would beside a
- * GPU). What is read back is zero, a single byte is true (a check whether a number is finite), and
- * up to 8 KB that the host had written there itself come back (ZeRO-3 sends lists round the ranks and
- * compares). Launches, copies and waits are counted.
+ * GPU). What is read back is zero, but for up to 64 KB that the host has just written there
+ * itself (ZeRO-3 sends lists round the ranks and compares). Launches, copies and waits are counted.
  *
  * tests/helpers/null_gpu.py builds it. It claims an A100's features: on an H100 torch would prefer
  * cuDNN's attention, which is not here.
@@ -102,15 +101,15 @@ static int on_device(const void *p) {
     return i >= 0 && !regions[i].pinned;
 }
 
-/* Small writes of the host, by address: [address, size, bytes]. */
-enum { FEW = 8192, SLOTS = 1 << 12 };
-static struct { const void *at; size_t size; char bytes[FEW]; } written[SLOTS];
+/* Small writes of the host, by address; forgotten after SOON launches, which may have written too. */
+enum { FEW = 1 << 16, SLOTS = 1 << 10, SOON = 16 };
+static struct { const void *at; size_t size; long launches; char bytes[FEW]; } written[SLOTS];
 static int slot(const void *p) { return (size_t)p / 4 * 2654435761u % SLOTS; }
 
 static void copy(void *to, const void *from, size_t size) {
     static __thread char bytes[FEW];
     int few = size <= FEW, i = slot(from);
-    memset(bytes, size == 1, few ? size : 0);
+    memset(bytes, 0, few ? size : 0);
     count(COPY);
     if (!on_device(from)) {
         if (!on_device(to)) {
@@ -118,12 +117,15 @@ static void copy(void *to, const void *from, size_t size) {
             return;
         }
         if (few) memcpy(bytes, from, size);
-    } else if (few && written[i].at == from && written[i].size >= size) {
+    } else if (few && written[i].at == from && written[i].size >= size
+               && counts[LAUNCH] - written[i].launches <= SOON) {
         memcpy(bytes, written[i].bytes, size);
     }
     if (on_device(to)) {
         i = slot(to);
-        if (few) written[i].at = to, written[i].size = size, memcpy(written[i].bytes, bytes, size);
+        if (!few) return;
+        written[i].at = to, written[i].size = size, written[i].launches = counts[LAUNCH];
+        memcpy(written[i].bytes, bytes, size);
         return;
     }
     count(READ);

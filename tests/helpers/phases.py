@@ -33,6 +33,12 @@ class Phases:
     def restart(self) -> None:
         """Forget what was read."""
         self._marks: list[tuple[str, Any]] = [("rest", self.read())]
+        self._closed = False
+
+    def close(self) -> None:
+        """Read for the last time."""
+        self._marks.append(("", self.read()))
+        self._closed = True
 
     def _turn(self) -> None:
         self._marks.append((self._open[-1] if self._open else "rest", self.read()))
@@ -62,10 +68,11 @@ class Phases:
                 delattr(owner, attribute)
 
     def sums(self) -> Counter[str]:
-        """The sum of every phase from the start up to now."""
-        marks = [*self._marks, ("", self.read())]
+        """The sum of every phase from the start to the end, or up to now."""
+        if not self._closed:
+            self.close()
         found: Counter[str] = Counter()
-        for (name, begin), (_, end) in pairwise(marks):
+        for (name, begin), (_, end) in pairwise(self._marks):
             found[name] += self.span(begin, end)
         return found
 

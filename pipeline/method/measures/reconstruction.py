@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline import kernels
 from pipeline.config.recipe import Recipe, ReconstructionRecipe
 from pipeline.config.schema import MeasureRecipe
+from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.decoder import Decoder
 from pipeline.method.encoder import Encoder
 from pipeline.method.heads import feature_std
@@ -21,7 +22,8 @@ class Reconstruction(nn.Module):
     """MAE:   mean ||d(z1) - x||²                            on masked(T1)
     R-MAE: mean ||d(z1) - d(z2)||² + lambda mean ||d(z2) - x||²  on masked(T1) ∩ visible(T2)
 
-    The gradient flows through both branches. x: pixels, normalised per patch if `norm_pix`.
+    or on a share of these (views.predicted). The gradient flows through both branches. x: pixels,
+    normalised per patch if `norm_pix`.
     """
 
     settings: ClassVar[type[MeasureRecipe]] = ReconstructionRecipe
@@ -29,7 +31,8 @@ class Reconstruction(nn.Module):
     def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
         super().__init__()
         self.recipe, self.data, self.patch = recipe.measure, recipe.data, encoder.patch
-        self.decoder = Decoder(
+        kind = CrossDecoder if self.recipe.decoder.attention == "cross" else Decoder
+        self.decoder = kind(
             self.recipe.decoder, width=encoder.width, patch=encoder.patch, grid=encoder.grid
         )
 
