@@ -40,7 +40,7 @@ LIMIT = 60_000_000  # bytes of a bundle without torch
 
 
 class BundleError(RuntimeError):
-    """A bundle that cannot be made, in one sentence."""
+    """A bundle that cannot be made; the message says why."""
 
 
 def locked() -> dict[str, str]:

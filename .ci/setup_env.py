@@ -1,7 +1,7 @@
 """Set-up in five stages: .venv from requirements.lock, and what a compiler adds. `make setup`.
 
 The system's Python runs this before anything is installed, so it imports the standard library
-only; it lies here, beside the check that every change has to pass, because no package is it part
+only; it is here, beside the check that every change has to pass, because no package is it part
 of. A stage that has ended leaves a stamp in .venv/setup with the hash of its inputs and is skipped
 from then on, without the network; one that was interrupted starts again and keeps what is whole.
 Source is compiled for pillow-simd, the JPEG decoder and DeepSpeed's fused ops only, within a time

@@ -136,7 +136,7 @@ def check(s: Settings) -> int:
         which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
         raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
     if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
-        raise UserError("--mask-ratios: each must lie between 0 and 1")
+        raise UserError("--mask-ratios: each must be between 0 and 1")
     return images // s.batch_size * s.batch_size
 
 
@@ -158,7 +158,8 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     pools = pools_of(vit)
     shape = (len(pools), len(ESTIMATORS), len(s.mask_ratios), len(vit.blocks), 3)
     total = torch.zeros(shape, dtype=torch.float64, device=session.device)
-    for _, batch in zip(mine, progress(loader, ranks, "CKA", len(mine)), strict=False):
+    batches = progress(loader, ranks, "CKA", len(mine), s.batch_size)
+    for _, batch in zip(mine, batches, strict=False):
         total += batch_hsic(session, session.normalise(batch.image), batch.sample, s)
     total = ranks.sum(total) / steps
     if not bool(total.isfinite().all()):

@@ -87,11 +87,11 @@ class Ranks:
 
 
 def prepare_deepspeed() -> None:
-    """Set what DeepSpeed reads from the environment when it is imported; called again, nothing."""
+    """Set what DeepSpeed reads from the environment when it is imported; idempotent."""
     # It chooses its accelerator; without this it warns on every machine without one.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It compiles its fused ops with ninja, which lies beside this interpreter in a venv.
+    # It compiles its fused ops with ninja, which is beside this interpreter in a venv.
     tools = str(Path(sys.executable).parent)
     if not os.environ.get("PATH", "").startswith(tools):
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -147,7 +147,7 @@ def _number(name: str) -> bool:
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
     """What goes wrong while the ranks find each other, as a UserError."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         yield
     except RuntimeError as error:  # torch's DistError is one
@@ -164,7 +164,7 @@ def joining() -> Iterator[None]:
             raise
         raise UserError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
-            f"{place} ({text.split('. ')[0].splitlines()[0]})"
+            f"{address} ({text.split('. ')[0].splitlines()[0]})"
         ) from None
 
 
@@ -205,8 +205,8 @@ def unlink_buffer(rank: int) -> None:
     full. Without its name the buffer lasts as long as the ranks that use it.
     """
     barrier()
-    place = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{rank}"
+    address = "_".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{rank}"
     Path("/dev/shm", name).unlink(missing_ok=True)  # noqa: S108 (where Linux keeps it)
 
 

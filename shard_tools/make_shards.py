@@ -9,6 +9,8 @@ name, synset, width, height). Equal input and options give equal tars at any num
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +26,15 @@ from shard_tools.sharding.job import (
     Execution,
     check_destination,
     check_plan,
+    find_plan,
     is_finished,
     merge,
+    planning,
     run_job,
+    store_plan,
 )
 from shard_tools.sharding.labels import read_labels
-from shard_tools.sharding.layout import PARTS, Settings, make_plan
+from shard_tools.sharding.layout import LAYOUT, PARTS, Settings, make_plan
 from shard_tools.sharding.sources import Listing, Source, open_source
 from shard_tools.sharding.statistics import drop_duplicates
 
@@ -63,17 +68,32 @@ def make_shards(options: argparse.Namespace) -> int:
             merge(folder)
         return 0
     settings, how = settings_of(options), execution_of(options)
+    with naming(options.source, "cannot be read"):
+        layout = None if options.unlabelled else recognise(options.source)
+    folders = destinations(options, layout, how)
+    request = request_of(options)
+    with planning(folders[0], how):
+        if not all(find_plan(folder, request, how) for folder in folders):
+            plan_splits(options, layout, folders, settings, how, request)
+    for folder in folders:
+        run_job(folder, how)
+    return 0
+
+
+def plan_splits(
+    options: argparse.Namespace, layout: Layout | None, folders: list[Path], settings: Settings,
+    how: Execution, request: str,
+) -> None:  # fmt: skip
+    """List and plan everything, and check it before the first plan is written."""
     listing = Listing(
         classes=read_classes(options.classes_from),
         labels=read_labels(options.synsets, options.devkit),
         root=options.root,
         unlabelled=options.unlabelled,
-        unpacked=dest / PARTS / UNPACKED if how.tasks == 1 else None,
+        unpacked=options.dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
-    with naming(options.source, "cannot be read"):
-        layout = None if options.unlabelled else recognise(options.source)
-    splits = find_splits(options, layout, listing, how)
+    splits = find_splits(options.source, layout, folders, listing)
     if options.drop_duplicates:
         splits = [
             replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
@@ -83,29 +103,50 @@ def make_shards(options: argparse.Namespace) -> int:
         announce(split)
         check_plan(split.dest, plan, how)
     for split, plan in zip(splits, plans, strict=True):
-        run_job(split.dest, plan, split.paths[0].name, how)
-    return 0
+        store_plan(split.dest, plan, split.paths[0].name, how, request)
+
+
+def request_of(options: argparse.Namespace) -> str:
+    """What all tasks of one call have in common: the options that decide the plan, and the state of
+    the files that they name."""
+    private = ("dest", "workers", "resume", "on_error", "num_tasks", "task_id", "merge")
+    given = {name: value for name, value in vars(options).items() if name not in private}
+    states = {}
+    for name, value in given.items():
+        if isinstance(value, Path) and value.exists():
+            about = value.stat()
+            states[name] = (about.st_size, about.st_mtime_ns)
+    text = f"{LAYOUT} {os.getcwd()} {sorted(given.items())} {sorted(states.items())}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def destinations(options: argparse.Namespace, layout: Layout | None, how: Execution) -> list[Path]:
+    """The folders to be written, checked."""
+    dest: Path = options.dest
+    if layout is None:
+        dest = dest / "train" if options.splits else dest
+        check_destination(dest, [options.source], how)
+        return [dest]
+    folders = [dest / "train", dest / "val"]
+    for folder, paths in zip(folders, (layout.train, layout.val), strict=True):
+        check_destination(folder, list(paths), how)
+    return folders
 
 
 def find_splits(
-    options: argparse.Namespace, layout: Layout | None, listing: Listing, how: Execution
+    source: Path, layout: Layout | None, folders: list[Path], listing: Listing
 ) -> list[Split]:
     """What is to be made of the source, listed and checked."""
-    source, dest = options.source, options.dest
     if layout is None:
-        dest = dest / "train" if options.splits else dest
-        check_destination(dest, [source], how)
-        return [Split(dest, (source,), open_source(source, listing))]
+        return [Split(folders[0], (source,), open_source(source, listing))]
     if listing.classes:
         raise ToolError(
             f"{source}: the validation set takes the classes of the training set, so "
             "--classes-from does nothing"
         )
-    for name, paths in (("train", layout.train), ("val", layout.val)):
-        check_destination(dest / name, list(paths), how)
     print(f"{source}: {layout.what}", flush=True)
     train, val = open_splits(layout, listing)
-    return [Split(dest / "train", layout.train, train), Split(dest / "val", layout.val, val)]
+    return [Split(folders[0], layout.train, train), Split(folders[1], layout.val, val)]
 
 
 def announce(split: Split) -> None:
@@ -134,7 +175,7 @@ def execution_of(options: argparse.Namespace) -> Execution:
         raise ToolError("--workers must be 0 (no process of its own) or more")
     if not 0 <= options.task_id < options.num_tasks:
         raise ToolError(
-            f"--task-id must lie between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
+            f"--task-id must be between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
             f"not {options.task_id}"
         )
     return Execution(
@@ -149,7 +190,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         if value is not None and value < 1:
             raise ToolError(f"{flag} must be at least 1 pixel, not {value}")
     if options.quality is not None and not 1 <= options.quality <= 100:
-        raise ToolError(f"--quality must lie between 1 and 100, not {options.quality}")
+        raise ToolError(f"--quality must be between 1 and 100, not {options.quality}")
     if options.shard_size < 1 << 10 or options.seed < 0:
         raise ToolError("--shard-size must be at least 1KiB, --seed 0 or up")
     if not options.name or set(options.name) & set("/.\0"):

@@ -32,6 +32,8 @@ class PaperRow:
     initial: str | None = None
     finetune: dict[str, Any] = field(default_factory=dict)
     caveat: str = ""
+    last: tuple[str, ...] = ()  # overrides after those of the scale, such as a tuned rate
+    finetuned: bool = False  # the encoder as it is after the row's finetuning
 
     @property
     def plain(self) -> bool:

@@ -17,10 +17,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
+from pipeline import progress as status
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, refuse
+from pipeline.runtime.memory import explaining_memory
 from shard_tools.cores import cores
 
 T = TypeVar("T")
@@ -40,10 +41,12 @@ def join_ranks() -> Ranks:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line: bad input ends as `error: …` on stderr and exit code 2."""
+    """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
+    running out of memory, on the device, in this process or in a worker."""
     joined = dist.is_initialized()  # before, by whoever calls it in a process of theirs
     try:
-        main()
+        with explaining_memory():
+            main()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
@@ -56,7 +59,7 @@ def seed_number(text: str) -> int:
     """A seed that every generator takes. argparse turns the error into a sentence."""
     number = int(text)
     if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
     return number
 
 
@@ -127,6 +130,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def progress(items: Iterable[T], ranks: Ranks, text: str, total: int | None = None) -> Iterable[T]:
-    """A progress bar with the time left, on the first rank and in a terminal only."""
-    return tqdm(items, desc=text, total=total, disable=None if ranks.first else True, leave=False)
+def progress(
+    items: Iterable[T], ranks: Ranks, text: str, total: int | None = None, images: int = 0
+) -> Iterable[T]:
+    """The items, followed by a line with speed and time left, on the first rank's terminal only.
+
+    total: their number, where they do not have a length. images: of one item, on one rank.
+    """
+    return status.progress(items, text, total, images * ranks.world, shown=ranks.first)

@@ -1,4 +1,4 @@
-"""Images wherever they lie, as a Manifest: shards, a folder, a tar, a table or a list of paths.
+"""Images wherever they are, as a Manifest: shards, a folder, a tar, a table or a list of paths.
 
 What reads shards then reads all of them: an image file counts as a shard of one sample.
 """
@@ -21,7 +21,8 @@ from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
-from shard_tools.sharding.sources import Item, Listing, Source, open_source
+from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.sources import Listing, Source, open_source
 
 LIST = ".txt"
 
@@ -39,7 +40,7 @@ class FileManifest(Manifest):
         return ListedIndex(self.listed)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:  # type: ignore[override]
         """Name of each image: its path in the folder, member of the tar, or line of the list."""
         return self.keys
 
@@ -49,7 +50,7 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
     JSONL, or of a .txt with one path per line; labels as the source has them, -1 = none.
 
     root: where the relative paths of a table or list start (default: its folder). In a folder
-    whose images all lie in folders, the folder right below it is an image's class, in sorted
+    whose images are all in folders, the folder right below it is an image's class, in sorted
     order. UserError where nothing can be listed.
     """
     path = Path(where)
@@ -65,13 +66,13 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
 
 
 def paths(manifest: Manifest) -> list[str]:
-    """The file that holds each sample: an image file, or the tar that it lies in."""
+    """The file that holds each sample: an image file, or the tar that it is in."""
     counts = [shard.samples for shard in manifest.shards]
     files = [manifest.path(number) for number in range(len(counts))]
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
 
 
-def keys(manifest: Manifest) -> tuple[str, ...]:
+def keys(manifest: Manifest) -> Sequence[str]:
     """A name for each sample: its original one, or its number where none was recorded."""
     return manifest.names or tuple(f"{number:08d}" for number in range(manifest.samples))
 
@@ -127,7 +128,7 @@ class _Batches(Dataset):
 
 def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
     """The image files that are named, in that order, without labels."""
-    items = []
+    items = Items()
     for name in files:
         file = root / name
         with naming(file, "cannot be read"):
@@ -145,12 +146,12 @@ def _listed(path: Path, root: Path) -> FileManifest:
 
 
 def _by_folder(source: Source) -> Source:
-    """The folder right below the top as the class, where every image lies in one."""
+    """The folder right below the top as the class, where every image is in one."""
     if not all("/" in item.name for item in source.items):
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})
     number = {name: place for place, name in enumerate(classes)}
-    items = [item._replace(label=number[item.name.split("/")[0]]) for item in source.items]
+    items = Items(item._replace(label=number[item.name.split("/")[0]]) for item in source.items)
     return Source(source.root, items, tuple(classes), source.ignored, source.missing)
 
 

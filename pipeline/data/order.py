@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
+from shard_tools.shard_table import ShardTable
 
 SHARDS, WINDOWS, DRAWS, CROPS, SECOND_CROPS = range(5)  # streams of random numbers
 
@@ -66,7 +67,7 @@ def global_batch(
 ) -> np.ndarray:  # fmt: skip
     """Sample numbers (int64 [batch_size]) of global batch `step` (counted within the epoch).
 
-    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` lies
+    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` is
     outside the epoch or the batch cannot be cut into partitions.
     """
     order = _known_order(tuple(map(int, shard_sizes)), seed, batch_size, partitions, window)
@@ -84,7 +85,7 @@ class _Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Which sample stands where: shard sizes (int64 [shards]), and the recipe's numbers that fix
+    """Which sample is where: shard sizes (int64 [shards]), and the recipe's numbers that fix
     the order.
 
     draws: > 0 makes an epoch of that many draws with replacement (for tiny data sets).
@@ -101,13 +102,20 @@ class Order:
         default_factory=dict, init=False, repr=False
     )
 
+    @classmethod
+    def of(cls, table: ShardTable, *numbers: int) -> Order:
+        """The order of the shards of a manifest, whose arrays it shares; numbers: see `numbers`."""
+        order = cls(table.samples, *numbers)
+        order.__dict__["starts"] = table.starts[:-1]
+        return order
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
         _check_batch(self.batch_size, self.partitions)
         if self.window < 1:
             raise UserError(f"window {self.window}: must be at least one shard")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed {self.seed}: must lie between 0 and 2**63 - 1")
+            raise UserError(f"seed {self.seed}: must be between 0 and 2**63 - 1")
         if not self.steps:
             what = f"an epoch of {self.draws} draws" if self.draws else f"{self.total} samples"
             raise UserError(

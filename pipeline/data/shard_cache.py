@@ -30,14 +30,14 @@ from shard_tools.manifest import Manifest, ManifestError
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
-TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s lie between them
+TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s pass between them
 
 
 STALL = 60.0  # seconds without a byte after which a connection is given up
 
 
 class CacheError(ManifestError):
-    """A remote shard that cannot be had, or a cache that cannot hold it, in one sentence."""
+    """A remote shard that cannot be had, or a cache that cannot hold it."""
 
 
 class ShardCache:
@@ -233,7 +233,7 @@ def _abandoned(partial: Path) -> bool:
 
 
 def _copy(url: str, path: Path) -> None:
-    """Copy what lies at `url` into the local file `path`."""
+    """Copy the file at `url` into the local file `path`."""
     from fsspec.core import url_to_fs  # only remote folders need it
 
     options = {}

@@ -105,7 +105,7 @@ class DecoderBlock(Block):
 
         known: (own int [B, 1 + K], inverse int32 [B, L], hidden [L, D]): x holds rows `own` of
         its own, and hidden[l] at every place l that inverse[b, l] >= K calls hidden. again: normed
-        tensors are made again for backward instead of kept (False where the whole block is).
+        tensors are recomputed for backward instead of kept (False where the whole block is).
         """
         apply = _apply_to_normed if again else _apply
         project = self.attn.qkv

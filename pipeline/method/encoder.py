@@ -154,17 +154,17 @@ def read_encoder(
     """The encoder of a run as a timm ViT (fp32, eval mode, no head) and its encoder.json.
 
     folder: a run folder or its encoder/ folder. image_size: another than it was trained at; its
-    sin-cos positions are made again for it. Raises UserError in one sentence.
+    sin-cos positions are recomputed for it. Raises UserError.
     """
-    place = Path(folder)
-    if (place / "encoder").is_dir():
-        place = place / "encoder"
+    path = Path(folder)
+    if (path / "encoder").is_dir():
+        path = path / "encoder"
     try:
-        info = json.loads((place / "encoder.json").read_text(encoding="utf-8"))
+        info = json.loads((path / "encoder.json").read_text(encoding="utf-8"))
         if image_size is not None:
             info["options"] = info["options"] | {"img_size": image_size}
         vit = build_vit(info["arch"], info["options"])
-        state = load_file(place / "encoder.safetensors")
+        state = load_file(path / "encoder.safetensors")
         if image_size is not None and "pos_embed" in state:
             grid = vit.patch_embed.grid_size
             state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
@@ -173,7 +173,7 @@ def read_encoder(
         raise UserError(f"{folder}: no exported encoder there ({error})") from None
     except RuntimeError as error:
         raise UserError(
-            f"{place}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"
+            f"{path}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"
         ) from None
     return vit.eval(), info
 

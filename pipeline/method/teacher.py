@@ -31,7 +31,7 @@ class Online(Protocol):
 class Teacher(nn.Module):
     """(f', p'): the exponential moving average of the online encoder and projector, in fp32.
 
-    It stands outside the DeepSpeed module: not cast, not partitioned, not optimised. A measure
+    It is outside the DeepSpeed module: not cast, not partitioned, not optimised. A measure
     without a projector gets the tokens of f'.
     """
 

@@ -36,9 +36,9 @@ _FOREIGN = {
 def read_header(
     data: bytes, conversion: Conversion = REFUSE, find_marker: FindMarker = next_marker
 ) -> Header:
-    """What the file declares. Raises ImageFault, the reason in one sentence, if it is not accepted.
+    """What the file declares. Raises ImageFault with the reason if it is not accepted.
 
-    Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF goes on to its end marker.
+    Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF reaches its end marker.
     Values of more than 8 bits are refused unless `conversion` scales them; whether a transparent
     colour is used only `decode` can say. find_marker: a faster `next_marker`.
     """

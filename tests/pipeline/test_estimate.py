@@ -89,7 +89,7 @@ def test_shards_cover_every_element():
     assert shard(groups, 2, 2) == 10 + 4  # 20 / 2; 6 / 2 padded to a multiple of 2
     assert shard(groups, 3, 2) == 5 + 4 + 2 + 3 + 1
     assert stage2_gradients(groups, 1) == [26]
-    assert stage2_gradients(groups, 2) == [10 + 5, 10 + 6]  # 5 lies across the border of 4
+    assert stage2_gradients(groups, 2) == [10 + 5, 10 + 6]  # 5 is across the border of 4
     assert stage2_gradients([[8]], 2) == [8, 8]
 
 

@@ -92,6 +92,28 @@ def test_any_start_method_gives_the_same_batches(shards: Path, method: str) -> N
     assert batch.sample.tolist() == list(range(40))
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_of_any_start_method_take_the_same_memory(shards: Path, method: str) -> None:
+    """torch is 260 MB of a process that imports it; two workers share it."""
+
+    def own(pid: int) -> float:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        fields = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return fields["Private_Dirty"] / 1024
+
+    sizes = {}
+    for start in ("fork", method):
+        loader = open_loader(
+            shards, batch_size=8, micro_batch=8, total_steps=9, crop=Crop(16), partitions=4,
+            workers=2, start_method=start,
+        )  # fmt: skip
+        batches = iter(loader)
+        next(batches)
+        sizes[start] = [own(worker.pid) for worker in loader._workers]
+        loader.close()
+    assert max(sizes[method]) < min(sizes["fork"]) + 20
+
+
 def test_what_a_worker_is_sent_grows_with_neither_samples_nor_shards(tmp_path: Path) -> None:
     """As forkserver and spawn pickle it: a handle on the table of shards, a path to the index."""
     one = write_shards(tmp_path / "1", [[jpeg(0)] * 64])
@@ -330,10 +352,10 @@ def test_a_shard_cut_under_our_feet(tmp_path: Path) -> None:
         ({"micro": 3}, "cannot be split over 1 ranks in micro-batches of 3; use a multiple of 3"),
         ({"batch_size": 48}, "40 samples cannot fill one batch"),
         ({"batch_size": 8, "samples_per_epoch": 5}, "an epoch of 5 draws cannot fill one batch"),
-        ({"start_step": 13}, "steps 13 to 12: the first must lie before the last"),
+        ({"start_step": 13}, "steps 13 to 12: the first must be before the last"),
         ({"on_error": "ignore"}, "on_error 'ignore': must be 'fail' or 'skip'"),
         ({"window": 0}, "window 0: must be at least one shard"),
-        ({"seed": -1}, "seed -1: must lie between"),
+        ({"seed": -1}, "seed -1: must be between"),
         ({"partitions": 0}, "partitions 0: must be at least 1"),
         ({"workers": -1}, "workers -1: must be 0 or more"),
         ({"decode": "magic"}, "decoder 'magic' is not available here"),
