@@ -106,6 +106,10 @@ bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 a
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
 	@$(PY) tests/bench/bench_precision.py $(PRECISION)
 
+.PHONY: bench-launches
+bench-launches: .venv/ready   ## launches of a step by phase and recipe, and its host time beside plain torch's (MAE=checkout)
+	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae $(MAE))
+
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
 
@@ -138,8 +142,15 @@ kernels-report: .venv/ready   ## kernels compiled for sm_80/90/100 without a GPU
 test-gpu: .venv/ready   ## the kernel tests on a CUDA device, interpreter off
 	@$(PY) tests/kernels/run_on_gpu.py
 
-bench-gpu: .venv/ready   ## each kernel against its reference and a device copy, on a CUDA device
+bench-gpu: .venv/ready   ## each kernel beside its reference, eager and compiled, and a copy, on a CUDA device
 	@$(PY) tests/bench/bench_gpu.py
+
+.PHONY: gpu-check gpu-page
+gpu-check: .venv/ready   ## all that a GPU must prove, in 8 minutes → build/gpu-check (MAE=checkout; REHEARSE=1: on the CPU)
+	@$(PY) tests/system/gpu_check.py $(if $(MAE),--mae $(MAE)) $(if $(REHEARSE),--rehearse --output build/gpu-rehearsal)
+
+gpu-page: .venv/ready   ## the figures of the last gpu-check → docs/gpu.md
+	@$(PY) tests/system/gpu_check.py --write docs/gpu.md
 
 .PHONY: bundle
 PYTHON_VERSION ?= 3.12

@@ -128,7 +128,7 @@ def stages(tools: Tools) -> list[Stage]:
     lock = LOCK.read_text()
     cpu = Path("/proc/cpuinfo")
     avx2 = cpu.exists() and re.search(r"\bavx2\b", cpu.read_text()) is not None
-    source = [p.read_text() for p in (ROOT / "setup.py", ROOT / "pyproject.toml", decoder_source())]
+    source = [p.read_text() for p in (ROOT / "setup.py", ROOT / "pyproject.toml", *c_sources())]
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     simd, decoder, ops = tools.pillow(), tools.decoder(), tools.ops()
     wheel = BUILD / "wheels" / f"{sys.implementation.cache_tag}{'-avx2' if avx2 else ''}"
@@ -329,20 +329,26 @@ def remove_pillow() -> None:
     shutil.rmtree(site_packages() / "PIL", ignore_errors=True)
 
 
-def decoder_source() -> Path:
-    """The C file of the cropping JPEG decoder; its library is built beside it."""
-    return next((ROOT / "pipeline").rglob("_jpegcrop.c"))
+def c_sources() -> list[Path]:
+    """The C files: the cropping JPEG decoder and the check of JPEGs; libraries are built beside
+    them."""
+    return sorted(p for room in ("pipeline", "shard_tools") for p in (ROOT / room).rglob("_*.c"))
 
 
 def relaxmim(decoder: bool) -> str:
-    """This checkout, editable, with its one compiled part where there is a compiler."""
+    """This checkout, editable, with its compiled parts where there is a compiler."""
     remove_halves()
     suffix = ask("-I", "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-    library = decoder_source().with_name(f"_jpegcrop{suffix}")
-    library.unlink(missing_ok=True)  # of other sources
+    libraries = [source.with_name(f"{source.stem}{suffix}") for source in c_sources()]
+    for library in libraries:
+        library.unlink(missing_ok=True)  # of other sources
     pip("--no-build-isolation", "--no-index", "-e", ROOT, limit=600)
-    if decoder and not library.exists():
-        raise NotBuilt("_jpegcrop.c was not compiled")
+    absent = [source.name for source, lib in zip(c_sources(), libraries, strict=True)
+              if not lib.exists()]  # fmt: skip
+    if decoder and absent:
+        raise NotBuilt(
+            f"{' and '.join(absent)} {'was' if len(absent) == 1 else 'were'} not compiled"
+        )
     return "the JPEG decoder" if decoder else ""
 
 

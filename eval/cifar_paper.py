@@ -15,9 +15,9 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import pack, unpacked
+from eval.paper.archive import made_runs, pack, unpacked
 from eval.paper.cifar_claims import ALL
-from eval.paper.cifar_page import FACTS, Facts, read_facts, write_page
+from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
     RECORD,
     Plan,
@@ -34,6 +34,8 @@ from eval.paper.cifar_plan import (
 from eval.paper.commands import Workspace, read_scale
 from eval.paper.cost import Rates
 from eval.paper.job_runner import run_commands
+from eval.paper.study import Study
+from eval.report import write_report
 from eval.reporting.page import markdown_table
 from eval.shared.cifar_shards import make_cifar_shards
 from eval.shared.cli import run_command
@@ -115,7 +117,7 @@ def cifar_paper(settings: Settings) -> None:
     run_commands(plan.stage(2), settings.jobs, settings.output)
     study = study_of(settings.workspace, settings.claims, settings.seeds, record["compute"])
     facts = note_facts(settings, plan)
-    page, _ = write_page(study, facts, settings.output / "report.html")
+    page = write_page(study, facts, settings.output / "report.html")
     for table in study.tables():
         print("\n".join(markdown_table(table)))
     if settings.archive:
@@ -123,6 +125,13 @@ def cifar_paper(settings: Settings) -> None:
         print(f"archive: {settings.archive}, {size:,} bytes")
     print(f"{facts.seconds:.0f} CPU seconds; report: {page}")
     print(json.dumps({"claims": study.verdicts()}), flush=True)
+
+
+def write_page(study: Study, facts: Facts, page: Path) -> Path:
+    """Write PAGE.html and PAGE.md; the former."""
+    folders = made_runs(study.workspace.output)
+    first = chapters(study, facts)
+    return write_report(folders, page, "The paper's claims on CIFAR-10", first)[0]
 
 
 def note_facts(settings: Settings, plan: Plan) -> Facts:
@@ -145,7 +154,7 @@ def rebuild(archive: Path) -> None:
         facts = read_facts(output / FACTS)
         workspace = Workspace(output, scale)
         study = study_of(workspace, facts.claims, facts.seeds, record["compute"])
-        page, _ = write_page(study, facts, archive.with_name("cifar10.html"))
+        page = write_page(study, facts, archive.with_name("cifar10.html"))
         print(f"report: {page}")
         print(json.dumps({"claims": study.verdicts()}), flush=True)
 

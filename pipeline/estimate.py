@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
+from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
@@ -32,12 +33,6 @@ from pipeline.method.teacher import Teacher
 from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
-# Peak 10^12 FLOP/s of dense matrix products (makers' data sheets: A100 SXM, H100 SXM, HGX B200).
-PEAKS = {
-    "a100": {"bf16": 312.0, "fp32": 19.5},
-    "h100": {"bf16": 989.4, "fp32": 66.9},
-    "b200": {"bf16": 2250.0, "fp32": 75.0},
-}
 MOST = 128  # images of a micro-batch; more of them make a GPU no faster
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 
@@ -117,6 +112,12 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
             loss.backward()
     gathered = sum(key.numel() * key.element_size() for key in keys)
     return Work(images, work.get_total_flops(), kept.bytes, gathered)
+
+
+def flops_per_image(recipe: Recipe) -> float:
+    """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
+    again under gradient checkpointing does not count."""
+    return dry_run(recipe, 2, "fp32").flops / 2
 
 
 def encoder_flops(encoder: EncoderRecipe) -> int:
@@ -360,6 +361,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--flops", action="store_true", help="print the FLOPs of an image, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     args = parser.parse_args(argv)
     if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
@@ -373,7 +375,11 @@ def main(argv: list[str] | None = None) -> int:
     """Print the plan; 0, or 2 for bad input."""
     args = parse_args(argv)
     try:
-        plan = predict(load_recipe(args.recipe, args.overrides), args)
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.flops:
+            print(flops_per_image(recipe))
+            return 0
+        plan = predict(recipe, args)
         print(show(plan))
         if args.json:
             with naming(args.json, "cannot be written"):

@@ -33,6 +33,7 @@ from shard_tools.make_shards import byte_size
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
 from shard_tools.sharding.found import EXTENSIONS
+from shard_tools.texts import Texts
 
 CHOICES = ("random", "first", "one-class", "one-per-class")
 
@@ -40,10 +41,11 @@ CHOICES = ("random", "first", "one-class", "one-per-class")
 def ranks(manifest: Manifest, seed: int) -> np.ndarray:
     """A pseudo-random uint64 per sample from (seed, original name), or from its number where no
     names were recorded: int order, independent of how the shards were packed."""
-    keys = manifest.names or tuple(map(str, range(manifest.samples)))
-    salt = f"subset {seed}".encode()
-    digests = (hashlib.blake2b(k.encode(), key=salt, digest_size=8).digest() for k in keys)
-    return np.frombuffer(b"".join(digests), "<u8")
+    keys = manifest.names or map(str, range(manifest.samples))
+    salt, digests = f"subset {seed}".encode(), bytearray()
+    for key in keys:
+        digests += hashlib.blake2b(key.encode(), key=salt, digest_size=8).digest()
+    return np.frombuffer(digests, "<u8")
 
 
 def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
@@ -61,10 +63,9 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
     """Samples whose file name, without folders, is in the list: the name itself, else its stem (the
     keys of adopted tars have no suffix). Every listed name must be there exactly once."""
     wanted = {os.path.basename(line.strip()) for line in _lines(path)}
-    names = [os.path.basename(name) for name in manifest.names]
-    if not names:
+    if not manifest.names:
         raise ToolError(f"{manifest.home}: no file names were recorded; --fraction can be used")
-    exact, stems = _numbers(names), _numbers(map(_stem, names))
+    exact, stems = _numbers(manifest.names, wanted)
     found = {name: exact.get(name) or stems.get(_stem(name), []) for name in wanted}
     missing = [name for name in wanted if not found[name]]
     if missing:
@@ -84,12 +85,18 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
     return chosen
 
 
-def _numbers(names: Iterable[str]) -> dict[str, list[int]]:
-    """The positions of each name."""
-    found: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        found.setdefault(name, []).append(number)
-    return found
+def _numbers(
+    names: Iterable[str], wanted: set[str]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The positions of each file name that is wanted, and of each stem of one."""
+    exact: dict[str, list[int]] = {}
+    stems: dict[str, list[int]] = {_stem(name): [] for name in wanted}
+    for number, name in enumerate(map(os.path.basename, names)):
+        if name in wanted:
+            exact.setdefault(name, []).append(number)
+        if (stem := _stem(name)) in stems:
+            stems[stem].append(number)
+    return exact, stems
 
 
 def _stem(name: str) -> str:
@@ -224,7 +231,7 @@ class Chosen:
 
     shard: np.ndarray
     rows: np.ndarray
-    names: list[str]
+    names: Texts
     classes: tuple[str, ...]
     made: dict[str, Any]
 
@@ -235,7 +242,7 @@ def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: 
     classes = manifest.classes
     if "classes" in record:
         rows, classes = renumber(manifest, rows)
-    names = [manifest.names[i] for i in samples] if manifest.names else []
+    names = Texts(manifest.names[i] for i in samples) if manifest.names else Texts()
     made: dict[str, Any] = {
         "kind": kind,
         "tool": "subset",

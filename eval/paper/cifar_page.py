@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.paper.archive import made_runs
 from eval.paper.reproduction import beside
 from eval.paper.study import Study, rules, wanted_metrics
 from eval.paper.tuning import Trial, best, read_trials
 from eval.protocols import headings
-from eval.report import write_report
 from eval.reporting.page import Chapter
 from eval.reporting.run_records import read_json
 from eval.reporting.tables import NONE, Cell, Row, Table
@@ -50,12 +48,6 @@ def read_facts(path: Path) -> Facts:
                      str(found["unit"]), tuple(found["left"]))  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path.name}: is missing from the archive, or damaged") from error
-
-
-def write_page(study: Study, facts: Facts, page: Path) -> tuple[Path, Path]:
-    """Write PAGE.html and PAGE.md; their paths."""
-    folders = made_runs(study.workspace.output)
-    return write_report(folders, page, "The paper's claims on CIFAR-10", chapters(study, facts))
 
 
 def chapters(study: Study, facts: Facts) -> list[Chapter]:

@@ -136,6 +136,7 @@ def course_chapter(groups: Sequence[Group]) -> Chapter:
     wanted = [
         ("lr", "Learning rate", ""),
         ("images_per_second", "Throughput", "images/s"),
+        ("mfu", "Model FLOPs utilisation", "share of the peak"),
         ("data_wait", "Data wait", "share of the step"),
     ]
     runs = [run for group in groups for run in group.runs if run.metrics]

@@ -385,8 +385,9 @@ class DataRecipe(Section):
 
 
 class MonitorRecipe(Section):
-    """How often (in steps) to log, draw pictures, save and probe; it changes no result.
+    """How often (in steps) to log, draw pictures, save and probe, and where; changes no result.
 
+    log_to: beside log.txt and metrics.jsonl; wandb and mlflow are packages to be installed.
     occlusion_steps: CKA of the features of whole and occluded images; knn_steps: a k-NN
     classifier of the features; 0 is off. Both look at `images` held-out images, taken evenly
     from the shard folder `held_out` ("": the folder `val` beside the training shards).
@@ -395,6 +396,7 @@ class MonitorRecipe(Section):
     """
 
     log_steps: Positive = 20
+    log_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     picture_steps: Positive = 1000
     save_steps: Positive = 1000
     keep_checkpoints: Positive = 2

@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +98,7 @@ class LoaderConfig:
     replacement. second_crop: fill Batch.second. augment: applied to each crop in the worker.
     workers: processes per rank. cache, cache_bytes: where remote shards are kept on this node
     (default $RELAXMIM_CACHE) and how many bytes of them. start_method: of the workers, by default
-    Python's own; the batches are the same.
+    Python's own; the batches and the memory are the same (spawn: see `_context`).
     """
 
     folder: str | Path | Manifest
@@ -137,7 +138,7 @@ class _Train(Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.order = Order(self.reader.manifest.table.samples, *state["order"])
+        self.order = Order.of(self.reader.manifest.table, *state["order"])
 
     def __getitem__(self, task: int) -> Batch | Exception:
         try:
@@ -225,12 +226,31 @@ class _Eval(Dataset):
         return Batch(image, self.reader.labels(samples), numbers, numbers)
 
 
+def _context(start_method: StartMethod | None) -> str:
+    """Where fresh processes are asked for, one is made, which imports torch and then forks the
+    workers: a worker of spawn has 265 MB of its own for that import, one of forkserver 33 MB."""
+    method = start_method or multiprocessing.get_start_method()
+    fresh = method == "spawn" and "forkserver" in multiprocessing.get_all_start_methods()
+    return "forkserver" if fresh else method
+
+
 def _quiet_worker(_: int) -> None:
     # The launcher signals every process of the group; the rank, not its workers, decides when
     # to stop. Workers end when the rank closes the loader or is gone.
     gc.freeze()  # a collection would write to what a fork inherits, and so copy all of it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started inside has these signals blocked, so that none ends it before it ignores
+    them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class Loader:
@@ -258,7 +278,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_quiet_worker,
-            multiprocessing_context=start_method if workers else None,
+            multiprocessing_context=_context(start_method) if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # so that the global one is left as it is
         )
@@ -302,15 +322,9 @@ class Loader:
             raise told from error
 
     def _start(self) -> None:
-        # A server of forks imports torch once for all workers, which then share that memory.
-        multiprocessing.set_forkserver_preload([__name__])
         others = set(multiprocessing.active_children())
-        # A worker is born with these signals blocked, so that none ends it before it ignores them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        try:
+        with _signals_blocked():
             self._iterator = iter(self._loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._workers = [c for c in multiprocessing.active_children() if c not in others]
 
     def close(self) -> None:
@@ -360,9 +374,9 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
     crop = config.crop
     images = config.micro_batch * (1 + config.second_crop)
     _check_shared_memory(config.workers, images, crop.image_size)
-    manifest = _open(config.folder, config.workers)
-    order = Order(
-        manifest.table.samples, config.seed, config.batch_size,
+    manifest = _open(config.folder, config.workers, config.start_method)
+    order = Order.of(
+        manifest.table, config.seed, config.batch_size,
         config.partitions, config.window, config.samples_per_epoch,
     )  # fmt: skip
     remote = _cache(manifest, config.cache, config.cache_bytes)
@@ -423,7 +437,7 @@ def eval_loader(
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
-    manifest = _open(folder, workers)
+    manifest = _open(folder, workers, start_method)
     crop = CentreCrop(image_size, resize or shorter_side(image_size), interpolation)
     remote = _cache(manifest, cache, cache_bytes)
     reader = Reader(manifest, image_size, interpolation, decode, remote)
@@ -436,8 +450,14 @@ def eval_loader(
     return Loader(dataset, tasks, workers, pin_memory, reader, start_method)
 
 
-def _open(folder: str | Path | Manifest, workers: int) -> Manifest:
+def _open(
+    folder: str | Path | Manifest, workers: int, start_method: StartMethod | None
+) -> Manifest:
     """The manifest; with workers, one that any number of processes can share."""
+    if workers and _context(start_method) == "forkserver":
+        multiprocessing.set_forkserver_preload([__name__])
+        with _signals_blocked():
+            forkserver.ensure_running()  # imports torch for all workers while the manifest is read
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
     if workers and manifest.table.shared is None:
         manifest = replace(manifest, shards=share(manifest.table))

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
+from shard_tools.shard_table import ShardTable
 
 SHARDS, WINDOWS, DRAWS, CROPS, SECOND_CROPS = range(5)  # streams of random numbers
 
@@ -100,6 +101,13 @@ class Order:
     _epoch: dict[int, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False
     )
+
+    @classmethod
+    def of(cls, table: ShardTable, *numbers: int) -> Order:
+        """The order of the shards of a manifest, whose arrays it shares; numbers: see `numbers`."""
+        order = cls(table.samples, *numbers)
+        order.__dict__["starts"] = table.starts[:-1]
+        return order
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))

@@ -12,10 +12,11 @@ from shard_tools.image_file.header import MAX_PIXELS, MAX_SIDE, Header, ImageFau
 from shard_tools.image_file.jpeg import MAX_SCANS, SOI, FindMarker, next_marker, read_jpeg
 from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
 from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
+from shard_tools.image_file.sound import sound_until
 
 __all__ = [
     "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header", "ImageFault", "decode",
-    "next_marker", "orientation", "read_header",
+    "next_marker", "orientation", "read_header", "sound_until",
 ]  # fmt: skip
 
 _MAGIC = {

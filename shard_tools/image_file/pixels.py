@@ -15,6 +15,7 @@ from shard_tools.image_file.others import check_deflated
 from shard_tools.image_file.pillow import calling_pillow
 
 _ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION_IN_JPEG = (b"Exif", b"tiff:Orientation")  # what Pillow looks for, in EXIF and XMP
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _FULL_BITS = 16  # unsigned values of up to this many bits have a full range
 
@@ -115,6 +116,10 @@ def orientation(data: bytes, header: Header) -> int:
     """
     if header.format == "TIFF":
         return 1
+    if header.format == "JPEG":
+        scan, _ = header.parts[-1]
+        if not any(data.find(words, 0, scan) >= 0 for words in _ORIENTATION_IN_JPEG):
+            return 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
