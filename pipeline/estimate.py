@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
@@ -29,7 +30,7 @@ from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
-from pipeline.method.teacher import Teacher
+from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
@@ -99,7 +100,7 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
         objective.to_empty(device="cpu")
         if teacher is not None:
             teacher.to_empty(device="cpu")
-            teacher.register_forward_hook(lambda module, given, key: keys.append(key))
+            teacher.register_forward_hook(lambda module, given, key: keys.extend(tree_leaves(key)))
         image = torch.empty(images, side, side, 3, dtype=torch.uint8)
         sample = torch.empty(images, dtype=torch.int64)
         crop = image if recipe.views.second == "crop" else None
@@ -215,9 +216,15 @@ def memory(
         weights=((part if stage == 3 else trained) + sum(here)) * size,
         gradients=kept * (2 if precision == "bf16" else 4),
         optimizer=part * (12 if stage else 8),
-        teacher=sum(p.numel() for p in teacher.parameters()) * 4 if teacher else 0,
+        teacher=teacher_bytes(teacher, precision) if teacher else 0,
         activations=work.activations,
     )
+
+
+def teacher_bytes(teacher: Teacher, precision: str) -> int:
+    """Bytes of a teacher: fp32, and of its linears a copy in the type of their products."""
+    copied = [] if precision == "fp32" else linear_weights(teacher)
+    return sum(p.numel() * 4 for p in teacher.parameters()) + sum(p.numel() * 2 for p in copied)
 
 
 def traffic(
