@@ -66,7 +66,7 @@ find_python() {
   choose_python
   "$python" -c 'import sys, importlib.util as u; sys.exit(not u.find_spec("deepspeed"))' 2>/dev/null ||
     fail "${python:-python3} has no deepspeed: run 'make setup' in $root or activate its environment"
-  export PATH="${python%/*}:$PATH" # deepspeed and ninja lie beside it
+  export PATH="${python%/*}:$PATH" # deepspeed and ninja are beside it
 }
 
 count_gpus() { # that this process may use; the deepspeed launcher numbers devices on a CPU too
@@ -85,7 +85,7 @@ check_interface() { # VARIABLE: what it names is a network interface of this hos
   [[ -z $value || $value == ^* ]] && return
   have=" $(tail -n +3 /proc/net/dev | cut -d: -f1 | xargs) "
   for name in ${value//,/ }; do
-    [[ $1 == GLOO* || $name == =* ]] && end=' ' # NCCL takes a prefix, unless = stands in front
+    [[ $1 == GLOO* || $name == =* ]] && end=' ' # NCCL takes a prefix, unless = comes first
     name=${name#=}
     [[ $have == *" ${name%%:*}$end"* ]] || fail "$1=$value: $host has no such interface (it has:$have)"
   done

@@ -1,6 +1,6 @@
-"""The one compiled part, pipeline/data/_jpegcrop.c over libjpeg-turbo (optional).
+"""The compiled parts (optional): the JPEG decoder over libjpeg-turbo and the check of JPEGs.
 
-Everything else is declared in pyproject.toml. To build it in place again:
+Everything else is declared in pyproject.toml. To build them in place again:
     python setup.py build_ext --inplace
 """
 
@@ -11,9 +11,16 @@ setup(
         Extension(
             "pipeline.data._jpegcrop",
             ["pipeline/data/_jpegcrop.c"],
+            depends=["pipeline/data/_entropy.h"],
             libraries=["jpeg"],
             extra_compile_args=["-O3"],
             optional=True,  # a warning instead of an error; the loader then uses simplejpeg
-        )
+        ),
+        Extension(
+            "shard_tools.image_file._jpegcheck",
+            ["shard_tools/image_file/_jpegcheck.c"],
+            extra_compile_args=["-O3"],
+            optional=True,  # simplejpeg decodes each file instead
+        ),
     ]
 )

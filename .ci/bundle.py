@@ -40,7 +40,7 @@ LIMIT = 60_000_000  # bytes of a bundle without torch
 
 
 class BundleError(RuntimeError):
-    """A bundle that cannot be made, in one sentence."""
+    """A bundle that cannot be made; the message says why."""
 
 
 def locked() -> dict[str, str]:
@@ -136,20 +136,26 @@ def checkout(folder: Path) -> None:
 
 
 def decoder(folder: Path, python: str) -> str:
-    """Compile the decoder into the checkout by that Python, with libjpeg inside where it can be;
-    what became of it."""
+    """Compile the decoder into the checkout by that Python, with libjpeg inside where it can be,
+    and the check of JPEGs, which needs none; what became of the decoder."""
     interpreter = find_python(python)
     if interpreter is None:
         return f"not built: no python{python} with its headers here; the node takes simplejpeg"
     code = "import sysconfig as s; print(s.get_path('include'), s.get_config_var('EXT_SUFFIX'))"
     found = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True)
     include, suffix = found.stdout.split()
-    data = folder / "pipeline/data"
-    target = data / f"_jpegcrop{suffix}"
-    base = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", f"-I{include}",
-            str(data / "_jpegcrop.c"), "-o", str(target)]  # fmt: skip
+
+    def compiled(source: str, libraries: list[str]) -> bool:
+        path = folder / source
+        command = [os.environ.get("CC", "cc"), "-O3", "-shared", "-fPIC", f"-I{include}",
+                   str(path), "-o", str(path.with_name(path.stem + suffix)),
+                   *libraries]  # fmt: skip
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    compiled("shard_tools/image_file/_jpegcheck.c", [])
+    target = Path(f"pipeline/data/_jpegcrop{suffix}")
     for library in (["-l:libjpeg.a", "-Wl,--exclude-libs,ALL"], ["-ljpeg"]):
-        if subprocess.run([*base, *library], capture_output=True).returncode == 0:
+        if compiled("pipeline/data/_jpegcrop.c", library):
             shared = library == ["-ljpeg"]
             return f"built as {target.name}" + (", needs the node's libjpeg" if shared else "")
     return "not built: it does not compile here; the node takes simplejpeg"

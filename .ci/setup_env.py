@@ -1,7 +1,7 @@
 """Set-up in five stages: .venv from requirements.lock, and what a compiler adds. `make setup`.
 
 The system's Python runs this before anything is installed, so it imports the standard library
-only; it lies here, beside the check that every change has to pass, because no package is it part
+only; it is here, beside the check that every change has to pass, because no package is it part
 of. A stage that has ended leaves a stamp in .venv/setup with the hash of its inputs and is skipped
 from then on, without the network; one that was interrupted starts again and keeps what is whole.
 Source is compiled for pillow-simd, the JPEG decoder and DeepSpeed's fused ops only, within a time
@@ -128,7 +128,8 @@ def stages(tools: Tools) -> list[Stage]:
     lock = LOCK.read_text()
     cpu = Path("/proc/cpuinfo")
     avx2 = cpu.exists() and re.search(r"\bavx2\b", cpu.read_text()) is not None
-    source = [p.read_text() for p in (ROOT / "setup.py", ROOT / "pyproject.toml", decoder_source())]
+    files = ROOT / "setup.py", ROOT / "pyproject.toml", *c_sources(), *c_sources("h")
+    source = [path.read_text() for path in files]
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     simd, decoder, ops = tools.pillow(), tools.decoder(), tools.ops()
     wheel = BUILD / "wheels" / f"{sys.implementation.cache_tag}{'-avx2' if avx2 else ''}"
@@ -329,20 +330,27 @@ def remove_pillow() -> None:
     shutil.rmtree(site_packages() / "PIL", ignore_errors=True)
 
 
-def decoder_source() -> Path:
-    """The C file of the cropping JPEG decoder; its library is built beside it."""
-    return next((ROOT / "pipeline").rglob("_jpegcrop.c"))
+def c_sources(kind: str = "c") -> list[Path]:
+    """The C files: the cropping JPEG decoder and the check of JPEGs; libraries are built beside
+    them."""
+    rooms = ROOT / "pipeline", ROOT / "shard_tools"
+    return sorted(path for room in rooms for path in room.rglob(f"_*.{kind}"))
 
 
 def relaxmim(decoder: bool) -> str:
-    """This checkout, editable, with its one compiled part where there is a compiler."""
+    """This checkout, editable, with its compiled parts where there is a compiler."""
     remove_halves()
     suffix = ask("-I", "-c", "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
-    library = decoder_source().with_name(f"_jpegcrop{suffix}")
-    library.unlink(missing_ok=True)  # of other sources
+    libraries = [source.with_name(f"{source.stem}{suffix}") for source in c_sources()]
+    for library in libraries:
+        library.unlink(missing_ok=True)  # of other sources
     pip("--no-build-isolation", "--no-index", "-e", ROOT, limit=600)
-    if decoder and not library.exists():
-        raise NotBuilt("_jpegcrop.c was not compiled")
+    absent = [source.name for source, lib in zip(c_sources(), libraries, strict=True)
+              if not lib.exists()]  # fmt: skip
+    if decoder and absent:
+        raise NotBuilt(
+            f"{' and '.join(absent)} {'was' if len(absent) == 1 else 'were'} not compiled"
+        )
     return "the JPEG decoder" if decoder else ""
 
 

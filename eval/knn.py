@@ -39,7 +39,7 @@ def check(s: Settings) -> int:
     """Refuse what cannot be computed; the number of classes."""
     train, val = labelled(s.train), labelled(s.val)
     if not 1 <= s.k <= train.samples:
-        raise UserError(f"--k {s.k}: must lie between 1 and {train.samples} training images")
+        raise UserError(f"--k {s.k}: must be between 1 and {train.samples} training images")
     if s.temperature <= 0 or s.micro_batch < 1:
         raise UserError("--temperature must be above 0 and --micro-batch at least 1")
     return class_count(train, val)

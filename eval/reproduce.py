@@ -1,4 +1,4 @@
-"""The paper's tables made again: every row pretrained and evaluated, ours beside the published.
+"""The paper's tables recomputed: every row pretrained and evaluated, ours beside the published.
 
     python eval/reproduce.py --table 4 --scale full --dry-run     what it would run, and its cost
     python eval/reproduce.py --table 4 --scale mini --seeds 3     in miniature, on a CPU

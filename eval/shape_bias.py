@@ -11,7 +11,7 @@ with the highest mean probability over the category's classes.
     python eval/shape_bias.py --classifier runs/rmae/eval/finetune --images cue-conflict/
     python eval/shape_bias.py --decisions raw-data/cue-conflict/*subject*.csv
 
-The images lie in a folder per shape: cue-conflict/cat/cat1-elephant2.png. The CSV files are
+The images are in a folder per shape: cue-conflict/cat/cat1-elephant2.png. The CSV files are
 model-vs-human's, with the columns object_response, category and imagename.
 """
 
@@ -200,7 +200,7 @@ def classifier_trials(
     choice = torch.zeros(len(images), dtype=torch.int64, device=ranks.device)
     names, size = list(CATEGORIES), int(info["options"]["img_size"])
     pieces = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    for piece in progress(pieces, ranks, "shape bias"):
+    for piece in progress(pieces, ranks, "shape bias", images=batch_size):
         crops = np.stack([evaluation_crop(images[n][0], size) for n in piece])
         pixels = normalise(torch.from_numpy(crops), info["mean"], info["std"], ranks.device)
         for number, decision in zip(piece, decide(classify(model, pixels)), strict=True):

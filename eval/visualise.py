@@ -247,7 +247,7 @@ def build_sections(
     ]  # fmt: skip
     for number, (x, y) in enumerate(points):
         title = f"Similarity with the framed patch, at {x:g} of the width and {y:g} of the height"
-        text = "Cosine similarity, dark to yellow over the range that stands below each map."
+        text = "Cosine similarity, dark to yellow over the range given below each map."
         picture = cosine_sheet(photographs, looks, (x, y))
         result.append((f"cosine-{number + 1}.png", picture, title, text))
     for number, one in enumerate(looks):

@@ -11,9 +11,9 @@ PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resume
 
 
 class UserError(Exception):
-    """Input, a file or a machine that cannot be used, in one sentence that names it.
+    """Input, a file or a machine that cannot be used; the message names it.
 
-    The sentence says what would be right. Every other exception is a slip of ours: it keeps its
+    The sentence says what would be right. Every other exception is a slip in relaxmim: it keeps its
     traceback and ends a command with exit code 1.
     """
 

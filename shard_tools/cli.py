@@ -19,7 +19,7 @@ FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be 
 
 
 class ToolError(UserError):
-    """A command that cannot be carried out, in one sentence that names the file or the option."""
+    """A command that cannot be carried out; the message names the file or the option."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -42,7 +42,7 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 class ManifestError(UserError):
-    """A shard folder that cannot be used, in one sentence that names the file."""
+    """A shard folder that cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def index_checksum(data: bytes) -> str:
 
 class Index:
     """The rows of an index file. What is used is checked first: against its checksum, and that
-    rows lie in their shards and have labels that the classes know.
+    rows are in their shards and have labels that the classes know.
 
     where: what messages call it; path: the local file; checksum: hex, the manifest's; starts:
     int64 [shards + 1], first sample of each shard, then the total; sizes: int64 [shards], bytes;
@@ -220,7 +220,7 @@ class ListedIndex(Index):
 def check_rows(
     where: str, rows: np.ndarray, first: int, starts: np.ndarray, sizes: np.ndarray, classes: int
 ) -> None:
-    """ManifestError unless every row, the first of which is sample `first`, lies in its shard and
+    """ManifestError unless every row, the first of which is sample `first`, is in its shard and
     has a label that the classes know. For the other arguments see Index."""
     known = classes or np.iinfo(np.int32).max
     for begin in range(0, len(rows), BLOCK):
@@ -229,9 +229,7 @@ def check_rows(
         ends = part["offset"] + part["length"]
         outside = (ends > sizes[shards].astype(np.uint64)) | (ends < part["offset"])
         if outside.any():
-            raise ManifestError(
-                f"{where}: sample {place + outside.argmax()} lies outside its shard"
-            )
+            raise ManifestError(f"{where}: sample {place + outside.argmax()} is outside its shard")
         wrong = (part["label"] < -1) | (part["label"] >= known)
         if wrong.any():
             label = part["label"][wrong.argmax()]

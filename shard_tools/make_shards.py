@@ -176,7 +176,7 @@ def execution_of(options: argparse.Namespace) -> Execution:
         raise ToolError("--workers must be 0 (no process of its own) or more")
     if not 0 <= options.task_id < options.num_tasks:
         raise ToolError(
-            f"--task-id must lie between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
+            f"--task-id must be between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
             f"not {options.task_id}"
         )
     return Execution(
@@ -191,7 +191,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         if value is not None and value < 1:
             raise ToolError(f"{flag} must be at least 1 pixel, not {value}")
     if options.quality is not None and not 1 <= options.quality <= 100:
-        raise ToolError(f"--quality must lie between 1 and 100, not {options.quality}")
+        raise ToolError(f"--quality must be between 1 and 100, not {options.quality}")
     if options.shard_size < 1 << 10 or options.seed < 0:
         raise ToolError("--shard-size must be at least 1KiB, --seed 0 or up")
     if not options.name or set(options.name) & set("/.\0"):

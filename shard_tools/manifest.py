@@ -4,12 +4,12 @@ A shard folder holds plain WebDataset tars and three or four small files:
 
     manifest.json   shards (name, samples, bytes, sha256), classes, how it was made; written last
     shards.bin      the shards, where there are more than 4096 (see shard_tools/shard_table.py)
-    index.bin       one SAMPLE row per sample, in shard order: where its image bytes lie, its label
+    index.bin       one SAMPLE row per sample, in shard order: where its image bytes are, its label
                     (see shard_tools/index_file.py)
     names.bin       the original name of each sample (optional; zlib-compressed UTF-8 lines)
 
 A subset, or tars that others wrote, is a folder that holds only these files; its manifest then says
-where the tars lie. Every reader goes through `read_manifest`, so subsets need no special case.
+where the tars are. Every reader goes through `read_manifest`, so subsets need no special case.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ FORMATS = ("jpeg", "png", "webp", "other")
 class Manifest:
     """Shards, classes and the lazily loaded index of one folder (or of a subset of it)."""
 
-    folder: str  # where the tars lie: a path or an fsspec URL
+    folder: str  # where the tars are: a path or an fsspec URL
     shards: Sequence[Shard]
     classes: tuple[str, ...] = ()  # index → name (synset); empty where there are no labels
     made: dict[str, Any] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class Manifest:
 def read_manifest(folder: str | Path, *, check_shards: bool = True) -> Manifest:
     """Open the manifest of `folder` (a path or any fsspec URL).
 
-    Raises ManifestError in one sentence: no manifest, unknown version, damaged manifest or index
+    Raises ManifestError: no manifest, unknown version, damaged manifest or index
     header; for tars on a local disk (unless `check_shards` is off) also a missing shard or one of
     the wrong size. The index itself is read and checked at its first use.
     """
@@ -235,7 +235,7 @@ def write_manifest(
     atomically. An older manifest is taken away first, so that no mixture is ever readable.
 
     index: SAMPLE rows in the order of `shards`; names: one per row, or none at all.
-    shard_folder: where the tars lie, if not in `folder` (stored relative to it when local).
+    shard_folder: where the tars are, if not in `folder` (stored relative to it when local).
     """
     folder = Path(folder)
     rows = np.ascontiguousarray(index, SAMPLE)
@@ -359,7 +359,7 @@ def _check_types(where: str, manifest: Manifest) -> None:
     if (numbers < 0).any():
         raise ManifestError(f"{where}: {numbers.min()} is no count of samples or bytes")
     if sum(manifest.table.samples.tolist()) >= 2**63:
-        raise ManifestError(f"{where}: its shards cannot hold so many samples")
+        raise ManifestError(f"{where}: its shards cannot hold that many samples")
 
 
 def _check_files(manifest: Manifest, check_shards: bool) -> None:

@@ -25,7 +25,7 @@ _DAMAGE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionErr
 
 
 class TarError(UserError):
-    """A tar that is damaged or cannot be used, in one sentence."""
+    """A tar that is damaged or cannot be used."""
 
 
 class MissingEnd(TarError):
@@ -33,7 +33,7 @@ class MissingEnd(TarError):
 
 
 class Member(NamedTuple):
-    """One member: where its bytes lie in the file, or the name of the member that a link points
+    """One member: where its bytes are in the file, or the name of the member that a link points
     to, or why it cannot be read as a range of bytes."""
 
     name: str

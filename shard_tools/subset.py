@@ -8,6 +8,7 @@ Exactly one way to choose is given:
                   of adopted tars, whose samples have keys, those with the same stem
   --classes FILE  the classes FILE lists, renumbered in their old order (ImageNet-100)
   --count N       N images: --choose random | first | one-class | one-per-class
+`--rest` takes all the others: with the same choice a held-out part and what is left.
 `--copy` writes tars of their own instead. A draw depends on the seed and on the original names
 only, so shards of another size, order or resolution give the same images.
 """
@@ -19,7 +20,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def ranks(manifest: Manifest, seed: int) -> np.ndarray:
 def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
     """`fraction` of every class, rounded, at least one image; sample numbers, ascending."""
     if not 0 < fraction <= 1:
-        raise ToolError(f"--fraction must lie in (0, 1], not {fraction}")
+        raise ToolError(f"--fraction must be in (0, 1], not {fraction}")
     labels = manifest.index["label"]
     order = np.lexsort((ranks(manifest, seed), labels))  # class by class, shuffled inside
     _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
@@ -165,7 +166,8 @@ class Choice:
     """One way to choose samples: exactly one of fraction, names, classes and count.
 
     fraction: share of every class. names, classes: lists in files; classes are renumbered. count:
-    this many images, chosen as `choose` says (class_name: of one-class). seed: of every draw.
+    this many images, chosen as `choose` says (class_name: of one-class). seed: of every draw. rest:
+    the samples that are not chosen instead.
     """
 
     fraction: float | None = None
@@ -175,6 +177,7 @@ class Choice:
     choose: str = "random"
     class_name: str | None = None
     seed: int = 0
+    rest: bool = False
 
     def record(self) -> dict[str, Any]:
         """How the samples were chosen, for the manifest."""
@@ -183,11 +186,14 @@ class Choice:
             record[key] = record[key].name if record[key] else None
         if self.count is None:
             record["choose"] = None
+        record["rest"] = self.rest or None
         return {key: value for key, value in record.items() if value is not None}
 
 
 def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
     """Sample numbers, ascending. ToolError where the choice cannot be made."""
+    if choice.rest:
+        return _rest(manifest, choice)
     if choice.class_name is not None and choice.choose != "one-class":
         raise ToolError("--class belongs to --choose one-class")
     if choice.fraction is not None:
@@ -199,6 +205,16 @@ def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
     if choice.count is None:
         raise ToolError("a choice needs one of fraction, names, classes and count")
     return by_count(manifest, choice.count, choice.choose, choice.seed, choice.class_name)
+
+
+def _rest(manifest: Manifest, choice: Choice) -> np.ndarray:
+    if choice.classes is not None:
+        raise ToolError("--rest does not go with --classes: list the other classes")
+    chosen = choose_samples(manifest, replace(choice, rest=False))
+    left = np.setdiff1d(np.arange(manifest.samples), chosen)
+    if not len(left):
+        raise ToolError(f"{manifest.home}: --rest leaves no image, since all of them are chosen")
+    return left
 
 
 def renumber(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -334,6 +350,7 @@ def parser() -> argparse.ArgumentParser:
     a("--choose", choices=CHOICES, default="random", help="how --count chooses")
     a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
     a("--seed", type=int, default=0, help="seed of every draw")
+    a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
     a("--shard-size", type=byte_size, default="256MiB", help="with --copy: bytes per shard")
     a("--workers", type=int, default=cores(), help="with --copy: processes")

@@ -74,7 +74,7 @@ def table_text(table: PaperTable) -> str:
 
 
 def rewrite(text: str) -> str:
-    """The README with every table made again. UserError where a table's comments are missing."""
+    """The README with its tables generated from the recipes. UserError if comments are missing."""
     tables = {table.number: table for table in read_paper()}
     missing = set(tables) - {int(number) for _, number, _ in BLOCK.findall(text)}
     if missing:

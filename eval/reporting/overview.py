@@ -150,7 +150,7 @@ def metric(column: Column, value: float, random: list[float], gain: float | None
 
 
 def headline(shown: Sequence[Card]) -> str:
-    """All runs in one sentence."""
+    """All runs as one line of text."""
     if len(shown) < 2:
         return ""
     counts = [(VERDICTS[v], sum(c.verdict == v for c in shown)) for v in (BAD, LOOK, GOOD, UNKNOWN)]

@@ -85,14 +85,14 @@ class Group:
 
     @property
     def pretrained(self) -> bool:
-        """Whether these are runs of ours, not results of an encoder from elsewhere."""
+        """Whether these are relaxmim runs, not results of an encoder from elsewhere."""
         return (self.runs[0].folder / "recipe.yaml").is_file()
 
 
 def read_run(folder: str | Path) -> Run:
     """Read a run folder. UserError where a file cannot be used.
 
-    Only recipe.yaml must be there; or, for an encoder that is no run of ours (timm's, MoCo v3's, a
+    Only recipe.yaml must be there; or, for an encoder that is no relaxmim run (timm's, MoCo v3's, a
     random one), results in eval/, whose name of the encoder is then the recipe's.
     """
     folder = Path(folder)

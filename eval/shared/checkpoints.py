@@ -21,7 +21,7 @@ class Checkpoints:
     """A store of one checkpoint that belongs to certain settings.
 
     settings: what the result depends on, of encoder and data their sha256 and not their path; a
-    checkpoint of other settings is refused.
+    checkpoint of other settings is refused, as is the folder of a pretraining.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -36,6 +36,11 @@ class Checkpoints:
         """`read` the checkpoint's folder; its step and what was saved beside it, or {}."""
 
         def check_and_read(folder: Path, state: dict[str, Any]) -> None:
+            if "settings" not in state:
+                raise UserError(
+                    f"{self.store.folder} holds the checkpoints of a pretraining; choose another "
+                    "--output"
+                )
             theirs = state["settings"]
             keys = self.settings.keys() | theirs.keys()
             changed = [

@@ -1,4 +1,4 @@
-"""Images wherever they lie, as a Manifest: shards, a folder, a tar, a table or a list of paths.
+"""Images wherever they are, as a Manifest: shards, a folder, a tar, a table or a list of paths.
 
 What reads shards then reads all of them: an image file counts as a shard of one sample.
 """
@@ -50,7 +50,7 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
     JSONL, or of a .txt with one path per line; labels as the source has them, -1 = none.
 
     root: where the relative paths of a table or list start (default: its folder). In a folder
-    whose images all lie in folders, the folder right below it is an image's class, in sorted
+    whose images are all in folders, the folder right below it is an image's class, in sorted
     order. UserError where nothing can be listed.
     """
     path = Path(where)
@@ -66,7 +66,7 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
 
 
 def paths(manifest: Manifest) -> list[str]:
-    """The file that holds each sample: an image file, or the tar that it lies in."""
+    """The file that holds each sample: an image file, or the tar that it is in."""
     counts = [shard.samples for shard in manifest.shards]
     files = [manifest.path(number) for number in range(len(counts))]
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
@@ -89,8 +89,9 @@ def centre_crop(size: int) -> CentreCrop:
 
 
 def load_batches(
-    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool
-) -> Loader:
+    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool,
+    pin_memory: bool = False,
+) -> Loader:  # fmt: skip
     """Batches number `tasks` of `batch_size` centre crops each, in manifest order.
 
     An image that will not decode raises SampleError; with `skip` it is a black one, and its
@@ -98,7 +99,7 @@ def load_batches(
     """
     source = reader(manifest, size)
     dataset = _Batches(source, centre_crop(size), batch_size, skip)
-    return Loader(dataset, tasks, workers, False, source)  # type: ignore[arg-type]
+    return Loader(dataset, tasks, workers, pin_memory, source)  # type: ignore[arg-type]
 
 
 class _Batches(Dataset):
@@ -146,7 +147,7 @@ def _listed(path: Path, root: Path) -> FileManifest:
 
 
 def _by_folder(source: Source) -> Source:
-    """The folder right below the top as the class, where every image lies in one."""
+    """The folder right below the top as the class, where every image is in one."""
     if not all("/" in item.name for item in source.items):
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})

@@ -20,7 +20,7 @@ LAUNCHER = (
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The environment of a child: no ranks of ours, `threads` per process, CPU without a GPU; and
+    """A child's environment: no ranks of this run, `threads` per process, CPU without a GPU; and
     launch.sh finds this interpreter."""
     result = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     result["OMP_NUM_THREADS"] = str(threads)

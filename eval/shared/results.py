@@ -61,11 +61,14 @@ def named_json(output: str) -> Path:
 
 def check_output(path: Path, ranks: Ranks, folder: Path | None = None) -> None:
     """UserError, on every rank, where the result at `path` or files in `folder` could not be
-    written: known before the work and not after it. Nothing is created."""
+    written, or `folder` is that of a pretraining run: known before the work and not after it.
+    Nothing is created."""
 
     def attempt() -> None:
         if path.is_dir():
             raise UserError(f"{path}: cannot be written (Is a directory); choose another --output")
+        if folder and (folder / "recipe.yaml").is_file():
+            raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
         for wanted in (path.parent, folder or path.parent):
             there = wanted
             try:

@@ -100,7 +100,7 @@ class CentreCrop:
 
 def _check_output(image_size: int, interpolation: str) -> None:
     if not 1 <= image_size <= 4096:
-        raise UserError(f"image_size {image_size}: must lie between 1 and 4096 pixels")
+        raise UserError(f"image_size {image_size}: must be between 1 and 4096 pixels")
     if interpolation not in INTERPOLATIONS:
         valid = ", ".join(INTERPOLATIONS)
         raise UserError(f"interpolation {interpolation!r}: must be one of {valid}")

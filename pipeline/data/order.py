@@ -67,7 +67,7 @@ def global_batch(
 ) -> np.ndarray:  # fmt: skip
     """Sample numbers (int64 [batch_size]) of global batch `step` (counted within the epoch).
 
-    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` lies
+    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` is
     outside the epoch or the batch cannot be cut into partitions.
     """
     order = _known_order(tuple(map(int, shard_sizes)), seed, batch_size, partitions, window)
@@ -85,7 +85,7 @@ class _Window(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """Which sample stands where: shard sizes (int64 [shards]), and the recipe's numbers that fix
+    """Which sample is where: shard sizes (int64 [shards]), and the recipe's numbers that fix
     the order.
 
     draws: > 0 makes an epoch of that many draws with replacement (for tiny data sets).
@@ -115,7 +115,7 @@ class Order:
         if self.window < 1:
             raise UserError(f"window {self.window}: must be at least one shard")
         if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed {self.seed}: must lie between 0 and 2**63 - 1")
+            raise UserError(f"seed {self.seed}: must be between 0 and 2**63 - 1")
         if not self.steps:
             what = f"an epoch of {self.draws} draws" if self.draws else f"{self.total} samples"
             raise UserError(
@@ -195,14 +195,15 @@ class Order:
 
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of the (non-empty) shards and where each ends once
-        concatenated; remembered for one epoch."""
+        concatenated; remembered for two epochs."""
         known = self._epoch.get(epoch)
         if known is None:
             noise = random_bits(self.seed, epoch, SHARDS, 0, len(self.sizes))
             shards = np.argsort(noise, kind="stable").astype(np.int32)
             sizes = self.sizes[shards]
             known = shards[sizes > 0], np.cumsum(sizes[sizes > 0])
-            self._epoch.clear()
+            if len(self._epoch) > 1:  # the loader asks for this epoch and for the next one
+                del self._epoch[min(self._epoch)]
             self._epoch[epoch] = known
         return known
 

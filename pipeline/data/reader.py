@@ -20,7 +20,7 @@ _OPEN_SHARDS = 256  # file handles that one worker keeps
 
 
 class SampleError(UserError):
-    """A sample that will not decode, in one sentence that names it, its shard and the reason."""
+    """A sample that will not decode; the message names it, its shard and the reason."""
 
 
 class Reader:
@@ -70,7 +70,7 @@ class Reader:
             raise SampleError(f"sample {sample} of {where} will not decode: {error}") from error
 
     def close(self) -> None:
-        """Stop what goes on in the background of this process."""
+        """Stop this process's background threads."""
         if self.cache is not None:
             self.cache.close()
 

@@ -1,4 +1,4 @@
-"""Why a loader worker is gone, in one sentence; torch tells it by tracebacks."""
+"""Why a loader worker died, as one sentence instead of torch's tracebacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the image-reading kernels share: where a patch's values lie, and their normalisation."""
+"""What the image-reading kernels share: where a patch's values are, and their normalisation."""
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 

@@ -43,9 +43,9 @@ def check_key(sample: Tensor, seed: int, epoch: int) -> None:
             f"sample numbers must be an int64 tensor [B], not {sample.dtype} {list(sample.shape)}"
         )
     if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must lie in 0 .. 2**63 - 1, not {seed}")
+        raise ValueError(f"seed must be in 0 .. 2**63 - 1, not {seed}")
     if not 0 <= epoch <= _MASK32:
-        raise ValueError(f"epoch must lie in 0 .. 2**32 - 1, not {epoch}")
+        raise ValueError(f"epoch must be in 0 .. 2**32 - 1, not {epoch}")
 
 
 def words(sample: Tensor, *, seed: int, epoch: int, stream: int, count: int) -> Tensor:

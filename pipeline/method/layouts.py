@@ -28,7 +28,7 @@ class Layout:
 
     heads: by width. imagenet: pixels are normalised by ImageNet's mean and std; else as timm's
     configuration of the architecture says. positions: how a table is resized; `exact`: the sin-cos
-    table is made again; `bicubic`: bicubic to the new size; `scale`: bicubic by DINO's scale factor
+    table is recomputed; `bicubic`: bicubic to the new size; `scale`: bicubic by DINO's scale factor
     of (new + 0.1) / old; `timm`: antialiased bicubic.
     """
 
@@ -62,7 +62,7 @@ _SCALE = (".ls1.gamma", ".gamma_1")
 
 
 def layout_of(found: Found, content: Any) -> Layout:
-    """Whose file it is, by where its encoder stands and what stands beside it."""
+    """Whose file it is, by where its encoder is and what is beside it."""
     words, state = set(found.words), found.state
     if "base_encoder" in words or "momentum_encoder" in words:
         return MOCO_V3

@@ -105,7 +105,7 @@ def _refuse_ema(ema: bool, name: str) -> None:
 def load_run(run: Path) -> Objective:
     """The objective of a run folder with its newest weights, or of a checkpoint; fp32, on the CPU.
 
-    Raises UserError in one sentence where the folder is no run or the weights do not fit.
+    Raises UserError where the folder is no run or the weights do not fit.
     """
     objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
     path = run / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Position tables at another image size: made again, or interpolated as their project does."""
+"""Position tables at another image size: recomputed, or interpolated as their project does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def square(length: int) -> int | None:
 def resize_positions(table: Tensor, prefix: int, grid: tuple[int, int], how: str) -> Tensor:
     """A position table [1, prefix + L, D] for patches in `grid` rows and columns.
 
-    how: see layouts.Layout.positions; a table that is not sin-cos is never made again, but
+    how: see layouts.Layout.positions; a table that is not sin-cos is never recomputed, but
     interpolated (`bicubic`). UserError where the table is not of a square of patches.
     """
     side = square(table.shape[1] - prefix)

@@ -84,31 +84,31 @@ class Reconstructor:
 
 
 def load_reconstructor(
-    place: str | Path, recipe: str = "", set_: Sequence[str] = ()
+    path: str | Path, recipe: str = "", set_: Sequence[str] = ()
 ) -> Reconstructor:
     """From a run folder, or from a facebookresearch/mae checkpoint with its decoder (FILE).
 
-    recipe, set_: the recipe file and overrides that a FILE fits. UserError in one sentence.
+    recipe, set_: the recipe file and overrides that a FILE fits. UserError.
     """
-    place = Path(place)
-    if not place.is_file():
-        return Reconstructor(load_run(place), str(place))
+    path = Path(path)
+    if not path.is_file():
+        return Reconstructor(load_run(path), str(path))
     if not recipe:
         raise UserError(
-            f"{place}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"
+            f"{path}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"
         )
     objective, _ = build_objective(load_recipe(recipe, list(set_)))
-    content = load_tensors(place)
-    state = find_encoder(content, place).state
+    content = load_tensors(path)
+    state = find_encoder(content, path).state
     if "decoder_embed.weight" not in state:
-        raise UserError(f"{place}: no facebookresearch/mae checkpoint with a decoder")
-    _check_facts(objective, state, exported_info(place, content), place)
+        raise UserError(f"{path}: no facebookresearch/mae checkpoint with a decoder")
+    _check_facts(objective, state, exported_info(path, content), path)
     from_mae(objective, state)
-    return Reconstructor(objective, str(place))
+    return Reconstructor(objective, str(path))
 
 
 def _check_facts(
-    objective: Objective, state: dict[str, Tensor], written: dict[str, Any], place: Path
+    objective: Objective, state: dict[str, Tensor], written: dict[str, Any], path: Path
 ) -> None:
     """Refuse a recipe that contradicts what no shape shows: heads, mean and std of the pixels.
 
@@ -129,4 +129,4 @@ def _check_facts(
         facts["measure.decoder.heads"] = (recipe.measure.decoder.heads, decoder_heads)
     for key, (mine, theirs) in facts.items():
         if mine != theirs:
-            raise UserError(f"{place}: has {key} {theirs}, the recipe {mine}; set {key}={theirs}")
+            raise UserError(f"{path}: has {key} {theirs}, the recipe {mine}; set {key}={theirs}")

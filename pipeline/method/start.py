@@ -1,6 +1,6 @@
 """Start a pretraining from weights that there are, with a schedule and an optimizer of its own.
 
-The source is whatever load_encoder takes: a run of ours (encoder and decoder or heads; `ema`: of
+The source is whatever load_encoder takes: a relaxmim run (encoder and decoder or heads; `ema`: of
 its teacher), our exports, facebookresearch/mae's file (encoder and decoder), or an encoder of
 timm, DINO, MoCo v3 or BEiT. What f does not have is folded into what it has, where that is exact:
 
@@ -112,7 +112,7 @@ def start_from(objective: Objective, weights: str, ema: bool = False) -> Start:
 
 
 def read_source(weights: str, recipe: Recipe, ema: bool) -> Source:
-    """The weights at a path, or timm:NAME. UserError in one sentence."""
+    """The weights at a path, or timm:NAME. UserError."""
     path = Path(weights)
     if weights.startswith("timm:") or (path / "config.json").is_file():
         if ema:

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     """A timm ViT without a head, with its options checked.
 
-    Raises UserError in one sentence for an unknown name, an image size that the patch does not
+    Raises UserError for an unknown name, an image size that the patch does not
     divide, or a variant whose extra parts (registers, pre-norm, no class token) f does not have.
     """
     if arch not in timm.list_models(arch):

@@ -44,7 +44,7 @@ class Found:
     """An encoder in a file: its weights, and the words that stood before their names.
 
     words: containers and prefixes, outermost first (("state_dict", "module", "base_encoder")).
-    around: with what stands beside a prefix `encoder.`, under that prefix.
+    around: with what is beside a prefix `encoder.`, under that prefix.
     others: the words of other encoders there, which are not taken.
     """
 
@@ -63,7 +63,7 @@ def load_tensors(path: Path) -> Any:
     """The content of a file of weights (.safetensors, or of torch.save), on the CPU.
 
     Reads tensors and plain values only (numbers of numpy, paths, dates, the argparse.Namespace of
-    training scripts): no code of the file runs. Raises UserError in one sentence.
+    training scripts): no code of the file runs. Raises UserError.
     """
     try:
         if path.suffix == ".safetensors":

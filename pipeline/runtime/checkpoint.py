@@ -31,7 +31,7 @@ _RENAMED = {"stage": "zero_stage", "together": "negatives_batch"}
 
 
 class SaveError(UserError):
-    """A checkpoint that could not be written, in one sentence; those before it are valid."""
+    """A checkpoint that could not be written; those before it are valid."""
 
 
 class CheckpointStore:
@@ -50,18 +50,18 @@ class CheckpointStore:
         UserError where all there are is damaged: starting from scratch would hide it.
         """
         found = self.all()
-        for place in reversed(found):
+        for path in reversed(found):
             try:
-                verify(place)
+                verify(path)
             except UserError as error:
-                if place == found[0]:
+                if path == found[0]:
                     raise UserError(
                         f"{error}; no valid checkpoint is left: remove {self.folder} to start from "
                         "scratch"
                     ) from None
                 print(f"warning: {error}; falling back to the previous checkpoint", flush=True)
             else:
-                return place
+                return path
         return None
 
     def save(self, step: int, write: Callable[[Path], str], meta: dict[str, Any]) -> Path:
@@ -99,16 +99,16 @@ class CheckpointStore:
 
         Collective: the first rank looks and verifies.
         """
-        place: Path | None = agree(self.newest)
-        if place is None:
+        path: Path | None = agree(self.newest)
+        if path is None:
             return None
-        state = read_state(place)
-        read(place, state)
+        state = read_state(path)
+        read(path, state)
         return state
 
-    def point_latest_to(self, place: Path) -> None:
+    def point_latest_to(self, path: Path) -> None:
         """Write `latest`."""
-        write_atomic(self.folder / "latest", place.name + "\n")
+        write_atomic(self.folder / "latest", path.name + "\n")
 
     def remove_leftovers(self) -> None:
         """Remove what a killed training had half written; only one that holds the folder may."""

@@ -52,7 +52,7 @@ class Probes:
         if m.knn_steps:
             self.training = share_of(data, REFERENCES * m.images, size, rank, world, skip)
             if any(f.label.min() < 0 for f in (self.training, self.held_out) if f):
-                raise UserError(f"{data}: monitor.knn_steps needs labels, which it has not")
+                raise UserError(f"{data}: monitor.knn_steps needs labels, which it does not have")
 
     def due(self, step: int) -> bool:
         """Whether a probe follows step `step` (counted from 1)."""
@@ -61,8 +61,8 @@ class Probes:
 
     @torch.no_grad()
     def __call__(self, step: int, encoder: Encoder, device: torch.device) -> dict[str, float]:
-        """The figures due after step `step`; collective, the same on every rank."""
-        m, figures = self.recipe.monitor, {}
+        """The metrics due after step `step`; collective, the same on every rank."""
+        m, metrics = self.recipe.monitor, {}
         assert self.held_out is not None
         training = encoder.training
         encoder.eval()
@@ -70,12 +70,12 @@ class Probes:
         if m.occlusion_steps and step % m.occlusion_steps == 0:
             for ratio in RATIOS:
                 part = self._features(encoder, self.held_out, ratio, device)
-                figures[f"occlusion/cka_{ratio:g}"] = float(cka(whole, part))
+                metrics[f"occlusion/cka_{ratio:g}"] = float(cka(whole, part))
         if m.knn_steps and step % m.knn_steps == 0 and self.training is not None:
             reference = self._features(encoder, self.training, 0.0, device)
-            figures["probe/knn_top1"] = self._knn(whole, reference)
+            metrics["probe/knn_top1"] = self._knn(whole, reference)
         encoder.train(training)
-        return figures
+        return metrics
 
     def _features(
         self, encoder: Encoder, fixed: Fixed, ratio: float, device: torch.device

@@ -94,7 +94,7 @@ def claim(output: Path, resume: str, lock_needed: bool = True) -> tuple[RunLock,
     """Lock the run folder and find the checkpoint to resume from (rank 0).
 
     resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
-    run folder or of a checkpoint. Raises UserError in one sentence, also for a folder that already
+    run folder or of a checkpoint. Raises UserError, also for a folder that already
     holds a run under `none`. Whether the checkpoint is of the same run, same_run.py says.
     """
     lock, store = RunLock(output, lock_needed), CheckpointStore(output)
@@ -114,8 +114,8 @@ def claim(output: Path, resume: str, lock_needed: bool = True) -> tuple[RunLock,
             with naming(output, UNWRITABLE):
                 store.point_latest_to(found)
     else:
-        place = Path(resume)
-        found = place if (place / STATE).is_file() else CheckpointStore(place).newest()
+        path = Path(resume)
+        found = path if (path / STATE).is_file() else CheckpointStore(path).newest()
         if found is None:
             raise UserError(f"--resume {resume}: no valid checkpoint there")
         verify(found)

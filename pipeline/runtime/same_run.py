@@ -1,6 +1,6 @@
 """Whether a checkpoint can continue as this run: the recipe, and the data behind the schedule.
 
-The step alone says where a run stands: with it the order of the samples, the epoch, the learning
+The step alone is a run's state: with it the order of the samples, the epoch, the learning
 rate and the EMA momentum are functions of the recipe and of the data. So a checkpoint records the
 data too, and other data under the same folder would bend all of them without a word.
 """

@@ -12,10 +12,11 @@ from shard_tools.image_file.header import MAX_PIXELS, MAX_SIDE, Header, ImageFau
 from shard_tools.image_file.jpeg import MAX_SCANS, SOI, FindMarker, next_marker, read_jpeg
 from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
 from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
+from shard_tools.image_file.sound import sound_until
 
 __all__ = [
     "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header", "ImageFault", "decode",
-    "next_marker", "orientation", "read_header",
+    "next_marker", "orientation", "read_header", "sound_until",
 ]  # fmt: skip
 
 _MAGIC = {
@@ -35,9 +36,9 @@ _FOREIGN = {
 def read_header(
     data: bytes, conversion: Conversion = REFUSE, find_marker: FindMarker = next_marker
 ) -> Header:
-    """What the file declares. Raises ImageFault, the reason in one sentence, if it is not accepted.
+    """What the file declares. Raises ImageFault with the reason if it is not accepted.
 
-    Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF goes on to its end marker.
+    Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF reaches its end marker.
     Values of more than 8 bits are refused unless `conversion` scales them; whether a transparent
     colour is used only `decode` can say. find_marker: a faster `next_marker`.
     """

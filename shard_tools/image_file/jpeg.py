@@ -172,7 +172,7 @@ def _read_frame(frame: bytes) -> tuple[int, int, tuple[int, ...]]:
     for factors in sampling:
         h, v = factors >> 4, factors & 15
         if not (1 <= h <= 4 and 1 <= v <= 4):
-            raise ImageFault(f"sampling factors {_text(sampling)} lie outside 1 to 4")
+            raise ImageFault(f"sampling factors {_text(sampling)} are outside 1 to 4")
         if wide % h or high % v:
             raise ImageFault(
                 f"sampling factors {_text(sampling)} have a fractional ratio, which no decoder "

@@ -15,8 +15,9 @@ from shard_tools.image_file.others import check_deflated
 from shard_tools.image_file.pillow import calling_pillow
 
 _ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION_IN_JPEG = (b"Exif", b"tiff:Orientation")  # what Pillow looks for, in EXIF and XMP
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
-_FULL_BITS = 16  # unsigned values of up to so many bits have a full range
+_FULL_BITS = 16  # unsigned values of up to this many bits have a full range
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Conversion:
 
     gray16: values of more than 8 bits become 8 bits, by their full range (0 … 2^bits - 1) or by the
     smallest and largest value of each image (fit). alpha: transparent pixels keep the colour that
-    lies under them (drop), or are laid over white or black.
+    is under them (drop), or are laid over white or black.
     """
 
     gray16: Literal["full", "fit"] | None = None
@@ -115,6 +116,10 @@ def orientation(data: bytes, header: Header) -> int:
     """
     if header.format == "TIFF":
         return 1
+    if header.format == "JPEG":
+        scan, _ = header.parts[-1]
+        if not any(data.find(words, 0, scan) >= 0 for words in _ORIENTATION_IN_JPEG):
+            return 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -52,7 +52,7 @@ def archive_stem(name: str) -> str:
 
 def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
     """The images of one tar. Image names: `class/file` for a tar of class tars, else the name in
-    the archive without the folders that all of it lies in.
+    the archive without the folders that all of it is in.
 
     unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what
     is damaged is reported in `Found.missing` instead of raised (TarError).

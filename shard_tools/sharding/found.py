@@ -135,7 +135,7 @@ class Found:
         )
 
     def without_wrapping(self, *, keep_class: bool = True) -> Found:
-        """The same without the leading folders that all images lie in; a synset stays, since an
+        """The same without the leading folders that all images are in; a synset stays, since an
         archive of one class has it above all its images (`keep_class`)."""
         names = map(_plain, self.images.names)
         common = _common_folders(names)

@@ -182,7 +182,7 @@ def _devkit(folders: Sequence[Path]) -> Path | None:
 
 
 def _packed(folder: Path, *names: str) -> Path | None:
-    """The first of the names, plain or compressed, that lies in the folder."""
+    """The first of the names, plain or compressed, that is in the folder."""
     suffixes = ("", ".gz", ".zst")
     paths = (folder / (name + suffix) for name in names for suffix in suffixes)
     return next((path for path in paths if path.exists()), None)

@@ -14,12 +14,14 @@ import simplejpeg
 from PIL import Image
 
 from shard_tools.image_file import (
+    REFUSE,
     Conversion,
     Header,
     ImageFault,
     decode,
     orientation,
     read_header,
+    sound_until,
 )
 
 __all__ = ["CheckedImage", "ImageFault", "ImageSettings", "check_image", "decode_fully", "probe"]
@@ -66,7 +68,8 @@ class CheckedImage:
 
 def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
     """Check one file and convert it where needed. Raises ImageFault with the reason."""
-    header = read_header(data, settings.conversion)
+    sound = sound_until(data) if settings.check == "decode" else -1
+    header = _header(data, sound, settings.conversion)
     is_jpeg = header.format == "JPEG"
     scale = _scale((header.width, header.height), settings)
     reasons = []
@@ -78,9 +81,10 @@ def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
         reasons.append("resized")
     if settings.quality and not reasons:
         reasons.append("re-encoded")
-    damage = _jpeg_warning(data, header) if is_jpeg and settings.check == "decode" else ""
+    check = is_jpeg and settings.check == "decode"
+    damage = _jpeg_warning(data, header, sound) if check else ""
     if is_jpeg and not reasons:
-        if settings.check == "decode" and (damage or not header.plain):
+        if check and (damage or not header.plain):
             decode(data, header)  # as in training, Pillow has the last word
         turned = orientation(data, header)
         return CheckedImage(data, header.width, header.height, turned, "", damage)
@@ -115,17 +119,27 @@ def decode_fully(data: bytes) -> str:
 
     Raises ImageFault where training could not load it.
     """
-    header = read_header(data)
-    warning = _jpeg_warning(data, header)
+    sound = sound_until(data)
+    header = _header(data, sound)
+    warning = _jpeg_warning(data, header, sound)
     if warning or not (header.format == "JPEG" and header.plain):
         decode(data, header)
     return warning
 
 
-def _jpeg_warning(data: bytes, header: Header) -> str:
-    """What its scans lack or libjpeg warns of (of a plain JPEG), or ""."""
+def _header(data: bytes, sound: int, conversion: Conversion = REFUSE) -> Header:
+    """`read_header`, which need not look for the end of a scan that is sound until there."""
+    if sound < 0:
+        return read_header(data, conversion)
+    return read_header(data, conversion, lambda _data, _start: sound)
+
+
+def _jpeg_warning(data: bytes, header: Header, sound: int) -> str:
+    """What its scans lack or libjpeg warns of (of a plain JPEG), or "". sound: see sound_until."""
     if not header.plain:
         return header.damage
+    if sound >= 0:
+        return ""
     try:  # entropy decoding is complete at 1/8 size too, and warnings are errors here
         colours = "CMYK" if header.channels == 4 else "GRAY"
         simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8)

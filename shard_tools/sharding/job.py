@@ -1,4 +1,4 @@
-"""One sharding job in one folder: look at what lies there, write this task's shards, merge."""
+"""One sharding job in one folder: look at what is there, write this task's shards, merge."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def check_destination(dest: Path, sources: list[Path], how: Execution) -> None:
         raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
     for source in sources:
         if dest.resolve().is_relative_to(source.resolve()):
-            raise ToolError(f"{dest}: lies inside {source} and would become part of it")
+            raise ToolError(f"{dest}: is inside {source} and would become part of it")
 
 
 def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
-    """Compare the plan with what lies in `dest`; True where it is finished already."""
+    """Compare the plan with what is in `dest`; True where it is finished already."""
     if is_finished(dest):
         if read_manifest(dest).made.get("plan") == plan.digest:
             return True
@@ -65,7 +65,7 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
             raise ToolError(f"{dest}: already holds tars that this job did not write")
     elif record["digest"] != plan.digest:
         raise ToolError(
-            f"{dest}: an unfinished job lies here, of another source or other options; finish it "
+            f"{dest}: has an unfinished job, of another source or other options; finish it "
             "with the same options and --resume, or remove the folder"
         )
     elif not how.resume and how.tasks == 1:
@@ -75,7 +75,7 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
 
 def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request: str) -> None:
     """Write the plan, which `check_plan` has seen, for this process's workers and for other tasks;
-    nothing where it lies there already or all is finished."""
+    nothing where it is there already or all is finished."""
     if is_finished(dest):
         return
     with naming(dest, "cannot be written"):

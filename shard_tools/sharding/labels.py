@@ -1,4 +1,4 @@
-"""Labels of images that lie in no class folder: ImageNet's validation set, above all.
+"""Labels of images that are in no class folder: ImageNet's validation set, above all.
 
 Labels come as one synset per line in name order, as `name synset` lines, from the development kit,
 from Kaggle's LOC_val_solution.csv, or from the file names of Hugging Face's archives.

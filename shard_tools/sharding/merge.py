@@ -24,11 +24,11 @@ _REMARKS = ("converted", "damaged", "skipped", "ignored", "dropped", "duplicate"
 def merge_parts(dest: Path) -> Manifest:
     """Write report.jsonl and the manifest from the finished parts in `dest`, then remove them.
 
-    Raises ToolError where no job lies there, a shard is not finished, or no image was usable.
+    Raises ToolError where there is no job, a shard is not finished, or no image was usable.
     """
     record = read_plan_record(dest)
     if record is None:
-        raise ToolError(f"{dest}: no sharding job lies here, so there is nothing to merge")
+        raise ToolError(f"{dest}: no sharding job is here, so there is nothing to merge")
     shards, rows, names, prints, pixels = [], [np.zeros(0, SAMPLE)], Texts(), [], NO_PIXELS
     missing = []
     lines: list[tuple[str, str, str]] = [

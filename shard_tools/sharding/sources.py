@@ -1,6 +1,6 @@
 """What there is to shard: the images of a folder, of a tar, or of a CSV or JSONL list.
 
-Every source becomes a flat list of items that say where the bytes of one image lie. Archives are
+Every source becomes a flat list of items that say where the bytes of one image are. Archives are
 never extracted: an item inside a tar is a byte range of that tar.
 """
 
@@ -91,7 +91,7 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
 
 
 def open_archives(paths: Sequence[Path], how: Listing) -> Source:
-    """The images of one data set that lies in one or several tars."""
+    """The images of one data set that is in one or several tars."""
     found = Found()
     for path in paths:
         found.extend(list_archive(path, how.unpacked, how.skip))
@@ -170,7 +170,7 @@ def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
     elif inside and inside < len(found.images):
         loose = next(name for name in found.images.names if "/" not in name)
         raise ToolError(
-            f"{where}: {loose} lies outside the class folders; move such images into them, or take "
+            f"{where}: {loose} is outside the class folders; move such images into them, or take "
             "all images without labels with --unlabelled"
         )
     elif inside:

@@ -185,7 +185,7 @@ def test_rand_augment_is_done_by_the_loader(home: Path) -> None:
             words = arguments(home, home / "x.json", "--randaugment", policy, "--workers", workers)
             s, session = asked(words)
             run = finetune.Finetuning(s, finetune.plan_training(s, home, ALONE), session)
-            batches = [next(run.batches(step)) for step in (0, 4)]
+            batches = [next(iter(run.loader(step))) for step in (0, 4)]
             images[policy, workers] = [(b.sample, b.image) for b in batches]
             run.engine.destroy()
     for (a, x), (b, y) in zip(images["", 0], images["rand-m9-mstd0.5-inc1", 0], strict=True):
@@ -328,7 +328,7 @@ def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> No
     assert (plan.steps, plan.total) == (4, 8)
     run = finetune.Finetuning(s, plan, session)
     epochs: list[list[torch.Tensor]] = [[], []]
-    for batch in run.batches(0):
+    for batch in run.loader(0):
         epochs[batch.epoch].append(batch)
     run.engine.destroy()
     for batches in epochs:
@@ -505,7 +505,7 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
         (("--batch-size", "15", "--cutmix", "1"), "and 15 per rank is odd"),
         (("--batch-size", "0"), "--batch-size 0: must be at least 1"),
         (("--ds_config", str(ZERO2.with_name("zero3.json"))), "ZeRO stage 3"),
-        (("--fraction", "2"), "--fraction must lie in"),
+        (("--fraction", "2"), "--fraction must be in"),
         (("--fraction", "0.5", "--subset", "names.txt"), "--subset and --fraction both choose"),
         (("--subset", "names.txt"), "names.txt: no such file"),
         (("--ds_config", "zero0", "--precision", "bf16"), "--precision bf16 needs ZeRO stage 1"),
@@ -516,9 +516,9 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
         (("--epochs", "0.1", "--warmup-epochs", "0"), "--epochs 0.1: less than a step, with 4"),
         (("--base-lr", "nan"), "--base-lr nan: must be finite"),
         (("--base-lr", "0"), "--base-lr must be above 0"),
-        (("--layer-decay", "0"), "--layer-decay must lie in"),
+        (("--layer-decay", "0"), "--layer-decay must be in"),
         (("--drop-path", "1"), "--drop-path in"),
-        (("--erasing", "2"), "--erasing must lie in"),
+        (("--erasing", "2"), "--erasing must be in"),
         (("--smoothing", "1"), "--smoothing in"),
         (("--weight-decay", "-1"), "--weight-decay and --min-lr must be at least 0"),
         (("--randaugment", "rind-m9"), "randaugment 'rind-m9' is not a policy"),

@@ -15,13 +15,16 @@ from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from eval import reconstruct
+from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import write_classifier
 from eval.shared.cli import run_command
-from eval.shared.results import write_result
+from eval.shared.results import check_output, write_result
 from pipeline import estimate, export
 from pipeline.config.recipe import dump_recipe
+from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
+from pipeline.runtime.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,6 +41,26 @@ def test_a_result_that_cannot_be_written_is_named(below, tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         write_result(tmp_path / "folder", {"top1": 1.0})
+
+
+def test_an_evaluation_keeps_out_of_the_folder_of_a_run(tmp_path):
+    """runs/a.json beside the run runs/a, say: its checkpoints would have been mixed with a's."""
+    run = tmp_path / "a"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("")
+    check_output(tmp_path / "a.json", Ranks.alone(), tmp_path / "b")
+    with pytest.raises(UserError, match=f"a.json: {run} is the folder of a run; choose another"):
+        check_output(tmp_path / "a.json", Ranks.alone(), run)
+    meta = {"negatives_batch": 8}  # no settings: a pretraining's state
+    CheckpointStore(tmp_path / "b", keep=1).save(3, write_nothing, meta)
+    with pytest.raises(UserError, match=r"b.* holds the checkpoints of a pretraining"):
+        Checkpoints(tmp_path / "b", {"epochs": 1}).load(lambda _: None)
+    assert len(CheckpointStore(tmp_path / "b", keep=1).all()) == 1
+
+
+def write_nothing(folder: Path) -> str:
+    folder.mkdir(parents=True)
+    return ""
 
 
 def test_estimate_names_a_json_that_cannot_be_written(below, capsys):

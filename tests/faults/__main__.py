@@ -75,7 +75,7 @@ def all_faults(data: Path, folder: Path, chosen: tuple) -> list[tuple[str, str, 
 def table(tally: Tally, rows: list[tuple[str, str, str]], summary: dict) -> str:
     """docs/faults.md."""
     lines = [
-        "# What was broken on purpose, and what came of it",
+        "# What was broken on purpose, and the results",
         "",
         "Written by `make test-faults`: the real trainer and evaluations, tiny models, one or",
         "two ranks on a CPU, fp32. `tests/faults/` has the code; random choices have a seed.",

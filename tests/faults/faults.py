@@ -396,7 +396,7 @@ def worker_killed(place: Place) -> str:
     assert "a loader worker was killed" in line
     assert "images of 16 × 16 pixels" in line
     place.same()
-    return f"exit 2 in {took:.0f} s, one line with what to lower; goes on, bit for bit"
+    return f"exit 2 in {took:.0f} s, one line with what to lower; resumes, bit for bit"
 
 
 def other_data(place: Place) -> str:
@@ -406,7 +406,7 @@ def other_data(place: Place) -> str:
     assert code == 2
     assert "a checkpoint of other data (96 images, now 48)" in one_line(text)
     place.same()
-    return "refused before the first step, exit 2, with what differs; goes on, bit for bit"
+    return "refused before the first step, exit 2, with what differs; resumes, bit for bit"
 
 
 def port_taken(place: Place) -> str:

@@ -117,7 +117,7 @@ def evaluation_kills(
         words = [*words, "--encoder", str(run), "--train", str(data)]
         words += ["--val", str(data.parent / "val")]
         if name not in references:
-            output = folder / f"reference-{number}.json"
+            output = folder / f"eval-reference-{number}.json"
             child = evaluation(
                 module, [*words, "--output", str(output)], output.with_suffix(".log")
             )

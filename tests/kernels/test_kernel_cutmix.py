@@ -51,7 +51,7 @@ def test_opcheck():
     [
         ({"sample": torch.arange(3)}, "3 sample numbers for 2 images"),
         ({"view": 2}, "view must be 0 or 1"),
-        ({"seed": -1}, "seed must lie"),
+        ({"seed": -1}, "seed must be"),
         ({"image": torch.zeros(2, 8, 8)}, "image"),
     ],
 )

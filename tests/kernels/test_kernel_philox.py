@@ -55,8 +55,8 @@ def test_uniform_on_the_unit_interval():
 @pytest.mark.parametrize(
     ("change", "words_of_the_error"),
     [
-        ({"seed": -1}, "seed must lie in"),
-        ({"epoch": 2**32}, "epoch must lie in"),
+        ({"seed": -1}, "seed must be in"),
+        ({"epoch": 2**32}, "epoch must be in"),
         ({"stream": 2**16}, "stream must be below 65536"),
         ({"count": 0}, "count in 1"),
         ({"sample": torch.tensor([1.0])}, "int64 tensor"),

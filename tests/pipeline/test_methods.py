@@ -125,7 +125,7 @@ PAIRED = ("encoder.masked_tokens=drop", "views.second=independent", "views.secon
 @pytest.mark.parametrize("tokens", ["patch", "patch+cls"])
 @pytest.mark.parametrize("negatives", ["all", "position", "image", "byol"])
 def test_paired_positions_against_the_oracle(tokens, negatives):
-    """Dropped patches: the loss stands on the positions that both views show."""
+    """Dropped patches: the loss is over the positions that both views show."""
     measure = (
         f"measure={{kind: byol, tokens: {tokens}}}"
         if negatives == "byol"

@@ -1,4 +1,4 @@
-"""An encoder at another image size: sin-cos tables made again for ours and MoCo v3's, others
+"""An encoder at another image size: sin-cos tables recomputed for ours and MoCo v3's, others
 interpolated as their project does, by an independent hand."""
 
 import json

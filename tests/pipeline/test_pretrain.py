@@ -1,4 +1,4 @@
-"""The command line: help, defaults, and bad input refused in one sentence with exit code 2."""
+"""The command line: help, defaults, and bad input refused with exit code 2."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Recipes: what ships loads, what is wrong is refused in one sentence."""
+"""Recipes: what ships loads, what is wrong is refused."""
 
 import pytest
 

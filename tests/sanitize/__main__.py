@@ -1,10 +1,10 @@
-"""The C extension under AddressSanitizer and UndefinedBehaviorSanitizer. `make test-sanitize`.
+"""The C extensions under AddressSanitizer and UndefinedBehaviorSanitizer. `make test-sanitize`.
 
     python tests/sanitize
 
-Builds pipeline/data/_jpegcrop.c with both sanitizers into build/sanitize and gives it the whole
-image corpus, also the files that shard_tools/image_file would keep from it, and thousands of
-damaged ones. Exit code 0: no report; 1: a sanitizer stopped it; 2: it cannot be built here.
+Builds them with both sanitizers into build/sanitize and gives them the whole image corpus, also
+the files that shard_tools/image_file would keep from them, and thousands of damaged ones. Exit
+code 0: no report; 1: a sanitizer stopped it; 2: it cannot be built here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "pipeline" / "data" / "_jpegcrop.c"
-BUILT = ROOT / "build" / "sanitize" / "_jpegcrop.so"
+SOURCES = (ROOT / "pipeline/data/_jpegcrop.c", ROOT / "shard_tools/image_file/_jpegcheck.c")
+BUILT = ROOT / "build" / "sanitize"
 CC = shlex.split(os.environ.get("CC", "cc"))
 FLAGS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
          "-fno-omit-frame-pointer", "-shared", "-fPIC", "-Wall", "-Wextra")  # fmt: skip
@@ -29,9 +30,11 @@ DAMAGED = 6000  # files
 
 def build() -> str:
     """Compile; returns what LD_PRELOAD needs. Raises OSError or CalledProcessError."""
-    BUILT.parent.mkdir(parents=True, exist_ok=True)
+    BUILT.mkdir(parents=True, exist_ok=True)
     include = f"-I{sysconfig.get_path('include')}"
-    subprocess.run([*CC, *FLAGS, include, SOURCE, "-ljpeg", "-lm", "-o", BUILT], check=True)
+    for source in SOURCES:
+        built = BUILT / f"{source.stem}.so"
+        subprocess.run([*CC, *FLAGS, include, source, "-ljpeg", "-lm", "-o", built], check=True)
     names = ("libasan.so", "libubsan.so")
     found = [
         subprocess.run([*CC, f"-print-file-name={n}"], capture_output=True, text=True, check=True)
@@ -44,7 +47,7 @@ def main() -> int:
     try:
         preload = build()
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {SOURCE.name} cannot be built with sanitizers ({error})", file=sys.stderr)
+        print(f"error: no C extension can be built with sanitizers ({error})", file=sys.stderr)
         return 2
     environment = os.environ | {
         "LD_PRELOAD": preload,
@@ -57,20 +60,27 @@ def main() -> int:
     return 1 if subprocess.run(command, env=environment, check=False).returncode else 0
 
 
+def load(name: str) -> ModuleType:
+    """An extension that `build` made."""
+    spec = importlib.util.spec_from_file_location(name, BUILT / f"{name}.so")
+    assert spec is not None
+    assert spec.loader is not None
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    return extension
+
+
 def inside() -> None:
     """In a process with the sanitizers: every file, several rectangles, both kinds of loops."""
     import numpy as np
     from image_corpus import corpus
 
-    spec = importlib.util.spec_from_file_location("_jpegcrop", BUILT)
-    assert spec is not None
-    assert spec.loader is not None
-    extension = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(extension)
+    extension, check = load("_jpegcrop"), load("_jpegcheck")
     rng, calls = np.random.default_rng(0), 0
 
     def feed(data: bytes) -> None:
         nonlocal calls
+        check.sound_until(data)
         extension.next_marker(data, int(rng.integers(0, len(data) + 2)))
         try:
             width, height = extension.size(data)
@@ -84,10 +94,10 @@ def inside() -> None:
         for box in boxes:
             size = int(rng.choice([1, 3, 8, 33, 64]))
             out = np.zeros((size, size, 3), np.uint8)
-            inside, flip, cubic, simd = (bool(n) for n in rng.integers(0, 2, 4))
+            inside, flip, cubic, simd, entropy = (bool(n) for n in rng.integers(0, 2, 5))
             whole = [int(n) for n in box] if inside else [float(n) for n in box]
             with contextlib.suppress(ValueError, OverflowError):
-                extension.decode(data, out, size, *whole, inside, flip, cubic, simd)
+                extension.decode(data, out, size, *whole, inside, flip, cubic, simd, entropy)
             calls += 1
 
     files = [data for data, _ in corpus().values()]

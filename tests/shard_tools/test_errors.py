@@ -1,4 +1,4 @@
-"""A path that cannot be used is one sentence and exit code 2; a slip of ours is a traceback."""
+"""A path that cannot be used is one sentence and exit code 2; a slip in relaxmim is a traceback."""
 
 import os
 import subprocess

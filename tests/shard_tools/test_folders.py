@@ -65,7 +65,7 @@ def test_images_outside_the_class_folders(
 ) -> None:
     (tree / "loose.png").write_bytes(jpeg(50))
     error = refused(capsys, tree, tmp_path / "d")
-    assert "loose.png lies outside the class folders" in error
+    assert "loose.png is outside the class folders" in error
     assert "--unlabelled" in error
     dest = make(tree, tmp_path / "u", "--unlabelled")
     manifest = read_manifest(dest)

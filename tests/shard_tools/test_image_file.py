@@ -171,7 +171,7 @@ def test_damage_anywhere_is_refused_or_decoded_alike(
     kind: str, at: float, value: int, cut: bool
 ) -> None:
     """One byte changed, or the file cut: what is stored has the pixels that every decoder reads,
-    wherever the crop lies, and PNGs, which have checksums, are never wrong."""
+    wherever the crop is, and PNGs, which have checksums, are never wrong."""
     whole = SMALL_FILES[kind]
     place = int(at * len(whole))
     data = whole[:place] if cut else bytes(

@@ -236,7 +236,7 @@ def test_unusable_images_are_refused_or_listed(
     assert errors.startswith(f"error: {source}/a/bad.JPEG: ")
     assert reason in errors
     assert not (tmp_path / "d" / "manifest.json").exists()
-    # The same job goes on when the user decides to leave the image out.
+    # The same job resumes when the user decides to leave the image out.
     make(source, tmp_path / "d", "--resume", "--on-error", "skip")
     ((name, (what, listed)),) = report(tmp_path / "d").items()
     assert (name, what) == ("a/bad.JPEG", "skipped")

@@ -113,8 +113,8 @@ def test_a_row_that_fits_no_shard_is_refused_with_its_number(folder, version):
     """Rows under a right checksum that could not be right."""
     manifest = read_manifest(folder)
     for field, value, words in [
-        ("offset", 1000, f"sample {BLOCK + 1} lies outside its shard"),
-        ("offset", 2**64 - 1, f"sample {BLOCK + 1} lies outside its shard"),
+        ("offset", 1000, f"sample {BLOCK + 1} is outside its shard"),
+        ("offset", 2**64 - 1, f"sample {BLOCK + 1} is outside its shard"),
         ("label", 3, f"sample {BLOCK + 1} has label 3 of 3 classes"),
     ]:
         index = rows()

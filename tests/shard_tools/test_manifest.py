@@ -160,8 +160,8 @@ def test_rows_must_lie_in_their_shard_and_their_classes(tmp_path: Path) -> None:
     before = shard_folder(tmp_path / "s")
     shards = before.shards
     for field, value, sentence in [
-        ("offset", 91, "sample 4 lies outside"),
-        ("offset", 2**64 - 5, "sample 4 lies outside"),
+        ("offset", 91, "sample 4 is outside"),
+        ("offset", 2**64 - 5, "sample 4 is outside"),
         ("label", 2, "label 2 of 2 classes"),
         ("label", -2, "label -2 of 2 classes"),
     ]:
@@ -286,7 +286,7 @@ def test_contents_that_no_reader_expects(tmp_path: Path) -> None:
         ({"shards": [first, {**second, "name": first["name"]}]}, "lists the shard .* twice"),
         (
             {"shards": [{**s, "samples": 2**62} for s in (first, second)]},
-            "cannot hold so many samples",
+            "cannot hold that many samples",
         ),
     ):
         content = {key: value for key, value in (good | change).items() if key != "checksum"}

@@ -11,7 +11,7 @@
 #   interrupt  set-up is stopped in every stage, by Ctrl-C and by kill -9, and run again
 #
 # The host's pip configuration (indexes, folders of wheels, certificates) is used in the roots; its
-# packages and caches are not. FRESH_DIR is where the roots lie (8 GB each, one at a time; a
+# packages and caches are not. FRESH_DIR is where the roots are (8 GB each, one at a time; a
 # temporary folder), UBUNTU_KEYRING a folder with Ubuntu's keys. What is tested is the last commit.
 # Exit 0 also where it is skipped, with the reason.
 set -euo pipefail

@@ -74,6 +74,11 @@ def test_english(page):
     assert not [word for word in BANNED if re.search(rf"\b{word}\b", text)]
 
 
+def test_the_code_says_it_in_the_words_of_the_field():
+    words = (*BANNED, "goes on", "go on from", "made again", "so often", "lies", "in one sentence")
+    assert not [word for word in words if re.search(rf"\b{word}\b", SOURCE)]
+
+
 def test_every_demo_photograph_has_its_origin_and_licence():
     from shard_tools.demo_images import PHOTOGRAPHS
 

@@ -10,7 +10,7 @@ PACKAGES = ("pipeline", "shard_tools", "eval")
 
 
 def modules():
-    """(dotted name, path) of every module of ours."""
+    """(dotted name, path) of every relaxmim module."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -35,7 +35,7 @@ def imports_of(path):
 
 
 def ours(name):
-    """Modules of ours that a module imports; a package only where nothing below it is named."""
+    """relaxmim modules that a module imports; a package only where nothing below it is named."""
     found = imports_of(NAMES[name]) & NAMES.keys()
     return {m for m in found if not any(o.startswith(f"{m}.") for o in found)} - {name}
 
@@ -63,7 +63,13 @@ def circle(graph):
 # From the ground up: a room imports only rooms that stand before it (of one line, no other).
 FLOORS = (
     ("pipeline.errors", "shard_tools.cores", "shard_tools.texts"),
-    ("shard_tools.atomic", "shard_tools.cli", "shard_tools.members", "pipeline.distributed"),
+    (
+        "shard_tools.atomic",
+        "shard_tools.cli",
+        "shard_tools.members",
+        "pipeline.distributed",
+        "pipeline.progress",
+    ),
     ("shard_tools.tar", "shard_tools.image_file", "shard_tools.index_file"),
     ("shard_tools.index_cache", "shard_tools.shard_table"),
     ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),

@@ -114,7 +114,7 @@ def test_a_stamp_holds_until_its_inputs_change(setup_env, stamps):
         assert not setup_env.is_done(stage(setup_env, name, tools))
         setup_env.stamp(stage(setup_env, name, tools), "built")
         assert setup_env.is_done(stage(setup_env, name, tools))
-    setup_env.decoder_source().write_text("int version = 2;\n")
+    setup_env.c_sources()[0].write_text("int version = 2;\n")
     assert not setup_env.is_done(stage(setup_env, "relaxmim", tools))
     assert setup_env.is_done(stage(setup_env, "wheels", tools))
     setup_env.LOCK.write_text(setup_env.LOCK.read_text() + "another==1.0\n")

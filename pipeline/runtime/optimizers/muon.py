@@ -156,7 +156,7 @@ def _update(look_ahead: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _own_part(part: Tensor, shapes: list[tuple[int, int, int]]) -> Tensor:
-    """The update of this rank's flat part of weights of `shapes`, which lie one after another."""
+    """The update of this rank's flat part of weights of `shapes`, one after another."""
     world, rank = dist.get_world_size(), dist.get_rank()
     parts = [torch.empty_like(part) for _ in range(world)]
     dist.all_gather(parts, part.contiguous())
