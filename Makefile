@@ -68,6 +68,14 @@ endif
 mini-paper: .venv/ready   ## five claims of the paper on demo photographs, three seeds → runs/mini-paper/report.html
 	@$(PY) eval/mini_paper.py --seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS))
 
+.PHONY: paper-cifar paper-cifar-page
+paper-cifar: .venv/ready   ## the paper's claims on CIFAR10=PATH (folder or archive) → runs/paper-cifar/report.html; CIFAR=--dry-run first
+	@$(PY) eval/cifar_paper.py $(if $(CIFAR10),--cifar10 "$(CIFAR10)") \
+		--seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS)) $(CIFAR)
+
+paper-cifar-page: .venv/ready   ## the page of it from docs/page/cifar10.tar.xz, without the runs → docs/page/cifar10.html
+	@$(PY) eval/cifar_paper.py --page
+
 .PHONY: test-page
 test-page: .venv/ready   ## the report's page in a headless chromium, with axe-core from npm; skips what cannot be had
 	@test -f build/axe/package/axe.min.js || { mkdir -p build/axe && cd build/axe && \
@@ -98,6 +106,10 @@ bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 a
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
 	@$(PY) tests/bench/bench_precision.py $(PRECISION)
 
+.PHONY: bench-launches
+bench-launches: .venv/ready   ## launches of a step by phase and recipe, and its host time beside plain torch's (MAE=checkout)
+	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae $(MAE))
+
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
 
@@ -108,18 +120,15 @@ bench-scale: .venv/ready   ## the loader's bookkeeping at 1.28 M to 2 B samples:
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
 bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU
 
-bench-data: .venv/ready bench-peers   ## loading against ImageFolder + Pillow, webdataset and DALI, one core
-	$(PY) tests/bench/bench_data.py
+bench-data: .venv/ready bench-peers   ## loading per core against 13 peers, on IMAGES=FOLDER of JPEGs or made ones
+	@$(PY) tests/bench/bench_data.py $(if $(IMAGES),--images "$(IMAGES)")
 
-# Stock Pillow beside pillow-simd, and DALI in a venv of its own; the bench skips what cannot be had.
+# Each peer's current release in an environment of its own; the benches skip what cannot be had.
 bench-peers: .venv/ready
-	@test -d build/bench/pillow || $(PIP) install --no-deps \
-		--target build/bench/pillow pillow || true
-	@test -x build/bench/dali/bin/python || { $(PYTHON) -m venv build/bench/dali && \
-		build/bench/dali/bin/pip install -q --disable-pip-version-check nvidia-dali-cuda120 numpy; } || true
+	@$(PY) tests/bench/peer_envs.py
 
-bench-shards: .venv/ready   ## sharding against webdataset's ShardWriter, one process
-	$(PY) tests/bench/bench_shards.py
+bench-shards: .venv/ready bench-peers   ## sharding per process against the peers' writers, on IMAGES=FOLDER or made ones
+	@$(PY) tests/bench/bench_shards.py $(if $(IMAGES),--images "$(IMAGES)")
 
 bench-infonce: .venv/ready   ## token_infonce against the materialised computation: memory and time
 	@$(PY) tests/bench/bench_infonce.py
@@ -130,8 +139,15 @@ kernels-report: .venv/ready   ## kernels compiled for sm_80/90/100 without a GPU
 test-gpu: .venv/ready   ## the kernel tests on a CUDA device, interpreter off
 	@$(PY) tests/kernels/run_on_gpu.py
 
-bench-gpu: .venv/ready   ## each kernel against its reference and a device copy, on a CUDA device
+bench-gpu: .venv/ready   ## each kernel beside its reference, eager and compiled, and a copy, on a CUDA device
 	@$(PY) tests/bench/bench_gpu.py
+
+.PHONY: gpu-check gpu-page
+gpu-check: .venv/ready   ## all that a GPU must prove, in 8 minutes → build/gpu-check (MAE=checkout; REHEARSE=1: on the CPU)
+	@$(PY) tests/system/gpu_check.py $(if $(MAE),--mae $(MAE)) $(if $(REHEARSE),--rehearse --output build/gpu-rehearsal)
+
+gpu-page: .venv/ready   ## the figures of the last gpu-check → docs/gpu.md
+	@$(PY) tests/system/gpu_check.py --write docs/gpu.md
 
 .PHONY: bundle
 PYTHON_VERSION ?= 3.12

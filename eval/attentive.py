@@ -159,15 +159,17 @@ def training_tokens(
         seed=s.seed,
         partitions=partitions_of(s.batch_size, ranks.world),
         workers=session.workers,
+        pin_memory=session.ranks.pins_memory,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
     parts: list[tuple[Tensor, Tensor]] = []
-    for batch in loader:
-        tokens = session.patch_tokens(session.normalise(batch.image))
-        parts.append((tokens, batch.label.to(session.device)))
-        if len(parts) * micro * ranks.world == s.batch_size:
-            yield parts
-            parts = []
+    with loader.explaining():
+        for batch in loader:
+            tokens = session.patch_tokens(session.normalise(batch.image))
+            parts.append((tokens, batch.label.to(session.device, non_blocking=True)))
+            if len(parts) * micro * ranks.world == s.batch_size:
+                yield parts
+                parts = []
 
 
 @torch.no_grad()
@@ -237,7 +239,8 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     heads = Heads(session.vit.num_features, classes, s, session.device)
     losses = torch.zeros(len(s.pairs), device=session.device)
     stream = enumerate(training_tokens(session, s, train))
-    for step, micro in progress(stream, ranks, "attentive probe", s.steps):
+    images = s.batch_size // ranks.world
+    for step, micro in progress(stream, ranks, "attentive probe", s.steps, images):
         losses = heads.step(step, micro, ranks)
     losses = ranks.sum(losses)
     finite = heads.finite(losses)

@@ -47,11 +47,12 @@ from eval.shared.metrics import accuracy, count_correct
 from eval.shared.results import Timer, check_output, output_path, write_accuracy
 from eval.shared.session import EvalSession, encoder_of, session_of
 from pipeline.data.crops import Crop
-from pipeline.data.loader import Batch, LoaderConfig, train_loader
+from pipeline.data.loader import Batch, Loader, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import StopSignal
 from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.engine import Engine, init_ranks
+from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.runtime.seeding import seed_all, seed_step
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
@@ -95,21 +96,22 @@ class Finetuning:
             mixup=s.mixup, cutmix=s.cutmix, smoothing=s.smoothing, classes=len(plan.classes)
         )
 
-    def batches(self, start: int) -> Iterator[Batch]:
+    def loader(self, start: int) -> Loader:
         """This rank's micro-batches from step `start` on."""
         config = LoaderConfig(
             self.plan.train,
             batch_size=self.settings.batch_size,
             micro_batch=self.run_plan.micro_batch,
-            crop=Crop(image_size=self.session.image_size, scale=(0.08, 1.0)),
+            crop=Crop(image_size=self.session.image_size, scale=(self.settings.crop_area, 1.0)),
             seed=self.settings.seed,
             partitions=self.plan.partitions,
             samples_per_epoch=self.settings.samples_per_epoch or 0,
             augment=self.augment,
             workers=self.session.workers,
+            pin_memory=self.ranks.pins_memory,
         )
         steps = range(start, self.plan.total)
-        return iter(train_loader(config, self.ranks.rank, self.ranks.world, steps))
+        return train_loader(config, self.ranks.rank, self.ranks.world, steps)
 
     def train_step(self, step: int, micro: Iterator[Batch]) -> Tensor:
         """One optimizer step; the mean loss of this rank's micro-batches.
@@ -124,7 +126,8 @@ class Finetuning:
             seed_step(self.settings.seed, step, number, self.ranks.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
-            pixels, target = self.mix(pixels, batch.label.to(self.ranks.device))
+            label = batch.label.to(self.ranks.device, non_blocking=True)
+            pixels, target = self.mix(pixels, label)
             losses.append(self.engine.micro_step(lr, pixels, target)[0])
         loss = torch.stack(losses).mean()
         if self.ranks.any(not bool(loss.isfinite())):
@@ -153,18 +156,19 @@ class Finetuning:
 
 
 def train(
-    run: Finetuning, checkpoints: Checkpoints, latest: dict[str, Any], stop: StopSignal
-) -> list[dict[str, Any]]:
+    run: Finetuning, checkpoints: Checkpoints, latest: dict[str, Any], stop: StopSignal,
+    micro: Iterator[Batch],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Train from the checkpoint `latest` on, to the end or to --stop-epoch; the history, whose
     last row is of the last step and validated."""
     s, plan, ranks = run.settings, run.plan, run.ranks
     done, history = latest.get("step", 0), latest.get("history", [])
     pause = plan.total if s.stop_epoch is None else min(plan.total, s.stop_epoch * plan.steps)
-    loader = run.batches(done)
-    for step in progress(range(done, plan.total), ranks, "finetuning"):
+    images = s.batch_size // ranks.world
+    for step in progress(range(done, plan.total), ranks, "finetuning", images=images):
         if step >= pause:
             break  # resumes here when rerun
-        loss = run.train_step(step, loader)
+        loss = run.train_step(step, micro)
         done, last = step + 1, step + 1 == plan.total
         stopping = ranks.any(bool(stop.name)) and not last
         epoch_ends = done % plan.steps == 0 or last
@@ -198,7 +202,9 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     run = Finetuning(s, plan, session)
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
-    history = train(run, checkpoints, latest, stop)
+    loader = run.loader(latest.get("step", 0))
+    with loader.explaining(), explaining_memory(run.run_plan, session.image_size):
+        history = train(run, checkpoints, latest, stop, iter(loader))
     state = run.engine.full_state()
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
@@ -241,6 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixup", type=float, default=d.mixup)
     add("--cutmix", type=float, default=d.cutmix)
     add("--smoothing", type=float, default=d.smoothing)
+    add("--crop-area", type=float, default=d.crop_area,
+        help="smallest share of the image that a training crop shows")  # fmt: skip
     add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
     add("--stop-epoch", type=float, help="stop here; rerun to resume")
     add("--max-steps", type=int, help="shorten the run: a trial")

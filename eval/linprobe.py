@@ -57,6 +57,7 @@ from pipeline.data.crops import Box, Crop
 from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.distributed import Ranks, StopSignal
 from pipeline.errors import PREEMPTED, UserError
+from shard_tools.manifest import read_manifest
 
 
 class ProbeCrop(Crop):
@@ -98,16 +99,19 @@ def global_features(
         seed=s.seed,
         partitions=plan.partitions,
         workers=session.workers,
+        pin_memory=session.ranks.pins_memory,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(start, plan.total))
     parts: list[tuple[Tensor, ...]] = []
-    for batch in loader:
-        features = session.all_features(session.normalise(batch.image), names)
-        parts.append((batch.label.to(session.device), *features))
-        if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
-            label, *found = (ranks.gather(torch.cat(column)) for column in zip(*parts, strict=True))
-            yield found, label
-            parts.clear()
+    with loader.explaining():
+        for batch in loader:
+            features = session.all_features(session.normalise(batch.image), names)
+            parts.append((batch.label.to(session.device, non_blocking=True), *features))
+            if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
+                columns = zip(*parts, strict=True)
+                label, *found = (ranks.gather(torch.cat(column)) for column in columns)
+                yield found, label
+                parts.clear()
 
 
 def features_of(s: Settings) -> tuple[str, ...]:
@@ -119,7 +123,10 @@ def score(probes: dict[str, Probe], session: EvalSession, s: Settings) -> dict[s
     """Accuracy on the validation set by feature, each image counted once over all ranks."""
     ranks, count = session.ranks, torch.zeros(len(probes), 3, dtype=torch.int64)
     count = count.to(session.device)
-    stream = progress(session.batches(s.val, s.micro_batch), ranks, "validation")
+    batches = -(-read_manifest(s.val).samples // (s.micro_batch * ranks.world))
+    stream = progress(
+        session.batches(s.val, s.micro_batch), ranks, "validation", batches, s.micro_batch
+    )
     with torch.no_grad():
         for pixels, label, _ in stream:
             features = session.all_features(pixels, tuple(probes))
@@ -152,7 +159,8 @@ def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> di
     write = partial(write_all, list(trainings.values()), ranks.first)
     stream = global_features(session, s, plan, first)
     for step, (features, label) in enumerate(
-        progress(stream, ranks, "linear probe", plan.total - first), first
+        progress(stream, ranks, "linear probe", plan.total - first, s.batch_size // ranks.world),
+        first,
     ):
         losses = [t.step(step, x, label) for t, x in zip(trainings.values(), features, strict=True)]
         if not bool(losses[0].isfinite().all() and main.finite.all()):

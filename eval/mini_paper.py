@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.paper.claims import CLAIMS, CONFIDENCE, REFUTED, Claim, Judged, judge, verdict
-from eval.paper.commands import Workspace, row_jobs, run_name
-from eval.paper.job_runner import Command, costs, run_commands, show_plan
+from eval.paper.claims import CLAIMS
+from eval.paper.commands import Workspace, run_name
+from eval.paper.job_runner import costs, run_commands, show_plan
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import (
     Options,
@@ -26,21 +26,15 @@ from eval.paper.reproduction import (
     choose_rows,
     find_table,
     known_tables,
-    our_result,
     prepare_data,
     read_options,
-    result_path,
     run_folders,
 )
-from eval.protocols import headings, keys
+from eval.paper.study import Study, rules, wanted_metrics
 from eval.report import write_report
-from eval.reporting.cka_charts import cka_table
 from eval.reporting.page import Chapter, markdown_table
-from eval.reporting.run_records import read_result
-from eval.reporting.tables import Cell, Row, Table
 from eval.shared.cli import run_command
 from eval.shared.processes import stop_on_sigterm
-from pipeline.errors import UserError
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
 ROWS = {
@@ -51,7 +45,6 @@ ROWS = {
     "MAE, 1 image": (6, "1 image, stronger augmentation, 5 epochs"),
     "random": (1, "random, 100 epochs"),
 }
-LARGE = 0.7  # share of dropped patches from which a CKA counts as of a large one
 SUPERVISED = PaperRow("supervised", {}, recipe="supervised")
 
 
@@ -89,127 +82,49 @@ def paper_row(name: str) -> PaperRow:
     return replace(row, published=published)
 
 
-def wanted_metrics(claims: Sequence[Claim]) -> dict[str, list[str]]:
-    """Row → the metrics that the claims need of it, both in a fixed order."""
-    pairs = {
-        (name, protocol_of(difference.metric))
-        for claim in claims
-        for difference in claim.differences
-        for name in (difference.better, difference.worse)
-    }
-    names = [name for name in (*ROWS, SUPERVISED.name) if any(name == row for row, _ in pairs)]
-    return {name: [p for p in keys() if (name, p) in pairs] for name in names}
+def study_of(workspace: Workspace, numbers: Sequence[int], seeds: int) -> Study:
+    """The claims of these numbers on rows of the paper's tables."""
+    claims = tuple(claim for claim in CLAIMS if claim.number in numbers)
+    return Study(workspace, claims, seeds, (*ROWS, SUPERVISED.name), paper_row)
 
 
-def protocol_of(metric: str) -> str:
-    """The protocol that a claim's metric is of: `cka <pool>` are several of one."""
-    return metric.split()[0]
-
-
-def plan(workspace: Workspace, claims: Sequence[Claim], seeds: int) -> list[Command]:
-    """Every job of the claims: seed by seed, in each the pretrainings first."""
-    jobs = []
-    for seed in range(seeds):
-        for name, metrics in wanted_metrics(claims).items():
-            jobs += row_jobs(workspace, paper_row(name), seed, metrics)
-    return jobs
-
-
-def our_value(workspace: Workspace, name: str, seed: int, what: str) -> float | None:
-    """Our result of a row and seed; of `cka <pool>` its mean over all blocks where most is
-    dropped."""
-    row = paper_row(name)
-    if protocol_of(what) != "cka":
-        return our_result(workspace, row, seed, what)
-    path = result_path(workspace, row, seed, "cka")
-    if not path.is_file():
-        return None
-    result = read_result(path)
-    try:
-        by_ratio = zip(result["ratios"], cka_table(result, what.split()[1]) or (), strict=True)
-        rows = [values for ratio, values in by_ratio if ratio > LARGE - 1e-6]
-        return sum(map(sum, rows)) / sum(map(len, rows))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path}: not a result of today's eval/cka.py with {LARGE:.0%} dropped and more; "
-            "remove it to run it again"
-        ) from error
-
-
-def claim_table(claim: Claim, judged: Sequence[Judged]) -> Table:
-    """A claim's differences: both means, the difference with its interval, the verdict."""
-    head = ("difference", "metric", "first", "second", "difference (95 % interval)", "verdict")
-    rows = []
-    for one in judged:
-        d, digits = one.difference, 3 if protocol_of(one.difference.metric) == "cka" else 2
-        means = [f"{sum(v) / len(v):.{digits}f}" if v else "-" for v in (one.better, one.worse)]
-        bounds = f"{one.low:+.{digits}f} … {one.high:+.{digits}f}"
-        if len(one.better) < 2:
-            bounds = "no interval: fewer than two seeds"
-        apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip()
-        cells = [
-            f"{d.better} - {d.worse}",
-            headings().get(d.metric, d.metric.replace("cka ", "CKA, ")),
-            *means,
-        ]
-        rows.append(Row((*map(Cell, cells), Cell(apart, bounds), Cell(one.verdict))))
-    refuted = any(one.verdict == REFUTED for one in judged)
-    mark = "holds" if verdict(judged) else "does not hold" if refuted else "is undecided"
-    return Table(head, tuple(rows), f"Claim {claim.number} {mark} here: {claim.text}")
-
-
-def chapters(
-    workspace: Workspace, claims: Sequence[Claim], seeds: int, cpu: float
-) -> list[Chapter]:
+def chapters(study: Study, cpu: float) -> list[Chapter]:
     """The report's first chapters: the claims, and the rows beside the paper's."""
-    tables = [claim_table(claim, judge_claim(workspace, claim, seeds)) for claim in claims]
+    workspace = study.workspace
     texts = (
-        f"{seeds} seed{'s' if seeds > 1 else ''}; each seed has its own pretraining, its own "
-        "finetuning and its own 10 % of the labels, and pairs are of one seed. A claim holds where "
-        f"Student's {CONFIDENCE:.0%} interval of each paired difference is above 0; intervals "
-        "are not corrected for their number.",
+        rules(study),
         f"Scale: {workspace.scale.name} of eval/paper/scales.yaml: a small model, a short "
         "schedule, 16 photographs. What fails here may hold at the paper's scale, and the reverse.",
         workspace.scale.tried,
         f"Cost: {cpu:.0f} CPU seconds.",
     )
-    rows = [(paper_row(n), metrics) for n, metrics in wanted_metrics(claims).items() if n in ROWS]
-    ours = beside("", rows, workspace, seeds)
+    wanted = wanted_metrics(study.claims, study.names)
+    rows = [(paper_row(name), metrics) for name, metrics in wanted.items() if name in ROWS]
     return [
-        Chapter("claims", "The paper's claims", texts, tuple(tables)),
-        Chapter("reproduced", "Beside the paper", (), (ours,)),
+        Chapter("claims", "The paper's claims", texts, tuple(study.tables())),
+        Chapter("reproduced", "Beside the paper", (), (beside("", rows, workspace, study.seeds),)),
     ]
-
-
-def judge_claim(workspace: Workspace, claim: Claim, seeds: int) -> list[Judged]:
-    """A claim's differences, judged."""
-
-    def values(name: str, what: str) -> list[float | None]:
-        return [our_value(workspace, name, seed, what) for seed in range(seeds)]
-
-    return [judge(difference, values) for difference in claim.differences]
 
 
 def mini_paper(settings: Settings) -> None:
     """Plan, run, judge, write; prints the claims last."""
     options, workspace = settings.options, settings.options.workspace
     prepare_data(workspace)
-    claims = [claim for claim in CLAIMS if claim.number in settings.claims]
-    jobs = plan(workspace, claims, options.seeds)
+    study = study_of(workspace, settings.claims, options.seeds)
+    jobs = study.jobs()
     if options.dry_run:
         print("\n".join(show_plan(jobs)), flush=True)
         return
     run_commands(jobs, options.jobs, workspace.output)
     names = {job.name for job in jobs}
     cpu = sum(seconds for name, seconds in costs(workspace.output).items() if name in names)
-    first = chapters(workspace, claims, options.seeds, cpu)
+    first = chapters(study, cpu)
     output = workspace.output / "report.html"
     page, _ = write_report(run_folders(workspace, jobs), output, "The paper in miniature", first)
     for table in (*first[0].tables, *first[1].tables):
         print("\n".join(markdown_table(table)))
     print(f"{cpu:.0f} CPU seconds; report: {page}")
-    found = {str(c.number): verdict(judge_claim(workspace, c, options.seeds)) for c in claims}
-    print(json.dumps({"claims": found}), flush=True)
+    print(json.dumps({"claims": study.verdicts()}), flush=True)
 
 
 def main() -> None:

@@ -67,8 +67,9 @@ def attentive_probe(work: Work) -> tuple[int, float]:
 
 
 def nine_ratios(work: Work) -> tuple[int, float]:
-    """The full images, and what 10 … 90 % dropped leaves of them: 4.5 more passes."""
-    return work.val, 5.5 * work.val * work.forward
+    """The full images (--images of them), and what 10 … 90 % dropped leaves: 4.5 more passes."""
+    images = min(work.val, int(work.option("--images", 0)) or work.val)
+    return images, 5.5 * images * work.forward
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB
 @dataclass(frozen=True)
 class Settings:
     """What PSNR depends on. encoder: a run, or a FILE, which needs the recipe (and overrides) that
-    it fits; val: shards; mask_ratio: share of hidden patches, None for the recipe's."""
+    it fits; val: shards; mask_ratio: share of hidden patches, None for the recipe's; resize: pixels
+    of the shorter side before the centre crop, 0 for those of `shorter_side`."""
 
     encoder: str
     val: str
@@ -45,6 +46,7 @@ class Settings:
     mask_ratio: float | None = None
     seed: int = 0
     micro_batch: int = 64
+    resize: int = 0
     workers: int = 0
 
 
@@ -93,11 +95,15 @@ def measure(
         world=ranks.world,
         image_size=model.size,
         workers=s.workers,
+        resize=s.resize or None,
         interleave=True,
+        pin_memory=ranks.pins_memory,
     )
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    for batch in progress(loader, ranks, "PSNR"):
-        image, sample = batch.image.to(ranks.device), batch.sample.to(ranks.device)
+    for batch in progress(loader, ranks, "PSNR", images=s.micro_batch):
+        image, sample = (
+            part.to(ranks.device, non_blocking=True) for part in (batch.image, batch.sample)
+        )
         visible, inverse = model.mask(sample, mask_ratio, s.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)
@@ -126,7 +132,8 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
         "hidden": round(hidden, 4),
         "images": images,
         "statistics": statistics,
-        "settings": {"mask_ratio": mask_ratio, "seed": s.seed, "val": s.val},
+        "settings": {"mask_ratio": mask_ratio, "seed": s.seed, "val": s.val}
+        | ({"resize": s.resize} if s.resize else {}),
         "encoder": {**model.info, "random": False, "source": s.encoder},
         "seconds": timer.seconds,
         "ranks": ranks.world,
@@ -148,6 +155,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(result)
     result.add_argument("--val", required=True, help="shards with the images")
     result.add_argument("--micro-batch", type=int, default=64, help="images per forward pass")
+    result.add_argument(
+        "--resize", type=int, default=0,
+        help="pixels of the shorter side before the centre crop (0: as in the other evaluations)",
+    )  # fmt: skip
     result.add_argument("--output", help="result file (default: RUN/eval/psnr.json)")
     return result
 

@@ -200,7 +200,7 @@ def classifier_trials(
     choice = torch.zeros(len(images), dtype=torch.int64, device=ranks.device)
     names, size = list(CATEGORIES), int(info["options"]["img_size"])
     pieces = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    for piece in progress(pieces, ranks, "shape bias"):
+    for piece in progress(pieces, ranks, "shape bias", images=batch_size):
         crops = np.stack([evaluation_crop(images[n][0], size) for n in piece])
         pixels = normalise(torch.from_numpy(crops), info["mean"], info["std"], ranks.device)
         for number, decision in zip(piece, decide(classify(model, pixels)), strict=True):

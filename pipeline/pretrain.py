@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,11 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="stop after optimizer step N; the learning rate follows the recipe's length all the "
         "same (default: the recipe's epochs)",
     )  # fmt: skip
+    parser.add_argument(
+        "--peak-tflops", type=float, default=argparse.SUPPRESS, metavar="N",
+        help="10^12 FLOP/s that one device reaches at most, for the MFU (default: the data sheet's "
+        "of a GPU that is known)",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     args.pop("local_rank")  # of the launcher
@@ -86,6 +92,8 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     steps = args.get("max_steps")
     if steps is not None and steps < 1:
         parser.error(f"--max-steps {steps}: must be at least 1")
+    if not 0 < args.get("peak_tflops", 1) < math.inf:
+        parser.error(f"--peak-tflops {args['peak_tflops']:g}: must be above 0")
     return Settings(**args | {"overrides": tuple(args["overrides"])})
 
 

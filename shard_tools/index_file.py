@@ -107,7 +107,7 @@ def encode_index(rows: np.ndarray) -> bytes:
     rows = np.ascontiguousarray(rows, SAMPLE)
     starts = range(0, len(rows), BLOCK)
     digests = b"".join(hashlib.sha256(_bytes(rows[i : i + BLOCK])).digest() for i in starts)
-    return b"".join([header_bytes(len(rows), digests), rows.tobytes(), digests])
+    return b"".join([header_bytes(len(rows), digests), _bytes(rows), digests])
 
 
 def index_checksum(data: bytes) -> str:
@@ -130,7 +130,7 @@ class Index:
     ) -> None:  # fmt: skip
         self.where, self.path, self.checksum = where, path, checksum
         self.starts, self.sizes, self.classes = starts, sizes, classes
-        self._done = bytearray()  # 1 where a block has been checked
+        self._done = np.zeros(0, np.uint8)  # 1 where a block has been checked
 
     @cached_property
     def _file(self) -> tuple[np.ndarray, bytes | memoryview, int]:
@@ -151,7 +151,7 @@ class Index:
         if header.checksum.hex() != self.checksum or header.rows != self.starts[-1]:
             raise ManifestError(f"{self.where}: belongs to another manifest than the one beside it")
         if len(self._done) != header.blocks:
-            self._done = bytearray(header.blocks)
+            self._done = np.zeros(header.blocks, np.uint8)  # no memory before it is written
         # Not frombuffer's count: it refuses 0.
         rows = np.frombuffer(memoryview(mapped)[_HEADER.size : end], SAMPLE)
         return rows, digests, header.block

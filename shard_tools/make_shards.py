@@ -3,12 +3,15 @@
     python shard_tools/make_shards.py SOURCE DEST
 
 A sample has the fields jpg, cls (class index in ASCII; absent without labels) and json (original
-name, synset, width, height). Equal input and options give equal tars at any number of workers.
+name, synset, width, height), or fewer (--fields). Equal input and options give equal tars at any
+number of workers.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +27,15 @@ from shard_tools.sharding.job import (
     Execution,
     check_destination,
     check_plan,
+    find_plan,
     is_finished,
     merge,
+    planning,
     run_job,
+    store_plan,
 )
 from shard_tools.sharding.labels import read_labels
-from shard_tools.sharding.layout import PARTS, Settings, make_plan
+from shard_tools.sharding.layout import ALL_FIELDS, FIELDS, LAYOUT, PARTS, Settings, make_plan
 from shard_tools.sharding.sources import Listing, Source, open_source
 from shard_tools.sharding.statistics import drop_duplicates
 
@@ -63,17 +69,32 @@ def make_shards(options: argparse.Namespace) -> int:
             merge(folder)
         return 0
     settings, how = settings_of(options), execution_of(options)
+    with naming(options.source, "cannot be read"):
+        layout = None if options.unlabelled else recognise(options.source)
+    folders = destinations(options, layout, how)
+    request = request_of(options)
+    with planning(folders[0], how):
+        if not all(find_plan(folder, request, how) for folder in folders):
+            plan_splits(options, layout, folders, settings, how, request)
+    for folder in folders:
+        run_job(folder, how)
+    return 0
+
+
+def plan_splits(
+    options: argparse.Namespace, layout: Layout | None, folders: list[Path], settings: Settings,
+    how: Execution, request: str,
+) -> None:  # fmt: skip
+    """List and plan everything, and check it before the first plan is written."""
     listing = Listing(
         classes=read_classes(options.classes_from),
         labels=read_labels(options.synsets, options.devkit),
         root=options.root,
         unlabelled=options.unlabelled,
-        unpacked=dest / PARTS / UNPACKED if how.tasks == 1 else None,
+        unpacked=options.dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
-    with naming(options.source, "cannot be read"):
-        layout = None if options.unlabelled else recognise(options.source)
-    splits = find_splits(options, layout, listing, how)
+    splits = find_splits(options.source, layout, folders, listing)
     if options.drop_duplicates:
         splits = [
             replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
@@ -83,29 +104,50 @@ def make_shards(options: argparse.Namespace) -> int:
         announce(split)
         check_plan(split.dest, plan, how)
     for split, plan in zip(splits, plans, strict=True):
-        run_job(split.dest, plan, split.paths[0].name, how)
-    return 0
+        store_plan(split.dest, plan, split.paths[0].name, how, request)
+
+
+def request_of(options: argparse.Namespace) -> str:
+    """What all tasks of one call have in common: the options that decide the plan, and the state of
+    the files that they name."""
+    private = ("dest", "workers", "resume", "on_error", "num_tasks", "task_id", "merge")
+    given = {name: value for name, value in vars(options).items() if name not in private}
+    states = {}
+    for name, value in given.items():
+        if isinstance(value, Path) and value.exists():
+            about = value.stat()
+            states[name] = (about.st_size, about.st_mtime_ns)
+    text = f"{LAYOUT} {os.getcwd()} {sorted(given.items())} {sorted(states.items())}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def destinations(options: argparse.Namespace, layout: Layout | None, how: Execution) -> list[Path]:
+    """The folders to be written, checked."""
+    dest: Path = options.dest
+    if layout is None:
+        dest = dest / "train" if options.splits else dest
+        check_destination(dest, [options.source], how)
+        return [dest]
+    folders = [dest / "train", dest / "val"]
+    for folder, paths in zip(folders, (layout.train, layout.val), strict=True):
+        check_destination(folder, list(paths), how)
+    return folders
 
 
 def find_splits(
-    options: argparse.Namespace, layout: Layout | None, listing: Listing, how: Execution
+    source: Path, layout: Layout | None, folders: list[Path], listing: Listing
 ) -> list[Split]:
     """What is to be made of the source, listed and checked."""
-    source, dest = options.source, options.dest
     if layout is None:
-        dest = dest / "train" if options.splits else dest
-        check_destination(dest, [source], how)
-        return [Split(dest, (source,), open_source(source, listing))]
+        return [Split(folders[0], (source,), open_source(source, listing))]
     if listing.classes:
         raise ToolError(
             f"{source}: the validation set takes the classes of the training set, so "
             "--classes-from does nothing"
         )
-    for name, paths in (("train", layout.train), ("val", layout.val)):
-        check_destination(dest / name, list(paths), how)
     print(f"{source}: {layout.what}", flush=True)
     train, val = open_splits(layout, listing)
-    return [Split(dest / "train", layout.train, train), Split(dest / "val", layout.val, val)]
+    return [Split(folders[0], layout.train, train), Split(folders[1], layout.val, val)]
 
 
 def announce(split: Split) -> None:
@@ -158,7 +200,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     image = ImageSettings(
         options.resize_shorter, options.max_side, options.quality, options.check, conversion
     )
-    return Settings(options.name, options.seed, options.shard_size, image)
+    return Settings(options.name, options.seed, options.shard_size, image, options.fields)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -178,6 +220,14 @@ def parser() -> argparse.ArgumentParser:
     a("--name", default="shard", help="shards are called NAME-000000.tar")
     a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most")
     a("--seed", type=int, default=0, help="seed of the shuffle")
+    a(
+        "--fields",
+        choices=tuple(FIELDS),
+        default=ALL_FIELDS,
+        help="what a sample has beside its jpg: each field takes 1 KiB of the tar, its header and "
+        "padding, which counts for small images (CIFAR-10's 46 MB of JPEGs make tars of 180 MB, "
+        "128 MB without one of the two); jpg,json has the label in the json",
+    )
     a("--workers", type=int, default=cores(), help="processes; 0 = no process of its own")
     a(
         "--resume",

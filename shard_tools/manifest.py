@@ -1,8 +1,9 @@
 """The manifest of a folder of shards: what is where, with checksums.
 
-A shard folder holds plain WebDataset tars and three small files:
+A shard folder holds plain WebDataset tars and three or four small files:
 
     manifest.json   shards (name, samples, bytes, sha256), classes, how it was made; written last
+    shards.bin      the shards, where there are more than 4096 (see shard_tools/shard_table.py)
     index.bin       one SAMPLE row per sample, in shard order: where its image bytes are, its label
                     (see shard_tools/index_file.py)
     names.bin       the original name of each sample (optional; zlib-compressed UTF-8 lines)
@@ -18,6 +19,8 @@ import hashlib
 import json
 import os
 import posixpath
+import re
+import time
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -43,6 +46,7 @@ from shard_tools.index_file import (
     parse_header,
 )
 from shard_tools.shard_table import Shard, ShardTable
+from shard_tools.texts import Texts
 
 __all__ = [
     "FORMATS",
@@ -50,6 +54,7 @@ __all__ = [
     "MANIFEST",
     "NAMES",
     "SAMPLE",
+    "SHARDS",
     "Manifest",
     "ManifestError",
     "Shard",
@@ -61,10 +66,15 @@ __all__ = [
     "write_manifest",
 ]
 
-VERSION = 1
-MANIFEST, INDEX, NAMES = "manifest.json", "index.bin", "names.bin"
+VERSIONS = (1, 2)  # 2 has its shards in shards.bin
+MANIFEST, INDEX, NAMES, SHARDS = "manifest.json", "index.bin", "names.bin", "shards.bin"
 
 _FEW = 1000  # shards whose files one thread looks for
+_QUICK = 50e-6  # seconds per file; a file system that takes longer is asked by many threads
+_LISTED = 4096  # shards that manifest.json itself lists, at most
+
+# A path of parts that are neither empty nor "..".
+_SAFE = re.compile(r"(?!\.\.(/|\Z))[^/\0]+(/(?!\.\.(/|\Z))[^/\0]+)*")
 
 # Image formats by the number stored in SAMPLE["format"].
 FORMATS = ("jpeg", "png", "webp", "other")
@@ -91,10 +101,10 @@ class Manifest:
         """The shards as a table; its `samples` and `bytes` are arrays."""
         return ShardTable.of(self.shards)
 
-    @cached_property
+    @property
     def starts(self) -> np.ndarray:
         """Number of the first sample of each shard, then the total: int64 [shards + 1]."""
-        return np.concatenate([[0], np.cumsum(self.table.samples)]).astype(np.int64)
+        return self.table.starts
 
     @cached_property
     def lazy_index(self) -> Index:
@@ -118,17 +128,17 @@ class Manifest:
         return self.lazy_index.rows(samples)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Texts:
         """Original name of each sample (as given to the sharding tool), in index order; empty
         where none were recorded."""
         if not self.names_sha256:
-            return ()
+            return Texts()
         where = join(self.home, NAMES)
         data = read_bytes(where)
         if hashlib.sha256(data).hexdigest() != self.names_sha256:
             raise ManifestError(f"{where}: the checksum does not match the manifest")
         try:
-            names = tuple(zlib.decompress(data).decode().split("\n"))
+            names = Texts.lines(zlib.decompress(data))
         except (zlib.error, UnicodeDecodeError) as error:
             raise ManifestError(f"{where}: holds no list of names ({error})") from error
         if len(names) != self.samples:
@@ -178,14 +188,14 @@ def _read_manifest(home: str, check_shards: bool) -> Manifest:
         version, checksum = content["version"], content.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
-    if version != VERSION:
-        raise ManifestError(f"{where}: version {version!r} is not known, this code reads {VERSION}")
+    if version not in VERSIONS:
+        raise ManifestError(f"{where}: version {version!r} is not known, this code reads 1 and 2")
     if checksum != _checksum(content):
         raise ManifestError(f"{where}: damaged, its checksum does not match its content")
     try:
         manifest = Manifest(
             folder=_resolve(home, content["folder"]),
-            shards=tuple(Shard(**shard) for shard in content["shards"]),
+            shards=_read_shards(home, content),
             classes=tuple(content["classes"]),
             made=content["made"],
             home=home,
@@ -195,8 +205,20 @@ def _read_manifest(home: str, check_shards: bool) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError(f"{where}: not a manifest of relaxmim shards ({error})") from error
     _check_types(where, manifest)
+    manifest = replace(manifest, shards=manifest.table)
     _check_files(manifest, check_shards)
-    return replace(manifest, shards=ShardTable.of(manifest.shards))
+    return manifest
+
+
+def _read_shards(home: str, content: dict[str, Any]) -> Sequence[Shard]:
+    """The shards that manifest.json lists, or those of the file beside it."""
+    if content["version"] == 1:
+        return tuple(Shard(**shard) for shard in content["shards"])
+    where = join(home, SHARDS)
+    data = read_bytes(where)
+    if hashlib.sha256(data).hexdigest() != content["shards_sha256"]:
+        raise ManifestError(f"{where}: the checksum does not match the manifest")
+    return ShardTable.decode(where, data)
 
 
 def write_manifest(
@@ -219,13 +241,15 @@ def write_manifest(
     rows = np.ascontiguousarray(index, SAMPLE)
     if len(names) not in (0, len(rows)) or any("\n" in name for name in names):
         raise ManifestError(f"{folder}: names must be one line per sample, or none")
-    blob = zlib.compress("\n".join(names).encode(), 6) if names else b""
+    names = names if isinstance(names, Texts) else Texts(names)
+    blob = zlib.compress(names.joined(), 6) if names else b""
     location, encoded = _relative(folder, shard_folder), encode_index(rows)
+    table = b"" if len(shards) <= _LISTED else ShardTable.of(shards).encode()
     content: dict[str, Any] = {
-        "version": VERSION,
+        "version": VERSIONS[bool(table)],
         "folder": location,
         "samples": len(rows),
-        "shards": [asdict(shard) for shard in shards],
+        **_listing(shards, table),
         "classes": list(classes),
         "made": made or {},
         "index_sha256": index_checksum(encoded),
@@ -239,13 +263,21 @@ def write_manifest(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_atomic(folder / INDEX, encoded)
-    if names:
-        write_atomic(folder / NAMES, blob)
-    else:
-        (folder / NAMES).unlink(missing_ok=True)
+    for name, data in ((NAMES, blob), (SHARDS, table)):
+        if data:
+            write_atomic(folder / name, data)
+        else:
+            (folder / name).unlink(missing_ok=True)
     content["checksum"] = _checksum(content)
     write_atomic(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
     return read_manifest(folder)
+
+
+def _listing(shards: Sequence[Shard], table: bytes) -> dict[str, Any]:
+    """The shards in manifest.json, or the checksum of their table in shards.bin."""
+    if table:
+        return {"shards_sha256": hashlib.sha256(table).hexdigest()}
+    return {"shards": [asdict(shard) for shard in shards]}
 
 
 def is_remote(folder: str) -> bool:
@@ -313,29 +345,33 @@ def _resolve(home: str, folder: str) -> str:
 def _check_types(where: str, manifest: Manifest) -> None:
     """Every field has its type, and no number is negative."""
     texts = [manifest.index_sha256, manifest.names_sha256, *manifest.classes]
-    for shard in manifest.shards:
-        texts += [shard.name, shard.sha256]
-        for number in (shard.samples, shard.bytes):
-            if type(number) is not int or not 0 <= number < 2**63:
-                raise ManifestError(f"{where}: {number!r:.80} is no count of samples or bytes")
+    if not isinstance(manifest.shards, ShardTable):  # whose fields have no other types
+        for shard in manifest.shards:
+            texts += [shard.name, shard.sha256]
+            for number in (shard.samples, shard.bytes):
+                if type(number) is not int or not 0 <= number < 2**63:
+                    raise ManifestError(f"{where}: {number!r:.80} is no count of samples or bytes")
     if not isinstance(manifest.made, dict):
         raise ManifestError(f"{where}: how the shards were made is not recorded as an object")
-    if sum(shard.samples for shard in manifest.shards) >= 2**63:
-        raise ManifestError(f"{where}: its shards cannot hold that many samples")
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ManifestError(f"{where}: a name, class or checksum is not a text")
+    numbers = np.stack([manifest.table.samples, manifest.table.bytes])
+    if (numbers < 0).any():
+        raise ManifestError(f"{where}: {numbers.min()} is no count of samples or bytes")
+    if sum(manifest.table.samples.tolist()) >= 2**63:
+        raise ManifestError(f"{where}: its shards cannot hold that many samples")
 
 
 def _check_files(manifest: Manifest, check_shards: bool) -> None:
     """Names are safe and occur once, the index belongs to this manifest, local shards exist in
     their size."""
-    names = Counter(shard.name for shard in manifest.shards)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ManifestError(f"{manifest.home}: lists the shard {twice[0]!r} twice")
-    for shard in manifest.shards:
-        parts = shard.name.split("/")
-        if shard.name.startswith("/") or ".." in parts or "" in parts:
-            raise ManifestError(f"{manifest.home}: shard name {shard.name!r} leaves its folder")
+    names = manifest.table.names()
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ManifestError(f"{manifest.home}: lists the shard {twice!r} twice")
+    for name in names:
+        if not _SAFE.fullmatch(name):
+            raise ManifestError(f"{manifest.home}: shard name {name!r} leaves its folder")
     if not is_remote(manifest.home):
         where = join(manifest.home, INDEX)
         if not os.path.isfile(where):
@@ -348,26 +384,27 @@ def _check_files(manifest: Manifest, check_shards: bool) -> None:
         if head.rows != manifest.samples or head.checksum.hex() != manifest.index_sha256:
             raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
     if check_shards and not is_remote(manifest.folder):
-        numbers = range(len(manifest.shards))
-        if len(numbers) <= _FEW:
-            return _check_shards(manifest, numbers)
+        listed = list(zip(names, manifest.table.bytes.tolist(), strict=True))
+        begun = time.perf_counter()
+        _check_shards(manifest.folder, listed[:_FEW])
+        if time.perf_counter() - begun < _FEW * _QUICK:
+            return _check_shards(manifest.folder, listed[_FEW:])
         # A network file system answers many at a time.
         with ThreadPoolExecutor(16) as threads:
-            pieces = (numbers[i : i + _FEW] for i in range(0, len(numbers), _FEW))
-            list(threads.map(partial(_check_shards, manifest), pieces))
+            pieces = (listed[i : i + _FEW] for i in range(_FEW, len(listed), _FEW))
+            list(threads.map(partial(_check_shards, manifest.folder), pieces))
 
 
-def _check_shards(manifest: Manifest, numbers: range) -> None:
-    for number in numbers:
-        _check_shard(manifest.path(number), manifest.shards[number])
-
-
-def _check_shard(where: str, shard: Shard) -> None:
-    try:
-        size = os.stat(where).st_size
-    except FileNotFoundError:
-        raise ManifestError(f"{where}: this shard is missing") from None
-    except OSError as error:
-        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
-    if size != shard.bytes:
-        raise ManifestError(f"{where}: {size} bytes long where the manifest says {shard.bytes}")
+def _check_shards(folder: str, listed: list[tuple[str, int]]) -> None:
+    """Every (name, bytes) is there in its size."""
+    for name, size in listed:
+        try:
+            found = os.stat(f"{folder}/{name}").st_size
+        except FileNotFoundError:
+            raise ManifestError(f"{join(folder, name)}: this shard is missing") from None
+        except OSError as error:
+            where = join(folder, name)
+            raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
+        if found != size:
+            where = join(folder, name)
+            raise ManifestError(f"{where}: {found} bytes long where the manifest says {size}")

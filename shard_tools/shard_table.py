@@ -1,12 +1,25 @@
-"""The shards of a manifest in one buffer: 100 bytes each, where Python objects would take 500."""
+"""The shards of a manifest in one buffer: 100 bytes each, where Python objects would take 500.
+
+A manifest of many shards has the buffer in a file of its own, shards.bin:
+
+    header   16 bytes: magic, shards
+    buffer   see ShardTable
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
+
+from shard_tools.index_file import ManifestError
+
+_HEADER = struct.Struct("<8sQ")
+_MAGIC = b"RMIMSHRD"
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,40 @@ class ShardTable(Sequence[Shard]):
         sizes = [[s.samples for s in shards], [s.bytes for s in shards]]
         numbers = np.array([*sizes, ends[::2], ends[1::2]], np.int64)
         return cls(np.frombuffer(numbers.tobytes() + b"".join(texts), np.uint8), len(shards))
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of the first sample of each shard, then the total: int64 [shards + 1]."""
+        return np.concatenate([[0], np.cumsum(self.samples)]).astype(np.int64)
+
+    def encode(self) -> bytes:
+        """The bytes of shards.bin."""
+        return _HEADER.pack(_MAGIC, len(self)) + self.buffer.tobytes()
+
+    @classmethod
+    def decode(cls, where: str, data: bytes) -> ShardTable:
+        """The table in the bytes of the file `where`; ManifestError where they are none."""
+        magic, count = _HEADER.unpack(data[: _HEADER.size].ljust(_HEADER.size, b"\0"))
+        buffer = np.frombuffer(memoryview(data)[_HEADER.size :], np.uint8)
+        if magic != _MAGIC or 32 * count > len(buffer):
+            raise ManifestError(f"{where}: not a table of relaxmim shards")
+        table = cls(buffer, count)
+        ends = np.stack([table._names, table._digests], 1).ravel()
+        if (np.diff(ends, prepend=0) < 0).any() or [0, *ends][-1] != len(table._texts):
+            raise ManifestError(f"{where}: damaged, its texts do not fit together")
+        try:
+            table._texts.tobytes().decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{where}: damaged, its names are no UTF-8 ({error})") from error
+        if (table._texts[ends[ends < len(table._texts)]] & 0xC0 == 0x80).any():
+            raise ManifestError(f"{where}: damaged, a name ends inside a character")
+        return table
+
+    def names(self) -> list[str]:
+        """The names of all shards."""
+        texts, starts = self._texts.tobytes(), [0, *self._digests.tolist()]
+        ends = self._names.tolist()
+        return [texts[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends)]  # noqa: B905
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -8,6 +8,7 @@ Exactly one way to choose is given:
                   of adopted tars, whose samples have keys, those with the same stem
   --classes FILE  the classes FILE lists, renumbered in their old order (ImageNet-100)
   --count N       N images: --choose random | first | one-class | one-per-class
+`--rest` takes all the others: with the same choice a held-out part and what is left.
 `--copy` writes tars of their own instead. A draw depends on the seed and on the original names
 only, so shards of another size, order or resolution give the same images.
 """
@@ -19,7 +20,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from shard_tools.make_shards import byte_size
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
 from shard_tools.sharding.found import EXTENSIONS
+from shard_tools.texts import Texts
 
 CHOICES = ("random", "first", "one-class", "one-per-class")
 
@@ -39,10 +41,11 @@ CHOICES = ("random", "first", "one-class", "one-per-class")
 def ranks(manifest: Manifest, seed: int) -> np.ndarray:
     """A pseudo-random uint64 per sample from (seed, original name), or from its number where no
     names were recorded: int order, independent of how the shards were packed."""
-    keys = manifest.names or tuple(map(str, range(manifest.samples)))
-    salt = f"subset {seed}".encode()
-    digests = (hashlib.blake2b(k.encode(), key=salt, digest_size=8).digest() for k in keys)
-    return np.frombuffer(b"".join(digests), "<u8")
+    keys = manifest.names or map(str, range(manifest.samples))
+    salt, digests = f"subset {seed}".encode(), bytearray()
+    for key in keys:
+        digests += hashlib.blake2b(key.encode(), key=salt, digest_size=8).digest()
+    return np.frombuffer(digests, "<u8")
 
 
 def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
@@ -60,10 +63,9 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
     """Samples whose file name, without folders, is in the list: the name itself, else its stem (the
     keys of adopted tars have no suffix). Every listed name must be there exactly once."""
     wanted = {os.path.basename(line.strip()) for line in _lines(path)}
-    names = [os.path.basename(name) for name in manifest.names]
-    if not names:
+    if not manifest.names:
         raise ToolError(f"{manifest.home}: no file names were recorded; --fraction can be used")
-    exact, stems = _numbers(names), _numbers(map(_stem, names))
+    exact, stems = _numbers(manifest.names, wanted)
     found = {name: exact.get(name) or stems.get(_stem(name), []) for name in wanted}
     missing = [name for name in wanted if not found[name]]
     if missing:
@@ -83,12 +85,18 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
     return chosen
 
 
-def _numbers(names: Iterable[str]) -> dict[str, list[int]]:
-    """The positions of each name."""
-    found: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        found.setdefault(name, []).append(number)
-    return found
+def _numbers(
+    names: Iterable[str], wanted: set[str]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The positions of each file name that is wanted, and of each stem of one."""
+    exact: dict[str, list[int]] = {}
+    stems: dict[str, list[int]] = {_stem(name): [] for name in wanted}
+    for number, name in enumerate(map(os.path.basename, names)):
+        if name in wanted:
+            exact.setdefault(name, []).append(number)
+        if (stem := _stem(name)) in stems:
+            stems[stem].append(number)
+    return exact, stems
 
 
 def _stem(name: str) -> str:
@@ -158,7 +166,8 @@ class Choice:
     """One way to choose samples: exactly one of fraction, names, classes and count.
 
     fraction: share of every class. names, classes: lists in files; classes are renumbered. count:
-    this many images, chosen as `choose` says (class_name: of one-class). seed: of every draw.
+    this many images, chosen as `choose` says (class_name: of one-class). seed: of every draw. rest:
+    the samples that are not chosen instead.
     """
 
     fraction: float | None = None
@@ -168,6 +177,7 @@ class Choice:
     choose: str = "random"
     class_name: str | None = None
     seed: int = 0
+    rest: bool = False
 
     def record(self) -> dict[str, Any]:
         """How the samples were chosen, for the manifest."""
@@ -176,11 +186,14 @@ class Choice:
             record[key] = record[key].name if record[key] else None
         if self.count is None:
             record["choose"] = None
+        record["rest"] = self.rest or None
         return {key: value for key, value in record.items() if value is not None}
 
 
 def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
     """Sample numbers, ascending. ToolError where the choice cannot be made."""
+    if choice.rest:
+        return _rest(manifest, choice)
     if choice.class_name is not None and choice.choose != "one-class":
         raise ToolError("--class belongs to --choose one-class")
     if choice.fraction is not None:
@@ -192,6 +205,16 @@ def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
     if choice.count is None:
         raise ToolError("a choice needs one of fraction, names, classes and count")
     return by_count(manifest, choice.count, choice.choose, choice.seed, choice.class_name)
+
+
+def _rest(manifest: Manifest, choice: Choice) -> np.ndarray:
+    if choice.classes is not None:
+        raise ToolError("--rest does not go with --classes: list the other classes")
+    chosen = choose_samples(manifest, replace(choice, rest=False))
+    left = np.setdiff1d(np.arange(manifest.samples), chosen)
+    if not len(left):
+        raise ToolError(f"{manifest.home}: --rest leaves no image, since all of them are chosen")
+    return left
 
 
 def renumber(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -208,7 +231,7 @@ class Chosen:
 
     shard: np.ndarray
     rows: np.ndarray
-    names: list[str]
+    names: Texts
     classes: tuple[str, ...]
     made: dict[str, Any]
 
@@ -219,7 +242,7 @@ def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: 
     classes = manifest.classes
     if "classes" in record:
         rows, classes = renumber(manifest, rows)
-    names = [manifest.names[i] for i in samples] if manifest.names else []
+    names = Texts(manifest.names[i] for i in samples) if manifest.names else Texts()
     made: dict[str, Any] = {
         "kind": kind,
         "tool": "subset",
@@ -327,6 +350,7 @@ def parser() -> argparse.ArgumentParser:
     a("--choose", choices=CHOICES, default="random", help="how --count chooses")
     a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
     a("--seed", type=int, default=0, help="seed of every draw")
+    a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
     a("--shard-size", type=byte_size, default="256MiB", help="with --copy: bytes per shard")
     a("--workers", type=int, default=cores(), help="with --copy: processes")

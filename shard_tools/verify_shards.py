@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +44,7 @@ from shard_tools.sharding.stored_sample import (
 )
 from shard_tools.sharding.tar_files import tar_files
 from shard_tools.tar import Contents, Sample, Sweep, read_samples
+from shard_tools.texts import Texts
 from shard_tools.workers import map_in_workers, report, working_on
 
 LISTED = 20  # faults that are named of one shard; the rest is counted
@@ -232,8 +233,8 @@ def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[
         raise ToolError(f"{manifest.folder}: only local shards can be verified; copy them first")
     with naming(folder, "cannot be read"):
         faults = list(_check_folder(manifest))
-    jobs, index_faults = _jobs(manifest, decode)
-    faults += index_faults
+    jobs = _Jobs(manifest, decode)
+    faults += jobs.faults
     results = {
         found.shard: found
         for found in map_in_workers(
@@ -257,30 +258,40 @@ def verify(folder: str, *, decode: bool, workers: int) -> tuple[list[str], list[
     return faults, remarks
 
 
-def _jobs(manifest: Manifest, decode: bool) -> tuple[list[VerifyJob], list[str]]:
-    """One job per shard; without rows where the index or the names cannot be used."""
-    try:
-        rows, names, faults = manifest.index, manifest.names, []
-    except ManifestError as error:
-        rows, names, faults = None, (), [str(error)]
-    jobs = []
-    for number, shard in enumerate(manifest.shards):
-        part = slice(*map(int, manifest.starts[number : number + 2]))
-        jobs.append(
-            VerifyJob(
+class _Jobs(Collection[VerifyJob]):
+    """One job per shard, made as one iterates; without rows where the index or the names cannot be
+    used, which `faults` then says."""
+
+    def __init__(self, manifest: Manifest, decode: bool) -> None:
+        self.manifest, self.decode, self.faults = manifest, decode, list[str]()
+        try:
+            self.rows: np.ndarray | None = manifest.index
+            self.names = manifest.names
+        except ManifestError as error:
+            self.rows, self.names, self.faults = None, Texts(), [str(error)]
+
+    def __len__(self) -> int:
+        return len(self.manifest.shards)
+
+    def __contains__(self, job: object) -> bool:
+        return any(job == own for own in self)
+
+    def __iter__(self) -> Iterator[VerifyJob]:
+        manifest, made = self.manifest, self.manifest.made
+        for number, shard in enumerate(manifest.shards):
+            part = slice(*map(int, manifest.starts[number : number + 2]))
+            yield VerifyJob(
                 folder=manifest.folder,
                 shard=shard,
-                rows=rows[part] if rows is not None else np.zeros(0),
-                names=names[part],
+                rows=self.rows[part] if self.rows is not None else np.zeros(0),
+                names=tuple(self.names[part]),
                 classes=manifest.classes,
-                stored_classes=tuple(manifest.made.get("stored_classes", ())),
-                complete=rows is not None and manifest.made.get("kind") == "shards",
-                decode=decode,
-                lenient=bool(manifest.made.get("lenient")),
-                unlabelled=bool(manifest.made.get("unlabelled")),
+                stored_classes=tuple(made.get("stored_classes", ())),
+                complete=self.rows is not None and made.get("kind") == "shards",
+                decode=self.decode,
+                lenient=bool(made.get("lenient")),
+                unlabelled=bool(made.get("unlabelled")),
             )
-        )
-    return jobs, faults
 
 
 def _check_folder(manifest: Manifest) -> Iterator[str]:

@@ -6,10 +6,11 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ _PR_SET_PDEATHSIG = 1
 # its note (pid and file in hand), which outlives it; in the command's own process counts and bar.
 _state: dict[str, Any] = {}
 
+_AHEAD = 4  # jobs per worker that are made before they are needed
 _NOTE = 1024  # bytes of a note: pid (8), then a path, of which the end matters
 
 
@@ -43,7 +45,7 @@ class WorkerDied(ToolError):
 
 def map_in_workers(
     function: Callable[[J], R],
-    jobs: Sequence[J],
+    jobs: Collection[J],
     *,
     workers: int,
     description: str,
@@ -53,7 +55,8 @@ def map_in_workers(
     """Results of `function(job)` for all jobs, in the order they end.
 
     The function (importable, its job picklable) calls `report` for each image. The first error
-    ends all jobs. total, finished: images in all (None: not known) and those done before.
+    ends all jobs. Of jobs that are made as one iterates, few are there at a time. total, finished:
+    images in all (None: not known) and those done before.
     workers: 0 works in this process; else a crash of a decoder, or the kernel's killing of a
     process for want of memory, is a WorkerDied that names the file in hand.
     """
@@ -64,7 +67,7 @@ def map_in_workers(
             yield from _run_pool(function, jobs, min(workers, len(jobs)), bar)
 
 
-def _run_here(function: Callable[[J], R], jobs: Sequence[J], bar: tqdm) -> Iterator[R]:
+def _run_here(function: Callable[[J], R], jobs: Collection[J], bar: tqdm) -> Iterator[R]:
     _state.update(counts=[0, 0], bar=bar)
     try:
         for job in jobs:
@@ -74,7 +77,7 @@ def _run_here(function: Callable[[J], R], jobs: Sequence[J], bar: tqdm) -> Itera
 
 
 def _run_pool(
-    function: Callable[[J], R], jobs: Sequence[J], workers: int, bar: tqdm
+    function: Callable[[J], R], jobs: Collection[J], workers: int, bar: tqdm
 ) -> Iterator[R]:
     # One worker is forked, which takes no time; several start afresh, without this one's threads.
     context: Any = multiprocessing.get_context("fork" if workers == 1 else "spawn")
@@ -84,8 +87,11 @@ def _run_pool(
     pool = ProcessPoolExecutor(workers, context, _start_worker, shared)
     finished, call, died = bar.n, partial(_call, function), False
     try:
+        waiting = iter(jobs)
         with signals_held():
-            running: set[Future[R]] = {pool.submit(call, job) for job in jobs}
+            running: set[Future[R]] = {
+                pool.submit(call, job) for job in islice(waiting, _AHEAD * workers)
+            }
         while running:
             # A signal's exception inside these calls would leave the lock of a future taken, and
             # the shutdown below would wait for it forever; so it arrives between two rounds.
@@ -93,6 +99,7 @@ def _run_pool(
                 done, running = wait(running, 0.2, FIRST_COMPLETED)
                 _show(bar, finished + counts[0] - bar.n, counts[1])
                 results = [future.result() for future in done]
+                running |= {pool.submit(call, job) for job in islice(waiting, len(done))}
             yield from results
     except BrokenProcessPool:
         died = True

@@ -1,13 +1,18 @@
 """The paper's claims as statements about paired differences, and how sure a few seeds make them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import sqrt
-from statistics import mean, stdev
+from dataclasses import dataclass, replace
+from statistics import mean
 
-from scipy.stats import t as student
+from eval.paper.statistics import (
+    CONFIDENCE,
+    bootstrap_interval,
+    holm,
+    interval,
+    p_value,
+    seeds_needed,
+)
 
-CONFIDENCE = 0.95
 REFUTED = "the opposite holds"
 
 # (row, metric) → our values by seed, None where one is missing.
@@ -16,12 +21,16 @@ Values = Callable[[str, str], Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Difference:
-    """`better` should exceed `worse` in a metric; the same seeds make pairs."""
+    """`better` should exceed `worse` in a metric; the same seeds make pairs.
+
+    margin: it may fall short by as much (`at most this much worse`).
+    """
 
     better: str
     worse: str
     metric: str
     unit: str = "points"
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,9 +44,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A difference as found: values, mean, its confidence interval, and the verdict.
+    """A difference as found: values, mean, its 95 % interval, p-value and verdict.
 
-    holds: the interval is entirely above 0 (entirely below: refuted; else undecided).
+    corrected: the p-value that decides, corrected for the number of differences where `correct` has
+    been called. level: what p had to be below. holds: the mean plus the margin is surely above 0
+    (surely below: refuted; else undecided).
     """
 
     difference: Difference
@@ -46,25 +57,39 @@ class Judged:
     mean: float
     low: float
     high: float
+    p: float
+    corrected: float
+    level: float = 1 - CONFIDENCE
+
+    @property
+    def apart(self) -> tuple[float, ...]:
+        """The paired differences."""
+        return tuple(a - b for a, b in zip(self.better, self.worse, strict=True))
+
+    @property
+    def bootstrap(self) -> tuple[float, float]:
+        """The bootstrap's 95 % interval of the mean."""
+        return bootstrap_interval(self.apart)
+
+    @property
+    def sure(self) -> bool:
+        return self.corrected < 1 - CONFIDENCE
 
     @property
     def holds(self) -> bool:
-        return self.low > 0
+        return self.sure and self.mean + self.difference.margin > 0
 
     @property
     def verdict(self) -> str:
-        if self.holds:
-            return "holds"
-        return REFUTED if self.high < 0 else "undecided"
+        if not self.sure:
+            return "undecided"
+        return "holds" if self.holds else REFUTED
 
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of the mean; without bounds for fewer than two values."""
-    if len(values) < 2:
-        return float("-inf"), float("inf")
-    quantile = float(student.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    half = quantile * stdev(values) / sqrt(len(values))
-    return mean(values) - half, mean(values) + half
+    @property
+    def seeds_needed(self) -> int | None:
+        """Seeds that would decide it, if mean and deviation are as found; see statistics."""
+        margin = self.difference.margin
+        return seeds_needed([value + margin for value in self.apart], self.level)
 
 
 def judge(difference: Difference, values: Values) -> Judged:
@@ -81,7 +106,19 @@ def judge(difference: Difference, values: Values) -> Judged:
     better, worse = tuple(a for a, _ in both), tuple(b for _, b in both)
     apart = [a - b for a, b in both]
     middle = mean(apart) if apart else float("nan")
-    return Judged(difference, better, worse, middle, *interval(apart))
+    p = p_value([value + difference.margin for value in apart])
+    return Judged(difference, better, worse, middle, *interval(apart), p, p)
+
+
+def correct(judged: Sequence[Judged]) -> list[Judged]:
+    """The same, each p-value corrected for their number by Holm; those without two pairs, which
+    are no tests yet, do not count."""
+    tested = [one for one in judged if len(one.apart) > 1]
+    found = iter(holm([one.p for one in tested]))
+    result = [replace(one, corrected=next(found)) if len(one.apart) > 1 else one for one in judged]
+    left = sum(not one.sure for one in result if len(one.apart) > 1)
+    level = (1 - CONFIDENCE) / max(1, left)  # of Holm's next step
+    return [replace(one, level=level) for one in result]
 
 
 def verdict(judged: Sequence[Judged]) -> bool:

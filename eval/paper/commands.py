@@ -1,7 +1,7 @@
 """From a row of the paper's tables to the commands that make it, at full scale or in miniature."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -11,9 +11,10 @@ import yaml
 
 from eval.paper.job_runner import Command, python
 from eval.paper.published import PaperRow
-from eval.protocols import Work, by_key, keys
+from eval.protocols import Protocol, Work, by_key, keys
 from pipeline import estimate
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
+from pipeline.config.schema import IMAGENET_MEAN
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming
 from pipeline.method.vit import vit_options
@@ -39,6 +40,8 @@ class Scale:
     last: tuple[str, ...] = ()  # overrides after all others: --set
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
     tried: str = ""
+    hours: float | None = None
+    tune: dict[str, Any] = field(default_factory=dict)
 
     def command(self, script: str, *words: object) -> tuple[str, ...]:
         """A relaxmim script over all devices, or in one process."""
@@ -92,7 +95,7 @@ def overrides(row: PaperRow, scale: Scale) -> list[str]:
     if scale.epochs is not None:
         epochs = scale.epochs * max(1.0, recipe.optimizer.epochs / 100)
         result.append(f"optimizer.epochs={epochs:g}")
-    return [*result, *scale.last]
+    return [*result, *row.last, *scale.last]
 
 
 @cache
@@ -113,9 +116,12 @@ def run_name(row: PaperRow, seed: int) -> str:
         parts = ["random" if row.initial else "supervised", *row.finetune.values()]
         parts += [row.recipe] if row.initial and row.recipe else []
     else:
-        parts = [base_recipe(row), *row.set]
+        parts = [base_recipe(row), *row.set, *row.last]
     parts += [] if row.images is None else [row.images, row.sampling]
     parts += [] if row.classes is None else [f"in{row.classes}"]
+    if row.finetuned:
+        tuned = [] if row.initial else row.finetune.values()  # a random row's are there already
+        parts += ["finetuned", *tuned]
     text = "-".join(str(part) for part in parts)
     return "-".join("".join(c if c.isalnum() else " " for c in f"{text} {seed}").split())
 
@@ -170,6 +176,8 @@ def few_images(workspace: Workspace, row: PaperRow) -> int:
 
 def pretrain_job(workspace: Workspace, row: PaperRow, seed: int) -> list[Command]:
     """What pretrains a row's encoder, with its data; nothing for a random one."""
+    if row.finetuned:
+        return finetuned_jobs(workspace, row, seed)
     if row.initial == "random" or row.recipe is None:
         return []
     if row.recipe == "supervised":
@@ -194,7 +202,7 @@ def pretrain_job(workspace: Workspace, row: PaperRow, seed: int) -> list[Command
         tuple(j.name for j in jobs),
         step=total,
         images=images,
-        flops=images * pretrain_flops(recipe),
+        count=lambda: images * pretrain_flops(recipe),
     )
     return [*jobs, job]
 
@@ -213,15 +221,30 @@ def supervised_jobs(workspace: Workspace, row: PaperRow, seed: int) -> list[Comm
         samples = read_manifest(workspace.scale.train).samples
         words += ["--samples-per-epoch", str(samples)]
     train = eval_job(workspace, scratch, seed, "finetune", words, result, data, val, jobs)
-    export = python(ROOT / "pipeline/export.py", result.with_suffix(""), "--format", "run", run)
+    return [*jobs, train, export_job(run, train)]
+
+
+def finetuned_jobs(workspace: Workspace, row: PaperRow, seed: int) -> list[Command]:
+    """The finetuning of a row, with what it needs; then its classifier's encoder as a run."""
+    jobs = row_jobs(workspace, replace(row, finetuned=False), seed, ["finetune"])
+    return [*jobs, export_job(workspace.output / run_name(row, seed), jobs[-1])]
+
+
+def export_job(run: Path, train: Command) -> Command:
+    """The encoder of a finetuned classifier as a run."""
+    folder = train.makes.with_suffix("")
+    export = python(ROOT / "pipeline/export.py", folder, "--format", "run", run)
     made = run / "encoder" / "encoder.json"
-    return [*jobs, train, Command(f"{run.name} pretrain", export, made, (train.name,))]
+    return Command(f"{run.name} pretrain", export, made, (train.name,))
 
 
 def random_words(workspace: Workspace, row: PaperRow, seed: int) -> list[str]:
     """The words that name a random encoder of the row's architecture."""
     encoder = row_recipe(workspace, row).encoder
-    options = yaml.safe_dump(vit_options(encoder), default_flow_style=True, width=10**6).strip()
+    keywords, data = vit_options(encoder), row_recipe(workspace, row).data
+    if data.mean != IMAGENET_MEAN:  # of other images than those that timm's architecture expects
+        keywords["pretrained_cfg_overlay"] = {"mean": list(data.mean), "std": list(data.std)}
+    options = yaml.safe_dump(keywords, default_flow_style=True, width=10**6).strip()
     return ["--encoder", "random", "--arch", encoder.arch, "--options", options]
 
 
@@ -239,19 +262,20 @@ def eval_job(
     words = ["--val", val, "--seed", seed, "--output", result]
     words += ["--train", train] if how.train else []
     words += [*scale.options.get(protocol, ()), *encoder]
-    if how.script == "finetune" and row.finetune:
-        epochs = float(option(words, "--epochs", 100)) * row.finetune.get("epochs", 100) / 100
+    if how.script == "finetune" and "epochs" in row.finetune:
+        epochs = float(option(words, "--epochs", 100)) * row.finetune["epochs"] / 100
         words += ["--epochs", f"{epochs:g}"]
+    if how.script == "finetune" and "base_lr" in row.finetune:
+        words += ["--base-lr", f"{row.finetune['base_lr']:g}"]
     chosen = how.words(seed)
     if how.fraction < 1 and workspace.few_labels:
         chosen = ["--subset", workspace.few_labels]
-    forward = encoder_flops(row_recipe(workspace, row))
     samples, held_out = (read_manifest(shards).samples for shards in (scale.train, scale.val))
     work = tuple(map(str, [*words, *how.words(seed)]))
-    images, flops = how.cost(Work(forward, samples, held_out, work))
+    images, count = cost(how, row_recipe(workspace, row), samples, held_out, work)
     name = f"{run_name(row, seed)} {protocol}"
     command = scale.command(f"eval/{how.script}.py", *words, *chosen)
-    return Command(name, command, result, tuple(j.name for j in needs), 0, images, flops)
+    return Command(name, command, result, tuple(j.name for j in needs), 0, images, count)
 
 
 def option(words: Sequence[object], name: str, default: Any) -> Any:
@@ -272,13 +296,13 @@ def row_jobs(
     val, again = row_data(workspace, row, "val")
     run = workspace.output / run_name(row, seed)
     encoder: list[object] = ["--encoder", run]
-    if row.initial == "random":
+    if row.initial == "random" and not row.finetuned:
         encoder = list(random_words(workspace, row, seed))
     jobs += [*more, *again]
     evals = []
     for protocol in protocols:
         words = list(encoder)
-        if row.recipe == "supervised" and protocol == "linprobe":
+        if (row.finetuned or row.recipe == "supervised") and protocol == "linprobe":
             # The feature that it was trained with; it has no other.
             words += ["--feature", "mean_patch", "--also"]
         result = run / "eval" / f"{protocol}.json"
@@ -290,9 +314,25 @@ def row_jobs(
 # Rows differ in epochs and data more often than in what a step computes: each dry run is made once.
 
 
+def cost(
+    how: Protocol, recipe: Recipe, train: int, val: int, words: tuple[str, ...]
+) -> tuple[int, Callable[[], float]]:
+    """Images that a protocol sees, and what counts its FLOPs."""
+
+    def flops() -> float:
+        return how.cost(Work(encoder_flops(recipe), train, val, words))[1]
+
+    return how.cost(Work(0.0, train, val, words))[0], flops
+
+
 def encoder_flops(recipe: Recipe) -> float:
     """Forward pass of one full image."""
-    return _forward_flops(recipe.encoder.model_dump_json())
+    return forward_flops(recipe.encoder)
+
+
+def forward_flops(encoder: EncoderRecipe) -> float:
+    """Forward pass of one full image through an encoder."""
+    return _forward_flops(encoder.model_dump_json())
 
 
 @cache

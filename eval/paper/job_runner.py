@@ -6,9 +6,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,7 +23,8 @@ class Command:
     """A command line, the file that it leaves, and the commands whose files it reads.
 
     step: the file must be an encoder.json of that step (a pretraining exports earlier ones too).
-    images, flops: what it trains or encodes: images, and floating-point operations.
+    images: how many it trains on or encodes. count: its floating-point operations, counted when a
+    plan asks, since a dry run of a large model takes a second.
     """
 
     name: str
@@ -32,7 +33,12 @@ class Command:
     needs: tuple[str, ...] = ()
     step: int = 0
     images: int = 0
-    flops: float = 0.0
+    count: Callable[[], float] = field(default=float, compare=False, repr=False)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the whole job."""
+        return self.count()
 
     @property
     def done(self) -> bool:
@@ -132,8 +138,9 @@ def run_one(job: Command, folder: Path, threads: int, children: set) -> dict[str
     return record
 
 
-def costs(folder: Path) -> dict[str, float]:
-    """CPU seconds by name, over all calls. UserError names a line that is no record."""
+def costs(folder: Path, what: str = "cpu_seconds") -> dict[str, float]:
+    """CPU seconds (what: `seconds`, elapsed ones) by name, over all calls. UserError names a line
+    that is no record."""
     path, total = folder / "jobs.jsonl", dict[str, float]()
     if not path.is_file():
         return total
@@ -142,7 +149,7 @@ def costs(folder: Path) -> dict[str, float]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            name, seconds = str(record["name"]), float(record["cpu_seconds"])
+            name, seconds = str(record["name"]), float(record[what])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a record of a command") from error
         total[name] = total.get(name, 0.0) + seconds

@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 from shlex import split
 
-from eval.paper.commands import encoder_flops, pretrain_flops
+from eval.paper.commands import cost, pretrain_flops
 from eval.paper.job_runner import Command
-from eval.protocols import Work, by_key, keys
+from eval.protocols import by_key, keys
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming
@@ -160,7 +160,7 @@ def cell_commands(sweep: Sweep, cell: Cell, samples: int, held_out: int) -> list
         run / "encoder" / "encoder.json",
         step=total,
         images=images,
-        flops=images * pretrain_flops(recipe),
+        count=lambda: images * pretrain_flops(recipe),
     )
     commands = [pretrain]
     for protocol in sweep.evals:
@@ -168,11 +168,10 @@ def cell_commands(sweep: Sweep, cell: Cell, samples: int, held_out: int) -> list
         own: list[object] = ["--encoder", run, "--val", sweep.val, "--seed", cell.seed]
         own += ["--train", sweep.train] if how.train else []
         own += [*how.words(cell.seed), *sweep.eval_args.get(protocol, ()), "--output", made]
-        forward = encoder_flops(recipe)
-        cost = how.cost(Work(forward, samples, held_out, tuple(map(str, own))))
+        seen, count = cost(how, recipe, samples, held_out, tuple(map(str, own)))
         line = launched(f"eval/{how.script}.py", *own)
         name = f"{cell.name} {protocol}"
-        commands.append(Command(name, line, made, (pretrain.name,), 0, *cost))
+        commands.append(Command(name, line, made, (pretrain.name,), 0, seen, count))
     return commands
 
 

@@ -17,33 +17,41 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from pipeline.distributed import Ranks
+from pipeline import progress as status
+from pipeline.distributed import Ranks, check_environment, device_of, joining, untried_device
 from pipeline.errors import UserError, refuse
+from pipeline.runtime.memory import explaining_memory
 from shard_tools.cores import cores
 
 T = TypeVar("T")
 
 
 def join_ranks() -> Ranks:
-    """Join the ranks named by the environment (nccl on CUDA, gloo on CPU), or run alone."""
+    """Join the ranks named by the environment (nccl on CUDA, gloo on CPU), or run alone.
+
+    UserError where the environment is no rank's, or the ranks do not meet.
+    """
+    check_environment()
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world, local_rank, local_world = (int(os.environ.get(k, v)) for k, v in names.items())
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = device_of(local_rank)
+    if rank == 0 and (line := untried_device()):
+        print(line, flush=True)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with joining():
+            dist.init_process_group(backend, rank=rank, world_size=world)
     return Ranks(rank, world, local_rank, local_world, device)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line: bad input ends as `error: …` on stderr and exit code 2."""
+    """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
+    running out of memory, on the device, in this process or in a worker."""
     joined = dist.is_initialized()  # before, by whoever calls it in a process of theirs
     try:
-        main()
+        with explaining_memory():
+            main()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
@@ -127,6 +135,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def progress(items: Iterable[T], ranks: Ranks, text: str, total: int | None = None) -> Iterable[T]:
-    """A progress bar with the time left, on the first rank and in a terminal only."""
-    return tqdm(items, desc=text, total=total, disable=None if ranks.first else True, leave=False)
+def progress(
+    items: Iterable[T], ranks: Ranks, text: str, total: int | None = None, images: int = 0
+) -> Iterable[T]:
+    """The items, followed by a line with speed and time left, on the first rank's terminal only.
+
+    total: their number, where they do not have a length. images: of one item, on one rank.
+    """
+    return status.progress(items, text, total, images * ranks.world, shown=ranks.first)

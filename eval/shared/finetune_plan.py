@@ -32,7 +32,8 @@ from shard_tools.subset import Choice, choose_samples, write_subset
 class Settings:
     """How finetuning trains; its defaults are MAE's. train, val: shards; see --help.
 
-    samples_per_epoch: draws with replacement that make an epoch; None: each image once.
+    samples_per_epoch: draws with replacement that make an epoch; None: each image once. crop_area:
+    smallest share of the image's area that a training crop shows.
     """
 
     train: str
@@ -55,6 +56,7 @@ class Settings:
     mixup: float = 0.8
     cutmix: float = 1.0
     smoothing: float = 0.1
+    crop_area: float = 0.08
     validate_epochs: int = 1
     stop_epoch: float | None = None
     max_steps: int | None = None
@@ -192,6 +194,8 @@ def check(s: Settings, world: int) -> None:
         raise UserError("--layer-decay must be in (0, 1] and --drop-path in [0, 1)")
     if not 0 <= s.erasing <= 1 or not 0 <= s.smoothing < 1:
         raise UserError("--erasing must be in [0, 1] and --smoothing in [0, 1)")
+    if not 0 < s.crop_area <= 1:
+        raise UserError(f"--crop-area {s.crop_area:g}: must be above 0 and at most 1")
     if min(s.mixup, s.cutmix, s.weight_decay, s.min_lr) < 0:
         raise UserError("--mixup, --cutmix, --weight-decay and --min-lr must be at least 0")
     if s.subset and s.fraction != 1.0:
@@ -235,7 +239,11 @@ def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
         "fraction", "subset", "subset_seed", "seed", "max_steps", "val",
     )  # fmt: skip
     encoder, values = session.info.record, asdict(s)
-    drawn = {"samples_per_epoch": s.samples_per_epoch} if s.samples_per_epoch else {}
+    drawn: dict[str, Any] = {}
+    if s.samples_per_epoch:
+        drawn["samples_per_epoch"] = s.samples_per_epoch
+    if s.crop_area != Settings.crop_area:
+        drawn["crop_area"] = s.crop_area
     return (
         {name: values[name] for name in names}
         | drawn

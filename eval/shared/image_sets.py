@@ -21,7 +21,8 @@ from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
-from shard_tools.sharding.sources import Item, Listing, Source, open_source
+from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.sources import Listing, Source, open_source
 
 LIST = ".txt"
 
@@ -39,7 +40,7 @@ class FileManifest(Manifest):
         return ListedIndex(self.listed)
 
     @cached_property
-    def names(self) -> tuple[str, ...]:
+    def names(self) -> Sequence[str]:  # type: ignore[override]
         """Name of each image: its path in the folder, member of the tar, or line of the list."""
         return self.keys
 
@@ -71,7 +72,7 @@ def paths(manifest: Manifest) -> list[str]:
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
 
 
-def keys(manifest: Manifest) -> tuple[str, ...]:
+def keys(manifest: Manifest) -> Sequence[str]:
     """A name for each sample: its original one, or its number where none was recorded."""
     return manifest.names or tuple(f"{number:08d}" for number in range(manifest.samples))
 
@@ -88,8 +89,9 @@ def centre_crop(size: int) -> CentreCrop:
 
 
 def load_batches(
-    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool
-) -> Loader:
+    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool,
+    pin_memory: bool = False,
+) -> Loader:  # fmt: skip
     """Batches number `tasks` of `batch_size` centre crops each, in manifest order.
 
     An image that will not decode raises SampleError; with `skip` it is a black one, and its
@@ -97,7 +99,7 @@ def load_batches(
     """
     source = reader(manifest, size)
     dataset = _Batches(source, centre_crop(size), batch_size, skip)
-    return Loader(dataset, tasks, workers, False, source)  # type: ignore[arg-type]
+    return Loader(dataset, tasks, workers, pin_memory, source)  # type: ignore[arg-type]
 
 
 class _Batches(Dataset):
@@ -127,7 +129,7 @@ class _Batches(Dataset):
 
 def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
     """The image files that are named, in that order, without labels."""
-    items = []
+    items = Items()
     for name in files:
         file = root / name
         with naming(file, "cannot be read"):
@@ -150,7 +152,7 @@ def _by_folder(source: Source) -> Source:
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})
     number = {name: place for place, name in enumerate(classes)}
-    items = [item._replace(label=number[item.name.split("/")[0]]) for item in source.items]
+    items = Items(item._replace(label=number[item.name.split("/")[0]]) for item in source.items)
     return Source(source.root, items, tuple(classes), source.ignored, source.missing)
 
 

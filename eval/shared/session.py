@@ -91,6 +91,7 @@ class EvalSession:
             workers=self.workers,
             interleave=True,
             resize=self.resize or None,
+            pin_memory=self.ranks.pins_memory,
         )
 
     def check_readable(self, folder: str | Path, batch_size: int) -> None:
@@ -99,9 +100,13 @@ class EvalSession:
 
     def batches(self, folder: str | Path, batch_size: int) -> Iterator[LabelledPixels]:
         """The loader's batches on the device."""
-        for batch in self.loader(folder, batch_size):
-            pixels = self.normalise(batch.image)
-            yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
+        loader = self.loader(folder, batch_size)
+        with loader.explaining():
+            for batch in loader:
+                label, sample = (
+                    part.to(self.device, non_blocking=True) for part in (batch.label, batch.sample)
+                )
+                yield self.normalise(batch.image), label, sample
 
     def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
         """`extract_all` of one feature: float32 [N, D] and labels int64 [N]."""
@@ -118,7 +123,10 @@ class EvalSession:
         many ranks shared the work.
         """
         total, ranks = read_manifest(folder).samples, self.ranks
-        stream = progress(self.batches(folder, batch_size), ranks, f"features of {folder}")
+        stream = progress(
+            self.batches(folder, batch_size), ranks, f"features of {folder}",
+            total=-(-total // (batch_size * ranks.world)), images=batch_size,
+        )  # fmt: skip
         numbers = torch.zeros(0, dtype=torch.int64, device=self.device)
         none = torch.zeros(0, self.vit.num_features, device=self.device)
         parts = [(numbers, numbers, *[none] * len(names))]  # of a rank without images

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -18,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +52,7 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
 _NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
-_AHEAD = 32  # steps ahead of which a remote shard is fetched
+_AHEAD = 32  # steps ahead of which a remote shard is fetched at least
 
 
 @dataclass
@@ -107,7 +109,7 @@ class LoaderConfig:
     replacement. second_crop: fill Batch.second. augment: applied to each crop in the worker.
     workers: processes per rank. cache, cache_bytes: where remote shards are kept on this node
     (default $RELAXMIM_CACHE) and how many bytes of them. start_method: of the workers, by default
-    Python's own; the batches are the same.
+    Python's own; the batches and the memory are the same (spawn: see `_context`).
     """
 
     folder: str | Path | Manifest
@@ -133,8 +135,10 @@ class _Train(Dataset):
     """Micro-batch number t of a rank: step t // micro-batches per step."""
 
     def __init__(
-        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int
+        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int, until: int
     ) -> None:
+        self.until, self.ahead = until, _steps_ahead(order, reader.manifest, config, world)
+        self.begun = False
         self.reader, self.order, self.crop = reader, order, config.crop
         self.micro_batch, self.first = config.micro_batch, rank * order.batch_size // world
         self.per_step = order.batch_size // (world * config.micro_batch)
@@ -147,7 +151,7 @@ class _Train(Dataset):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.order = Order(self.reader.manifest.table.samples, *state["order"])
+        self.order = Order.of(self.reader.manifest.table, *state["order"])
 
     def __getitem__(self, task: int) -> Batch | Exception:
         try:
@@ -160,7 +164,7 @@ class _Train(Dataset):
         epoch, within = divmod(step, self.order.steps)
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
-        self._fetch_ahead(epoch, within, first)
+        self._fetch_ahead(step, first, samples)
         room, slot = self.reader.room(len(self.streams), self.micro_batch)
         images, faults = list(room), []
         pixels = [image.numpy() for image in images]
@@ -185,13 +189,18 @@ class _Train(Dataset):
             slot=slot,
         )  # fmt: skip
 
-    def _fetch_ahead(self, epoch: int, step: int, first: int) -> None:
-        """Remote shards: begin to fetch what will be read in some steps."""
-        cache, later = self.reader.cache, min(step + _AHEAD, self.order.steps - 1)
-        if cache is not None:
-            samples, _ = self.order.samples(epoch, later, first, first + self.micro_batch)
-            for shard in {self.reader.shard(sample) for sample in samples.tolist()}:
+    def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:
+        """Remote shards: begin to fetch what will be read in some steps, and at the start of a
+        process before it what `samples`, the first batch, lie in."""
+        cache = self.reader.cache
+        if cache is None:
+            return
+        later = divmod(min(step + self.ahead, self.until - 1), self.order.steps)
+        soon, _ = self.order.samples(*later, first, first + self.micro_batch)
+        for batch in (soon,) if self.begun else (samples, soon):
+            for shard in dict.fromkeys(self.reader.shard(sample) for sample in batch.tolist()):
                 cache.fetch_ahead(shard)
+        self.begun = True
 
     def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
         """Write the crops of a sample, one per stream of random numbers."""
@@ -243,12 +252,31 @@ class _Eval(Dataset):
         return Batch(image, self.reader.labels(samples), numbers, numbers, slot=slot)
 
 
+def _context(start_method: StartMethod | None) -> str:
+    """Where fresh processes are asked for, one is made, which imports torch and then forks the
+    workers: a worker of spawn has 265 MB of its own for that import, one of forkserver 33 MB."""
+    method = start_method or multiprocessing.get_start_method()
+    fresh = method == "spawn" and "forkserver" in multiprocessing.get_all_start_methods()
+    return "forkserver" if fresh else method
+
+
 def _quiet_worker(_: int) -> None:
     # The launcher signals every process of the group; the rank, not its workers, decides when
     # to stop. Workers end when the rank closes the loader or is gone.
     gc.freeze()  # a collection would write to what a fork inherits, and so copy all of it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started inside has these signals blocked, so that none ends it before it ignores
+    them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class Loader:
@@ -278,7 +306,7 @@ class Loader:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_quiet_worker,
-            multiprocessing_context=start_method if workers else None,
+            multiprocessing_context=_context(start_method) if workers else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # so that the global one is left as it is
         )
@@ -322,15 +350,9 @@ class Loader:
             raise told from error
 
     def _start(self) -> None:
-        # A server of forks imports torch once for all workers, which then share that memory.
-        multiprocessing.set_forkserver_preload([__name__])
         others = set(multiprocessing.active_children())
-        # A worker is born with these signals blocked, so that none ends it before it ignores them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        try:
+        with _signals_blocked():
             self._iterator = iter(self._loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._workers = [c for c in multiprocessing.active_children() if c not in others]
 
     def close(self) -> None:
@@ -380,9 +402,9 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
     crop = config.crop
     images = config.micro_batch * (1 + config.second_crop)
     _check_shared_memory(config.workers, images, crop.image_size)
-    manifest = _open(config.folder, config.workers)
-    order = Order(
-        manifest.table.samples, config.seed, config.batch_size,
+    manifest = _open(config.folder, config.workers, config.start_method)
+    order = Order.of(
+        manifest.table, config.seed, config.batch_size,
         config.partitions, config.window, config.samples_per_epoch,
     )  # fmt: skip
     remote = _cache(manifest, config.cache, config.cache_bytes)
@@ -392,7 +414,7 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
         if text := shuffle_quality.warning(manifest, *numbers):
             log.warning("%s", text)
     reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
-    dataset = _Train(reader, order, config, rank, world)
+    dataset = _Train(reader, order, config, rank, world, steps.stop)
     tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
     return Loader(dataset, tasks, config.workers, config.pin_memory, reader, config.start_method)
 
@@ -443,7 +465,7 @@ def eval_loader(
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
-    manifest = _open(folder, workers)
+    manifest = _open(folder, workers, start_method)
     crop = CentreCrop(image_size, resize or shorter_side(image_size), interpolation)
     remote = _cache(manifest, cache, cache_bytes)
     reader = Reader(manifest, image_size, interpolation, decode, remote)
@@ -456,8 +478,14 @@ def eval_loader(
     return Loader(dataset, tasks, workers, pin_memory, reader, start_method)
 
 
-def _open(folder: str | Path | Manifest, workers: int) -> Manifest:
+def _open(
+    folder: str | Path | Manifest, workers: int, start_method: StartMethod | None
+) -> Manifest:
     """The manifest; with workers, one that any number of processes can share."""
+    if workers and _context(start_method) == "forkserver":
+        multiprocessing.set_forkserver_preload([__name__])
+        with _signals_blocked():
+            forkserver.ensure_running()  # imports torch for all workers while the manifest is read
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
     if workers and manifest.table.shared is None:
         manifest = replace(manifest, shards=share(manifest.table))
@@ -466,6 +494,20 @@ def _open(folder: str | Path | Manifest, workers: int) -> Manifest:
 
 def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:
     return ShardCache(manifest, folder, limit) if is_remote(manifest.folder) else None
+
+
+def _steps_ahead(order: Order, manifest: Manifest, config: LoaderConfig, world: int) -> int:
+    """How many steps before they are read remote shards are fetched: a window of them, if the cache
+    holds two windows of each partition that this node's ranks serve. All shards of a window are
+    needed as it begins; so the store can send them evenly over the window before."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    partitions = -(-order.partitions * min(local, world) // world)
+    sizes = manifest.table.bytes
+    shards = min(partitions * (2 * order.window + 1), len(sizes))
+    if order.draws or shards * int(sizes.max()) > config.cache_bytes:
+        return _AHEAD
+    in_window = order.window * order.total / len(sizes)
+    return max(_AHEAD, math.ceil(in_window / (order.batch_size // order.partitions)))
 
 
 def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:

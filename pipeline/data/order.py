@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import UserError
+from shard_tools.shard_table import ShardTable
 
 SHARDS, WINDOWS, DRAWS, CROPS, SECOND_CROPS = range(5)  # streams of random numbers
 
@@ -100,6 +101,13 @@ class Order:
     _epoch: dict[int, tuple[np.ndarray, np.ndarray]] = field(
         default_factory=dict, init=False, repr=False
     )
+
+    @classmethod
+    def of(cls, table: ShardTable, *numbers: int) -> Order:
+        """The order of the shards of a manifest, whose arrays it shares; numbers: see `numbers`."""
+        order = cls(table.samples, *numbers)
+        order.__dict__["starts"] = table.starts[:-1]
+        return order
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
@@ -187,14 +195,15 @@ class Order:
 
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of the (non-empty) shards and where each ends once
-        concatenated; remembered for one epoch."""
+        concatenated; remembered for two epochs."""
         known = self._epoch.get(epoch)
         if known is None:
             noise = random_bits(self.seed, epoch, SHARDS, 0, len(self.sizes))
             shards = np.argsort(noise, kind="stable").astype(np.int32)
             sizes = self.sizes[shards]
             known = shards[sizes > 0], np.cumsum(sizes[sizes > 0])
-            self._epoch.clear()
+            if len(self._epoch) > 1:  # the loader asks for this epoch and for the next one
+                del self._epoch[min(self._epoch)]
             self._epoch[epoch] = known
         return known
 

@@ -18,15 +18,19 @@ from torch import Tensor, nn
 from pipeline.config.ds_config import RunPlan
 from pipeline.distributed import (
     Ranks,
+    any_rank,
     can_build,
     check_environment,
     cores_per_rank,
+    device_of,
     free_port,
     joining,
     prepare_deepspeed,
     unlink_buffer,
 )
-from pipeline.errors import UserError
+from pipeline.runtime import ops
+from pipeline.runtime.compiled import SameShapes, compile_blocks
+from pipeline.runtime.gradients import FlatGradients, deepspeed_stage, one_norm, takes_flat
 from pipeline.runtime.optimizers import optimizer_of
 
 prepare_deepspeed()
@@ -67,17 +71,9 @@ def init_ranks() -> Ranks:
         or os.environ.get("LOCAL_WORLD_SIZE")
         or os.environ["WORLD_SIZE"]
     )
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK {local_rank}: this host has {torch.cuda.device_count()} GPUs; start "
-                "at most one rank per GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-    if not can_build():
+    device = device_of(local_rank)
+    ops.prepare()
+    if ops.problem():
         _without_built_ops()
     with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
         if not torch.distributed.is_initialized():
@@ -85,6 +81,8 @@ def init_ranks() -> Ranks:
         deepspeed.init_distributed(verbose=False)
         # Made here, where all ranks have just met: later it would wait for one that has died.
         groups._clone_world_group()
+    if any_rank(bool(ops.problem())):
+        ops.give_up("another rank has none")
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)
@@ -102,15 +100,13 @@ def _without_built_ops() -> None:
 
 
 def build_ops() -> list[str]:
-    """Compile the fused ops of this machine once (set-up); the names of those built."""
-    if not can_build():
-        return []
-    built = []
-    wanted = ["FusedAdamBuilder"] + ([] if torch.cuda.is_available() else ["ShareMemCommBuilder"])
-    for wanted_name in wanted:
-        builder = get_accelerator().create_op_builder(wanted_name)
-        builder.load(verbose=False)
-        built.append(builder.NAME)
+    """Compile the fused ops of this machine once (set-up); the names of those built.
+
+    RuntimeError where that fails.
+    """
+    built = ops.prepare()
+    if ops.problem() and can_build():
+        raise RuntimeError(ops.problem())
     return built
 
 
@@ -123,11 +119,17 @@ class Engine:
         for part in objective.modules():
             if plan.checkpointing and hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = True  # type: ignore[assignment]
-            if plan.compile:
-                for block in getattr(part, "blocks", ()):
-                    block.compile(dynamic=False)
+        if plan.compile:
+            compile_blocks(objective, plan)
+        self._shapes = SameShapes() if plan.cuda_graphs else None
         self.kind = optimizer_of(plan)
-        self.config = plan.config | self.kind.section(plan)
+        # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
+        self.stage = deepspeed_stage(plan)
+        self.config = copy.deepcopy(plan.config | self.kind.section(plan))
+        if "zero_optimization" in self.config:
+            self.config["zero_optimization"]["stage"] = self.stage
+        # DeepSpeed's count of samples per second waits for the device twice in a micro-batch.
+        self.config.setdefault("timers", {"throughput": {"enabled": False}})
         client = self.kind.build(objective, groups, plan)
         own = client.param_groups if client else groups
         # What the optimizer keeps per parameter, by the parameter's identity.
@@ -140,6 +142,11 @@ class Engine:
             model_parameters=None if client else groups,
             config=copy.deepcopy(self.config),
         )
+        self.flat = FlatGradients(self.engine, plan.cuda_graphs) if takes_flat(plan) else None
+        if self.stage == 0 and plan.world == 1:  # nothing to reduce: no buckets
+            self.engine.enable_backward_allreduce = False
+        if self.stage > 0:
+            one_norm(self.optimizer, self.stage)
         self._norm: Tensor | None = None
         self.step_skipped = False  # the last step, since its gradient was not finite
 
@@ -149,9 +156,12 @@ class Engine:
         lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
         on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
         """
+        if self._shapes is not None:
+            self._shapes.check(inputs)
+            torch.compiler.cudagraph_mark_step_begin()
         loss, terms = self.engine(*inputs)
         self.engine.backward(loss)
-        if self.plan.stage == 0 and self.engine.is_gradient_accumulation_boundary():
+        if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
             # DeepSpeed tells no norm under stage 0 in fp32.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
@@ -166,14 +176,14 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.engine.step()
-        if self.plan.stage > 0:
+        if self.stage > 0:
             # DeepSpeed reads the norm in every step itself and leaves out what is not finite.
             self.step_skipped = bool(self.optimizer.overflow)
         return loss.detach(), terms
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
         """A context in which these parameters are whole on every rank, to be read (collective)."""
-        if self.plan.stage < 3:
+        if self.stage < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
 
@@ -186,7 +196,7 @@ class Engine:
         if self.plan.precision != "bf16":
             with self.gathered(parameters):
                 yield [p.detach() for p in parameters]
-        elif self.plan.stage == 3:
+        elif self.stage == 3:
             yield [self._whole(p, "model").float() for p in parameters]
         else:
             yield self._joined_masters(parameters)
@@ -210,7 +220,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """The global norm of the last step's gradients, before clipping; nan where not known."""
-        norm = self._norm if self.plan.stage == 0 else self.engine.get_global_grad_norm()
+        norm = self._norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def full_state(self, kind: str = "model") -> dict[str, Tensor]:
@@ -242,7 +252,7 @@ class Engine:
 
     def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """A parameter or its moment, whole on every rank (collective)."""
-        if self.plan.stage > 0 and parameter.requires_grad:
+        if self.stage > 0 and parameter.requires_grad:
             if kind == "model":
                 return safe_get_full_fp32_param(parameter)
             return safe_get_full_optimizer_state(parameter, kind)
@@ -255,9 +265,9 @@ class Engine:
     @torch.no_grad()
     def put(self, target: Any, kind: str, value: Tensor) -> None:
         """Write a whole fp32 value to where this rank keeps its part of it."""
-        stage = self.plan.stage if target.requires_grad else 0
+        stage = self.stage if target.requires_grad else 0
         if kind == "model":
-            partitioned = self.plan.stage == 3 and isinstance(target, nn.Parameter)
+            partitioned = self.stage == 3 and isinstance(target, nn.Parameter)
             with deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=partitioned):
                 target.copy_(value)
             if stage in (1, 2):

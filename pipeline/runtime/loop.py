@@ -44,7 +44,7 @@ def pretrain(settings: Settings) -> int:
         return 1
     try:
         size = run.recipe.encoder.image_size
-        with run.loader.explaining(), explaining_memory(run.plan, size, ranks.device):
+        with run.loader.explaining(), explaining_memory(run.plan, size):
             return train(run, StopSignal())
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)

@@ -15,6 +15,10 @@ _WORDS = (
     "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "Cuda failure 2 'out of memory'",
 )  # fmt: skip
+_EVALUATION = (
+    ": use more ranks (launch.sh), a lower --batch-size or fewer --workers where the command has "
+    "them, or smaller images"
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -30,22 +34,30 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explaining_memory(plan: RunPlan, image_size: int, device: torch.device) -> Iterator[None]:
-    """Turn running out of memory inside into a UserError with the sizes and what to lower."""
+def explaining_memory(plan: RunPlan | None = None, image_size: int = 0) -> Iterator[None]:
+    """Turn running out of memory inside into a UserError with the sizes and what to lower.
+
+    plan, image_size: of a training; without them the advice is for an evaluation.
+    """
     try:
         yield
     except Exception as error:
-        if not out_of_memory(error):
+        if isinstance(error, UserError) or not out_of_memory(error):
             raise
-        raise UserError(_sentence(plan, image_size, device)) from error
+        advice = _EVALUATION if plan is None else _advice(plan, image_size)
+        raise UserError(f"out of memory on {_where()}{advice}") from error
 
 
-def _sentence(plan: RunPlan, image_size: int, device: torch.device) -> str:
-    where = "out of memory on the CPU"
-    if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device) / 2**30
-        total = torch.cuda.get_device_properties(device).total_memory / 2**30
-        where = f"out of memory on {device} ({used:.1f} of {total:.1f} GiB were in use)"
+def _where() -> str:
+    if not torch.cuda.is_available():
+        return "the CPU"
+    device = torch.cuda.current_device()
+    used = torch.cuda.max_memory_allocated(device) / 2**30
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"cuda:{device} ({used:.1f} of {total:.1f} GiB were in use)"
+
+
+def _advice(plan: RunPlan, image_size: int) -> str:
     size = plan.micro_batch * plan.accumulation * plan.world
     remedies = []
     if plan.micro_batch > 1:
@@ -63,6 +75,6 @@ def _sentence(plan: RunPlan, image_size: int, device: torch.device) -> str:
     *first, last = remedies
     advice = f"{', '.join(first)}, or {last}" if first else last
     return (
-        f"{where} with a micro-batch of {plan.micro_batch} images of {image_size} × {image_size} "
+        f" with a micro-batch of {plan.micro_batch} images of {image_size} × {image_size} "
         f"pixels: {advice}; pipeline/estimate.py predicts what fits"
     )

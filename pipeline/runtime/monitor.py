@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any, TextIO
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from pipeline.distributed import mean_over_ranks
+from pipeline.progress import Pace, StatusLine, clock, fit, write_above
+from pipeline.progress import speed as images_per_second
+from pipeline.runtime.mfu import Mfu
+from pipeline.runtime.trackers import Trackers, step_of
 
 
 def memory_gb(device: torch.device) -> float:
@@ -26,6 +27,37 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class NewestLoss:
+    """The loss of this rank's newest step, read without waiting for the device: from a GPU it is
+    copied while the next step is prepared, and shown then."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._value = math.nan
+        self._host: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def add(self, loss: Tensor) -> None:
+        """A micro-batch's share of the step's loss."""
+        self._sum = loss if self._sum is None else self._sum + loss
+
+    def step(self) -> float:
+        """The step has ended; the newest loss that is known, at first none (nan)."""
+        loss, self._sum = self._sum, None
+        if loss is not None and not loss.is_cuda:
+            self._value = loss.item()
+        elif loss is not None:
+            if self._host is not None and self._copied is not None and self._copied.query():
+                self._value = float(self._host)
+                self._copied = None
+            if self._copied is None:
+                self._host = torch.empty((), pin_memory=True) if self._host is None else self._host
+                self._host.copy_(loss, non_blocking=True)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+        return self._value
 
 
 class Monitor:
@@ -36,13 +68,17 @@ class Monitor:
     """
 
     def __init__(
-        self, output: Path, *, rank: int, first: int, total: int, images: int, log_steps: int
-    ) -> None:
+        self, output: Path, *, rank: int, first: int, total: int, images: int, log_steps: int,
+        trackers: Trackers,
+    ) -> None:  # fmt: skip
         self.rank, self.total, self.images, self.log_steps = rank, total, images, log_steps
         self.output, self.first = output, first
+        self.mfu: Mfu | None = None
         self._sums: dict[str, Tensor] = {}
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._pace, self._newest = Pace(self._since), NewestLoss()
         self._files: list[TextIO] = []
+        self._trackers = trackers
         if rank:
             return
         output.mkdir(parents=True, exist_ok=True)
@@ -54,21 +90,14 @@ class Monitor:
             for name in ("log.txt", "metrics.jsonl")
         )
         self._files = [self._log, self._metrics]
-        # Points carry the number of finished steps, so the first that is void is first + 1, also
-        # where a run starts again before its first checkpoint.
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
-        # A progress line only where somebody watches; plain lines elsewhere.
-        self._bar = tqdm(
-            total=total, initial=first, unit="step", dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        # Only where somebody watches; plain lines elsewhere.
+        self._line = StatusLine()
 
     def say(self, text: str) -> None:
         """A line on the terminal and in log.txt (rank 0)."""
         if self.rank:
             return
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        write_above(text)
         self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + text)
 
     def _write(self, file: TextIO, line: str) -> None:
@@ -95,6 +124,8 @@ class Monitor:
         for name, value in ({"loss": loss} | terms).items():
             value = value.detach().float() * share
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        if self.rank == 0 and self._line.shown:
+            self._newest.add(loss.detach().float() * share)
 
     def step(self, step: int, values: dict[str, Any], device: torch.device) -> dict[str, float]:
         """Count a finished step (0-based); at a log interval report and return the means.
@@ -104,8 +135,11 @@ class Monitor:
         `values`: floats or functions without arguments, read only when reporting.
         """
         self._steps += 1
-        if self.rank == 0:
-            self._bar.update(1)
+        now = time.perf_counter()
+        self._pace.step(now)
+        if self.rank == 0 and self._line.shown:
+            loss, speed = self._newest.step(), self.images / max(self._pace.seconds, 1e-9)
+            self._line.draw(self._parts(step + 1, loss, speed))
         if (step + 1) % self.log_steps and step + 1 != self.total and step != self.first:
             return {}
         names = sorted(self._sums)
@@ -122,39 +156,59 @@ class Monitor:
         }
         self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, now
         if self.rank == 0:
-            self._report(row, seconds)
+            self._report(row)
         return row
 
-    def _report(self, row: dict[str, float], seconds: float) -> None:
+    def _utilisation(self, images_per_second: float) -> float | None:
+        """The MFU at this speed, where it is known; what went wrong with it is said once."""
+        if self.mfu is None:
+            return None
+        share = self.mfu.of(images_per_second)
+        if self.mfu.problem:
+            problem, self.mfu = self.mfu.problem, None
+            self.say(problem)
+        return share
+
+    def _parts(self, step: int, loss: float, speed: float) -> list[tuple[int, str]]:
+        """The progress line for `fit`: what it must have first."""
+        mfu = self._utilisation(speed)
+        return [
+            (0, f"step {step}/{self.total}"),
+            (0, f"loss {loss:#.4g}"),
+            (1, images_per_second(speed)),
+            (3, "" if mfu is None else f"MFU {mfu:.1%}"),
+            (2, f"ETA {clock(self._pace.left(self.total - step))}"),
+        ]
+
+    def _report(self, row: dict[str, float]) -> None:
         step = int(row["step"])
+        mfu = self._utilisation(row["images_per_second"])
+        if mfu is not None:
+            row["mfu"] = mfu
         finite = {k: v for k, v in row.items() if math.isfinite(v)}
         self._write(self._metrics, json.dumps(finite))
-        with self._spared():
-            for name, value in finite.items():
-                if name != "step":
-                    self._board.add_scalar(_group(name), value, step)
-        left = (self.total - step) * self.images / row["images_per_second"]
-        text = (
-            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['images_per_second']:.0f} images/s"
-            f"  wait {row['data_wait']:.0%}  ETA {_clock(left)}"
-        )
-        for name in ("bad_samples", "nonfinite_steps"):
-            if row.get(name):
-                text += f"  {name} {row[name]:.0f}"
-        line = f"step {step}/{self.total}  epoch {row['epoch']:.2f}  {text}"
-        if self._bar.disable:
-            print(line, flush=True)
-        self._bar.set_description_str(f"epoch {row['epoch']:.2f}", refresh=False)
-        self._bar.set_postfix_str(text)
-        self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + line)
+        self._trackers.scalars({_group(k): v for k, v in finite.items() if k != "step"}, step)
+        parts = self._parts(step, row["loss"], row["images_per_second"])
+        parts += [
+            (4, f"{name} {row[name]:.0f}")
+            for name in ("bad_samples", "nonfinite_steps")
+            if row.get(name)
+        ]
+        parts += [
+            (5, f"wait {row['data_wait']:.0%}"),
+            (6, f"lr {row['lr']:.2e}"),
+            (7, f"epoch {row['epoch']:.2f}"),
+        ]
+        if not self._line.shown:
+            print(fit(parts), flush=True)
+        whole = "  ".join(text for _, text in parts if text)
+        self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + whole)
 
     def probed(self, step: int, values: dict[str, float]) -> None:
         """Keep the metrics of a probe after `step` steps in TensorBoard and log.txt (rank 0)."""
         if self.rank:
             return
-        with self._spared():
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._trackers.scalars(values, step)
         self.say(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def picture(self, step: int, grid: Tensor) -> None:
@@ -166,7 +220,7 @@ class Monitor:
         with self._spared():
             folder.mkdir(exist_ok=True)
             Image.fromarray(pixels).save(folder / f"step-{step:08d}.png")
-            self._board.add_image("pictures/views", pixels, step, dataformats="HWC")
+        self._trackers.picture("pictures/views", pixels, step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -175,14 +229,17 @@ class Monitor:
         try:
             yield
         finally:
-            self._since += time.perf_counter() - start
+            taken = time.perf_counter() - start
+            self._since += taken
+            self._pace.pause(taken)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self.rank == 0:
-            self._bar.close()
-            with self._spared():
-                self._board.close()
+            self._line.close()
+        if self.mfu is not None:
+            self.mfu.close()
+        self._trackers.close()
         for file in self._files:
             with self._spared():
                 file.close()
@@ -193,7 +250,7 @@ def _keep_rows(path: Path, last: int) -> None:
     if not path.exists():
         return
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [row for row in rows if _step(row) <= last]
+    kept = [row for row in rows if step_of(row) <= last]
     if kept != rows:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
@@ -207,24 +264,10 @@ def _keep_pictures(folder: Path, last: int) -> None:
             path.unlink()
 
 
-def _step(row: str) -> float:
-    """The step of a row; infinite where a kill has cut it."""
-    try:
-        return int(json.loads(row)["step"]) if row.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
 def _group(name: str) -> str:
     """TensorBoard tag of a metric."""
-    if name in ("images_per_second", "data_wait", "memory_gb", "bad_samples"):
+    if name in ("images_per_second", "data_wait", "memory_gb", "bad_samples", "mfu"):
         return f"speed/{name}"
     if name in ("feature_std", "teacher_distance", "nonfinite_steps"):
         return f"health/{name}"
     return f"optimizer/{name}" if name in ("lr", "grad_norm", "ema", "epoch") else f"loss/{name}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

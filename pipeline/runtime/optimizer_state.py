@@ -89,7 +89,7 @@ def _make_moments(engine: Engine, step: int) -> None:
     tensor = isinstance(optimizer, torch.optim.AdamW)  # torch counts in a tensor
     for number, group in enumerate(optimizer.param_groups):
         own = group["params"]
-        if engine.plan.stage == 3:
+        if engine.stage == 3:
             own = [engine.optimizer.fp32_partitioned_groups_flat[number]]
         for p in own:
             state: dict[str, Any] = {k: torch.zeros_like(p) for k in engine.kind.moments(group)}
@@ -103,7 +103,7 @@ def _link_moments(engine: Engine) -> None:
 
     It does so itself after the first step of the first parameter group, too early for the others.
     """
-    if engine.plan.stage in (1, 2):
+    if engine.stage in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -19,3 +19,4 @@ class Settings:
     resume_changed: bool = False
     lock: bool = True
     max_steps: int | None = None
+    peak_tflops: float | None = None

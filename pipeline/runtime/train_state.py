@@ -15,7 +15,7 @@ from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import Ranks, agree
+from pipeline.distributed import Ranks, agree, untried_device
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -24,6 +24,7 @@ from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.memory import explaining_memory
+from pipeline.runtime.mfu import Mfu, peak_of
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
@@ -39,6 +40,7 @@ from pipeline.runtime.run_folder import (
 from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.settings import Settings
 from pipeline.runtime.skipped_steps import SkippedSteps
+from pipeline.runtime.trackers import Trackers, check_installed
 from pipeline.runtime.watchdog import Watchdog, last_failure
 from shard_tools.atomic import write_atomic, write_json
 from shard_tools.manifest import read_manifest
@@ -120,6 +122,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
     plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
     optimizer_of(plan)  # refused before anything is made
+    agree(lambda: check_installed(recipe.monitor.log_to))
     per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
@@ -139,7 +142,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         before = load_recipe(checkpoint / "recipe.yaml").init
         recipe = recipe.model_copy(update={"init": before})
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
-    with explaining_memory(plan, recipe.encoder.image_size, ranks.device):
+    with explaining_memory(plan, recipe.encoder.image_size):
         engine = Engine(objective, parameter_groups(objective), plan)
         if teacher is not None:
             teacher.to(ranks.device)
@@ -155,7 +158,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     with naming(path, UNWRITABLE):
         monitor = Monitor(
             path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
-            log_steps=recipe.monitor.log_steps,
+            log_steps=recipe.monitor.log_steps, trackers=_open_trackers(path, recipe, first),
         )  # fmt: skip
     state = TrainState(
         recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch),
@@ -173,7 +176,30 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     )  # fmt: skip
     with naming(path, UNWRITABLE):
         _announce(state, kernel_line, failure, [*warnings, *started, resumed])
+        _show_mfu(state, settings.peak_tflops)
     return state
+
+
+def _open_trackers(output: Path, recipe: Recipe, first: int) -> Trackers:
+    """Those of the first rank; on the others none."""
+    opened = [Trackers()]
+
+    def start() -> None:
+        settings = recipe.model_dump(mode="json", by_alias=True)
+        opened[0] = Trackers(recipe.monitor.log_to, output, first, settings)
+
+    agree(start)
+    return opened[0]
+
+
+def _show_mfu(state: TrainState, given_tflops: float | None) -> None:
+    """Let the first rank's monitor show the MFU, or say why not."""
+    monitor, ranks = state.watch.monitor, state.ranks
+    peak, problem = peak_of(_device_name(ranks.device), state.plan.precision, given_tflops)
+    if peak is None:
+        monitor.say(problem)
+    elif ranks.rank == 0:
+        monitor.mfu = Mfu(state.folder.path / "recipe.yaml", peak * ranks.world)
 
 
 def _steps_per_epoch(data: str, samples: int, recipe: Recipe) -> int:
@@ -242,7 +268,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         second_crop=recipe.views.second == "crop",
         augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
         workers=_workers(d.workers, ranks.cores),
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=ranks.pins_memory,
     )
 
 
@@ -271,6 +297,7 @@ def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[s
         f"previous run failed: {failure}" if failure else "",
         f"run: {path} ({recipe.name}, {recipe.encoder.arch})",
         *state.plan.describe(),
+        untried_device(),
         engine.kind.describe(),
         kernel_line,
         f"image decoder: {state.loader.decoder}",

@@ -67,7 +67,9 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
         raise ToolError(f"{path}: holds class tars and also loose images, such as {loose[0].name}")
     _report_others(outer, found, but=classes)
     if not classes:
-        found.images += [Image(m.name, str(path), m.offset, m.size) for m in _latest(loose, found)]
+        found.images.extend(
+            Image(m.name, str(path), m.offset, m.size) for m in _latest(loose, found)
+        )
         return found.without_wrapping()
     for member in classes:
         if not member.name.lower().endswith(".tar"):
@@ -81,7 +83,7 @@ def list_class_tars(paths: Iterable[Path], unpacked: Path | None, skip: bool) ->
     found = Found()
     for path in paths:
         inner = list_archive(path, unpacked, skip)
-        if any("/" in image.name for image in inner.images):
+        if any("/" in name for name in inner.images.names):
             raise ToolError(f"{path}: is no tar of one class, it holds folders of its own")
         name = archive_stem(path.name)
         found.extend(inner.inside(name))
@@ -95,7 +97,7 @@ def _class_tar(path: Path, outer: Member, skip: bool) -> Found:
     members = _list(path, outer.name, outer.offset, outer.size, found, skip)
     _report_others(members, found)
     images = _latest([member for member in members if is_image(member.name)], found)
-    found.images += [Image(m.name, str(path), m.offset, m.size) for m in images]
+    found.images.extend(Image(m.name, str(path), m.offset, m.size) for m in images)
     return found.without_wrapping(keep_class=False).inside(name)
 
 

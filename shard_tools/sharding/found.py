@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from pipeline.errors import UserError
+from shard_tools.texts import Texts
 
 # torchvision's IMG_EXTENSIONS, and GIF; other files are left out and reported.
 EXTENSIONS = (
@@ -30,13 +34,77 @@ class Image(NamedTuple):
     size: int
 
 
+class Images(Sequence[Image]):
+    """A sequence of images that can only grow, in columns: 30 bytes each and their names, where
+    tuples of Python objects take 300.
+
+    Where the bytes of an image lie is the end of its name (from byte `files[i]` on), or one of the
+    `places` (~files[i]), of which there are few: the archives.
+    """
+
+    names: Texts
+    files: array[int] | np.ndarray
+    offsets: array[int] | np.ndarray
+    sizes: array[int] | np.ndarray
+
+    def __init__(self, images: Iterable[Image] = ()) -> None:
+        self.names = Texts()
+        self.files, self.offsets, self.sizes = array("i"), array("q"), array("q")
+        self.places: list[str] = []
+        self._places: dict[str, int] = {}
+        self.extend(images)
+
+    def append(self, image: Image) -> None:
+        name, file, offset, size = image[:4]
+        skip = len(name) - len(file)
+        if skip < 0 or (name[skip:] != file if skip else name != file):
+            skip = self._places.setdefault(file, ~len(self.places))
+            if ~skip == len(self.places):
+                self.places.append(file)
+        self.names.append(name)
+        for column, value in ((self.files, skip), (self.offsets, offset), (self.sizes, size)):
+            column.append(value)  # type: ignore[union-attr]
+
+    def extend(self, images: Iterable[Image]) -> None:
+        for image in images:
+            self.append(image)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @overload
+    def __getitem__(self, number: int) -> Image: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Image]: ...
+    def __getitem__(self, number: int | slice) -> Image | list[Image]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        return self._image(self.names[number], number)
+
+    def __iter__(self) -> Iterator[Image]:
+        for number, name in enumerate(self.names):
+            yield self._image(name, number)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Images) or len(self) != len(other):
+            return NotImplemented
+        return all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _image(self, name: str, number: int) -> Image:
+        skip = int(self.files[number])
+        file = self.places[~skip] if skip < 0 else name[skip:]
+        return Image(name, file, int(self.offsets[number]), int(self.sizes[number]))
+
+
 @dataclass
 class Found:
     """images; (name, reason) of what was left out because it is no image, and of images that are
     known to be missing; class folders and class tars, also those of which every image is missing.
     """
 
-    images: list[Image] = field(default_factory=list)
+    images: Images = field(default_factory=Images)
     ignored: list[tuple[str, str]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
@@ -52,7 +120,7 @@ class Found:
             self.missing.append((name, str(error)))
 
     def extend(self, other: Found) -> None:
-        self.images += other.images
+        self.images.extend(other.images)
         self.ignored += other.ignored
         self.missing += other.missing
         self.classes |= other.classes
@@ -60,7 +128,7 @@ class Found:
     def inside(self, folder: str) -> Found:
         """The same as the class `folder`, with all names below it."""
         return Found(
-            [image._replace(name=f"{folder}/{image.name}") for image in self.images],
+            Images(image._replace(name=f"{folder}/{image.name}") for image in self.images),
             [(f"{folder}/{name}", reason) for name, reason in self.ignored],
             [(f"{folder}/{name}", reason) for name, reason in self.missing],
             {folder},
@@ -69,24 +137,26 @@ class Found:
     def without_wrapping(self, *, keep_class: bool = True) -> Found:
         """The same without the leading folders that all images are in; a synset stays, since an
         archive of one class has it above all its images (`keep_class`)."""
-        names = [posixpath.normpath(image.name).lstrip("/") for image in self.images]
+        names = map(_plain, self.images.names)
         common = _common_folders(names)
         if common and keep_class and SYNSET.fullmatch(common[-1]):
             common = common[:-1]
         cut = sum(len(part) + 1 for part in common)
-        images = [
-            image._replace(name=name[cut:]) for image, name in zip(self.images, names, strict=True)
-        ]
+        images = Images(image._replace(name=_plain(image.name)[cut:]) for image in self.images)
         return replace(self, images=images)
 
 
-def _common_folders(names: list[str]) -> list[str]:
+def _plain(name: str) -> str:
+    return posixpath.normpath(name).lstrip("/")
+
+
+def _common_folders(names: Iterable[str]) -> list[str]:
     """The leading folders that all names share."""
-    if not names:
-        return []
-    first, last = (name.split("/")[:-1] for name in (min(names), max(names)))
+    first = last = next(iter(names), "")
+    for name in names:
+        first, last = min(first, name), max(last, name)
     shared = []
-    for a, b in zip(first, last, strict=False):
+    for a, b in zip(first.split("/")[:-1], last.split("/")[:-1], strict=False):
         if a != b:
             break
         shared.append(a)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
@@ -12,6 +16,7 @@ from shard_tools.cli import ToolError
 from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
 from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
+from shard_tools.sharding.plan_file import PLAN_FILE, read_plan, write_plan
 from shard_tools.sharding.writer import write_shards
 
 
@@ -68,16 +73,59 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
     return False
 
 
-def run_job(dest: Path, plan: Plan, source_name: str, how: Execution) -> None:
+def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request: str) -> None:
+    """Write the plan, which `check_plan` has seen, for this process's workers and for other tasks;
+    nothing where it is there already or all is finished."""
+    if is_finished(dest):
+        return
+    with naming(dest, "cannot be written"):
+        if read_plan_record(dest) is None or not (dest / PARTS / PLAN_FILE).is_file():
+            (dest / PARTS).mkdir(parents=True, exist_ok=True)
+            write_plan(dest, plan)
+            record = json.dumps(plan_record(plan, source_name, request))
+            write_atomic(dest / PARTS / PLAN, record.encode())
+
+
+@contextmanager
+def planning(dest: Path, how: Execution) -> Iterator[None]:
+    """One of several tasks plans at a time, so that those that wait find its plan. Where the file
+    system has no locks each plans for itself."""
+    if how.tasks == 1 or is_finished(dest):
+        yield
+        return
+    with naming(dest, "cannot be written"):
+        (dest / PARTS).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(dest / PARTS / "plan.lock")
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find_plan(dest: Path, request: str, how: Execution) -> bool:
+    """True where another task of the same call has planned `dest`."""
+    record = read_plan_record(dest) if how.tasks > 1 else None
+    return (
+        record is not None
+        and record.get("request") == request
+        and (how.on_error == "skip" or not record["missing"])
+        and (dest / PARTS / PLAN_FILE).is_file()
+    )
+
+
+def run_job(dest: Path, how: Execution) -> None:
     """Write this task's shards of the plan; merge where no other task is at work."""
     if is_finished(dest):
         clean_up(dest)  # a job killed after its manifest leaves its parts
         print(f"{dest}: already finished, nothing to do")
         return
     with naming(dest, "cannot be written"):
-        if read_plan_record(dest) is None:
-            (dest / PARTS).mkdir(parents=True, exist_ok=True)
-            write_atomic(dest / PARTS / PLAN, json.dumps(plan_record(plan, source_name)).encode())
+        plan = read_plan(dest)
         if how.tasks == 1:
             remove_leftovers(dest)
     mine = range(how.task, plan.shards, how.tasks)
@@ -96,6 +144,7 @@ def run_job(dest: Path, plan: Plan, source_name: str, how: Execution) -> None:
         # Nothing is finished: the next call may have other options, such as the sentence advises.
         if how.tasks == 1 and not any((dest / PARTS).glob("[0-9]*.json")):
             (dest / PARTS / PLAN).unlink(missing_ok=True)
+            (dest / PARTS / PLAN_FILE).unlink(missing_ok=True)
         raise
     if how.tasks > 1:
         print(f"{dest}: task {how.task} of {how.tasks} done; finish with --merge")

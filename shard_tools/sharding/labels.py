@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import posixpath
 import re
+import sys
 from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError, read_list
-from shard_tools.sharding.found import Found
+from shard_tools.sharding.found import Found, Images
 
 # By file name with or without its suffix, or in the order of the names.
 Labels = dict[str, str] | list[str]
@@ -72,7 +73,7 @@ def label_flat(found: Found, labels: Labels, where: str, skip: bool) -> list[str
 
     UserError for an image without a label, and (unless `skip`) for labels without their image.
     """
-    names = [image.name for image in found.images]
+    names = found.images.names
     by_name = _by_name(sorted(names), labels, where) if isinstance(labels, list) else labels
     used, synsets = set(), []
     for name in names:
@@ -88,10 +89,10 @@ def label_flat(found: Found, labels: Labels, where: str, skip: bool) -> list[str
                 f"{where}: {len(absent)} of {len(by_name)} labelled images are not there, "
                 f"such as {absent[0]}"
             )
-    found.images = [
+    found.images = Images(
         image._replace(name=f"{synset}/{image.name}")
         for image, synset in zip(found.images, synsets, strict=True)
-    ]
+    )
     return synsets
 
 
@@ -109,15 +110,15 @@ def _by_name(names: list[str], labels: list[str], where: str) -> dict[str, str]:
 def labels_in_names(found: Found) -> list[str]:
     """Synsets from the names of Hugging Face's archives, `n01440764_18_n01440764.JPEG`; the images
     are renamed to `n01440764/n01440764_18.JPEG`. [] where not all names are of this kind."""
-    matches = [_NAMED.fullmatch(image.name) for image in found.images]
     synsets = []
-    for match in matches:
+    for name in found.images.names:
+        match = _NAMED.fullmatch(name)
         if match is None or not _IMAGENET.fullmatch(match["stem"]):
             return []
-        synsets.append(match["synset"])
-    found.images = [
+        synsets.append(sys.intern(match["synset"]))
+    found.images = Images(
         image._replace(name=f"{match['synset']}/{match['stem']}{match['suffix']}")
-        for image, match in zip(found.images, matches, strict=True)
-        if match
-    ]
+        for image in found.images
+        if (match := _NAMED.fullmatch(image.name))
+    )
     return synsets

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,19 @@ from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Shard
 from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
-from shard_tools.sharding.sources import Item, Source, read_item
+from shard_tools.sharding.items import Items
+from shard_tools.sharding.sources import Source, read_item
 from shard_tools.sharding.statistics import NO_PIXELS
-from shard_tools.tar import BLOCK, RECORD, padded
+from shard_tools.tar import BLOCK, RECORD
 
 PARTS = ".parts"  # folder inside DEST while the job runs
 PLAN = "plan.json"
 LAYOUT = 2  # raised when equal options would give other bytes
-# Bytes of a sample beside its image: three headers, cls and json with their padding.
-OVERHEAD = 5 * BLOCK
+# Fields that a sample can have, and the bytes beside its image: a header for each, and cls and json
+# with their padding.
+FIELDS = {"jpg,cls,json": 5 * BLOCK, "jpg,cls": 3 * BLOCK, "jpg,json": 3 * BLOCK}
+ALL_FIELDS = next(iter(FIELDS))
+_CHUNK = 1 << 12  # items that are handled as Python objects at a time
 PROBE = 64  # images whose new size is measured when they are to be resized
 
 
@@ -40,15 +43,25 @@ class Settings:
     seed: int = 0
     shard_size: int = 256 << 20  # bytes; only images over half of it can make a shard larger
     image: ImageSettings = field(default_factory=ImageSettings)
+    fields: str = ALL_FIELDS  # one of FIELDS
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON values; `fields` only where it is not what it was before it could be
+        chosen, so that older jobs can be resumed."""
+        record = asdict(self)
+        if self.fields == ALL_FIELDS:
+            del record["fields"]
+        return record
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Items in shard order; shard i holds items[starts[i]:starts[i+1]]."""
+    """Items in shard order, which is items[order]; shard i holds those of order[starts[i]:
+    starts[i+1]]."""
 
     source: Source
     settings: Settings
-    items: list[Item]
+    order: np.ndarray
     starts: list[int]
     digest: str
 
@@ -56,34 +69,50 @@ class Plan:
     def shards(self) -> int:
         return len(self.starts) - 1
 
-    def shard_name(self, number: int) -> str:
-        return f"{self.settings.name}-{number:06d}.tar"
-
 
 def make_plan(source: Source, settings: Settings) -> Plan:
     """Shuffle by (seed, name), then cut into shards of equal planned size."""
-    items = sorted(source.items, key=lambda item: (_rank(settings.seed, item.name), item.offset))
-    ratio = _size_ratio(source, items, settings.image) if settings.image.changes_size else 1.0
-    sizes = [padded(int(item.size * ratio)) + OVERHEAD for item in items]
-    ends = list(accumulate(sizes))
+    items = source.items
+    order = _shuffled(items, settings.seed)
+    ratio = _size_ratio(source, order, settings.image) if settings.image.changes_size else 1.0
+    sizes = np.asarray(items.images.sizes, np.int64)[order]
+    if ratio != 1:
+        sizes = (sizes * ratio).astype(np.int64)
+    sizes = sizes + -sizes % BLOCK + FIELDS[settings.fields]
+    largest, ends = int(sizes.max()), np.cumsum(sizes)
+    total = int(ends[-1])
     # A shard may pass its even share by one image, and still has to keep to the limit.
     limit = settings.shard_size - RECORD
-    share = max(limit - max(sizes), limit // 2, 1)
-    count = min(len(items), -(-ends[-1] // share))
-    cuts = np.searchsorted(ends, [ends[-1] * i / count for i in range(1, count)], side="left") + 1
+    share = max(limit - largest, limit // 2, 1)
+    count = min(len(items), -(-total // share))
+    cuts = np.searchsorted(ends, [total * i / count for i in range(1, count)], side="left") + 1
     starts = sorted({0, *(int(cut) for cut in cuts if cut < len(items)), len(items)})
-    return Plan(source, settings, items, starts, _digest(source, settings, items, starts))
+    return Plan(source, settings, order, starts, _digest(source, settings, order, starts))
 
 
-def _rank(seed: int, name: str) -> bytes:
-    """A pseudo-random rank; a hash keeps its meaning over library versions, a shuffle may not."""
-    return hashlib.blake2b(name.encode(), key=str(seed).encode(), digest_size=16).digest()
+def _shuffled(items: Items, seed: int) -> np.ndarray:
+    """The order of a pseudo-random rank by name, then of the offset: int64 [items]. A hash keeps
+    its meaning over library versions, a shuffle may not."""
+    key, ranks = str(seed).encode(), bytearray()
+    for name in items.names:
+        ranks += hashlib.blake2b(name.encode(), key=key, digest_size=16).digest()
+    halves = np.frombuffer(ranks, ">u8").reshape(-1, 2)
+    order = np.argsort(halves[:, 0].astype(np.uint64), kind="stable")
+    first = halves[order, 0]
+    equal = np.flatnonzero(first[1:] == first[:-1])
+    if len(equal):  # images of one name, or 64 equal bits: few
+        some = np.union1d(equal, equal + 1)
+        rows = order[some]
+        offsets = np.asarray(items.images.offsets, np.int64)[rows]
+        order[some] = rows[np.lexsort((rows, offsets, halves[rows, 1], halves[rows, 0]))]
+    return order
 
 
-def _size_ratio(source: Source, items: list[Item], settings: ImageSettings) -> float:
+def _size_ratio(source: Source, order: np.ndarray, settings: ImageSettings) -> float:
     """New bytes per source byte, from the first images of the shuffled order."""
     before = after = 0
-    for item in items[:PROBE]:
+    for number in order[:PROBE].tolist():
+        item = source.items[number]
         try:
             after += len(check_image(read_item(source.root, item), settings).data)
             before += item.size
@@ -92,11 +121,13 @@ def _size_ratio(source: Source, items: list[Item], settings: ImageSettings) -> f
     return after / before if before else 1.0
 
 
-def _digest(source: Source, settings: Settings, items: list[Item], starts: list[int]) -> str:
+def _digest(source: Source, settings: Settings, order: np.ndarray, starts: list[int]) -> str:
     content = hashlib.sha256()
-    content.update(json.dumps([LAYOUT, asdict(settings), source.classes, starts]).encode())
-    for item in items:
-        content.update(f"{item.name}\n{item.label} {item.size}\n".encode())
+    content.update(json.dumps([LAYOUT, settings.record(), source.classes, starts]).encode())
+    names, labels, sizes = source.items.names, source.items.labels, source.items.images.sizes
+    for first in range(0, len(order), _CHUNK):
+        for i in order[first : first + _CHUNK].tolist():
+            content.update(f"{names[i]}\n{labels[i]} {sizes[i]}\n".encode())
     return content.hexdigest()
 
 
@@ -151,9 +182,11 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
         return None
 
 
-def plan_record(plan: Plan, source_name: str) -> dict[str, Any]:
-    """What `--merge` and `--resume` need of a plan; the content of plan.json."""
+def plan_record(plan: Plan, source_name: str, request: str = "") -> dict[str, Any]:
+    """What `--merge` and `--resume` need of a plan; the content of plan.json. request: names the
+    call that made it (see shard_tools/sharding/job.py)."""
     return {
+        "request": request,
         "digest": plan.digest,
         "shards": plan.shards,
         "classes": list(plan.source.classes),
@@ -162,8 +195,8 @@ def plan_record(plan: Plan, source_name: str) -> dict[str, Any]:
         "duplicates": plan.source.duplicates,
         "made": {
             "source": source_name,
-            "images": len(plan.items),
-            "options": asdict(plan.settings),
+            "images": len(plan.order),
+            "options": plan.settings.record(),
         },
     }
 
@@ -177,7 +210,3 @@ def read_plan_record(dest: Path) -> dict[str, Any] | None:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ToolError(f"{path}: damaged ({error}); remove {dest / PARTS}") from error
-
-
-def shard_items(plan: Plan, number: int) -> list[Item]:
-    return plan.items[plan.starts[number] : plan.starts[number + 1]]

@@ -14,7 +14,8 @@ from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, write_manifest
 from shard_tools.sharding.layout import PARTS, read_part, read_plan_record
-from shard_tools.sharding.statistics import duplicates, mean_and_std
+from shard_tools.sharding.statistics import NO_PIXELS, duplicates, mean_and_std
+from shard_tools.texts import Texts
 
 REPORT = "report.jsonl"
 _REMARKS = ("converted", "damaged", "skipped", "ignored", "dropped", "duplicate")
@@ -28,25 +29,33 @@ def merge_parts(dest: Path) -> Manifest:
     record = read_plan_record(dest)
     if record is None:
         raise ToolError(f"{dest}: no sharding job is here, so there is nothing to merge")
-    found = [read_part(dest, number, record["digest"]) for number in range(record["shards"])]
-    missing = [number for number, part in enumerate(found) if part is None]
-    if missing:
-        listed = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-        raise ToolError(f"{dest}: {len(missing)} shards are not finished yet: numbers {listed}")
-    parts = [part for part in found if part is not None]
+    shards, rows, names, prints, pixels = [], [np.zeros(0, SAMPLE)], Texts(), [], NO_PIXELS
+    missing = []
     lines: list[tuple[str, str, str]] = [
         (name, "ignored", reason) for name, reason in record["ignored"]
     ]
     lines += [(name, "skipped", reason) for name, reason in record["missing"]]
-    lines += [line for part in parts for line in part.report]
-    filled = [part for part in parts if part.shard]
-    if not filled:
+    for number in range(record["shards"]):
+        part = read_part(dest, number, record["digest"])
+        if part is None:
+            missing.append(number)
+            continue
+        lines += part.report
+        if part.shard:
+            shards.append(part.shard)
+            rows.append(part.rows)
+            names.extend(part.names)
+            prints.append(part.prints)
+            pixels = pixels + part.pixels
+    if missing:
+        listed = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        raise ToolError(f"{dest}: {len(missing)} shards are not finished yet: numbers {listed}")
+    if not shards:
         raise ToolError(f"{dest}: no image could be used; the first: {': '.join(lines[0])}")
-    rows = np.concatenate([np.zeros(0, SAMPLE), *(part.rows for part in filled)])
-    names = [name for part in filled for name in part.names]
-    prints = np.concatenate([part.prints for part in filled])
+    index = np.concatenate(rows)
+    rows.clear()
     lines += [(name, "dropped", reason) for name, reason in record["duplicates"]]
-    again = duplicates(prints, rows["label"], names)
+    again = duplicates(np.concatenate(prints), index["label"], names)
     lines += [(names[row], "duplicate", reason) for row, reason in again]
     counts = Counter(what for _, what, _ in lines)
     write_atomic(dest / REPORT, report_lines(lines))
@@ -57,12 +66,12 @@ def merge_parts(dest: Path) -> Manifest:
         "plan": record["digest"],
         **record["made"],
         "report": {what: counts[what] for what in _REMARKS},
-        "pixels": mean_and_std(np.sum([part.pixels for part in filled], axis=0)),
+        "pixels": mean_and_std(pixels),
     }
     manifest = write_manifest(
         dest,
-        shards=[part.shard for part in filled if part.shard],
-        index=rows,
+        shards=shards,
+        index=index,
         classes=record["classes"],
         made=made,
         names=names,

@@ -7,31 +7,26 @@ never extracted: an item inside a tar is a byte range of that tar.
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
 from shard_tools.sharding.archives import is_archive, list_archive, list_class_tars
 from shard_tools.sharding.folders import class_folders, files_in, list_folder
-from shard_tools.sharding.found import EXTENSIONS, SYNSET, Found, Image, is_image
+from shard_tools.sharding.found import EXTENSIONS, SYNSET, Found, Images, is_image
+from shard_tools.sharding.items import Item, Items
 from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
 from shard_tools.sharding.tables import list_table
+from shard_tools.texts import Texts
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
-
-
-class Item(NamedTuple):
-    """One image: its original name, class index (-1 = none), and its bytes in a file."""
-
-    name: str
-    label: int
-    file: str  # relative to Source.root, or absolute
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -40,14 +35,14 @@ class Source:
     that are known to be missing and for dropped duplicates, and a remark about how it was read."""
 
     root: str
-    items: list[Item]
+    items: Items
     classes: tuple[str, ...] = ()
     ignored: list[tuple[str, str]] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     remark: str = ""
     duplicates: list[tuple[str, str]] = field(default_factory=list)
 
-    def without(self, items: list[Item], duplicates: list[tuple[str, str]]) -> Source:
+    def without(self, items: Items, duplicates: list[tuple[str, str]]) -> Source:
         """The same with fewer items, since `duplicates` were dropped."""
         return replace(self, items=items, duplicates=duplicates)
 
@@ -120,7 +115,7 @@ def read_item(root: str, item: Item) -> bytes:
 def _folder(path: Path, how: Listing) -> Source:
     """An ImageFolder tree (class = folder right below `path`, index = its position in sorted order,
     as torchvision does), a folder of class tars, or images without classes."""
-    archives = [name for name in files_in(path) if is_archive(name)]
+    archives = files_in(path, is_archive)
     class_tars = [name for name in archives if SYNSET.fullmatch(name.split(".")[0])]
     if class_tars and len(class_tars) == len(archives):
         return _class_tars(path, class_tars, how)
@@ -153,7 +148,7 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
             f"{path}: holds {' and '.join(folders)}, which are no classes; give one of them"
             + ("" if "val" in folders else " (train and val together are sharded in one call)")
         )
-    names = [*(image.name for image in found.images), *(name for name, _ in found.missing)]
+    names = chain(found.images.names, (name for name, _ in found.missing))
     filled = {name.split("/")[0] for name in names} & set(folders)
     empty = sorted(set(folders) - filled - set(how.classes))
     if empty and filled:
@@ -167,13 +162,13 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
 
 def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
     """Labels by class folder, by the given labels, or by ImageNet's own file names."""
-    inside = [image for image in found.images if "/" in image.name]
+    inside = sum("/" in name for name in found.images.names)
     names: list[str] = []
     remark = ""
     if how.unlabelled:
         pass
-    elif inside and len(inside) < len(found.images):
-        loose = next(image.name for image in found.images if "/" not in image.name)
+    elif inside and inside < len(found.images):
+        loose = next(name for name in found.images.names if "/" not in name)
         raise ToolError(
             f"{where}: {loose} is outside the class folders; move such images into them, or take "
             "all images without labels with --unlabelled"
@@ -181,7 +176,7 @@ def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
     elif inside:
         if how.labels:
             raise ToolError(f"{where}: has class folders, so --synsets and --devkit do nothing")
-        names = [image.name.split("/")[0] for image in found.images]
+        names = [sys.intern(name.split("/")[0]) for name in found.images.names]
     elif how.labels:
         names = label_flat(found, how.labels, where, how.skip)
     elif found.images:
@@ -221,13 +216,13 @@ def _table(path: Path, how: Listing) -> Source:
 
 def _source(
     root: Path,
-    images: list[Image],
+    images: Images,
     labels: list[int],
     classes: tuple[str, ...],
     found: Found,
     remark: str = "",
 ) -> Source:
-    items = [Item(i.name, n, i.file, i.offset, i.size) for i, n in zip(images, labels, strict=True)]
+    items = Items.labelled(images, labels)
     return Source(str(root), items, classes, found.ignored, found.missing, remark)
 
 
@@ -240,7 +235,7 @@ def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
     if unknown:
         raise ToolError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} given")
     numbers = [index[name] for name in source.classes]
-    items = [item._replace(label=numbers[item.label]) for item in source.items]
+    items = Items.labelled(source.items, (numbers[label] for label in source.items.labels))
     return replace(source, items=items, classes=classes)
 
 
@@ -249,14 +244,27 @@ def _checked(source: Source, path: Path) -> Source:
     if not source.items:
         reason = f"; {source.missing[0][1]}" if source.missing else ""
         raise ToolError(f"{path}: holds no images ({' '.join(EXTENSIONS)}){reason}")
-    for item in source.items:
-        if "\n" in item.name or (not item.name.isprintable() and not _is_utf8(item.name)):
-            raise ToolError(f"{path}: file name {item.name!r} is not plain UTF-8 text; rename it")
-    if path.suffix.lower() not in LISTS:
-        name, count = Counter(item.name for item in source.items).most_common(1)[0]
-        if count > 1:
-            raise ToolError(f"{path}: holds {count} images named {name}")
+    names = source.items.names
+    for name in names:
+        if "\n" in name or (not name.isprintable() and not _is_utf8(name)):
+            raise ToolError(f"{path}: file name {name!r} is not plain UTF-8 text; rename it")
+    if path.suffix.lower() not in LISTS and (twice := _repeated(names)):
+        name, count = Counter(name for name in names if name in twice).most_common(1)[0]
+        raise ToolError(f"{path}: holds {count} images named {name}")
     return source
+
+
+def _repeated(names: Texts) -> set[str]:
+    """The names that occur more than once; a set of all of them would take too much memory."""
+    hashes = np.fromiter(map(hash, names), np.int64, len(names))
+    ordered = np.sort(hashes)
+    equal = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: set[str] = set()
+    twice: set[str] = set()
+    for name in names if equal else ():
+        if hash(name) in equal:
+            (twice if name in seen else seen).add(name)
+    return twice
 
 
 def _is_utf8(name: str) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from shard_tools.image_file import ImageFault, decode, read_header
-from shard_tools.sharding.sources import Item, Source, read_item
+from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.sources import Source, read_item
 from shard_tools.workers import map_in_workers, report, working_on
 
 SAMPLED = 2048  # images whose pixels are measured, spread evenly over the shuffled order
@@ -69,24 +70,25 @@ def duplicates(
 def drop_duplicates(source: Source, workers: int) -> Source:
     """The source without the images whose bytes one earlier in name order has; they are listed in
     `Source.duplicates`. Only images of equal size are read."""
-    items = sorted(source.items, key=lambda item: item.name)
-    sizes = np.array([item.size for item in items])
+    items = source.items
+    order = sorted(range(len(items)), key=items.names.__getitem__)
+    sizes = np.array(items.images.sizes)[order]
     _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(counts[inverse] > 1)
     prints = np.zeros(len(items), np.uint64)
     chunks = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
-    jobs = [(n, source.root, [items[i] for i in chunk]) for n, chunk in enumerate(chunks)]
+    jobs = [(n, source.root, [items[order[i]] for i in chunk]) for n, chunk in enumerate(chunks)]
     for number, found in map_in_workers(
         _fingerprints, jobs, workers=workers, description="equal images", total=len(rows)
     ):
         prints[chunks[number]] = found
-    labels, names = np.array([item.label for item in items]), [item.name for item in items]
-    among = duplicates(prints[rows], labels[rows], [names[row] for row in rows])
-    listed = [(int(rows[i]), reason) for i, reason in among]
-    dropped = {row for row, _ in listed}
+    labels = np.array(items.labels)[order]
+    names = [items.names[order[row]] for row in rows]
+    among = duplicates(prints[rows], labels[rows], names)
+    dropped = {order[rows[i]] for i, _ in among}
     return source.without(
-        [item for row, item in enumerate(items) if row not in dropped],
-        [(names[row], reason) for row, reason in listed],
+        Items(item for row, item in enumerate(items) if row not in dropped),
+        [(names[i], reason) for i, reason in among],
     )
 
 

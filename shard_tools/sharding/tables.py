@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
-from shard_tools.sharding.found import Image
+from shard_tools.sharding.found import Image, Images
 
 # A class index beyond this is taken for a mistake.
 MOST_CLASSES = 1_000_000
@@ -29,14 +29,14 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNOR
 Rows = list[tuple[int, dict[str, Any]]]  # (line or row number for messages, column → value)
 
 
-def list_table(path: Path, root: Path) -> tuple[list[Image], list[int | str]]:
+def list_table(path: Path, root: Path) -> tuple[Images, list[int | str]]:
     """Images and their labels: class indices, class names, or none at all (an empty list).
 
     The columns are `path` (relative to `root`) and optionally `label`, in any case. UserError
     names the row where labels are mixed, fractional, negative, missing, or contradict each other.
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    images = [_image(path, number, row, root) for number, row in rows]
+    images = Images(_image(path, number, row, root) for number, row in rows)
     labels = _labels(path, rows)
     _check_repeats(path, rows, images, labels)
     return images, labels
@@ -155,7 +155,7 @@ def _value(path: Path, number: int, value: Any) -> int | str | None:
     return value
 
 
-def _check_repeats(path: Path, rows: Rows, images: list[Image], labels: list[int | str]) -> None:
+def _check_repeats(path: Path, rows: Rows, images: Images, labels: list[int | str]) -> None:
     """An image may come twice, but not with two labels."""
     seen: dict[str, int] = {}
     for i, image in enumerate(images):

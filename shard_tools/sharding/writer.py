@@ -17,8 +17,10 @@ from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
 from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
-from shard_tools.sharding.layout import Part, Plan, shard_items, write_part
-from shard_tools.sharding.sources import Item, read_item
+from shard_tools.sharding.items import Item
+from shard_tools.sharding.layout import ALL_FIELDS, Part, write_part
+from shard_tools.sharding.plan_file import StoredPlan
+from shard_tools.sharding.sources import read_item
 from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
 from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
@@ -31,7 +33,7 @@ class ShardJob:
     number: int
     name: str
     first: int
-    items: list[Item]
+    items: Sequence[Item]
     root: str
     classes: tuple[str, ...]
     settings: ImageSettings
@@ -39,25 +41,28 @@ class ShardJob:
     dest: Path
     digest: str
     total: int  # images of the whole plan
+    fields: str = ALL_FIELDS
 
 
 def write_shards(
-    plan: Plan, dest: Path, numbers: Sequence[int], *, workers: int, on_error: str, finished: int
-) -> None:
+    plan: StoredPlan, dest: Path, numbers: Sequence[int], *, workers: int, on_error: str,
+    finished: int,
+) -> None:  # fmt: skip
     """Write the shards `numbers` of the plan into `dest`; `finished` images were there before."""
     jobs = [
         ShardJob(
             number=number,
             name=plan.shard_name(number),
             first=plan.starts[number],
-            items=shard_items(plan, number),
-            root=plan.source.root,
-            classes=plan.source.classes,
+            items=plan.items(number),
+            root=plan.root,
+            classes=plan.classes,
             settings=plan.settings.image,
             on_error=on_error,
             dest=dest,
             digest=plan.digest,
-            total=len(plan.items),
+            total=plan.starts[-1],
+            fields=plan.settings.fields,
         )
         for number in numbers
     ]
@@ -136,16 +141,21 @@ def write_shard(job: ShardJob) -> Part:
 
 def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes]:
     """The fields of one sample."""
+    wanted = job.fields.split(",")
     about: dict[str, Any] = {"name": item.name, "width": image.width, "height": image.height}
     fields = {"jpg": image.data}
     if item.label >= 0:
-        fields["cls"] = b"%d" % item.label
         about["synset"] = job.classes[item.label]
+        if "cls" in wanted:
+            fields["cls"] = b"%d" % item.label
+        else:
+            about["label"] = item.label
     if image.orientation != 1:
         about["orientation"] = image.orientation
     if image.converted:
         about["converted"] = image.converted
-    fields["json"] = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
+    if "json" in wanted:
+        fields["json"] = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
     return fields
 
 

@@ -1,67 +1,158 @@
-"""Time every kernel on a CUDA device against its PyTorch reference and a device copy.
+"""Time every kernel on a CUDA device beside its PyTorch reference, eager and compiled, and a copy.
 
 Usage: python tests/bench/bench_gpu.py [--batch 256] [--dtype bf16]. Behind `make bench-gpu`.
-Without a CUDA device it says so and exits with 2. ViT-B/16 at 224 x 224; forward, and backward
-where there is one. `copy`: the time to copy as many bytes as the op must at least move.
+Without a CUDA device it says so and exits with 2. ViT-B/16 at 224 x 224; forward, and forward with
+backward where there is one. `copy`: the time to copy as many bytes as the op must at least move;
+`of copy`: that over the kernel's time, 1 for a kernel that only moves its bytes.
 """
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from kernels_traffic import measured
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import kernels
-from pipeline.kernels.cases import Sizes, all_cases
+from pipeline.kernels.cases import Sizes, all_cases, ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WAYS = ("eager", "triton", "compiled")  # the reference, the kernel, the reference by torch.compile
+Call = Callable[[], Any]
+Row = dict[str, float]
 
 
-def calls(sizes: Sizes) -> dict[str, Callable[[], Any]]:
-    """One call of every case on random inputs by name, also with backward where there is one."""
-    found: dict[str, Callable[[], Any]] = {}
+def calls(sizes: Sizes) -> dict[str, tuple[Call, bool]]:
+    """(call of a case on random inputs, whether to run backward too) by name."""
+    found: dict[str, tuple[Call, bool]] = {}
     for case in all_cases().values():
         forward = case.inputs(sizes)
-        found[case.name] = forward
+        found[case.name] = forward, False
         if case.gradient:
-            found[f"{case.name} with backward"] = backward(forward)
+            found[f"{case.name} with backward"] = forward, True
     return found
 
 
-def backward(function: Callable[[], Tensor]) -> Callable[[], None]:
-    """The call and its backward, from a gradient of ones."""
-    upstream = torch.ones_like(function())
-    return lambda: function().backward(upstream)
+def leaves_of(output: Tensor) -> list[Tensor]:
+    """The leaves that a result has gradients for, in the order of its graph."""
+    seen, found, waiting = set(), [], [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += [behind for behind, _ in reversed(node.next_functions)]
+    return found
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A result that has a gradient: the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_backward(function: Call) -> Call:
+    """The call and its backward from a gradient of ones; gradients are returned, not added up."""
+    output = first_tensor(function())
+    leaves, upstream = leaves_of(output), torch.ones_like(output)
+    return lambda: torch.autograd.grad(first_tensor(function()), leaves, upstream)
+
+
+class Moved:
+    """The book of `as_launch` (pipeline/kernels/cases.py): bytes alone."""
+
+    def __init__(self) -> None:
+        self.closed, self.bytes = False, 0
+
+    def add(self, flops: int, moved: int) -> None:
+        """One launch."""
+        self.bytes += moved
 
 
 def least_bytes(sizes: Sizes) -> dict[str, int]:
-    """Bytes an op must at least move, where the traffic table has it."""
-    table = measured(sizes)
-    return {name: sum(t.minimum for t in launches) for name, (_, _, launches) in table.items()}
+    """Bytes that a call must at least move, inputs and outputs once, as the roofline books them."""
+    found: dict[str, int] = {}
+    for name, module in ops().items():
+        if not hasattr(module, "as_launch"):
+            continue
+        op = getattr(kernels, name)
+        for case in module.CASES:
+            for backward in (False, True)[: 1 + case.gradient]:
+                book = Moved()
+                setattr(kernels, name, module.as_launch(book, op))
+                try:
+                    with FakeTensorMode(allow_non_fake_inputs=True):
+                        function = case.inputs(sizes)
+                        (with_backward(function) if backward else function)()
+                finally:
+                    setattr(kernels, name, op)
+                # with_backward has called it once before, to find its leaves
+                both = case.name + " with backward" * backward
+                found[both] = book.bytes - (found[case.name] if backward else 0)
+    return {name: count for name, count in found.items() if count}
 
 
-def timings(sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Microseconds of each call by implementation, medians as Triton's do_bench takes them."""
-    from triton.testing import do_bench
+def microseconds(call: Call, device: str, milliseconds: int = 40) -> float:
+    """Median time of a call as Triton's do_bench takes it; on the CPU one call's."""
+    if device == "cuda":
+        from triton.testing import do_bench
 
-    out: dict[str, dict[str, float]] = {}
-    for implementation in ("reference", "triton"):
-        kernels.use(implementation, "cuda")
-        for name, call in calls(replace(sizes, device="cuda")).items():
-            milliseconds = do_bench(call, return_mode="median")
-            out.setdefault(name, {})[implementation] = 1000 * milliseconds
-    for name, count in least_bytes(sizes).items():
-        source = torch.empty(count // 2, dtype=torch.uint8, device="cuda")
-        target = torch.empty_like(source)
-        copy = do_bench(lambda to=target, of=source: to.copy_(of), return_mode="median")
-        if name in out:
-            out[name]["copy"] = 1000 * copy
-    return out
+        return 1000 * do_bench(call, warmup=10, rep=milliseconds, return_mode="median")
+    begun = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - begun)
+
+
+def time_way(way: str, function: Call, backward: bool, device: str, backend: str) -> float:
+    """Microseconds of a call in one of WAYS. backend: torch.compile's."""
+    kernels.use("triton" if way == "triton" else "reference", device)
+    if way == "compiled":
+        torch.compiler.reset()
+        function = torch.compile(function, dynamic=False, backend=backend)
+    return microseconds(with_backward(function) if backward else function, device)
+
+
+def time_copy(count: int, device: str) -> float:
+    """Microseconds of a copy that reads and writes `count` bytes together."""
+    source = torch.empty(max(1, count // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return microseconds(lambda: target.copy_(source), device)
+
+
+def timings(
+    sizes: Sizes,
+    *,
+    backend: str = "inductor",
+    every: int = 1,
+    left: Callable[[], float] = lambda: float("inf"),
+    note: Callable[[dict[str, Row]], None] = lambda rows: None,
+) -> dict[str, Row]:
+    """Microseconds of each call by way, and of a copy of its least bytes.
+
+    backend: torch.compile's. every: time one of so many calls. left: seconds that remain; without
+    any, the compiled references, which take longest and come last, are left out. note: is told of
+    the rows as they grow.
+    """
+    least, device = least_bytes(replace(sizes, device="cpu")), sizes.device
+    rows: dict[str, Row] = {}
+    for way in WAYS:
+        for name, (function, backward) in list(calls(sizes).items())[::every]:
+            row = rows.setdefault(name, {})
+            if way == "compiled" and left() < 15:
+                continue
+            row[way] = time_way(way, function, backward, device, backend)
+            if way == "eager" and name in least:
+                row["copy"] = time_copy(least[name], device)
+            if way == "triton" and "copy" in row:
+                row["of copy"] = row["copy"] / row["triton"]
+            note(rows)
+    return rows
 
 
 def main() -> int:
@@ -73,14 +164,15 @@ def main() -> int:
         print("error: bench-gpu times kernels on a CUDA device, and there is none here",
               file=sys.stderr)  # fmt: skip
         return 2
-    found = timings(Sizes(batch=options.batch, dtype=DTYPES[options.dtype]))
+    found = timings(Sizes(batch=options.batch, dtype=DTYPES[options.dtype], device="cuda"))
     print(f"{torch.cuda.get_device_name()}, batch {options.batch}, {options.dtype}: microseconds\n")
-    print(f"{'op':30} {'reference':>10} {'triton':>10} {'copy':>10}")
+    columns = (*WAYS, "copy", "of copy")
+    print(f"{'op':30}" + "".join(f"{column:>10}" for column in columns))
     for name, row in found.items():
-        cells = [f"{row[c]:.1f}" if c in row else "-" for c in ("reference", "triton", "copy")]
-        print(f"{name:30} {cells[0]:>10} {cells[1]:>10} {cells[2]:>10}")
+        cells = [f"{row[c]:.3g}" if c in row else "-" for c in columns]
+        print(f"{name:30}" + "".join(f"{cell:>10}" for cell in cells))
     print(
-        json.dumps({name: {k: round(v, 1) for k, v in row.items()} for name, row in found.items()})
+        json.dumps({name: {k: round(v, 3) for k, v in row.items()} for name, row in found.items()})
     )
     return 0
 

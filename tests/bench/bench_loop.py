@@ -15,19 +15,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from phases import ORDER, Phases, watching
 
-from pipeline import kernels
 from pipeline.config.recipe import RECIPES
 from pipeline.data.loader import train_loader
 from pipeline.distributed import Ranks, close
-from pipeline.kernels.cases import ops
-from pipeline.method import objective
 from pipeline.runtime import loop
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.settings import Settings
@@ -37,10 +34,6 @@ ROOT = Path(__file__).parents[2]
 COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "barrier", "all_gather_into_tensor",
     "reduce_scatter_tensor", "all_gather", "reduce_scatter",
-)  # fmt: skip
-ORDER = (
-    "data wait", "masks", "embed", "encoder", "teacher", "decoder", "heads", "loss", "backward",
-    "communication", "optimizer", "EMA", "rest",
 )  # fmt: skip
 
 
@@ -109,81 +102,31 @@ def overhead(run: Run, rounds: int) -> dict[str, float]:
     return {"loop_overhead": round(statistics.median(ratios), 4)}
 
 
-class Phases:
-    """Seconds by phase; a phase inside another is taken from the outer one."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self._open: list[str] = []
-        self._mark = time.perf_counter()
-
-    def _turn(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self._open[-1] if self._open else "rest"] += now - self._mark
-        self._mark = now
-
-    def watch(self, name: str, owner: Any, attribute: str) -> None:
-        """Time every call of owner.attribute under a name."""
-        inner = getattr(owner, attribute)
-
-        def timed(*args: Any, **keywords: Any) -> Any:
-            self._turn()
-            self._open.append(name)
-            try:
-                return inner(*args, **keywords)
-            finally:
-                self._turn()
-                self._open.pop()
-
-        setattr(owner, attribute, timed)
-
-    def watch_run(self, run: Run) -> None:
-        model = run.state.model
-        measure, encoder = model.objective.measure, model.objective.encoder
-        self.watch("masks", objective, "make_views")
-        self.watch("encoder", encoder, "forward")
-        self.watch("embed", encoder.patch_embed["proj"], "forward")
-        for name, attribute in (
-            ("decoder", "decoder"),
-            ("heads", "projector"),
-            ("heads", "predictor"),
-        ):
-            if hasattr(measure, attribute):
-                self.watch(name, getattr(measure, attribute), "forward")
-        for op, module in ops().items():
-            if module.PHASE == "loss":
-                self.watch("loss", kernels, op)
-        self.watch("backward", model.engine.engine, "backward")
-        self.watch("optimizer", model.engine.engine, "step")
-        if model.teacher is not None:
-            self.watch("teacher", model.teacher, "forward")
-            self.watch("EMA", model.teacher, "update")
-        for name in COLLECTIVES:
-            self.watch("communication", torch.distributed, name)
-
-
 def phases(run: Run, steps: int) -> dict[str, float]:
     """Share of each phase in the seconds of `steps` steps of the real loop (this rank's)."""
-    watched, waited = Phases(), []
-    watched.watch_run(run)
-    monitor = run.state.watch.monitor
+    seconds, waited = Phases(time.perf_counter), []
+    monitor, model = run.state.watch.monitor, run.state.model
     note = monitor.waited
 
-    def wait(seconds: float) -> None:
-        waited.append(seconds)
-        note(seconds)
+    def wait(spent: float) -> None:
+        waited.append(spent)
+        note(spent)
 
     monitor.waited = wait  # type: ignore[method-assign]
-    run.slice(2)
-    watched.seconds.clear()
-    waited.clear()
-    watched._mark = start = time.perf_counter()
-    run.slice(steps)
-    watched._turn()
-    total = time.perf_counter() - start - waited[0]  # the first wait starts the workers
-    watched.seconds["data wait"] = sum(waited[1:])
-    watched.seconds["rest"] -= sum(waited)
-    return {name: round(watched.seconds[name] / total, 4) for name in ORDER}
+    with ExitStack() as stack:
+        stack.enter_context(watching(seconds, model.objective, model.teacher, model.engine.engine))
+        for name in COLLECTIVES:
+            stack.enter_context(seconds.watch("communication", torch.distributed, name))
+        run.slice(2)
+        waited.clear()
+        start = time.perf_counter()
+        seconds.restart()
+        run.slice(steps)
+        total = time.perf_counter() - start - waited[0]  # the first wait starts the workers
+        sums = seconds.sums()
+    sums["data wait"] = sum(waited[1:])
+    sums["rest"] -= sum(waited)
+    return {name: round(sums[name] / total, 4) for name in ORDER}
 
 
 def main() -> None:

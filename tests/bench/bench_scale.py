@@ -30,11 +30,13 @@ from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from shard_tools.index_file import BLOCK, SAMPLE, IndexHeader, header_bytes
-from shard_tools.manifest import INDEX, MANIFEST, _checksum
+from shard_tools.manifest import INDEX, MANIFEST, SHARDS, Shard, _checksum
+from shard_tools.shard_table import ShardTable
 
 SIZES = (1_280_000, 14_000_000, 100_000_000, 400_000_000, 2_000_000_000)
 SHARD = 10_000  # samples
 RANKS, WORKERS, BATCH, MICRO = 8, 12, 4096, 128
+PLANNED = (100_000, 300_000, 900_000)  # files
 METHODS = ("fork", "forkserver", "spawn")
 
 
@@ -66,12 +68,15 @@ def make_folder(folder: Path, samples: int) -> None:
         file.write(head)
         file.seek(IndexHeader.SIZE + samples * SAMPLE.itemsize)
         file.write(digests)
+    shards = [
+        Shard(name, count, 0, f"{number:064x}")
+        for number, (name, count) in enumerate(zip(names, counts, strict=True))
+    ]
+    table = ShardTable.of(shards).encode()
+    (folder / SHARDS).write_bytes(table)
     content = {
-        "version": 1, "folder": ".", "samples": samples, "classes": [], "made": {},
-        "shards": [
-            {"name": name, "samples": count, "bytes": 0, "sha256": f"{number:064x}"}
-            for number, (name, count) in enumerate(zip(names, counts, strict=True))
-        ],
+        "version": 2, "folder": ".", "samples": samples, "classes": [], "made": {},
+        "shards_sha256": hashlib.sha256(table).hexdigest(),
         "index_sha256": head[24:56].hex(), "names_sha256": "",
     }  # fmt: skip
     content["checksum"] = _checksum(content)
@@ -85,8 +90,22 @@ def memory(pid: int | str) -> int:
     return (int(fields["Pss_Anon"]) + int(fields["Pss_Shmem"])) * 1024
 
 
+def descendants(pid: int | str) -> list[int]:
+    """The processes that a process has started, and those that they have."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    pids = [int(word) for path in children for word in path.read_text().split()]
+    return [*pids, *(below for child in pids for below in descendants(child))]
+
+
+def since_start() -> float:
+    """Seconds since this process was started."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 def turn(folder: Path, method: str, workers: int) -> dict[str, float]:
-    """One rank: seconds to its first batch, now and in the middle of epoch 5; its memory."""
+    """One rank: seconds to its first batch, of the process (with `import torch`) and of a loader
+    in the middle of epoch 5; its memory."""
     import pipeline.data.loader
 
     pipeline.data.loader.Reader = EmptyReader  # type: ignore[misc]
@@ -100,13 +119,13 @@ def turn(folder: Path, method: str, workers: int) -> dict[str, float]:
         loader = train_loader(config, 3, RANKS, range(first, first + 10**6))
         batches = iter(loader)
         assert next(batches).step == first
-        found[name] = time.perf_counter() - begun
+        found[name] = time.perf_counter() - begun if first else since_start()
         first = loader.manifest.samples // BATCH * 11 // 2  # next: in the middle of epoch 5
         for _ in range(3 * workers):  # so that every worker has served
             next(batches)
-        held = [memory(pid) for pid in ("self", *(w.pid for w in loader._workers))]
-        found["rank_bytes"] = max(found.get("rank_bytes", 0), sum(held))
-        found["worker_bytes"] = sum(held[1:]) / max(workers, 1)
+        held = {pid: memory(pid) for pid in (os.getpid(), *descendants("self"))}
+        found["rank_bytes"] = max(found.get("rank_bytes", 0), sum(held.values()))
+        found["worker_bytes"] = sum(held[w.pid] for w in loader._workers) / max(workers, 1)
         loader.close()
     return found
 
@@ -127,24 +146,12 @@ def order_seconds(samples: int) -> float:
     return (time.process_time() - begun) / len(tasks)
 
 
-def plan_bytes(files: int) -> float:
-    """Peak memory of planning `files` images, whose listing is made up."""
-    from shard_tools.sharding.layout import Settings, make_plan
-    from shard_tools.sharding.sources import Item, Source
-
-    names = (f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(files))
-    items = [Item(n, i % 1000, n, 0, 100_000 + i % 7919) for i, n in enumerate(names)]
-    make_plan(Source("/", items, [f"n{c:08d}" for c in range(1000)]), Settings())
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's too
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
-def child(*arguments: object) -> dict[str, float]:
+def child(*arguments: object, module: str = "bench_scale") -> dict[str, float]:
     """Run a part of the bench in a process of its own."""
     home = str(Path(__file__).parent)
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-c", "import bench_scale; bench_scale.main()", *map(str, arguments)],
+        [sys.executable, "-c", f"import {module}; {module}.main()", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -175,19 +182,23 @@ def at(samples: int, base: dict[str, dict[str, float]], methods: list[str]) -> d
     return rows[methods[0]]
 
 
-def draw(rows: list[dict[str, float]], path: Path) -> None:
-    """Growth over the samples, as a picture with logarithmic axes."""
+def draw(rows: list[dict[str, float]], plans: dict[int, float], path: Path) -> None:
+    """Growth over the samples, as a picture with logarithmic axes; dotted: linear growth."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3))
-    x = [row["samples"] for row in rows]
-    for axis, key in zip(axes, ("node_gb", "first_batch_s", "order_ms"), strict=True):
-        y = [max(row[key], 1e-3) for row in rows]
+    figure, axes = pyplot.subplots(1, 4, figsize=(13, 3))
+    samples = [row["samples"] for row in rows]
+    curves = [
+        (key, samples, [max(row[key], 1e-3) for row in rows])
+        for key in ("node_gb", "first_batch_s", "order_ms")
+    ]
+    curves.append(("plan_gb", list(plans), [size / 1e9 for size in plans.values()]))
+    for axis, (title, x, y) in zip(axes, curves, strict=True):
         axis.loglog(x, y, "o-", x, [y[0] * s / x[0] for s in x], ":")
-        axis.set(xlabel="samples", title=key, ylim=(min(y) / 3, max(y) * 3))
+        axis.set(xlabel="samples", title=title, ylim=(min(y) / 3, max(y) * 3))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Software": None})
@@ -199,13 +210,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["fork"])
     parser.add_argument("--plot", type=Path, default=Path("build/bench/scale.png"))
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--plan", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--method", default="fork", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.turn:
         return print(json.dumps(turn(args.turn, args.method, WORKERS)))
-    if args.plan:
-        return print(json.dumps({"bytes": plan_bytes(args.plan)}))
     with tempfile.TemporaryDirectory() as name:
         make_folder(Path(name) / "s", 64 * 256)
         base = {m: child("--turn", Path(name) / "s", "--method", m) for m in args.methods}
@@ -216,10 +224,10 @@ def main() -> None:
         print(f"{'(base)':>13}{method:>12}{'':>10}{found['rank_bytes'] / 1e6:>10.0f}"
               f"{found['worker_bytes'] / 1e6:>10.1f}")  # fmt: skip
     rows = [at(samples, base, args.methods) for samples in args.samples]
-    draw(rows, args.plot)
-    few, many = 300_000, 900_000
-    low, high = (child("--plan", files)["bytes"] for files in (few, many))
-    plan = low + (high - low) / (many - few) * (14_000_000 - few)
+    plans = {files: child(files, module="scale_plan")["bytes"] for files in PLANNED}
+    few, many = PLANNED[0], PLANNED[-1]
+    plan = plans[few] + (plans[many] - plans[few]) / (many - few) * (14_000_000 - few)
+    draw(rows, plans | {14_000_000: plan}, args.plot)
     last = {k: v for k, v in rows[-1].items() if k != "resume_s"}
     print(json.dumps({**last, "plan_gb_14m": round(plan / 1e9, 2)}))
 

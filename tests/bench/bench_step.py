@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peer_mae import PlainMAE
@@ -74,22 +75,36 @@ def normalised(objective: Objective, image: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
     pixels = (image.permute(0, 3, 1, 2) / 255 - mean) / std
     sample = torch.arange(len(image))
-    views = make_views(image, sample, recipe=objective.recipe, epoch=0, patch=16)
+    patch = objective.encoder.patch
+    views = make_views(image, sample, recipe=objective.recipe, epoch=0, patch=patch)
     return pixels.contiguous(), views.first.inverse.float()
 
 
-def peer_step(batch: int, model: torch.nn.Module, forward: Callable, objective: Objective) -> Step:
-    """The same step of another model, with the objective's weights and masks."""
+def peer_step(
+    batch: int,
+    model: torch.nn.Module,
+    forward: Callable,
+    objective: Objective,
+    device: str = "cpu",
+    autocast: bool = False,
+) -> Step:
+    """The same step of another model, with the objective's weights and masks.
+
+    autocast: matrix products in bf16, weights and gradients in fp32, as our shipped ds_configs.
+    """
     model.load_state_dict(to_mae(objective))
+    model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05}]
     update = optimizer(
         [*decay, {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     )
-    pixels, noise = normalised(objective, images(batch, 224))
+    side = objective.recipe.encoder.image_size
+    pixels, noise = (x.to(device) for x in normalised(objective, images(batch, side)))
 
     def step() -> Tensor:
-        loss = forward(model, pixels, noise)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            loss = forward(model, pixels, noise)
         loss.backward()
         update.step()
         update.zero_grad(set_to_none=True)
@@ -98,8 +113,9 @@ def peer_step(batch: int, model: torch.nn.Module, forward: Callable, objective: 
     return step
 
 
-def facebook_mae(checkout: Path) -> torch.nn.Module:
-    """The model of a facebookresearch/mae checkout, whose timm and numpy were older."""
+def facebook_mae(checkout: Path, **sizes: Any) -> torch.nn.Module:
+    """The model of a facebookresearch/mae checkout, whose timm and numpy were older. sizes: of
+    its MaskedAutoencoderViT, in place of ViT-B/16's."""
     import numpy
     import timm.models.vision_transformer as vit
 
@@ -115,7 +131,8 @@ def facebook_mae(checkout: Path) -> torch.nn.Module:
     spec.loader.exec_module(module)
     sys.path.remove(str(checkout))
     module.Block = block  # type: ignore[attr-defined]
-    model = module.mae_vit_base_patch16(norm_pix_loss=True)
+    make = module.MaskedAutoencoderViT if sizes else module.mae_vit_base_patch16
+    model = make(norm_pix_loss=True, **sizes)
     # Its masks come from torch.rand inside; ours are given instead, to compare the losses.
     model.given = None
     masking = model.random_masking

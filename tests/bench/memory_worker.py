@@ -43,9 +43,11 @@ def stored(tensors: list[Tensor]) -> int:
 
 def gradients(engine: Engine) -> list[Tensor]:
     """What is kept of the gradients between two micro-batches of a step."""
-    if engine.plan.stage < 2:
+    if engine.flat is not None and engine.flat.sums:
+        return [*engine.flat.sums.values()]
+    if engine.flat is not None or engine.stage == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if engine.plan.stage == 3:
+    if engine.stage == 3:
         return [engine.optimizer.grad_partitions_flat_buffer]
     averaged = engine.optimizer.averaged_gradients.values()
     if compact := [g.flat_partition for g in averaged if hasattr(g, "flat_partition")]:
@@ -54,18 +56,18 @@ def gradients(engine: Engine) -> list[Tensor]:
 
 
 def weights(engine: Engine) -> list[Tensor]:
-    stage3 = engine.plan.stage == 3
+    stage3 = engine.stage == 3
     return [p.ds_tensor if stage3 else p.data for p in engine.module.parameters()]
 
 
 def optimizer_state(engine: Engine) -> list[Tensor]:
     """Moments, and the fp32 weights that the optimizer steps where they are not the model's."""
-    inner = engine.optimizer if engine.plan.stage == 0 else engine.optimizer.optimizer
+    inner = engine.optimizer if engine.stage == 0 else engine.optimizer.optimizer
     state = [t for s in inner.state.values() for t in s.values() if isinstance(t, Tensor)]
     mine = [t for t in state if t.dim()]  # not the step counters
-    if engine.plan.stage in (1, 2):
+    if engine.stage in (1, 2):
         mine += engine.optimizer.single_partition_of_fp32_groups
-    if engine.plan.stage == 3:
+    if engine.stage == 3:
         mine += engine.optimizer.fp32_partitioned_groups_flat
     return mine
 

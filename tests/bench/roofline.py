@@ -22,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from pipeline import kernels
+from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.estimate import ATTENTION, PEAKS, meta_objective
+from pipeline.estimate import ATTENTION, meta_objective
 from pipeline.kernels.cases import ops
 from pipeline.method import objective
 

@@ -185,7 +185,7 @@ def test_rand_augment_is_done_by_the_loader(home: Path) -> None:
             words = arguments(home, home / "x.json", "--randaugment", policy, "--workers", workers)
             s, session = asked(words)
             run = finetune.Finetuning(s, finetune.plan_training(s, home, ALONE), session)
-            batches = [next(run.batches(step)) for step in (0, 4)]
+            batches = [next(iter(run.loader(step))) for step in (0, 4)]
             images[policy, workers] = [(b.sample, b.image) for b in batches]
             run.engine.destroy()
     for (a, x), (b, y) in zip(images["", 0], images["rand-m9-mstd0.5-inc1", 0], strict=True):
@@ -328,7 +328,7 @@ def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> No
     assert (plan.steps, plan.total) == (4, 8)
     run = finetune.Finetuning(s, plan, session)
     epochs: list[list[torch.Tensor]] = [[], []]
-    for batch in run.batches(0):
+    for batch in run.loader(0):
         epochs[batch.epoch].append(batch)
     run.engine.destroy()
     for batches in epochs:

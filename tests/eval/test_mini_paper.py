@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from scipy.stats import ttest_1samp
 
 from eval import mini_paper
-from eval.paper.claims import CLAIMS, Difference, interval, judge, verdict
+from eval.paper.claims import CLAIMS, Difference, judge, verdict
 from eval.paper.commands import read_scale
+from eval.paper.statistics import interval
+from eval.paper.study import wanted_metrics
 from eval.reproduce import parse_args
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +20,6 @@ ROOT = Path(__file__).parents[2]
 
 def values(table):
     return lambda row, metric: table[row, metric]
-
-
-@pytest.mark.parametrize("numbers", [(1.0, 2.0, 4.0), (0.5, -0.25), (3.0, 3.5, 2.0, 9.0)])
-def test_the_interval_is_students(numbers):
-    expected = ttest_1samp(numbers, 0).confidence_interval(0.95)
-    assert interval(numbers) == pytest.approx((expected.low, expected.high))
 
 
 def test_pairs_count_not_the_spread_over_seeds():
@@ -62,7 +57,7 @@ def test_a_claim_needs_all_its_differences():
 
 
 def test_every_claim_names_rows_and_metrics_that_are_made():
-    wanted = mini_paper.wanted_metrics(CLAIMS)
+    wanted = wanted_metrics(CLAIMS, mini_paper.study_of(None, [], 1).names)
     assert wanted["random"] == ["finetune", "fewshot", "cka"]
     assert wanted["MAE"] == ["finetune", "fewshot", "psnr", "cka"]
     assert wanted["C-MAE without mask tokens"] == ["linprobe"]
@@ -78,15 +73,16 @@ def test_every_claim_names_rows_and_metrics_that_are_made():
 
 def test_cka_counts_all_blocks_where_most_is_dropped(tmp_path):
     workspace = mini_paper.Workspace(tmp_path, read_scale("mini"))
+    study = mini_paper.study_of(workspace, [2], 2)
     folder = tmp_path / "mae-0" / "eval"
     folder.mkdir(parents=True)
     ways = (("kept-in-both", [[0, 0], [0.5, 0.75], [0.25, 0.5]]), ("all-kept", [[1, 1]] * 3))
     variants = [{"pool": pool, "hsic": "unbiased", "cka": table} for pool, table in ways]
     cka = {"ratios": [0.6, 0.7, 0.8], **variants[0], "variants": variants}
     (folder / "cka.json").write_text(json.dumps(cka))
-    assert mini_paper.our_value(workspace, "MAE", 0, "cka kept-in-both") == 0.5
-    assert mini_paper.our_value(workspace, "MAE", 0, "cka all-kept") == 1
-    assert mini_paper.our_value(workspace, "MAE", 1, "cka all-kept") is None
+    assert study.value("MAE", 0, "cka kept-in-both") == 0.5
+    assert study.value("MAE", 0, "cka all-kept") == 1
+    assert study.value("MAE", 1, "cka all-kept") is None
 
 
 @pytest.mark.slow

@@ -551,5 +551,6 @@ def test_costs_of_protocols():
         ("knn", (), 14 * 100),
         ("psnr", (), 4 * 100),
         ("cka", (), 5.5 * 4 * 100),
+        ("cka", ("--images", "2"), 5.5 * 2 * 100),
     ):
         assert by_key(key).cost(Work(100, 10, 4, options))[1] == expected, key

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.ds_config import plan_recipe, read_ds_config
 from pipeline.config.recipe import Recipe
 from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks
@@ -40,11 +40,8 @@ def recipe_of(method: str) -> Recipe:
 
 def start(method: str, stage: int, world: int):
     recipe = recipe_of(method)
-    plan = plan_recipe(
-        {"train_micro_batch_size_per_gpu": 4 // world, "zero_optimization": {"stage": stage}},
-        recipe,
-        world,
-    )
+    config = read_ds_config(f"zero{stage}") | {"train_micro_batch_size_per_gpu": 4 // world}
+    plan = plan_recipe(config, recipe, world)
     objective, teacher = build_objective(recipe)
     return Engine(objective, parameter_groups(objective), plan), objective, teacher, recipe
 

@@ -119,6 +119,26 @@ def test_kernel_over_several_tiles_of_rows_columns_and_channels():
     assert_implementations_agree(op("all", 1), leaves(2, 4, 45, 160))
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(300, torch.bfloat16), (500, torch.float32), (1000, torch.bfloat16), (1100, torch.float32)],
+)
+def test_kernel_whatever_the_parts_of_the_channels(width, dtype):
+    """Two to four sums of channels in a program, whole and cut off; above 1024 two programs."""
+    assert_implementations_agree(op("all", 1), leaves(2, 3, 6, width, dtype))
+
+
+def test_the_scores_of_a_tile_are_made_once_up_to_1024_channels():
+    with using("triton"):
+        from pipeline.kernels.token_infonce.triton import _backward_tile
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for width in range(1, 1500, 7):
+            tile = _backward_tile(dtype, width)
+            channels = tile["OUT"] * tile["PARTS"]
+            assert channels >= min(width, 1024)
+            assert channels <= max(16, 2 * width)
+
+
 def test_kernel_with_strided_inputs_and_a_cold_temperature():
     inputs = {"query": noise(5, 3, 40).transpose(0, 1)[..., ::2], "key": noise(4, 5, 20)}
     assert_implementations_agree(op("position", 1, 0.02), inputs)

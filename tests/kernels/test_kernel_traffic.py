@@ -14,6 +14,7 @@ from pipeline.kernels.patch_loss.cases import traffic as patch_loss_traffic
 from pipeline.kernels.place_tokens.cases import traffic as place_tokens_traffic
 from pipeline.kernels.sample_masks.cases import traffic as sample_masks_traffic
 from pipeline.kernels.select_visible.cases import traffic as select_visible_traffic
+from pipeline.kernels.token_infonce.cases import traffic as token_infonce_traffic
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="reads the interpreter")
 SMALL = Sizes(batch=3, side=64, patch=16, width=160, decoder=96, keep=5)
@@ -101,6 +102,26 @@ def test_embed_visible_and_sample_masks_move_what_their_index_ranges_say():
     priority = torch.arange(s.batch * 16).view(s.batch, 16)
     trace = trace_of(lambda: kernels.select_visible(priority, s.keep))
     assert_traced(trace, select_visible_traffic(s))
+
+
+@pytest.mark.parametrize(("batch", "width"), [(37, 160), (33, 300)])
+def test_token_infonce_moves_what_its_index_ranges_say(batch, width):
+    """One and three sums of channels in a backward program."""
+    s = Sizes(batch=batch, side=32, width=width)
+    query, key = (noise(s.batch, s.length, s.width, dtype=s.dtype, seed=n) for n in (0, 1))
+    expected = token_infonce_traffic(s)
+    with using("triton"):
+        from pipeline.kernels.token_infonce.triton import (
+            _inverse_norms,
+            _token_infonce,
+            _token_infonce_backward,
+        )
+    assert_traced(trace_of(lambda: _inverse_norms(query)), expected["norms"])
+    lse, a, b = _token_infonce(query, key, 0.2, "position", 0)[2:]
+    forward = trace_of(lambda: _token_infonce(query, key, 0.2, "position", 0))
+    assert forward.requested == expected["forward"].requested + 2 * expected["norms"].requested
+    settings = (torch.tensor(1.0), query, key, lse, a, b, 0.2, "position", 0, True, False)
+    assert_traced(trace_of(lambda: _token_infonce_backward(*settings)), expected["backward"])
 
 
 def test_color_jitter_reads_twice_through_the_cache_and_moves_once():

@@ -92,6 +92,28 @@ def test_any_start_method_gives_the_same_batches(shards: Path, method: str) -> N
     assert batch.sample.tolist() == list(range(40))
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_of_any_start_method_take_the_same_memory(shards: Path, method: str) -> None:
+    """torch is 260 MB of a process that imports it; two workers share it."""
+
+    def own(pid: int) -> float:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        fields = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+        return fields["Private_Dirty"] / 1024
+
+    sizes = {}
+    for start in ("fork", method):
+        loader = open_loader(
+            shards, batch_size=8, micro_batch=8, total_steps=9, crop=Crop(16), partitions=4,
+            workers=2, start_method=start,
+        )  # fmt: skip
+        batches = iter(loader)
+        next(batches)
+        sizes[start] = [own(worker.pid) for worker in loader._workers]
+        loader.close()
+    assert max(sizes[method]) < min(sizes["fork"]) + 20
+
+
 def test_what_a_worker_is_sent_grows_with_neither_samples_nor_shards(tmp_path: Path) -> None:
     """As forkserver and spawn pickle it: a handle on the table of shards, a path to the index."""
     one = write_shards(tmp_path / "1", [[jpeg(0)] * 64])

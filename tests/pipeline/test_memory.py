@@ -20,7 +20,6 @@ from pipeline.errors import UserError
 from pipeline.runtime.memory import explaining_memory, out_of_memory
 
 ROOT = Path(__file__).parents[2]
-CPU = torch.device("cpu")
 
 
 def loader(shards, workers=1):
@@ -128,7 +127,7 @@ def test_other_errors_stay_what_they_are(shards):
 def test_the_sentence_says_what_can_still_be_lowered(overrides, config, world, said, unsaid):
     recipe = tiny_recipe("mae", *overrides)
     plan = plan_recipe(config, recipe, world)
-    with pytest.raises(UserError) as error, explaining_memory(plan, 16, CPU):
+    with pytest.raises(UserError) as error, explaining_memory(plan, 16):
         torch.empty(2**62 // 4)  # a real allocation that fails
     assert said in str(error.value)
     assert unsaid not in str(error.value)
@@ -138,7 +137,7 @@ def test_negatives_are_said_to_shrink_with_the_micro_batch():
     plan = plan_recipe({}, tiny_recipe("cmae"), 1)
     with (
         pytest.raises(UserError, match="negatives come from fewer images"),
-        explaining_memory(plan, 16, CPU),
+        explaining_memory(plan, 16),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -178,3 +177,50 @@ def test_a_run_whose_memory_is_too_small_ends_with_the_sentence(shards, tmp_path
     assert "images of 128 × 128 pixels" in lines[0]
     assert "Traceback" not in done.stderr
     assert "out of memory" in (tmp_path / "run/failure.txt").read_text()
+
+
+LIMITED_EVALUATION = """
+import resource, sys
+from pathlib import Path
+from eval import finetune, knn
+from eval.shared import cli
+from eval.shared.session import EvalSession
+name, *words = sys.argv[1:]
+module = {"finetune": finetune, "knn": knn}[name]
+normalise = EvalSession.normalise
+def limited(*args):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + (8 << 20),) * 2)
+    return normalise(*args)
+EvalSession.normalise = limited
+sys.argv = [f"{name}.py", *words]
+cli.run_command(module.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("finetune", "with a micro-batch of 64 images of 128 × 128 pixels: set train_micro_batch"),
+        ("knn", "out of memory on the CPU: use more ranks (launch.sh), a lower --batch-size"),
+    ],
+)
+def test_an_evaluation_whose_memory_is_too_small_ends_with_the_sentence(
+    name, said, shards, tmp_path
+):
+    words = ["--encoder", "random", "--arch", "vit_tiny_patch16_224", "--workers", "0"]
+    words += ["--options", "{img_size: 128}", "--output", tmp_path / "x.json"]
+    words += ["--train", shards / "train", "--val", shards / "train"]
+    if name == "finetune":
+        (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 64}')
+        words += ["--batch-size", "64", "--ds_config", tmp_path / "ds.json"]
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED_EVALUATION, name, *map(str, words)], capture_output=True,
+        text=True, cwd=ROOT, timeout=240, env=clean | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert not (tmp_path / "x.json").exists()

@@ -10,8 +10,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.monitor import Monitor
+from pipeline.runtime.trackers import Trackers
 
 CPU = torch.device("cpu")
+
+
+def monitor_of(output, rank=0, first=0, **settings):
+    """A monitor with TensorBoard alone."""
+    trackers = Trackers(("tensorboard",), output, first) if rank == 0 else Trackers()
+    return Monitor(output, rank=rank, first=first, trackers=trackers, **settings)
 
 
 @pytest.fixture
@@ -21,7 +28,7 @@ def alone():
 
 
 def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
-    monitor = Monitor(tmp_path, rank=0, first=0, total=5, images=16, log_steps=2)
+    monitor = monitor_of(tmp_path, rank=0, first=0, total=5, images=16, log_steps=2)
     read = []
 
     def norm():
@@ -51,6 +58,7 @@ def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
     assert [line.split()[1] for line in lines] == ["1/5", "2/5", "4/5", "5/5"]
     assert "bad_samples 4" in lines[-1]
     assert "ETA 0:00:00" in lines[-1]
+    assert max(map(len, lines)) < 80
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
     assert Image.open(tmp_path / "pictures/step-00000005.png").size == (6, 4)
 
@@ -64,7 +72,7 @@ def test_reports_are_means_and_reach_every_file(tmp_path, capsys, alone):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys, alone):
-    monitor = Monitor(tmp_path / "run", rank=1, first=0, total=1, images=4, log_steps=1)
+    monitor = monitor_of(tmp_path / "run", rank=1, first=0, total=1, images=4, log_steps=1)
     monitor.say("hello")
     monitor.add(torch.tensor(1.0), {}, 1.0)
     monitor.step(0, {"lr": 0.1, "epoch": 1.0}, CPU)
@@ -77,7 +85,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys, alone):
 def test_time_spent_on_saving_is_not_counted_as_training(tmp_path, alone, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("pipeline.runtime.monitor.time.perf_counter", lambda: now[0])
-    monitor = Monitor(tmp_path, rank=0, first=0, total=1, images=50, log_steps=1)
+    monitor = monitor_of(tmp_path, rank=0, first=0, total=1, images=50, log_steps=1)
     monitor.add(torch.tensor(1.0), {}, 1.0)
     with monitor.paused():
         now[0] += 30  # a checkpoint
@@ -90,7 +98,7 @@ def test_time_spent_on_saving_is_not_counted_as_training(tmp_path, alone, monkey
 def test_a_resumed_run_drops_the_rows_after_its_checkpoint_and_a_cut_one(tmp_path, alone):
     rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 4, "lo')
-    Monitor(tmp_path, rank=0, first=2, total=5, images=16, log_steps=1).close()
+    monitor_of(tmp_path, rank=0, first=2, total=5, images=16, log_steps=1).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == rows[:2]
 
 
@@ -98,7 +106,7 @@ def test_a_resumed_run_drops_the_rows_after_its_checkpoint_and_a_cut_one(tmp_pat
 def test_no_curve_overlaps_or_has_a_gap_after_a_restart(first, tmp_path, alone):
     """A run of four steps, killed, and started again from its checkpoint, or from scratch."""
     for start, value in ((0, 1.0), (first, 2.0)):
-        monitor = Monitor(tmp_path, rank=0, first=start, total=6, images=16, log_steps=1)
+        monitor = monitor_of(tmp_path, rank=0, first=start, total=6, images=16, log_steps=1)
         for step in range(start, 4):
             monitor.add(torch.tensor(value), {}, share=1.0)
             monitor.step(step, {"lr": 0.1, "epoch": 0.1}, CPU)
@@ -120,7 +128,7 @@ def test_no_curve_overlaps_or_has_a_gap_after_a_restart(first, tmp_path, alone):
 
 
 def test_logs_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys, alone):
-    monitor = Monitor(tmp_path, rank=0, first=0, total=5, images=16, log_steps=1)
+    monitor = monitor_of(tmp_path, rank=0, first=0, total=5, images=16, log_steps=1)
     full = open("/dev/full", "w")  # noqa: SIM115 (the monitor closes it)
     monitor._log = monitor._metrics = full
     monitor._files.append(full)

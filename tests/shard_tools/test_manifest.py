@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import struct
 import threading
@@ -21,6 +22,7 @@ from shard_tools.manifest import (
     MANIFEST,
     NAMES,
     SAMPLE,
+    SHARDS,
     Manifest,
     ManifestError,
     Shard,
@@ -28,6 +30,7 @@ from shard_tools.manifest import (
     read_manifest,
     write_manifest,
 )
+from shard_tools.shard_table import ShardTable
 
 
 def rows(count: int) -> np.ndarray:
@@ -312,3 +315,76 @@ def test_names_that_cannot_be_unpacked(tmp_path: Path) -> None:
         path.write_text(json.dumps(content))
         with pytest.raises(ManifestError, match=r"names.bin: holds no list of names"):
             _ = read_manifest(tmp_path / "s").names
+
+
+def many_shards(folder: Path, count: int = 4097) -> list[Shard]:
+    """Shards that share one file's bytes by hard links, one sample each."""
+    folder.mkdir(parents=True)
+    shards = [Shard(f"a/{n}-é.tar", 1, 100, f"{n:064x}") for n in range(count)]
+    (folder / "a").mkdir()
+    (folder / "a" / shards[0].name[2:]).write_bytes(bytes(100))
+    for shard in shards[1:]:
+        os.link(folder / shards[0].name, folder / shard.name)
+    return shards
+
+
+def test_many_shards_are_listed_in_a_table_of_their_own(tmp_path: Path) -> None:
+    shards = many_shards(tmp_path / "s")
+    index = np.zeros(len(shards), SAMPLE)
+    index["length"], index["label"] = 7, -1
+    few = write_manifest(tmp_path / "s", shards=shards[:4096], index=index[:4096])
+    content = json.loads((tmp_path / "s" / MANIFEST).read_text())
+    assert (content["version"], len(content["shards"])) == (1, 4096)
+    assert not (tmp_path / "s" / SHARDS).exists()
+    many = write_manifest(tmp_path / "s", shards=shards, index=index)
+    content = json.loads((tmp_path / "s" / MANIFEST).read_text())
+    assert (content["version"], "shards" in content) == (2, False)
+    assert list(many.shards) == shards
+    assert list(few.shards) == shards[:4096]
+    assert (tmp_path / "s" / MANIFEST).stat().st_size < 1000
+    (tmp_path / "s" / shards[7].name).unlink()
+    with pytest.raises(ManifestError, match=r"7-é\.tar: this shard is missing"):
+        read_manifest(tmp_path / "s")
+    memory = fsspec.filesystem("memory")
+    for name in (MANIFEST, INDEX, SHARDS):
+        memory.pipe(f"/many/{name}", (tmp_path / "s" / name).read_bytes())
+    assert list(read_manifest("memory://many").shards) == shards
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda b: b[:-1], "its texts do not fit together"),
+        (lambda b: b"x" + b[1:], "not a table of relaxmim shards"),
+        (lambda b: b[:8] + b"\xff" * 8 + b[16:], "not a table of relaxmim shards"),
+        (lambda b: b"", "not a table of relaxmim shards"),
+        (lambda b: b.replace("é".encode(), b"\xff\xff"), "its names are no UTF-8"),
+        (lambda b: b.replace(b"a/0", b"../"), "leaves its folder"),
+        (lambda b: b.replace(b"a/0", b"a/\0"), "leaves its folder"),
+        (lambda b: b.replace(b"a/1-", b"a/0-"), "lists the shard 'a/0-é.tar' twice"),
+        (lambda b: b[:23] + b"\x80" + b[24:], "is no count of samples"),
+        (lambda b: b[:23] + b"\x7f" + b[24:31] + b"\x7f" + b[32:], "so many samples"),
+    ],
+)
+def test_a_damaged_table_of_shards_is_one_sentence(
+    tmp_path: Path, change: object, sentence: str
+) -> None:
+    table = ShardTable.of([Shard(f"a/{n}-é.tar", 1, 100, "0" * 64) for n in range(3)])
+    shard_folder(tmp_path / "s")
+    content = json.loads((tmp_path / "s" / MANIFEST).read_text())
+    del content["shards"], content["checksum"]
+    data = change(table.encode())
+    (tmp_path / "s" / SHARDS).write_bytes(data)
+    content |= {"version": 2, "shards_sha256": hashlib.sha256(data).hexdigest()}
+    for wrong in (False, True):  # sealed with a right checksum, then not
+        content.pop("checksum", None)
+        content["checksum"] = hashlib.sha256(
+            json.dumps(content, sort_keys=True).encode()
+        ).hexdigest()
+        (tmp_path / "s" / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(ManifestError, match="checksum does not" if wrong else sentence):
+            read_manifest(tmp_path / "s")
+        content["shards_sha256"] = "0" * 64
+    (tmp_path / "s" / SHARDS).unlink()
+    with pytest.raises(ManifestError, match=r"shards\.bin: cannot be read"):
+        read_manifest(tmp_path / "s")

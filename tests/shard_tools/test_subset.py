@@ -255,3 +255,25 @@ def test_exactly_one_way_and_an_empty_folder(
     assert code.value.code == 2
     assert main([str(parent), str(parent), "--count", "3"]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_the_rest_is_what_a_choice_leaves(parent: Path, tmp_path: Path) -> None:
+    part = take(parent, tmp_path / "part", "--fraction", "0.1", "--seed", "3")
+    rest = take(parent, tmp_path / "rest", "--fraction", "0.1", "--seed", "3", "--rest")
+    assert set(part.names) | set(rest.names) == set(read_manifest(parent).names)
+    assert not set(part.names) & set(rest.names)
+    assert part.samples + rest.samples == read_manifest(parent).samples
+    assert part.classes == rest.classes
+    assert rest.made["options"] == {"fraction": 0.1, "seed": 3, "rest": True}
+    assert "rest" not in part.made["options"]
+
+
+def test_no_rest_is_one_sentence(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(parent), str(tmp_path / "a"), "--fraction", "1", "--rest"]) == 2
+    assert "--rest leaves no image" in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("n1\n")
+    words = [str(parent), str(tmp_path / "b"), "--classes", str(tmp_path / "classes.txt"), "--rest"]
+    assert main(words) == 2
+    assert "--rest does not go with --classes" in capsys.readouterr().err

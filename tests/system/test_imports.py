@@ -62,8 +62,14 @@ def circle(graph):
 
 # From the ground up: a room imports only rooms that stand before it (of one line, no other).
 FLOORS = (
-    ("pipeline.errors", "shard_tools.cores"),
-    ("shard_tools.atomic", "shard_tools.cli", "shard_tools.members", "pipeline.distributed"),
+    ("pipeline.errors", "shard_tools.cores", "shard_tools.texts"),
+    (
+        "shard_tools.atomic",
+        "shard_tools.cli",
+        "shard_tools.members",
+        "pipeline.distributed",
+        "pipeline.progress",
+    ),
     ("shard_tools.tar", "shard_tools.image_file", "shard_tools.index_file"),
     ("shard_tools.index_cache", "shard_tools.shard_table"),
     ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),

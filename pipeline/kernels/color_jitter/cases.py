@@ -49,7 +49,7 @@ def as_launch(book: Book, op: Callable[..., Any]) -> Callable[..., Any]:
     """The op as one launch that reads what is shown and writes an image."""
 
     def run(image: Tensor, *parameters: Any, **keywords: Any) -> Tensor:
-        visible, patch = keywords["visible"], keywords["patch"]
+        visible, patch = keywords.get("visible"), keywords.get("patch")
         seen = image.numel() if visible is None else visible.numel() * patch * patch * 3
         book.add(0, seen + image.numel())
         return torch.empty_like(image)

@@ -47,7 +47,8 @@ class _StreamedInfoNCE(torch.autograd.Function):
         k_grad = torch.zeros_like(k, memory_format=torch.contiguous_format)
         want_q, want_k = ctx.needs_input_grad[:2]
         loss = q.new_zeros(())
-        with torch.autocast(q.device.type, enabled=False):
+        device = q.device.type if q.device.type != "meta" else "cpu"  # meta knows no autocast
+        with torch.autocast(device, enabled=False):
             for group, row in _blocks(groups, rows, columns):
                 keys, queries = k[group], q[group, row]
                 p = torch.bmm(queries, keys.mT).mul_(scale)

@@ -9,8 +9,9 @@ With raw vectors q, k, inverse norms a_i = 1/|q_i|, b_j = 1/|k_j| (fp32) and t =
 
 Forward writes lse, the positive and the summed score of each row. Backward makes the scores again:
 one kernel owns rows and walks the columns (dq), the other owns columns and walks the rows (dk);
-they are the same kernel with the two sides exchanged. u_i . q_i = sum_j w[i,j] b_j k_j . q_i comes
-out of the scores, so the channels of a gradient can be divided among programs.
+they are the same kernel with the two sides exchanged. A program keeps the sums of all channels (up
+to 1024), so a tile's scores are made once, and the channels of `other` that it reads again for the
+sums are still in the L1 cache. u_i . q_i = sum_j w[i,j] b_j k_j . q_i comes out of the scores too.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -25,7 +26,7 @@ from torch import Tensor
 from pipeline.kernels.dot_triton import dot
 from pipeline.kernels.token_infonce.reference import grouped
 
-OUT = {torch.float32: 128}  # gradient channels of a program; 256 in the 16-bit types
+PARTS = 4  # accumulators of a backward program: PARTS x 256 channels at most
 
 
 @triton.jit
@@ -97,28 +98,51 @@ def token_infonce_kernel(
 
 
 @triton.jit
+def _add_product(total, w, other_ptr, group, n, count, d, group_stride, row_stride,
+                 WIDTH: tl.constexpr):  # fmt: skip
+    """total + w @ channels d of vectors n."""
+    return dot(w, _vectors(other_ptr, group, n, count, d, group_stride, row_stride, WIDTH), total)
+
+
+@triton.jit
+def _store_gradient(total, own_ptr, out_ptr, group, m, count, d, along, scale, own_group_stride,
+                    own_row_stride, out_group_stride, out_row_stride,
+                    WIDTH: tl.constexpr):  # fmt: skip
+    """Channels d of a gradient: scale (total - along own)."""
+    own = _vectors(own_ptr, group, m, count, d, own_group_stride, own_row_stride, WIDTH)
+    gradient = (total - along[:, None] * own.to(tl.float32)) * scale[:, None]
+    start = out_ptr + tl.cast(group, tl.int64) * out_group_stride
+    at = start + m.to(tl.int64)[:, None] * out_row_stride + d[None, :]
+    mask = (m < count)[:, None] & (d < WIDTH)[None, :]
+    tl.store(at, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def token_infonce_backward_kernel(
     own_ptr, other_ptr, own_norm_ptr, other_norm_ptr, lse_ptr, grad_ptr, out_ptr,
     own_count, other_count, shift, scale, factor,
     own_group_stride, own_row_stride, other_group_stride, other_row_stride,
     out_group_stride, out_row_stride,
     OWNS_ROWS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, OUT: tl.constexpr,
+    D: tl.constexpr, OUT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """OUT channels of the gradient of vectors `own` (queries if OWNS_ROWS, else keys)."""
+    """PARTS x OUT channels of the gradient of vectors `own` (queries if OWNS_ROWS, else keys)."""
     group = tl.program_id(1)
     m = tl.program_id(0) * M + tl.arange(0, M)
-    d = tl.program_id(2) * OUT + tl.arange(0, OUT)
+    d = tl.program_id(2) * OUT * PARTS + tl.arange(0, OUT)
     norm = tl.load(own_norm_ptr + group * own_count + m, mask=m < own_count, other=0)
     if OWNS_ROWS:
         partner = m + shift
         lse = tl.load(lse_ptr + group * own_count + m, mask=m < own_count, other=0)[:, None]
     else:
         partner = m - shift
-    total = tl.zeros((M, OUT), tl.float32)
     along = tl.zeros((M,), tl.float32)
-    for first in range(0, other_count, N):
-        n = first + tl.arange(0, N)
+    total0 = tl.zeros((M, OUT), tl.float32)
+    total1 = tl.zeros((M, OUT), tl.float32)
+    total2 = tl.zeros((M, OUT), tl.float32)
+    total3 = tl.zeros((M, OUT), tl.float32)
+    for start in range(0, other_count, N):
+        n = start + tl.arange(0, N)
         inside = n < other_count
         b = tl.load(other_norm_ptr + group * other_count + n, mask=inside, other=0)
         if not OWNS_ROWS:
@@ -131,16 +155,35 @@ def token_infonce_backward_kernel(
         w -= tl.where(n[None, :] == partner[:, None], 1.0, 0.0)
         w = tl.where(inside[None, :], w, 0.0)
         along += tl.sum(w * cosine, 1)
-        other = _vectors(other_ptr, group, n, other_count, d, other_group_stride,
-                         other_row_stride, WIDTH)  # fmt: skip
-        total = dot((w * b[None, :]).to(other_ptr.dtype.element_ty), other, total)
-    own = _vectors(own_ptr, group, m, own_count, d, own_group_stride, own_row_stride, WIDTH)
-    gradient = total - (along * norm)[:, None] * own.to(tl.float32)
-    gradient *= (norm * factor * tl.load(grad_ptr))[:, None]
-    start = out_ptr + tl.cast(group, tl.int64) * out_group_stride
-    at = start + m.to(tl.int64)[:, None] * out_row_stride + d[None, :]
-    mask = (m < own_count)[:, None] & (d < WIDTH)[None, :]
-    tl.store(at, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+        w = (w * b[None, :]).to(other_ptr.dtype.element_ty)
+        total0 = _add_product(total0, w, other_ptr, group, n, other_count, d,
+                              other_group_stride, other_row_stride, WIDTH)  # fmt: skip
+        if PARTS > 1:
+            total1 = _add_product(total1, w, other_ptr, group, n, other_count, d + OUT,
+                                  other_group_stride, other_row_stride, WIDTH)  # fmt: skip
+        if PARTS > 2:
+            total2 = _add_product(total2, w, other_ptr, group, n, other_count, d + 2 * OUT,
+                                  other_group_stride, other_row_stride, WIDTH)  # fmt: skip
+        if PARTS > 3:
+            total3 = _add_product(total3, w, other_ptr, group, n, other_count, d + 3 * OUT,
+                                  other_group_stride, other_row_stride, WIDTH)  # fmt: skip
+    along *= norm
+    norm *= factor * tl.load(grad_ptr)
+    _store_gradient(total0, own_ptr, out_ptr, group, m, own_count, d, along, norm,
+                    own_group_stride, own_row_stride, out_group_stride, out_row_stride,
+                    WIDTH)  # fmt: skip
+    if PARTS > 1:
+        _store_gradient(total1, own_ptr, out_ptr, group, m, own_count, d + OUT, along, norm,
+                        own_group_stride, own_row_stride, out_group_stride, out_row_stride,
+                        WIDTH)  # fmt: skip
+    if PARTS > 2:
+        _store_gradient(total2, own_ptr, out_ptr, group, m, own_count, d + 2 * OUT, along, norm,
+                        own_group_stride, own_row_stride, out_group_stride, out_row_stride,
+                        WIDTH)  # fmt: skip
+    if PARTS > 3:
+        _store_gradient(total3, own_ptr, out_ptr, group, m, own_count, d + 3 * OUT, along, norm,
+                        own_group_stride, own_row_stride, out_group_stride, out_row_stride,
+                        WIDTH)  # fmt: skip
 
 
 def _tile(dtype: torch.dtype, width: int) -> dict[str, int]:
@@ -148,6 +191,21 @@ def _tile(dtype: torch.dtype, width: int) -> dict[str, int]:
     size = 32 if dtype == torch.float32 else 64
     d = min(size, max(16, triton.next_power_of_2(width)))
     return {"WIDTH": width, "M": size, "N": size, "D": d, "num_warps": 4}
+
+
+def _backward_tile(dtype: torch.dtype, width: int) -> dict[str, int]:
+    """As _tile, and the gradient's channels: PARTS of OUT in one program, so that its scores are
+    made once; above 1024 channels several programs share them. Sizes that do not spill.
+    """
+    tile = _tile(dtype, width)
+    out = min(256, max(16, triton.next_power_of_2(width)))
+    if width > 256 and -(-width // 128) * 128 < -(-width // 256) * 256 <= PARTS * 128:
+        out = 128
+    parts = min(PARTS, triton.cdiv(width, out))
+    if out * parts > 256:
+        tile["M"] //= 2
+        tile["N"] = 32 if out * parts <= 768 else 16
+    return {**tile, "OUT": out, "PARTS": parts, "num_warps": 8, "num_stages": 2}
 
 
 def _inverse_norms(x: Tensor) -> Tensor:
@@ -203,19 +261,18 @@ def _token_infonce_backward(
     contiguous = torch.contiguous_format
     query_grad = torch.zeros_like(query if want_query else query[:0], memory_format=contiguous)
     key_grad = torch.zeros_like(key if want_key else key[:0], memory_format=contiguous)
-    tile = {**_tile(q.dtype, q.shape[2]), "num_warps": 8, "num_stages": 2}
-    out = min(OUT.get(q.dtype, 256), max(16, triton.next_power_of_2(q.shape[2])))
-    chunks = triton.cdiv(q.shape[2], out)
+    tile = _backward_tile(q.dtype, q.shape[2])
+    programs = triton.cdiv(q.shape[2], tile["OUT"] * tile["PARTS"])
     scale, factor = 1 / temperature, 1 / (temperature * q.shape[0] * q.shape[1])
     grad = grad.contiguous()
 
     def launch(own: Tensor, other: Tensor, own_norm: Tensor, other_norm: Tensor, to: Tensor,
                rows: bool) -> None:  # fmt: skip
-        grid = (triton.cdiv(own.shape[1], tile["M"]), own.shape[0], chunks)
+        grid = (triton.cdiv(own.shape[1], tile["M"]), own.shape[0], programs)
         token_infonce_backward_kernel[grid](
             own, other, own_norm, other_norm, lse, grad, to, own.shape[1], other.shape[1], shift,
             scale, factor, *own.stride()[:2], *other.stride()[:2], *to.stride()[:2],
-            OWNS_ROWS=rows, OUT=out, **tile,
+            OWNS_ROWS=rows, **tile,
         )  # fmt: skip
 
     if want_query:

@@ -1,0 +1,172 @@
+"""The paper's claims on CIFAR-10: rates tuned, rows made, claims judged, over several sittings.
+
+    make paper-cifar CIFAR10=PATH CIFAR=--dry-run     what it would run, and its measured cost
+    make paper-cifar CIFAR10=PATH
+    make paper-cifar-page                             the page from the archive, without the runs
+
+Every command is skipped where its result is there, and resumes where it was cut off: Ctrl-C ends a
+sitting, the same command begins the next. What does not fit into --hours on this machine's cores is
+left out, and said. Writes OUTPUT/report.html and report.md and, with --archive, the file of which
+the page can be rebuilt; the last line printed is {"claims": {"1": true, …}}.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from eval.paper.archive import made_runs, pack, unpacked
+from eval.paper.cifar_claims import ALL
+from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
+from eval.paper.cifar_plan import (
+    RECORD,
+    Plan,
+    Settings,
+    claim_output,
+    make_plan,
+    read_record,
+    show,
+    spent,
+    study_of,
+    tuning_of,
+    unit,
+)
+from eval.paper.commands import Workspace, read_scale
+from eval.paper.cost import Rates
+from eval.paper.job_runner import run_commands
+from eval.paper.study import Study
+from eval.report import write_report
+from eval.reporting.page import markdown_table
+from eval.shared.cifar_shards import make_cifar_shards
+from eval.shared.cli import run_command
+from eval.shared.processes import stop_on_sigterm
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_json
+from shard_tools.cores import cores
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHIVE = ROOT / "docs" / "page" / "cifar10.tar.xz"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=str(__doc__).split("\n", 1)[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    numbers = sorted(claim.number for claim in ALL)
+    add("--cifar10", type=Path, metavar="PATH",
+        help="an ImageFolder (or zip or tar of one) with train and test, or the official python or "
+        "binary archive; needed once")  # fmt: skip
+    add("--scale", default="cifar", help="cifar, cifar-gpu: see eval/paper/scales.yaml")
+    add("--claims", type=int, nargs="+", choices=numbers, default=numbers, metavar="N")
+    add("--seeds", type=int, default=3, help="run seeds 0 … N - 1")
+    add("--data", type=Path, help="folder of the shards (default: that of the scale)")
+    add("--output", type=Path, help="folder of the runs (default: runs/paper-<scale>)")
+    add("--hours", type=float, help="of this machine, in all; 0: no limit (default: the scale's)")
+    add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
+    add("--untuned", action="store_true", help="try no learning rates: the rows have the scale's")
+    add("--archive", type=Path, nargs="?", const=ARCHIVE, help="write the archive of the page")
+    add("--dry-run", action="store_true", help="print the plan and its measured cost, run nothing")
+    add("--page", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
+        help="rebuild the page of an archive, beside it, and run nothing")  # fmt: skip
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that a command line names. UserError for values that cannot be."""
+    if args.seeds < 1 or args.jobs < 0 or (args.hours or 0) < 0:
+        raise UserError("--seeds must be at least 1, --jobs and --hours not negative")
+    scale = replace(read_scale(args.scale), last=tuple(args.set))
+    if not scale.tune:
+        raise UserError(f"--scale {args.scale}: has no rates to tune; take cifar or cifar-gpu")
+    return Settings(
+        claims=tuple(args.claims),
+        scale=scale,
+        source=args.cifar10,
+        data=args.data or Path(scale.train).parent.parent,
+        output=args.output or Path(f"runs/paper-{scale.name}"),
+        seeds=args.seeds,
+        jobs=args.jobs or (1 if scale.launch != "python" else cores()),
+        hours=(scale.hours or 0) if args.hours is None else args.hours,
+        archive=args.archive,
+        dry_run=args.dry_run,
+        tuned=not args.untuned,
+    )
+
+
+def cifar_paper(settings: Settings) -> None:
+    """Plan, tune, run, judge, write; prints the claims last."""
+    make_cifar_shards(settings.source, settings.data)
+    rates = Rates(settings.output / "rates.json", str(settings.data / "shards" / "train"))
+    plan = make_plan(settings, rates)
+    if settings.dry_run:
+        print("\n".join(show(settings, plan)), flush=True)
+        return
+    record, tuning = claim_output(settings), tuning_of(settings)
+    for stage in (0, 1):
+        if len(plan.stage(stage)) < len(plan.stages[stage]):
+            raise UserError(
+                f"--hours {settings.hours:g}: too few to tune the learning rates; see --dry-run"
+            )
+        run_commands(plan.stage(stage), settings.jobs, settings.output)
+        tuning.write()
+        plan = make_plan(settings, rates)  # with what was found
+    run_commands(plan.stage(2), settings.jobs, settings.output)
+    study = study_of(settings.workspace, settings.claims, settings.seeds, record["compute"])
+    facts = note_facts(settings, plan)
+    page = write_page(study, facts, settings.output / "report.html")
+    for table in study.tables():
+        print("\n".join(markdown_table(table)))
+    if settings.archive:
+        size = pack(settings.output, settings.archive)
+        print(f"archive: {settings.archive}, {size:,} bytes")
+    print(f"{facts.seconds:.0f} CPU seconds; report: {page}")
+    print(json.dumps({"claims": study.verdicts()}), flush=True)
+
+
+def write_page(study: Study, facts: Facts, page: Path) -> Path:
+    """Write PAGE.html and PAGE.md; the former."""
+    folders = made_runs(study.workspace.output)
+    first = chapters(study, facts)
+    return write_report(folders, page, "The paper's claims on CIFAR-10", first)[0]
+
+
+def note_facts(settings: Settings, plan: Plan) -> Facts:
+    """What was judged, spent and left out; kept in OUTPUT/facts.json for the archive."""
+    left = tuple(job.name for job in plan.left)
+    facts = Facts(settings.claims, settings.seeds, spent(settings), unit(settings.scale), left)
+    path = settings.output / FACTS
+    with naming(path, "cannot be written"):
+        write_json(path, asdict(facts))
+    return facts
+
+
+def rebuild(archive: Path) -> None:
+    """Rebuild the page of an archive, beside it; prints the claims last."""
+    if not archive.is_file():
+        raise UserError(f"{archive}: no such file; `--archive` of a finished run writes it")
+    with unpacked(archive) as output:
+        record = read_record(output / RECORD)
+        scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))
+        facts = read_facts(output / FACTS)
+        workspace = Workspace(output, scale)
+        study = study_of(workspace, facts.claims, facts.seeds, record["compute"])
+        page = write_page(study, facts, archive.with_name("cifar10.html"))
+        print(f"report: {page}")
+        print(json.dumps({"claims": study.verdicts()}), flush=True)
+
+
+def main() -> None:
+    stop_on_sigterm()
+    args = build_parser().parse_args()
+    if args.page:
+        rebuild(args.page)
+    else:
+        cifar_paper(settings_of(args))
+
+
+if __name__ == "__main__":
+    run_command(main)

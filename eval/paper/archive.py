@@ -1,0 +1,125 @@
+"""What a report needs of a folder of runs, in one small file: a tar.xz that a repository can hold.
+
+Kept are the settings, the results, the logged steps (thinned) and the last pictures of the runs;
+not their weights. Equal runs give equal bytes.
+"""
+
+import io
+import json
+import lzma
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eval.reporting.run_records import read_json, read_lines
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_atomic
+
+LARGEST = 1_000_000  # bytes
+STEPS = 60  # logged steps of a run that are kept, evenly spread
+DIGITS = 5  # significant ones of a number
+PICTURE = 60_000  # bytes of a picture, at most
+TOP = ("study.json", "facts.json", "tuning.json", "rates.json", "jobs.jsonl")
+LOOK = "look"  # folder of eval/visualise.py's pictures
+PCA = "pca.png"
+SETTINGS = ("recipe.yaml", "ds_config.json", "versions.json")
+
+
+def pack(output: Path, archive: Path) -> int:
+    """Write the archive of a folder of runs, with as many pictures as there is room for; its bytes.
+    UserError where it is over 1 MB without any."""
+    files = dict(sorted(kept(output)))
+    chosen = {name: data for name, data in files.items() if not name.endswith(".png")}
+    data = compressed(chosen)
+    room = 0.97 * LARGEST - len(data)
+    for name, picture in files.items():
+        if name.endswith(".png") and len(picture) + 1024 <= room:
+            chosen[name], room = picture, room - len(picture) - 1024
+    data = compressed(chosen)
+    if len(data) > LARGEST:
+        raise UserError(
+            f"{archive}: {len(data):,} bytes of {output} are over {LARGEST:,}; judge fewer claims"
+        )
+    with naming(archive, "cannot be written"):
+        write_atomic(archive, data)
+    return len(data)
+
+
+def compressed(files: dict[str, bytes]) -> bytes:
+    """A tar.xz of files."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
+
+
+def kept(output: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of what is kept of a folder of runs."""
+    with naming(output, "cannot be read"):
+        for name in TOP:
+            if (output / name).is_file():
+                yield name, (output / name).read_bytes()
+        if (output / LOOK / PCA).is_file():
+            yield f"{LOOK}/{PCA}", (output / LOOK / PCA).read_bytes()
+        for run in made_runs(output):
+            for name in SETTINGS:
+                if (run / name).is_file():
+                    yield f"{run.name}/{name}", (run / name).read_bytes()
+            steps = thinned(read_lines(run / "metrics.jsonl"), STEPS)
+            if steps:
+                lines = "".join(json.dumps(short(step)) + "\n" for step in steps)
+                yield f"{run.name}/metrics.jsonl", lines.encode()
+            for path in sorted((run / "eval").glob("*.json")):
+                result = read_json(path)
+                if isinstance(result.get("history"), list):
+                    result["history"] = thinned(result["history"], STEPS)
+                yield f"{run.name}/eval/{path.name}", json.dumps(short(result)).encode()
+            last = sorted((run / "pictures").glob("*.png"))[-1:]
+            if last and run.name.endswith("-0") and last[0].stat().st_size <= PICTURE:
+                yield f"{run.name}/pictures/{last[0].name}", last[0].read_bytes()
+
+
+def made_runs(output: Path) -> list[Path]:
+    """The folders in OUTPUT that are runs, or have results."""
+    return [
+        folder
+        for folder in sorted(output.iterdir())
+        if folder.is_dir()
+        and ((folder / "recipe.yaml").is_file() or any((folder / "eval").glob("*.json")))
+    ]
+
+
+def thinned(rows: list[Any], most: int) -> list[Any]:
+    """At most so many of the rows, evenly spread, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(n * (len(rows) - 1) / (most - 1))] for n in range(most)]
+
+
+def short(value: Any) -> Any:
+    """The same with fewer digits; whole numbers keep theirs."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: short(item) for key, item in value.items()}
+    return [short(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def unpacked(archive: Path) -> Iterator[Path]:
+    """The folder of runs that an archive keeps, for as long as it is used."""
+    with naming(archive, "cannot be read"):
+        data = archive.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar:
+                tar.extractall(folder, filter="data")
+        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error
+        yield Path(folder)

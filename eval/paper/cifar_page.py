@@ -1,0 +1,135 @@
+"""The page of eval/cifar_paper.py: claims, rows beside the paper's, tuning, published anchors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.paper.archive import LOOK, PCA
+from eval.paper.reproduction import beside
+from eval.paper.study import Study, rules, wanted_metrics
+from eval.paper.tuning import Trial, best, read_trials
+from eval.protocols import headings
+from eval.reporting.chapters import picture_of
+from eval.reporting.page import Chapter
+from eval.reporting.run_records import read_json
+from eval.reporting.tables import NONE, Cell, Row, Table
+from pipeline.errors import UserError
+
+# MAE on CIFAR-10 as others report it: model, pretraining, figures, source.
+ANCHORS = (
+    ("ViT-T", "2000 epochs", "finetuned 89.77 %; from scratch 74.13 %",
+     "github.com/pprp/MAE-CIFAR (a fork of IcarusWizard/MAE), README"),
+    ("ViT of under 3.65 million weights, images of 36 pixels", "not said in the abstract",
+     "finetuned 96.41 %", "Tan 2024, arXiv:2402.03752, as listed by sotaverified.org"),
+    ("ViT, 9 blocks, decoder of 3", "100 epochs",
+     "linear probe 49.33 %; its encoder from scratch about 76 %",
+     "github.com/ariG23498/mae-scalable-vision-learners, README"),
+)  # fmt: skip
+
+
+FACTS = "facts.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the page says beside the results: claims and seeds that were asked for, seconds used of
+    a core or GPU (unit), commands that did not fit."""
+
+    claims: tuple[int, ...]
+    seeds: int
+    seconds: float
+    unit: str
+    left: tuple[str, ...] = ()
+
+
+def read_facts(path: Path) -> Facts:
+    """The facts of an archive. UserError where they are none."""
+    try:
+        found = read_json(path)
+        return Facts(tuple(found["claims"]), int(found["seeds"]), float(found["seconds"]),
+                     str(found["unit"]), tuple(found["left"]))  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path.name}: is missing from the archive, or damaged") from error
+
+
+def chapters(study: Study, facts: Facts) -> list[Chapter]:
+    """The first chapters; those of the runs follow."""
+    found = [claims_chapter(study, facts), rows_chapter(study), anchors_chapter()]
+    pca = study.workspace.output / LOOK / PCA
+    if pca.is_file():
+        found.append(look_chapter(pca))
+    trials = read_trials(study.workspace.output / "tuning.json")
+    return [*found, tuning_chapter(trials)] if trials else found
+
+
+def claims_chapter(study: Study, facts: Facts) -> Chapter:
+    """The claims; what contradicts the paper first."""
+    scale = study.workspace.scale
+    texts = [
+        rules(study),
+        f"Scale: {scale.name} of eval/paper/scales.yaml. What fails here may hold at the paper's "
+        "scale, and the reverse.",
+        scale.tried,
+        f"Cost so far: {facts.seconds / 3600:.2f} {facts.unit}-hours.",
+    ]
+    if facts.left:
+        texts.append(f"Not run, for want of time: {', '.join(facts.left)}.")
+    shown = tuple(filter(None, texts))
+    return Chapter("claims", "The paper's claims", shown, tuple(study.tables()))
+
+
+def rows_chapter(study: Study) -> Chapter:
+    """The rows with all that was measured of them, beside the paper's."""
+    wanted = wanted_metrics(study.claims, study.names)
+    rows = [(study.row(name), metrics) for name, metrics in wanted.items()]
+    texts = ("The paper's numbers are of ViT-B/16 on ImageNet; rows that are ours have none.",)
+    table = beside("", rows, study.workspace, study.seeds)
+    return Chapter("reproduced", "Beside the paper", texts, (table,))
+
+
+def anchors_chapter() -> Chapter:
+    """What others report of MAE on CIFAR-10."""
+    rows = tuple(Row(tuple(map(Cell, anchor))) for anchor in ANCHORS)
+    table = Table(("model", "pretraining", "CIFAR-10 test images", "source"), rows)
+    texts = ("Their models and epochs are larger than those of two cores.",)
+    return Chapter("anchors", "What others report", texts, (table,))
+
+
+def look_chapter(pca: Path) -> Chapter:
+    """The patches of the encoders of seed 0 as colours."""
+    text = (
+        "The first three principal components of the patch tokens as red, green and blue, one "
+        "basis per encoder; what the random encoder shows too was not learned."
+    )
+    picture = picture_of(pca, "Test images; a column per encoder, as eval/visualise.py draws them")
+    return Chapter("look", "Inside the encoders", (text,), pictures=(picture,))
+
+
+def tuning_chapter(trials: Sequence[Trial]) -> Chapter:
+    """Every learning rate that was tried, on held-out training images; the chosen ones marked."""
+    tables = [tuning_table(trials, stage) for stage in ("pretrain", "finetune")]
+    texts = (
+        "Chosen on a tenth of the training images, held out, with as many trials and as many "
+        "images seen for every method, and one seed that no claim uses.",
+    )
+    return Chapter("tuning", "Learning rates", texts, tuple(t for t in tables if t.rows))
+
+
+def tuning_table(trials: Sequence[Trial], stage: str) -> Table:
+    """A row per method, a column per rate."""
+    mine = [trial for trial in trials if trial.stage == stage]
+    rates = sorted({trial.base_lr for trial in mine})
+    chosen = best(trials, stage)
+    found = {(trial.method, trial.base_lr): trial.value for trial in mine}
+    rows = []
+    for method in dict.fromkeys(trial.method for trial in mine):
+        cells = [Cell(method)]
+        for rate in rates:
+            value = found.get((method, rate))
+            text = NONE if value is None else f"{value:.2f}"
+            cells.append(Cell(text, "chosen" if chosen[method] == rate else ""))
+        rows.append(Row(tuple(cells)))
+    metric = headings()[mine[0].metric] if mine else ""
+    what = "Pretraining" if stage == "pretrain" else "Finetuning"
+    head = ("method", *(f"{rate:g}" for rate in rates))
+    return Table(head, tuple(rows), f"{what}: {metric} by base_lr")

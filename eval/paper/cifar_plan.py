@@ -1,0 +1,207 @@
+"""The plan of eval/cifar_paper.py: tuning, rows, what they cost, and what fits into the hours."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from eval.paper.archive import LOOK
+from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
+from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
+from eval.paper.cost import Rates, within
+from eval.paper.job_runner import Command, costs, python, unique
+from eval.paper.study import Study, wanted_metrics
+from eval.paper.tuning import Tuning, best, read_trials
+from pipeline.config.schema import EncoderRecipe
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_json
+from shard_tools.manifest import read_manifest
+
+RECORD = "study.json"
+SHOWN = ("MAE", "R-MAE", "C-MAE")  # whose patches are drawn
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do: claims to judge, on seeds 0 … seeds - 1, at a scale, on the shards in `data`, of
+    a source of CIFAR-10 (None: they are there); jobs: commands side by side; hours: of this machine
+    in all (0: no limit); archive: where to write it (None: nowhere); tuned: learning rates are
+    chosen first."""
+
+    claims: tuple[int, ...]
+    scale: Scale
+    source: Path | None
+    data: Path
+    output: Path
+    seeds: int
+    jobs: int
+    hours: float
+    archive: Path | None = None
+    dry_run: bool = False
+    tuned: bool = True
+
+    @property
+    def workspace(self) -> Workspace:
+        shards = self.data / "shards"
+        scale = replace(self.scale, train=str(shards / "train"), val=str(shards / "val"))
+        return Workspace(self.output, scale)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Jobs in their order: trials of the pretraining rates, of the finetuning rates, rows of the
+    claims; seconds of each on one core or GPU, 0 where it is done. kept: those that fit into the
+    hours; left: those that do not."""
+
+    stages: tuple[tuple[Command, ...], ...]
+    seconds: dict[str, float]
+    kept: tuple[Command, ...]
+    left: tuple[Command, ...]
+
+    def stage(self, number: int) -> list[Command]:
+        """The jobs of a stage that fit."""
+        names = {job.name for job in self.kept}
+        return [job for job in self.stages[number] if job.name in names]
+
+
+def tuning_of(settings: Settings) -> Tuning:
+    """How the methods of the claims are tuned; none of them where rates are not to be chosen."""
+    shards = settings.data / "shards"
+    claims = claims_of(settings.claims)
+    needed = {method_of(name) for name in wanted_metrics(claims, NAMES)}
+    tuned = METHODS if settings.tuned else ()
+    rows = {method: cifar_row(method, {}, {}, 1) for method in tuned if method in needed}
+    return Tuning(settings.workspace, str(shards / "tune-train"), str(shards / "tune-val"), rows)
+
+
+def study_of(workspace: Workspace, numbers: Sequence[int], seeds: int, compute: float) -> Study:
+    """The claims of these numbers, with the rates that OUTPUT/tuning.json has chosen."""
+    trials = read_trials(workspace.output / "tuning.json")
+    base_lr, finetune_lr = best(trials, "pretrain"), best(trials, "finetune")
+
+    def row(name: str) -> Any:
+        return cifar_row(name, base_lr, finetune_lr, compute)
+
+    return Study(workspace, claims_of(numbers), seeds, NAMES, row, corrected=True)
+
+
+def compute_of(workspace: Workspace) -> float:
+    """What MAE's pretraining and finetuning cost together, in finetunings (FLOPs)."""
+    jobs = row_jobs(workspace, cifar_row("MAE", {}, {}, 1), 0, ["finetune"])
+    flops = {job.name.rsplit(" ", 1)[-1]: job.flops for job in jobs}
+    return round(1 + flops["pretrain"] / flops["finetune"], 4)
+
+
+def claim_output(settings: Settings) -> dict[str, Any]:
+    """Note in OUTPUT/study.json what its runs were made with; the note.
+
+    UserError where it was made with other settings, whose runs would pass for these.
+    """
+    path, scale = settings.output / RECORD, settings.workspace.scale
+    made = asdict(replace(scale, train="", val="", hours=None, tried=""))
+    record = {
+        "scale": json.loads(json.dumps(made)),
+        "images": read_manifest(scale.train).index_sha256,
+        "tuned": settings.tuned,
+        "compute": compute_of(settings.workspace),
+    }
+    if path.is_file():
+        before = read_record(path)
+        differs = [key for key, value in record.items() if before.get(key) != value]
+        if differs:
+            raise UserError(
+                f"{settings.output}: was made with another {', '.join(differs)}; choose another "
+                "--output"
+            )
+        return before
+    with naming(path, "cannot be written"):
+        write_json(path, record)
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """An OUTPUT/study.json. UserError where it is none."""
+    with naming(path, "cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        record = json.loads(text)
+        return {**record, "compute": float(record["compute"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no record of a study; choose another --output") from error
+
+
+def make_plan(settings: Settings, rates: Rates) -> Plan:
+    """What there is to do, with what is known of the best rates so far."""
+    workspace, tuning = settings.workspace, tuning_of(settings)
+    trials = [*tuning.first(), *tuning.second()]
+    study = study_of(workspace, settings.claims, settings.seeds, compute_of(workspace))
+    rows = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
+    rows += looks(study)
+    stages = (tuning.pretrainings(), tuning.finetunings(best(trials, "pretrain")), rows)
+    jobs = unique([job for stage in stages for job in stage])
+    encoder = architecture(settings)
+    seconds = {job.name: 0.0 if job.done else rates.seconds(job, encoder) for job in jobs}
+    budget = settings.hours * 3600 * settings.jobs
+    room = budget - spent(settings) if settings.hours else float("inf")
+    kept, left = within(jobs, [seconds[job.name] for job in jobs], room)
+    unique_stages = tuple(tuple(unique(stage)) for stage in stages)
+    return Plan(unique_stages, seconds, tuple(kept), tuple(left))
+
+
+def looks(study: Study) -> list[Command]:
+    """What draws the principal components of the patches of seed 0's encoders; none without any."""
+    names = [name for name in SHOWN if name in wanted_metrics(study.claims, study.names)]
+    if not names:
+        return []
+    output, val = study.workspace.output, study.workspace.scale.val
+    runs = [output / run_name(study.row(name), 0) for name in names]
+    words = ["--encoder", *runs, "random", "--images", val, "--count", 4, "--output"]
+    command = python(ROOT / "eval/visualise.py", *words, output / LOOK)
+    needs = tuple(f"{run.name} pretrain" for run in runs)
+    return [Command("look", command, output / LOOK / "index.html", needs)]
+
+
+def architecture(settings: Settings) -> EncoderRecipe:
+    """That of every row's encoder."""
+    return row_recipe(settings.workspace, cifar_row("MAE", {}, {}, 1)).encoder
+
+
+def unit(scale: Scale) -> str:
+    """What a scale's commands take one of each."""
+    return "core" if scale.launch == "python" else "GPU"
+
+
+def spent(settings: Settings) -> float:
+    """Seconds of a core (CPU time) or of the GPU that all sittings have used."""
+    what = "cpu_seconds" if unit(settings.scale) == "core" else "seconds"
+    return sum(costs(settings.output, what).values())
+
+
+def show(settings: Settings, plan: Plan) -> list[str]:
+    """The plan in lines: per command its measured cost; then the sums and what does not fit."""
+    names = ("tuning: pretraining rates", "tuning: finetuning rates", "rows of the claims")
+    left, what = {job.name for job in plan.left}, unit(settings.scale)
+    lines = []
+    for title, stage in zip(names, plan.stages, strict=True):
+        hours = sum(plan.seconds[job.name] for job in stage) / 3600
+        lines.append(f"== {title}: {len(stage)} commands, {hours:.2f} {what}-hours left to do")
+        for job in stage:
+            cost = f"{plan.seconds[job.name]:,.0f} s"
+            state = "done" if job.done else "no room" if job.name in left else cost
+            lines.append(f"{state:>12}  {job.images:>9,} images  {job.name}")
+            lines.append(f"{'':>14}{' '.join(map(quote, job.command))}")
+    todo = sum(plan.seconds[job.name] for job in plan.kept) / 3600
+    lines.append(
+        f"{spent(settings) / 3600:.2f} {what}-hours used, {todo:.2f} to do: "
+        f"{todo / settings.jobs:.2f} hours with {settings.jobs} side by side, by what was measured "
+        f"on this machine ({settings.output / 'rates.json'})"
+    )
+    if plan.left:
+        out = sum(plan.seconds[job.name] for job in plan.left) / 3600
+        lines.append(
+            f"{len(plan.left)} commands of {out:.2f} {what}-hours do not fit into "
+            f"{settings.hours:g} hours (--hours) and are left out"
+        )
+    return lines

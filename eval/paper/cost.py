@@ -1,0 +1,191 @@
+"""What commands cost on this machine: a few steps of each kind are measured, the rest is counted.
+
+A command's seconds are a fixed start, and per image loading and computing. Computing is measured on
+a micro-batch as the command has it: one core of a CPU (the commands run side by side, a core each),
+or the GPU. Loading is measured on the training shards.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.paper.commands import forward_flops
+from eval.paper.job_runner import Command
+from pipeline.config.ds_config import auto_micro_batch
+from pipeline.config.recipe import EncoderRecipe, Recipe, load_recipe
+from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.errors import UserError, naming
+from pipeline.method.objective import build_objective
+from pipeline.method.vit import build_vit, vit_options
+from shard_tools.atomic import write_json
+
+START = 6.0  # CPU seconds until a command has imported torch and DeepSpeed and opened its data
+LOADED = 256  # images
+
+
+@dataclass
+class Rates:
+    """Measured seconds per image by what is measured, kept in a file; a machine has its own."""
+
+    path: Path
+    train: str
+    known: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, command: Command, encoder: EncoderRecipe) -> float:
+        """Of a command, on one core or GPU. encoder: the architecture that evaluations have."""
+        if not command.images:
+            return START
+        if recipe := recipe_of(command):
+            per_image = self.rate(_key(recipe), lambda: pretraining(recipe))
+            crops = 2 if recipe.views.second == "crop" else 1
+            loading = crops * self.loading(recipe.encoder.image_size)
+            return START + command.images * (per_image + loading)
+        forward = forward_flops(encoder)
+        training = Path(command.command[1]).stem == "finetune"
+        kind = "finetune" if training else "encode"
+        per_image = self.rate(
+            f"{kind} {encoder.model_dump_json()}", lambda: encoding(encoder, training)
+        )
+        passes = command.flops / (3 * forward if training else forward)
+        return START + passes * (per_image + self.loading(encoder.image_size))
+
+    def loading(self, size: int) -> float:
+        """Seconds to read, decode and crop a training image."""
+        return self.rate(f"load {size}", lambda: load(self.train, size))
+
+    def rate(self, key: str, measure: Callable[[], float]) -> float:
+        """What is known under a key, or measured now and written down."""
+        key = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'core'}: {key}"
+        if not self.known and self.path.is_file():
+            self.known |= read_rates(self.path)
+        if key not in self.known:
+            self.known[key] = measure()
+            with naming(self.path, "cannot be written"):
+                write_json(self.path, self.known)
+        return self.known[key]
+
+
+def read_rates(path: Path) -> dict[str, float]:
+    """The measurements of an earlier call. UserError where they are none."""
+    with naming(path, "cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return {str(key): float(value) for key, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no measured rates; remove it to measure again") from error
+
+
+def recipe_of(command: Command) -> Recipe | None:
+    """The recipe of a pretraining, None for any other command."""
+    words = command.command
+    if "--recipe" not in words or not words[1].endswith("pretrain.py"):
+        return None
+    sets = [value for word, value in pairwise(words) if word == "--set"]
+    return load_recipe(words[words.index("--recipe") + 1], sets)
+
+
+def _key(recipe: Recipe) -> str:
+    parts = recipe.model_dump_json(include={"encoder", "views", "measure"})
+    return f"pretrain {recipe.batch_size} {parts}"
+
+
+def pretraining(recipe: Recipe) -> float:
+    """Seconds per image of the recipe's step: views, forward, backward, AdamW."""
+    micro = auto_micro_batch(recipe.batch_size, recipe.encoder.patches)
+    objective, teacher = build_objective(recipe)
+    device = _device()
+    objective.to(device)
+    if teacher is not None:
+        teacher.to(device)
+    optimizer = torch.optim.AdamW(objective.parameters())
+    side = recipe.encoder.image_size
+    image = torch.randint(0, 256, (micro, side, side, 3), dtype=torch.uint8, device=device)
+    sample = torch.arange(micro, device=device)
+    crop = image if recipe.views.second == "crop" else None
+
+    def step() -> None:
+        loss, _ = objective(image, sample, 0, teacher, crop)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return timed(step) / micro
+
+
+def encoding(encoder: EncoderRecipe, training: bool) -> float:
+    """Seconds per image of an encoder's forward pass, with training of its backward too."""
+    vit = build_vit(encoder.arch, vit_options(encoder)).to(_device())
+    micro = auto_micro_batch(128, encoder.patches)
+    pixels = torch.randn(micro, 3, encoder.image_size, encoder.image_size, device=_device())
+
+    def step() -> None:
+        with torch.set_grad_enabled(training):
+            mean = vit.forward_features(pixels).mean()
+            if training:
+                mean.backward()
+
+    return timed(step) / micro
+
+
+def load(shards: str, size: int) -> float:
+    """Seconds to read, decode and crop a training image."""
+    config = LoaderConfig(shards, batch_size=32, micro_batch=32, crop=Crop(image_size=size),
+                          partitions=1, samples_per_epoch=LOADED)  # fmt: skip
+    loader = train_loader(config, 0, 1, range(LOADED // 32))
+    begun = time.process_time()
+    for _ in loader:
+        pass
+    return (time.process_time() - begun) / LOADED
+
+
+def timed(step: Callable[[], Any]) -> float:
+    """Seconds of a step: of the fastest of four after the first, on one core (CPU time) or on the
+    GPU. Other work on the machine makes single steps slower, and never faster."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        step()
+        taken = []
+        for _ in range(4):
+            begun = _now()
+            step()
+            taken.append(_now() - begun)
+        return min(taken)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _now() -> float:
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def within(
+    jobs: Sequence[Command], seconds: Sequence[float], budget: float
+) -> tuple[list[Command], list[Command]]:
+    """(jobs that fit, jobs that are left out): in order, each whose seconds still fit into the
+    budget and whose needs are not left out; what is done costs nothing."""
+    kept, left = list[Command](), list[Command]()
+    spent, missing = 0.0, set[str]()
+    for job, cost in zip(jobs, seconds, strict=True):
+        cost = 0.0 if job.done else cost
+        if spent + cost > budget or missing & set(job.needs):
+            missing.add(job.name)
+            left.append(job)
+        else:
+            spent += cost
+            kept.append(job)
+    return kept, left

@@ -1,0 +1,178 @@
+"""A study: claims of the paper judged on rows that we make, and what its report says of them.
+
+What eval/mini_paper.py and eval/cifar_paper.py share.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from eval.paper.claims import CONFIDENCE, REFUTED, Claim, Judged, correct, judge, verdict
+from eval.paper.commands import Workspace, row_jobs
+from eval.paper.job_runner import Command
+from eval.paper.published import PaperRow
+from eval.paper.reproduction import our_result, result_path
+from eval.protocols import headings, keys
+from eval.reporting.cka_charts import cka_table
+from eval.reporting.run_records import read_result
+from eval.reporting.tables import Cell, Row, Table
+from pipeline.errors import UserError
+
+LARGE = 0.7  # share of dropped patches from which a CKA counts as of a large one
+
+
+@dataclass(frozen=True)
+class Study:
+    """Claims to judge on seeds 0 … seeds - 1 of a workspace.
+
+    names: what claims call rows, in the order in which they are made; row: the row of a name.
+    corrected: p-values are corrected for the number of differences (Holm).
+    """
+
+    workspace: Workspace
+    claims: tuple[Claim, ...]
+    seeds: int
+    names: tuple[str, ...]
+    row: Callable[[str], PaperRow]
+    corrected: bool = False
+
+    def jobs(self) -> list[Command]:
+        """Every job of the claims: seed by seed, in each the pretrainings first."""
+        wanted = wanted_metrics(self.claims, self.names)
+        return [
+            job
+            for seed in range(self.seeds)
+            for name, metrics in wanted.items()
+            for job in row_jobs(self.workspace, self.row(name), seed, metrics)
+        ]
+
+    def value(self, name: str, seed: int, what: str) -> float | None:
+        """Our result of a row and seed, None where there is none yet; of `cka <pool>` its mean over
+        all blocks where most is dropped."""
+        row = self.row(name)
+        if protocol_of(what) != "cka":
+            return our_result(self.workspace, row, seed, what)
+        path = result_path(self.workspace, row, seed, "cka")
+        if not path.is_file():
+            return None
+        result = read_result(path)
+        try:
+            by_ratio = zip(result["ratios"], cka_table(result, what.split()[1]) or (), strict=True)
+            rows = [values for ratio, values in by_ratio if ratio > LARGE - 1e-6]
+            return sum(map(sum, rows)) / sum(map(len, rows))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(
+                f"{path}: not a result of today's eval/cka.py with {LARGE:.0%} dropped and more; "
+                "remove it to run it again"
+            ) from error
+
+    def judged(self) -> dict[int, list[Judged]]:
+        """Claim number → its differences, judged."""
+        found = {
+            claim.number: [
+                judge(
+                    difference,
+                    lambda name, what: [self.value(name, seed, what) for seed in range(self.seeds)],
+                )
+                for difference in claim.differences
+            ]
+            for claim in self.claims
+        }
+        if not self.corrected:
+            return found
+        together = iter(correct([one for judged in found.values() for one in judged]))
+        return {number: [next(together) for _ in judged] for number, judged in found.items()}
+
+    def verdicts(self) -> dict[str, bool]:
+        """Claim number → whether it holds."""
+        return {str(number): verdict(judged) for number, judged in self.judged().items()}
+
+    def tables(self) -> list[Table]:
+        """A table per claim: those that contradict the paper first, then those that hold."""
+        judged = self.judged()
+        order = {REFUTED: 0, "holds": 1, "undecided": 2}
+        first = sorted(self.claims, key=lambda claim: order[word(judged[claim.number])])
+        return [claim_table(claim, judged[claim.number]) for claim in first]
+
+
+def wanted_metrics(claims: Sequence[Claim], names: Sequence[str]) -> dict[str, list[str]]:
+    """Row → the protocols that the claims need of it, both in a fixed order."""
+    pairs = {
+        (name, protocol_of(difference.metric))
+        for claim in claims
+        for difference in claim.differences
+        for name in (difference.better, difference.worse)
+    }
+    wanted = [name for name in names if any(name == row for row, _ in pairs)]
+    return {name: [p for p in keys() if (name, p) in pairs] for name in wanted}
+
+
+def protocol_of(metric: str) -> str:
+    """The protocol that a claim's metric is of: `cka <pool>` are several of one."""
+    return metric.split()[0]
+
+
+def word(judged: Sequence[Judged]) -> str:
+    """A claim's verdict in a word."""
+    if verdict(judged):
+        return "holds"
+    return REFUTED if any(one.verdict == REFUTED for one in judged) else "undecided"
+
+
+def claim_table(claim: Claim, judged: Sequence[Judged]) -> Table:
+    """A claim's differences: both means, the difference with its intervals, p, the verdict."""
+    head = ("difference", "metric", "first", "second", "difference (95 % interval)", "bootstrap",
+            "p", "verdict")  # fmt: skip
+    marks = {"holds": "holds", REFUTED: "does not hold", "undecided": "is undecided"}
+    rows = tuple(Row(tuple(claim_cells(one))) for one in judged)
+    return Table(head, rows, f"Claim {claim.number} {marks[word(judged)]} here: {claim.text}")
+
+
+def claim_cells(one: Judged) -> list[Cell]:
+    """A difference as a row of `claim_table`."""
+    d, digits = one.difference, 3 if protocol_of(one.difference.metric) == "cka" else 2
+    means = [f"{sum(v) / len(v):.{digits}f}" if v else "-" for v in (one.better, one.worse)]
+    names = f"{d.better} - {d.worse}"
+    metric = titles().get(d.metric, d.metric.replace("cka ", "CKA, "))
+    allowed = f"may be {d.margin:g} {d.unit} less" if d.margin else ""
+    cells = [Cell(names, allowed), Cell(metric), *map(Cell, means)]
+    if len(one.apart) < 2:
+        apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip() if one.apart else "-"
+        cells += [Cell(apart, "no interval: fewer than two seeds"), Cell("-"), Cell("-")]
+        return [*cells, Cell(one.verdict)]
+    between = [
+        f"{a:+.{digits}f} … {b:+.{digits}f}" for a, b in ((one.low, one.high), one.bootstrap)
+    ]
+    corrected = "" if one.corrected == one.p else f"Holm: {one.corrected:.2g}"
+    n = one.seeds_needed
+    need = "" if one.verdict != "undecided" else f"{n} seeds" if n else "over 1000 seeds"
+    need = need and f"{need} would decide it, were mean and deviation so"
+    return [
+        *cells,
+        Cell(f"{one.mean:+.{digits}f} {d.unit}".rstrip(), between[0]),
+        Cell(between[1]),
+        Cell(f"{one.p:.2g}", corrected),
+        Cell(one.verdict, need),
+    ]
+
+
+@cache
+def titles() -> dict[str, str]:
+    """Protocol → heading."""
+    return headings()
+
+
+def rules(study: Study) -> str:
+    """How the study's claims are judged, as a sentence of its report."""
+    seeds = study.seeds
+    text = (
+        f"{seeds} seed{'s' if seeds > 1 else ''}; each seed has its own pretraining, its own "
+        "finetuning and its own 10 % of the labels, and pairs are of one seed. A claim holds where "
+        f"Student's test finds each paired difference above 0 at {1 - CONFIDENCE:.0%}; "
+    )
+    if study.corrected:
+        return text + (
+            "p-values are corrected for the number of all differences here (Holm), intervals are "
+            "not."
+        )
+    return text + "p-values and intervals are not corrected for their number."

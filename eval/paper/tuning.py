@@ -1,0 +1,177 @@
+"""Learning rates of every method, chosen on a held-out part of the training images.
+
+First each method is pretrained with every base_lr of the scale's `tune` for its `epochs`, and
+evaluated by its `metric`; then the best encoder of each, and a random one, is finetuned with every
+finetune_lr for `finetune_epochs` percent of the usual. Every method has the same number of trials
+and of images seen. What was tried is in OUTPUT/tuning.json, and the report shows it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from eval.paper.commands import (
+    Workspace,
+    eval_job,
+    random_words,
+    row_jobs,
+    run_name,
+)
+from eval.paper.job_runner import Command
+from eval.paper.published import PaperRow
+from eval.paper.reproduction import our_result
+from eval.protocols import by_key
+from eval.reporting.run_records import read_result
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_json
+
+SEED = 1000  # of every trial: none of a study's
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one learning rate of a method came to on the held-out images. stage: pretrain, and
+    the base_lr of a recipe, or finetune, and that of finetuning."""
+
+    method: str
+    stage: str
+    base_lr: float
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a workspace's methods are tuned; train, held_out: shards; rows: method → its row."""
+
+    workspace: Workspace
+    train: str
+    held_out: str
+    rows: dict[str, PaperRow]
+
+    @property
+    def grid(self) -> dict[str, Any]:
+        return self.workspace.scale.tune
+
+    @property
+    def folder(self) -> Path:
+        return self.workspace.output / "tune"
+
+    @property
+    def record(self) -> Path:
+        return self.workspace.output / "tuning.json"
+
+    def trial(self, base_lr: float) -> Workspace:
+        """Where the trials of a pretraining rate are made."""
+        scale, epochs = self.workspace.scale, float(self.grid["epochs"])
+        rates = (f"optimizer.base_lr={base_lr:g}", f"optimizer.warmup_epochs={epochs / 8:g}")
+        scale = replace(
+            scale, train=self.train, val=self.held_out, epochs=epochs,
+            last=(*scale.last, *rates),
+        )  # fmt: skip
+        return replace(self.workspace, output=self.folder / f"lr-{base_lr:g}", scale=scale)
+
+    def pretrainings(self) -> list[Command]:
+        """The trials of the first stage, pretrained and evaluated; none where nothing is to be
+        chosen, since both grids have one rate: then the rows have the scale's."""
+        if max(len(self.grid["base_lr"]), len(self.grid["finetune_lr"])) < 2:
+            return []
+        return [
+            renamed(job, f"tune {base_lr:g}")
+            for base_lr in self.grid["base_lr"]
+            for row in self.pretrained().values()
+            for job in row_jobs(self.trial(base_lr), row, SEED, [self.grid["metric"]])
+        ]
+
+    def pretrained(self) -> dict[str, PaperRow]:
+        return {method: row for method, row in self.rows.items() if not row.initial}
+
+    def first(self) -> list[Trial]:
+        """What the first stage has found so far."""
+        metric, found = str(self.grid["metric"]), []
+        for method, row in self.pretrained().items():
+            for base_lr in self.grid["base_lr"]:
+                value = our_result(self.trial(base_lr), row, SEED, metric)
+                if value is not None:
+                    found.append(Trial(method, "pretrain", float(base_lr), metric, value))
+        return found
+
+    def finetunings(self, best: dict[str, float]) -> list[Command]:
+        """The trials of the second stage, none where the grid has one rate; best: method → its
+        pretraining rate."""
+        if len(self.grid["finetune_lr"]) < 2:
+            return []
+        return [
+            self.finetuning(method, row, best, float(base_lr))
+            for base_lr in self.grid["finetune_lr"]
+            for method, row in self.rows.items()
+        ]
+
+    def finetuning(
+        self, method: str, row: PaperRow, best: dict[str, float], base_lr: float
+    ) -> Command:
+        """A method's finetuning with a rate."""
+        workspace = self.trial(best.get(method, 0.0) or float(self.grid["base_lr"][0]))
+        encoder: list[object] = ["--encoder", workspace.output / run_name(row, SEED)]
+        if row.initial:
+            encoder = list(random_words(workspace, row, SEED))
+        row = replace(row, finetune={"epochs": self.grid["finetune_epochs"], "base_lr": base_lr})
+        scale = workspace.scale
+        made = self.finetuned(method, base_lr)
+        job = eval_job(workspace, row, SEED, "finetune", encoder, made, scale.train, scale.val, ())
+        return replace(job, name=f"tune finetune {base_lr:g} {method}")
+
+    def finetuned(self, method: str, base_lr: float) -> Path:
+        """The result of a finetuning of the second stage."""
+        name = "".join(c if c.isalnum() else "-" for c in method)
+        return self.folder / f"finetune-{base_lr:g}" / f"{name}.json"
+
+    def second(self) -> list[Trial]:
+        """What the second stage has found so far."""
+        metric, found = by_key("finetune").metric, []
+        for method in self.rows:
+            for base_lr in self.grid["finetune_lr"]:
+                path = self.finetuned(method, float(base_lr))
+                if path.is_file():
+                    value = float(read_result(path)[metric])
+                    found.append(Trial(method, "finetune", float(base_lr), "finetune", value))
+        return found
+
+    def write(self) -> None:
+        """Note every trial in OUTPUT/tuning.json."""
+        trials = [asdict(trial) for trial in (*self.first(), *self.second())]
+        with naming(self.record, "cannot be written"):
+            write_json(self.record, {"grid": self.grid, "trials": trials})
+
+
+def renamed(job: Command, prefix: str) -> Command:
+    """A job under another name, as are those that it needs."""
+    keep = ("data ",)  # shared by all trials
+
+    def name(text: str) -> str:
+        return text if text.startswith(keep) else f"{prefix} {text}"
+
+    return replace(job, name=name(job.name), needs=tuple(map(name, job.needs)))
+
+
+def best(trials: Sequence[Trial], stage: str) -> dict[str, float]:
+    """Method → the learning rate of its best trial of a stage; of equals the lowest."""
+    found: dict[str, Trial] = {}
+    for trial in sorted((t for t in trials if t.stage == stage), key=lambda t: t.base_lr):
+        if trial.method not in found or trial.value > found[trial.method].value:
+            found[trial.method] = trial
+    return {method: trial.base_lr for method, trial in found.items()}
+
+
+def read_trials(path: Path) -> list[Trial]:
+    """The trials of a tuning.json, none where there is no file. UserError where it is none."""
+    if not path.is_file():
+        return []
+    with naming(path, "cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return [Trial(**trial) for trial in json.loads(text)["trials"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no record of a tuning; remove it to tune again") from error

@@ -1,0 +1,84 @@
+"""Shards of CIFAR-10, made by the shard tools where they are not there yet."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from eval.shared.processes import call
+from pipeline.errors import UserError, naming
+from shard_tools.atomic import write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+HELD_OUT = 0.1  # of the training images, for choosing learning rates
+SEED = 1000  # of which ones
+PARTS = ("train", "val", "tune-train", "tune-val")
+
+
+def make_cifar_shards(source: Path | None, data: Path) -> None:
+    """DATA/shards/{train, val, tune-train, tune-val}; nothing to do where they are there already.
+
+    tune-val is a tenth of the training images, tune-train the others. UserError where there is no
+    source to make them of, or where they were made of another one.
+    """
+    done = data / "shards" / "done.json"
+    with naming(done, "cannot be read"):
+        found = done.read_text(encoding="utf-8") if done.is_file() else ""
+    if found:
+        check_source(found, source, done)
+        return
+    if source is None:
+        raise UserError(
+            f"{data / 'shards'}: has no shards of CIFAR-10 yet; name your copy: CIFAR10=PATH, an "
+            "ImageFolder of train and test, or the official python or binary archive"
+        )
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    for folder in ("images", "shards"):  # what a call that was cut off left
+        if (data / folder).exists():
+            with naming(data / folder, "cannot be removed"):
+                shutil.rmtree(data / folder)
+    build(source, data)
+    with naming(done, "cannot be written"):
+        write_json(done, record_of(source))
+    with naming(data / "images", "cannot be removed"):
+        shutil.rmtree(data / "images")
+
+
+def build(source: Path, data: Path) -> None:
+    """Run the shard tools."""
+    tool, shards = ROOT / "shard_tools", data / "shards"
+
+    def step(what: str, name: str, *words: object) -> None:
+        call(what, [sys.executable, tool / name, *map(str, words)], 1)
+
+    step(f"images of {source}", "cifar_images.py", source, data / "images")
+    order: list[object] = []
+    for part in ("train", "val"):
+        words = [data / "images" / f"{part}.tar", shards / part, "--shard-size", "1MiB", *order]
+        step(f"shards of {part}", "make_shards.py", *words)
+        order = ["--classes-from", shards / "train"]
+    choice = ["--fraction", f"{HELD_OUT:g}", "--seed", SEED]
+    step("held-out images", "subset.py", shards / "train", shards / "tune-val", *choice)
+    step("the others", "subset.py", shards / "train", shards / "tune-train", *choice, "--rest")
+
+
+def record_of(source: Path) -> dict[str, Any]:
+    """What distinguishes one source from another, in whatever folder it is."""
+    size = source.stat().st_size if source.is_file() else 0
+    return {"source": source.resolve().name, "bytes": size}
+
+
+def check_source(found: str, source: Path | None, done: Path) -> None:
+    """UserError where the shards are of another source than the one that is named."""
+    try:
+        known = json.loads(found)
+    except ValueError as error:
+        raise UserError(f"{done}: is damaged; remove {done.parent} to build it again") from error
+    if source is not None and source.exists() and record_of(source) != known:
+        name = known.get("source") if isinstance(known, dict) else known
+        raise UserError(
+            f"{done.parent}: was made of {name}, not of {source}; choose another --data, or leave "
+            "CIFAR10 out to use them"
+        )

@@ -1,0 +1,65 @@
+"""Model FLOPs utilisation (Chowdhery et al. 2022, PaLM, App. B): FLOP/s of the model / the peak."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pipeline
+from pipeline.config.peaks import peak_flops
+
+ESTIMATE = Path(pipeline.__file__).parent / "estimate.py"
+
+
+def peak_of(device: str, precision: str, given_tflops: float | None) -> tuple[float | None, str]:
+    """(FLOP/s of one rank's device at most, a line for the log where it is not known)."""
+    peak = given_tflops * 1e12 if given_tflops else peak_flops(device, precision)
+    if peak is None:
+        return None, f"MFU: not shown, the peak of {device} is not known (--peak-tflops N gives it)"
+    return peak, ""
+
+
+class Mfu:
+    """The utilisation of devices whose peaks sum up to `peak` FLOP/s.
+
+    recipe: the file of the resolved recipe. Its FLOPs are counted by pipeline/estimate.py in a
+    process of its own: the count takes seconds, for which no start waits, and runs the step with
+    other kernels, which are chosen for a whole process.
+    """
+
+    def __init__(self, recipe: Path, peak: float) -> None:
+        self.peak = peak
+        self.problem = ""  # why there is no count
+        self._per_image: float | None = None
+        alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        self._counting: subprocess.Popen[str] | None = subprocess.Popen(
+            [sys.executable, ESTIMATE, "--flops", "--recipe", recipe],
+            env=os.environ | alone, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def flops_per_image(self, wait: bool = False) -> float | None:
+        """Forward and backward, by estimate's count; None until it is there."""
+        if self._counting is not None and (wait or self._counting.poll() is not None):
+            out, errors = self._counting.communicate()
+            try:
+                self._per_image = float(out)
+            except ValueError:
+                why = (errors.strip() or f"exit code {self._counting.returncode}").splitlines()[-1]
+                self.problem = f"MFU: not shown, counting the FLOPs failed ({why})"
+            self._counting = None
+        return self._per_image
+
+    def of(self, images_per_second: float) -> float | None:
+        """The share of the peak at this speed (images of all ranks); None while not known."""
+        flops = self.flops_per_image()
+        return None if flops is None else flops * images_per_second / self.peak
+
+    def close(self) -> None:
+        """End the count, should it still run."""
+        if self._counting is not None:
+            self._counting.kill()
+            self._counting.communicate()
+            self._counting = None

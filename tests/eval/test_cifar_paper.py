@@ -1,0 +1,415 @@
+"""CIFAR-10's study: every claim can be planned and billed, rates are tuned alike, an archive gives
+the page again; and a slice of it from the archive of images to the verdicts, in two sittings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from eval_helpers import coloured_images, write_shards
+from fake_cifar import CLASSES, write_archive
+
+from eval.cifar_paper import build_parser, rebuild, settings_of
+from eval.paper import archive, cifar_plan
+from eval.paper.cifar_claims import (
+    ALL,
+    FINETUNED,
+    LONGER,
+    METHOD_OF,
+    METHODS,
+    NAMES,
+    cifar_row,
+    claims_of,
+)
+from eval.paper.cifar_page import tuning_table
+from eval.paper.claims import CLAIMS
+from eval.paper.commands import Workspace, read_scale, row_jobs, row_recipe, run_name
+from eval.paper.cost import START, Rates, read_rates, recipe_of, within
+from eval.paper.job_runner import Command, unique
+from eval.paper.reproduction import result_path
+from eval.paper.study import wanted_metrics
+from eval.paper.tuning import SEED, best, read_trials
+from eval.shared.cifar_shards import make_cifar_shards
+from pipeline.data.order import steps_per_epoch
+from pipeline.errors import UserError
+from shard_tools.manifest import read_manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Shards as make_cifar_shards leaves them."""
+    folder = tmp_path_factory.mktemp("cifar")
+    for seed, (part, count) in enumerate(
+        {"train": 160, "val": 32, "tune-train": 144, "tune-val": 16}.items()
+    ):
+        write_shards(folder / "shards" / part, *coloured_images(count, 4, seed=seed))
+    (folder / "shards/done.json").write_text("{}")
+    return folder
+
+
+def settings(data, output, *words):
+    words = ["--scale", "cifar-tiny", "--data", data, "--output", output, *words]
+    return settings_of(build_parser().parse_args(list(map(str, words))))
+
+
+# ------------------------------------------------------------------ rows and claims
+
+
+def test_every_claim_is_on_rows_that_are_made_and_the_miniatures_come_first():
+    wanted = wanted_metrics(ALL, NAMES)
+    assert {d.better for c in ALL for d in c.differences} <= set(wanted)
+    assert {d.worse for c in ALL for d in c.differences} <= set(wanted)
+    assert sorted(c.number for c in ALL) == list(range(1, 15))
+    assert {c.number for c in CLAIMS} < {c.number for c in ALL}
+    assert [c.number for c in claims_of([5, 1, 14])] == [1, 5, 14]
+    for name in wanted:
+        assert METHOD_OF.get(name.removesuffix(FINETUNED), name.removesuffix(FINETUNED)) in METHODS
+
+
+def test_every_row_has_commands_of_its_own(data, tmp_path):
+    chosen = settings(data, tmp_path, "--seeds", "1")
+    study = cifar_plan.study_of(chosen.workspace, chosen.claims, 1, 1.5)
+    names = Counter(run_name(study.row(name), 0) for name in study.names)
+    assert set(names.values()) == {1}, names
+    jobs = unique(study.jobs())  # UserError where one name has two command lines
+    kinds = Counter(Path(job.command[1]).stem for job in jobs)
+    unpretrained = ("random", "supervised", *LONGER, f"MAE{FINETUNED}")
+    assert kinds["pretrain"] == len(study.names) - len(unpretrained)
+    assert kinds["export"] == 2  # supervised, and MAE's after finetuning
+    for job in jobs:
+        script = Path(job.command[1]).stem
+        assert (recipe_of(job) is not None) == (script == "pretrain")
+        if script in ("linprobe", "finetune", "psnr", "cka"):
+            assert job.command[job.command.index("--resize") + 1] == "32"
+
+
+@pytest.mark.parametrize("name", ["cifar", "cifar-gpu"])
+def test_every_row_has_a_recipe_of_32_pixels_and_as_many_images(tmp_path, name):
+    scale = read_scale(name)
+    for row in (cifar_row(name, {}, {}, 1.5) for name in NAMES):
+        recipe = row_recipe(Workspace(tmp_path, scale), row)
+        assert (recipe.encoder.image_size, recipe.encoder.patches) == (32, 64)
+        assert recipe.optimizer.epochs == scale.epochs, row.name
+        steps = steps_per_epoch(50_000, recipe.batch_size, recipe.data.partitions)
+        assert round(scale.epochs * steps) * recipe.batch_size >= 400_000
+
+
+def test_rates_reach_the_rows_of_their_method():
+    base, finetune = {"MAE": 3e-3, "random": 9.0}, {"MAE": 1e-3, "random": 4e-3}
+
+    def row(name):
+        return cifar_row(name, base, finetune, 1.25)
+
+    assert row("MAE").last == ("optimizer.base_lr=0.003",)
+    assert row("MAE, decoder of 1 block").last == (
+        "measure.decoder.depth=1", "optimizer.base_lr=0.003",
+    )  # fmt: skip
+    assert row("MAE, 1 image").finetune == {"base_lr": 1e-3}
+    assert row("R-MAE").last == ()
+    assert row("random").finetune == row("supervised").finetune == {"base_lr": 4e-3}
+    assert row("random").last == row("supervised").last == ()
+    assert [row(name).finetune["epochs"] for name in LONGER] == [125, 250]
+    assert row(f"MAE{FINETUNED}").finetuned
+    assert row(f"MAE{FINETUNED}").last == row("MAE").last
+
+
+def test_a_finetuned_row_is_exported_from_the_classifier_of_its_own(data, tmp_path):
+    workspace = settings(data, tmp_path).workspace
+    row = cifar_row(f"MAE{FINETUNED}", {}, {"MAE": 2e-3}, 1)
+    pretrain, finetune, export, cka = row_jobs(workspace, row, 1, ["cka"])
+    assert finetune.command[-2:] == ("--base-lr", "0.002")
+    assert export.needs == (finetune.name,)
+    assert export.command[2] == str(tmp_path / "mae-1/eval/finetune")
+    assert cka.command[-1] == export.command[-1] == str(tmp_path / "mae-finetuned-0-002-1")
+    own = row_jobs(workspace, replace(row, finetuned=False), 1, ["finetune"])
+    assert own == [pretrain, finetune]  # shared with the row itself
+
+
+def test_the_compute_of_mae_is_counted_in_finetunings(data, tmp_path):
+    chosen = settings(data, tmp_path)
+    jobs = row_jobs(chosen.workspace, cifar_row("MAE", {}, {}, 1), 0, ["finetune"])
+    both, finetune = sum(j.flops for j in jobs), jobs[-1].flops
+    assert cifar_plan.compute_of(chosen.workspace) == pytest.approx(both / finetune, abs=1e-4)
+    assert both > finetune
+
+
+# ------------------------------------------------------------------ tuning
+
+
+def test_every_method_has_the_same_trials_on_held_out_images(data, tmp_path):
+    tuning = cifar_plan.tuning_of(settings(data, tmp_path, "--scale", "cifar"))
+    first, second = tuning.pretrainings(), tuning.finetunings({"MAE": 1.5e-3})
+    pretrained = [job for job in first if recipe_of(job)]
+    assert len(pretrained) == 3 * 5
+    assert len(second) == 3 * 6
+    assert len({job.images for job in pretrained}) == 1
+    assert len({job.images for job in second}) == 1
+    for job in (*first, *second):
+        words = " ".join(job.command)
+        assert str(data / "shards/tune-train") in words
+        assert str(data / "shards/train") not in words
+        assert str(data / "shards/val") not in words
+        assert f"seed={SEED}" in words or f"--seed {SEED}" in words
+    rates = {recipe_of(job).optimizer.base_lr for job in pretrained}
+    assert rates == {5e-4, 1.5e-3, 4.5e-3}
+    mae = [job for job in second if job.name.endswith(" MAE")]
+    assert all("lr-0.0015/mae-1000" in " ".join(job.command) for job in mae)
+    assert len(unique([*first, *second])) == len(first) + len(second)
+
+
+def test_untuned_rows_have_the_scales_rates(data, tmp_path):
+    tuning = cifar_plan.tuning_of(settings(data, tmp_path, "--untuned"))
+    assert tuning.pretrainings() == tuning.finetunings({}) == []
+    cifar_plan.claim_output(settings(data, tmp_path, "--untuned"))
+    with pytest.raises(UserError, match="another tuned; choose another --output"):
+        cifar_plan.claim_output(settings(data, tmp_path))
+
+
+def fill(tuning, values):
+    """Write the results of the trials {(method, base_lr): value}."""
+    for (method, rate), value in values.items():
+        path = result_path(tuning.trial(rate), tuning.rows[method], SEED, "linprobe")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"protocol": "linprobe-cached", "top1": value}))
+
+
+def test_the_best_rate_is_taken_and_every_trial_recorded(data, tmp_path):
+    chosen = settings(data, tmp_path, "--claims", "5")
+    tuning = cifar_plan.tuning_of(chosen)
+    assert list(tuning.rows) == ["MAE", "R-MAE"]  # what the claim needs
+    values = {
+        ("MAE", 5e-4): 30.0,
+        ("MAE", 2e-3): 40.0,
+        ("R-MAE", 5e-4): 35.0,
+        ("R-MAE", 2e-3): 35.0,
+    }
+    fill(tuning, values)
+    tuning.write()
+    trials = read_trials(tmp_path / "tuning.json")
+    assert {(t.method, t.base_lr): t.value for t in trials} == values
+    assert best(trials, "pretrain") == {"MAE": 2e-3, "R-MAE": 5e-4}  # of equals the lowest
+    assert best(trials, "finetune") == {}
+    study = cifar_plan.study_of(chosen.workspace, [5], 1, 1)
+    assert study.row("MAE").last == ("optimizer.base_lr=0.002",)
+    table = tuning_table(trials, "pretrain")
+    assert table.head == ("method", "0.0005", "0.002")
+    assert [(c.value, c.note) for c in table.rows[0].cells[1:]] == [
+        ("30.00", ""),
+        ("40.00", "chosen"),
+    ]
+    (tmp_path / "tuning.json").write_text("[]")
+    with pytest.raises(UserError, match=r"tuning\.json: no record of a tuning"):
+        read_trials(tmp_path / "tuning.json")
+
+
+# ------------------------------------------------------------------ plan
+
+
+def job(name, *needs):
+    return Command(name, ("true",), Path("/nowhere") / name, needs)
+
+
+def test_what_does_not_fit_is_left_out_with_what_needs_it():
+    jobs = [job("a"), job("b"), job("b-eval", "b"), job("c")]
+    kept, left = within(jobs, [10, 50, 1, 20], 40)
+    assert [j.name for j in kept] == ["a", "c"]
+    assert [j.name for j in left] == ["b", "b-eval"]
+    assert within(jobs, [10, 50, 1, 20], 81) == (jobs, [])
+
+
+def test_the_plan_is_billed_by_what_was_measured_here(data, tmp_path):
+    chosen = settings(data, tmp_path / "o", "--claims", "5", "--seeds", "1", "--hours", "0")
+    rates = Rates(tmp_path / "rates.json", str(data / "shards/train"))
+    plan = cifar_plan.make_plan(chosen, rates)
+    assert plan.left == ()
+    measured = read_rates(tmp_path / "rates.json")
+    assert all(0 < value < 1 for value in measured.values())
+    kinds = {key.split(": ", 1)[1].split()[0] for key in measured}
+    assert kinds == {"pretrain", "load", "encode"}
+    (mae,) = (v for k, v in measured.items() if "pretrain" in k and '"second":"pixels"' in k)
+    (load,) = (v for k, v in measured.items() if ": load" in k)
+    name = next(j.name for j in plan.stages[2] if j.name == "mae-0 pretrain")
+    assert plan.seconds[name] == pytest.approx(START + 320 * (mae + load))
+    slow = Rates(tmp_path / "slow.json", "")
+    (tmp_path / "slow.json").write_text(json.dumps({k: 100 * v for k, v in measured.items()}))
+    again = cifar_plan.make_plan(chosen, slow)  # nothing is measured again: it has no shards
+    assert again.seconds[name] == pytest.approx(START + 32_000 * (mae + load))
+    lines = "\n".join(cifar_plan.show(chosen, plan))
+    assert "rows of the claims: 5 commands" in lines
+    look = plan.stages[2][-1]
+    assert look.name == "look"
+    assert look.needs == ("mae-0 pretrain", "rmae-0 pretrain")
+    assert plan.seconds["look"] == START
+    assert "0.00 core-hours used" in lines
+
+
+def test_hours_leave_out_the_last_claims_first(data, tmp_path):
+    words = ("--claims", "1", "14", "--seeds", "2")
+    chosen = settings(data, tmp_path, *words, "--hours", "0")
+    rates = Rates(tmp_path / "rates.json", str(data / "shards/train"))
+    whole = cifar_plan.make_plan(chosen, rates)
+    hours = 0.8 * sum(whole.seconds.values()) / 3600 / chosen.jobs
+    plan = cifar_plan.make_plan(replace(chosen, hours=hours), rates)
+    names = [j.name for j in plan.left if j.name != "look"]  # which costs little, and may fit
+    assert names
+    assert names == [j.name for j in whole.kept if j.name != "look"][-len(names) :]
+    assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
+
+
+def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
+    record = cifar_plan.claim_output(settings(data, tmp_path, "--claims", "5"))
+    assert record["compute"] > 1
+    same = cifar_plan.claim_output(settings(data, tmp_path, "--seeds", "1", "--hours", "9"))
+    assert same == record
+    with pytest.raises(UserError, match="was made with another scale; choose another --output"):
+        cifar_plan.claim_output(settings(data, tmp_path, "--set", "batch_size=32"))
+    with pytest.raises(UserError, match="another scale"):
+        cifar_plan.claim_output(settings(data, tmp_path, "--scale", "cifar"))
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(UserError, match=r"study\.json: no record of a study"):
+        cifar_plan.claim_output(settings(data, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--hours", "-1"], "--jobs and --hours not negative"),
+        (["--scale", "mini"], "--scale mini: has no rates to tune; take cifar or cifar-gpu"),
+        (["--scale", "cifer"], "knows full, mini, cifar"),
+    ],
+)
+def test_bad_options_are_one_sentence(data, tmp_path, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        settings(data, tmp_path, *words)
+
+
+# ------------------------------------------------------------------ data and archive
+
+
+def test_shards_of_another_source_are_refused(tmp_path):
+    with pytest.raises(UserError, match="name your copy: CIFAR10=PATH"):
+        make_cifar_shards(None, tmp_path)
+    with pytest.raises(UserError, match="absent: no such file"):
+        make_cifar_shards(tmp_path / "absent", tmp_path)
+    done = tmp_path / "shards/done.json"
+    done.parent.mkdir()
+    done.write_text(json.dumps({"source": "a.zip", "bytes": 3}))
+    (tmp_path / "a.zip").write_bytes(b"abc")
+    (tmp_path / "b.zip").write_bytes(b"abc")
+    make_cifar_shards(None, tmp_path)
+    make_cifar_shards(tmp_path / "a.zip", tmp_path)
+    with pytest.raises(UserError, match=r"was made of a\.zip, not of .*b\.zip"):
+        make_cifar_shards(tmp_path / "b.zip", tmp_path)
+    done.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        make_cifar_shards(None, tmp_path)
+
+
+def test_an_archive_keeps_what_a_page_needs(tmp_path):
+    run = tmp_path / "out/mae-0"
+    (run / "eval").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/weights").write_bytes(os.urandom(100_000))
+    (run / "recipe.yaml").write_text("name: mae\n")
+    steps = [{"step": n, "loss": 1 / 3 + n} for n in range(1, 1001)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    (run / "eval/knn.json").write_text(json.dumps({"protocol": "knn", "top1": 12.3456789}))
+    (run / "pictures").mkdir()
+    (run / "pictures/a.png").write_bytes(b"first")
+    (run / "pictures/b.png").write_bytes(b"last")
+    (tmp_path / "out/study.json").write_text("{}")
+    (tmp_path / "out/data").mkdir()
+    size = archive.pack(tmp_path / "out", tmp_path / "a.tar.xz")
+    archive.pack(tmp_path / "out", tmp_path / "b.tar.xz")
+    assert (tmp_path / "a.tar.xz").read_bytes() == (tmp_path / "b.tar.xz").read_bytes()
+    assert size == (tmp_path / "a.tar.xz").stat().st_size < 10_000
+    with archive.unpacked(tmp_path / "a.tar.xz") as folder:
+        names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+        assert names == {"study.json", *(f"mae-0/{n}" for n in (
+            "recipe.yaml", "metrics.jsonl", "eval/knn.json", "pictures/b.png"))}  # fmt: skip
+        lines = (folder / "mae-0/metrics.jsonl").read_text().splitlines()
+        kept = [json.loads(line) for line in lines]
+        assert len(kept) == archive.STEPS
+        assert (kept[0], kept[-1]) == ({"step": 1, "loss": 1.3333}, {"step": 1000, "loss": 1000.3})
+        assert json.loads((folder / "mae-0/eval/knn.json").read_text())["top1"] == 12.346
+    (tmp_path / "a.tar.xz").write_bytes(b"no tar")
+    with pytest.raises(UserError, match=r"a\.tar\.xz: no archive of runs"):
+        rebuild(tmp_path / "a.tar.xz")
+    with pytest.raises(UserError, match="absent: no such file"):
+        rebuild(tmp_path / "absent")
+
+
+def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch):
+    for number in range(4):
+        folder = tmp_path / f"out/run{number}-0/pictures"
+        folder.mkdir(parents=True)
+        (folder.parent / "recipe.yaml").write_text("name: mae\n")
+        (folder / "a.png").write_bytes(os.urandom(40_000))
+    monkeypatch.setattr(archive, "LARGEST", 100_000)
+    assert archive.pack(tmp_path / "out", tmp_path / "a") < 100_000
+    with archive.unpacked(tmp_path / "a") as folder:
+        assert len(list(folder.rglob("*.png"))) == 2
+        assert len(list(folder.rglob("recipe.yaml"))) == 4
+    monkeypatch.setattr(archive, "LARGEST", 100)
+    with pytest.raises(UserError, match="are over 100"):
+        archive.pack(tmp_path / "out", tmp_path / "a")
+
+
+# ------------------------------------------------------------------ all of it
+
+
+@pytest.mark.slow
+def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
+    """Claim 6 with one seed: shards, tuning, pretraining, finetuning, training from scratch, page.
+
+    Half a minute of two cores: nine real commands, the only run of all parts together.
+    """
+    source = write_archive(tmp_path / "cifar-10-binary.tar.gz", train=160, test=64)
+    page = tmp_path / "page/cifar.tar.xz"
+    words = [
+        sys.executable, ROOT / "eval/cifar_paper.py", "--scale", "cifar-tiny", "--claims", "6",
+        "--seeds", "1", "--cifar10", source, "--data", tmp_path / "data", "--output",
+        tmp_path / "out", "--archive", page,
+    ]  # fmt: skip
+    words = list(map(str, words))
+    jobs = tmp_path / "out/jobs.jsonl"
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while first.poll() is None and not (jobs.is_file() and jobs.read_text().count("\n") >= 2):
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    output = first.communicate(timeout=60)[0].decode()
+    assert first.returncode, output
+    assert read_manifest(tmp_path / "data/shards/train").classes == tuple(sorted(CLASSES))
+    begun = {json.loads(line)["name"] for line in jobs.read_text().splitlines()
+             if json.loads(line)["code"] == 0}  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {"claims": {"6": False}}
+    names = Counter(json.loads(line)["name"] for line in jobs.read_text().splitlines()
+                    if json.loads(line)["code"] == 0)  # fmt: skip
+    assert begun <= names.keys()
+    assert set(names.values()) == {1}  # nothing was done twice
+    assert len(names) == 9
+    trials = read_trials(tmp_path / "out/tuning.json")
+    assert [(t.method, t.base_lr) for t in trials] == [("MAE", 5e-4), ("MAE", 2e-3)]
+    report = (tmp_path / "out/report.md").read_text()
+    assert "Claim 6 is undecided here" in report
+    assert "Finetuning" not in report.split("## Learning rates")[0]
+    again = subprocess.run(
+        [*words[:2], "--page", str(page)], capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    rebuilt = (page.parent / "cifar10.md").read_text()
+    claims = report.split("## Overview")[0]
+    assert rebuilt.startswith(claims)
+    assert "## Learning rates" in claims

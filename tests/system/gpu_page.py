@@ -1,0 +1,186 @@
+"""The page of a GPU check: tables and bars in Markdown, from its result.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from shard_tools.atomic import write_atomic
+
+BEGIN, END = "<!-- figures of make gpu-check -->", "<!-- end -->"
+WIDTH = 30  # of the longest bar
+PHASES = ("masks", "embed", "encoder", "teacher", "decoder", "heads", "loss", "backward",
+          "optimizer", "EMA", "rest")  # fmt: skip
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A figure with so many significant digits; a dash for none."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def percent(value: Any) -> str:
+    """A share in percent; a dash for none."""
+    return "-" if value is None else f"{value:.2%}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def bars(values: dict[str, float], unit: str) -> list[str]:
+    """A bar per value, the longest WIDTH blocks."""
+    longest, wide = max(values.values()), max(map(len, values))
+    lines = [
+        f"{name:{wide}} {'█' * max(1, round(WIDTH * value / longest)):{WIDTH}} {number(value)}"
+        for name, value in values.items()
+    ]
+    return ["```", f"{unit}", *lines, "```"]
+
+
+def step_lines(found: dict[str, Any]) -> list[str]:
+    """images/s, MFU, memory and launches; then milliseconds and launches by phase."""
+    rows = {t: r for t, r in found.get("steps", {}).items() if "images_per_second" in r}
+    if not rows:
+        return []
+    lines = [f"## A step, {found['batch']} images of ViT-B/16", ""]
+    lines += bars({title: row["images_per_second"] for title, row in rows.items()}, "images/s")
+    head = ["step", "images/s", "ms", "MFU", "peak GB", "launches", "copies", "waits"]
+    body = []
+    for title, row in rows.items():
+        mfu = percent(row.get("mfu"))
+        keys = ("peak_gb", "launches", "copies", "waits")
+        body.append([title, number(row["images_per_second"]), number(row["ms"]), mfu,
+                     *(number(row.get(key)) for key in keys)])  # fmt: skip
+    lines += ["", *table(head, body), ""]
+    if found.get("ratios"):
+        told = (f"{name} {number(value)}" for name, value in found["ratios"].items())
+        lines += [f"Ratios: {'; '.join(told)}.", ""]
+    ours = {title: row for title, row in rows.items() if row["ms_by_phase"].keys() - {"rest"}}
+    if ours:
+        body = []
+        for phase in PHASES:
+            cells = (
+                f"{number(row['ms_by_phase'].get(phase))} / "
+                f"{number(row['launches_by_phase'].get(phase))}"
+                for row in ours.values()
+            )
+            body.append([phase, *cells])
+        lines += ["ms / launches by phase:", "", *table(["phase", *ours], body), ""]
+    return lines
+
+
+def kernel_lines(found: dict[str, Any]) -> list[str]:
+    """Microseconds of every call by way, and how near a copy the kernel comes."""
+    rows = found.get("microseconds", {})
+    if not rows:
+        return []
+    lines = ["## Kernels, microseconds", ""]
+    near = {name: 100 * row["of copy"] for name, row in rows.items() if "of copy" in row}
+    if near:
+        lines += bars(near, "% of a device copy's bandwidth")
+    columns = ["eager", "compiled", "triton", "copy"]
+    body = [[name, *(number(row.get(c)) for c in columns)] for name, row in rows.items()]
+    return [*lines, "", *table(["call", *columns], body), ""]
+
+
+def curve_lines(found: dict[str, Any]) -> list[str]:
+    """Every recipe's last loss in fp32, and how far bf16 ends up under each stage."""
+    curves = found.get("curves", {})
+    if not curves:
+        return []
+    body = []
+    for name, row in curves.items():
+        cells = (row["bf16"].get(str(stage)) for stage in range(4))
+        body.append([name, f"{number(row['fp32'][0])} → {number(row['fp32'][-1])}",
+                     *(percent(cell["distance"]) if cell else "-" for cell in cells)])  # fmt: skip
+    head = ["recipe", "loss in fp32", *(f"ZeRO-{stage}" for stage in range(4))]
+    lines = ["## Loss curves: bf16 against fp32, mean distance", ""]
+    return [*lines, *table(head, body), ""]
+
+
+def agreement_lines(found: dict[str, Any]) -> list[str]:
+    """The largest distance of kernel and reference for each call."""
+    rows = found.get("agreement", {})
+    if not rows:
+        return []
+    body = [[name, number(r["distance"], 2), number(r["allowed"], 2)] for name, r in rows.items()]
+    return ["## Kernel against reference", "", *table(["call", "largest", "allowed"], body), ""]
+
+
+def loader_lines(found: dict[str, Any]) -> list[str]:
+    """Images/s by workers, and what bounds each recipe."""
+    rates = found.get("images_per_second", {})
+    if not rates:
+        return []
+    told = ", ".join(f"{number(rate)} with {n} workers" for n, rate in rates.items())
+    lines = ["## The loader", "", f"Images/s on {found['cores']} cores: {told}.", ""]
+    for name, row in found.get("bound", {}).items():
+        lines.append(f"- {name}: bound by {row['by']}; {number(row['cores_needed'])} cores feed it")
+    return [*lines, ""]
+
+
+def ncu_lines(found: dict[str, Any]) -> list[str]:
+    """Nsight Compute's figures of the slowest call."""
+    if "kernels" not in found:
+        return []
+    lines = [f"## Nsight Compute: {found['call']}", ""]
+    for kernel, metrics in found["kernels"].items():
+        body = [[name, value] for name, value in metrics.items()]
+        lines += [*table([kernel, ""], body), ""]
+    return lines
+
+
+PARTS = {
+    "step": step_lines, "kernel_speed": kernel_lines, "recipes": curve_lines,
+    "numerics": agreement_lines, "loader": loader_lines, "ncu": ncu_lines,
+}  # fmt: skip
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page of a result, finished or not."""
+    device = result["device"] or "no device yet"
+    machine = [f"torch {result['torch']}"] if result.get("torch") else []
+    machine += [f"{result['cores']} cores"] if result.get("cores") else []
+    lines = [f"# {device}, {result['date'][:10]}", ""]
+    if result["rehearsal"]:
+        lines += ["A rehearsal: the smallest sizes, and figures that mean nothing.", ""]
+    lines += [f"{', '.join(machine)}; {number(result['seconds'])} s.", ""]
+    results = result["results"]
+    body = [
+        [name, status, number(results[name].get("seconds"))]
+        for name, status in result["stages"].items()
+    ]
+    lines += [*table(["stage", "became", "s"], body), ""]
+    for name, part in PARTS.items():
+        lines += part(results.get(name, {}))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_into(document: Path, source: Path) -> int:
+    """Put the page of a result between the marks of a document; the exit code."""
+    try:
+        result = json.loads(source.read_text())
+        text = document.read_text()
+    except OSError as error:
+        print(f"error: {error.filename}: cannot be read ({error.strerror})", file=sys.stderr)
+        return 2
+    if result["rehearsal"] or result.get("null"):
+        print(f"error: {source}: is a rehearsal on {result['device']}; its figures mean nothing "
+              "and go into no document", file=sys.stderr)  # fmt: skip
+        return 2
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"error: {document}: needs the lines {BEGIN} and {END}, between which the page goes",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    inside = page(result).replace("\n#", "\n##").replace("# ", "## ", 1)
+    write_atomic(document, f"{before}{BEGIN}\n\n{inside}\n{END}{after}")
+    print(f"{document}: has the figures of {result['device']}, {result['date']}")
+    return 0

@@ -1,0 +1,307 @@
+"""make gpu-check: rehearsed on the CPU and on a null GPU; its ways to end badly; its figures."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_check
+import gpu_page
+import null_gpu
+import pytest
+import torch
+from bench_gpu import least_bytes, leaves_of, with_backward
+from gpu_stages import STAGES
+from gpu_stages.kernels import allowed, distance, read_junit, read_ncu, slowest
+from gpu_stages.training import MOST, apart
+
+from pipeline.kernels.cases import Sizes
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tests/system/gpu_check.py"
+# What a GPU node does not have.
+ABSENT = ("hypothesis", "moto", "boto3", "skimage")
+
+
+@pytest.fixture
+def absent(tmp_path):
+    """A folder that, first on the path, makes packages look as if they were not installed."""
+    for name in ABSENT:
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
+    return str(tmp_path)
+
+
+def test_every_stage_has_a_box_and_all_fit_before_they_begin():
+    assert STAGES.keys() == gpu_check.BOXES.keys()
+    names = list(gpu_check.BOXES)
+    for number, (_, needs, _) in enumerate(gpu_check.BOXES.values()):
+        assert all(names.index(needed) < number for needed in needs)
+
+
+@pytest.mark.slow
+def test_the_rehearsal(tmp_path, absent):
+    """Every stage on the CPU, without what a node lacks and without a compiler."""
+    environment = os.environ | {
+        "PYTHONPATH": absent,
+        "PYTEST_ADDOPTS": "-p no:hypothesispytest",  # which is installed here
+    }
+    command = [sys.executable, SCRIPT, "--rehearse", "--output", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
+    last = json.loads(done.stdout.splitlines()[-1])
+    expected = dict.fromkeys(STAGES, "passed")
+    skipped = {name: status for name, status in last["stages"].items() if "skipped" in status}
+    assert skipped.keys() <= {"ops", "ncu"}, last["stages"]
+    assert last["stages"] == expected | skipped, (tmp_path / "out/log.txt").read_text()[-5000:]
+    assert done.returncode == 0
+    assert last["device"].startswith("CPU")
+
+    result = json.loads((tmp_path / "out/result.json").read_text())["results"]
+    assert result["kernels"]["tests"] > result["kernels"]["skipped"]
+    curves = result["recipes"]["curves"]
+    assert {stage for row in curves.values() for stage in row["bf16"]} == {"0", "1", "2", "3"}
+    steps = result["step"]["steps"]
+    assert {n for n, row in steps.items() if "images_per_second" in row} >= {
+        "mae", "rmae", "cmae", "plain MAE", "plain MAE, compiled",
+    }  # fmt: skip
+    for name in ("mae", "rmae", "cmae"):
+        assert sum(steps[name]["launches_by_phase"].values()) == steps[name]["launches"]
+    assert steps["cmae"]["launches_by_phase"]["EMA"] > 0
+    assert result["resume"]["killed_after"] > result["resume"]["resumed_from"] >= 10
+    assert result["loader"]["bound"].keys() == {"mae", "rmae", "cmae"}
+    page = (tmp_path / "out/page.md").read_text()
+    assert "A rehearsal" in page
+    assert "█" in page
+
+    document = tmp_path / "gpu.md"
+    document.write_text(f"{gpu_page.BEGIN}\n{gpu_page.END}\n")
+    command = [sys.executable, SCRIPT, "--write", document, "--output", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "go into no document" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_stages_on_a_gpu_that_computes_nothing(tmp_path):
+    """The CUDA path of every stage that needs no figures: torch's CUDA build, Triton's compiler for
+    sm_80, DeepSpeed under every ZeRO stage, and exact launches."""
+    try:
+        environment = null_gpu.environment(tmp_path)
+    except null_gpu.NoCompilerError as error:
+        pytest.skip(str(error))
+    names = ["numerics", "recipes", "step", "kernel_speed", "loader", "ncu"]
+    environment["PYTHONPATH"] = os.pathsep.join(gpu_check.PATHS)
+    command = [sys.executable, SCRIPT, "--rehearse", "--output", tmp_path, "--stage", *names]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=1800, check=False
+    )
+    found = {}
+    for name in names:
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found[name]["null"]
+        status = found[name]["status"]
+        assert status == "passed" or (name == "ncu" and "no ncu" in status), done.stderr[-5000:]
+    steps = found["step"]["steps"]
+    # Masks are one launch; a step without a teacher reads what DeepSpeed reads and waits no more.
+    assert steps["mae"]["launches_by_phase"]["masks"] == 1
+    assert steps["cmae"]["launches_by_phase"]["masks"] <= 12
+    assert steps["mae"]["waits"] <= 9
+    assert steps["cmae"]["waits"] <= steps["mae"]["waits"]
+    assert steps["plain MAE"]["waits"] == 0
+
+
+# ---- ways to end badly ---------------------------------------------------------------------------
+
+STAGE = """
+import json, subprocess, sys, time
+from pathlib import Path
+folder, name = Path(sys.argv[1]), sys.argv[2]
+def note(**found):
+    (folder / f"{name}.json").write_text(json.dumps({"device": "some GPU"} | found))
+note(curves=1)
+if name == "kernels":      # hangs, with a child
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child").write_text(str(child.pid))
+    print("waits", flush=True); time.sleep(60)
+if name == "numerics":     # dies without a word of its own
+    print("CUDA error: an illegal memory access", flush=True); import os; os._exit(134)
+if name == "recipes":      # says what is wrong
+    note(status="failed: mae under ZeRO-3 is 7 % off fp32")
+if name == "step":
+    note(status="passed", batch=8)
+"""
+
+
+class Staged(gpu_check.Check):
+    """A check whose stages are short scripts."""
+
+    def command(self, name, box):
+        return [sys.executable, "-c", STAGE, str(self.folder), name]
+
+
+def test_a_stage_that_hangs_or_dies_hides_nothing(tmp_path):
+    args = argparse.Namespace(
+        output=tmp_path, budget=60, limit=6, rehearse=False, batch=1, mae=None
+    )
+    result = Staged(args, ["kernels", "numerics", "recipes", "step"]).run()
+    assert result["device"] == "some GPU"
+    assert result["stages"] == {
+        "kernels": "failed: not done within 6 s",
+        "numerics": "failed: exit code 134: CUDA error: an illegal memory access",
+        "recipes": "failed: mae under ZeRO-3 is 7 % off fp32",
+        "step": "passed",
+    }
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written["stages"] == result["stages"]
+    assert written["results"]["kernels"]["curves"] == 1  # what it had found before it hung
+    assert "waits" in (tmp_path / "log.txt").read_text()
+    child = int((tmp_path / "child").read_text())
+    end = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < end, "a child of the stage that hung lives on"
+        time.sleep(0.1)
+
+
+def test_stages_that_find_no_time_are_skipped(tmp_path):
+    args = argparse.Namespace(output=tmp_path, budget=4, limit=0, rehearse=False, batch=1, mae=None)
+    result = Staged(args, ["step", "loader"]).run()
+    assert result["stages"] == dict.fromkeys(("step", "loader"), "skipped: no time left of 4 s")
+    assert result["device"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "there is none here; make gpu-check REHEARSE=1" in done.stderr
+
+
+# ---- what the figures rest on --------------------------------------------------------------------
+
+
+def test_a_kernel_that_is_off_is_no_agreement():
+    x = torch.linspace(-4, 4, 9)
+    assert distance(x, x) == 0
+    assert distance(x + 1, x) == 0.25  # of the largest value
+    assert not distance(x * float("nan"), x) <= allowed(x)
+    assert not distance(-x, x) <= allowed(x)
+    assert distance(x[:3], x) == float("inf")
+    assert distance(x.bfloat16(), x) == float("inf")
+    bits = torch.tensor([0, 255], dtype=torch.uint8)
+    assert distance(bits, bits.flip(0)) == 255  # not 1: bytes do not wrap
+    places = torch.tensor([0, 1], dtype=torch.int32)
+    assert distance(places, places) <= allowed(places) < distance(places, places + 1)
+
+
+def test_a_curve_with_a_nan_is_off():
+    assert apart([1.01, 2.0], [1.0, 2.0]) == pytest.approx(0.005)
+    assert not apart([1.0, float("nan")], [1.0, 2.0]) <= MOST
+
+
+def test_least_bytes_of_a_call_by_hand():
+    sizes = Sizes(2, side=32, patch=8, width=16, decoder=32, keep=4)
+    found = least_bytes(sizes)
+    assert found["cutmix"] == 2 * 2 * 32 * 32 * 3  # read and written
+    rows, values = 2 * (sizes.length - sizes.keep), sizes.values
+    read = rows * values * (2 + 1) + rows * 4  # predictions in bf16, pixels, positions
+    assert read <= found["patch_loss"] <= 1.2 * read + 1000
+    assert found["patch_loss with backward"] > found["patch_loss"] + rows * values * 2
+
+
+def test_backward_is_timed_without_adding_up_gradients():
+    a, b = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    call = with_backward(lambda: a * (2 * a + b).detach() + 3 * b)
+    assert [leaf is x for leaf, x in zip(leaves_of(a * 1 + b), (a, b), strict=True)] == [True] * 2
+    for _ in range(2):
+        assert torch.equal(sum(call()), torch.full((3,), 6.0))
+    assert a.grad is None
+    assert b.grad is None
+
+
+# ---- page, ncu, junit ----------------------------------------------------------------------------
+
+
+def result_of(**results):
+    return {
+        "device": "NVIDIA H100", "date": "2027-01-02T03:04:05+00:00", "torch": "2.11.0",
+        "cores": 16, "rehearsal": False, "seconds": 401.2,
+        "stages": dict.fromkeys(results, "passed"), "results": results,
+    }  # fmt: skip
+
+
+STEP = {
+    "images_per_second": 1000.0, "ms": 128.0, "mfu": 0.4213, "peak_gb": 20.5, "launches": 1250,
+    "copies": 3, "waits": 2, "ms_by_phase": {"encoder": 40.0, "rest": 2.0},
+    "launches_by_phase": {"encoder": 200, "rest": 5},
+}  # fmt: skip
+
+
+def test_the_page_goes_between_the_marks_and_replaces_the_one_before(tmp_path):
+    document, source = tmp_path / "gpu.md", tmp_path / "result.json"
+    document.write_text(f"# Head\n\n{gpu_page.BEGIN}\nold\n{gpu_page.END}\ntail\n")
+    plain = STEP | {"images_per_second": 500.0, "ms_by_phase": {"rest": 1.0}}
+    rows = {"mae": STEP, "plain MAE": plain, "facebookresearch/mae": {"skipped": "no checkout"}}
+    found = {"batch": 128, "steps": rows, "ratios": {"mae / plain MAE": 2.0}}
+    source.write_text(json.dumps(result_of(step=found)))
+    for _ in range(2):
+        assert gpu_page.write_into(document, source) == 0
+    text = document.read_text()
+    assert text.startswith("# Head\n")
+    assert text.endswith(f"{gpu_page.END}\ntail\n")
+    assert "old" not in text
+    assert text.count("## NVIDIA H100, 2027-01-02") == 1
+    assert "### A step, 128 images" in text
+    bars = {
+        line.split("█")[0].strip(): line.count("█") for line in text.splitlines() if "█" in line
+    }
+    assert bars == {"mae": 30, "plain MAE": 15}
+    assert "| mae | 1,000 | 128 | 42.13% | 20.5 | 1,250 | 3 | 2 |" in text
+    assert "| encoder | 40 / 200 |" in text
+    document.write_text("no marks\n")
+    assert gpu_page.write_into(document, source) == 2
+    assert document.read_text() == "no marks\n"
+
+
+def test_docs_gpu_has_the_marks():
+    text = (ROOT / "docs/gpu.md").read_text()
+    assert 0 < text.index(gpu_page.BEGIN) < text.index(gpu_page.END)
+
+
+def test_the_slowest_kernel_is_the_furthest_from_a_copy_of_those_that_take_time():
+    rows = {
+        "tiny": {"triton": 3.0, "of copy": 0.01},
+        "jitter": {"triton": 900.0, "of copy": 0.05},
+        "loss": {"triton": 100.0, "of copy": 0.8},
+        "untimed": {"eager": 1.0},
+    }
+    assert slowest(rows) == "jitter"
+    assert slowest({"tiny": rows["tiny"]}) == "tiny"
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","color_jitter_kernel","GPU Speed Of Light","DRAM Throughput","%","12.5"
+"0","7","color_jitter_kernel","Launch Statistics","Registers Per Thread","register/thread","40"
+"1","7","color_jitter_sum_kernel","GPU Speed Of Light","DRAM Throughput","%","8"
+"""
+
+
+def test_ncu_csv_is_read_by_kernel_and_metric():
+    assert read_ncu(NCU) == {
+        "color_jitter_kernel": {
+            "DRAM Throughput": "12.5 %", "Registers Per Thread": "40 register/thread",
+        },
+        "color_jitter_sum_kernel": {"DRAM Throughput": "8 %"},
+    }  # fmt: skip
+    assert read_ncu("==ERROR== no counters\n") == {}
+
+
+def test_a_pytest_report_names_what_failed(tmp_path):
+    (tmp_path / "r.xml").write_text(
+        '<testsuites><testsuite><testcase classname="a" name="b"/>'
+        '<testcase classname="a" name="c"><failure/></testcase>'
+        '<testcase classname="a" name="d"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert read_junit(tmp_path / "r.xml") == {"tests": 3, "skipped": 1, "failed": ["a::c"]}
