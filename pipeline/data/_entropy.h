@@ -7,9 +7,9 @@
  * columns only the DC differences are kept; and where restart markers cut the scan, what has no
  * wanted MCU is not read at all.
  *
- * read_mcu stands in for the library's own reader (Entropy.decode_mcu, the same since libjpeg 6b;
- * works() tries it out once). It gives the same coefficients or fails, and whoever called it then
- * takes the library's: what is damaged, and how, is the library's to judge.
+ * next_mcu stands in for the library's own reader, Entropy.decode_mcu, which has been the same from
+ * libjpeg 6b to libjpeg-turbo 3.1. It gives the same coefficients or fails, and whoever called it
+ * then takes the library's: what is damaged, and how, is the library's to judge.
  */
 #include <stdint.h>
 #include <stdio.h>

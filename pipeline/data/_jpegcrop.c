@@ -12,6 +12,7 @@
  *
  * size(data) -> (width, height)
  * next_marker(data, start) -> index
+ * read_many(files, buffer), decode_many(files, buffer, boxes, out, done, size, bicubic)
  * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd, entropy)
  *
  * ValueError: not for this decoder (broken, CMYK, 12 bits ...). OverflowError: hostile.
@@ -19,12 +20,14 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <errno.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <jpeglib.h>
 
@@ -466,28 +469,28 @@ static PyObject *py_size(PyObject *self, PyObject *args) {
     return result;
 }
 
+/* The next marker of [at, end) that is neither escaped data nor a restart marker, or NULL. */
+static const uint8_t *find_marker(const uint8_t *at, const uint8_t *end) {
+    while (end - at > 1) {
+        at = memchr(at, 0xFF, (size_t)(end - 1 - at));
+        if (!at) break;
+        if (at[1] == 0xFF) at += 1;
+        else if (at[1] == 0 || (at[1] >= JPEG_RST0 && at[1] <= JPEG_RST0 + 7)) at += 2;
+        else return at;
+    }
+    return NULL;
+}
+
 /* As _next_marker in shard_tools/image_file/jpeg.py, several times as fast. */
 static PyObject *py_next_marker(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer data;
     Py_ssize_t start;
     if (!PyArg_ParseTuple(args, "y*n:next_marker", &data, &start)) return NULL;
-    const uint8_t *bytes = data.buf;
-    Py_ssize_t at = start < 0 ? data.len : start, found = -1;
-    while (at + 1 < data.len) {
-        const uint8_t *next = memchr(bytes + at, 0xFF, (size_t)(data.len - 1 - at));
-        if (!next) break;
-        at = next - bytes;
-        uint8_t code = next[1];
-        if (code == 0xFF) at += 1;
-        else if (code == 0 || (code >= 0xD0 && code <= 0xD7)) at += 2;
-        else {
-            found = at;
-            break;
-        }
-    }
+    const uint8_t *bytes = data.buf, *found = NULL;
+    if (start >= 0 && start < data.len) found = find_marker(bytes + start, bytes + data.len);
     PyBuffer_Release(&data);
-    return PyLong_FromSsize_t(found);
+    return PyLong_FromSsize_t(found ? found - bytes : -1);
 }
 
 /* One that is in no thread's hands; both under the interpreter's lock. */
@@ -568,7 +571,152 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
     return result;
 }
 
+/* ---------------------------------------------------------------- many files at once */
+
+/* One file: where it is and where it goes in the buffer; its size, or zeros for one that is not for
+ * decode_many. A row of an int64 array. */
+typedef struct {
+    int64_t file, offset, length, start, width, height;
+} File;
+
+enum { MOST_PIXELS = 89478485, LONGEST_SIDE = 65500 }; /* as in shard_tools/image_file/header.py */
+
+/* Content of a frame header: whether shard_tools/image_file/jpeg.py calls it plain, and it is not
+ * CMYK. */
+static int read_plain_frame(const uint8_t *at, size_t length, File *file) {
+    if (length < 9 || at[0] != 8 || (at[5] != 1 && at[5] != 3)) return 0;
+    if (length != 6 + 3 * (size_t)at[5] || !memchr("\x11\x21\x22\x12\x41", at[7], 5)) return 0;
+    if (at[5] == 3 && (at[10] != 0x11 || at[13] != 0x11)) return 0;
+    file->height = at[1] << 8 | at[2];
+    file->width = at[3] << 8 | at[4];
+    return file->width > 0 && file->height > 0 && file->width <= LONGEST_SIDE
+           && file->height <= LONGEST_SIDE && file->width * file->height <= MOST_PIXELS;
+}
+
+/* Whether the file is a baseline JPEG of one scan that jpeg.py accepts and calls plain; what is not
+ * is for jpeg.py to judge. */
+static int read_plain_header(const uint8_t *data, size_t length, File *file) {
+    const uint8_t *at = data + 2, *end = data + length, *frame = NULL;
+    if (length < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
+    for (;;) {
+        if (end - at < 4 || at[0] != 0xFF) return 0;
+        int kind = at[1], size = at[2] << 8 | at[3];
+        if (size < 2 || end - at < 2 + size) return 0;
+        if (kind == 0xC0 || kind == 0xC1) {
+            if (frame || !read_plain_frame(at + 4, (size_t)size - 2, file)) return 0;
+            frame = at + 4;
+        } else if (kind == 0xDA) {
+            if (!frame || size < 3 || at[4] != frame[5]) return 0;
+            at = find_marker(at + 2 + size, end);
+            return at && at[1] == JPEG_EOI;
+        } else if (kind != 0xC4 && kind != 0xDB && kind != 0xDD && kind != 0xFE
+                   && (kind < 0xE0 || kind > 0xEF)) {
+            return 0;
+        }
+        at += 2 + size;
+    }
+}
+
+/* Read a file into the buffer, or say that it is not for decode_many. */
+static void read_file(File *file, uint8_t *buffer) {
+    file->width = file->height = 0;
+    uint8_t *to = buffer + file->start;
+    for (int64_t done = 0; done < file->length;) {
+        ssize_t count = pread((int)file->file, to + done, (size_t)(file->length - done),
+                              (off_t)(file->offset + done));
+        if (count <= 0 && !(count < 0 && errno == EINTR)) return;
+        if (count > 0) done += count;
+    }
+    File found = *file;
+    if (read_plain_header(to, (size_t)file->length, &found)) *file = found;
+}
+
+/* The rows of `files`, all inside a buffer of `room` bytes; -1 with an exception. */
+static Py_ssize_t check_files(const Py_buffer *files, Py_ssize_t room) {
+    const File *file = files->buf;
+    Py_ssize_t count = files->len / (Py_ssize_t)sizeof *file;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (file[i].start < 0 || file[i].length < 0 || file[i].start > room
+            || file[i].length > room - file[i].start)
+            count = -2;
+    if (files->len % (Py_ssize_t)sizeof *file || count < 0) {
+        PyErr_SetString(PyExc_TypeError, "files: rows of 6 int64 that lie inside the buffer");
+        return -1;
+    }
+    return count;
+}
+
+static PyObject *py_read_many(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer files, buffer;
+    if (!PyArg_ParseTuple(args, "w*w*:read_many", &files, &buffer)) return NULL;
+    Py_ssize_t count = check_files(&files, buffer.len);
+    if (count >= 0) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++) read_file((File *)files.buf + i, buffer.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&files);
+    PyBuffer_Release(&buffer);
+    return count < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* A rectangle; a row of a float64 array. */
+typedef struct {
+    double corners[4], inside, flip;
+} Rectangle;
+
+static PyObject *py_decode_many(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer files, buffer, boxes, out, done;
+    int size, cubic;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*w*ip:decode_many", &files, &buffer, &boxes, &out, &done,
+                          &size, &cubic))
+        return NULL;
+    Py_ssize_t count = check_files(&files, buffer.len), each = (Py_ssize_t)size * size * 3;
+    const Rectangle *box = boxes.buf;
+    uint8_t *flags = done.buf;
+    if (count >= 0 && (size < 1 || size > 4096 || out.len != count * each || done.len != count
+                       || boxes.len != count * (Py_ssize_t)sizeof *box)) {
+        PyErr_SetString(PyExc_TypeError, "boxes, out and done need a row for each file");
+        count = -1;
+    }
+    if (count >= 0) {
+        Scan *scan = take_scan();
+        int simd = has_avx2();
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++) {
+            const File *file = (const File *)files.buf + i;
+            Job *job = file->width ? calloc(1, sizeof *job) : NULL;
+            flags[i] = 0;
+            if (!job) continue;
+            job->data = (const uint8_t *)buffer.buf + file->start;
+            job->length = (size_t)file->length;
+            job->scan = scan;
+            flags[i] = (uint8_t)run(job, (uint8_t *)out.buf + i * each, size, box[i].corners,
+                                    box[i].inside != 0, box[i].flip != 0, cubic, simd);
+            close_job(job);
+        }
+        Py_END_ALLOW_THREADS
+        give_scan(scan);
+    }
+    PyBuffer_Release(&files);
+    PyBuffer_Release(&buffer);
+    PyBuffer_Release(&boxes);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&done);
+    return count < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyMethodDef methods[] = {
+    {"read_many", py_read_many, METH_VARARGS,
+     "read_many(files, buffer)\n\nfiles: int64 rows of file descriptor, offset, length, place in "
+     "the buffer, width, height, of which the last two are filled in: 0 for what is not a baseline "
+     "JPEG that every decoder takes, or cannot be read."},
+    {"decode_many", py_decode_many, METH_VARARGS,
+     "decode_many(files, buffer, boxes, out, done, size, bicubic)\n\nAs decode() for each file "
+     "that has a width. boxes: float64 rows of left, top, right, bottom, inside, flip; done: uint8, "
+     "0 for a file that decode() would not take."},
     {"size", py_size, METH_VARARGS, "size(data) -> (width, height) of a JPEG"},
     {"next_marker", py_next_marker, METH_VARARGS,
      "next_marker(data, start) -> index of the next 0xff of a marker inside a scan, or -1"},

@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side
+from pipeline.data.jpeg import Choose
 from pipeline.data.order import (
     CROPS,
     SECOND_CROPS,
@@ -37,6 +38,7 @@ from pipeline.data.order import (
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import GIB, ShardCache
 from pipeline.data.shared import share
+from pipeline.data.slots import Slots, lent
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
 from shard_tools import shuffle_quality
@@ -74,6 +76,7 @@ class Batch:
     bad_samples: int = 0
     faults: tuple[str, ...] = ()
     second: torch.Tensor | None = None
+    slot: tuple[int, int] | None = None  # between processes: where the images are
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader's pinning thread)."""
@@ -82,10 +85,17 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         # From worker to main process: only the image is worth a piece of shared memory.
-        return self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
+        state = self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
+        if self.slot is not None:
+            state |= {"image": tuple(self.image.shape), "second": self.second is not None}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
+        if self.slot is not None:
+            shape = 1 + state["second"], *state["image"]
+            self.image, *others = lent(*self.slot, shape)
+            self.second, self.slot = (others or [None])[0], None
 
 
 @dataclass(frozen=True)
@@ -155,9 +165,11 @@ class _Train(Dataset):
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
         self._fetch_ahead(step, first, samples)
-        images, faults = [self.reader.empty(self.micro_batch) for _ in self.streams], []
+        room, slot = self.reader.room(len(self.streams), self.micro_batch)
+        images, faults = list(room), []
         pixels = [image.numpy() for image in images]
-        for place in range(self.micro_batch):
+        chosen = [[self._choose(epoch, s, key) for s in self.streams] for key in keys.tolist()]
+        for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, pixels)):
             try:
                 self._decode(epoch, samples[place], keys[place], [p[place] for p in pixels])
             except SampleError as error:
@@ -167,9 +179,14 @@ class _Train(Dataset):
                 samples[place], keys[place] = self._replace(
                     epoch, within, first + place, [p[place] for p in pixels], error
                 )
+        if self.augment is not None:
+            for place, key in enumerate(keys.tolist()):
+                for view in range(len(self.streams)):
+                    self.augment(pixels[view][place], epoch, key, view)
         return Batch(
             images[0], self.reader.labels(samples), torch.from_numpy(samples),
             torch.from_numpy(keys), epoch, step, len(faults), tuple(faults), *images[1:],
+            slot=slot,
         )  # fmt: skip
 
     def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:
@@ -187,12 +204,12 @@ class _Train(Dataset):
 
     def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
         """Write the crops of a sample, one per stream of random numbers."""
-        for view, (stream, out) in enumerate(zip(self.streams, outs, strict=True)):
-            bits = random_bits(self.order.seed, epoch, stream, int(key), Crop.UNIFORMS)
-            uniform = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
-            self.reader.decode(int(sample), self.crop.choose(uniform), out)
-            if self.augment is not None:
-                self.augment(out, epoch, int(key), view)
+        for stream, out in zip(self.streams, outs, strict=True):
+            self.reader.decode(int(sample), self._choose(epoch, stream, int(key)), out)
+
+    def _choose(self, epoch: int, stream: int, key: int) -> Choose:
+        bits = random_bits(self.order.seed, epoch, stream, key, Crop.UNIFORMS)
+        return self.crop.choose(((bits >> np.uint64(11)) * 2.0**-53).tolist())
 
     def _replace(
         self, epoch: int, step: int, place: int, outs: list[np.ndarray], error: SampleError
@@ -223,15 +240,16 @@ class _Eval(Dataset):
     def __getitem__(self, task: int) -> Batch | Exception:
         first = self.low + task * self.batch_size
         samples = np.arange(first, min(first + self.batch_size, self.high))
-        image = self.reader.empty(len(samples))
+        image, slot = self.reader.room(len(samples))
         pixels = image.numpy()
         try:
-            for place, sample in enumerate(samples):
-                self.reader.decode(int(sample), self.crop, pixels[place])
+            chosen = [[self.crop]] * len(samples)
+            for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, [pixels])):
+                self.reader.decode(int(samples[place]), self.crop, pixels[place])
         except (SampleError, ManifestError) as error:
             return error
         numbers = torch.from_numpy(samples)
-        return Batch(image, self.reader.labels(samples), numbers, numbers)
+        return Batch(image, self.reader.labels(samples), numbers, numbers, slot=slot)
 
 
 def _context(start_method: StartMethod | None) -> str:
@@ -277,6 +295,8 @@ class Loader:
         self.tasks, self.bad_samples, self.decoder = tasks, 0, reader.decoder
         self.reader, self.manifest = reader, reader.manifest
         self._sizes = workers, dataset.images, reader.image_size
+        if workers and hasattr(os, "memfd_create"):  # Linux
+            reader.slots = Slots(workers, PREFETCH + 2, dataset.images * reader.image_size**2 * 3)
         self._iterator: Iterator[Any] | None = None
         self._workers: list[Any] = []
         self._loader = DataLoader(
