@@ -159,13 +159,14 @@ def training_tokens(
         seed=s.seed,
         partitions=partitions_of(s.batch_size, ranks.world),
         workers=session.workers,
+        pin_memory=session.ranks.pins_memory,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(s.steps))
     parts: list[tuple[Tensor, Tensor]] = []
     with loader.explaining():
         for batch in loader:
             tokens = session.patch_tokens(session.normalise(batch.image))
-            parts.append((tokens, batch.label.to(session.device)))
+            parts.append((tokens, batch.label.to(session.device, non_blocking=True)))
             if len(parts) * micro * ranks.world == s.batch_size:
                 yield parts
                 parts = []

@@ -35,7 +35,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
-from eval.shared.features import autocast
+from eval.shared.features import autocast, to_device
 from eval.shared.labels import with_images
 from eval.shared.results import Timer, check_output, output_path, write_result
 from eval.shared.session import EvalSession, encoder_of, session_of
@@ -99,7 +99,9 @@ def batch_hsic(session: EvalSession, pixels: Tensor, sample: Tensor, s: Settings
     """HSIC of one minibatch, float64 [pools, estimators, ratios, blocks, 3]: (K, L), (K, K),
     (L, L)."""
     length = session.vit.patch_embed.num_patches
-    masks = [kept_patches(sample, length, r, s.seed).to(pixels.device) for r in s.mask_ratios]
+    masks = [
+        to_device(kept_patches(sample, length, r, s.seed), pixels.device) for r in s.mask_ratios
+    ]
     rows = []
     for pairs in features(session, pixels, masks).values():
         for x, y in pairs:

@@ -141,7 +141,7 @@ def write_rows(s: Settings, session: EvalSession, manifest: Manifest, writer: Wr
     todo = ranks.agree(writer.todo)
     loader = image_sets.load_batches(
         manifest, size, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
-        skip=s.on_error == "skip",
+        skip=s.on_error == "skip", pin_memory=ranks.pins_memory,
     )  # fmt: skip
     for batch in progress(loader, ranks, f"embeddings of {s.images}", images=s.micro_batch):
         feature = embed(session, session.normalise(batch.image), s.feature)

@@ -108,6 +108,7 @@ class Finetuning:
             samples_per_epoch=self.settings.samples_per_epoch or 0,
             augment=self.augment,
             workers=self.session.workers,
+            pin_memory=self.ranks.pins_memory,
         )
         steps = range(start, self.plan.total)
         return train_loader(config, self.ranks.rank, self.ranks.world, steps)
@@ -125,7 +126,8 @@ class Finetuning:
             seed_step(self.settings.seed, step, number, self.ranks.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
-            pixels, target = self.mix(pixels, batch.label.to(self.ranks.device))
+            label = batch.label.to(self.ranks.device, non_blocking=True)
+            pixels, target = self.mix(pixels, label)
             losses.append(self.engine.micro_step(lr, pixels, target)[0])
         loss = torch.stack(losses).mean()
         if self.ranks.any(not bool(loss.isfinite())):

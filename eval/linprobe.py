@@ -99,13 +99,14 @@ def global_features(
         seed=s.seed,
         partitions=plan.partitions,
         workers=session.workers,
+        pin_memory=session.ranks.pins_memory,
     )
     loader = train_loader(config, ranks.rank, ranks.world, range(start, plan.total))
     parts: list[tuple[Tensor, ...]] = []
     with loader.explaining():
         for batch in loader:
             features = session.all_features(session.normalise(batch.image), names)
-            parts.append((batch.label.to(session.device), *features))
+            parts.append((batch.label.to(session.device, non_blocking=True), *features))
             if len(parts) * plan.micro_batch * ranks.world == s.batch_size:
                 columns = zip(*parts, strict=True)
                 label, *found = (ranks.gather(torch.cat(column)) for column in columns)

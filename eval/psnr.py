@@ -97,10 +97,13 @@ def measure(
         workers=s.workers,
         resize=s.resize or None,
         interleave=True,
+        pin_memory=ranks.pins_memory,
     )
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
     for batch in progress(loader, ranks, "PSNR", images=s.micro_batch):
-        image, sample = batch.image.to(ranks.device), batch.sample.to(ranks.device)
+        image, sample = (
+            part.to(ranks.device, non_blocking=True) for part in (batch.image, batch.sample)
+        )
         visible, inverse = model.mask(sample, mask_ratio, s.seed)
         prediction = model.predict(image, visible, inverse)
         error = squared_errors(image, prediction, inverse, visible.shape[1], model.patch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -49,6 +50,11 @@ class Ranks:
     def first(self) -> bool:
         """True on the rank that prints and writes."""
         return self.rank == 0
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches are prepared in page-locked memory, from which a GPU copies by itself."""
+        return self.device.type == "cuda"
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum of a tensor (any shape, same on every rank) over all ranks."""
@@ -95,25 +101,59 @@ def prepare_deepspeed() -> None:
     tools = str(Path(sys.executable).parent)
     if not os.environ.get("PATH", "").startswith(tools):
         os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
-    # Compiled ops belong to this environment: a cache shared by several would be rebuilt by each.
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(extensions_dir())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch)\.")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def can_build() -> bool:
-    """Whether DeepSpeed's fused ops can be compiled here: c++, Python's headers, ninja (and nvcc).
+def extensions_dir() -> Path:
+    """Where compiled ops of this machine go: a folder named by all that they depend on, so that a
+    node with GPUs and one without, or two environments, do not overwrite each other's.
+
+    In TORCH_EXTENSIONS_DIR, in this virtual environment, or in ~/.cache where that is read-only.
+    """
+    kind = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cpu":  # compiled for this processor
+        kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    hip, cuda = torch.version.hip, torch.version.cuda
+    built_with = f"rocm{hip}" if hip else f"cu{cuda}" if cuda else "nogpu"
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    name = f"torch{torch.__version__.partition('+')[0]}-{built_with}-{python}-{kind}"
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        root = Path(given)
+        # Of a parent process, perhaps on another accelerator.
+        return (root.parent if re.match(r"torch\d.*-py\d+-", root.name) else root) / name
+    own = Path(sys.prefix, "torch_extensions")
+    if sys.prefix != sys.base_prefix and os.access(own if own.exists() else own.parent, os.W_OK):
+        return own / name
+    return Path.home() / ".cache" / "torch_extensions" / name
+
+
+def cannot_build() -> str:
+    """Why DeepSpeed's fused ops cannot be compiled here; "" where they can, as far as is seen.
 
     Not where set-up tried and failed: it left torch_extensions/failed in this environment then.
     """
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    tools = [compiler, "ninja"]
-    if torch.cuda.is_available() and shutil.which("nvcc") is None:
-        tools.append(os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "nvcc"))
-    headers = Path(sysconfig.get_path("include"), "Python.h")
-    failed = Path(sys.prefix, "torch_extensions", "failed")
-    return all(map(shutil.which, tools)) and headers.is_file() and not failed.exists()
+    if torch.version.hip:
+        return "they were never tried on ROCm"
+    missing = [os.environ.get("CXX", "c++").split()[0], "ninja"]
+    missing = [tool for tool in missing if shutil.which(tool) is None]
+    if torch.cuda.is_available():
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        if not (shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))):
+            missing.append("nvcc")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python.h")
+    if missing:
+        return f"there is no {', '.join(missing)}"
+    if Path(sys.prefix, "torch_extensions", "failed").exists():
+        return "set-up could not compile them (make setup tries again)"
+    return ""
+
+
+def can_build() -> bool:
+    """Whether DeepSpeed's fused ops can be compiled here."""
+    return not cannot_build()
 
 
 def bf16_units() -> bool:
@@ -133,6 +173,8 @@ def check_environment() -> None:
         "MASTER_PORT": (1, 65535),
     }
     for name, (least, most) in limits.items():
+        if name not in os.environ:
+            continue
         if not _number(name) or not least <= int(os.environ[name]) <= most:
             raise UserError(
                 f"{name} is {os.environ[name]!r}: must be a number from {least} to {most}; the "
@@ -141,12 +183,45 @@ def check_environment() -> None:
 
 
 def _number(name: str) -> bool:
-    return os.environ[name].isascii() and os.environ[name].isdecimal()
+    value = os.environ.get(name, "")
+    return value.isascii() and value.isdecimal()
+
+
+def device_of(local_rank: int) -> torch.device:
+    """The device of a rank: the GPU of its number, or the CPU where there is none.
+
+    UserError where this host has fewer GPUs.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        noun = "GPU" if gpus == 1 else "GPUs"
+        raise UserError(
+            f"LOCAL_RANK {local_rank}: this host has {gpus} {noun}; start at most one rank per GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def untried_device() -> str:
+    """A line about a GPU that is not NVIDIA's, which was never tried; "" where there is none."""
+    if torch.version.hip and torch.cuda.is_available():
+        return "device: an AMD GPU (ROCm), which was never tried; its kernels are PyTorch's"
+    if not torch.cuda.is_available() and hasattr(torch, "xpu") and torch.xpu.is_available():
+        return "device: the CPU; the Intel GPU (XPU) of this machine is not used"
+    return ""
 
 
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
     """What goes wrong while the ranks find each other, as a UserError."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(
+                f"{name} is not set: with WORLD_SIZE {os.environ['WORLD_SIZE']} the ranks need to "
+                "know where rank 0 listens; the launcher sets it (launch.sh, deepspeed, torchrun)"
+            )
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         yield

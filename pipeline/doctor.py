@@ -197,7 +197,10 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
     if torch is not None and torch.version.cuda and torch.cuda.is_available():
         needed.append("nvcc")
     missing = [name for name in needed if name not in has]
-    built = sorted({path.parent.name for path in extensions().glob("**/*.so")})
+    built = []
+    if torch is not None:
+        folder = importlib.import_module("pipeline.distributed").extensions_dir()
+        built = sorted({path.parent.name for path in folder.glob("*/*.so")})
     cost = f"without {', '.join(missing)} nothing is compiled; what is compiled already is used"
     yield unless(not missing, "compiler", ", ".join(has) or "none", cost)
     if built:
@@ -207,13 +210,6 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
         cost = f"{when}; without them a run takes torch's AdamW and gloo's sum, which are slower"
         yield lack("DeepSpeed's ops", "none compiled", cost)
     yield decoder_finding()
-
-
-def extensions() -> Path:
-    """Where torch keeps what it compiled for this environment."""
-    own = Path(sys.prefix, "torch_extensions")
-    default = Path.home() / ".cache/torch_extensions"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or (own if own.is_dir() else default))
 
 
 def decoder_finding() -> Finding:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
@@ -29,7 +30,7 @@ from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
-from pipeline.method.teacher import Teacher
+from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
@@ -99,7 +100,7 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
         objective.to_empty(device="cpu")
         if teacher is not None:
             teacher.to_empty(device="cpu")
-            teacher.register_forward_hook(lambda module, given, key: keys.append(key))
+            teacher.register_forward_hook(lambda module, given, key: keys.extend(tree_leaves(key)))
         image = torch.empty(images, side, side, 3, dtype=torch.uint8)
         sample = torch.empty(images, dtype=torch.int64)
         crop = image if recipe.views.second == "crop" else None
@@ -215,9 +216,15 @@ def memory(
         weights=((part if stage == 3 else trained) + sum(here)) * size,
         gradients=kept * (2 if precision == "bf16" else 4),
         optimizer=part * (12 if stage else 8),
-        teacher=sum(p.numel() for p in teacher.parameters()) * 4 if teacher else 0,
+        teacher=teacher_bytes(teacher, precision) if teacher else 0,
         activations=work.activations,
     )
+
+
+def teacher_bytes(teacher: Teacher, precision: str) -> int:
+    """Bytes of a teacher: fp32, and of its linears a copy in the type of their products."""
+    copied = [] if precision == "fp32" else linear_weights(teacher)
+    return sum(p.numel() * 4 for p in teacher.parameters()) + sum(p.numel() * 2 for p in copied)
 
 
 def traffic(
@@ -316,7 +323,17 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "hours": round(total * flops / speed / 3600, 2),
         "utilisation": args.utilisation,
         "stages": rows,
+        "recommended_stage": recommended(rows),
     }
+
+
+def recommended(rows: list[dict[str, Any]]) -> int | None:
+    """The stage to run under: the lowest from 1 up that fits; None where none does.
+
+    Stage 1 costs the host least (docs/step.md) and sends no more than any other; 0 has no bf16 as
+    shipped.
+    """
+    return next((row["stage"] for row in rows if row["stage"] and row["fits"]), None)
 
 
 def show(plan: dict[str, Any]) -> str:
@@ -339,6 +356,9 @@ def show(plan: dict[str, Any]) -> str:
             f"{row['stage']:4}{row['micro_batch']:13}{row['accumulation']:8}{cells}"
             f"{row['memory_gb']:9.2f}{row['sent_gb_per_step']:14.3f}{fits}"
         )
+    stage = plan["recommended_stage"]
+    advice = "no stage fits: more GPUs, a smaller micro-batch or --checkpointing"
+    lines.append(advice if stage is None else f"recommended: ZeRO {stage} (the lowest that fits)")
     return "\n".join(lines)
 
 

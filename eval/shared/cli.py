@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline import progress as status
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, check_environment, device_of, joining, untried_device
 from pipeline.errors import UserError, refuse
 from pipeline.runtime.memory import explaining_memory
 from shard_tools.cores import cores
@@ -28,15 +28,20 @@ T = TypeVar("T")
 
 
 def join_ranks() -> Ranks:
-    """Join the ranks named by the environment (nccl on CUDA, gloo on CPU), or run alone."""
+    """Join the ranks named by the environment (nccl on CUDA, gloo on CPU), or run alone.
+
+    UserError where the environment is no rank's, or the ranks do not meet.
+    """
+    check_environment()
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     rank, world, local_rank, local_world = (int(os.environ.get(k, v)) for k, v in names.items())
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device = device_of(local_rank)
+    if rank == 0 and (line := untried_device()):
+        print(line, flush=True)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with joining():
+            dist.init_process_group(backend, rank=rank, world_size=world)
     return Ranks(rank, world, local_rank, local_world, device)
 
 

@@ -1,6 +1,7 @@
 """From pixels to the features of a frozen encoder."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -29,10 +30,21 @@ def normalise(
     image: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Tensor:
     """uint8 [b, H, W, 3] → float32 [b, 3, H, W] on the device, (x / 255 - mean) / std."""
-    centre = torch.tensor(mean, device=device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=device).view(1, 3, 1, 1)
+    centre, scale = (_channels(tuple(values), device) for values in (mean, std))
     pixels = image.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
     return (pixels - centre) / scale
+
+
+@lru_cache(maxsize=16)
+def _channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number per channel, [1, 3, 1, 1]; kept, since each copy to a GPU makes the host wait."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, by a copy that the host does not wait for."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def pool(tokens: Tensor, prefix: int, feature: str) -> Tensor:

@@ -89,8 +89,9 @@ def centre_crop(size: int) -> CentreCrop:
 
 
 def load_batches(
-    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool
-) -> Loader:
+    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool,
+    pin_memory: bool = False,
+) -> Loader:  # fmt: skip
     """Batches number `tasks` of `batch_size` centre crops each, in manifest order.
 
     An image that will not decode raises SampleError; with `skip` it is a black one, and its
@@ -98,7 +99,7 @@ def load_batches(
     """
     source = reader(manifest, size)
     dataset = _Batches(source, centre_crop(size), batch_size, skip)
-    return Loader(dataset, tasks, workers, False, source)  # type: ignore[arg-type]
+    return Loader(dataset, tasks, workers, pin_memory, source)  # type: ignore[arg-type]
 
 
 class _Batches(Dataset):

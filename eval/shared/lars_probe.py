@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eval.shared.features import to_device
 from pipeline.config.schedules import warmup_cosine
 
 
@@ -106,7 +107,7 @@ class Training:
         trust = torch.where((size > 0) & (slope > 0), self.trust * size / slope, 1.0)
         weight = weight * trust[:, None, None]
         rates = [self.rate(step, head) for head in range(len(self.peaks))]
-        rate = torch.tensor(rates, device=bias.device)
+        rate = to_device(torch.tensor(rates), bias.device)
         for parameter, speed, gradient in zip(
             (self.probe.weight, self.probe.bias), self.speed, (weight, bias), strict=True
         ):

@@ -91,6 +91,7 @@ class EvalSession:
             workers=self.workers,
             interleave=True,
             resize=self.resize or None,
+            pin_memory=self.ranks.pins_memory,
         )
 
     def check_readable(self, folder: str | Path, batch_size: int) -> None:
@@ -102,8 +103,10 @@ class EvalSession:
         loader = self.loader(folder, batch_size)
         with loader.explaining():
             for batch in loader:
-                pixels = self.normalise(batch.image)
-                yield pixels, batch.label.to(self.device), batch.sample.to(self.device)
+                label, sample = (
+                    part.to(self.device, non_blocking=True) for part in (batch.label, batch.sample)
+                )
+                yield self.normalise(batch.image), label, sample
 
     def extract(self, folder: str | Path, feature: str, batch_size: int) -> tuple[Tensor, Tensor]:
         """`extract_all` of one feature: float32 [N, D] and labels int64 [N]."""

@@ -127,6 +127,8 @@ class ViewsRecipe(Section):
     loss is then on every patch. cutmix: the probability that a box of a view, of a share of the
     area uniform in 0 … 1, shows another image of the micro-batch instead; each view has its own
     box, drawn before masks and jitter are applied, and MAE's target stays the clean image.
+    predicted: the share of the patches masked by T1 at which a reconstruction is taken, another
+    uniform draw of them for every image and epoch; both branches of R-MAE predict the same ones.
     """
 
     mask: Annotated[str, AfterValidator(mask_policy)] = "random"
@@ -134,15 +136,21 @@ class ViewsRecipe(Section):
     second: Literal["pixels", "complement", "independent", "none", "crop"] = "pixels"
     second_mask_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
     cutmix: Fraction = 0.0
+    predicted: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     jitter: JitterRecipe = JitterRecipe()
 
 
 class DecoderRecipe(Section):
-    """The decoder of the reconstruction measure (MAE's values for ViT-B)."""
+    """The decoder of the reconstruction measure (MAE's values for ViT-B).
+
+    attention: self, MAE's, where all tokens attend to all; or cross, CrossMAE's, where each
+    predicted patch attends to the encoder's tokens alone.
+    """
 
     width: Positive = 512
     depth: Positive = 8
     heads: Positive = 16
+    attention: Literal["self", "cross"] = "self"
 
 
 class MeasureRecipe(Section):
@@ -231,6 +239,11 @@ class ContrastRecipe(MeasureRecipe):
     def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
         """Patch tokens can be compared only at positions that both views have."""
         super().check(encoder, views)
+        if views.predicted < 1:
+            raise ValueError(
+                f"views.predicted {views.predicted:g} is a share of reconstructed patches, and "
+                f"measure {self.kind} reconstructs none: leave it at 1"
+            )
         if not self.contrasts_patches:
             return
         if views.second == "crop":

@@ -2,7 +2,7 @@
  *
  * Built on the public API of libjpeg-turbo (>= 2.0): jpeg_crop_scanline drops the columns outside
  * the rectangle before the inverse DCT, jpeg_skip_scanlines the rows above it, and the rows below
- * are never read. The resize is Pillow's: a horizontal, then a vertical pass with precomputed
+ * are never read. The Huffman codes are read by _entropy.h. The resize is Pillow's: a horizontal, then a vertical pass with precomputed
  * fixed-point weights and 8-bit rows between them (Pillow's src/libImaging/Resample.c describes
  * the method). The scalar and the AVX2 loops give the same bits.
  *
@@ -12,7 +12,7 @@
  *
  * size(data) -> (width, height)
  * next_marker(data, start) -> index
- * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd)
+ * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd, entropy)
  *
  * ValueError: not for this decoder (broken, CMYK, 12 bits ...). OverflowError: hostile.
  */
@@ -27,6 +27,8 @@
 #include <string.h>
 
 #include <jpeglib.h>
+
+#include "_entropy.h"
 
 #ifndef LIBJPEG_TURBO_VERSION_NUMBER
 #error "libjpeg-turbo is needed: other libjpegs cannot decode a part of a picture"
@@ -64,6 +66,9 @@ typedef struct {
     char message[JMSG_LENGTH_MAX];
     const uint8_t *data;
     size_t length;
+    Scan *scan;       /* reads the codes in place of the library; NULL: it does that itself */
+    int ours;         /* it does so */
+    int unsound;      /* the codes; the library shall say in what way */
     Axis x, y;
     uint8_t *rows;    /* ROWS decoded source rows, RGBX */
     uint8_t *middle;  /* [y.last - y.first][x.out] RGBX, after the horizontal pass */
@@ -91,6 +96,14 @@ static void watch(j_common_ptr cinfo) {
         snprintf(job->message, sizeof job->message, "more than %d scans", MAX_SCANS);
         longjmp(job->escape, 1);
     }
+}
+
+static boolean read_codes(j_decompress_ptr cinfo, JBLOCKROW *blocks) {
+    Job *job = cinfo->client_data;
+    if (next_mcu(job->scan, blocks)) return TRUE;
+    job->unsound = 1;
+    snprintf(job->message, sizeof job->message, "unsound codes");
+    longjmp(job->escape, 1);
 }
 
 static void refuse(Job *job, const char *reason) {
@@ -347,12 +360,16 @@ static int read_pixels(Job *job, int simd) {
     Axis *x = &job->x, *y = &job->y;
     cinfo->out_color_space = JCS_EXT_RGBX;
     cinfo->dct_method = JDCT_ISLOW;
+    size_t codes = (size_t)(cinfo->src->next_input_byte - job->data);
     jpeg_start_decompress(cinfo);
+    job->ours = job->scan && begin_scan(job->scan, cinfo, job->data, job->length, codes);
+    if (job->ours) ((Entropy *)cinfo->entropy)->decode_mcu = read_codes;
 
     int left = x->first > MARGIN ? x->first - MARGIN : 0;
     int right = x->last + MARGIN < job->width ? x->last + MARGIN : job->width;
     JDIMENSION offset = (JDIMENSION)left, width = (JDIMENSION)(right - left);
     if (left > 0 || right < job->width) jpeg_crop_scanline(cinfo, &offset, &width);
+    if (job->ours) want_columns(job->scan, cinfo, offset);
     int top = y->first > MARGIN ? y->first - MARGIN : 0;
     if (top > 0) jpeg_skip_scanlines(cinfo, (JDIMENSION)top);
 
@@ -400,6 +417,18 @@ static void write_output(const Job *job, uint8_t *out, int simd) {
         vertical(weight, y->taps, rows, stride, job->x.out, out);
     }
     (void)simd;
+}
+
+/* read_pixels, by the library alone where the codes are not sound. */
+static int read_crop(Job *job, int simd) {
+    if (read_pixels(job, simd)) return 1;
+    if (!job->unsound) return 0;
+    jpeg_destroy_decompress(&job->cinfo);
+    free(job->rows);
+    free(job->middle);
+    job->rows = job->middle = NULL;
+    job->scan = NULL;
+    return read_size(job) && read_pixels(job, simd);
 }
 
 static void close_job(Job *job) {
@@ -461,6 +490,23 @@ static PyObject *py_next_marker(PyObject *self, PyObject *args) {
     return PyLong_FromSsize_t(found);
 }
 
+/* One that is in no thread's hands; both under the interpreter's lock. */
+static Scan *spare;
+
+static Scan *take_scan(void) {
+    Scan *scan = spare ? spare : calloc(1, sizeof *scan);
+    spare = NULL;
+    return scan;
+}
+
+static void give_scan(Scan *scan) {
+    if (spare || !scan) {
+        if (scan) free_scan(scan);
+    } else {
+        spare = scan;
+    }
+}
+
 /* The whole of decode() without Python: 1 done, 0 failed with job->message set. */
 static int run(Job *job, uint8_t *out, int size, const double box[4], int inside, int flip,
                int cubic, int simd) {
@@ -483,7 +529,7 @@ static int run(Job *job, uint8_t *out, int size, const double box[4], int inside
         snprintf(job->message, sizeof job->message, "out of memory");
         return 0;
     }
-    if (!read_pixels(job, simd)) return 0;
+    if (!read_crop(job, simd)) return 0;
     write_output(job, out, simd);
     return 1;
 }
@@ -491,10 +537,10 @@ static int run(Job *job, uint8_t *out, int size, const double box[4], int inside
 static PyObject *py_decode(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer data, out;
-    int size, inside, flip, cubic, simd = 1;
+    int size, inside, flip, cubic, simd = 1, entropy = 1;
     double box[4];
-    if (!PyArg_ParseTuple(args, "y*w*iddddppp|p:decode", &data, &out, &size, &box[0], &box[1],
-                          &box[2], &box[3], &inside, &flip, &cubic, &simd))
+    if (!PyArg_ParseTuple(args, "y*w*iddddppp|pp:decode", &data, &out, &size, &box[0], &box[1],
+                          &box[2], &box[3], &inside, &flip, &cubic, &simd, &entropy))
         return NULL;
     PyObject *result = NULL;
     Job *job = NULL;
@@ -506,13 +552,16 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
         int done;
         job->data = data.buf;
         job->length = (size_t)data.len;
+        job->scan = entropy ? take_scan() : NULL;
+        Scan *scan = job->scan;
         simd = simd && has_avx2();
         Py_BEGIN_ALLOW_THREADS
         done = run(job, out.buf, size, box, inside, flip, cubic, simd);
         Py_END_ALLOW_THREADS
-        if (done) result = Py_NewRef(Py_None);
+        if (done) result = PyBool_FromLong(job->ours);
         else raise_for(job);
         close_job(job);
+        give_scan(scan);
     }
     PyBuffer_Release(&data);
     PyBuffer_Release(&out);
@@ -524,8 +573,9 @@ static PyMethodDef methods[] = {
     {"next_marker", py_next_marker, METH_VARARGS,
      "next_marker(data, start) -> index of the next 0xff of a marker inside a scan, or -1"},
     {"decode", py_decode, METH_VARARGS,
-     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=True)\n\n"
-     "Write the rectangle, resized to size x size RGB bytes, into the writable buffer `out`."},
+     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=True, "
+     "entropy=True)\n\nWrite the rectangle, resized to size x size RGB bytes, into the writable "
+     "buffer `out`; whether our own reader of codes read it. simd, entropy: with our own loops and reader of codes; the bytes are the same."},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpegcrop", NULL, -1, methods,

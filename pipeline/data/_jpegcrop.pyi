@@ -14,4 +14,5 @@ def decode(
     flip: bool,
     bicubic: bool,
     simd: bool = True,
-) -> None: ...
+    entropy: bool = True,
+) -> bool: ...

@@ -22,7 +22,9 @@ def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str
     kind = torch.device(device).type
     installed = importlib.util.find_spec("triton") is not None
     if implementation == "auto":
-        chosen = "triton" if kind == "cuda" and installed else "reference"
+        # Of AMD's GPUs, which torch calls cuda too, none was ever seen by the Triton kernels.
+        tried = kind == "cuda" and torch.version.hip is None
+        chosen = "triton" if tried and installed else "reference"
     elif implementation in ("triton", "reference"):
         chosen = implementation
     else:

@@ -13,4 +13,5 @@ class Stream(IntEnum):
     MASK = 0  # + view
     JITTER = 16  # + view, or 2 for both views' image
     CUTMIX = 32  # + view
+    PREDICTED = 48  # which masked patches are reconstructed
     OCCLUSION = 77  # which patches are dropped from evaluated images

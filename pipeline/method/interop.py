@@ -44,6 +44,17 @@ def mae_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.flatten(0, -2).squeeze(0) if k in flat else v for k, v in mine.items()}
 
 
+def need_mae_decoder(objective: Objective) -> None:
+    """UserError where the decoder is not one that MAE's projects have."""
+    if not objective.reconstructs:
+        raise UserError("only a reconstruction measure has a decoder to write for MAE")
+    if objective.recipe.measure.decoder.attention != "self":
+        raise UserError(
+            "measure.decoder.attention cross: MAE's projects have no such decoder; the encoder "
+            "alone can be exported"
+        )
+
+
 def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
     """Load a checkpoint in facebookresearch/mae's names (its "model" entry) into an objective.
 
@@ -67,8 +78,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 
 def to_mae(objective: Objective) -> dict[str, Tensor]:
     """The state dict of an objective under facebookresearch/mae's names and shapes."""
-    if not objective.reconstructs:
-        raise UserError("only a reconstruction measure has a decoder to write for MAE")
+    need_mae_decoder(objective)
     back = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
     state: dict[str, Tensor] = {}
     for name, value in objective.state_dict().items():

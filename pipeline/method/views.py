@@ -19,7 +19,9 @@ from pipeline import kernels
 from pipeline.config.recipe import JitterRecipe, Recipe
 from pipeline.config.schema import ViewsRecipe
 from pipeline.errors import UserError
+from pipeline.kernels import philox
 from pipeline.kernels.sample_masks.reference import complement
+from pipeline.kernels.streams import Stream
 from pipeline.method.masking import Draw, select
 
 FIRST, SECOND, BOTH = 0, 1, 2  # what a draw is for: T1, T2, or the image of both
@@ -44,8 +46,8 @@ class Views:
 
     second is None where T2 leads to pixels (MAE). target: uint8 [B, H, W, 3], the image the
     predictions are held against. region: int32 [B, R], the positions where the loss is taken,
-    those masked by T1 (all where it masks none); weight: float32 [B, R] of 0 and 1, or None for
-    all: visible in T2 (SPEC §2).
+    those masked by T1 (all where it masks none) or a share of them; weight: float32 [B, R] of 0 and
+    1, or None for all: visible in T2 (SPEC §2).
     """
 
     first: View
@@ -125,12 +127,24 @@ def make_views(
     if masks.visible2 is not None and masks.inverse2 is not None:
         source = image if crop is None else crop
         other = view(SECOND, source, masks.visible2, masks.inverse2)
+    region = masks.hidden1 if masks.hidden1.shape[1] else masks.visible1
+    if v.predicted < 1:
+        region = part_of(region, v.predicted, sample, seed=seed, epoch=epoch)
     weight = None
     if v.second == "independent" and other is not None:
-        slot = other.inverse.gather(1, masks.hidden1.long())
+        slot = other.inverse.gather(1, region.long())
         weight = (slot < other.visible.shape[1]).float()
-    region = masks.hidden1 if masks.hidden1.shape[1] else masks.visible1
     return Views(first, other, image, region, weight)
+
+
+def part_of(region: Tensor, share: float, sample: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """A share of the positions int32 [B, R] of each sample (at least one), drawn without
+    replacement: int32 [B, max(1, round(share R))]."""
+    count = region.shape[1]
+    kept = max(1, round(share * count))
+    noise = philox.words(sample, seed=seed, epoch=epoch, stream=Stream.PREDICTED, count=count)
+    chosen, _, _ = kernels.select_visible(noise, kept)
+    return region.gather(1, chosen.long())
 
 
 def draw_masks(

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from pipeline.config.ds_config import RunPlan
 from pipeline.distributed import (
     Ranks,
+    any_rank,
     can_build,
     check_environment,
     cores_per_rank,
+    device_of,
     free_port,
     joining,
     prepare_deepspeed,
     unlink_buffer,
 )
-from pipeline.errors import UserError
+from pipeline.runtime import ops
+from pipeline.runtime.compiled import SameShapes, compile_blocks
 from pipeline.runtime.gradients import FlatGradients, deepspeed_stage, one_norm, takes_flat
 from pipeline.runtime.optimizers import optimizer_of
 
@@ -68,17 +71,9 @@ def init_ranks() -> Ranks:
         or os.environ.get("LOCAL_WORLD_SIZE")
         or os.environ["WORLD_SIZE"]
     )
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK {local_rank}: this host has {torch.cuda.device_count()} GPUs; start "
-                "at most one rank per GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
-    if not can_build():
+    device = device_of(local_rank)
+    ops.prepare()
+    if ops.problem():
         _without_built_ops()
     with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
         if not torch.distributed.is_initialized():
@@ -86,6 +81,8 @@ def init_ranks() -> Ranks:
         deepspeed.init_distributed(verbose=False)
         # Made here, where all ranks have just met: later it would wait for one that has died.
         groups._clone_world_group()
+    if any_rank(bool(ops.problem())):
+        ops.give_up("another rank has none")
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)
@@ -103,15 +100,13 @@ def _without_built_ops() -> None:
 
 
 def build_ops() -> list[str]:
-    """Compile the fused ops of this machine once (set-up); the names of those built."""
-    if not can_build():
-        return []
-    built = []
-    wanted = ["FusedAdamBuilder"] + ([] if torch.cuda.is_available() else ["ShareMemCommBuilder"])
-    for wanted_name in wanted:
-        builder = get_accelerator().create_op_builder(wanted_name)
-        builder.load(verbose=False)
-        built.append(builder.NAME)
+    """Compile the fused ops of this machine once (set-up); the names of those built.
+
+    RuntimeError where that fails.
+    """
+    built = ops.prepare()
+    if ops.problem() and can_build():
+        raise RuntimeError(ops.problem())
     return built
 
 
@@ -124,13 +119,9 @@ class Engine:
         for part in objective.modules():
             if plan.checkpointing and hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = True  # type: ignore[assignment]
-            if plan.compile:
-                for block in getattr(part, "blocks", ()):
-                    block.compile(dynamic=False)
-            if deepspeed_stage(plan) == 3:
-                # Gathered, and its hooks called, as a whole: not each of its dozen parts.
-                for block in getattr(part, "blocks", ()):
-                    deepspeed.utils.set_z3_leaf_module(block, True)
+        if plan.compile:
+            compile_blocks(objective, plan)
+        self._shapes = SameShapes() if plan.cuda_graphs else None
         self.kind = optimizer_of(plan)
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
@@ -151,7 +142,7 @@ class Engine:
             model_parameters=None if client else groups,
             config=copy.deepcopy(self.config),
         )
-        self.flat = FlatGradients(self.engine) if takes_flat(plan) else None
+        self.flat = FlatGradients(self.engine, plan.cuda_graphs) if takes_flat(plan) else None
         if self.stage == 0 and plan.world == 1:  # nothing to reduce: no buckets
             self.engine.enable_backward_allreduce = False
         if self.stage > 0:
@@ -165,6 +156,9 @@ class Engine:
         lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
         on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
         """
+        if self._shapes is not None:
+            self._shapes.check(inputs)
+            torch.compiler.cudagraph_mark_step_begin()
         loss, terms = self.engine(*inputs)
         self.engine.backward(loss)
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():

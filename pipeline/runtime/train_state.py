@@ -15,7 +15,7 @@ from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import Ranks, agree
+from pipeline.distributed import Ranks, agree, untried_device
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -268,7 +268,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         second_crop=recipe.views.second == "crop",
         augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
         workers=_workers(d.workers, ranks.cores),
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=ranks.pins_memory,
     )
 
 
@@ -297,6 +297,7 @@ def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[s
         f"previous run failed: {failure}" if failure else "",
         f"run: {path} ({recipe.name}, {recipe.encoder.arch})",
         *state.plan.describe(),
+        untried_device(),
         engine.kind.describe(),
         kernel_line,
         f"image decoder: {state.loader.decoder}",

@@ -154,8 +154,9 @@ def _fields(source: int, sample: Sample, label: int) -> dict[str, bytes]:
     """All fields, with the label of the new index in `cls` and where the json has one."""
     fields = {name: read_range(source, extent) for name, extent in sample.fields.items()}
     if label >= 0:
-        fields["cls"] = b"%d" % label
         about = read_json(source, sample)
+        if "cls" in fields or type(about.get("label")) is not int:
+            fields["cls"] = b"%d" % label
         if type(about.get("label")) is int and about["label"] != label:
             fields["json"] = json.dumps(about | {"label": label}).encode()
     return fields

@@ -27,8 +27,10 @@ from shard_tools.tar import BLOCK, RECORD
 PARTS = ".parts"  # folder inside DEST while the job runs
 PLAN = "plan.json"
 LAYOUT = 2  # raised when equal options would give other bytes
-# Bytes of a sample beside its image: three headers, cls and json with their padding.
-OVERHEAD = 5 * BLOCK
+# Fields that a sample can have, and the bytes beside its image: a header for each, and cls and json
+# with their padding.
+FIELDS = {"jpg,cls,json": 5 * BLOCK, "jpg,cls": 3 * BLOCK, "jpg,json": 3 * BLOCK}
+ALL_FIELDS = next(iter(FIELDS))
 _CHUNK = 1 << 12  # items that are handled as Python objects at a time
 PROBE = 64  # images whose new size is measured when they are to be resized
 
@@ -41,6 +43,15 @@ class Settings:
     seed: int = 0
     shard_size: int = 256 << 20  # bytes; only images over half of it can make a shard larger
     image: ImageSettings = field(default_factory=ImageSettings)
+    fields: str = ALL_FIELDS  # one of FIELDS
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON values; `fields` only where it is not what it was before it could be
+        chosen, so that older jobs can be resumed."""
+        record = asdict(self)
+        if self.fields == ALL_FIELDS:
+            del record["fields"]
+        return record
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def make_plan(source: Source, settings: Settings) -> Plan:
     sizes = np.asarray(items.images.sizes, np.int64)[order]
     if ratio != 1:
         sizes = (sizes * ratio).astype(np.int64)
-    sizes = sizes + -sizes % BLOCK + OVERHEAD
+    sizes = sizes + -sizes % BLOCK + FIELDS[settings.fields]
     largest, ends = int(sizes.max()), np.cumsum(sizes)
     total = int(ends[-1])
     # A shard may pass its even share by one image, and still has to keep to the limit.
@@ -112,7 +123,7 @@ def _size_ratio(source: Source, order: np.ndarray, settings: ImageSettings) -> f
 
 def _digest(source: Source, settings: Settings, order: np.ndarray, starts: list[int]) -> str:
     content = hashlib.sha256()
-    content.update(json.dumps([LAYOUT, asdict(settings), source.classes, starts]).encode())
+    content.update(json.dumps([LAYOUT, settings.record(), source.classes, starts]).encode())
     names, labels, sizes = source.items.names, source.items.labels, source.items.images.sizes
     for first in range(0, len(order), _CHUNK):
         for i in order[first : first + _CHUNK].tolist():
@@ -185,7 +196,7 @@ def plan_record(plan: Plan, source_name: str, request: str = "") -> dict[str, An
         "made": {
             "source": source_name,
             "images": len(plan.order),
-            "options": asdict(plan.settings),
+            "options": plan.settings.record(),
         },
     }
 

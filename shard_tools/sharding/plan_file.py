@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -95,7 +95,7 @@ def write_plan(dest: Path, plan: Plan) -> None:
     }  # fmt: skip
     head: dict[str, Any] = {
         "digest": plan.digest, "root": plan.source.root, "classes": plan.source.classes,
-        "settings": asdict(plan.settings), "starts": plan.starts, "places": images.places,
+        "settings": plan.settings.record(), "starts": plan.starts, "places": images.places,
     }  # fmt: skip
     placed, end = {}, 0
     for name, (dtype, count) in columns.items():

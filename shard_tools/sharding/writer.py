@@ -18,7 +18,7 @@ from shard_tools.cli import ToolError
 from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.sharding.items import Item
-from shard_tools.sharding.layout import Part, write_part
+from shard_tools.sharding.layout import ALL_FIELDS, Part, write_part
 from shard_tools.sharding.plan_file import StoredPlan
 from shard_tools.sharding.sources import read_item
 from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
@@ -41,6 +41,7 @@ class ShardJob:
     dest: Path
     digest: str
     total: int  # images of the whole plan
+    fields: str = ALL_FIELDS
 
 
 def write_shards(
@@ -61,6 +62,7 @@ def write_shards(
             dest=dest,
             digest=plan.digest,
             total=plan.starts[-1],
+            fields=plan.settings.fields,
         )
         for number in numbers
     ]
@@ -139,16 +141,21 @@ def write_shard(job: ShardJob) -> Part:
 
 def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes]:
     """The fields of one sample."""
+    wanted = job.fields.split(",")
     about: dict[str, Any] = {"name": item.name, "width": image.width, "height": image.height}
     fields = {"jpg": image.data}
     if item.label >= 0:
-        fields["cls"] = b"%d" % item.label
         about["synset"] = job.classes[item.label]
+        if "cls" in wanted:
+            fields["cls"] = b"%d" % item.label
+        else:
+            about["label"] = item.label
     if image.orientation != 1:
         about["orientation"] = image.orientation
     if image.converted:
         about["converted"] = image.converted
-    fields["json"] = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
+    if "json" in wanted:
+        fields["json"] = json.dumps(about, sort_keys=True, ensure_ascii=False).encode()
     return fields
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline import kernels
 from pipeline.config.recipe import Recipe, ReconstructionRecipe
 from pipeline.config.schema import MeasureRecipe
+from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.decoder import Decoder
 from pipeline.method.encoder import Encoder
 from pipeline.method.heads import feature_std
@@ -21,7 +22,8 @@ class Reconstruction(nn.Module):
     """MAE:   mean ||d(z1) - x||²                            on masked(T1)
     R-MAE: mean ||d(z1) - d(z2)||² + lambda mean ||d(z2) - x||²  on masked(T1) ∩ visible(T2)
 
-    The gradient flows through both branches. x: pixels, normalised per patch if `norm_pix`.
+    or on a share of these (views.predicted). The gradient flows through both branches. x: pixels,
+    normalised per patch if `norm_pix`.
     """
 
     settings: ClassVar[type[MeasureRecipe]] = ReconstructionRecipe
@@ -29,7 +31,8 @@ class Reconstruction(nn.Module):
     def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
         super().__init__()
         self.recipe, self.data, self.patch = recipe.measure, recipe.data, encoder.patch
-        self.decoder = Decoder(
+        kind = CrossDecoder if self.recipe.decoder.attention == "cross" else Decoder
+        self.decoder = kind(
             self.recipe.decoder, width=encoder.width, patch=encoder.patch, grid=encoder.grid
         )
 
@@ -37,8 +40,10 @@ class Reconstruction(nn.Module):
         self, encoder: Encoder, views: Views, teacher: Teacher | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Both branches (one for MAE) → fp32 loss and its terms (SPEC §2)."""
-        z1 = encoder(*views.first)
-        z2 = encoder(*views.second) if views.second is not None else None
+        if views.second is None:
+            z1, z2 = encoder(*views.first), None
+        else:
+            z1, z2 = encoder(*views.first, second=views.second)
         loss, terms = self.compare(z1, z2, views)
         return loss, terms | {"feature_std": feature_std(z1)}
 
@@ -46,11 +51,10 @@ class Reconstruction(nn.Module):
         self, z1: Tensor, z2: Tensor | None, views: Views
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens [B, 1 + K, D] of both branches (z2 None for MAE) → loss and its terms."""
-        first = self.decoder(z1, views.first, views.region)
         if z2 is None or views.second is None:
-            loss = self.distances(first, None, views)[0]
+            loss = self.distances(self.decoder(z1, views.first, views.region), None, views)[0]
             return loss, {"reconstruction": loss.detach()}
-        second = self.decoder(z2, views.second, views.region)
+        first, second = self.decoder(z1, views.first, views.region, (z2, views.second))
         constraint, similarity = self.distances(second, first, views).unbind()
         loss = similarity + self.recipe.lambda_ * constraint
         return loss, {"similarity": similarity.detach(), "constraint": constraint.detach()}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pipeline.config.ds_config import RunPlan
-from pipeline.distributed import can_build
+from pipeline.runtime import ops
 
 MOST_STAGE = 3  # of ZeRO
 
@@ -22,7 +22,7 @@ def section(plan: RunPlan) -> dict[str, Any]:
     """What DeepSpeed's configuration says of the optimizer."""
     o = plan.optimizer
     params = {"lr": plan.lr, "betas": list(o.betas), "eps": o.eps, "weight_decay": 0.0}
-    if not can_build():
+    if ops.problem():
         params |= {"torch_adam": True, "fused": True}
     return {"optimizer": {"type": "AdamW", "params": params}}
 
@@ -34,6 +34,6 @@ def build(module: nn.Module, groups: list[dict[str, Any]], plan: RunPlan) -> Opt
 
 def describe() -> str:
     """A line for the log."""
-    if can_build():
+    if not ops.problem():
         return "optimizer: DeepSpeed's fused AdamW"
-    return "optimizer: torch's fused AdamW (DeepSpeed's needs c++, Python.h and ninja)"
+    return f"optimizer: torch's fused AdamW (without DeepSpeed's ops: {ops.problem()})"

@@ -1,0 +1,214 @@
+"""DeepSpeed's fused ops: where they go, one build per host, no lock that hangs, no build at all."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder.builder import CUDAMismatchException
+from torch.utils.file_baton import FileBaton
+
+from eval.shared.cli import join_ranks
+from pipeline.distributed import can_build, cannot_build, extensions_dir, untried_device
+from pipeline.errors import UserError
+from pipeline.kernels import backend
+from pipeline.runtime import ops
+from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.optimizers import adamw
+
+
+class Builder:
+    """An op whose `load` compiles as torch 2.11 does: it waits for whatever lock file is there."""
+
+    NAME = "fake_op"
+    error: Exception | None = None
+
+    def load(self, verbose):
+        folder = Path(os.environ["TORCH_EXTENSIONS_DIR"], self.NAME)
+        folder.mkdir(exist_ok=True)
+        baton = FileBaton(str(folder / "lock"))
+        for _ in range(30):
+            if baton.try_acquire():
+                break
+            time.sleep(0.1)
+        else:
+            raise TimeoutError("hangs")
+        if self.error:
+            raise self.error  # the lock stays, as after a kill
+        if not (folder / "op.so").exists():
+            time.sleep(0.5)
+            (folder / "op.so").touch()
+            with open(folder / "builds", "a") as file:
+                file.write("built\n")
+        baton.release()
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """The folder of the ops, with Builder as the only one."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(ops, "wanted", lambda: ["FakeBuilder"])
+    monkeypatch.setattr(ops, "cannot_build", lambda: "")
+    monkeypatch.setattr(ops, "_problem", "")
+    monkeypatch.setattr(type(get_accelerator()), "create_op_builder", lambda self, name: Builder())
+    return extensions_dir()
+
+
+def test_the_folder_names_what_the_ops_depend_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    on_cpu = extensions_dir()
+    version = torch.__version__.partition("+")[0]
+    assert on_cpu.parent == tmp_path
+    assert on_cpu.name.startswith(f"torch{version}-")
+    assert f"-{python}-cpu-" in on_cpu.name
+    assert f"-cu{torch.version.cuda}-" in on_cpu.name or torch.version.cuda is None
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(on_cpu))  # as a child process inherits it
+    assert extensions_dir() == on_cpu
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert extensions_dir().parent == tmp_path
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    names = {on_cpu.name, extensions_dir().name}
+    monkeypatch.setattr(torch, "__version__", "2.8.0+cu126")
+    names.add(extensions_dir().name)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    names.add(extensions_dir().name)
+    assert len(names) == 4
+
+
+def test_a_stale_lock_does_not_hang(folder):
+    (folder / "fake_op").mkdir(parents=True)
+    (folder / "fake_op/lock").touch()
+    begun = time.monotonic()
+    assert ops.prepare() == ["fake_op"]
+    assert time.monotonic() - begun < 2
+    assert ops.problem() == ""
+    assert adamw.describe() == "optimizer: DeepSpeed's fused AdamW"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (CUDAMismatchException(), f"nvcc is of another CUDA than torch's {torch.version.cuda}"),
+        (subprocess.CalledProcessError(1, ["c++", "-v"]), "'c++ -v' ended with exit code 1"),
+        (RuntimeError("Error building\n[1/2] c++\nx.c:3: error: no\n"), "x.c:3: error: no"),
+        (ImportError(), "ImportError"),
+    ],
+)  # fmt: skip
+def test_a_build_that_fails_is_a_sentence_and_torchs_adamw(error, sentence, folder, monkeypatch):
+    monkeypatch.setattr(Builder, "error", error)
+    assert ops.prepare() == []
+    assert ops.problem() == f"fake_op cannot be compiled: {sentence}"
+    assert adamw.describe() == (
+        f"optimizer: torch's fused AdamW (without DeepSpeed's ops: {ops.problem()})"
+    )
+    monkeypatch.setattr(Builder, "error", None)
+    assert ops.prepare() == []  # of this start, by this rank or another of the host
+    monkeypatch.setattr(ops, "STARTED", time.time() + 1)
+    assert ops.prepare() == ["fake_op"]  # the next start tries again
+    assert not (folder / ops.FAILED).exists()
+
+
+def test_one_rank_without_ops_is_enough(monkeypatch):
+    monkeypatch.setattr(ops, "_problem", "")
+    ops.give_up("another rank has none")
+    assert ops.problem() == "another rank has none"
+    monkeypatch.setattr(ops, "_problem", "there is no ninja")
+    ops.give_up("another rank has none")
+    assert ops.problem() == "there is no ninja"
+
+
+def test_ranks_that_start_together_compile_once(folder):
+    ranks = []
+    for _ in range(3):
+        pid = os.fork()
+        if pid == 0:
+            ok = ops.prepare() == ["fake_op"]
+            os._exit(0 if ok else 1)
+        ranks.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks] == [0, 0, 0]
+    assert (folder / "fake_op/builds").read_text() == "built\n"
+
+
+def test_ops_of_an_older_set_up_are_not_compiled_again(folder, tmp_path):
+    (tmp_path / "fake_op").mkdir()
+    (tmp_path / "fake_op/op.so").touch()
+    assert ops.prepare() == ["fake_op"]
+    assert (folder / "fake_op/op.so").exists()
+    assert not (folder / "fake_op/builds").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(folder, tmp_path):
+    folder.touch()
+    assert ops.prepare() == []
+    assert ops.problem() == f"{folder}: File exists"
+
+
+START = """
+from pipeline.runtime.engine import init_ranks
+from pipeline.runtime.optimizers import adamw
+init_ranks()
+print(adamw.describe())
+"""
+
+
+@pytest.mark.skipif(not can_build(), reason="needs what a build needs")
+def test_a_compiler_that_fails_ends_in_torchs_adamw(tmp_path):
+    env = os.environ | {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", START], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("optimizer: torch's fused AdamW (without DeepSpeed's ops: ")
+    assert "/bin/false" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_rocm_takes_torchs_adamw(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert cannot_build() == "they were never tried on ROCm"
+
+
+def test_gpus_of_others_are_a_line_and_no_crash(monkeypatch):
+    assert untried_device() == ""
+    monkeypatch.setattr(torch, "xpu", SimpleNamespace(is_available=lambda: True))
+    assert untried_device() == "device: the CPU; the Intel GPU (XPU) of this machine is not used"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "AMD GPU (ROCm), which was never tried" in untried_device()
+    before = backend.implementation()
+    try:
+        assert backend.use("auto", "cuda") == "kernels: reference (auto on cuda)"
+    finally:
+        backend.use(before)
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(1, "1 GPU;"), (2, "2 GPUs;")])
+def test_a_rank_beyond_the_gpus_is_a_sentence(gpus, count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    for name, value in {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for join in (join_ranks, init_ranks):  # evaluations, training
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with pytest.raises(UserError, match=f"LOCAL_RANK 2: this host has {count}"):
+            join()
+
+
+def test_ranks_of_an_evaluation_that_cannot_meet_are_a_sentence(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="MASTER_ADDR is not set: with WORLD_SIZE 2"):
+        join_ranks()
+    monkeypatch.setenv("RANK", "two")
+    with pytest.raises(UserError, match="RANK is 'two': must be a number"):
+        join_ranks()
