@@ -130,6 +130,10 @@ bench-peers: .venv/ready
 bench-shards: .venv/ready bench-peers   ## sharding per process against the peers' writers, on IMAGES=FOLDER or made ones
 	@$(PY) tests/bench/bench_shards.py $(if $(IMAGES),--images "$(IMAGES)")
 
+.PHONY: bench-store
+bench-store: .venv/ready   ## how long training waits for shards in a store of 1.2 times the bandwidth that it needs (STORE="options")
+	@$(PY) tests/bench/bench_store.py $(STORE)
+
 bench-infonce: .venv/ready   ## token_infonce against the materialised computation: memory and time
 	@$(PY) tests/bench/bench_infonce.py
 
