@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -49,7 +50,7 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
 _NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
-_AHEAD = 32  # steps ahead of which a remote shard is fetched
+_AHEAD = 32  # steps ahead of which a remote shard is fetched at least
 
 
 @dataclass
@@ -124,8 +125,10 @@ class _Train(Dataset):
     """Micro-batch number t of a rank: step t // micro-batches per step."""
 
     def __init__(
-        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int
+        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int, until: int
     ) -> None:
+        self.until, self.ahead = until, _steps_ahead(order, reader.manifest, config, world)
+        self.begun = False
         self.reader, self.order, self.crop = reader, order, config.crop
         self.micro_batch, self.first = config.micro_batch, rank * order.batch_size // world
         self.per_step = order.batch_size // (world * config.micro_batch)
@@ -151,7 +154,7 @@ class _Train(Dataset):
         epoch, within = divmod(step, self.order.steps)
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
-        self._fetch_ahead(epoch, within, first)
+        self._fetch_ahead(step, first, samples)
         images, faults = [self.reader.empty(self.micro_batch) for _ in self.streams], []
         pixels = [image.numpy() for image in images]
         for place in range(self.micro_batch):
@@ -169,13 +172,18 @@ class _Train(Dataset):
             torch.from_numpy(keys), epoch, step, len(faults), tuple(faults), *images[1:],
         )  # fmt: skip
 
-    def _fetch_ahead(self, epoch: int, step: int, first: int) -> None:
-        """Remote shards: begin to fetch what will be read in some steps."""
-        cache, later = self.reader.cache, min(step + _AHEAD, self.order.steps - 1)
-        if cache is not None:
-            samples, _ = self.order.samples(epoch, later, first, first + self.micro_batch)
-            for shard in {self.reader.shard(sample) for sample in samples.tolist()}:
+    def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:
+        """Remote shards: begin to fetch what will be read in some steps, and at the start of a
+        process before it what `samples`, the first batch, lie in."""
+        cache = self.reader.cache
+        if cache is None:
+            return
+        later = divmod(min(step + self.ahead, self.until - 1), self.order.steps)
+        soon, _ = self.order.samples(*later, first, first + self.micro_batch)
+        for batch in (soon,) if self.begun else (samples, soon):
+            for shard in dict.fromkeys(self.reader.shard(sample) for sample in batch.tolist()):
                 cache.fetch_ahead(shard)
+        self.begun = True
 
     def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
         """Write the crops of a sample, one per stream of random numbers."""
@@ -386,7 +394,7 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
         if text := shuffle_quality.warning(manifest, *numbers):
             log.warning("%s", text)
     reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
-    dataset = _Train(reader, order, config, rank, world)
+    dataset = _Train(reader, order, config, rank, world, steps.stop)
     tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
     return Loader(dataset, tasks, config.workers, config.pin_memory, reader, config.start_method)
 
@@ -466,6 +474,20 @@ def _open(
 
 def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:
     return ShardCache(manifest, folder, limit) if is_remote(manifest.folder) else None
+
+
+def _steps_ahead(order: Order, manifest: Manifest, config: LoaderConfig, world: int) -> int:
+    """How many steps before they are read remote shards are fetched: a window of them, if the cache
+    holds two windows of each partition that this node's ranks serve. All shards of a window are
+    needed as it begins; so the store can send them evenly over the window before."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    partitions = -(-order.partitions * min(local, world) // world)
+    sizes = manifest.table.bytes
+    shards = min(partitions * (2 * order.window + 1), len(sizes))
+    if order.draws or shards * int(sizes.max()) > config.cache_bytes:
+        return _AHEAD
+    in_window = order.window * order.total / len(sizes)
+    return max(_AHEAD, math.ceil(in_window / (order.batch_size // order.partitions)))
 
 
 def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:

@@ -101,7 +101,7 @@ class Check:
 
     def box(self, name: str) -> float:
         """Seconds that the stage may take now."""
-        most = self.args.limit or BOXES[name][0] * (3 if self.args.rehearse else 1)
+        most = self.args.limit or BOXES[name][0] * (10 if self.args.rehearse else 1)
         return min(most, self.ends - time.monotonic())
 
     def command(self, name: str, box: float) -> list[str]:
@@ -228,7 +228,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mae", type=Path, help="a checkout of facebookresearch/mae")
     parser.add_argument("--batch", type=int, default=128, help="images of a step that is timed")
     parser.add_argument(
-        "--budget", type=float, default=470, metavar="SECONDS", help="of all stages"
+        "--budget", type=float, metavar="SECONDS", help="of all stages (470; rehearsing 3600)"
     )
     parser.add_argument("--limit", type=float, default=0, metavar="SECONDS",
                         help="of each stage, in place of its own")  # fmt: skip
@@ -240,7 +240,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.mae and not (args.mae / "models_mae.py").is_file():
         parser.error(f"--mae {args.mae}: has no models_mae.py; give a checkout of "
                      "github.com/facebookresearch/mae")  # fmt: skip
-    args.budget = args.budget or (1800 if args.rehearse else 470)
+    args.budget = args.budget or (3600 if args.rehearse else 470)
     args.mae = args.mae.resolve() if args.mae else None
     return args
 
