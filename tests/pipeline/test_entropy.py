@@ -87,7 +87,7 @@ def test_libjpeg_judges_what_is_damaged(name: str, edits: list[tuple[float, int]
 
 
 def test_what_no_pixel_needs_is_not_read() -> None:
-    """Damage between two restart markers matters where a wanted pixel lies between them."""
+    """Damage between two restart markers matters where a wanted pixel is between them."""
     data, row, interval = FILES["4:4:4, restarts"], 12, 5  # MCUs
     marks = [at for at in range(len(data) - 1) if data[at] == 0xFF and 0xD0 <= data[at + 1] < 0xD8]
     assert len(marks) == -(-row * 9 // interval) - 1
