@@ -412,7 +412,17 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "cores": args.cores,
         "core_images": args.core_images,
         "stages": rows,
+        "recommended_stage": recommended(rows),
     }
+
+
+def recommended(rows: list[dict[str, Any]]) -> int | None:
+    """The stage to run under: the lowest from 1 up that fits; None where none does.
+
+    Stage 1 costs the host least (docs/step.md) and sends no more than any other; 0 has no bf16 as
+    shipped.
+    """
+    return next((row["stage"] for row in rows if row["stage"] and row["fits"]), None)
 
 
 def show(plan: dict[str, Any]) -> str:
@@ -435,6 +445,9 @@ def show(plan: dict[str, Any]) -> str:
             f"{row['stage']:4}{row['micro_batch']:13}{row['accumulation']:8}{cells}"
             f"{row['memory_gb']:9.2f}{row['sent_gb_per_step']:14.3f}{fits}"
         )
+    stage = plan["recommended_stage"]
+    advice = "no stage fits: more GPUs, a smaller micro-batch or --checkpointing"
+    lines.append(advice if stage is None else f"recommended: ZeRO {stage} (the lowest that fits)")
     lines += [
         "",
         f"ms per step of a rank, at {plan['launch_ms'] * 1e3:.1f} µs of the host per launch and "

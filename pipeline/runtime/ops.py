@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -88,6 +89,7 @@ def _load(folder: Path) -> list[str]:
     names = []
     for name in wanted():
         builder = get_accelerator().create_op_builder(name)
+        _take_over(folder, builder.NAME)
         if not any(folder.glob(f"{builder.NAME}/*.so")) and not _prebuilt():
             print(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)",
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -99,6 +101,14 @@ def _load(folder: Path) -> list[str]:
             return []
         names.append(str(builder.NAME))
     return names
+
+
+def _take_over(folder: Path, name: str) -> None:
+    """Copy an op that was compiled when the folders had no such names; ninja knows by commands and
+    times whether it is of this torch, and compiles it again where it is not."""
+    before = folder.parent / name
+    if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
+        shutil.copytree(before, folder / name, dirs_exist_ok=True)
 
 
 def _why(error: Exception) -> str:

@@ -173,6 +173,12 @@ def test_micro_batches_divide_a_ranks_images():
         split(recipe, 3)
 
 
+def test_the_lowest_stage_that_fits_is_recommended():
+    rows = [{"stage": stage, "fits": stage in (0, 2, 3)} for stage in range(4)]
+    assert plan.recommended(rows) == 2
+    assert plan.recommended(rows[:2]) is None
+
+
 def test_command_line(capsys, tmp_path):
     path = tmp_path / "plan.json"
     recipe = str(RECIPES / "demo_rmae.yaml")
@@ -183,6 +189,8 @@ def test_command_line(capsys, tmp_path):
     assert "host-bound" in text  # a tiny model; launches are measured here
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
+    assert made["recommended_stage"] == 1
+    assert text.endswith("recommended: ZeRO 1 (the lowest that fits)\n")
     hours = {}
     for way, first in (("autocast", 0), ("bf16", 1), ("bf16-fp32-grads", 2), ("fp32", 0)):
         assert (
@@ -203,6 +211,8 @@ def test_command_line(capsys, tmp_path):
     assert row["loader_ms"] == pytest.approx(1e3 * row["micro_batch"] * row["accumulation"] / 150)
     assert row["host_ms"] == pytest.approx(1e-3 * row["launches"], abs=1e-3)
     assert plan.main([*options, "--gpu-memory", "0.001"]) == 0
-    assert "does not fit" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    assert "no stage fits: more GPUs" in text
     assert plan.main([*options[:2], "--gpus", "7"]) == 2
     assert "error: --gpus 7" in capsys.readouterr().err

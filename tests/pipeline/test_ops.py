@@ -137,6 +137,14 @@ def test_ranks_that_start_together_compile_once(folder):
     assert (folder / "fake_op/builds").read_text() == "built\n"
 
 
+def test_ops_of_an_older_set_up_are_not_compiled_again(folder, tmp_path):
+    (tmp_path / "fake_op").mkdir()
+    (tmp_path / "fake_op/op.so").touch()
+    assert ops.prepare() == ["fake_op"]
+    assert (folder / "fake_op/op.so").exists()
+    assert not (folder / "fake_op/builds").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(folder, tmp_path):
     folder.touch()
     assert ops.prepare() == []
