@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import roofline
 import torch
+from launches import CountLaunches
 from tiny import images, tiny_recipe
 
 from pipeline import estimate as plan
@@ -54,12 +55,14 @@ def test_the_dry_run_counts_what_a_real_step_does(name):
     recipe = tiny_recipe(name, "views.jitter.where=none")
     objective, teacher = build_objective(recipe)
     kept = plan._Kept(objective)
-    with plan.FlopCounterMode(display=False, custom_mapping=plan.ATTENTION) as counter:
+    counting = plan.FlopCounterMode(display=False, custom_mapping=plan.ATTENTION)
+    with counting as counter, CountLaunches() as launched:
         with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
             loss, _ = objective(images(6), torch.arange(6), 0, teacher)
         loss.backward()
     work = dry_run(recipe, 6, "fp32")
     assert work.flops == counter.get_total_flops()
+    assert work.launches == pytest.approx(launched.launches, rel=0.02)
     assert work.activations == pytest.approx(kept.bytes, rel=0.01)
     assert work.keys == (6 * 16 * 12 * 4 if name == "cmae" else 0)
 
@@ -183,6 +186,7 @@ def test_command_line(capsys, tmp_path):
     assert plan.main([*options, "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
     assert "hours on 2 A100 at 35% of the peak in autocast" in text
+    assert "host-bound" in text  # a tiny model; launches are measured here
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
     assert made["recommended_stage"] == 1
@@ -200,6 +204,12 @@ def test_command_line(capsys, tmp_path):
     assert hours["fp32"] == pytest.approx(hours["bf16"] * 312 / 19.5, rel=0.02)
     expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * 0.35) / 3600
     assert made["hours"] == pytest.approx(expected, abs=0.005)
+    more = ["--launch-ms", "0.001", "--core-images", "50", "--cores", "3"]
+    assert plan.main([*options, *more]) == 0
+    row = json.loads(path.read_text())["stages"][0]
+    assert row["bound"] == "loader-bound"
+    assert row["loader_ms"] == pytest.approx(1e3 * row["micro_batch"] * row["accumulation"] / 150)
+    assert row["host_ms"] == pytest.approx(1e-3 * row["launches"], abs=1e-3)
     assert plan.main([*options, "--gpu-memory", "0.001"]) == 0
     text = capsys.readouterr().out
     assert "does not fit" in text
