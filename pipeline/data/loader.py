@@ -169,7 +169,7 @@ class _Train(Dataset):
         images, faults = list(room), []
         pixels = [image.numpy() for image in images]
         chosen = [[self._choose(epoch, s, key) for s in self.streams] for key in keys.tolist()]
-        for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, pixels)):
+        for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, pixels)).tolist():
             try:
                 self._decode(epoch, samples[place], keys[place], [p[place] for p in pixels])
             except SampleError as error:
@@ -180,13 +180,13 @@ class _Train(Dataset):
                     epoch, within, first + place, [p[place] for p in pixels], error
                 )
         if self.augment is not None:
-            for place, key in enumerate(keys.tolist()):
+            for number, key in enumerate(keys.tolist()):
                 for view in range(len(self.streams)):
-                    self.augment(pixels[view][place], epoch, key, view)
+                    self.augment(pixels[view][number], epoch, key, view)
         return Batch(
             images[0], self.reader.labels(samples), torch.from_numpy(samples),
-            torch.from_numpy(keys), epoch, step, len(faults), tuple(faults), *images[1:],
-            slot=slot,
+            torch.from_numpy(keys), epoch, step, len(faults), tuple(faults),
+            images[1] if images[1:] else None, slot,
         )  # fmt: skip
 
     def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:

@@ -113,7 +113,7 @@ class Reader:
         done = files[:, 4] > 0
         for view, out in enumerate(outs):
             boxes = np.zeros((len(samples), 6))
-            for place in np.flatnonzero(done):
+            for place in np.flatnonzero(done).tolist():
                 width, height = files[place, 4:].tolist()
                 box, flip = chosen[place][view](width, height)
                 boxes[place] = box.left, box.top, box.right, box.bottom, box.inside, flip
