@@ -42,6 +42,7 @@ def test_slots_do_not_overlap() -> None:
 def test_a_batch_passes_as_the_number_of_its_slot(crops: int) -> None:
     slots = Slots(1, 1, 2 * 3 * 4 * 4 * 3)
     slot = slots.take(0)
+    assert slot is not None
     room = slots.tensor(slot, (crops, 3, 4, 4, 3))
     room.copy_(torch.arange(room.numel(), dtype=torch.uint8).view(room.shape))
     images = list(room)
