@@ -62,7 +62,7 @@ def test_the_dry_run_counts_what_a_real_step_does(name):
         loss.backward()
     work = dry_run(recipe, 6, "fp32")
     assert work.flops == counter.get_total_flops()
-    assert work.launches == pytest.approx(launched.launches, rel=0.02)
+    assert work.launches == pytest.approx(launched.launches, rel=0.03)  # without jitter
     assert work.activations == pytest.approx(kept.bytes, rel=0.01)
     assert work.keys == (6 * 16 * 12 * 4 if name == "cmae" else 0)
 
@@ -190,7 +190,7 @@ def test_command_line(capsys, tmp_path):
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
     assert made["recommended_stage"] == 1
-    assert text.endswith("recommended: ZeRO 1 (the lowest that fits)\n")
+    assert "\nrecommended: ZeRO 1 (the lowest that fits)\n" in text
     hours = {}
     for way, first in (("autocast", 0), ("bf16", 1), ("bf16-fp32-grads", 2), ("fp32", 0)):
         assert (
