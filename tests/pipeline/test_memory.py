@@ -65,15 +65,16 @@ module._check_shared_memory = lambda *_: None  # it was free when the run starte
 module.Slots = lambda *_: None  # all slots are taken: what does not fit there is in /dev/shm
 try:
     for batch in loader(Path(sys.argv[1]), workers=2):
-        Path("/dev/shm/other").write_bytes(bytes(shutil.disk_usage("/dev/shm").free))
+        with open("/dev/shm/other", "ab", buffering=0) as other:
+            other.write(bytes(shutil.disk_usage("/dev/shm").free))
 except UserError as error:
     print(error)
 """
 
 
 def test_shared_memory_that_fills_up_is_a_sentence(shards):
-    """A real file system of 1 MiB as /dev/shm, filled by another process (root)."""
-    mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+    """A real file system of 256 KiB as /dev/shm, filled by another process (root)."""
+    mount = 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"'
     command = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-c", FULL, shards]
     env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}"}
     done = subprocess.run(
