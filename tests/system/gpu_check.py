@@ -51,6 +51,9 @@ BOXES: dict[str, tuple[int, tuple[str, ...], bool]] = {
 }
 LEAST = 5  # seconds under which a stage is not begun
 DEVICE = "device"
+# Ranks of whoever started this one: the stages have their own.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+            "MASTER_PORT")  # fmt: skip
 
 
 @dataclass
@@ -266,6 +269,8 @@ BEGUN = time.monotonic()
 
 def main(argv: list[str] | None = None) -> int:
     """Run the check; its exit code."""
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
     args = parse_args(argv)
     if args.write:
         return write_into(args.write, args.output / "result.json")
