@@ -131,18 +131,19 @@ bench-scale: .venv/ready   ## the loader's bookkeeping at 1.28 M to 2 B samples:
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
 bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU
 
-bench-data: .venv/ready bench-peers   ## loading against ImageFolder + Pillow, webdataset and DALI, one core
-	$(PY) tests/bench/bench_data.py
+bench-data: .venv/ready bench-peers   ## loading per core against 13 peers, on IMAGES=FOLDER of JPEGs or made ones
+	@$(PY) tests/bench/bench_data.py $(if $(IMAGES),--images "$(IMAGES)")
 
-# Stock Pillow beside pillow-simd, and DALI in a venv of its own; the bench skips what cannot be had.
+# Each peer's current release in an environment of its own; the benches skip what cannot be had.
 bench-peers: .venv/ready
-	@test -d build/bench/pillow || $(PIP) install --no-deps \
-		--target build/bench/pillow pillow || true
-	@test -x build/bench/dali/bin/python || { $(PYTHON) -m venv build/bench/dali && \
-		build/bench/dali/bin/pip install -q --disable-pip-version-check nvidia-dali-cuda120 numpy; } || true
+	@$(PY) tests/bench/peer_envs.py
 
-bench-shards: .venv/ready   ## sharding against webdataset's ShardWriter, one process
-	$(PY) tests/bench/bench_shards.py
+bench-shards: .venv/ready bench-peers   ## sharding per process against the peers' writers, on IMAGES=FOLDER or made ones
+	@$(PY) tests/bench/bench_shards.py $(if $(IMAGES),--images "$(IMAGES)")
+
+.PHONY: bench-store
+bench-store: .venv/ready   ## how long training waits for shards in a store of 1.2 times the bandwidth that it needs (STORE="options")
+	@$(PY) tests/bench/bench_store.py $(STORE)
 
 bench-infonce: .venv/ready   ## token_infonce against the materialised computation: memory and time
 	@$(PY) tests/bench/bench_infonce.py

@@ -27,14 +27,20 @@ fi
 "$python" -m venv "$root/.venv"
 "$root/.venv/bin/python" -m pip -q --disable-pip-version-check install --no-index --no-deps \
   --find-links "$root/wheels" -r "$root/wheels/requirements.txt"
-# This checkout, and behind the wheels what the given Python has: torch and what it needs.
+# This checkout, installed as itself (its version goes into manifests), and behind the wheels what
+# the given Python has: torch and what it needs.
 folders=$("$python" -c 'import sys
 print("\n".join(path for path in sys.path if path.endswith("-packages")))')
 "$root/.venv/bin/python" - "$root" "$folders" <<'END'
-import sys, sysconfig
+import sys, sysconfig, tomllib
 from pathlib import Path
 root, folders = sys.argv[1:]
-Path(sysconfig.get_path("purelib"), "relaxmim-bundle.pth").write_text(f"{root}\n{folders}\n")
+site = Path(sysconfig.get_path("purelib"))
+version = tomllib.loads(Path(root, "pyproject.toml").read_text())["project"]["version"]
+own = site / f"relaxmim-{version}.dist-info"
+own.mkdir(exist_ok=True)
+(own / "METADATA").write_text(f"Metadata-Version: 2.1\nName: relaxmim\nVersion: {version}\n")
+(site / "relaxmim-bundle.pth").write_text(f"{root}\n{folders}\n")
 END
 now=$("$root/.venv/bin/python" -c 'import deepspeed, timm, torch, pipeline; print(torch.__version__)' | tail -n 1) ||
   fail "what was installed cannot be imported; see above"

@@ -128,7 +128,8 @@ def stages(tools: Tools) -> list[Stage]:
     lock = LOCK.read_text()
     cpu = Path("/proc/cpuinfo")
     avx2 = cpu.exists() and re.search(r"\bavx2\b", cpu.read_text()) is not None
-    source = [p.read_text() for p in (ROOT / "setup.py", ROOT / "pyproject.toml", *c_sources())]
+    files = ROOT / "setup.py", ROOT / "pyproject.toml", *c_sources(), *c_sources("h")
+    source = [path.read_text() for path in files]
     python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
     simd, decoder, ops = tools.pillow(), tools.decoder(), tools.ops()
     wheel = BUILD / "wheels" / f"{sys.implementation.cache_tag}{'-avx2' if avx2 else ''}"
@@ -329,10 +330,11 @@ def remove_pillow() -> None:
     shutil.rmtree(site_packages() / "PIL", ignore_errors=True)
 
 
-def c_sources() -> list[Path]:
+def c_sources(kind: str = "c") -> list[Path]:
     """The C files: the cropping JPEG decoder and the check of JPEGs; libraries are built beside
     them."""
-    return sorted(p for room in ("pipeline", "shard_tools") for p in (ROOT / room).rglob("_*.c"))
+    rooms = ROOT / "pipeline", ROOT / "shard_tools"
+    return sorted(path for room in rooms for path in room.rglob(f"_*.{kind}"))
 
 
 def relaxmim(decoder: bool) -> str:

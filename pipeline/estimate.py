@@ -1,39 +1,49 @@
 """What a recipe will need on a cluster, before any of it is bought: memory per GPU by ZeRO stage,
-bytes sent per step, FLOPs per step, hours.
+bytes sent per step, FLOPs per step, hours, and whether GPU, host or loader sets the pace.
 
     python pipeline/estimate.py --recipe pipeline/recipes/rmae.yaml --gpus 64 --gpu-memory 80
 
 FLOPs and kept activations come from a dry run of the recipe's own step on tensors without data;
 weights, gradients and optimizer state from the formulas of ZeRO (Rajbhandari et al. 2020, Sec. 5
 and 7) with DeepSpeed's padding. Not counted: the CUDA context (about 1 GB), what
-the allocator wastes and what a step needs only for a moment.
+the allocator wastes and what a step needs only for a moment; a margin of 10 % is left for them.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
+from pipeline.config.ds_config import MOST_IMAGES
+from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
-from pipeline.method.teacher import Teacher
+from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
-MOST = 128  # images of a micro-batch; more of them make a GPU no faster
+OPTIMIZER_LAUNCHES = 60  # of an optimizer step, about (make bench-launches)
+# Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
+# virtual machine with AVX2. `make bench-data` measures the whole loader.
+CORE_IMAGES = 1000.0
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 
 
@@ -51,12 +61,14 @@ class PlanError(UserError):
 class Work:
     """A micro-batch of `images` on one rank: FLOPs of forward and backward (2 per multiply-add,
     matrix products and attention), bytes of activations kept for backward, bytes of keys that
-    a contrastive measure gathers."""
+    a contrastive measure gathers, ops that launch something on a device (with the kernels'
+    references, so a few more than with the kernels)."""
 
     images: int
     flops: int
     activations: int
     keys: int
+    launches: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,19 +111,20 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
         objective.to_empty(device="cpu")
         if teacher is not None:
             teacher.to_empty(device="cpu")
-            teacher.register_forward_hook(lambda module, given, key: keys.append(key))
+            teacher.register_forward_hook(lambda module, given, key: keys.extend(tree_leaves(key)))
         image = torch.empty(images, side, side, 3, dtype=torch.uint8)
         sample = torch.empty(images, dtype=torch.int64)
         crop = image if recipe.views.second == "crop" else None
         kept = _Kept(objective)
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as work:
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        with counter as work, _Launches() as launches:
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
             saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
             with autocast, saved:
                 loss, _ = objective(image, sample, 0, teacher, crop)
             loss.backward()
     gathered = sum(key.numel() * key.element_size() for key in keys)
-    return Work(images, work.get_total_flops(), kept.bytes, gathered)
+    return Work(images, work.get_total_flops(), kept.bytes, gathered, launches.count)
 
 
 def flops_per_image(recipe: Recipe) -> float:
@@ -147,6 +160,41 @@ ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+class _Launches(TorchDispatchMode):
+    """Counts the ops that would launch something on a device."""
+
+    FREE = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        free = func.is_view or func.overloadpacket.__name__ in self.FREE
+        self.count += func.namespace == "aten" and not free
+        return func(*args, **(kwargs or {}))
+
+
+def measured_launch_ms(rounds: int = 20) -> float:
+    """Host milliseconds per launch on this machine: forward and backward of a ViT block so narrow
+    that its arithmetic is next to nothing, on one thread; the least of the rounds.
+
+    A lower bound for CUDA, whose launches take some microseconds themselves.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    block, x = Block(8, 2), torch.zeros(1, 4, 8, requires_grad=True)
+    with _Launches() as launches:
+        block(x).sum().backward()
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        block(x).sum().backward()
+        taken.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return 1e3 * min(taken) / launches.count
 
 
 class _Kept:
@@ -215,9 +263,15 @@ def memory(
         weights=((part if stage == 3 else trained) + sum(here)) * size,
         gradients=kept * (2 if precision == "bf16" else 4),
         optimizer=part * (12 if stage else 8),
-        teacher=sum(p.numel() for p in teacher.parameters()) * 4 if teacher else 0,
+        teacher=teacher_bytes(teacher, precision) if teacher else 0,
         activations=work.activations,
     )
+
+
+def teacher_bytes(teacher: Teacher, precision: str) -> int:
+    """Bytes of a teacher: fp32, and of its linears a copy in the type of their products."""
+    copied = [] if precision == "fp32" else linear_weights(teacher)
+    return sum(p.numel() * 4 for p in teacher.parameters()) + sum(p.numel() * 2 for p in copied)
 
 
 def traffic(
@@ -260,51 +314,90 @@ def split(recipe: Recipe, ranks: int) -> list[int]:
             f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
             f"{recipe.data.partitions} must be multiples of the number of GPUs"
         )
-    return [n for n in range(min(per_rank, MOST), 0, -1) if per_rank % n == 0]
+    return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
+
+
+def scaled(recipe: Recipe, precision: str, checkpointing: bool) -> Callable[[int], Work]:
+    """The work of a micro-batch of any size, from two dry runs."""
+    one, more = (dry_run(recipe, n, precision, checkpointing) for n in (2, 4))
+    per_image = (more.activations - one.activations) // 2
+    fixed = one.activations - 2 * per_image  # autocast's copies of the weights
+
+    def work(images: int) -> Work:
+        kept = fixed + images * per_image
+        return Work(images, one.flops * images // 2, kept, one.keys * images // 2, one.launches)
+
+    return work
+
+
+def fitting_micro_batch(
+    recipe: Recipe, ranks: int, stage: int, precision: str, memory_bytes: float,
+    checkpointing: bool = False,
+) -> int:  # fmt: skip
+    """The most images of a micro-batch that fit in a device's memory less MARGIN, of those that
+    divide a rank's images of a step."""
+    objective, teacher = meta_objective(recipe)
+    work_of, sizes = scaled(recipe, precision, checkpointing), split(recipe, ranks)
+    need = {n: memory(objective, teacher, work_of(n), stage, ranks, precision).total for n in sizes}
+    return largest_that_fits(sizes, need, memory_bytes)
 
 
 def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time."""
     objective, teacher = meta_objective(recipe)
-    sizes = [args.micro_batch] if args.micro_batch else split(recipe, args.gpus)
+    # What "auto" takes: with negatives from the micro-batch it does not follow the device.
+    most = MOST_IMAGES if recipe.measure.batch_negatives else recipe.batch_size
+    auto = [n for n in split(recipe, args.gpus) if n <= most]
+    sizes = [args.micro_batch] if args.micro_batch else auto
     if args.micro_batch and args.micro_batch not in split(recipe, args.gpus):
         raise PlanError(
             f"--micro-batch {args.micro_batch}: must be one of {split(recipe, args.gpus)}"
         )
-    one, more = (dry_run(recipe, n, args.precision, args.checkpointing) for n in (2, 4))
-    per_image = (more.activations - one.activations) // 2
-    fixed = one.activations - 2 * per_image  # autocast's copies of the weights
+    work_of = scaled(recipe, args.precision, args.checkpointing)
+    launch_ms = args.launch_ms or measured_launch_ms()
+    peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
+    speed = peak * args.utilisation
+    per_rank = recipe.batch_size // args.gpus
     rows = []
     for stage in (0, 1, 2, 3):
         if args.precision in BF16_WEIGHTS[stage:]:
             continue  # the engine refuses them: DeepSpeed's stage 0, and 1 with fp32 gradients
-        for micro in sizes:
-            kept = fixed + micro * per_image
-            work = Work(micro, one.flops * micro // 2, kept, one.keys * micro // 2)
-            need = memory(objective, teacher, work, stage, args.gpus, args.precision)
-            if need.total <= args.gpu_memory * 1e9 or micro == sizes[-1]:
-                break
-        accumulation = recipe.batch_size // args.gpus // micro
+
+        def need(micro: int, stage: int = stage) -> Memory:
+            return memory(objective, teacher, work_of(micro), stage, args.gpus, args.precision)
+
+        bytes_of = {n: need(n).total for n in sizes}
+        micro = largest_that_fits(sizes, bytes_of, args.gpu_memory * 1e9)
+        accumulation = per_rank // micro
+        work = work_of(micro)
         sent = traffic(objective, teacher, work, stage, args.gpus, accumulation, args.precision)
+        feeding = Feeding(
+            gpu=work.flops * accumulation / speed,
+            launches=work.launches * accumulation + OPTIMIZER_LAUNCHES,
+            launch_ms=launch_ms,
+            images=per_rank * (2 if recipe.views.second == "crop" else 1),
+            core_images=args.core_images,
+            cores=args.cores,
+        )
         rows.append(
             {"stage": stage, "micro_batch": micro, "accumulation": accumulation}
-            | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need).items()}
+            | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need(micro)).items()}
             | {
-                "memory_gb": round(need.total / 1e9, 3),
-                "fits": need.total <= args.gpu_memory * 1e9,
+                "memory_gb": round(bytes_of[micro] / 1e9, 3),
+                "fits": bytes_of[micro] <= (1 - MARGIN) * args.gpu_memory * 1e9,
                 "sent_gb_per_step": round(sent / 1e9, 3),
+                "launches": feeding.launches,
+                "gpu_ms": round(1e3 * feeding.gpu, 3),
+                "host_ms": round(1e3 * feeding.host, 3),
+                "loader_ms": round(1e3 * feeding.loader, 3),
+                "bound": feeding.bound,
+                "cores_needed": feeding.cores_needed,
             }
         )
     images = recipe.data.samples_per_epoch or args.images
     steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
     total = round(steps * recipe.optimizer.epochs)
-    flops = one.flops * recipe.batch_size // 2
-    speed = (
-        args.gpus
-        * PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"]
-        * 1e12
-        * args.utilisation
-    )
+    flops = work_of(recipe.batch_size).flops
     return {
         "recipe": recipe.name,
         "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
@@ -313,10 +406,23 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "precision": args.precision,
         "flops_per_step": flops,
         "steps": total,
-        "hours": round(total * flops / speed / 3600, 2),
+        "hours": round(total * flops / (args.gpus * speed) / 3600, 2),
         "utilisation": args.utilisation,
+        "launch_ms": round(launch_ms, 5),
+        "cores": args.cores,
+        "core_images": args.core_images,
         "stages": rows,
+        "recommended_stage": recommended(rows),
     }
+
+
+def recommended(rows: list[dict[str, Any]]) -> int | None:
+    """The stage to run under: the lowest from 1 up that fits; None where none does.
+
+    Stage 1 costs the host least (docs/step.md) and sends no more than any other; 0 has no bf16 as
+    shipped.
+    """
+    return next((row["stage"] for row in rows if row["stage"] and row["fits"]), None)
 
 
 def show(plan: dict[str, Any]) -> str:
@@ -339,6 +445,20 @@ def show(plan: dict[str, Any]) -> str:
             f"{row['stage']:4}{row['micro_batch']:13}{row['accumulation']:8}{cells}"
             f"{row['memory_gb']:9.2f}{row['sent_gb_per_step']:14.3f}{fits}"
         )
+    stage = plan["recommended_stage"]
+    advice = "no stage fits: more GPUs, a smaller micro-batch or --checkpointing"
+    lines.append(advice if stage is None else f"recommended: ZeRO {stage} (the lowest that fits)")
+    lines += [
+        "",
+        f"ms per step of a rank, at {plan['launch_ms'] * 1e3:.1f} µs of the host per launch and "
+        f"{plan['core_images']:g} images/s per core on {plan['cores']} cores per GPU",
+        "ZeRO  launches      GPU     host   loader  cores that keep it fed",
+    ]
+    for row in plan["stages"]:
+        times = "".join(f"{row[f'{part}_ms']:9.1f}" for part in ("gpu", "host", "loader"))
+        lines.append(
+            f"{row['stage']:4}{row['launches']:10}{times}{row['cores_needed']:8}  {row['bound']}"
+        )
     return "\n".join(lines)
 
 
@@ -355,7 +475,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="10^9 bytes")
     # fmt: off
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                        help=f"images per GPU and pass; 0: the most up to {MOST} that fit")
+                        help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%} free")
+    parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
+                        help="print the micro-batch that fits under a ZeRO stage, no more")
+    parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
+                        help="host time per launch; 0: measured on this machine")
+    parser.add_argument("--cores", type=int, default=8, help="CPU cores per GPU that load images")
+    parser.add_argument("--core-images", type=float, default=CORE_IMAGES, metavar="N",
+                        help="images per second that a core loads (make bench-data)")
     # fmt: on
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
@@ -368,6 +495,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
     if not 0 < args.utilisation <= 1 or args.gpu_memory <= 0:
         parser.error("--utilisation must be in (0, 1], --gpu-memory above 0")
+    if args.launch_ms < 0 or args.cores < 1 or not args.core_images > 0:
+        parser.error("--cores must be at least 1, --core-images above 0, --launch-ms not negative")
     return args
 
 
@@ -378,6 +507,11 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.flops:
             print(flops_per_image(recipe))
+            return 0
+        if args.fit is not None:
+            room = args.gpu_memory * 1e9
+            print(fitting_micro_batch(recipe, args.gpus, args.fit, args.precision, room,
+                                      args.checkpointing))  # fmt: skip
             return 0
         plan = predict(recipe, args)
         print(show(plan))

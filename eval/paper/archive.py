@@ -23,6 +23,8 @@ STEPS = 60  # logged steps of a run that are kept, evenly spread
 DIGITS = 5  # significant ones of a number
 PICTURE = 60_000  # bytes of a picture, at most
 TOP = ("study.json", "facts.json", "tuning.json", "rates.json", "jobs.jsonl")
+LOOK = "look"  # folder of eval/visualise.py's pictures
+PCA = "pca.png"
 SETTINGS = ("recipe.yaml", "ds_config.json", "versions.json")
 
 
@@ -63,6 +65,8 @@ def kept(output: Path) -> Iterator[tuple[str, bytes]]:
         for name in TOP:
             if (output / name).is_file():
                 yield name, (output / name).read_bytes()
+        if (output / LOOK / PCA).is_file():
+            yield f"{LOOK}/{PCA}", (output / LOOK / PCA).read_bytes()
         for run in made_runs(output):
             for name in SETTINGS:
                 if (run / name).is_file():

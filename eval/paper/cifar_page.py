@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eval.paper.archive import LOOK, PCA
 from eval.paper.reproduction import beside
 from eval.paper.study import Study, rules, wanted_metrics
 from eval.paper.tuning import Trial, best, read_trials
 from eval.protocols import headings
+from eval.reporting.chapters import picture_of
 from eval.reporting.page import Chapter
 from eval.reporting.run_records import read_json
 from eval.reporting.tables import NONE, Cell, Row, Table
@@ -53,6 +55,9 @@ def read_facts(path: Path) -> Facts:
 def chapters(study: Study, facts: Facts) -> list[Chapter]:
     """The first chapters; those of the runs follow."""
     found = [claims_chapter(study, facts), rows_chapter(study), anchors_chapter()]
+    pca = study.workspace.output / LOOK / PCA
+    if pca.is_file():
+        found.append(look_chapter(pca))
     trials = read_trials(study.workspace.output / "tuning.json")
     return [*found, tuning_chapter(trials)] if trials else found
 
@@ -88,6 +93,16 @@ def anchors_chapter() -> Chapter:
     table = Table(("model", "pretraining", "CIFAR-10 test images", "source"), rows)
     texts = ("Their models and epochs are larger than those of two cores.",)
     return Chapter("anchors", "What others report", texts, (table,))
+
+
+def look_chapter(pca: Path) -> Chapter:
+    """The patches of the encoders of seed 0 as colours."""
+    text = (
+        "The first three principal components of the patch tokens as red, green and blue, one "
+        "basis per encoder; what the random encoder shows too was not learned."
+    )
+    picture = picture_of(pca, "Test images; a column per encoder, as eval/visualise.py draws them")
+    return Chapter("look", "Inside the encoders", (text,), pictures=(picture,))
 
 
 def tuning_chapter(trials: Sequence[Trial]) -> Chapter:

@@ -7,10 +7,11 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from eval.paper.archive import LOOK
 from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
-from eval.paper.commands import Scale, Workspace, row_jobs, row_recipe
+from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
-from eval.paper.job_runner import Command, costs, unique
+from eval.paper.job_runner import Command, costs, python, unique
 from eval.paper.study import Study, wanted_metrics
 from eval.paper.tuning import Tuning, best, read_trials
 from pipeline.config.schema import EncoderRecipe
@@ -19,6 +20,7 @@ from shard_tools.atomic import write_json
 from shard_tools.manifest import read_manifest
 
 RECORD = "study.json"
+SHOWN = ("MAE", "R-MAE", "C-MAE")  # whose patches are drawn
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def compute_of(workspace: Workspace) -> float:
     """What MAE's pretraining and finetuning cost together, in finetunings (FLOPs)."""
     jobs = row_jobs(workspace, cifar_row("MAE", {}, {}, 1), 0, ["finetune"])
     flops = {job.name.rsplit(" ", 1)[-1]: job.flops for job in jobs}
-    return 1 + flops["pretrain"] / flops["finetune"]
+    return round(1 + flops["pretrain"] / flops["finetune"], 4)
 
 
 def claim_output(settings: Settings) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def claim_output(settings: Settings) -> dict[str, Any]:
         "scale": json.loads(json.dumps(made)),
         "images": read_manifest(scale.train).index_sha256,
         "tuned": settings.tuned,
-        "compute": round(compute_of(settings.workspace), 4),
+        "compute": compute_of(settings.workspace),
     }
     if path.is_file():
         before = read_record(path)
@@ -136,6 +138,7 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     trials = [*tuning.first(), *tuning.second()]
     study = study_of(workspace, settings.claims, settings.seeds, compute_of(workspace))
     rows = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
+    rows += looks(study)
     stages = (tuning.pretrainings(), tuning.finetunings(best(trials, "pretrain")), rows)
     jobs = unique([job for stage in stages for job in stage])
     encoder = architecture(settings)
@@ -145,6 +148,19 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     kept, left = within(jobs, [seconds[job.name] for job in jobs], room)
     unique_stages = tuple(tuple(unique(stage)) for stage in stages)
     return Plan(unique_stages, seconds, tuple(kept), tuple(left))
+
+
+def looks(study: Study) -> list[Command]:
+    """What draws the principal components of the patches of seed 0's encoders; none without any."""
+    names = [name for name in SHOWN if name in wanted_metrics(study.claims, study.names)]
+    if not names:
+        return []
+    output, val = study.workspace.output, study.workspace.scale.val
+    runs = [output / run_name(study.row(name), 0) for name in names]
+    words = ["--encoder", *runs, "random", "--images", val, "--count", 4, "--output"]
+    command = python(ROOT / "eval/visualise.py", *words, output / LOOK)
+    needs = tuple(f"{run.name} pretrain" for run in runs)
+    return [Command("look", command, output / LOOK / "index.html", needs)]
 
 
 def architecture(settings: Settings) -> EncoderRecipe:

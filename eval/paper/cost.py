@@ -40,8 +40,8 @@ class Rates:
 
     def seconds(self, command: Command, encoder: EncoderRecipe) -> float:
         """Of a command, on one core or GPU. encoder: the architecture that evaluations have."""
-        if not command.images and not command.flops:
-            return START if "pipeline/export.py" in command.command[1] else 1.0
+        if not command.images:
+            return START
         if recipe := recipe_of(command):
             per_image = self.rate(_key(recipe), lambda: pretraining(recipe))
             crops = 2 if recipe.views.second == "crop" else 1

@@ -8,6 +8,7 @@ import yaml
 
 from eval.reporting.run_records import Run, flatten
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.config.schema import ViewsRecipe
 from pipeline.errors import UserError, naming
 
 PAPER = Path(__file__).with_name("paper.yaml")
@@ -83,7 +84,10 @@ def row_recipe(row: PaperRow) -> dict[str, Any] | None:
 
 
 def same_method(flat: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two flat recipes agree in every key that says which method they are."""
+    """Whether two flat recipes agree in every key that says which method they are. A key of `views`
+    that a recipe of an earlier version lacks had today's default."""
+    views = flatten({"views": ViewsRecipe().model_dump(mode="json")})
+    flat, other = views | flat, views | other
     keys = [k for k in {**flat, **other} if k.startswith(METHOD) and not k.startswith(NOT_METHOD)]
     return all(flat.get(k) == other.get(k) for k in keys)
 

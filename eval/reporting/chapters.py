@@ -160,12 +160,7 @@ def picture_chapter(groups: Sequence[Group]) -> Chapter:
 
 
 def read_picture(run: Run, path: Path, label: str) -> Picture:
-    """A run's picture as a data URI; raises UserError for a file that is not a PNG."""
-    with naming(path, "cannot be read"):
-        data = path.read_bytes()
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
-        raise UserError(f"{path} is not a PNG")
-    width, height = struct.unpack(">II", data[16:24])
+    """A run's picture with a caption; raises UserError for a file that is not a PNG."""
     step = "".join(c for c in path.stem if c.isdigit()).lstrip("0") or "0"
     if run.reconstructs:
         columns = "original | masked | prediction of the masked patches | full prediction"
@@ -173,6 +168,16 @@ def read_picture(run: Run, path: Path, label: str) -> Picture:
     else:
         columns = "original | first view | second view"
     caption = f"{label}, step {step}: {columns}"
+    return picture_of(path, caption)
+
+
+def picture_of(path: Path, caption: str) -> Picture:
+    """A file as a data URI; raises UserError for one that is not a PNG."""
+    with naming(path, "cannot be read"):
+        data = path.read_bytes()
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
+        raise UserError(f"{path} is not a PNG")
+    width, height = struct.unpack(">II", data[16:24])
     uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     return Picture(uri, width, height, caption)
 

@@ -27,7 +27,7 @@ _FREE = (
     "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "prescale_gradients",
     "gradient_predivide_factor", "steps_per_print", "gradient_checkpointing", "compile", "timers",
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "watchdog_seconds",
-    "zero_allow_untested_optimizer",
+    "zero_allow_untested_optimizer", "cuda_graphs",
 )  # fmt: skip
 # Objects, and the keys inside them.
 _OBJECTS = {
@@ -125,7 +125,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             f"{path}: bf16 with data_types.grad_accum_dtype fp32 needs zero_optimization.stage 2 "
             "or 3 (DeepSpeed has another optimizer for stage 1, which skips no step)"
         )
-    for key in ("gradient_checkpointing", "compile"):
+    for key in ("gradient_checkpointing", "compile", "cuda_graphs"):
         if not isinstance(config.get(key, False), bool):
             raise UserError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
     patience = config.get("watchdog_seconds", 0)
@@ -133,6 +133,11 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
     if stage == 3 and config.get("compile"):
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
+    if config.get("cuda_graphs"):
+        if not config.get("compile"):
+            raise UserError(f"{path}: cuda_graphs needs compile true: the graphs are of its blocks")
+        if config.get("gradient_checkpointing"):
+            raise UserError(f"{path}: cuda_graphs and gradient_checkpointing exclude each other")
 
 
 def resolve_precision(
@@ -247,6 +252,7 @@ class RunPlan:
     negatives: bool
     checkpointing: bool
     compile: bool
+    cuda_graphs: bool
     watchdog_seconds: float
 
     def describe(self) -> list[str]:
@@ -267,7 +273,8 @@ class RunPlan:
         if self.checkpointing:
             lines.append("gradient checkpointing: blocks are recomputed in the backward pass")
         if self.compile:
-            lines.append("compile: the first steps compile the blocks")
+            graphs = " and capture CUDA graphs of them" if self.cuda_graphs else ""
+            lines.append(f"compile: the first steps compile the blocks{graphs}")
         return lines
 
 
@@ -293,7 +300,8 @@ def make_plan(
         full.pop("data_types", None)  # fp32 all the same
     elif full.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         reason = "; ".join(filter(None, ("gradients are summed in fp32", reason)))
-    checkpointing, compiled = full.pop("gradient_checkpointing", False), full.pop("compile", False)
+    switches = ("gradient_checkpointing", "compile", "cuda_graphs")
+    checkpointing, compiled, graphs = (full.pop(key, False) for key in switches)
     watchdog_seconds = float(full.pop("watchdog_seconds", 1800))
     full |= {
         "gradient_clipping": optimizer.gradient_clipping,
@@ -304,7 +312,7 @@ def make_plan(
     full.setdefault("steps_per_print", 10**9)
     return RunPlan(
         full, optimizer, optimizer.base_lr * batch_size / 256, stage, world, micro, accumulation,
-        precision, reason, negatives, checkpointing, compiled, watchdog_seconds,
+        precision, reason, negatives, checkpointing, compiled, graphs, watchdog_seconds,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
  *
  * Built on the public API of libjpeg-turbo (>= 2.0): jpeg_crop_scanline drops the columns outside
  * the rectangle before the inverse DCT, jpeg_skip_scanlines the rows above it, and the rows below
- * are never read. The resize is Pillow's: a horizontal, then a vertical pass with precomputed
+ * are never read. The Huffman codes are read by _entropy.h. The resize is Pillow's: a horizontal, then a vertical pass with precomputed
  * fixed-point weights and 8-bit rows between them (Pillow's src/libImaging/Resample.c describes
  * the method). The scalar and the AVX2 loops give the same bits.
  *
@@ -12,21 +12,26 @@
  *
  * size(data) -> (width, height)
  * next_marker(data, start) -> index
- * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd)
+ * read_many(files, buffer), decode_many(files, buffer, boxes, out, done, size, bicubic)
+ * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd, entropy)
  *
  * ValueError: not for this decoder (broken, CMYK, 12 bits ...). OverflowError: hostile.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <errno.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <jpeglib.h>
+
+#include "_entropy.h"
 
 #ifndef LIBJPEG_TURBO_VERSION_NUMBER
 #error "libjpeg-turbo is needed: other libjpegs cannot decode a part of a picture"
@@ -64,6 +69,9 @@ typedef struct {
     char message[JMSG_LENGTH_MAX];
     const uint8_t *data;
     size_t length;
+    Scan *scan;       /* reads the codes in place of the library; NULL: it does that itself */
+    int ours;         /* it does so */
+    int unsound;      /* the codes; the library shall say in what way */
     Axis x, y;
     uint8_t *rows;    /* ROWS decoded source rows, RGBX */
     uint8_t *middle;  /* [y.last - y.first][x.out] RGBX, after the horizontal pass */
@@ -91,6 +99,14 @@ static void watch(j_common_ptr cinfo) {
         snprintf(job->message, sizeof job->message, "more than %d scans", MAX_SCANS);
         longjmp(job->escape, 1);
     }
+}
+
+static boolean read_codes(j_decompress_ptr cinfo, JBLOCKROW *blocks) {
+    Job *job = cinfo->client_data;
+    if (next_mcu(job->scan, blocks)) return TRUE;
+    job->unsound = 1;
+    snprintf(job->message, sizeof job->message, "unsound codes");
+    longjmp(job->escape, 1);
 }
 
 static void refuse(Job *job, const char *reason) {
@@ -347,12 +363,16 @@ static int read_pixels(Job *job, int simd) {
     Axis *x = &job->x, *y = &job->y;
     cinfo->out_color_space = JCS_EXT_RGBX;
     cinfo->dct_method = JDCT_ISLOW;
+    size_t codes = (size_t)(cinfo->src->next_input_byte - job->data);
     jpeg_start_decompress(cinfo);
+    job->ours = job->scan && begin_scan(job->scan, cinfo, job->data, job->length, codes);
+    if (job->ours) ((Entropy *)cinfo->entropy)->decode_mcu = read_codes;
 
     int left = x->first > MARGIN ? x->first - MARGIN : 0;
     int right = x->last + MARGIN < job->width ? x->last + MARGIN : job->width;
     JDIMENSION offset = (JDIMENSION)left, width = (JDIMENSION)(right - left);
     if (left > 0 || right < job->width) jpeg_crop_scanline(cinfo, &offset, &width);
+    if (job->ours) want_columns(job->scan, cinfo, offset);
     int top = y->first > MARGIN ? y->first - MARGIN : 0;
     if (top > 0) jpeg_skip_scanlines(cinfo, (JDIMENSION)top);
 
@@ -402,6 +422,18 @@ static void write_output(const Job *job, uint8_t *out, int simd) {
     (void)simd;
 }
 
+/* read_pixels, by the library alone where the codes are not sound. */
+static int read_crop(Job *job, int simd) {
+    if (read_pixels(job, simd)) return 1;
+    if (!job->unsound) return 0;
+    jpeg_destroy_decompress(&job->cinfo);
+    free(job->rows);
+    free(job->middle);
+    job->rows = job->middle = NULL;
+    job->scan = NULL;
+    return read_size(job) && read_pixels(job, simd);
+}
+
 static void close_job(Job *job) {
     jpeg_destroy_decompress(&job->cinfo);
     free_axis(&job->x);
@@ -437,28 +469,45 @@ static PyObject *py_size(PyObject *self, PyObject *args) {
     return result;
 }
 
+/* The next marker of [at, end) that is neither escaped data nor a restart marker, or NULL. */
+static const uint8_t *find_marker(const uint8_t *at, const uint8_t *end) {
+    while (end - at > 1) {
+        at = memchr(at, 0xFF, (size_t)(end - 1 - at));
+        if (!at) break;
+        if (at[1] == 0xFF) at += 1;
+        else if (at[1] == 0 || (at[1] >= JPEG_RST0 && at[1] <= JPEG_RST0 + 7)) at += 2;
+        else return at;
+    }
+    return NULL;
+}
+
 /* As _next_marker in shard_tools/image_file/jpeg.py, several times as fast. */
 static PyObject *py_next_marker(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer data;
     Py_ssize_t start;
     if (!PyArg_ParseTuple(args, "y*n:next_marker", &data, &start)) return NULL;
-    const uint8_t *bytes = data.buf;
-    Py_ssize_t at = start < 0 ? data.len : start, found = -1;
-    while (at + 1 < data.len) {
-        const uint8_t *next = memchr(bytes + at, 0xFF, (size_t)(data.len - 1 - at));
-        if (!next) break;
-        at = next - bytes;
-        uint8_t code = next[1];
-        if (code == 0xFF) at += 1;
-        else if (code == 0 || (code >= 0xD0 && code <= 0xD7)) at += 2;
-        else {
-            found = at;
-            break;
-        }
-    }
+    const uint8_t *bytes = data.buf, *found = NULL;
+    if (start >= 0 && start < data.len) found = find_marker(bytes + start, bytes + data.len);
     PyBuffer_Release(&data);
-    return PyLong_FromSsize_t(found);
+    return PyLong_FromSsize_t(found ? found - bytes : -1);
+}
+
+/* One that is in no thread's hands; both under the interpreter's lock. */
+static Scan *spare;
+
+static Scan *take_scan(void) {
+    Scan *scan = spare ? spare : calloc(1, sizeof *scan);
+    spare = NULL;
+    return scan;
+}
+
+static void give_scan(Scan *scan) {
+    if (spare || !scan) {
+        if (scan) free_scan(scan);
+    } else {
+        spare = scan;
+    }
 }
 
 /* The whole of decode() without Python: 1 done, 0 failed with job->message set. */
@@ -483,7 +532,7 @@ static int run(Job *job, uint8_t *out, int size, const double box[4], int inside
         snprintf(job->message, sizeof job->message, "out of memory");
         return 0;
     }
-    if (!read_pixels(job, simd)) return 0;
+    if (!read_crop(job, simd)) return 0;
     write_output(job, out, simd);
     return 1;
 }
@@ -491,10 +540,10 @@ static int run(Job *job, uint8_t *out, int size, const double box[4], int inside
 static PyObject *py_decode(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer data, out;
-    int size, inside, flip, cubic, simd = 1;
+    int size, inside, flip, cubic, simd = 1, entropy = 1;
     double box[4];
-    if (!PyArg_ParseTuple(args, "y*w*iddddppp|p:decode", &data, &out, &size, &box[0], &box[1],
-                          &box[2], &box[3], &inside, &flip, &cubic, &simd))
+    if (!PyArg_ParseTuple(args, "y*w*iddddppp|pp:decode", &data, &out, &size, &box[0], &box[1],
+                          &box[2], &box[3], &inside, &flip, &cubic, &simd, &entropy))
         return NULL;
     PyObject *result = NULL;
     Job *job = NULL;
@@ -506,26 +555,175 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
         int done;
         job->data = data.buf;
         job->length = (size_t)data.len;
+        job->scan = entropy ? take_scan() : NULL;
+        Scan *scan = job->scan;
         simd = simd && has_avx2();
         Py_BEGIN_ALLOW_THREADS
         done = run(job, out.buf, size, box, inside, flip, cubic, simd);
         Py_END_ALLOW_THREADS
-        if (done) result = Py_NewRef(Py_None);
+        if (done) result = PyBool_FromLong(job->ours);
         else raise_for(job);
         close_job(job);
+        give_scan(scan);
     }
     PyBuffer_Release(&data);
     PyBuffer_Release(&out);
     return result;
 }
 
+/* ---------------------------------------------------------------- many files at once */
+
+/* One file: where it is and where it goes in the buffer; its size, or zeros for one that is not for
+ * decode_many. A row of an int64 array. */
+typedef struct {
+    int64_t file, offset, length, start, width, height;
+} File;
+
+enum { MOST_PIXELS = 89478485, LONGEST_SIDE = 65500 }; /* as in shard_tools/image_file/header.py */
+
+/* Content of a frame header: whether shard_tools/image_file/jpeg.py calls it plain, and it is not
+ * CMYK. */
+static int read_plain_frame(const uint8_t *at, size_t length, File *file) {
+    if (length < 9 || at[0] != 8 || (at[5] != 1 && at[5] != 3)) return 0;
+    if (length != 6 + 3 * (size_t)at[5] || !memchr("\x11\x21\x22\x12\x41", at[7], 5)) return 0;
+    if (at[5] == 3 && (at[10] != 0x11 || at[13] != 0x11)) return 0;
+    file->height = at[1] << 8 | at[2];
+    file->width = at[3] << 8 | at[4];
+    return file->width > 0 && file->height > 0 && file->width <= LONGEST_SIDE
+           && file->height <= LONGEST_SIDE && file->width * file->height <= MOST_PIXELS;
+}
+
+/* Whether the file is a baseline JPEG of one scan that jpeg.py accepts and calls plain; what is not
+ * is for jpeg.py to judge. */
+static int read_plain_header(const uint8_t *data, size_t length, File *file) {
+    const uint8_t *at = data + 2, *end = data + length, *frame = NULL;
+    if (length < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
+    for (;;) {
+        if (end - at < 4 || at[0] != 0xFF) return 0;
+        int kind = at[1], size = at[2] << 8 | at[3];
+        if (size < 2 || end - at < 2 + size) return 0;
+        if (kind == 0xC0 || kind == 0xC1) {
+            if (frame || !read_plain_frame(at + 4, (size_t)size - 2, file)) return 0;
+            frame = at + 4;
+        } else if (kind == 0xDA) {
+            if (!frame || size < 3 || at[4] != frame[5]) return 0;
+            at = find_marker(at + 2 + size, end);
+            return at && at[1] == JPEG_EOI;
+        } else if (kind != 0xC4 && kind != 0xDB && kind != 0xDD && kind != 0xFE
+                   && (kind < 0xE0 || kind > 0xEF)) {
+            return 0;
+        }
+        at += 2 + size;
+    }
+}
+
+/* Read a file into the buffer, or say that it is not for decode_many. */
+static void read_file(File *file, uint8_t *buffer) {
+    file->width = file->height = 0;
+    uint8_t *to = buffer + file->start;
+    for (int64_t done = 0; done < file->length;) {
+        ssize_t count = pread((int)file->file, to + done, (size_t)(file->length - done),
+                              (off_t)(file->offset + done));
+        if (count <= 0 && !(count < 0 && errno == EINTR)) return;
+        if (count > 0) done += count;
+    }
+    File found = *file;
+    if (read_plain_header(to, (size_t)file->length, &found)) *file = found;
+}
+
+/* The rows of `files`, all inside a buffer of `room` bytes; -1 with an exception. */
+static Py_ssize_t check_files(const Py_buffer *files, Py_ssize_t room) {
+    const File *file = files->buf;
+    Py_ssize_t count = files->len / (Py_ssize_t)sizeof *file;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (file[i].start < 0 || file[i].length < 0 || file[i].start > room
+            || file[i].length > room - file[i].start)
+            count = -2;
+    if (files->len % (Py_ssize_t)sizeof *file || count < 0) {
+        PyErr_SetString(PyExc_TypeError, "files: rows of 6 int64 that lie inside the buffer");
+        return -1;
+    }
+    return count;
+}
+
+static PyObject *py_read_many(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer files, buffer;
+    if (!PyArg_ParseTuple(args, "w*w*:read_many", &files, &buffer)) return NULL;
+    Py_ssize_t count = check_files(&files, buffer.len);
+    if (count >= 0) {
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++) read_file((File *)files.buf + i, buffer.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&files);
+    PyBuffer_Release(&buffer);
+    return count < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* A rectangle; a row of a float64 array. */
+typedef struct {
+    double corners[4], inside, flip;
+} Rectangle;
+
+static PyObject *py_decode_many(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer files, buffer, boxes, out, done;
+    int size, cubic;
+    if (!PyArg_ParseTuple(args, "y*y*y*w*w*ip:decode_many", &files, &buffer, &boxes, &out, &done,
+                          &size, &cubic))
+        return NULL;
+    Py_ssize_t count = check_files(&files, buffer.len), each = (Py_ssize_t)size * size * 3;
+    const Rectangle *box = boxes.buf;
+    uint8_t *flags = done.buf;
+    if (count >= 0 && (size < 1 || size > 4096 || out.len != count * each || done.len != count
+                       || boxes.len != count * (Py_ssize_t)sizeof *box)) {
+        PyErr_SetString(PyExc_TypeError, "boxes, out and done need a row for each file");
+        count = -1;
+    }
+    if (count >= 0) {
+        Scan *scan = take_scan();
+        int simd = has_avx2();
+        Py_BEGIN_ALLOW_THREADS
+        for (Py_ssize_t i = 0; i < count; i++) {
+            const File *file = (const File *)files.buf + i;
+            Job *job = file->width ? calloc(1, sizeof *job) : NULL;
+            flags[i] = 0;
+            if (!job) continue;
+            job->data = (const uint8_t *)buffer.buf + file->start;
+            job->length = (size_t)file->length;
+            job->scan = scan;
+            flags[i] = (uint8_t)run(job, (uint8_t *)out.buf + i * each, size, box[i].corners,
+                                    box[i].inside != 0, box[i].flip != 0, cubic, simd);
+            close_job(job);
+        }
+        Py_END_ALLOW_THREADS
+        give_scan(scan);
+    }
+    PyBuffer_Release(&files);
+    PyBuffer_Release(&buffer);
+    PyBuffer_Release(&boxes);
+    PyBuffer_Release(&out);
+    PyBuffer_Release(&done);
+    return count < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyMethodDef methods[] = {
+    {"read_many", py_read_many, METH_VARARGS,
+     "read_many(files, buffer)\n\nfiles: int64 rows of file descriptor, offset, length, place in "
+     "the buffer, width, height, of which the last two are filled in: 0 for what is not a baseline "
+     "JPEG that every decoder takes, or cannot be read."},
+    {"decode_many", py_decode_many, METH_VARARGS,
+     "decode_many(files, buffer, boxes, out, done, size, bicubic)\n\nAs decode() for each file "
+     "that has a width. boxes: float64 rows of left, top, right, bottom, inside, flip; done: uint8, "
+     "0 for a file that decode() would not take."},
     {"size", py_size, METH_VARARGS, "size(data) -> (width, height) of a JPEG"},
     {"next_marker", py_next_marker, METH_VARARGS,
      "next_marker(data, start) -> index of the next 0xff of a marker inside a scan, or -1"},
     {"decode", py_decode, METH_VARARGS,
-     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=True)\n\n"
-     "Write the rectangle, resized to size x size RGB bytes, into the writable buffer `out`."},
+     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=True, "
+     "entropy=True)\n\nWrite the rectangle, resized to size x size RGB bytes, into the writable "
+     "buffer `out`; whether our own reader of codes read it. simd, entropy: with our own loops and reader of codes; the bytes are the same."},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpegcrop", NULL, -1, methods,

@@ -36,6 +36,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 # An extension that was built before it had this function still decodes.
 _find_marker = getattr(_jpegcrop, "next_marker", next_marker)
+CAN_READ_MANY = hasattr(_jpegcrop, "decode_many")
 DecodeError = ImageFault  # what a Decode raises: bytes that cannot be turned into pixels
 
 # (bytes, choose, output uint8 [S, S, 3], interpolation)
@@ -79,6 +80,22 @@ def _by_jpegcrop(
     corners = (box.left, box.top, box.right, box.bottom)
     cubic = interpolation == "bicubic"
     _jpegcrop.decode(data, out, out.shape[0], *corners, box.inside, flip, cubic)
+
+
+def read_many(files: np.ndarray, buffer: bytearray) -> None:
+    """Read files into a buffer; see _jpegcrop.read_many. Needs the decoder jpegcrop."""
+    _jpegcrop.read_many(files, buffer)
+
+
+def decode_many(
+    files: np.ndarray, buffer: bytearray, boxes: np.ndarray, out: np.ndarray, interpolation: str
+) -> np.ndarray:
+    """Decode what read_many read into `out`, uint8 [b, S, S, 3]; bool [b], false where another
+    decoder has to be asked. boxes: float64 [b, 6], left, top, right, bottom, inside, flip."""
+    done = np.zeros(len(files), np.uint8)
+    cubic = interpolation == "bicubic"
+    _jpegcrop.decode_many(files, buffer, boxes, out, done, out.shape[1], cubic)
+    return done.astype(np.bool_)
 
 
 def _by_simplejpeg(

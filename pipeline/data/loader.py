@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -27,6 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side
+from pipeline.data.jpeg import Choose
 from pipeline.data.order import (
     CROPS,
     SECOND_CROPS,
@@ -36,6 +38,7 @@ from pipeline.data.order import (
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import GIB, ShardCache
 from pipeline.data.shared import share
+from pipeline.data.slots import Slots, lent
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
 from shard_tools import shuffle_quality
@@ -49,7 +52,7 @@ StartMethod = Literal["fork", "forkserver", "spawn"]
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
 _NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
-_AHEAD = 32  # steps ahead of which a remote shard is fetched
+_AHEAD = 32  # steps ahead of which a remote shard is fetched at least
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Batch:
     bad_samples: int = 0
     faults: tuple[str, ...] = ()
     second: torch.Tensor | None = None
+    slot: tuple[int, int] | None = None  # between processes: where the images are
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory (called by the DataLoader's pinning thread)."""
@@ -81,10 +85,17 @@ class Batch:
 
     def __getstate__(self) -> dict[str, Any]:
         # From worker to main process: only the image is worth a piece of shared memory.
-        return self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
+        state = self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
+        if self.slot is not None:
+            state |= {"image": tuple(self.image.shape), "second": self.second is not None}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
+        if self.slot is not None:
+            shape = 1 + state["second"], *state["image"]
+            self.image, *others = lent(*self.slot, shape)
+            self.second, self.slot = (others or [None])[0], None
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,10 @@ class _Train(Dataset):
     """Micro-batch number t of a rank: step t // micro-batches per step."""
 
     def __init__(
-        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int
+        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int, until: int
     ) -> None:
+        self.until, self.ahead = until, _steps_ahead(order, reader.manifest, config, world)
+        self.begun = False
         self.reader, self.order, self.crop = reader, order, config.crop
         self.micro_batch, self.first = config.micro_batch, rank * order.batch_size // world
         self.per_step = order.batch_size // (world * config.micro_batch)
@@ -151,10 +164,12 @@ class _Train(Dataset):
         epoch, within = divmod(step, self.order.steps)
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
-        self._fetch_ahead(epoch, within, first)
-        images, faults = [self.reader.empty(self.micro_batch) for _ in self.streams], []
+        self._fetch_ahead(step, first, samples)
+        room, slot = self.reader.room(len(self.streams), self.micro_batch)
+        images, faults = list(room), []
         pixels = [image.numpy() for image in images]
-        for place in range(self.micro_batch):
+        chosen = [[self._choose(epoch, s, key) for s in self.streams] for key in keys.tolist()]
+        for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, pixels)).tolist():
             try:
                 self._decode(epoch, samples[place], keys[place], [p[place] for p in pixels])
             except SampleError as error:
@@ -164,27 +179,37 @@ class _Train(Dataset):
                 samples[place], keys[place] = self._replace(
                     epoch, within, first + place, [p[place] for p in pixels], error
                 )
+        if self.augment is not None:
+            for place, key in enumerate(keys.tolist()):
+                for view in range(len(self.streams)):
+                    self.augment(pixels[view][place], epoch, key, view)
         return Batch(
             images[0], self.reader.labels(samples), torch.from_numpy(samples),
-            torch.from_numpy(keys), epoch, step, len(faults), tuple(faults), *images[1:],
+            torch.from_numpy(keys), epoch, step, len(faults), tuple(faults),
+            images[1] if len(images) > 1 else None, slot,
         )  # fmt: skip
 
-    def _fetch_ahead(self, epoch: int, step: int, first: int) -> None:
-        """Remote shards: begin to fetch what will be read in some steps."""
-        cache, later = self.reader.cache, min(step + _AHEAD, self.order.steps - 1)
-        if cache is not None:
-            samples, _ = self.order.samples(epoch, later, first, first + self.micro_batch)
-            for shard in {self.reader.shard(sample) for sample in samples.tolist()}:
+    def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:
+        """Remote shards: begin to fetch what will be read in some steps, and at the start of a
+        process before it what `samples`, the first batch, lie in."""
+        cache = self.reader.cache
+        if cache is None:
+            return
+        later = divmod(min(step + self.ahead, self.until - 1), self.order.steps)
+        soon, _ = self.order.samples(*later, first, first + self.micro_batch)
+        for batch in (soon,) if self.begun else (samples, soon):
+            for shard in dict.fromkeys(self.reader.shard(sample) for sample in batch.tolist()):
                 cache.fetch_ahead(shard)
+        self.begun = True
 
     def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
         """Write the crops of a sample, one per stream of random numbers."""
-        for view, (stream, out) in enumerate(zip(self.streams, outs, strict=True)):
-            bits = random_bits(self.order.seed, epoch, stream, int(key), Crop.UNIFORMS)
-            uniform = ((bits >> np.uint64(11)) * 2.0**-53).tolist()
-            self.reader.decode(int(sample), self.crop.choose(uniform), out)
-            if self.augment is not None:
-                self.augment(out, epoch, int(key), view)
+        for stream, out in zip(self.streams, outs, strict=True):
+            self.reader.decode(int(sample), self._choose(epoch, stream, int(key)), out)
+
+    def _choose(self, epoch: int, stream: int, key: int) -> Choose:
+        bits = random_bits(self.order.seed, epoch, stream, key, Crop.UNIFORMS)
+        return self.crop.choose(((bits >> np.uint64(11)) * 2.0**-53).tolist())
 
     def _replace(
         self, epoch: int, step: int, place: int, outs: list[np.ndarray], error: SampleError
@@ -215,15 +240,16 @@ class _Eval(Dataset):
     def __getitem__(self, task: int) -> Batch | Exception:
         first = self.low + task * self.batch_size
         samples = np.arange(first, min(first + self.batch_size, self.high))
-        image = self.reader.empty(len(samples))
+        image, slot = self.reader.room(len(samples))
         pixels = image.numpy()
         try:
-            for place, sample in enumerate(samples):
-                self.reader.decode(int(sample), self.crop, pixels[place])
+            chosen = [[self.crop]] * len(samples)
+            for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, [pixels])):
+                self.reader.decode(int(samples[place]), self.crop, pixels[place])
         except (SampleError, ManifestError) as error:
             return error
         numbers = torch.from_numpy(samples)
-        return Batch(image, self.reader.labels(samples), numbers, numbers)
+        return Batch(image, self.reader.labels(samples), numbers, numbers, slot=slot)
 
 
 def _context(start_method: StartMethod | None) -> str:
@@ -269,6 +295,8 @@ class Loader:
         self.tasks, self.bad_samples, self.decoder = tasks, 0, reader.decoder
         self.reader, self.manifest = reader, reader.manifest
         self._sizes = workers, dataset.images, reader.image_size
+        if workers and hasattr(os, "memfd_create"):  # Linux
+            reader.slots = Slots(workers, PREFETCH + 2, dataset.images * reader.image_size**2 * 3)
         self._iterator: Iterator[Any] | None = None
         self._workers: list[Any] = []
         self._loader = DataLoader(
@@ -386,7 +414,7 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
         if text := shuffle_quality.warning(manifest, *numbers):
             log.warning("%s", text)
     reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
-    dataset = _Train(reader, order, config, rank, world)
+    dataset = _Train(reader, order, config, rank, world, steps.stop)
     tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
     return Loader(dataset, tasks, config.workers, config.pin_memory, reader, config.start_method)
 
@@ -466,6 +494,20 @@ def _open(
 
 def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:
     return ShardCache(manifest, folder, limit) if is_remote(manifest.folder) else None
+
+
+def _steps_ahead(order: Order, manifest: Manifest, config: LoaderConfig, world: int) -> int:
+    """How many steps before they are read remote shards are fetched: a window of them, if the cache
+    holds two windows of each partition that this node's ranks serve. All shards of a window are
+    needed as it begins; so the store can send them evenly over the window before."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    partitions = -(-order.partitions * min(local, world) // world)
+    sizes = manifest.table.bytes
+    shards = min(partitions * (2 * order.window + 1), len(sizes))
+    if order.draws or shards * int(sizes.max()) > config.cache_bytes:
+        return _AHEAD
+    in_window = order.window * order.total / len(sizes)
+    return max(_AHEAD, math.ceil(in_window / (order.batch_size // order.partitions)))
 
 
 def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:

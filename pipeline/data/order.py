@@ -195,14 +195,15 @@ class Order:
 
     def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's permutation of the (non-empty) shards and where each ends once
-        concatenated; remembered for one epoch."""
+        concatenated; remembered for two epochs."""
         known = self._epoch.get(epoch)
         if known is None:
             noise = random_bits(self.seed, epoch, SHARDS, 0, len(self.sizes))
             shards = np.argsort(noise, kind="stable").astype(np.int32)
             sizes = self.sizes[shards]
             known = shards[sizes > 0], np.cumsum(sizes[sizes > 0])
-            self._epoch.clear()
+            if len(self._epoch) > 1:  # the loader asks for this epoch and for the next one
+                del self._epoch[min(self._epoch)]
             self._epoch[epoch] = known
         return known
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from pipeline.data.jpeg import Choose, DecodeError, decoder
+from pipeline.data.jpeg import (
+    CAN_READ_MANY,
+    Choose,
+    DecodeError,
+    decode_many,
+    decoder,
+    read_many,
+)
 from pipeline.data.shard_cache import ShardCache
+from pipeline.data.slots import Slots
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, ManifestError
 
 _OPEN_SHARDS = 256  # file handles that one worker keeps
+_TOGETHER = 16  # files that are read before they are decoded: they fit a core's own cache
 
 
 class SampleError(UserError):
@@ -37,10 +47,13 @@ class Reader:
         self.image_size = image_size
         self.decoder, _ = decoder(how)  # by name: a worker may be a fresh process
         self.handles: OrderedDict[int, int] = OrderedDict()
+        self.slots: Slots | None = None  # of the workers of a loader
+        self.buffer = bytearray()  # of files that are decoded together
         manifest.lazy_index.open()  # what can be found wrong at once is, before the workers start
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"handles": OrderedDict()}  # they are numbers of this process only
+        # They are numbers of this process only.
+        return self.__dict__ | {"handles": OrderedDict(), "buffer": bytearray()}
 
     def read(self, sample: int) -> bytes:
         """The image bytes of a sample."""
@@ -69,6 +82,44 @@ class Reader:
             where = self.manifest.path(self.shard(sample))
             raise SampleError(f"sample {sample} of {where} will not decode: {error}") from error
 
+    def decode_all(
+        self, samples: np.ndarray, chosen: Sequence[Sequence[Choose]], outs: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """As `decode` for whole batches; bool [b], false where that has to be asked.
+
+        chosen: for each of b samples the crops to take, one per output; outs: uint8
+        [b, S, S, 3] each.
+        """
+        done = np.zeros(len(samples), np.bool_)
+        if self.cache is None and self.decoder == "jpegcrop" and CAN_READ_MANY:
+            for first in range(0, len(samples), _TOGETHER):
+                part = slice(first, first + _TOGETHER)
+                views = [out[part] for out in outs]
+                done[part] = self._decode_some(samples[part], chosen[part], views)
+        return done
+
+    def _decode_some(
+        self, samples: np.ndarray, chosen: Sequence[Sequence[Choose]], outs: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        rows = self.manifest.lazy_index.rows(samples)
+        lengths = rows["length"].astype(np.int64)
+        ends = np.cumsum(lengths)
+        files = np.zeros((len(samples), 6), np.int64)
+        files[:, 0] = [self._handle(self.shard(sample)) for sample in samples]
+        files[:, 1], files[:, 2], files[:, 3] = rows["offset"], lengths, ends - lengths
+        if len(self.buffer) < ends[-1]:
+            self.buffer = bytearray(int(ends[-1]) * 5 // 4)
+        read_many(files, self.buffer)
+        done = files[:, 4] > 0
+        for view, out in enumerate(outs):
+            boxes = np.zeros((len(samples), 6))
+            for place in np.flatnonzero(done).tolist():
+                width, height = files[place, 4:].tolist()
+                box, flip = chosen[place][view](width, height)
+                boxes[place] = box.left, box.top, box.right, box.bottom, box.inside, flip
+            done &= decode_many(files, self.buffer, boxes, out, self.interpolation)
+        return done
+
     def close(self) -> None:
         """Stop this process's background threads."""
         if self.cache is not None:
@@ -82,6 +133,16 @@ class Reader:
             return torch.empty(shape, dtype=torch.uint8)
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+    def room(self, *shape: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """Memory for images, uint8 [*shape, S, S, 3], and in a worker where there is a free slot,
+        which one: (key of its Slots, slot)."""
+        worker = get_worker_info()
+        slot = self.slots.take(worker.id) if worker is not None and self.slots else None
+        if slot is None or self.slots is None:
+            return self.empty(math.prod(shape)).view(*shape, *[self.image_size] * 2, 3), None
+        size = (*shape, self.image_size, self.image_size, 3)
+        return self.slots.tensor(slot, size), (self.slots.key, slot)
 
     def labels(self, samples: np.ndarray) -> torch.Tensor:
         """Class indices, int64, of sample numbers."""

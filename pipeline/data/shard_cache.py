@@ -33,6 +33,7 @@ GIB = 1 << 30
 TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s pass between them
 
 
+AT_ONCE = 2  # shards that a process fetches ahead, so that the store's latency costs little
 STALL = 60.0  # seconds without a byte after which a connection is given up
 
 
@@ -112,8 +113,15 @@ class ShardCache:
         """Start to fetch a shard that will be read soon; errors come when it is read."""
         if not self._path(shard).exists():
             if self._ahead is None:
-                self._ahead = _Ahead(self.fetch)
+                self._ahead = _Ahead(self._fetch_unless_taken)
             self._ahead.add(shard)
+
+    def _fetch_unless_taken(self, shard: int) -> None:
+        """Fetch a shard that no other process or thread is fetching."""
+        path = self._path(shard)
+        with contextlib.suppress(Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
+            if not path.exists():
+                self._download(shard, path)
 
     def close(self) -> None:
         """Fetch nothing ahead any more; waits some seconds for a shard that is under way."""
@@ -185,13 +193,14 @@ class ShardCache:
 
 
 class _Ahead:
-    """A thread that fetches shards before they are needed; it ends with its process."""
+    """Threads that fetch shards before they are needed; they end with their process."""
 
-    def __init__(self, fetch: Callable[[int], Path]) -> None:
+    def __init__(self, fetch: Callable[[int], None]) -> None:
         self.fetch, self.known, self.closed = fetch, set[int](), False
         self.queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.threads = [threading.Thread(target=self._run, daemon=True) for _ in range(AT_ONCE)]
+        for thread in self.threads:
+            thread.start()
 
     def add(self, shard: int) -> None:
         if shard not in self.known:
@@ -200,8 +209,10 @@ class _Ahead:
 
     def close(self) -> None:
         self.closed = True
-        self.queue.put(None)
-        self.thread.join(5)
+        for _ in self.threads:
+            self.queue.put(None)
+        for thread in self.threads:
+            thread.join(5)
 
     def _run(self) -> None:
         while (shard := self.queue.get()) is not None and not self.closed:

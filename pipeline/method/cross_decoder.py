@@ -50,26 +50,36 @@ class CrossDecoder(nn.Module):
         self.head = nn.Linear(recipe.width, patch * patch * 3)
         init_weights(self)
 
-    def forward(self, tokens: Tensor, view: View, region: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens [B, 1 + K, D] of a view, region int32 [B, R] → [B, R, p·p·3].
 
-        Values of a patch in the order (row, column, channel).
+        Values of a patch in the order (row, column, channel). second: tokens of another view and
+        that view; the predictions of both.
         """
+        hidden = (self.mask_token + self.pos_embed[1:]).to(self.mask_token.dtype)
+        # The first block's queries are a function of the position alone: computed once for each.
+        query = self.blocks[0].query(hidden)  # type: ignore[operator]
+        batch = region.shape[0]
+        start = tuple(take_rows(t.expand(batch, -1, -1), region) for t in (hidden, query))
+        first = self._predict(tokens, view, *start)
+        return first if second is None else (first, self._predict(*second, *start))
+
+    def _predict(self, tokens: Tensor, view: View, x: Tensor, query: Tensor) -> Tensor:
+        """x [B, R, D], the mask tokens of a region, and the first block's queries of it → what the
+        tokens of a view say of the region."""
         own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
         memory = self.embed(tokens)
         memory = self.memory_norm(memory + self.pos_embed[own.long()].to(memory.dtype))
-        hidden = (self.mask_token + self.pos_embed[1:]).to(memory.dtype)
-        # The first block's queries are a function of the position alone: computed once for each.
-        first = self.blocks[0].query(hidden)  # type: ignore[operator]
-        batch = region.shape[0]
-        x, query = (take_rows(t.expand(batch, -1, -1), region) for t in (hidden, first))
         for number, block in enumerate(self.blocks):
             known = query if number == 0 else None
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, memory, known, use_reentrant=False)
             else:
                 x = block(x, memory, known)
-        return self.head(self.norm(x))
+        predicted: Tensor = self.head(self.norm(x))
+        return predicted
 
 
 class CrossAttention(nn.Module):

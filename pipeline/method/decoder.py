@@ -31,6 +31,8 @@ from pipeline.errors import UserError
 from pipeline.method.views import View
 from pipeline.method.vit import init_weights, sincos_position
 
+Known = tuple[Tensor, Tensor, Tensor] | None  # see DecoderBlock.forward
+
 
 class Decoder(nn.Module):
     """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
@@ -56,25 +58,46 @@ class Decoder(nn.Module):
         self.head = nn.Linear(recipe.width, patch * patch * 3)
         init_weights(self)
 
-    def forward(self, tokens: Tensor, view: View, region: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens [B, 1 + K, D] of a view, region int32 [B, R] → [B, R, p·p·3].
 
-        Values of a patch in the order (row, column, channel).
+        Values of a patch in the order (row, column, channel). second: tokens of another view and
+        that view; the predictions of both, which go through the blocks together after the first.
         """
+        x = self._first_block(tokens, view, region)
+        if second is None:
+            return self._predict(x, region)
+        both = torch.cat([x, self._first_block(*second, region)])
+        first, other = self._predict(both, region.repeat(2, 1)).chunk(2)
+        return first, other
+
+    def _first_block(self, tokens: Tensor, view: View, region: Tensor) -> Tensor:
+        """The tokens of a view, placed and through the first block, which knows what is hidden."""
         x = kernels.place_tokens(
             self.embed(tokens), view.inverse, self.mask_token, self.pos_embed, prefix=1
         )
         own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
         hidden = (self.mask_token + self.pos_embed[1:]).to(x.dtype)
-        last = len(self.blocks) - 1
-        for number, block in enumerate(self.blocks):
-            known = (own, view.inverse, hidden) if number == 0 else None
-            wanted = region + 1 if number == last else None
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, known, wanted, False, use_reentrant=False)
-            else:
-                x = block(x, known, wanted)
-        return self.head(self.norm(x))
+        return self._block(0, x, (own, view.inverse, hidden), region)
+
+    def _predict(self, x: Tensor, region: Tensor) -> Tensor:
+        """The other blocks, norm and head."""
+        for number in range(1, len(self.blocks)):
+            x = self._block(number, x, None, region)
+        predicted: Tensor = self.head(self.norm(x))
+        return predicted
+
+    def _block(self, number: int, x: Tensor, known: Known, region: Tensor) -> Tensor:
+        """One block; the last returns the rows of the region alone."""
+        wanted = region + 1 if number == len(self.blocks) - 1 else None
+        block = self.blocks[number]
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            out = checkpoint(block, x, known, wanted, False, use_reentrant=False)
+        else:
+            out = block(x, known, wanted)
+        return out
 
 
 class _LayerNorm(nn.LayerNorm):
@@ -97,7 +120,7 @@ class DecoderBlock(Block):
     def forward(  # type: ignore[override]
         self,
         x: Tensor,
-        known: tuple[Tensor, Tensor, Tensor] | None = None,
+        known: Known = None,
         wanted: Tensor | None = None,
         again: bool = True,
     ) -> Tensor:

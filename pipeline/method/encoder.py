@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +24,7 @@ from pipeline import kernels
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.positions import resize_positions
+from pipeline.method.views import View
 from pipeline.method.vit import (
     build_vit,
     init_as_mocov3,
@@ -51,6 +54,45 @@ class PatchProjection(nn.Conv2d):
         )
 
 
+Shapes = tuple[tuple[int, int], ...]  # (images, tokens of each) of parts that lie one after another
+
+
+class EncoderBlock(Block):
+    """timm's ViT block, which can also take the tokens of several views at once.
+
+    Only attention mixes tokens: what else a block does is one launch for all of them, without
+    padding. forward: x [B, N, D], or with shapes [sum of B_i N_i, D] → the same shape.
+    """
+
+    def forward(self, x: Tensor, shapes: Shapes = ()) -> Tensor:  # type: ignore[override]
+        if not shapes:
+            return super().forward(x)
+        x = x + self.ls1(self._attend(self.norm1(x), shapes))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, shapes: Shapes) -> Tensor:
+        """Each token meets those of its own image and view."""
+        attn: Any = self.attn
+        mixed = []
+        parts = attn.qkv(x).split([images * tokens for images, tokens in shapes])
+        for (images, tokens), part in zip(shapes, parts, strict=True):
+            heads = part.view(images, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = heads.unbind(0)
+            out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
+            mixed.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        return attn.proj(attn.norm(torch.cat(mixed)))
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether forward with shapes is the block: nothing is dropped at random, which is drawn
+        per image, and attention is timm's fused one."""
+        attn = self.attn
+        plain = type(attn) is Attention and attn.fused_attn and hasattr(attn, "norm")
+        plain = plain and getattr(attn, "gate", None) is None
+        rates = [getattr(m, "p", getattr(m, "drop_prob", 0.0)) for m in self.modules()]
+        return plain and not (self.training and any(rates))
+
+
 class Encoder(nn.Module):
     """f(*view) → tokens [B, 1 + K, D] (hidden dropped) or [B, 1 + L, D] (mask tokens).
 
@@ -73,6 +115,9 @@ class Encoder(nn.Module):
         self.row_first = recipe.encoder.init == "mocov3"
         self.register_buffer("pos_embed", self.position_table()[None])
         self.blocks = vit.blocks
+        for block in self.blocks:
+            if type(block) is Block:
+                block.__class__ = EncoderBlock
         self.norm = vit.norm
         for module in self.norm, *self.blocks.modules():
             if isinstance(module, nn.LayerNorm):
@@ -91,34 +136,64 @@ class Encoder(nn.Module):
         return sincos_position(self.grid, self.width, row_first=self.row_first)
 
     def forward(
-        self, image: Tensor, visible: Tensor, inverse: Tensor, *, drop: bool = False
-    ) -> Tensor:
+        self,
+        image: Tensor,
+        visible: Tensor,
+        inverse: Tensor,
+        *,
+        drop: bool = False,
+        second: View | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The fields of a View → tokens, class token first, after the final norm.
 
         image: uint8 [B, H, W, 3]; visible: int32 [B, K]; inverse: int32 [B, L]. drop: leave hidden
-        patches out, also where the recipe has mask tokens (as evaluation does).
+        patches out, also where the recipe has mask tokens (as evaluation does). second: another
+        view; the tokens of both, whose weights are then read, and under ZeRO-3 gathered, once.
         """
+        x = self._embed(image, visible, inverse, drop)
+        if second is None:
+            return self._encode(x)
+        return self._encode_both(x, self._embed(*second, drop))
+
+    def _embed(self, image: Tensor, visible: Tensor, inverse: Tensor, drop: bool) -> Tensor:
+        """A view → tokens before the first block."""
         position = self.pos_embed[0]
         batch = image.shape[0]
         if self.mask_token is None or drop:
             patches = self.patch_embed["proj"](image, visible, position[1:])
             first = (self.cls_token[0] + position[:1]).to(patches.dtype)
-            x = torch.cat([first.expand(batch, 1, -1), patches], dim=1)
-        else:
-            patches = self.patch_embed["proj"](image, visible, None)
-            first = self.cls_token.to(patches.dtype).expand(batch, 1, -1)
-            x = torch.cat([first, patches], dim=1)
-            x = kernels.place_tokens(x, inverse, self.mask_token, position, prefix=1)
-        return self.norm(run_blocks(self.blocks, x, self.grad_checkpointing))
+            return torch.cat([first.expand(batch, 1, -1), patches], dim=1)
+        patches = self.patch_embed["proj"](image, visible, None)
+        first = self.cls_token.to(patches.dtype).expand(batch, 1, -1)
+        x = torch.cat([first, patches], dim=1)
+        return kernels.place_tokens(x, inverse, self.mask_token, position, prefix=1)
+
+    def _encode(self, x: Tensor, *shapes: Shapes) -> Tensor:
+        z: Tensor = self.norm(run_blocks(self.blocks, x, self.grad_checkpointing, *shapes))
+        return z
+
+    def _encode_both(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, N, D] and [B, M, D] through the blocks together, or one after the other where
+        the blocks cannot take both."""
+        if x.shape == y.shape:
+            first, second = self._encode(torch.cat([x, y])).chunk(2)
+            return first, second
+        if not all(isinstance(b, EncoderBlock) and b.takes_parts for b in self.blocks):
+            return self._encode(x), self._encode(y)
+        shapes = tuple((part.shape[0], part.shape[1]) for part in (x, y))
+        z = self._encode(torch.cat([x.flatten(0, 1), y.flatten(0, 1)]), shapes)
+        first, second = z.split([images * tokens for images, tokens in shapes])
+        return first.view_as(x), second.view_as(y)
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
-    """Transformer blocks one after another; checkpointing keeps only their inputs for backward."""
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool, *more: Any) -> Tensor:
+    """Transformer blocks one after another, each of x and `more`; checkpointing keeps only their
+    inputs for backward."""
     for block in blocks:
         if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, *more, use_reentrant=False)
         else:
-            x = block(x)
+            x = block(x, *more)
     return x
 
 

@@ -32,7 +32,9 @@ class Teacher(nn.Module):
     """(f', p'): the exponential moving average of the online encoder and projector, in fp32.
 
     It is outside the DeepSpeed module: not cast, not partitioned, not optimised. A measure
-    without a projector gets the tokens of f'.
+    without a projector gets the tokens of f'. Beside a 16-bit student it keeps a 16-bit copy of
+    the weights of its linears, made once per update instead of in every forward pass; the rest of
+    that copy is the fp32 state itself, and no checkpoint has it.
     """
 
     def __init__(self, objective: Online) -> None:
@@ -45,13 +47,39 @@ class Teacher(nn.Module):
         projector = getattr(objective.measure, "projector", None)
         self.projector = None if projector is None else copy.deepcopy(projector).float()
         self.requires_grad_(False)
+        self._copy: _Copy | None = None
 
     @torch.no_grad()
-    def forward(self, view: View) -> Tensor:
-        """A view → keys p'(f'(view)), fp32 [B, T, C], without gradient."""
-        tokens = choose_tokens(self.encoder(*view), self.tokens)
-        keys = tokens if self.projector is None else self.projector(tokens)
-        return keys.float()  # under autocast they are bf16
+    def forward(
+        self, view: View, second: View | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A view → keys p'(f'(view)), dtype [B, T, C], without gradient; of two views, both.
+
+        dtype: of the queries. A 16-bit one is that of the matrix products too, as under autocast.
+        """
+        if dtype == torch.float32:
+            return self._keys(self.encoder, self.projector, view, second, dtype)
+        if self._copy is None or self._copy.dtype != dtype:
+            self._copy = _Copy(self.encoder, self.projector, dtype)
+        with torch.autocast(self.encoder.pos_embed.device.type, dtype):
+            return self._keys(*self._copy.networks(), view, second, dtype)
+
+    def _keys(
+        self, encoder: nn.Module, projector: nn.Module | None, view: View, second: View | None,
+        dtype: torch.dtype,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        def keys(z: Tensor) -> Tensor:
+            tokens = choose_tokens(z, self.tokens)
+            return (tokens if projector is None else projector(tokens)).to(dtype)
+
+        if second is None:
+            return keys(encoder(*view))
+        first, other = encoder(*view, second=second)
+        return keys(first), keys(other)
+
+    def _apply(self, *args: Any, **keywords: Any) -> Teacher:
+        self._copy = None  # the weights move, or become other tensors
+        return super()._apply(*args, **keywords)
 
     @torch.no_grad()
     def update(self, objective: Online, momentum: float, masters: Masters = None) -> None:
@@ -85,3 +113,42 @@ class Teacher(nn.Module):
             online += objective.measure.projector.parameters()
         cuts = range(0, len(mine), SLICE)
         return [(mine[c : c + SLICE], online[c : c + SLICE]) for c in cuts]
+
+
+class _Copy:
+    """f' and p' with 16-bit weights in their linears, and every other tensor of the originals."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module | None, dtype: torch.dtype) -> None:
+        both = nn.ModuleList([encoder] if projector is None else [encoder, projector])
+        held: list[Tensor] = [*both.parameters(), *both.buffers()]
+        self._both = copy.deepcopy(both, {id(tensor): tensor for tensor in held})
+        self.dtype = dtype
+        self._wide: list[Tensor] = [*linear_weights(both)]
+        self._narrow: list[Tensor] = []
+        for module in _linears(self._both):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                narrow = nn.Parameter(weight.to(dtype), requires_grad=False)
+                setattr(module, name, narrow)
+                self._narrow.append(narrow)
+        self._rounded = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [weight._version for weight in self._wide]
+
+    @torch.no_grad()
+    def networks(self) -> tuple[nn.Module, nn.Module | None]:
+        """f' and p', rounded again if the fp32 weights have been written since."""
+        versions = self._versions()
+        if versions != self._rounded:
+            torch._foreach_copy_(self._narrow, self._wide)
+            self._rounded = versions
+        return self._both[0], self._both[1] if len(self._both) > 1 else None
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def linear_weights(module: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the linears of a module: what a teacher copies in 16 bits."""
+    return [w for part in _linears(module) for w in part.parameters(recurse=False)]

@@ -29,6 +29,7 @@ from pipeline.distributed import (
     unlink_buffer,
 )
 from pipeline.runtime import ops
+from pipeline.runtime.compiled import SameShapes, compile_blocks
 from pipeline.runtime.gradients import FlatGradients, deepspeed_stage, one_norm, takes_flat
 from pipeline.runtime.optimizers import optimizer_of
 
@@ -118,13 +119,9 @@ class Engine:
         for part in objective.modules():
             if plan.checkpointing and hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = True  # type: ignore[assignment]
-            if plan.compile:
-                for block in getattr(part, "blocks", ()):
-                    block.compile(dynamic=False)
-            if deepspeed_stage(plan) == 3:
-                # Gathered, and its hooks called, as a whole: not each of its dozen parts.
-                for block in getattr(part, "blocks", ()):
-                    deepspeed.utils.set_z3_leaf_module(block, True)
+        if plan.compile:
+            compile_blocks(objective, plan)
+        self._shapes = SameShapes() if plan.cuda_graphs else None
         self.kind = optimizer_of(plan)
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
@@ -145,7 +142,7 @@ class Engine:
             model_parameters=None if client else groups,
             config=copy.deepcopy(self.config),
         )
-        self.flat = FlatGradients(self.engine) if takes_flat(plan) else None
+        self.flat = FlatGradients(self.engine, plan.cuda_graphs) if takes_flat(plan) else None
         if self.stage == 0 and plan.world == 1:  # nothing to reduce: no buckets
             self.engine.enable_backward_allreduce = False
         if self.stage > 0:
@@ -159,6 +156,9 @@ class Engine:
         lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
         on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
         """
+        if self._shapes is not None:
+            self._shapes.check(inputs)
+            torch.compiler.cudagraph_mark_step_begin()
         loss, terms = self.engine(*inputs)
         self.engine.backward(loss)
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():

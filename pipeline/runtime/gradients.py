@@ -70,28 +70,29 @@ class FlatGradients:
     one copy and, on several ranks, one reduce-scatter leaves every rank its part of the mean.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, each: bool = False) -> None:
+        """each: join the gradients after every micro-batch, as those of a CUDA graph need it."""
         self.engine, self.optimizer = engine, engine.optimizer
         for hook in self.optimizer._grad_acc_hooks:
             hook.remove()
         self.optimizer._grad_acc_hooks = []
         engine.allreduce_gradients = self.reduce
-        # What bf16 gradients are summed in, where it is not what they are kept in.
-        wide = self.optimizer.gradient_accumulation_dtype
-        self._wide = None if wide == self.optimizer.dtype else wide
+        # What they are summed in: bf16 gradients perhaps in fp32.
+        self._dtype = self.optimizer.gradient_accumulation_dtype
+        self._each = each or self._dtype != self.optimizer.dtype
         self.sums: dict[int, Tensor] = {}  # by group, of the micro-batches so far
 
     @torch.no_grad()
     def reduce(self, bucket_size: int = 0) -> None:
         """After a backward pass, in place of DeepSpeed's `allreduce_gradients`."""
         last = self.engine.is_gradient_accumulation_boundary()
-        if not last and self._wide is None:
+        if not last and not self._each:
             return
         for number, group in enumerate(self.optimizer.bit16_groups):
             flat = self._joined(number, group)
-            if self._wide is not None:
+            if self._each:
                 before = self.sums.pop(number, None)
-                flat = flat.to(self._wide) if before is None else before.add_(flat)
+                flat = flat.to(self._dtype) if before is None else before.add_(flat)
                 self.sums[number] = flat
             if last:
                 self.sums.pop(number, None)

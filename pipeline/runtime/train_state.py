@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline import kernels
-from pipeline.config.ds_config import RunPlan, plan_recipe, read_ds_config
+from pipeline.config.ds_config import RunPlan, read_ds_config
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
@@ -25,6 +25,7 @@ from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.mfu import Mfu, peak_of
+from pipeline.runtime.micro_batch import plan_that_fits
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
 from pipeline.runtime.probes import Probes
@@ -120,7 +121,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     """
     manifest = read_manifest(settings.data)
     recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
-    plan = plan_recipe(read_ds_config(settings.ds_config), recipe, ranks.world)
+    plan = plan_that_fits(read_ds_config(settings.ds_config), recipe, ranks)
     optimizer_of(plan)  # refused before anything is made
     agree(lambda: check_installed(recipe.monitor.log_to))
     per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)

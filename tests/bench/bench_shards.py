@@ -1,163 +1,134 @@
-"""Sharding speed of one process against webdataset's ShardWriter, on 500x375 JPEGs of ~100 KB.
+"""Sharding speed against every writer that can be had, on the user's files or on made ones.
 
-    python tests/bench/bench_shards.py            (make bench-shards)
+    python tests/bench/bench_shards.py [--images FOLDER]        (make bench-shards [IMAGES=FOLDER])
 
-The corpus is cut from photographs inside installed packages. The contestants take turns on the
-same samples and write to the same disk; a round gives one ratio of CPU time each, the table shows
-medians with their quartiles. The last line is one JSON object: the writer alone (equal work: no
-checksum, no checks), and make_shards as it runs by default, which also reads, decodes and hashes
-every image.
+Everyone makes a data set of the same JPEG files, from disk to disk, in one process: make_shards as
+it runs by default (it reads, checks every entropy-coded byte, hashes and fsyncs) and with headers
+checked only, webdataset's ShardWriter, streaming's MDSWriter, litdata's optimize and FFCV's writer
+(which check nothing), and GNU tar, the least that can be done. Beside them our tar writer alone
+against ShardWriter alone, with samples in memory and no checksum. The contestants take turns, each
+in a fresh process; CPU time of its process tree counts, imports and the first files excluded; a
+round gives one ratio, the table shows medians with their range.
+
+The last line is one JSON object: `vs_shardwriter` (writers alone), `vs_shardwriter_checked`
+(make_shards against ShardWriter, from files), `vs_best_peer` (make_shards with headers checked
+against the fastest peer but tar) and `check_cost` (the share of make_shards' time that the content
+check takes).
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import webdataset
-from PIL import Image
+import peer_envs
+from bench_corpus import Corpus, read_corpus
+from bench_data import FORMATS_FILE, run
 
-from shard_tools.demo_images import PHOTOGRAPHS, photograph
-from shard_tools.sharding.images import ImageSettings
-from shard_tools.sharding.sources import Item
-from shard_tools.sharding.writer import ShardJob, write_shard
-from shard_tools.tar import ShardWriter
-
-WIDTH, HEIGHT, QUALITY = 500, 375, 95
-
-
-def corpus(count: int, folder: Path) -> list[Item]:
-    """`count` JPEG files of WIDTH x HEIGHT pixels: mirrored, shifted crops of the photographs."""
-    draw = np.random.default_rng(0)
-    images = [photograph(*place) for place in PHOTOGRAPHS.values()]
-    items = []
-    for number in range(count):
-        image = images[number % len(images)]
-        side = draw.uniform(0.9, 1.0)
-        width, height = image.width * side, image.height * side
-        left, top = draw.uniform(0, image.width - width), draw.uniform(0, image.height - height)
-        box = (left, top, left + width, top + height)
-        piece = image.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=box)
-        buffer = io.BytesIO()
-        piece.save(buffer, "JPEG", quality=QUALITY)
-        name = f"{number:06d}.jpg"
-        (folder / name).write_bytes(buffer.getvalue())
-        items.append(Item(name, number % len(images), name, 0, buffer.tell()))
-    return items
+# contestant: environment (of peer_envs; "" = this one)
+HOME = {
+    "make_shards": "", "make_shards, headers": "", "shardwriter": "webdataset",
+    "streaming": "streaming", "litdata": "litdata", "ffcv": "ffcv", "tar": "",
+    "our writer alone": "", "shardwriter alone": "webdataset",
+}  # fmt: skip
+PEERS = ("shardwriter", "streaming", "litdata", "ffcv")
+Rates = dict[str, list[float]]
 
 
-def contestants(items: list[Item], root: Path, output: Path) -> dict[str, Callable[[], object]]:
-    """Each writes all samples into `output` once."""
-    data = [(root / item.file).read_bytes() for item in items]
-    about = json.dumps({"name": "n01440764/x.JPEG", "width": WIDTH, "height": HEIGHT}).encode()
-    samples = [(item.label, jpg) for item, jpg in zip(items, data, strict=True)]
+def contestants(only: list[str]) -> dict[str, tuple[str, str]]:
+    """Name → (title, interpreter); prints why a peer is left out."""
+    entries = {}
+    for name, home in HOME.items():
+        if only and name not in only:
+            continue
+        try:
+            title = f"{name} {peer_envs.version_of(home)}" if home else name
+            entries[name] = (title, str(peer_envs.python_of(home)) if home else sys.executable)
+        except LookupError as reason:
+            print(f"{name}: left out: {reason}", flush=True)
+    return entries
 
-    def shardwriter() -> None:
-        with webdataset.ShardWriter(
-            str(output / "w-%06d.tar"), maxcount=10**9, maxsize=10**12, verbose=0
-        ) as sink:
-            for number, (label, jpg) in enumerate(samples):
-                key = f"{number:09d}"
-                sink.write({"__key__": key, "jpg": jpg, "cls": label, "json": about})
 
-    def ours(checksum: bool) -> None:
-        handle = os.open(output / "o.tar", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        writer = ShardWriter(handle, checksum=checksum)
-        for number, (label, jpg) in enumerate(samples):
-            writer.write(f"{number:09d}", {"jpg": jpg, "cls": b"%d" % label, "json": about})
-        writer.close()
-        os.close(handle)
+def measure(entries: dict[str, tuple[str, str]], corpus: Corpus, images: int, rounds: int) -> Rates:
+    """Images per CPU second by contestant and round; who fails is taken out of `entries`."""
+    rates: Rates = {name: [] for name in entries}
+    print("images per CPU second (and per second), in the order of the turns")
+    for number in range(rounds):
+        for name, (title, python) in list(entries.items()):
+            out = corpus.folder / "out"
+            command = [python, FORMATS_FILE, name, "--corpus", corpus.folder, "--out", out,
+                       "--images", images, "--warm"]  # fmt: skip
+            try:
+                turn = json.loads(run(command, name).splitlines()[-1])
+            except LookupError as reason:
+                print(f"  {title}: left out: {reason}", flush=True)
+                del entries[name], rates[name]
+                continue
+            finally:
+                for left in (out, out.with_name("out.warm")):
+                    shutil.rmtree(left, ignore_errors=True)
+                os.sync()  # or the disk would write one's pages during the next one's turn
+            rates[name].append(turn["images"] / turn["cpu"])
+            per_second = turn["images"] / turn["wall"]
+            print(f"  round {number + 1} {title:28}{rates[name][-1]:7.0f} ({per_second:.0f})",
+                  flush=True)  # fmt: skip
+    return rates
 
-    def whole(check: str) -> None:
-        classes = tuple(PHOTOGRAPHS)
-        settings = ImageSettings(check=check)
-        write_shard(
-            ShardJob(0, "s.tar", 0, items, str(root), classes, settings, "fail", output, "")
-        )
 
+def table(entries: dict[str, tuple[str, str]], rates: Rates) -> None:
+    base = rates.get("shardwriter")
+    print(f"\n{'from files to data set':34}{'images/CPU s':>13}   x ShardWriter (range)")
+    for name, (title, _) in entries.items():
+        text = ""
+        if base and "alone" not in name:
+            ratio = [a / b for a, b in zip(rates[name], base, strict=True)]
+            text = f"{statistics.median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})"
+        print(f"{title:34}{statistics.median(rates[name]):13.0f}   {text}")
+
+
+def figures(rates: Rates) -> dict[str, float | None]:
+    """The last line."""
+
+    def ratio(name: str, other: str) -> float | None:
+        if name not in rates or other not in rates:
+            return None
+        pairs = zip(rates[name], rates[other], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 2)
+
+    peers = [ratio("make_shards, headers", peer) for peer in PEERS]
+    slower = ratio("make_shards", "make_shards, headers")
     return {
-        "shardwriter": shardwriter,
-        "ours": lambda: ours(False),
-        "ours + sha256": lambda: ours(True),
-        "make_shards, headers": lambda: whole("headers"),
-        "make_shards, decode": lambda: whole("decode"),
+        "vs_shardwriter": ratio("our writer alone", "shardwriter alone"),
+        "vs_shardwriter_checked": ratio("make_shards", "shardwriter"),
+        "vs_best_peer": min((peer for peer in peers if peer is not None), default=None),
+        "check_cost": None if slower is None else round(1 - slower, 2),
     }
 
 
-def measure(run: Callable[[], object], images: int) -> float:
-    """Images per CPU second of this process (user + system), so that neighbours do not count."""
-    start = time.process_time()
-    run()
-    return images / (time.process_time() - start)
-
-
-def bench(images: int, rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Images per second of each contestant in each round; the first, warming round is not kept."""
-    root, output = folder / "corpus", folder / "output"
-    root.mkdir()
-    items = corpus(images, root)
-    size = sum(item.size for item in items) / len(items) / 1e3
-    print(f"{images} JPEGs of {WIDTH}x{HEIGHT}, {size:.0f} KB on average; one process")
-    results: dict[str, list[float]] = {}
-    output.mkdir()
-    runs = contestants(items, root, output)
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            rate = measure(run, images)
-            if number:
-                results.setdefault(name, []).append(rate)
-        os.sync()  # or the disk would write one contestant's pages during the next one's turn
-    return results
-
-
-def table(results: dict[str, list[float]]) -> dict[str, float]:
-    """Print medians and quartiles; returns the median ratio to ShardWriter by contestant."""
-    ratios = {}
-    print(f"{'':22} {'images/CPU s':>12} {'x ShardWriter':>14} {'quartiles':>14}")
-    for name, rates in results.items():
-        ratio = [a / b for a, b in zip(rates, results["shardwriter"], strict=True)]
-        ratios[name] = statistics.median(ratio)
-        low, _, high = statistics.quantiles(ratio, n=4)
-        rate = statistics.median(rates)
-        print(f"{name:22} {rate:12.0f} {ratios[name]:14.2f} {low:7.2f}-{high:.2f}")
-    return ratios
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Sharding speed against webdataset's ShardWriter, one process.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--images", type=int, default=400, help="images per turn")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=Path, metavar="FOLDER",
+                        help="JPEGs to shard (default: made ones)")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--turn", type=int, default=1000, help="images per contestant and round")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME",
+                        help=f"of {', '.join(HOME)}")  # fmt: skip
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="bench-shards-", dir=options.folder))
-    try:
-        ratios = table(bench(options.images, options.rounds, folder))
-    finally:
-        shutil.rmtree(folder)
-    print("ours, ShardWriter: samples in memory, fields jpg, cls, json, no checksum, no checks;")
-    print(
-        "make_shards: reads the files, checks each (headers; decode = the default), sha256, fsync"
-    )
-    figures = {
-        "vs_shardwriter": round(ratios["ours"], 2),
-        "vs_shardwriter_checked": round(ratios["make_shards, decode"], 2),
-    }
-    print(json.dumps(figures))
-    return 0
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-shards-", dir=args.folder) as name:
+        corpus = read_corpus(args.images, Path(name))
+        print(corpus, flush=True)
+        entries = contestants(args.only)
+        rates = measure(entries, corpus, args.turn, args.rounds)
+        table(entries, rates)
+        print(json.dumps(figures(rates)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -137,7 +137,7 @@ def test_the_compute_of_mae_is_counted_in_finetunings(data, tmp_path):
     chosen = settings(data, tmp_path)
     jobs = row_jobs(chosen.workspace, cifar_row("MAE", {}, {}, 1), 0, ["finetune"])
     both, finetune = sum(j.flops for j in jobs), jobs[-1].flops
-    assert cifar_plan.compute_of(chosen.workspace) == pytest.approx(both / finetune)
+    assert cifar_plan.compute_of(chosen.workspace) == pytest.approx(both / finetune, abs=1e-4)
     assert both > finetune
 
 
@@ -243,7 +243,11 @@ def test_the_plan_is_billed_by_what_was_measured_here(data, tmp_path):
     again = cifar_plan.make_plan(chosen, slow)  # nothing is measured again: it has no shards
     assert again.seconds[name] == pytest.approx(START + 32_000 * (mae + load))
     lines = "\n".join(cifar_plan.show(chosen, plan))
-    assert "rows of the claims: 4 commands" in lines
+    assert "rows of the claims: 5 commands" in lines
+    look = plan.stages[2][-1]
+    assert look.name == "look"
+    assert look.needs == ("mae-0 pretrain", "rmae-0 pretrain")
+    assert plan.seconds["look"] == START
     assert "0.00 core-hours used" in lines
 
 
@@ -254,9 +258,9 @@ def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     whole = cifar_plan.make_plan(chosen, rates)
     hours = 0.8 * sum(whole.seconds.values()) / 3600 / chosen.jobs
     plan = cifar_plan.make_plan(replace(chosen, hours=hours), rates)
-    names = [j.name for j in plan.left]
+    names = [j.name for j in plan.left if j.name != "look"]  # which costs little, and may fit
     assert names
-    assert names == [j.name for j in whole.kept][-len(names) :]
+    assert names == [j.name for j in whole.kept if j.name != "look"][-len(names) :]
     assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
 
 
@@ -367,7 +371,7 @@ def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch)
 def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     """Claim 6 with one seed: shards, tuning, pretraining, finetuning, training from scratch, page.
 
-    Half a minute of two cores: eight real commands, the only run of all parts together.
+    Half a minute of two cores: nine real commands, the only run of all parts together.
     """
     source = write_archive(tmp_path / "cifar-10-binary.tar.gz", train=160, test=64)
     page = tmp_path / "page/cifar.tar.xz"
@@ -394,7 +398,7 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
                     if json.loads(line)["code"] == 0)  # fmt: skip
     assert begun <= names.keys()
     assert set(names.values()) == {1}  # nothing was done twice
-    assert len(names) == 8
+    assert len(names) == 9
     trials = read_trials(tmp_path / "out/tuning.json")
     assert [(t.method, t.base_lr) for t in trials] == [("MAE", 5e-4), ("MAE", 2e-3)]
     report = (tmp_path / "out/report.md").read_text()

@@ -60,7 +60,7 @@ def train_finetuning(session, folder):
         settings=finetune.Settings(folder, folder, batch_size=8), ranks=session.ranks,
         run_plan=SimpleNamespace(micro_batch=8),
     )  # fmt: skip
-    finetune.Finetuning.batches(run, 0)
+    finetune.Finetuning.loader(run, 0)
 
 
 def reconstruct(session, folder):

@@ -1,5 +1,6 @@
 """Every published row is there once, can be run, and finds the runs of its method."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,11 @@ def test_a_table_without_its_comments_is_named() -> None:
         rewrite(text)
     stale = README.read_text().replace("measure.tokens=cls`", "measure.tokens=patch`")
     assert rewrite(stale) == README.read_text() != stale
+
+
+def test_a_key_that_came_later_had_todays_default() -> None:
+    """A run of a version that knew no `views.predicted` is still MAE; one that used it is not."""
+    now = run("mae")
+    old = {key: value for key, value in now.flat.items() if key != "views.predicted"}
+    assert find_row(table(4), replace(now, flat=old)) == find_row(table(4), now) is not None
+    assert find_row(table(4), run("mae", "views.predicted=0.3")) is None

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 
 class Server(ThreadingHTTPServer):
@@ -22,6 +23,10 @@ class Server(ThreadingHTTPServer):
         self.delay = 0.0
         self.stopping = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def write(self, out: Any, data: bytes) -> None:
+        """The body of an answer."""
+        out.write(data)
 
     def put(self, folder: Path) -> None:
         self.files = {f"/{path.name}": path.read_bytes() for path in folder.iterdir()}
@@ -54,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             server.stopping.wait(30)
             return
-        self.wfile.write(data)
+        server.write(self.wfile, data)
 
     def do_HEAD(self) -> None:
         data = self.server.files.get(self.path)  # type: ignore[attr-defined]

@@ -167,6 +167,19 @@ def test_the_loss_is_that_of_the_chosen_patches(name):
     )
 
 
+@pytest.mark.parametrize("name", ["mae", "rmae"])
+def test_16_bit_products_and_weights_are_near(name):
+    objective, _ = build_objective(tiny_recipe(name, *CROSS))
+    data = images(64), torch.arange(64), 0
+    exact = objective(*data)[0].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = objective(*data)[0]
+    low = objective.bfloat16()(*data)[0]
+    assert mixed.item() == pytest.approx(exact, rel=0.02)
+    assert low.item() == pytest.approx(exact, rel=0.05)
+    low.backward()
+
+
 def test_off_by_default_nothing_changes():
     recipe = load_recipe(RECIPES / "mae.yaml")
     assert recipe.measure.decoder.attention == "self"
@@ -210,11 +223,13 @@ def test_width_and_heads_must_fit():
 
 
 def test_what_it_saves_at_vit_b():
-    """FLOPs of a step at ViT-B/16 with a third of the masked patches predicted, against MAE's."""
-    cheap = ("measure.decoder.attention=cross", "views.predicted=0.3333")
+    """FLOPs of a step with a third of the masked patches predicted, against MAE's. A quarter of
+    ViT-B/16's blocks, which count faster: 0.632 and 2.274; all of them: 0.593 and 2.15."""
+    quarter = ("encoder.options={depth: 3}", "measure.decoder.depth=2")
+    cheap = (*quarter, "measure.decoder.attention=cross", "views.predicted=0.3333")
     mae, crossed, relaxed = (
         dry_run(load_recipe(RECIPES / f"{name}.yaml", list(sets)), 2, "fp32").flops
-        for name, sets in (("mae", ()), ("mae", cheap), ("rmae", cheap))
+        for name, sets in (("mae", quarter), ("mae", cheap), ("rmae", cheap))
     )
-    assert crossed / mae < 0.6
-    assert relaxed / mae < 2.2
+    assert crossed / mae == pytest.approx(0.632, abs=0.001)
+    assert relaxed / mae == pytest.approx(2.274, abs=0.001)

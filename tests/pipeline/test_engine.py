@@ -181,6 +181,12 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"data_types": {"grad_accum_dtype": "fp8"}}, ["must be bf16 or fp32, not 'fp8'"]),
         ({"compile": "yes"}, ["'compile' must be true or false"]),
         ({"compile": True, "zero_optimization": {"stage": 3}}, ["compile needs"]),
+        ({"cuda_graphs": 1}, ["'cuda_graphs' must be true or false"]),
+        ({"cuda_graphs": True}, ["cuda_graphs needs compile true"]),
+        (
+            {"cuda_graphs": True, "compile": True, "gradient_checkpointing": True},
+            ["cuda_graphs and gradient_checkpointing exclude each other"],
+        ),
         ("{", ["not valid JSON"]),
         ("[]", ["JSON object"]),
     ],

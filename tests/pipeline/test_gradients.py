@@ -58,12 +58,15 @@ def _one_rank():
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("clip", [0.0, 0.7])
-def test_two_micro_batches_and_a_step_are_torchs_adamw(stage, clip):
+@pytest.mark.parametrize("each", [False, True], ids=["at the end", "after each micro-batch"])
+def test_two_micro_batches_and_a_step_are_torchs_adamw(stage, clip, each):
     plan = plan_of(
         "fp32", stage, f"optimizer.gradient_clipping={clip}", "optimizer.betas=[0.9,0.9]"
     )
     ours, plain = Odd(), Odd()
     engine = Engine(ours, groups_of(ours), plan)
+    if engine.flat is not None:
+        engine.flat._each = each
     adamw = torch.optim.AdamW(groups_of(plain), betas=(0.9, 0.9), eps=plan.optimizer.eps)
     x = torch.linspace(-1, 2, 24).view(2, 4, 3)
     for step in range(3):

@@ -62,6 +62,7 @@ from test_memory import loader
 import pipeline.data.loader as module
 from pipeline.errors import UserError
 module._check_shared_memory = lambda *_: None  # it was free when the run started
+module.Slots = lambda *_: None  # all slots are taken: what does not fit there is in /dev/shm
 try:
     for batch in loader(Path(sys.argv[1]), workers=2):
         Path("/dev/shm/other").write_bytes(bytes(shutil.disk_usage("/dev/shm").free))

@@ -14,6 +14,7 @@ from deepspeed.ops.op_builder.builder import CUDAMismatchException
 from torch.utils.file_baton import FileBaton
 
 from eval.shared.cli import join_ranks
+from eval.shared.processes import LAUNCHER
 from pipeline.distributed import can_build, cannot_build, extensions_dir, untried_device
 from pipeline.errors import UserError
 from pipeline.kernels import backend
@@ -161,7 +162,8 @@ print(adamw.describe())
 
 @pytest.mark.skipif(not can_build(), reason="needs what a build needs")
 def test_a_compiler_that_fails_ends_in_torchs_adamw(tmp_path):
-    env = os.environ | {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    env = {k: v for k, v in os.environ.items() if k not in LAUNCHER}  # a rank of its own
+    env |= {"CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", START], env=env, capture_output=True, text=True, timeout=120
     )
@@ -207,6 +209,7 @@ def test_ranks_of_an_evaluation_that_cannot_meet_are_a_sentence(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # by earlier tests
     with pytest.raises(UserError, match="MASTER_ADDR is not set: with WORLD_SIZE 2"):
         join_ranks()
     monkeypatch.setenv("RANK", "two")

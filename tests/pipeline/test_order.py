@@ -226,3 +226,13 @@ def test_more_samples_than_32_bits_can_number() -> None:
     row = order.shard_order(0)[0]
     bounds = np.arange(512) * order.total // 512
     assert shards.tolist() == row[bounds // 9000].tolist()
+
+
+def test_two_epochs_are_remembered() -> None:
+    """The loader asks for this epoch's shards and the next one's in turn."""
+    order = Order(np.full(9, 4), 0, 4, 2, 2)
+    first, second = order.shard_order(3), order.shard_order(4)
+    assert order.shard_order(3) is first
+    assert order.shard_order(4) is second
+    assert order.shard_order(5)[0].tolist() != second[0].tolist()
+    assert len(order._epoch) == 2

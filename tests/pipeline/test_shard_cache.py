@@ -19,6 +19,8 @@ from loader_helpers import jpeg, open_loader, write_shards
 
 from pipeline.data import shard_cache as cache_module
 from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, _steps_ahead
+from pipeline.data.order import Order
 from pipeline.data.shard_cache import CacheError, ShardCache
 from shard_tools.manifest import Manifest, Shard
 
@@ -229,6 +231,44 @@ def test_after_closing_nothing_is_fetched(server: Server, tmp_path: Path) -> Non
     time.sleep(0.7)
     assert cached(tmp_path) == there
     cache.fetch(4)  # what is read is still fetched
+
+
+def test_ahead_of_need_another_process_is_left_alone(server: Server, tmp_path: Path) -> None:
+    """A shard that is being fetched elsewhere is not waited for: the next ones come."""
+    cache = ShardCache(plain(server), tmp_path)
+    with FileLock(tmp_path / f"{cache.manifest.shards[0].sha256}.lock"):
+        for shard in range(5):
+            cache.fetch_ahead(shard)
+        assert arrived(tmp_path, 4)
+        assert server.counts["/s0.tar"] == 0
+    cache.fetch_ahead(0)  # asked for again, since it has not come
+    assert arrived(tmp_path, 5)
+    cache.close()
+    assert max(server.counts.values()) == 1
+
+
+def arrived(folder: Path, count: int) -> bool:
+    """Whether so many shards come within ten seconds."""
+    for _ in range(200):
+        if len(cached(folder)) == count:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("local", "held", "steps"),
+    [("2", 40, 50), ("2", 39, 32), ("", 40, 50), ("", 39, 32), ("1", 22, 50), ("1", 21, 32)],
+)
+def test_a_window_is_fetched_ahead_where_two_fit(monkeypatch, local, held, steps) -> None:
+    """4 partitions, windows of 5 of 40 shards of 20 samples, 2 of a partition in a batch: 50 steps.
+    Two ranks of one node need 4 x 11 shards, so all 40; a rank alone on its node half of 44."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    shards = tuple(Shard(f"{n}.tar", 20, 1000, "0" * 64) for n in range(40))
+    manifest, order = Manifest("x", shards, home="x"), Order(np.full(40, 20), 0, 8, 4, 5)
+    config = LoaderConfig("x", 8, 8, Crop(16), cache_bytes=held * 1000)
+    assert _steps_ahead(order, manifest, config, 2) == steps
 
 
 def test_a_small_cache_still_serves_everything(server, shards, tmp_path, caplog) -> None:

@@ -94,10 +94,10 @@ def inside() -> None:
         for box in boxes:
             size = int(rng.choice([1, 3, 8, 33, 64]))
             out = np.zeros((size, size, 3), np.uint8)
-            inside, flip, cubic, simd = (bool(n) for n in rng.integers(0, 2, 4))
+            inside, flip, cubic, simd, entropy = (bool(n) for n in rng.integers(0, 2, 5))
             whole = [int(n) for n in box] if inside else [float(n) for n in box]
             with contextlib.suppress(ValueError, OverflowError):
-                extension.decode(data, out, size, *whole, inside, flip, cubic, simd)
+                extension.decode(data, out, size, *whole, inside, flip, cubic, simd, entropy)
             calls += 1
 
     files = [data for data, _ in corpus().values()]

@@ -73,6 +73,7 @@ class Check:
         self.begun = datetime.now(UTC).isoformat(timespec="seconds")
         self.results: dict[str, dict[str, Any]] = {}
         self.beside: dict[str, Running] = {}
+        self.alive: dict[str, Running] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in (*self.folder.glob("*.json"), *self.folder.glob("*.md")):
             old.unlink()  # an earlier check's
@@ -81,6 +82,14 @@ class Check:
         self.log = open(self.folder / "log.txt", "wb", buffering=0)  # noqa: SIM115
 
     def run(self) -> dict[str, Any]:
+        """Every stage in order; the result. Whatever ends it ends the stages that run."""
+        try:
+            return self.run_stages()
+        finally:
+            for running in self.alive.values():
+                end_group(running.process)
+
+    def run_stages(self) -> dict[str, Any]:
         """Every stage in order; the result."""
         for name in self.stages:
             _, needs, beside = BOXES[name]
@@ -101,7 +110,7 @@ class Check:
 
     def box(self, name: str) -> float:
         """Seconds that the stage may take now."""
-        most = self.args.limit or BOXES[name][0] * (3 if self.args.rehearse else 1)
+        most = self.args.limit or BOXES[name][0] * (10 if self.args.rehearse else 1)
         return min(most, self.ends - time.monotonic())
 
     def command(self, name: str, box: float) -> list[str]:
@@ -120,7 +129,8 @@ class Check:
             start_new_session=True, cwd=ROOT,
         )  # fmt: skip
         now = time.monotonic()
-        return Running(name, process, now, now + box, log)
+        self.alive[name] = Running(name, process, now, now + box, log)
+        return self.alive[name]
 
     def environment(self) -> dict[str, str]:
         """A stage's: the checkout's modules, and no ops compiled where that failed or in a
@@ -141,9 +151,9 @@ class Check:
             process.wait(max(0.0, running.ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             late = True
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # children that it has left, too
+        end_group(process)  # children that it has left, too
         code = process.wait()
+        del self.alive[name]
         running.log.close()
         text = (self.folder / f"{name}.log").read_bytes()
         self.log.write(b"== %s\n%s\n" % (name.encode(), text))
@@ -187,6 +197,12 @@ class Check:
         }
 
 
+def end_group(process: subprocess.Popen) -> None:
+    """Kill a process that leads a group, and the group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run_stages(args: argparse.Namespace) -> int:
     """Run stages in this process (as a rule one) and write what each found with its status."""
     device = "cuda" if has_cuda() else "cpu"
@@ -228,7 +244,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mae", type=Path, help="a checkout of facebookresearch/mae")
     parser.add_argument("--batch", type=int, default=128, help="images of a step that is timed")
     parser.add_argument(
-        "--budget", type=float, default=470, metavar="SECONDS", help="of all stages"
+        "--budget", type=float, metavar="SECONDS", help="of all stages (470; rehearsing 3600)"
     )
     parser.add_argument("--limit", type=float, default=0, metavar="SECONDS",
                         help="of each stage, in place of its own")  # fmt: skip
@@ -240,7 +256,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.mae and not (args.mae / "models_mae.py").is_file():
         parser.error(f"--mae {args.mae}: has no models_mae.py; give a checkout of "
                      "github.com/facebookresearch/mae")  # fmt: skip
-    args.budget = args.budget or (1800 if args.rehearse else 470)
+    args.budget = args.budget or (3600 if args.rehearse else 470)
     args.mae = args.mae.resolve() if args.mae else None
     return args
 
@@ -259,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: gpu-check measures on a CUDA device, and there is none here; make gpu-check "
               "REHEARSE=1 runs the same on the CPU, without figures", file=sys.stderr)  # fmt: skip
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     result = Check(args, args.stages).run()
     print(json.dumps(result), flush=True)
     return int(any(status.startswith("failed") for status in result["stages"].values()))

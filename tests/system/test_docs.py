@@ -12,7 +12,14 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 BANNED = ("goes on from", "gone on", "anew", "whole checkpoint", "whole weights", "told apart")
 # Flags of other programs, and the removed ones that the changelog names.
 FOREIGN = {"--gpus", "--shm-size", "--ipc", "--no-python", "--nproc-per-node", "--num_accelerators"}
-FOREIGN |= {"--nv", "--bind", "--container-image", "--container-mounts"}  # apptainer, pyxis
+FOREIGN |= {
+    "--nv",
+    "--bind",
+    "--pwd",
+    "--container-image",
+    "--container-mounts",
+}  # apptainer, pyxis
+FOREIGN.add("--prefix")  # git archive
 GONE = {"--hide", "--ratios"}
 
 

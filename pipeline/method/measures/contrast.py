@@ -56,23 +56,30 @@ class Contrast(nn.Module):
         if teacher is None:
             raise UserError(f"measure {self.recipe.kind} needs a teacher")
         assert views.second is not None
-        loss, terms = self._one_side(encoder, teacher, views.first, views.second)
         if self.recipe.symmetric:
-            loss = 0.5 * (loss + self._one_side(encoder, teacher, views.second, views.first)[0])
-        return loss, terms
-
-    def _one_side(
-        self, encoder: Encoder, teacher: Teacher, online: View, other: View
-    ) -> tuple[Tensor, Terms]:
-        z = encoder(*online)
+            return self._both_sides(encoder, teacher, views.first, views.second)
+        z = encoder(*views.first)
         query = self.query(z)
-        # The teacher's weights are fp32; in a bf16 run its matrix products need not be.
-        with torch.autocast(query.device.type, query.dtype, query.dtype != torch.float32):
-            key = teacher(other)
-        loss, terms = self.paired(query, key, online, other) if self.pairs else (
-            self.compare(query, key)
-        )  # fmt: skip
+        key = teacher(views.second, dtype=query.dtype)
+        loss, terms = self._side(query, key, views.first, views.second)
         return loss, terms | {"feature_std": feature_std(z)}
+
+    def _both_sides(
+        self, encoder: Encoder, teacher: Teacher, first: View, second: View
+    ) -> tuple[Tensor, Terms]:
+        """The mean of both directions; each network encodes both views in one call."""
+        z1, z2 = encoder(*first, second=second)
+        query1, query2 = self.query(z1), self.query(z2)
+        key1, key2 = teacher(first, second, dtype=query1.dtype)
+        loss, terms = self._side(query1, key2, first, second)
+        loss = 0.5 * (loss + self._side(query2, key1, second, first)[0])
+        return loss, terms | {"feature_std": feature_std(z1)}
+
+    def _side(self, query: Tensor, key: Tensor, online: View, other: View) -> tuple[Tensor, Terms]:
+        """Queries of one view against the keys of the other."""
+        if self.pairs:
+            return self.paired(query, key, online, other)
+        return self.compare(query, key)
 
     def compare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Terms]:
         """query [B, T, C] online, key [B, T, C] of the teacher for the same images → fp32 loss."""

@@ -40,8 +40,10 @@ class Reconstruction(nn.Module):
         self, encoder: Encoder, views: Views, teacher: Teacher | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Both branches (one for MAE) → fp32 loss and its terms (SPEC §2)."""
-        z1 = encoder(*views.first)
-        z2 = encoder(*views.second) if views.second is not None else None
+        if views.second is None:
+            z1, z2 = encoder(*views.first), None
+        else:
+            z1, z2 = encoder(*views.first, second=views.second)
         loss, terms = self.compare(z1, z2, views)
         return loss, terms | {"feature_std": feature_std(z1)}
 
@@ -49,11 +51,10 @@ class Reconstruction(nn.Module):
         self, z1: Tensor, z2: Tensor | None, views: Views
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Tokens [B, 1 + K, D] of both branches (z2 None for MAE) → loss and its terms."""
-        first = self.decoder(z1, views.first, views.region)
         if z2 is None or views.second is None:
-            loss = self.distances(first, None, views)[0]
+            loss = self.distances(self.decoder(z1, views.first, views.region), None, views)[0]
             return loss, {"reconstruction": loss.detach()}
-        second = self.decoder(z2, views.second, views.region)
+        first, second = self.decoder(z1, views.first, views.region, (z2, views.second))
         constraint, similarity = self.distances(second, first, views).unbind()
         loss = similarity + self.recipe.lambda_ * constraint
         return loss, {"similarity": similarity.detach(), "constraint": constraint.detach()}
