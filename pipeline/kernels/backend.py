@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from importlib.metadata import version
 
 import torch
 
@@ -37,8 +38,25 @@ def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str
             f"kernels: triton on {kind} runs only under Triton's interpreter: set "
             "TRITON_INTERPRET=1, or choose kernels: reference"
         )
+    if interpreted and (problem := _interpreter_problem()):
+        raise UserError(f"kernels: triton on {kind}: {problem}, or choose kernels: reference")
     _implementation = chosen
     return f"kernels: {chosen} ({implementation} on {kind}{', interpreted' * interpreted})"
+
+
+def _interpreter_problem() -> str:
+    """What keeps Triton's interpreter from running here; "" where nothing is known to."""
+    triton, numpy = (_release(name) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return (
+            "the interpreter of Triton 3.6 and older fails with numpy 2.4: pip install 'numpy<2.4'"
+        )
+    return ""
+
+
+def _release(package: str) -> tuple[int, ...]:
+    """(major, minor) of an installed package."""
+    return tuple(map(int, version(package).split(".")[:2]))
 
 
 def implementation() -> str:

@@ -33,6 +33,22 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
         kernels.use("triton", "cpu")
 
 
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.4.0", False), ("3.4.0", "2.5.1", False), ("3.6.0", "2.3.9", True),
+     ("3.8.0", "2.4.6", True)],
+)  # fmt: skip
+def test_an_interpreter_that_fails_with_this_numpy_is_a_sentence(triton, numpy, works, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backend, "version", {"triton": triton, "numpy": numpy}.get)
+    if works:
+        kernels.use("triton", "cpu")
+    else:
+        with pytest.raises(UserError, match=r"numpy<2\.4', or choose kernels: reference"):
+            kernels.use("triton", "cpu")
+    assert kernels.use("triton", "cuda").startswith("kernels: triton")  # compiled all the same
+
+
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert kernels.use("auto", "cuda") == "kernels: reference (auto on cuda)"
