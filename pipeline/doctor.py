@@ -10,9 +10,11 @@ it removes; imports torch, and works where it is missing, broken or has no CUDA.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
@@ -210,6 +212,7 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
         cost = f"{when}; without them a run takes torch's AdamW and gloo's sum, which are slower"
         yield lack("DeepSpeed's ops", "none compiled", cost)
     yield decoder_finding()
+    yield check_finding()
 
 
 def decoder_finding() -> Finding:
@@ -226,6 +229,19 @@ def decoder_finding() -> Finding:
         "pillow": "the slowest decoder (pip install simplejpeg)",
     }
     return unless(names[0] not in cost, "image decoder", kind, cost.get(names[0], ""))
+
+
+def check_finding() -> Finding:
+    """How make_shards and verify_shards check the entropy-coded data of a JPEG."""
+    built = False
+    with contextlib.suppress(ImportError, OSError):  # of what that room needs: reported by itself
+        built = importlib.util.find_spec("shard_tools.image_file._jpegcheck") is not None
+    cost = (
+        "shard_tools/image_file/_jpegcheck.c is not built: make_shards and verify_shards decode "
+        "every JPEG, which finds the same and takes three times as long (a C compiler, then make "
+        "setup)"
+    )
+    return unless(built, "JPEG check", "_jpegcheck" if built else "libjpeg, by decoding", cost)
 
 
 def system_findings(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:  # noqa: S108 (Linux's own)

@@ -40,7 +40,7 @@ from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
-OPTIMIZER_LAUNCHES = 60  # of an optimizer step, about (make bench-launches)
+OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches)
 # Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
 # virtual machine with AVX2. `make bench-data` measures the whole loader.
 CORE_IMAGES = 1000.0

@@ -12,6 +12,8 @@ Shape suffixes: B batch, K visible, L all patches, R region, D width.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
@@ -19,36 +21,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.recipe import DecoderRecipe
-from pipeline.errors import UserError
-from pipeline.method.decoder import take_rows
+from pipeline.method.decoder import PixelDecoder, take_rows
 from pipeline.method.views import View
-from pipeline.method.vit import init_weights, sincos_position
 
 
-class CrossDecoder(nn.Module):
+class CrossDecoder(PixelDecoder):
     """d: tokens of the visible patches → pixels of the patches of a region, each by itself."""
-
-    pos_embed: Tensor
 
     def __init__(
         self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
     ) -> None:
-        super().__init__()
-        if recipe.width % recipe.heads:
-            raise UserError(
-                f"measure.decoder.width {recipe.width} is not divisible by its heads {recipe.heads}"
-            )
-        self.grad_checkpointing = False  # as Encoder's
-        self.embed = nn.Linear(width, recipe.width)
-        self.mask_token = nn.Parameter(torch.zeros(recipe.width))
-        self.register_buffer("pos_embed", sincos_position(grid, recipe.width))
-        self.memory_norm = nn.LayerNorm(recipe.width, eps=1e-6)
-        self.blocks = nn.ModuleList(
-            CrossBlock(recipe.width, recipe.heads) for _ in range(recipe.depth)
-        )
-        self.norm = nn.LayerNorm(recipe.width, eps=1e-6)
-        self.head = nn.Linear(recipe.width, patch * patch * 3)
-        init_weights(self)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        super().__init__(recipe, width=width, patch=patch, grid=grid, block=CrossBlock, norm=norm)
+        self.memory_norm = norm(recipe.width)
 
     def forward(
         self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None

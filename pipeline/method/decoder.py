@@ -34,14 +34,15 @@ from pipeline.method.vit import init_weights, sincos_position
 Known = tuple[Tensor, Tensor, Tensor] | None  # see DecoderBlock.forward
 
 
-class Decoder(nn.Module):
-    """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
+class PixelDecoder(nn.Module):
+    """What decoders have in common: embedding, mask token, positions, blocks and head."""
 
     pos_embed: Tensor
 
     def __init__(
-        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
-    ) -> None:
+        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int],
+        block: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module],
+    ) -> None:  # fmt: skip
         super().__init__()
         if recipe.width % recipe.heads:
             raise UserError(
@@ -51,12 +52,21 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(width, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(recipe.width))
         self.register_buffer("pos_embed", sincos_position(grid, recipe.width))
-        self.blocks = nn.ModuleList(
-            DecoderBlock(recipe.width, recipe.heads) for _ in range(recipe.depth)
-        )
-        self.norm = _LayerNorm(recipe.width)
+        self.blocks = nn.ModuleList(block(recipe.width, recipe.heads) for _ in range(recipe.depth))
+        self.norm = norm(recipe.width)
         self.head = nn.Linear(recipe.width, patch * patch * 3)
         init_weights(self)
+
+
+class Decoder(PixelDecoder):
+    """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
+
+    def __init__(
+        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
+    ) -> None:
+        super().__init__(
+            recipe, width=width, patch=patch, grid=grid, block=DecoderBlock, norm=_LayerNorm
+        )
 
     def forward(
         self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None

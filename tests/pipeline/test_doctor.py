@@ -97,6 +97,14 @@ def test_shared_memory_and_open_files(tmp_path, monkeypatch):
     assert "ulimit -n 4096" in found["open files"].cost
 
 
+def test_a_check_that_is_not_built_says_what_it_costs(monkeypatch):
+    assert doctor.check_finding().grade == "ok"
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    finding = doctor.check_finding()
+    assert finding.grade == "lack"
+    assert "_jpegcheck.c is not built" in finding.cost
+
+
 def test_the_output_folder(tmp_path):
     findings = list(doctor.folder_findings(tmp_path / "not/there/yet"))
     assert "STOP" not in grades(findings).values()
@@ -131,8 +139,10 @@ def test_a_page_names_what_stops_a_run():
 def test_this_machine_passes_and_a_bad_output_does_not(tmp_path, capsys):
     assert doctor.main(["--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    parts = "Python, GPU, NCCL, compiler, DeepSpeed's ops, image decoder, /dev/shm, open files"
-    for what in (parts + ", shared folder, vector units, bf16, memory, cores").split(", "):
+    parts = "Python, GPU, NCCL, compiler, DeepSpeed's ops, image decoder, JPEG check"
+    for what in (
+        parts + ", /dev/shm, open files, shared folder, vector units, bf16, memory, cores"
+    ).split(", "):
         assert what in out
     assert doctor.main(["--output", "/proc/run"]) == 1
 
