@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.distributed import cannot_build, extensions_dir
+from pipeline.distributed import cannot_build, extensions_dir, own_extensions
 
 FAILED = "failed.txt"  # in the folder of the ops: why they could not be compiled
 STARTED = time.time()  # of this process, about
@@ -104,11 +104,12 @@ def _load(folder: Path) -> list[str]:
 
 
 def _take_over(folder: Path, name: str) -> None:
-    """Copy an op that was compiled when the folders had no such names; ninja knows by commands and
-    times whether it is of this torch, and compiles it again where it is not."""
-    before = folder.parent / name
-    if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
-        shutil.copytree(before, folder / name, dirs_exist_ok=True)
+    """Copy an op that set-up has compiled into an environment that is read-only here, or that was
+    compiled when the folders had no such names; ninja knows by commands and times whether it is of
+    this torch, and compiles it again where it is not."""
+    for before in (own_extensions() / folder.name / name, folder.parent / name):
+        if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
+            shutil.copytree(before, folder / name, dirs_exist_ok=True)
 
 
 def _why(error: Exception) -> str:
