@@ -230,7 +230,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--feature", default=d.feature, help="cls, mean_patch, patches, or block:N[:cls|:patches]"
     )
     result.add_argument("--dtype", choices=DTYPES, default=d.dtype, help="of the numbers written")
-    result.add_argument("--format", choices=("npy", "parquet"), default=d.format)
+    result.add_argument(
+        "--format", choices=("npy", "parquet"), default=d.format,
+        help="npy: numpy, memory-mappable, and names.txt; parquet: columns (needs pyarrow)",
+    )  # fmt: skip
     result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
     result.add_argument(
         "--on-error", choices=("fail", "skip"), default=d.on_error,

@@ -29,6 +29,7 @@ from pipeline.data.crops import Box
 from pipeline.data.jpeg import decoder
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_atomic
 from shard_tools.image_file import ImageFault
 from shard_tools.manifest import Manifest
@@ -217,7 +218,12 @@ def _encoder_name(record: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result, d = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0]), Settings
+    result, d = (
+        argparse.ArgumentParser(
+            description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+        ),
+        Settings,
+    )
     result.add_argument(
         "queries", nargs="*", metavar="QUERY", help="a key, a row's number, or an image file"
     )
@@ -227,14 +233,14 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--output", type=Path, help="page (default: neighbours.html in that folder)"
     )
-    result.add_argument("--k", type=int, default=d.k, help=f"neighbours of a query ({d.k})")
+    result.add_argument("--k", type=int, default=d.k, help="neighbours of a query")
     result.add_argument(
         "--random",
         type=int,
         default=d.random,
-        help=f"rows drawn where no QUERY is given ({d.random})",
+        help="rows drawn where no QUERY is given",
     )
-    result.add_argument("--seed", type=int, default=d.seed, help=f"of that draw ({d.seed})")
+    result.add_argument("--seed", type=int, default=d.seed, help="of that draw")
     return result
 
 
