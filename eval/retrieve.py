@@ -10,6 +10,7 @@ embeddings then embeds. Nearest is by cosine similarity.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def find_queries(s: Settings, store: Embeddings) -> list[Query]:
     numbers = {key: row for row, key in enumerate(store.keys)}
     total, words = len(store.keys), s.queries
     if not words:
-        drawn = np.random.default_rng(s.seed).permutation(total)[: s.random]
-        words = tuple(store.keys[row] for row in sorted(drawn.tolist()))
+        order = np.random.default_rng(s.seed).permutation(total)
+        usable = (row for row in order.tolist() if not np.isnan(store.rows[row]).any())
+        words = tuple(store.keys[row] for row in sorted(islice(usable, s.random)))
     found, files = [], []
     for word in words:
         row = numbers.get(word, int(word) if word.isascii() and word.isdecimal() else -1)
@@ -110,7 +112,7 @@ def _usable(store: Embeddings, row: int) -> None:
 def open_encoder_of(store: Embeddings) -> EvalSession:
     """The encoder that wrote the embeddings. UserError where its weights have changed since."""
     record, settings = store.info["encoder"], store.info["settings"]
-    source = record["source"]
+    source = store.info.get("encoder_path", record["source"])
     own = Path(source).is_dir()  # a run says its own architecture
     options = record["options"] if not own else {"img_size": settings["image size"]}
     choice = EncoderChoice(
@@ -198,7 +200,8 @@ def build_page(s: Settings) -> str:
         raise UserError(f"{s.embeddings}: holds a row per patch; embed with --feature mean_patch")
     queries, info = find_queries(s, store), store.info
     root = Path(info["root"]) if info["root"] else None
-    manifest = image_sets.open_images(info["images"], root)
+    skip = info["settings"]["on_error"] == "skip"
+    manifest = image_sets.open_images(info["images"], root, skip)
     if image_sets.keys(manifest) != store.keys:
         raise UserError(
             f"{info['images']}: no longer holds the images of {s.embeddings}; embed them again"

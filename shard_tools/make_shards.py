@@ -21,6 +21,7 @@ from shard_tools.class_list import read_classes
 from shard_tools.cli import HelpFormatter, ToolError, cores, run
 from shard_tools.image_file import Conversion
 from shard_tools.sharding.archives import UNPACKED
+from shard_tools.sharding.found import naming_skip
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.job import (
@@ -94,7 +95,8 @@ def plan_splits(
         unpacked=options.dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
-    splits = find_splits(options.source, layout, folders, listing)
+    with naming_skip():
+        splits = find_splits(options.source, layout, folders, listing)
     if options.drop_duplicates:
         splits = [
             replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
