@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError, naming
-from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, run
+from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run
 from shard_tools.manifest import (
     FORMATS,
     Manifest,
@@ -319,9 +319,10 @@ def verify_shards(folder: str, *, decode: bool, workers: int) -> int:
         print(f"fault: {line}")
     manifest = read_manifest(folder, check_shards=False)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    verdict = f"{len(faults)} faults" if faults else "sound"
+    verdict = counted(len(faults), "fault") if faults else "sound"
     print(
-        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
+        f"{folder}: {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')}, "
         f"{size:.1f} MB: {verdict}"
     )
     return FAULTS if faults else 0
