@@ -249,13 +249,14 @@ AVX512 static void horizontal_avx512(const Axis *axis, const uint8_t *const *row
     else horizontal_4_rows(axis, groups, row, out);
 }
 
-/* Four pixels (16 bytes) at a time; the rest by the scalar loop. */
+/* Four pixels at a time; the rest by the scalar loop. over: how many bytes behind the row it may
+ * write. */
 AVX2 static void vertical_avx2(const int16_t *weight, int taps, const uint8_t *rows,
-                               size_t stride, int pixels, uint8_t *out) {
+                               size_t stride, int pixels, uint8_t *out, int over) {
     const __m256i half = _mm256_set1_epi32(1 << (PRECISION - 1));
     const __m128i pack = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
     int i = 0;
-    for (; i + 6 <= pixels; i += 4) { /* 16 bytes are stored, 12 of them count */
+    for (; 3 * i + 16 <= 3 * pixels + over; i += 4) { /* 12 of the 16 bytes count */
         const uint8_t *in = rows + (size_t)i * PIXEL;
         __m256i low = half, high = half;
         for (int k = 0; k < taps; k += 2, in += 2 * stride) {
@@ -277,12 +278,12 @@ AVX2 static void vertical_avx2(const int16_t *weight, int taps, const uint8_t *r
 
 /* Eight pixels at a time; the rest by vertical_avx2. */
 AVX512 static void vertical_avx512(const int16_t *weight, int taps, const uint8_t *rows,
-                                   size_t stride, int pixels, uint8_t *out) {
+                                   size_t stride, int pixels, uint8_t *out, int over) {
     const __m512i half = _mm512_set1_epi32(1 << (PRECISION - 1));
     const __m256i pack = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1));
     int i = 0;
-    for (; i + 10 <= pixels; i += 8) { /* 28 bytes are stored, 24 of them count */
+    for (; 3 * i + 28 <= 3 * pixels + over; i += 8) { /* 24 of the 28 bytes count */
         const uint8_t *in = rows + (size_t)i * PIXEL;
         __m512i low = half, high = half;
         for (int k = 0; k < taps; k += 2, in += 2 * stride) {
@@ -299,7 +300,8 @@ AVX512 static void vertical_avx512(const int16_t *weight, int taps, const uint8_
         _mm_storeu_si128((__m128i *)(out + (size_t)i * 3), _mm256_castsi256_si128(bytes));
         _mm_storeu_si128((__m128i *)(out + (size_t)i * 3 + 12), _mm256_extracti128_si256(bytes, 1));
     }
-    vertical_avx2(weight, taps, rows + (size_t)i * PIXEL, stride, pixels - i, out + (size_t)i * 3);
+    rows += (size_t)i * PIXEL;
+    vertical_avx2(weight, taps, rows, stride, pixels - i, out + (size_t)i * 3, over);
 }
 #endif
 
@@ -342,11 +344,12 @@ static void shrink_rows(const Axis *x, uint8_t *const *rows, int count, int left
 static void shrink_columns(const Axis *y, const uint8_t *rows, int pixels, uint8_t *out, int simd) {
     size_t stride = (size_t)pixels * PIXEL;
     for (int i = 0; i < y->out; i++, out += (size_t)pixels * 3) {
+        int over = i < y->out - 1 ? 4 : 0; /* the next row is written later */
         const uint8_t *first = rows + (size_t)(y->start[i] - y->first) * stride;
         const int16_t *weight = y->weight + (size_t)i * y->taps;
 #ifdef HAVE_SIMD_CODE
-        if (simd == WITH_AVX512) vertical_avx512(weight, y->taps, first, stride, pixels, out);
-        else if (simd == WITH_AVX2) vertical_avx2(weight, y->taps, first, stride, pixels, out);
+        if (simd == WITH_AVX512) vertical_avx512(weight, y->taps, first, stride, pixels, out, over);
+        else if (simd == WITH_AVX2) vertical_avx2(weight, y->taps, first, stride, pixels, out, over);
         else vertical(weight, y->taps, first, stride, pixels, out);
 #else
         (void)simd;
