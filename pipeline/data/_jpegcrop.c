@@ -230,11 +230,9 @@ static PyObject *py_size(PyObject *self, PyObject *args) {
 
 /* The next marker of [at, end) that is neither escaped data nor a restart marker, or NULL. */
 static const uint8_t *find_marker(const uint8_t *at, const uint8_t *end) {
-    while (end - at > 1) {
-        at = memchr(at, 0xFF, (size_t)(end - 1 - at));
-        if (!at) break;
+    while ((at = next_mark(at, end))) {
         if (at[1] == 0xFF) at += 1;
-        else if (at[1] == 0 || (at[1] >= JPEG_RST0 && at[1] <= JPEG_RST0 + 7)) at += 2;
+        else if (at[1] >= JPEG_RST0 && at[1] <= JPEG_RST0 + 7) at += 2;
         else return at;
     }
     return NULL;
