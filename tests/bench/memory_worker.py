@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from threads import gloo_threads
 from tiny import tiny_recipe
 from torch import Tensor
 
@@ -117,7 +118,9 @@ def main() -> None:
     if ranks.rank == 0:
         args.output.write_text(json.dumps(everyone))
     barrier()
+    assert gloo_threads()
     close()
+    assert not gloo_threads()
 
 
 if __name__ == "__main__":
