@@ -117,10 +117,12 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if code not in (0, PREEMPTED):
-        sys.stdout.flush()
-        os._exit(code)  # not waiting for ranks that may be gone
-    from pipeline.distributed import close
+    if code in (0, PREEMPTED):
+        from pipeline.distributed import close
 
-    close()
-    sys.exit(code)
+        close()
+    # Not waiting for ranks that may be gone, and with no thread at work while the interpreter ends:
+    # ZeRO 3 keeps its process group, whose threads could abort it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
