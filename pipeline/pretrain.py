@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
 from pipeline.errors import PREEMPTED, UserError, refuse
+from pipeline.late import uncollected
 from pipeline.runtime.settings import Settings
 from shard_tools.manifest import read_manifest
 
@@ -110,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             read_manifest(settings.data)
         except UserError as error:
             return refuse(error)
-    from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds
+    with uncollected():
+        from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds
 
     return pretrain(settings)
 
