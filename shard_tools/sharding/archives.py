@@ -68,7 +68,7 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
     _report_others(outer, found, but=classes)
     if not classes:
         found.images.extend(
-            Image(m.name, str(path), m.offset, m.size) for m in _latest(loose, found)
+            Image(m.name, os.path.abspath(path), m.offset, m.size) for m in _latest(loose, found)
         )
         return found.without_wrapping()
     for member in classes:
@@ -97,7 +97,8 @@ def _class_tar(path: Path, outer: Member, skip: bool) -> Found:
     members = _list(path, outer.name, outer.offset, outer.size, found, skip)
     _report_others(members, found)
     images = _latest([member for member in members if is_image(member.name)], found)
-    found.images.extend(Image(m.name, str(path), m.offset, m.size) for m in images)
+    file = os.path.abspath(path)
+    found.images.extend(Image(m.name, file, m.offset, m.size) for m in images)
     return found.without_wrapping(keep_class=False).inside(name)
 
 

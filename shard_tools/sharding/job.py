@@ -75,11 +75,13 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
 
 def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request: str) -> None:
     """Write the plan, which `check_plan` has seen, for this process's workers and for other tasks;
-    nothing where it is there already or all is finished."""
+    nothing where it is there already or all is finished. A job of one task that is resumed writes
+    it again: its source may have moved."""
     if is_finished(dest):
         return
     with naming(dest, "cannot be written"):
-        if read_plan_record(dest) is None or not (dest / PARTS / PLAN_FILE).is_file():
+        there = read_plan_record(dest) is not None and (dest / PARTS / PLAN_FILE).is_file()
+        if how.tasks == 1 or not there:
             (dest / PARTS).mkdir(parents=True, exist_ok=True)
             write_plan(dest, plan)
             record = json.dumps(plan_record(plan, source_name, request))

@@ -222,8 +222,9 @@ def _source(
     found: Found,
     remark: str = "",
 ) -> Source:
+    # absolute: a job may be finished from another working directory
     items = Items.labelled(images, labels)
-    return Source(str(root), items, classes, found.ignored, found.missing, remark)
+    return Source(os.path.abspath(root), items, classes, found.ignored, found.missing, remark)
 
 
 def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:

@@ -203,3 +203,50 @@ def test_bad_input_is_one_sentence(
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "dest" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["tree", "all.tar", "all.tar.gz", "class_tars", "list.csv"])
+def test_a_relative_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The same shards by its relative and absolute path, and resumed from another folder."""
+    monkeypatch.chdir(tmp_path)
+    there = Path("in/here")
+    tree = image_tree(tmp_path / there / "tree", {"n00000001": 3, "n00000002": 2})
+    files = {str(path.relative_to(tree)): path.read_bytes() for path in tree.rglob("*.JPEG")}
+    assert len(files) == 5
+    tar_of(there / "all.tar", files)
+    (there / "all.tar.gz").write_bytes(gzip.compress((there / "all.tar").read_bytes()))
+    (there / "class_tars").mkdir()
+    for name in ("n00000001", "n00000002"):
+        inside = {Path(file).name: data for file, data in files.items() if file.startswith(name)}
+        tar_of(there / "class_tars" / f"{name}.tar", inside)
+    lines = (f"tree/{file},{file.split('/')[0]}" for file in files)
+    (there / "list.csv").write_text("\n".join(["path,label", *lines]))
+    make(there / kind, tmp_path / "relative")
+    make(tmp_path / there / kind, tmp_path / "absolute")
+    assert tars_of(tmp_path / "relative") == tars_of(tmp_path / "absolute")
+    assert len(images_of(tmp_path / "relative")) == 5
+
+    if kind.endswith(".gz"):
+        return  # tasks cannot share it
+    two = ["--num-tasks", "2", *SMALL]
+    assert main([str(there / kind), "parts", "--task-id", "0", *two]) == 0
+    monkeypatch.chdir(tmp_path / "in")
+    assert main([f"here/{kind}", "../parts", "--task-id", "1", *two]) == 0
+    assert main([f"here/{kind}", "../parts", "--merge"]) == 0
+    assert tars_of(tmp_path / "parts") == tars_of(tmp_path / "absolute")
+
+
+def test_a_source_that_moved(tmp_path: Path) -> None:
+    """A stopped job resumes from where its source is now."""
+    tree = image_tree(tmp_path / "tree", {"a": 12})
+    make(tree, tmp_path / "whole")
+    damaged = sorted(tree.rglob("*.JPEG"))[-1]
+    good = damaged.read_bytes()
+    damaged.write_bytes(bytes(len(good)))
+    assert main([str(tree), str(tmp_path / "dest"), *SMALL, "--workers", "1"]) == 2
+    damaged.write_bytes(good)
+    moved = tmp_path / "another disk" / "tree"
+    moved.parent.mkdir()
+    tree.rename(moved)
+    make(moved, tmp_path / "dest", "--resume")
+    assert tars_of(tmp_path / "dest") == tars_of(tmp_path / "whole")
