@@ -13,6 +13,7 @@ import functools
 import gc
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ class Waiting(ModuleType):
         # inspect, unittest and others look for such names in every module.
         if name.startswith("__") and name not in ("__all__", "__version__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         sys.modules[self.__name__] = self
         loader = self.__spec__ and self.__spec__.loader
         assert isinstance(loader, Loader)
@@ -75,15 +76,18 @@ def at_first_call(decorate: Callable[..., Any]) -> Callable[..., Any]:
 def optimize_uncompiled(loader: importlib.abc.Loader, module: ModuleType) -> None:
     """Run torch.optim.optimizer; its methods import the compiler, to stay out of it, only where
     something else has imported it."""
+    import torch._compile
+
     loader.exec_module(module)
-    for method in vars(module.Optimizer).values():
-        plain = getattr(method, "__wrapped__", None)
-        if getattr(getattr(method, "__code__", None), "co_filename", "").endswith("_compile.py"):
+    for method in filter(inspect.isfunction, vars(module.Optimizer).values()):
+        if method.__code__.co_filename == torch._compile.__file__:
+            plain: Any = inspect.unwrap(method)
             plain.__dynamo_disable = disabled_where_compiled(plain)  # where torch looks first
 
 
 def disabled_where_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, kept out of torch.compile where anything can be compiled."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         dynamo = sys.modules.get("torch._dynamo")
         return (dynamo.disable(function) if dynamo else function)(*args, **kwargs)

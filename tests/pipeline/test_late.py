@@ -11,7 +11,7 @@ import torch
 
 from pipeline import late
 
-BODY = "RAN = []\nfrom {0}.part import value\nfrom {0} import part\n__all__ = ['value']\nvalue += 1\n"
+BODY = "from {0}.part import value\nfrom {0} import part\n__all__ = ['value']\nvalue += 1\n"
 
 
 @pytest.fixture
@@ -39,17 +39,16 @@ def test_a_package_waits_until_a_name_of_its_own_is_asked_for(package):
     assert type(module) is late.Waiting
     assert module.value == 2
     assert type(module) is ModuleType
-    assert module.RAN == []
     assert module.part is part
     with pytest.raises(AttributeError, match="nothing"):
         _ = module.nothing
 
 
-@pytest.mark.parametrize("how", ["from {} import value", "from {} import *", "import user as value"])
+@pytest.mark.parametrize("how", ["from {} import value", "from {} import *", "from user import *"])
 def test_every_kind_of_import_runs_it(package, how):
     names = {}
     exec(how.format(package), names)
-    assert getattr(names["value"], "value", names["value"]) == 2
+    assert names["value"] == 2
 
 
 def test_a_package_that_was_forgotten_is_the_same_again(package):
