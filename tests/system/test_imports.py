@@ -62,7 +62,7 @@ def circle(graph):
 
 # From the ground up: a room imports only rooms that stand before it (of one line, no other).
 FLOORS = (
-    ("pipeline.errors", "shard_tools.cores", "shard_tools.texts"),
+    ("pipeline.errors", "pipeline.late", "shard_tools.cores", "shard_tools.texts"),
     (
         "shard_tools.atomic",
         "shard_tools.cli",
