@@ -44,7 +44,9 @@
 
 enum {
     MAX_SCANS = 500,  /* more scans in one file are an attack on the decoder's time */
-    MARGIN = 16,      /* pixels decoded around the rectangle: chroma upsampling looks at neighbours */
+    /* Pixels around the rectangle where chroma has half the size: the filter looks at one, and is
+     * not used at all in a picture of less than three. */
+    MARGIN = 2,
     ROWS = 8,         /* rows asked of the library at once */
     PRECISION = 14,   /* bits behind the point of a weight; weights lie in (-2, 2) */
     GROUP = 4,        /* weights of one AVX2 step of the horizontal pass */
@@ -368,12 +370,14 @@ static int read_pixels(Job *job, int simd) {
     job->ours = job->scan && begin_scan(job->scan, cinfo, job->data, job->length, codes);
     if (job->ours) ((Entropy *)cinfo->entropy)->decode_mcu = read_codes;
 
-    int left = x->first > MARGIN ? x->first - MARGIN : 0;
-    int right = x->last + MARGIN < job->width ? x->last + MARGIN : job->width;
+    int margin = cinfo->max_h_samp_factor > 1 ? MARGIN : 0;
+    int left = x->first > margin ? x->first - margin : 0;
+    int right = x->last + margin < job->width ? x->last + margin : job->width;
     JDIMENSION offset = (JDIMENSION)left, width = (JDIMENSION)(right - left);
     if (left > 0 || right < job->width) jpeg_crop_scanline(cinfo, &offset, &width);
     if (job->ours) want_columns(job->scan, cinfo, offset);
-    int top = y->first > MARGIN ? y->first - MARGIN : 0;
+    margin = cinfo->max_v_samp_factor > 1 ? MARGIN : 0;
+    int top = y->first > margin ? y->first - margin : 0;
     if (top > 0) jpeg_skip_scanlines(cinfo, (JDIMENSION)top);
 
     /* Zero weights reach behind the last pixel: room for them, with defined content. */

@@ -14,6 +14,7 @@ SLIPS = {
     "pipeline/data/_jpegcrop.c": (
         "calloc((size_t)out * axis->taps,", "calloc((size_t)out * axis->taps - 1,"),
     "shard_tools/image_file/_jpegcheck.c": ("(size_t)view.len + SLACK", "(size_t)view.len"),
+    "shard_tools/image_file/_jpegmarkers.c": ("malloc(job->length + coded)", "malloc(coded)"),
 }  # fmt: skip
 
 
