@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.errors import UserError, naming, refuse
+from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
@@ -28,13 +28,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 @contextmanager

@@ -153,6 +153,11 @@ class Manifest:
         """Path or URL of shard number `shard`."""
         return join(self.folder, self.shards[shard].name)
 
+    def describe(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        shard = int(self.starts.searchsorted(sample, "right")) - 1
+        return f"sample {sample} of {self.path(shard)}"
+
     def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number (int64) and SAMPLE row of each sample number; same shape as `sample`."""
         sample = np.asarray(sample, np.int64)
