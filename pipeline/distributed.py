@@ -369,6 +369,6 @@ def close() -> None:
         return
     _control.clear()
     if groups := sys.modules.get("deepspeed.utils.groups"):
-        groups._WORLD_GROUP = None
+        vars(groups)["_WORLD_GROUP"] = None
     torch.distributed.destroy_process_group()
     gc.collect()  # engines hold groups, and refer to themselves
