@@ -1,7 +1,7 @@
 """What a step costs the host: launches by phase and recipe, and its time beside plain torch's.
 
-Usage: python tests/bench/bench_launches.py [--mae CHECKOUT] [--compiled] [--rounds 20]. Behind `make
-bench-launches`; the last line is JSON. No GPU is needed, and none is used.
+Usage: python tests/bench/bench_launches.py [--mae CHECKOUT] [--compiled] [--rounds 20]. Behind
+`make bench-launches`; the last line is JSON. No GPU is needed, and none is used.
 
 Launches: ViT-B's recipes at full size with torch_autocast in bf16 and ZeRO-2 on one rank, on the
 stand-in of tests/helpers/null_gpu.c, which counts what torch's CUDA build and Triton send it. Where
@@ -66,9 +66,7 @@ def recipe_of(name: str, small: bool, *overrides: str) -> Recipe:
     return load_recipe(RECIPES / f"{name}.yaml", list(more))
 
 
-def engine_of(
-    recipe: Recipe, stage: int, compiled: bool = False
-) -> tuple[Engine, Objective, Any]:
+def engine_of(recipe: Recipe, stage: int, compiled: bool = False) -> tuple[Engine, Objective, Any]:
     """The shipped way to run under a ZeRO stage, in bf16 also on a CPU."""
     config = read_ds_config(f"zero{stage}") | {"compile": compiled}
     set_precision(config, "bf16")

@@ -4,8 +4,9 @@ Usage: python tests/bench/roofline.py [--batch 128] [--launch-ms MS]. Behind `ma
 last line is JSON. Every op of a step in bf16 takes max(FLOPs / peak, bytes / bandwidth), its inputs
 read and its outputs written once; caches and communication are left out, so the truth is slower.
 The host takes --launch-ms for each op (default: measured on this machine, a lower bound); the
-longer of the two is the step's. Ops are counted as they run on tensors without data: MAE written plainly in eager PyTorch
-(tests/bench/peer_mae.py), and our methods with each masking kernel as one launch.
+longer of the two is the step's. Ops are counted as they run on tensors without data: MAE written
+plainly in eager PyTorch (tests/bench/peer_mae.py), and our methods with each masking kernel as one
+launch.
 """
 
 import argparse
