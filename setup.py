@@ -12,7 +12,7 @@ setup(
         Extension(
             "pipeline.data._jpegcrop",
             ["pipeline/data/_jpegcrop.c"],
-            depends=["pipeline/data/_entropy.h"],
+            depends=["pipeline/data/_entropy.h", "pipeline/data/_resize.h"],
             libraries=["jpeg"],
             extra_compile_args=["-O3"],
             optional=True,  # a warning instead of an error; the loader then uses simplejpeg

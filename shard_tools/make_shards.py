@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from shard_tools.cli import HelpFormatter, ToolError, cores, images_of, run
 from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.found import naming_skip
@@ -155,9 +155,9 @@ def find_splits(
 def announce(split: Split) -> None:
     """One line about a listed source."""
     source = split.source
-    remarks = [f"{len(source.items)} images of {len(source.classes)} classes"]
+    remarks = [images_of(len(source.items), len(source.classes))]
     if source.missing:
-        remarks.append(f"{len(source.missing)} files or parts missing or damaged")
+        remarks.append(f"{len(source.missing)} missing or damaged")
     if source.remark:
         remarks.append(source.remark)
     more = f" and {len(split.paths) - 1} more" if len(split.paths) > 1 else ""

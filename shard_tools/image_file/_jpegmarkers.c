@@ -3,9 +3,9 @@
  * A reader that wants a rectangle finds the pieces by their markers (ITU-T T.81, B.2.1 and E.1.4)
  * and does not read the others. The coefficients pass from jpeg_read_coefficients to
  * jpeg_write_coefficients untouched, so every decoder gives the same pixels; what comes out is read
- * again and compared, coefficient by coefficient. Of the header only the Huffman tables (optimal ones
- * for the new codes) and the restart interval are replaced; all else, and what follows the end of
- * the picture, stays as it was byte for byte.
+ * again and compared, coefficient by coefficient. Of the header only the Huffman tables (optimal
+ * ones for the new codes) and the restart interval are replaced; all else, and what follows the end
+ * of the picture, stays as it was byte for byte.
  *
  * Taken are baseline JPEGs of one scan with the sampling factors that every decoder knows. Any
  * warning of the library is a reason to leave a file alone.

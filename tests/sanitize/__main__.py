@@ -105,7 +105,8 @@ def inside() -> None:
         for box in boxes:
             size = int(rng.choice([1, 3, 8, 33, 64]))
             out = np.zeros((size, size, 3), np.uint8)
-            inside, flip, cubic, simd, entropy = (bool(n) for n in rng.integers(0, 2, 5))
+            inside, flip, cubic, entropy = (bool(n) for n in rng.integers(0, 2, 4))
+            simd = int(rng.integers(0, 3))
             whole = [int(n) for n in box] if inside else [float(n) for n in box]
             with contextlib.suppress(ValueError, OverflowError):
                 extension.decode(data, out, size, *whole, inside, flip, cubic, simd, entropy)
