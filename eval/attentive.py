@@ -221,7 +221,10 @@ def check(s: Settings, ranks: Ranks) -> int:
     if s.select == "held-out":
         kept -= held_out_count(kept)
     if kept < s.batch_size:
-        raise UserError(f"{s.train}: {kept} training images are fewer than --batch-size")
+        raise UserError(
+            f"{s.train}: {kept} training images are fewer than --batch-size {s.batch_size}; "
+            "choose a smaller one"
+        )
     return class_count(train, val)
 
 

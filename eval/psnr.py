@@ -145,7 +145,8 @@ def add_model(result: argparse.ArgumentParser) -> None:
     add = result.add_argument
     add("--encoder", required=True, help="a run's folder, or a facebookresearch/mae FILE")
     add("--recipe", default="", help="of a FILE: the recipe that it fits")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="of a FILE: change a key of that recipe")  # fmt: skip
     add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
 
 

@@ -10,6 +10,7 @@ embeddings then embeds. Nearest is by cosine similarity.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline.data.crops import Box
 from pipeline.data.jpeg import decoder
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_atomic
 from shard_tools.image_file import ImageFault
 from shard_tools.manifest import Manifest
@@ -81,8 +83,9 @@ def find_queries(s: Settings, store: Embeddings) -> list[Query]:
     numbers = {key: row for row, key in enumerate(store.keys)}
     total, words = len(store.keys), s.queries
     if not words:
-        drawn = np.random.default_rng(s.seed).permutation(total)[: s.random]
-        words = tuple(store.keys[row] for row in sorted(drawn.tolist()))
+        order = np.random.default_rng(s.seed).permutation(total)
+        usable = (row for row in order.tolist() if not np.isnan(store.rows[row]).any())
+        words = tuple(store.keys[row] for row in sorted(islice(usable, s.random)))
     found, files = [], []
     for word in words:
         row = numbers.get(word, int(word) if word.isascii() and word.isdecimal() else -1)
@@ -109,7 +112,7 @@ def _usable(store: Embeddings, row: int) -> None:
 def open_encoder_of(store: Embeddings) -> EvalSession:
     """The encoder that wrote the embeddings. UserError where its weights have changed since."""
     record, settings = store.info["encoder"], store.info["settings"]
-    source = record["source"]
+    source = store.info.get("encoder_path", record["source"])
     own = Path(source).is_dir()  # a run says its own architecture
     options = record["options"] if not own else {"img_size": settings["image size"]}
     choice = EncoderChoice(
@@ -197,7 +200,8 @@ def build_page(s: Settings) -> str:
         raise UserError(f"{s.embeddings}: holds a row per patch; embed with --feature mean_patch")
     queries, info = find_queries(s, store), store.info
     root = Path(info["root"]) if info["root"] else None
-    manifest = image_sets.open_images(info["images"], root)
+    skip = info["settings"]["on_error"] == "skip"
+    manifest = image_sets.open_images(info["images"], root, skip)
     if image_sets.keys(manifest) != store.keys:
         raise UserError(
             f"{info['images']}: no longer holds the images of {s.embeddings}; embed them again"
@@ -217,7 +221,12 @@ def _encoder_name(record: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result, d = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0]), Settings
+    result, d = (
+        argparse.ArgumentParser(
+            description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+        ),
+        Settings,
+    )
     result.add_argument(
         "queries", nargs="*", metavar="QUERY", help="a key, a row's number, or an image file"
     )
@@ -227,14 +236,14 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--output", type=Path, help="page (default: neighbours.html in that folder)"
     )
-    result.add_argument("--k", type=int, default=d.k, help=f"neighbours of a query ({d.k})")
+    result.add_argument("--k", type=int, default=d.k, help="neighbours of a query")
     result.add_argument(
         "--random",
         type=int,
         default=d.random,
-        help=f"rows drawn where no QUERY is given ({d.random})",
+        help="rows drawn where no QUERY is given",
     )
-    result.add_argument("--seed", type=int, default=d.seed, help=f"of that draw ({d.seed})")
+    result.add_argument("--seed", type=int, default=d.seed, help="of that draw")
     return result
 
 

@@ -6,6 +6,7 @@ The engine makes the process group.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -123,10 +124,22 @@ def extensions_dir() -> Path:
         root = Path(given)
         # Of a parent process, perhaps on another accelerator.
         return (root.parent if re.match(r"torch\d.*-py\d+-", root.name) else root) / name
-    own = Path(sys.prefix, "torch_extensions")
+    own = own_extensions()
     if sys.prefix != sys.base_prefix and os.access(own if own.exists() else own.parent, os.W_OK):
         return own / name
     return Path.home() / ".cache" / "torch_extensions" / name
+
+
+def own_extensions() -> Path:
+    """Where set-up compiles ops: in this environment, which a container image makes read-only."""
+    return Path(sys.prefix, "torch_extensions")
+
+
+def compiled_ops() -> list[str]:
+    """The ops that a run here finds compiled."""
+    folder = extensions_dir()
+    places = (folder, own_extensions() / folder.name)
+    return sorted({path.parent.name for place in places for path in place.glob("*/*.so")})
 
 
 def cannot_build() -> str:
@@ -347,6 +360,15 @@ def agree(make: Callable[[], Any]) -> Any:
 
 
 def close() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leave the process group, with all that refers to it.
+
+    The threads of a gloo group end with the last reference. One that still drops a tensor while the
+    interpreter ends would abort the process ("terminate called without an active exception").
+    """
+    if not torch.distributed.is_initialized():
+        return
+    _control.clear()
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        vars(groups)["_WORLD_GROUP"] = None
+    torch.distributed.destroy_process_group()
+    gc.collect()  # engines hold groups, and refer to themselves

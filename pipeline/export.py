@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint")
-    parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument("--format", choices=FORMATS, required=True, help="see below")
     parser.add_argument("out", type=Path, help="file or folder to write")
     args = parser.parse_args(argv)
     try:

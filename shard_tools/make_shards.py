@@ -18,9 +18,10 @@ from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from shard_tools.cli import HelpFormatter, ToolError, cores, images_of, run
 from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED
+from shard_tools.sharding.found import naming_skip
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.job import (
@@ -94,7 +95,8 @@ def plan_splits(
         unpacked=options.dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
-    splits = find_splits(options.source, layout, folders, listing)
+    with naming_skip():
+        splits = find_splits(options.source, layout, folders, listing)
     if options.drop_duplicates:
         splits = [
             replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
@@ -153,9 +155,9 @@ def find_splits(
 def announce(split: Split) -> None:
     """One line about a listed source."""
     source = split.source
-    remarks = [f"{len(source.items)} images of {len(source.classes)} classes"]
+    remarks = [images_of(len(source.items), len(source.classes))]
     if source.missing:
-        remarks.append(f"{len(source.missing)} files or parts missing or damaged")
+        remarks.append(f"{len(source.missing)} missing or damaged")
     if source.remark:
         remarks.append(source.remark)
     more = f" and {len(split.paths) - 1} more" if len(split.paths) > 1 else ""
@@ -224,15 +226,22 @@ def parser() -> argparse.ArgumentParser:
     a("source", type=Path, metavar="SOURCE", help="folder, tar, CSV or JSONL, see above")
     a("dest", type=Path, metavar="DEST", help="folder for the shards")
     a("--name", default="shard", help="shards are called NAME-000000.tar")
-    a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most")
+    a(
+        "--shard-size",
+        type=byte_size,
+        metavar="BYTES",
+        default="256MiB",
+        help="of a shard, at most, such as 64MiB",
+    )
     a("--seed", type=int, default=0, help="seed of the shuffle")
     a(
         "--fields",
         choices=tuple(FIELDS),
         default=ALL_FIELDS,
-        help="what a sample has beside its jpg: each field takes 1 KiB of the tar, its header and "
-        "padding, which counts for small images (CIFAR-10's 46 MB of JPEGs make tars of 180 MB, "
-        "128 MB without one of the two); jpg,json has the label in the json",
+        metavar="FIELDS",
+        help="what a sample has: jpg,cls,json, or jpg,cls or jpg,json (the label is in the json); "
+        "each field takes 1 KiB of the tar, its header and padding, which counts for small images "
+        "(CIFAR-10's 46 MB of JPEGs make tars of 180 MB, 128 MB without one of the two)",
     )
     a("--workers", type=int, default=cores(), help="processes; 0 = no process of its own")
     a(

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError, naming
-from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, run
+from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run
 from shard_tools.image_file import find_pieces, read_header
 from shard_tools.manifest import (
     FORMATS,
@@ -325,12 +325,12 @@ def verify_shards(folder: str, *, decode: bool, workers: int) -> int:
         print(f"fault: {line}")
     manifest = read_manifest(folder, check_shards=False)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    verdict = f"{len(faults)} faults" if faults else "sound"
+    verdict = counted(len(faults), "fault") if faults else "sound"
     marked = manifest.made.get("restart_markers", {}).get("images", 0)
     cut = f", restart markers in {marked}" if marked else ""
     print(
-        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
-        f"{size:.1f} MB{cut}: {verdict}"
+        f"{folder}: {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')}, {size:.1f} MB{cut}: {verdict}"
     )
     return FAULTS if faults else 0
 

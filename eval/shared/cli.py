@@ -19,8 +19,16 @@ import torch
 import torch.distributed as dist
 
 from pipeline import progress as status
-from pipeline.distributed import Ranks, check_environment, device_of, joining, untried_device
+from pipeline.distributed import (
+    Ranks,
+    check_environment,
+    close,
+    device_of,
+    joining,
+    untried_device,
+)
 from pipeline.errors import UserError, refuse
+from pipeline.help_text import HelpFormatter
 from pipeline.runtime.memory import explaining_memory
 from shard_tools.cores import cores
 
@@ -57,7 +65,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
     finally:
         if dist.is_initialized() and not joined:
-            dist.destroy_process_group()
+            close()
 
 
 def seed_number(text: str) -> int:
@@ -70,11 +78,14 @@ def seed_number(text: str) -> int:
 
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    result = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
+    result.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, cores()),
+        help="processes of a rank that decode images",
     )
-    result.add_argument("--seed", type=seed_number, default=0)
-    result.add_argument("--workers", type=int, default=min(8, cores()))
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 
@@ -111,7 +122,10 @@ def parser(description: str) -> argparse.ArgumentParser:
         "image size up to 224, above it the image size)",
     )
     result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
-    result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    result.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto: bf16 on a GPU with bf16 units, else fp32",
+    )  # fmt: skip
     return result
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
-from shard_tools.cli import ToolError
+from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
 from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
@@ -166,8 +166,8 @@ def merge(dest: Path) -> None:
     size = sum(shard.bytes for shard in manifest.shards)
     counts = ", ".join(f"{n} {what}" for what, n in manifest.made["report"].items() if n)
     print(
-        f"{dest}: {manifest.samples} images of {len(manifest.classes)} classes in "
-        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
+        f"{dest}: {images_of(manifest.samples, len(manifest.classes))} in "
+        f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:.1f} MB"
         + (f"; {counts} (see {dest / 'report.jsonl'})" if counts else "")
         + _markers(manifest.made.get("restart_markers"))
     )
