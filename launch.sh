@@ -3,6 +3,7 @@
 # Every rank sees RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 set -uo pipefail
 
+launched=${EPOCHREALTIME/,/.}
 PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished and saved"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 host=$(hostname)
@@ -115,7 +116,7 @@ prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_
   local cores
   cores=$("$python" "$root/shard_tools/cores.py" 2>/dev/null || nproc) # affinity and cgroups
   (($1 == WORLD_SIZE)) || check_hosts "$2"
-  export LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+  export RELAXMIM_LAUNCHED=$launched LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu
   command=("$python" -u "$script" "${arguments[@]}")
   # A rank whose parent is killed stops as if preempted, instead of living on alone.

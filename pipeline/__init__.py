@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pipeline import late
+
 if TYPE_CHECKING:
     from pipeline.config.recipe import load_recipe
     from pipeline.method.load import load_encoder
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.method.reconstructor import load_reconstructor
 
 __all__ = ["build_objective", "load_encoder", "load_recipe", "load_reconstructor"]
+late.install()
 _HOME = {
     "build_objective": "pipeline.method.objective",
     "load_encoder": "pipeline.method.load",

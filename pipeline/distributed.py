@@ -6,6 +6,7 @@ The engine makes the process group.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -359,6 +360,15 @@ def agree(make: Callable[[], Any]) -> Any:
 
 
 def close() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """Leave the process group, with all that refers to it.
+
+    The threads of a gloo group end with the last reference. One that still drops a tensor while the
+    interpreter ends would abort the process ("terminate called without an active exception").
+    """
+    if not torch.distributed.is_initialized():
+        return
+    _control.clear()
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        vars(groups)["_WORLD_GROUP"] = None
+    torch.distributed.destroy_process_group()
+    gc.collect()  # engines hold groups, and refer to themselves

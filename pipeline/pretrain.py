@@ -18,6 +18,8 @@ from pathlib import Path
 from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.help_text import HelpFormatter
+from pipeline.late import uncollected
+from pipeline.runtime import startup
 from pipeline.runtime.settings import Settings
 from shard_tools.manifest import read_manifest
 
@@ -83,6 +85,10 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="10^12 FLOP/s that one device reaches at most, for the MFU (default: the data sheet's "
         "of a GPU that is known)",
     )  # fmt: skip
+    parser.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="log what the time until the first step went to",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = vars(parser.parse_args(argv))
     args.pop("local_rank")  # of the launcher
@@ -104,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 1 another rank is gone or a bug, 2 bad input or a full disk, 75 (by the watchdog) no
     progress, 85 stopped by a signal and saved.
     """
+    startup.begin()
     settings = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # several ranks find faults together
         try:
@@ -111,17 +118,22 @@ def main(argv: list[str] | None = None) -> int:
             read_manifest(settings.data)
         except UserError as error:
             return refuse(error)
-    from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds
+    startup.done("input")
+    with uncollected():
+        from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds
+    startup.done("imports")
 
     return pretrain(settings)
 
 
 if __name__ == "__main__":
     code = main()
-    if code not in (0, PREEMPTED):
-        sys.stdout.flush()
-        os._exit(code)  # not waiting for ranks that may be gone
-    from pipeline.distributed import close
+    if code in (0, PREEMPTED):
+        from pipeline.distributed import close
 
-    close()
-    sys.exit(code)
+        close()
+    # Not waiting for ranks that may be gone, and with no thread at work while the interpreter ends:
+    # ZeRO 3 keeps its process group, whose threads could abort it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

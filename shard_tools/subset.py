@@ -253,6 +253,8 @@ def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: 
     }
     if manifest.made.get("unlabelled"):
         made["unlabelled"] = True
+    if marked := int(np.count_nonzero(rows["interval"])):
+        made["restart_markers"] = {"images": marked}
     return Chosen(shard, rows, names, classes, made)
 
 

@@ -19,7 +19,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline import progress as status
-from pipeline.distributed import Ranks, check_environment, device_of, joining, untried_device
+from pipeline.distributed import (
+    Ranks,
+    check_environment,
+    close,
+    device_of,
+    joining,
+    untried_device,
+)
 from pipeline.errors import UserError, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.runtime.memory import explaining_memory
@@ -58,7 +65,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
     finally:
         if dist.is_initialized() and not joined:
-            dist.destroy_process_group()
+            close()
 
 
 def seed_number(text: str) -> int:

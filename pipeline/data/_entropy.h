@@ -18,6 +18,10 @@
 
 #include <jpeglib.h>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 enum {
     SHORT = 9,       /* bits of a look for one code */
     LOOK = 11,       /* of a look for two AC symbols with their extra bits */
@@ -248,6 +252,22 @@ __attribute__((always_inline)) static inline int read_block(
 
 /* ---------------------------------------------------------------- pieces */
 
+/* The first 0xff of [at, end) that is not data, since no stuffed zero follows it, or NULL. */
+static const uint8_t *next_mark(const uint8_t *at, const uint8_t *end) {
+#ifdef __SSE2__
+    const __m128i ones = _mm_set1_epi8(-1), zero = _mm_setzero_si128();
+    for (; end - at > 16; at += 16) {
+        __m128i here = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)at), ones);
+        __m128i stuffed = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)(at + 1)), zero);
+        int found = _mm_movemask_epi8(_mm_andnot_si128(stuffed, here));
+        if (found) return at + __builtin_ctz((unsigned)found);
+    }
+#endif
+    for (; end - at > 1; at++)
+        if (at[0] == 0xFF && at[1] != 0) return at;
+    return NULL;
+}
+
 /* Where the restart markers are, up to the end of the picture. 0: not as they should be. */
 static int find_pieces(Scan *scan, size_t at, size_t length, long pieces) {
     if ((size_t)pieces + 1 > scan->starts) {
@@ -258,9 +278,9 @@ static int find_pieces(Scan *scan, size_t at, size_t length, long pieces) {
     }
     scan->start[0] = at;
     for (scan->pieces = 0;;) {
-        const uint8_t *next = memchr(scan->data + at, 0xFF, length - at);
-        if (!next || (at = (size_t)(next - scan->data) + 2) > length) return 0;
-        if (next[1] == 0) continue;
+        const uint8_t *next = next_mark(scan->data + at, scan->data + length);
+        if (!next) return 0;
+        at = (size_t)(next - scan->data) + 2;
         scan->start[++scan->pieces] = at;
         if (next[1] == JPEG_EOI) return scan->pieces == pieces;
         if (next[1] != JPEG_RST0 + ((scan->pieces - 1) & 7) || scan->pieces == pieces) return 0;

@@ -76,8 +76,6 @@ def init_ranks() -> Ranks:
     if ops.problem():
         _without_built_ops()
     with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
-        if not torch.distributed.is_initialized():
-            groups._WORLD_GROUP = None  # of a process group that was left
         deepspeed.init_distributed(verbose=False)
         # Made here, where all ranks have just met: later it would wait for one that has died.
         groups._clone_world_group()

@@ -14,6 +14,7 @@ from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.distributed import StopSignal, any_rank, lost_contact
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.method.pictures import draw
+from pipeline.runtime import startup
 from pipeline.runtime.checkpoint import SaveError
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.memory import explaining_memory
@@ -31,6 +32,7 @@ def pretrain(settings: Settings) -> int:
         ranks = init_ranks()
     except UserError as error:
         return refuse(error)
+    startup.done("ranks and fused ops")
     try:
         run = setup(settings, ranks)
     except UserError as error:
@@ -45,17 +47,19 @@ def pretrain(settings: Settings) -> int:
     try:
         size = run.recipe.encoder.image_size
         with run.loader.explaining(), explaining_memory(run.plan, size):
-            return train(run, StopSignal())
+            startup.done("model and data")
+            return train(run, StopSignal(), settings.verbose)
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
     finally:
         run.close()
 
 
-def train(run: TrainState, stop: StopSignal) -> int:
+def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint.
 
-    Returns the exit code: 0, or PREEMPTED where any rank was told to stop.
+    verbose: say what the time until the first step went to. Returns the exit code: 0, or PREEMPTED
+    where any rank was told to stop.
     """
     recipe, steps, device, m = run.recipe, run.steps, run.ranks.device, run.recipe.monitor
     objective, teacher, engine = run.model.objective, run.model.teacher, run.model.engine
@@ -96,6 +100,9 @@ def train(run: TrainState, stop: StopSignal) -> int:
             values["teacher_distance"] = partial(teacher.distance, objective, engine.masters)
         watchdog.note(f"step {step + 1}, after the update", patience)
         monitor.step(step, values, device)
+        if verbose and step == steps.first:
+            startup.done("first step")
+            monitor.say(startup.report())
         probe(run, step + 1)
         if (step + 1) % m.picture_steps == 0 or step + 1 == steps.last:
             picture(run, step + 1, shown)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import io
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.distributed import cannot_build, extensions_dir, own_extensions
+from shard_tools.atomic import write_json
 
 FAILED = "failed.txt"  # in the folder of the ops: why they could not be compiled
+MADE_OF = "made_of.json"  # in the folder of an op: what it was compiled from, and for
 STARTED = time.time()  # of this process, about
 OLD = 1800  # seconds after which a lock of torch's is nobody's, where ours cannot be had
 
@@ -90,6 +96,10 @@ def _load(folder: Path) -> list[str]:
     for name in wanted():
         builder = get_accelerator().create_op_builder(name)
         _take_over(folder, builder.NAME)
+        made_of = _made_of(builder)
+        if made_of and _load_compiled(folder, builder, made_of):
+            names.append(str(builder.NAME))
+            continue
         if not any(folder.glob(f"{builder.NAME}/*.so")) and not _prebuilt():
             print(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)",
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -99,8 +109,62 @@ def _load(folder: Path) -> list[str]:
         except Exception as error:  # of the compiler, of ninja, of DeepSpeed's and torch's checks
             _problem = f"{builder.NAME} cannot be compiled: {_why(error)}"
             return []
+        if made_of:
+            write_json(folder / builder.NAME / MADE_OF, made_of)
         names.append(str(builder.NAME))
     return names
+
+
+def _made_of(builder: Any) -> dict[str, Any]:
+    """What DeepSpeed, torch and ninja compile an op from, and for; {} of one that came compiled.
+
+    To find that nothing has changed they ask the compiler, ninja and each other for as much CPU
+    time as the import of torch takes.
+    """
+    import deepspeed
+
+    if _prebuilt():
+        return {}
+    sources = [Path(builder.deepspeed_src_path(name)) for name in builder.sources()]
+    capability = torch.cuda.get_device_capability
+    return {
+        "versions": [deepspeed.__version__, torch.__version__, platform.python_version()],
+        "sources": [[str(path), path.stat().st_mtime_ns] for path in sources],
+        "flags": {
+            k: os.environ.get(k) for k in ("CXX", "CFLAGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
+        },
+        "processor": _processor(),
+        "gpus": [list(capability(n)) for n in range(torch.cuda.device_count())],
+    }
+
+
+def _processor() -> list[str]:
+    """Its name and instruction sets, for which the ops are compiled (-march=native)."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        first = file.read().split("\n\n", 1)[0].splitlines()
+        return [
+            line for line in first if line.startswith(("model name", "flags", "Features", "CPU"))
+        ]
+    return [platform.processor(), platform.node()]
+
+
+def _load_compiled(folder: Path, builder: Any, made_of: dict[str, Any]) -> bool:
+    """Load an op that an earlier start has compiled from the same; whether there is one."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    path = folder / builder.NAME / f"{builder.NAME}.so"
+    try:
+        if json.loads((folder / builder.NAME / MADE_OF).read_text()) != made_of:
+            return False
+        spec = importlib.util.spec_from_file_location(builder.NAME, path)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except (OSError, ValueError, ImportError):
+        return False
+    OpBuilder._loaded_ops[builder.name] = module
+    return True
 
 
 def _take_over(folder: Path, name: str) -> None:

@@ -20,3 +20,4 @@ class Settings:
     lock: bool = True
     max_steps: int | None = None
     peak_tflops: float | None = None
+    verbose: bool = False

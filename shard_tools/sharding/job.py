@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -168,4 +169,13 @@ def merge(dest: Path) -> None:
         f"{dest}: {images_of(manifest.samples, len(manifest.classes))} in "
         f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:.1f} MB"
         + (f"; {counts} (see {dest / 'report.jsonl'})" if counts else "")
+        + _markers(manifest.made.get("restart_markers"))
     )
+
+
+def _markers(made: dict[str, Any] | None) -> str:
+    """The end of the sentence: in how many images restart markers are, and why not in others."""
+    if made is None:
+        return ""
+    left = ", ".join(f"{n} {reason}" for reason, n in made["left"].items())
+    return f"; restart markers in {made['images']}" + (f" ({left})" if left else "")

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from pipeline.config.ds_config import plan_recipe
@@ -78,8 +77,8 @@ def train(recipe: Recipe, way: str, pool: Tensor, seed: int, steps: int) -> Curv
             loss, _ = engine.engine(pool[part], part, step, teacher, None)
             engine.engine.backward(loss)
             if step == 0 and engine.engine.is_gradient_accumulation_boundary():
-                whole = [safe_get_full_grad(p) for p in objective.parameters() if p.requires_grad]
-                gradient = torch.cat([g.float().flatten() for g in whole])
+                parts = engine.optimizer.averaged_gradients.values()
+                gradient = torch.cat([g.float().flatten() for part in parts for g in part])
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             engine.engine.step()

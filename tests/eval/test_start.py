@@ -66,7 +66,7 @@ def test_every_command_looks_at_its_output_first(module, words, tmp_path, monkey
     encoder = [] if module is shape_bias else ["--encoder", "nowhere"]
     monkeypatch.setattr(sys, "argv", ["x.py", *encoder, *words, "--output", str(output)])
     # The command leaves the ranks at its end; other tests of this process are still in them.
-    monkeypatch.setattr("eval.shared.cli.dist.destroy_process_group", lambda: None)
+    monkeypatch.setattr("eval.shared.cli.close", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         run_command(module.main)
     assert stopped.value.code == 2
@@ -102,7 +102,7 @@ def test_an_output_without_a_suffix_has_its_result_beside_its_folder(
     words += ["--output", "o/lr-0.1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
-    monkeypatch.setattr("eval.shared.cli.dist.destroy_process_group", lambda: None)
+    monkeypatch.setattr("eval.shared.cli.close", lambda: None)
     run_command(finetune.main)
     assert json.loads((tmp_path / "o/lr-0.1.json").read_text())["images"] == 6
     assert (tmp_path / "o/lr-0.1/classifier.json").is_file()

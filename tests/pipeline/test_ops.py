@@ -1,16 +1,20 @@
 """DeepSpeed's fused ops: where they go, one build per host, no lock that hangs, no build at all."""
 
+import _json
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.ops.op_builder.builder import CUDAMismatchException
+from deepspeed.ops.op_builder.builder import CUDAMismatchException, OpBuilder
 from torch.utils.file_baton import FileBaton
 
 from eval.shared.cli import join_ranks
@@ -27,8 +31,14 @@ from pipeline.runtime.optimizers import adamw
 class Builder:
     """An op whose `load` compiles as torch 2.11 does: it waits for whatever lock file is there."""
 
-    NAME = "fake_op"
+    NAME = name = "fake_op"
     error: Exception | None = None
+
+    def sources(self):
+        return [__file__]
+
+    def deepspeed_src_path(self, path):
+        return path
 
     def load(self, verbose):
         folder = Path(os.environ["TORCH_EXTENSIONS_DIR"], self.NAME)
@@ -145,6 +155,70 @@ def test_ops_of_an_older_set_up_are_not_compiled_again(folder, tmp_path):
     assert ops.prepare() == ["fake_op"]
     assert (folder / "fake_op/op.so").exists()
     assert not (folder / "fake_op/builds").exists()
+
+
+@pytest.fixture
+def compiled(folder, monkeypatch):
+    """The folder of the op of Builder after a start: compiled, and a library that can be loaded."""
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    assert ops.prepare() == ["fake_op"]
+    shutil.copy(_json.__file__, folder / "fake_op/fake_op.so")
+    return folder / "fake_op"
+
+
+def again(compiled):
+    """How often the op has been compiled or compared by its builder after another start."""
+    (compiled / "op.so").unlink(missing_ok=True)
+    assert ops.prepare() == ["fake_op"]
+    return (compiled / "builds").read_text().count("built")
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Loading of the op's library, which has the name of another module."""
+    loaded = []
+    real = importlib.util.spec_from_file_location
+
+    def spec(name, path):
+        loaded.append(path)
+        return real("_json", path)
+
+    monkeypatch.setattr(ops.importlib.util, "spec_from_file_location", spec)
+    return loaded
+
+
+def test_an_op_of_an_earlier_start_is_loaded_and_not_compared(compiled, library):
+    assert again(compiled) == 1
+    assert library == [compiled / "fake_op.so"]
+    assert OpBuilder._loaded_ops["fake_op"].__file__ == str(compiled / "fake_op.so")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setenv("CXX", "g++"),
+        lambda patch: patch.setenv("CFLAGS", "-O1"),
+        lambda patch: patch.setattr(torch, "__version__", "2.99"),
+        lambda patch: patch.setattr(deepspeed, "__version__", "9.9"),
+        lambda patch: patch.setattr(ops, "_processor", lambda: ["model name: another"]),
+        lambda patch: patch.setattr(Builder, "sources", lambda self: [ops.__file__]),
+    ],
+)
+def test_an_op_made_of_something_else_is_compared(change, compiled, library, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "extensions_dir", lambda: compiled.parent)  # named by torch's version
+        change(patch)
+        assert again(compiled) == 2
+        assert library == []
+        assert again(compiled) == 2  # it is of that now
+
+
+def test_an_op_that_cannot_be_loaded_is_compared(compiled, library):
+    (compiled / "fake_op.so").write_bytes(b"cut")
+    assert again(compiled) == 2
+    assert library
+    (compiled / "made_of.json").write_text("{")
+    assert again(compiled) == 3
 
 
 def test_ops_of_a_read_only_environment_are_copied(monkeypatch, folder, tmp_path):

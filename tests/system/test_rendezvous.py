@@ -116,14 +116,26 @@ def test_the_survivor_of_a_failed_start_ends_with_a_sentence(shards, tmp_path, f
             process.communicate()
 
 
+# The threads of the groups that a run makes: whether there are any, and how many it leaves.
+THREADS = """
+from pathlib import Path
+from pipeline.distributed import any_rank, close
+gloo = lambda: sum("gloo" in p.read_text() for p in Path("/proc/self/task").glob("*/comm"))
+any_rank(True); print(gloo() > 0); close(); print(gloo())
+"""
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.parametrize(("bound", "each"), [(True, 1), (False, None)])
 def test_ranks_share_the_cores_that_they_may_both_use(bound, each, free_port):
-    """A rank that is bound to a core of its own has it all, the others divide what there is."""
+    """A rank that is bound to a core of its own has it all, the others divide what there is.
+
+    Afterwards none of its threads is left to abort the process at its end.
+    """
     code = "import os, sys; mine = sorted(os.sched_getaffinity(0))[int(os.environ['RANK'])]\n"
     code += f"if {bound}: os.sched_setaffinity(0, [mine])\n"
     code += "from pipeline.runtime.engine import init_ranks; import torch\n"
-    code += "print(init_ranks().cores, torch.get_num_threads())"
+    code += "print(init_ranks().cores, torch.get_num_threads())" + THREADS
     ranks = []
     for number in range(2):
         env = {k: v for k, v in os.environ.items() if k not in (*NAMES, "OMP_NUM_THREADS")}
@@ -134,7 +146,9 @@ def test_ranks_share_the_cores_that_they_may_both_use(bound, each, free_port):
             subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE)
         )
     share = each or max(1, cores() // 2)
-    assert [r.communicate(timeout=60)[0].split() for r in ranks] == [[str(share)] * 2] * 2
+    assert [r.communicate(timeout=60)[0].split() for r in ranks] == [
+        [str(share)] * 2 + ["True", "0"]
+    ] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,38 @@
 """What is imported before the command line, the recipe and the manifest have been read."""
 
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
 
 import pytest
+from eval_helpers import coloured_images, write_shards
 from launching import ROOT
+from tiny import tiny_overrides
+
+from pipeline.runtime import startup
 
 HEAVY = {
     "PIL", "deepspeed", "jinja2", "matplotlib", "scipy", "sklearn", "tensorboard", "timm", "torch",
     "torchvision", "triton", "webdataset",
 }  # fmt: skip
+# Of other packages, imported by those that a training needs.
+UNUSED = {
+    "boto3", "matplotlib", "scipy", "sklearn", "sympy", "torch._dynamo", "torch._inductor",
+    "torchvision.models", "torchvision.ops",
+}  # fmt: skip
 CHILD = """
 import atexit, json, sys
-atexit.register(lambda: print(json.dumps([m for m in sys.modules if "." not in m])))
+atexit.register(lambda: print(json.dumps(list(sys.modules))))
 sys.argv = json.loads(sys.argv[1])
 """
 PRETRAIN = CHILD + "from pipeline import pretrain; sys.exit(pretrain.main())"
 
 
-def run(code, *arguments):
-    """(exit code, output, heavy modules that were imported, CPU seconds) of a fresh process."""
+def run(code, *arguments, names=HEAVY):
+    """(exit code, output, which of these modules were imported, CPU seconds) of a fresh process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(["command", *map(str, arguments)])],
@@ -31,7 +42,7 @@ def run(code, *arguments):
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     lines = done.stdout.splitlines()
     output = "\n".join(lines[:-1]) + done.stderr
-    return done.returncode, output, HEAVY & set(json.loads(lines[-1])), seconds
+    return done.returncode, output, names & set(json.loads(lines[-1])), seconds
 
 
 def test_the_package_is_a_door_that_imports_nothing():
@@ -65,3 +76,32 @@ def test_wrong_input_is_refused_before_torch_is_imported(arguments, words):
     assert words in output
     assert "Traceback" not in output
     assert not heavy
+
+
+def test_a_training_imports_only_what_it_uses_and_says_where_its_start_went(tmp_path):
+    write_shards(tmp_path / "data", *coloured_images(8, 2, seed=0))
+    words = ["-v", "--recipe", "mae", "--data", tmp_path / "data", "--output", tmp_path / "run"]
+    words += [word for value in tiny_overrides("mae") for word in ("--set", value)]
+    code, output, unused, _ = run(PRETRAIN, *words, "--max-steps", "1", names=UNUSED)
+    assert code == 0, output
+    assert not unused
+    phases = ["input", "imports", "ranks and fused ops", "model and data", "first step"]
+    pattern = "start: " + ", ".join(rf"{name} (\d+\.\d) s" for name in phases)
+    found = re.search(pattern + r"; (\d+\.\d) s in all", output)
+    assert found, output
+    *parts, total = map(float, found.groups())
+    assert sum(parts) == pytest.approx(total, abs=0.3)
+    assert (tmp_path / "run/log.txt").read_text().count("start: ") == 1
+
+
+def test_the_phases_begin_with_launch_sh(monkeypatch):
+    clock = iter([110.0, 112.5, 113.0])
+    monkeypatch.setattr(startup.time, "time", lambda: next(clock))
+    monkeypatch.setattr(startup.time, "process_time", lambda: 1.0)
+    monkeypatch.setenv(startup.LAUNCHED, "100.25")
+    startup.begin()
+    assert startup.LAUNCHED not in os.environ
+    startup.done("input")
+    startup.done("imports")
+    text = "start: launch.sh 8.8 s, input 3.5 s, imports 0.5 s; 12.8 s in all"
+    assert startup.report() == text
