@@ -245,7 +245,7 @@ def read_encoder(
             state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
         vit.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        if not folder.exists():
+        if not Path(folder).exists():
             raise UserError(f"{folder}: no such file or folder") from None
         raise UserError(
             f"{folder}: no exported encoder there; give a run, an export or a file of weights"
