@@ -28,7 +28,7 @@ from pipeline.distributed import (
     untried_device,
 )
 from pipeline.errors import UserError, refuse
-from pipeline.help_text import HelpFormatter
+from pipeline.help_text import HelpFormatter, expand_home
 from pipeline.runtime.memory import explaining_memory
 from shard_tools.cores import cores
 
@@ -56,6 +56,7 @@ def join_ranks() -> Ranks:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
     running out of memory, on the device, in this process or in a worker."""
+    sys.argv[1:] = expand_home(sys.argv[1:])
     joined = dist.is_initialized()  # before, by whoever calls it in a process of theirs
     try:
         with explaining_memory():
