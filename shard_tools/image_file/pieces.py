@@ -9,6 +9,7 @@ an MCU more where its filter for chroma looks at neighbours.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -84,8 +85,11 @@ def cut_out(
     data: bytes, pieces: Pieces, left: float, top: float, right: float, bottom: float
 ) -> Region:
     """The smallest JPEG of whole pieces that shows the rectangle as the whole file does; `data`
-    itself where it needs all of them, or where rows and pieces do not begin together."""
+    itself where it needs all of them, or where rows and pieces do not begin together. ValueError
+    for a rectangle without pixels, or with some that are not the picture's."""
     p = pieces
+    if not (0 <= left < right <= p.header.width and 0 <= top < bottom <= p.header.height):
+        raise ValueError(f"rectangle outside the {p.header.width}x{p.header.height} picture")
     if p.row % p.interval == 0:
         wide, high = p.interval, 1  # MCUs of a piece
     elif p.interval % p.row == 0:
@@ -110,7 +114,7 @@ def _span(low: float, high: float, unit: int, units: int, each: int) -> tuple[in
     neighbour more if the MCU of `unit` pixels has chroma of half the size."""
     margin = int(unit > 8)
     first = max(0, int(low) // unit - margin)
-    last = min(units - 1, (-int(-high // 1) - 1) // unit + margin)
+    last = min(units - 1, (math.ceil(high) - 1) // unit + margin)
     return first // each, last // each + 1
 
 
