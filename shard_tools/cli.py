@@ -17,6 +17,8 @@ from shard_tools.cores import cores as cores  # every tool with --workers asks f
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
 
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
 
 class ToolError(UserError):
     """A command that cannot be carried out; the message names the file or the option."""
@@ -80,6 +82,16 @@ def progress(
         dynamic_ncols=sys.stderr.isatty(),
         smoothing=0.1,
     )
+
+
+def byte_size(text: str) -> int:
+    """A size such as 256MiB, 64M or 1000000 in bytes."""
+    number = text.upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in ("K", "M", "G") else ""
+    try:
+        return int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
 def read_list(path: Path) -> list[str]:
