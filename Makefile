@@ -118,8 +118,8 @@ bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 a
 	@$(PY) tests/bench/bench_precision.py $(PRECISION)
 
 .PHONY: bench-launches
-bench-launches: .venv/ready   ## launches of a step by phase and recipe, and its host time beside plain torch's (MAE=checkout)
-	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae $(MAE))
+bench-launches: .venv/ready   ## launches of a step by phase and recipe, and its host time beside plain torch's (MAE=checkout COMPILED=1)
+	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae $(MAE)) $(if $(COMPILED),--compiled)
 
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py

@@ -136,8 +136,9 @@ def checkout(folder: Path) -> None:
 
 
 def decoder(folder: Path, python: str) -> str:
-    """Compile the decoder into the checkout by that Python, with libjpeg inside where it can be,
-    and the check of JPEGs, which needs none; what became of the decoder."""
+    """Compile the decoder into the checkout by that Python, and what sets restart markers, with
+    libjpeg inside where it can be, and the check of JPEGs, which needs none; what became of the
+    decoder."""
     interpreter = find_python(python)
     if interpreter is None:
         return f"not built: no python{python} with its headers here; the node takes simplejpeg"
@@ -156,6 +157,7 @@ def decoder(folder: Path, python: str) -> str:
     target = Path(f"pipeline/data/_jpegcrop{suffix}")
     for library in (["-l:libjpeg.a", "-Wl,--exclude-libs,ALL"], ["-ljpeg"]):
         if compiled("pipeline/data/_jpegcrop.c", library):
+            compiled("shard_tools/image_file/_jpegmarkers.c", library)
             shared = library == ["-ljpeg"]
             return f"built as {target.name}" + (", needs the node's libjpeg" if shared else "")
     return "not built: it does not compile here; the node takes simplejpeg"

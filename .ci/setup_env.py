@@ -331,8 +331,8 @@ def remove_pillow() -> None:
 
 
 def c_sources(kind: str = "c") -> list[Path]:
-    """The C files: the cropping JPEG decoder and the check of JPEGs; libraries are built beside
-    them."""
+    """The C files: the cropping JPEG decoder, the check of JPEGs and what puts restart markers into
+    them; libraries are built beside them."""
     rooms = ROOT / "pipeline", ROOT / "shard_tools"
     return sorted(path for room in rooms for path in room.rglob(f"_*.{kind}"))
 

@@ -100,7 +100,10 @@ def check(s: Settings, world: int = 1) -> int:
     if s.select == "held-out":
         kept -= held_out_count(kept)
     if kept < s.batch_size:
-        raise UserError(f"{s.train}: {kept} training images are fewer than --batch-size")
+        raise UserError(
+            f"{s.train}: {kept} training images are fewer than --batch-size {s.batch_size}; "
+            "choose a smaller one"
+        )
     return class_count(train, val)
 
 

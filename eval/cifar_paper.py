@@ -41,6 +41,7 @@ from eval.shared.cifar_shards import make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_json
 from shard_tools.cores import cores
 
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n", 1)[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     numbers = sorted(claim.number for claim in ALL)
@@ -60,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="an ImageFolder (or zip or tar of one) with train and test, or the official python or "
         "binary archive; needed once")  # fmt: skip
     add("--scale", default="cifar", help="cifar, cifar-gpu: see eval/paper/scales.yaml")
-    add("--claims", type=int, nargs="+", choices=numbers, default=numbers, metavar="N")
+    add("--claims", type=int, nargs="+", choices=numbers, default=numbers, metavar="N",
+        help="which of the claims")  # fmt: skip
     add("--seeds", type=int, default=3, help="run seeds 0 … N - 1")
     add("--data", type=Path, help="folder of the shards (default: that of the scale)")
     add("--output", type=Path, help="folder of the runs (default: runs/paper-<scale>)")

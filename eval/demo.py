@@ -23,6 +23,7 @@ from eval.shared.command import run_command
 from eval.shared.demo_shards import make_demo_shards
 from eval.shared.processes import call
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.cores import cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     """The command line. UserError for seeds or ranks that cannot be."""
     parser = argparse.ArgumentParser(
         description="Demo: shards, pretraining of R-MAE and C-MAE, linear probe, report.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--seeds", type=int, default=1, help="run seeds 0 … N - 1")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")

@@ -14,6 +14,7 @@ block:N:cls and block:N:patches. The crop is that of every evaluation, without a
 import argparse
 import hashlib
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,8 @@ from eval.shared.results import Timer, digest, output_path
 from pipeline.command import early
 from pipeline.errors import UserError, naming
 from pipeline.method.source import check_source
-from shard_tools.manifest import Manifest, is_remote
+from shard_tools.manifest import Manifest
+from shard_tools.sharding.found import naming_skip
 
 POOLS = ("cls", "mean_patch", "patches")
 DTYPES = ("float32", "float16")
@@ -62,7 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--feature", default=d.feature, help="cls, mean_patch, patches, or block:N[:cls|:patches]"
     )
     result.add_argument("--dtype", choices=DTYPES, default=d.dtype, help="of the numbers written")
-    result.add_argument("--format", choices=("npy", "parquet"), default=d.format)
+    result.add_argument(
+        "--format", choices=("npy", "parquet"), default=d.format,
+        help="npy: numpy, memory-mappable, and names.txt; parquet: columns (needs pyarrow)",
+    )  # fmt: skip
     result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
     result.add_argument(
         "--on-error", choices=("fail", "skip"), default=d.on_error,
@@ -130,7 +135,10 @@ from torch import Tensor, nn
 from eval.shared import image_sets
 from eval.shared.cli import join_ranks, progress
 from eval.shared.features import autocast
+from eval.shared.image_sets import FileManifest
 from eval.shared.session import EvalSession, session_of
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.reader import SampleError
 
 
 def check_feature(session: EvalSession, feature: str) -> None:
@@ -211,7 +219,8 @@ def write_rows(s: Settings, session: EvalSession, manifest: Manifest, writer: Wr
         manifest, size, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
         skip=s.on_error == "skip", pin_memory=ranks.pins_memory,
     )  # fmt: skip
-    for batch in progress(loader, ranks, f"embeddings of {s.images}", images=s.micro_batch):
+    text = f"embeddings of {s.images}"
+    for batch in progress(_hinted(loader), ranks, text, len(loader), images=s.micro_batch):
         feature = embed(session, session.normalise(batch.image), s.feature)
         damaged = batch.key < 0
         rows = to_rows(feature, s.dtype, damaged, str(session.info.record["source"]))
@@ -220,12 +229,22 @@ def write_rows(s: Settings, session: EvalSession, manifest: Manifest, writer: Wr
     return len(todo)
 
 
+def _hinted(loader: Loader) -> Iterator[Batch]:
+    """The batches; an image that will not decode is an error that says what can be done."""
+    try:
+        yield from loader
+    except SampleError as error:
+        raise UserError(f"{error}; --on-error skip makes it a row of NaN") from error
+
+
 def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     """Write the folder `output` (collective); its embeddings.json."""
     timer, ranks = Timer(), session.ranks
     check_feature(session, s.feature)
     arrow = _pyarrow() if s.format == "parquet" else None
-    manifest = image_sets.open_images(s.images, Path(s.root) if s.root else None)
+    skip = s.on_error == "skip"
+    with naming_skip():
+        manifest = image_sets.open_images(s.images, Path(s.root) if s.root else None, skip)
     names = ranks.agree(lambda: _names(manifest))
     size = session.image_size
     blank = torch.zeros(1, 3, size, size, device=session.device)
@@ -243,18 +262,17 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     written = write_rows(s, session, manifest, writer)
     ranks.sum(torch.zeros(1, device=ranks.device))  # every rank has written
     info = {
-        "settings": settings, "images": absolute(s.images), "root": s.root and absolute(s.root),
+        "settings": settings, "images": image_sets.absolute(s.images),
+        "root": s.root and image_sets.absolute(s.root),
         "shape": list(shape), "classes": manifest.classes,
         "folder": manifest.folder, "batches_of_this_start": written, **session.facts(timer),
+        "left_out": manifest.made["left_out"] if isinstance(manifest, FileManifest) else {},
     }  # fmt: skip
+    source = info["encoder"]["source"]
+    info["encoder_path"] = image_sets.absolute(source) if Path(source).exists() else source
     result: dict[str, Any] = ranks.agree(lambda: _complete(output, names, info, arrow))
     writer.close()
     return result
-
-
-def absolute(path: str) -> str:
-    """A path that holds in every folder; a URL as it is."""
-    return path if is_remote(path) else str(Path(path).absolute())
 
 
 def _complete(
@@ -287,8 +305,9 @@ def main() -> None:
         print(f"all embeddings are there: {output / INFO}", flush=True)
     elif ranks.first:
         shape = " × ".join(map(str, info["shape"]))
-        damaged = len(info["damaged"])
+        damaged, left = len(info["damaged"]), len(info["left_out"])
         note = f"; {damaged} would not decode: rows of NaN, listed in {INFO}" if damaged else ""
+        note += f"; {left} left out, listed in {INFO}" if left else ""
         print(f"{shape} {settings.dtype} → {info['file']}{note}", flush=True)
 
 

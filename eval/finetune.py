@@ -44,25 +44,28 @@ def build_parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--train", required=True, help="training shards")
     add("--val", required=True, help="validation shards")
-    add("--ds_config", default=d.ds_config, help="a file, or zero0, zero1 or zero2")
+    add("--ds_config", default=d.ds_config,
+        help="how it runs: a file, or zero0, zero1 or zero2 (default: zero2)")  # fmt: skip
     add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
     add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
-    add("--subset-seed", type=int, default=d.subset_seed)
+    add("--subset-seed", type=int, default=d.subset_seed, help="of the draw of --fraction")
     add("--samples-per-epoch", type=int,
         help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
-    add("--epochs", type=float, default=d.epochs)
-    add("--warmup-epochs", type=float, default=d.warmup_epochs)
+    add("--epochs", type=float, default=d.epochs, help="over the training set")
+    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="below --epochs")
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
-    add("--base-lr", type=float, default=d.base_lr, help="per 256 images")
-    add("--min-lr", type=float, default=d.min_lr)
-    add("--weight-decay", type=float, default=d.weight_decay)
-    add("--layer-decay", type=float, default=d.layer_decay)
-    add("--drop-path", type=float, default=d.drop_path)
-    add("--randaugment", default=d.randaugment, help="'' = none")
-    add("--erasing", type=float, default=d.erasing)
-    add("--mixup", type=float, default=d.mixup)
-    add("--cutmix", type=float, default=d.cutmix)
-    add("--smoothing", type=float, default=d.smoothing)
+    add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images")
+    add("--min-lr", type=float, default=d.min_lr, help="where the cosine ends")
+    add("--weight-decay", type=float, default=d.weight_decay, help="of AdamW")
+    add(
+        "--layer-decay", type=float, default=d.layer_decay, help="factor of the rate per layer down"
+    )
+    add("--drop-path", type=float, default=d.drop_path, help="stochastic depth of the last block")
+    add("--randaugment", default=d.randaugment, help="timm's policy; '' = none")
+    add("--erasing", type=float, default=d.erasing, help="probability of random erasing")
+    add("--mixup", type=float, default=d.mixup, help="alpha; 0 = off")
+    add("--cutmix", type=float, default=d.cutmix, help="alpha; 0 = off")
+    add("--smoothing", type=float, default=d.smoothing, help="of the labels")
     add("--crop-area", type=float, default=d.crop_area,
         help="smallest share of the image that a training crop shows")  # fmt: skip
     add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")

@@ -36,9 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     result.add_argument("--train", required=True, help="training shards")
     result.add_argument("--val", required=True, help="validation shards")
-    result.add_argument("--feature", choices=FEATURES, default=d.feature)
-    result.add_argument("--k", type=int, default=d.k)
-    result.add_argument("--temperature", type=float, default=d.temperature)
+    result.add_argument(
+        "--feature", choices=FEATURES, default=d.feature,
+        help="what is compared; own: the encoder's own pooling",
+    )  # fmt: skip
+    result.add_argument("--k", type=int, default=d.k, help="neighbours that vote")
+    result.add_argument("--temperature", type=float, default=d.temperature, help="of their votes")
     result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
     return result
 

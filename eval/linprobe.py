@@ -56,17 +56,25 @@ def build_parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--train", required=True, help="training shards")
     add("--val", required=True, help="validation shards")
-    add("--protocol", choices=["mae", "cached"], default=d.protocol)
-    add("--feature", choices=FEATURES, default=d.feature)
+    add("--protocol", choices=["mae", "cached"], default=d.protocol,
+        help="mae: LARS on augmented images; cached: features once, then nine rates")  # fmt: skip
+    add("--feature", choices=FEATURES, default=d.feature,
+        help="what is classified; own: the encoder's own pooling")  # fmt: skip
     add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
         help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
-    add("--epochs", type=int, default=d.epochs)
-    add("--warmup-epochs", type=float, default=d.warmup_epochs)
+    add("--epochs", type=int, default=d.epochs, help="over the training set")
+    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="mae only")
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
-    add("--micro-batch", type=int, default=d.micro_batch, help="at most; per rank")
-    add("--base-lr", type=float, default=d.base_lr, help="per 256 images; mae only")
-    add("--grid", type=float, nargs="+", default=d.grid, help="cached only")
-    add("--select", choices=["held-out", "validation"], default=d.select)
+    add(
+        "--micro-batch",
+        type=int,
+        default=d.micro_batch,
+        help="images of a rank per forward pass, at most",
+    )
+    add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images; mae only")
+    add("--grid", type=float, nargs="+", default=d.grid, help="learning rates to try; cached only")
+    add("--select", choices=["held-out", "validation"], default=d.select,
+        help="where the rate is chosen; cached only")  # fmt: skip
     add("--max-steps", type=int, help="stop after N steps: a trial run")
     return result
 

@@ -35,6 +35,7 @@ from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
+from pipeline.help_text import HelpFormatter
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
 ROWS = {
@@ -60,10 +61,18 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n", 1)[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     numbers = [claim.number for claim in CLAIMS]
-    parser.add_argument("--claims", type=int, nargs="+", choices=numbers, default=numbers)
+    parser.add_argument(
+        "--claims",
+        type=int,
+        nargs="+",
+        choices=numbers,
+        default=numbers,
+        metavar="N",
+        help="which of the five claims",
+    )
     add_options(parser)
     parser.set_defaults(seeds=3, output=Path("runs/mini-paper"))
     args = parser.parse_args(argv)

@@ -30,6 +30,7 @@ from eval.reporting.run_status import read_status
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_atomic
 
 IMAGENET = 1281167  # training images of ImageNet-1k
@@ -48,12 +49,14 @@ class Settings:
 
 def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders")
     parser.add_argument(
         "--output", type=Path, help="page to write (default: report.html in the first run)"
     )
-    parser.add_argument("--title", default=Settings.title)
+    parser.add_argument("--title", default=Settings.title, help="heading of the page")
     parser.add_argument(
         "--watch", type=float, nargs="?", const=30.0, default=0.0, metavar="SECONDS",
         help="write the page again whenever a run has changed, until Ctrl-C; the page reloads "

@@ -29,6 +29,7 @@ from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
+from pipeline.help_text import HelpFormatter
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n", 1)[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--table", type=int, required=True, help="number of the paper's table")
     parser.add_argument("--scale", default="full", help="full, mini: see eval/paper/scales.yaml")

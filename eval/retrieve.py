@@ -10,6 +10,7 @@ embeddings then embeds. Nearest is by cosine similarity.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from eval.shared.command import run_command
 from eval.shared.embeddings import Embeddings, read_embeddings
 from pipeline.command import early
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_atomic
 
 
@@ -36,7 +38,12 @@ class Settings:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result, d = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0]), Settings
+    result, d = (
+        argparse.ArgumentParser(
+            description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+        ),
+        Settings,
+    )
     result.add_argument(
         "queries", nargs="*", metavar="QUERY", help="a key, a row's number, or an image file"
     )
@@ -46,14 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--output", type=Path, help="page (default: neighbours.html in that folder)"
     )
-    result.add_argument("--k", type=int, default=d.k, help=f"neighbours of a query ({d.k})")
+    result.add_argument("--k", type=int, default=d.k, help="neighbours of a query")
     result.add_argument(
         "--random",
         type=int,
         default=d.random,
-        help=f"rows drawn where no QUERY is given ({d.random})",
+        help="rows drawn where no QUERY is given",
     )
-    result.add_argument("--seed", type=int, default=d.seed, help=f"of that draw ({d.seed})")
+    result.add_argument("--seed", type=int, default=d.seed, help="of that draw")
     return result
 
 
@@ -71,8 +78,9 @@ def rows_of(s: Settings, store: Embeddings) -> list[tuple[str, int]]:
     numbers = {key: row for row, key in enumerate(store.keys)}
     total, words = len(store.keys), s.queries
     if not words:
-        drawn = np.random.default_rng(s.seed).permutation(total)[: s.random]
-        words = tuple(store.keys[row] for row in sorted(drawn.tolist()))
+        order = np.random.default_rng(s.seed).permutation(total)
+        usable = (row for row in order.tolist() if not np.isnan(store.rows[row]).any())
+        words = tuple(store.keys[row] for row in sorted(islice(usable, s.random)))
     found = []
     for word in words:
         row = numbers.get(word, int(word) if word.isascii() and word.isdecimal() else -1)
@@ -165,7 +173,7 @@ def find_queries(s: Settings, store: Embeddings) -> list[Query]:
 def open_encoder_of(store: Embeddings) -> EvalSession:
     """The encoder that wrote the embeddings. UserError where its weights have changed since."""
     record, settings = store.info["encoder"], store.info["settings"]
-    source = record["source"]
+    source = store.info.get("encoder_path", record["source"])
     own = Path(source).is_dir()  # a run says its own architecture
     options = record["options"] if not own else {"img_size": settings["image size"]}
     choice = EncoderChoice(
@@ -251,7 +259,8 @@ def build_page(s: Settings) -> str:
     store = read_store(s.embeddings)
     queries, info = find_queries(s, store), store.info
     root = Path(info["root"]) if info["root"] else None
-    manifest = image_sets.open_images(info["images"], root)
+    skip = info["settings"]["on_error"] == "skip"
+    manifest = image_sets.open_images(info["images"], root, skip)
     if image_sets.keys(manifest) != store.keys:
         raise UserError(
             f"{info['images']}: no longer holds the images of {s.embeddings}; embed them again"

@@ -34,6 +34,7 @@ from eval.shared.results import (
 )
 from pipeline.command import early
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
 # human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.
@@ -77,11 +78,13 @@ class Settings:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(description=str(__doc__).split("\n", 1)[0])
+    result = argparse.ArgumentParser(
+        description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+    )
     result.add_argument("--classifier", help="folder that finetune.py wrote, or timm:NAME")
     result.add_argument("--images", help="folder of cue-conflict images")
     result.add_argument("--decisions", nargs="+", help="CSV files of model-vs-human")
-    result.add_argument("--batch-size", type=int, default=64)
+    result.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
     result.add_argument("--output", help="result file (default: beside the classifier)")
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result

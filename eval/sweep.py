@@ -34,6 +34,7 @@ from eval.reporting.page import markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import environment, stop_on_sigterm
 from pipeline.errors import UserError, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_atomic
 from shard_tools.cores import cores
 
@@ -62,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     """The command line. UserError for values that cannot be."""
     parser = argparse.ArgumentParser(
         description=str(__doc__).split("\n", 1)[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a file, or a bundled name such as mae")

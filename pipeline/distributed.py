@@ -124,10 +124,22 @@ def extensions_dir() -> Path:
         root = Path(given)
         # Of a parent process, perhaps on another accelerator.
         return (root.parent if re.match(r"torch\d.*-py\d+-", root.name) else root) / name
-    own = Path(sys.prefix, "torch_extensions")
+    own = own_extensions()
     if sys.prefix != sys.base_prefix and os.access(own if own.exists() else own.parent, os.W_OK):
         return own / name
     return Path.home() / ".cache" / "torch_extensions" / name
+
+
+def own_extensions() -> Path:
+    """Where set-up compiles ops: in this environment, which a container image makes read-only."""
+    return Path(sys.prefix, "torch_extensions")
+
+
+def compiled_ops() -> list[str]:
+    """The ops that a run here finds compiled."""
+    folder = extensions_dir()
+    places = (folder, own_extensions() / folder.name)
+    return sorted({path.parent.name for place in places for path in place.glob("*/*.so")})
 
 
 def cannot_build() -> str:
@@ -357,6 +369,6 @@ def close() -> None:
         return
     _control.clear()
     if groups := sys.modules.get("deepspeed.utils.groups"):
-        groups._WORLD_GROUP = None
+        vars(groups)["_WORLD_GROUP"] = None
     torch.distributed.destroy_process_group()
     gc.collect()  # engines hold groups, and refer to themselves

@@ -201,9 +201,8 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
     missing = [name for name in needed if name not in has]
     built = []
     if torch is not None:
-        folder = importlib.import_module("pipeline.distributed").extensions_dir()
-        built = sorted({path.parent.name for path in folder.glob("*/*.so")})
-    cost = f"without {', '.join(missing)} nothing is compiled; what is compiled already is used"
+        built = importlib.import_module("pipeline.distributed").compiled_ops()
+    cost = f"without {', '.join(missing)} DeepSpeed's ops are neither compiled nor loaded"
     yield unless(not missing, "compiler", ", ".join(has) or "none", cost)
     if built:
         yield ok("DeepSpeed's ops", ", ".join(built))

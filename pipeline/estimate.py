@@ -25,6 +25,7 @@ from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_json
 
 # Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
@@ -39,16 +40,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Predict memory, communication, FLOPs and hours of a pretraining run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--recipe", default=RECIPES / "rmae.yaml", metavar="FILE")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument(
+        "--recipe",
+        default=RECIPES / "rmae.yaml",
+        metavar="FILE",
+        help="what is trained: a file, or a bundled name such as mae (default: rmae)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a recipe key; may be repeated",
+    )
     parser.add_argument("--gpus", type=int, default=8, help="over all nodes")
     parser.add_argument("--gpu", choices=PEAKS, default="h100", help="whose peak the hours take")
     parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="10^9 bytes")
     # fmt: off
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                        help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%} free")
+                        help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%}% free")
     parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
                         help="print the micro-batch that fits under a ZeRO stage, no more")
     parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
@@ -57,7 +70,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--core-images", type=float, default=CORE_IMAGES, metavar="N",
                         help="images per second that a core loads (make bench-data)")
     # fmt: on
-    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="the way of bf16, see docs/training.md",
+    )
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
 from pipeline.errors import PREEMPTED, UserError, refuse
+from pipeline.help_text import HelpFormatter
 from pipeline.late import uncollected
 from pipeline.runtime import startup
 from pipeline.runtime.settings import Settings
@@ -29,18 +30,18 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Pretrain a masked-image model (MAE, R-MAE, C-MAE) from shards with DeepSpeed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
         help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such "
-        "as zero1",
+        "as zero1 (default: zero2)",
     )  # fmt: skip
     parser.add_argument(
         "--recipe",
         default=RECIPES / "rmae.yaml",
         metavar="FILE",
-        help="what is trained: a file, or a bundled name such as mae",
+        help="what is trained: a file, or a bundled name such as mae (default: rmae)",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
@@ -127,10 +128,12 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if code not in (0, PREEMPTED):
-        sys.stdout.flush()
-        os._exit(code)  # not waiting for ranks that may be gone
-    from pipeline.distributed import close
+    if code in (0, PREEMPTED):
+        from pipeline.distributed import close
 
-    close()
-    sys.exit(code)
+        close()
+    # Not waiting for ranks that may be gone, and with no thread at work while the interpreter ends:
+    # ZeRO 3 keeps its process group, whose threads could abort it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

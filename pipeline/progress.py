@@ -92,9 +92,10 @@ class StatusLine:
     def __init__(self, shown: bool = True) -> None:
         # Of tqdm only how it draws, and how it lets others write above: its own bars are redrawn
         # when it sees fit.
+        # `fit` cuts: where a terminal's size is unknown (0 columns), tqdm would cut all.
         self._line = tqdm(
             bar_format="{desc}", leave=False, disable=not (shown and sys.stderr.isatty()),
-            dynamic_ncols=True,
+            ncols=1000, nrows=24,
         )  # fmt: skip
 
     @property

@@ -233,9 +233,16 @@ def convert(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="CIFAR-10 as two tars of class folders.", formatter_class=HelpFormatter
+        description="CIFAR-10 as two tars of class folders, which make_shards.py takes.",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="archive or folder, see above")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="the official python or binary archive, or a folder, zip or tar of class folders with "
+        "train and test",
+    )
     parser.add_argument("dest", type=Path, metavar="DEST", help="folder for train.tar and val.tar")
     return run(convert, parser.parse_args(arguments))
 

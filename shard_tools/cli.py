@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.errors import UserError, naming, refuse
+from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
@@ -30,13 +32,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 @contextmanager
@@ -71,7 +66,10 @@ def progress(
     total: int | None, description: str, *, initial: int = 0, unit: str = " images"
 ) -> tqdm:
     """A tqdm bar; in a log (no terminal) it speaks every 30 seconds and not ten times a second."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
+    terminal = sys.stderr.isatty()
+    interval = 0.2 if terminal else 30.0
+    # Given, since of a terminal whose size is unknown (0 columns or rows) tqdm would show nothing.
+    columns = os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0
     return tqdm(
         total=total,
         initial=initial,
@@ -79,8 +77,21 @@ def progress(
         unit=unit,
         mininterval=interval,
         maxinterval=max(interval, 10.0),
-        dynamic_ncols=sys.stderr.isatty(),
+        ncols=max(columns - 1, 0) or (79 if terminal else None),
+        nrows=24,
         smoothing=0.1,
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """1 shard, 2 shards, 3 classes."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def images_of(images: int, classes: int) -> str:
+    """300 images of 8 classes, 300 images without labels."""
+    return f"{counted(images, 'image')} " + (
+        f"of {counted(classes, 'class')}" if classes else "without labels"
     )
 
 

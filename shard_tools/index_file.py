@@ -31,7 +31,7 @@ SAMPLE = np.dtype(
         ("height", "<u2"),
         ("orientation", "u1"),  # EXIF orientation as recorded, 1 = upright; never applied
         ("format", "u1"),  # position in manifest.FORMATS
-        ("reserved", "<u2"),
+        ("interval", "<u2"),  # MCUs between the restart markers of a JPEG, 0 = none or unknown
     ]
 )
 BLOCK = 4096  # rows; 96 KiB, checked in a tenth of a millisecond

@@ -25,7 +25,7 @@ import numpy as np
 from pipeline.errors import naming
 from shard_tools.atomic import write_atomic
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, cores, run
+from shard_tools.cli import HelpFormatter, ToolError, cores, counted, images_of, run
 from shard_tools.manifest import MANIFEST, write_manifest
 from shard_tools.sharding.adopt import (
     Adopted,
@@ -134,8 +134,8 @@ def write(output: Path, tars: Tars, found: list[Adopted], settings: Settings) ->
     listed = [f"{count} {what}" for what, count in sorted(counts.items())]
     listed = [f"; {', '.join(listed)} (see {output / REPORT})"] if listed else []
     print(
-        f"{output}: adopted {manifest.samples} images of {len(manifest.classes)} classes in "
-        f"{len(manifest.shards)} shards{''.join(listed)}"
+        f"{output}: adopted {images_of(manifest.samples, len(manifest.classes))} in "
+        f"{counted(len(manifest.shards), 'shard')}{''.join(listed)}"
     )
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, run
-from shard_tools.image_file import Conversion
+from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, images_of, run
+from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED
+from shard_tools.sharding.found import naming_skip
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.job import (
@@ -82,7 +83,8 @@ def plan_splits(
         unpacked=options.dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
     )
-    splits = find_splits(options.source, layout, folders, listing)
+    with naming_skip():
+        splits = find_splits(options.source, layout, folders, listing)
     if options.drop_duplicates:
         splits = [
             replace(split, source=drop_duplicates(split.source, how.workers)) for split in splits
@@ -141,9 +143,9 @@ def find_splits(
 def announce(split: Split) -> None:
     """One line about a listed source."""
     source = split.source
-    remarks = [f"{len(source.items)} images of {len(source.classes)} classes"]
+    remarks = [images_of(len(source.items), len(source.classes))]
     if source.missing:
-        remarks.append(f"{len(source.missing)} files or parts missing or damaged")
+        remarks.append(f"{len(source.missing)} missing or damaged")
     if source.remark:
         remarks.append(source.remark)
     more = f" and {len(split.paths) - 1} more" if len(split.paths) > 1 else ""
@@ -185,9 +187,15 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if not options.name or set(options.name) & set("/.\0"):
         raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
     conversion = Conversion(options.gray16, options.alpha)
+    if options.restart_markers and not CAN_CUT:
+        raise ToolError(
+            "--restart-markers needs shard_tools/image_file/_jpegmarkers.c, which is not built: "
+            "install a C compiler and libjpeg-dev, then run make setup"
+        )
     image = ImageSettings(
-        options.resize_shorter, options.max_side, options.quality, options.check, conversion
-    )
+        options.resize_shorter, options.max_side, options.quality, options.check, conversion,
+        options.restart_markers,
+    )  # fmt: skip
     return Settings(options.name, options.seed, options.shard_size, image, options.fields)
 
 
@@ -206,15 +214,22 @@ def parser() -> argparse.ArgumentParser:
     a("source", type=Path, metavar="SOURCE", help="folder, tar, CSV or JSONL, see above")
     a("dest", type=Path, metavar="DEST", help="folder for the shards")
     a("--name", default="shard", help="shards are called NAME-000000.tar")
-    a("--shard-size", type=byte_size, default="256MiB", help="bytes per shard, at most")
+    a(
+        "--shard-size",
+        type=byte_size,
+        metavar="BYTES",
+        default="256MiB",
+        help="of a shard, at most, such as 64MiB",
+    )
     a("--seed", type=int, default=0, help="seed of the shuffle")
     a(
         "--fields",
         choices=tuple(FIELDS),
         default=ALL_FIELDS,
-        help="what a sample has beside its jpg: each field takes 1 KiB of the tar, its header and "
-        "padding, which counts for small images (CIFAR-10's 46 MB of JPEGs make tars of 180 MB, "
-        "128 MB without one of the two); jpg,json has the label in the json",
+        metavar="FIELDS",
+        help="what a sample has: jpg,cls,json, or jpg,cls or jpg,json (the label is in the json); "
+        "each field takes 1 KiB of the tar, its header and padding, which counts for small images "
+        "(CIFAR-10's 46 MB of JPEGs make tars of 180 MB, 128 MB without one of the two)",
     )
     a("--workers", type=int, default=cores(), help="processes; 0 = no process of its own")
     a(
@@ -229,6 +244,13 @@ def parser() -> argparse.ArgumentParser:
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
     a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or own range")
     a("--alpha", choices=("drop", "white", "black"), help="what shows where pixels are transparent")
+    a(
+        "--restart-markers",
+        action="store_true",
+        help="put restart markers into the rows of baseline JPEGs, by which training reads only "
+        "what a crop needs: 1 %% larger (3 %% at most), the same pixels in every decoder; others "
+        "stay as they are",
+    )
     a("--classes-from", type=Path, metavar="PATH", help="class order: a shard folder or a list")
     a(
         "--synsets",

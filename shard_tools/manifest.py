@@ -68,6 +68,7 @@ __all__ = [
 
 VERSIONS = (1, 2)  # 2 has its shards in shards.bin
 MANIFEST, INDEX, NAMES, SHARDS = "manifest.json", "index.bin", "names.bin", "shards.bin"
+SPLITS = ("train", "val")  # folders of shards that make_shards.py writes side by side
 
 _FEW = 1000  # shards whose files one thread looks for
 _QUICK = 50e-6  # seconds per file; a file system that takes longer is asked by many threads
@@ -152,6 +153,11 @@ class Manifest:
     def path(self, shard: int) -> str:
         """Path or URL of shard number `shard`."""
         return join(self.folder, self.shards[shard].name)
+
+    def describe(self, sample: int) -> str:
+        """Where a sample is, for messages."""
+        shard = int(self.starts.searchsorted(sample, "right")) - 1
+        return f"sample {sample} of {self.path(shard)}"
 
     def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard number (int64) and SAMPLE row of each sample number; same shape as `sample`."""
@@ -314,6 +320,12 @@ def _read_manifest_text(home: str) -> bytes:
     if not is_remote(home) and not os.path.isdir(home):
         raise ManifestError(f"{home}: no such folder; shards are made by `make shards`")
     if not is_remote(home) and not os.path.isfile(os.path.join(home, MANIFEST)):
+        inside = [name for name in SPLITS if os.path.isfile(os.path.join(home, name, MANIFEST))]
+        if inside:
+            raise ManifestError(
+                f"{home}: holds folders of shards; give one of them, such as "
+                f"{os.path.join(home, inside[0])}"
+            )
         raise ManifestError(
             f"{home}: has no {MANIFEST}; make it with shard_tools/make_shards.py, "
             "or adopt existing tars with shard_tools/index_shards.py"

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import naming
-from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, read_list, run
+from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, counted, read_list, run
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
 from shard_tools.sharding.found import EXTENSIONS
@@ -105,8 +105,9 @@ def _stem(name: str) -> str:
 
 
 def by_classes(manifest: Manifest, path: Path) -> np.ndarray:
-    """All samples of the listed classes (names; text after the first space is ignored)."""
-    wanted = [line.split()[0] for line in _lines(path)]
+    """All samples of the listed classes: a name per line, which may have text behind it."""
+    lines = [line.strip() for line in _lines(path)]
+    wanted = [line if line in manifest.classes else line.split()[0] for line in lines]
     unknown = set(wanted) - set(manifest.classes)
     if unknown or not wanted:
         example = f"such as {min(unknown)}" if unknown else "it is empty"
@@ -251,6 +252,8 @@ def take(manifest: Manifest, samples: np.ndarray, record: dict[str, Any], kind: 
     }
     if manifest.made.get("unlabelled"):
         made["unlabelled"] = True
+    if marked := int(np.count_nonzero(rows["interval"])):
+        made["restart_markers"] = {"images": marked}
     return Chosen(shard, rows, names, classes, made)
 
 
@@ -299,8 +302,8 @@ def subset(options: argparse.Namespace) -> int:
     samples = choose_samples(manifest, choice)
     if not options.copy:
         chosen = write_subset(manifest, dest, samples, choice.record())
-        counts = f"{len(samples)} of {manifest.samples} images, {len(chosen.classes)} classes"
-        print(f"{dest}: {counts}, by index")
+        classes = f", {counted(len(chosen.classes), 'class')}" if chosen.classes else ""
+        print(f"{dest}: {len(samples)} of {counted(manifest.samples, 'image')}{classes}, by index")
         return 0
     chosen = take(manifest, samples, choice.record(), "shards")
     size = copy_samples(

@@ -3,7 +3,8 @@
     python shard_tools/verify_shards.py DIR
 
 Checked are the checksum and size of every tar, its structure, that keys are unique in it, that the
-index and the labels agree with what the tar holds, and that no tar is missing or extra.
+index and the labels agree with what the tar holds, that restart markers are where the index says,
+and that no tar is missing or extra.
 `--decode` also decodes every image. Exit code: 0 sound, 1 faults, 2 cannot be checked.
 """
 
@@ -22,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError, naming
-from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, run
+from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run
+from shard_tools.image_file import find_pieces, read_header
 from shard_tools.manifest import (
     FORMATS,
     Manifest,
@@ -185,6 +187,10 @@ def check_sample(
     expected = _describe(recorded, row["width"], row["height"], row["orientation"])
     if found != expected:
         yield f"image is {found}, the index says {expected}"
+    if row["interval"]:
+        pieces = find_pieces(data, read_header(data))
+        if pieces is None or pieces.interval != row["interval"]:
+            yield f"its restart markers are not {row['interval']} MCUs apart, as the index says"
     if warning:
         remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
     try:
@@ -319,10 +325,12 @@ def verify_shards(folder: str, *, decode: bool, workers: int) -> int:
         print(f"fault: {line}")
     manifest = read_manifest(folder, check_shards=False)
     size = sum(shard.bytes for shard in manifest.shards) / 1e6
-    verdict = f"{len(faults)} faults" if faults else "sound"
+    verdict = counted(len(faults), "fault") if faults else "sound"
+    marked = manifest.made.get("restart_markers", {}).get("images", 0)
+    cut = f", restart markers in {marked}" if marked else ""
     print(
-        f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards, "
-        f"{size:.1f} MB: {verdict}"
+        f"{folder}: {counted(manifest.samples, 'sample')} in "
+        f"{counted(len(manifest.shards), 'shard')}, {size:.1f} MB{cut}: {verdict}"
     )
     return FAULTS if faults else 0
 

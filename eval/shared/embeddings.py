@@ -43,6 +43,8 @@ def prepare(folder: Path, settings: dict[str, Any], shape: tuple[int, ...], dtyp
             if path.is_file():
                 found = json.loads(path.read_text("utf-8"))
                 _same(path.parent, found.get("settings", found), settings)
+                if path.name == SETTINGS:
+                    write_json(path, settings)
                 return path.name == SETTINGS
         free = shutil.disk_usage(folder).free
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -62,6 +64,8 @@ def prepare(folder: Path, settings: dict[str, Any], shape: tuple[int, ...], dtyp
 
 
 def _same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    if theirs["on_error"] == "fail":  # then no row is missing
+        theirs = theirs | {"on_error": ours["on_error"]}
     changed = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
     if changed:
         raise UserError(

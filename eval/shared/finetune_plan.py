@@ -208,8 +208,12 @@ def check(s: Settings, world: int) -> None:
     check_batch(s.batch_size, world, pairs=bool(s.mixup or s.cutmix))
     if min(1 if n is None else n for n in (s.max_steps, s.samples_per_epoch)) < 1:
         raise UserError("--max-steps and --samples-per-epoch must be at least 1")
-    if s.base_lr <= 0 or not 0 <= s.warmup_epochs < s.epochs:
-        raise UserError("--base-lr must be above 0, --warmup-epochs from 0 to below --epochs")
+    if s.base_lr <= 0:
+        raise UserError(f"--base-lr must be above 0, not {s.base_lr:g}")
+    if not 0 <= s.warmup_epochs < s.epochs:
+        raise UserError(
+            f"--warmup-epochs {s.warmup_epochs:g}: must be from 0 to below --epochs {s.epochs:g}"
+        )
     if s.validate_epochs < 1 or (s.stop_epoch is not None and s.stop_epoch <= 0):
         raise UserError("--validate-epochs must be at least 1, --stop-epoch above 0")
     if not 0 < s.layer_decay <= 1 or not 0 <= s.drop_path < 1:

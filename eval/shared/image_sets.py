@@ -44,14 +44,20 @@ class FileManifest(Manifest):
         """Name of each image: its path in the folder, member of the tar, or line of the list."""
         return self.keys
 
+    def describe(self, sample: int) -> str:
+        """The image file, or the member of a tar."""
+        path, name = paths(self)[sample], self.keys[sample]
+        return path if path.endswith(name) else f"{name} of {path}"
 
-def open_images(where: str | Path, root: Path | None = None) -> Manifest:
+
+def open_images(where: str | Path, root: Path | None = None, skip: bool = False) -> Manifest:
     """The images of shards (a folder or URL), of a folder (all below it), of a tar, of a CSV or
     JSONL, or of a .txt with one path per line; labels as the source has them, -1 = none.
 
     root: where the relative paths of a table or list start (default: its folder). In a folder
     whose images are all in folders, the folder right below it is an image's class, in sorted
-    order. UserError where nothing can be listed.
+    order. UserError where nothing can be listed, or a file is missing or damaged; with `skip` such
+    files are left out, and listed in `made["left_out"]` with the reason.
     """
     path = Path(where)
     if is_remote(str(where)) or (path / MANIFEST).is_file():
@@ -61,15 +67,21 @@ def open_images(where: str | Path, root: Path | None = None) -> Manifest:
     if path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
     table = path.suffix in (".csv", ".jsonl", ".ndjson")
-    source = open_source(path, Listing(unlabelled=not table, root=root))
+    source = open_source(path, Listing(unlabelled=not table, root=root, skip=skip))
     return _as_manifest(source if table else _by_folder(source))
 
 
 def paths(manifest: Manifest) -> list[str]:
-    """The file that holds each sample: an image file, or the tar that it is in."""
+    """The file that holds each sample, an image file or the tar that it is in: an absolute path, or
+    a URL."""
     counts = [shard.samples for shard in manifest.shards]
-    files = [manifest.path(number) for number in range(len(counts))]
+    files = [absolute(manifest.path(number)) for number in range(len(counts))]
     return [file for file, count in zip(files, counts, strict=True) for _ in range(count)]
+
+
+def absolute(path: str) -> str:
+    """A path that holds in every folder; a URL as it is."""
+    return path if is_remote(path) else str(Path(path).absolute())
 
 
 def keys(manifest: Manifest) -> Sequence[str]:
@@ -168,6 +180,6 @@ def _as_manifest(source: Source) -> FileManifest:
         rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
     files = tuple(Shard(file, count, 0, "") for file, count in shards)
     names = tuple(item.name for item in source.items)
-    made = {"left_out": len(source.ignored)}
+    made = {"left_out": dict(source.missing)}
     folder = str(Path(source.root).absolute())
     return FileManifest(folder, files, source.classes, made, folder, listed=rows, keys=names)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.help_text import HelpFormatter
 from shard_tools.cores import cores
 
 T = TypeVar("T")
@@ -42,11 +43,14 @@ def seed_number(text: str) -> int:
 
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    result = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
+    result.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, cores()),
+        help="processes of a rank that decode images",
     )
-    result.add_argument("--seed", type=seed_number, default=0)
-    result.add_argument("--workers", type=int, default=min(8, cores()))
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 
@@ -83,7 +87,10 @@ def parser(description: str) -> argparse.ArgumentParser:
         "image size up to 224, above it the image size)",
     )
     result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
-    result.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    result.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto: bf16 on a GPU with bf16 units, else fp32",
+    )  # fmt: skip
     return result
 
 
@@ -92,7 +99,8 @@ def add_model(result: argparse.ArgumentParser) -> None:
     add = result.add_argument
     add("--encoder", required=True, help="a run's folder, or a facebookresearch/mae FILE")
     add("--recipe", default="", help="of a FILE: the recipe that it fits")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="of a FILE: change a key of that recipe")  # fmt: skip
     add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
 
 

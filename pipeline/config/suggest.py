@@ -90,15 +90,28 @@ def bundled(name: str | Path, folder: Path, suffix: str) -> Path:
     A bare name that is neither is returned as it is; `choices` then lists what there is.
     """
     path = Path(name)
-    if path.exists() or len(path.parts) != 1:
+    if path.is_file() or len(path.parts) != 1:  # a folder `mae` may be a checkout of MAE
         return path
     found = folder / f"{path.name.removesuffix(suffix)}{suffix}"
     return found if found.is_file() else path
 
 
 def choices(name: str | Path, folder: Path, suffix: str) -> str:
-    """`; bundled are: …` for a bare name that is no file, "" for a path."""
+    """`; did you mean …? bundled are: …` for a bare name that is no file, "" for a path.
+
+    Not a YAML that only others build on, which has no name.
+    """
     if len(Path(name).parts) != 1:
         return ""
-    names = ", ".join(sorted(p.stem for p in folder.glob(f"*{suffix}")))
-    return f"; bundled are: {names}"
+    files = [p for p in folder.glob(f"*{suffix}") if suffix != ".yaml" or _has_name(p)]
+    names = sorted(p.stem for p in files)
+    near = difflib.get_close_matches(Path(name).name.removesuffix(suffix), names, 1)
+    return (
+        f"; did you mean {near[0]}? bundled are: {', '.join(names)}"
+        if near
+        else (f"; bundled are: {', '.join(names)}")
+    )
+
+
+def _has_name(recipe: Path) -> bool:
+    return any(line.startswith("name:") for line in recipe.read_text("utf-8").splitlines())

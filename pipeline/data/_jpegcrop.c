@@ -2,9 +2,7 @@
  *
  * Built on the public API of libjpeg-turbo (>= 2.0): jpeg_crop_scanline drops the columns outside
  * the rectangle before the inverse DCT, jpeg_skip_scanlines the rows above it, and the rows below
- * are never read. The Huffman codes are read by _entropy.h. The resize is Pillow's: a horizontal, then a vertical pass with precomputed
- * fixed-point weights and 8-bit rows between them (Pillow's src/libImaging/Resample.c describes
- * the method). The scalar and the AVX2 loops give the same bits.
+ * are never read. The Huffman codes are read by _entropy.h; the resize, in _resize.h, is Pillow's.
  *
  * Any warning of the library is an error here: the caller then asks Pillow, which has the last
  * word. Errors leave the library by longjmp and reach Python as exceptions; nothing prints, and
@@ -32,33 +30,19 @@
 #include <jpeglib.h>
 
 #include "_entropy.h"
+#include "_resize.h"
 
 #ifndef LIBJPEG_TURBO_VERSION_NUMBER
 #error "libjpeg-turbo is needed: other libjpegs cannot decode a part of a picture"
 #endif
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define HAVE_AVX2_CODE 1
-#include <immintrin.h>
-#endif
-
 enum {
     MAX_SCANS = 500,  /* more scans in one file are an attack on the decoder's time */
-    MARGIN = 16,      /* pixels decoded around the rectangle: chroma upsampling looks at neighbours */
-    ROWS = 8,         /* rows asked of the library at once */
-    PRECISION = 14,   /* bits behind the point of a weight; weights lie in (-2, 2) */
-    GROUP = 4,        /* weights of one AVX2 step of the horizontal pass */
-    PIXEL = 4         /* bytes of a pixel between the passes: R, G, B, unused */
+    /* Pixels around the rectangle where chroma has half the size: the filter looks at one, and is
+     * not used at all in a picture of less than three. */
+    MARGIN = 2,
+    ROWS = 8          /* rows that are decoded before they are resized */
 };
-
-/* Weights that turn `length` source pixels into `out` pixels along one axis. */
-typedef struct {
-    int out, taps;    /* taps: weights per output pixel, padded with zeros */
-    int first, last;  /* source pixels that any output pixel needs: [first, last) */
-    int *start;       /* [out] first source pixel of each output pixel */
-    int16_t *weight;  /* [out][taps] */
-    int16_t *paired;  /* [out][taps / 4][16]: k0 k1 four times, k2 k3 four times */
-} Axis;
 
 typedef struct {
     struct jpeg_decompress_struct cinfo;
@@ -114,221 +98,6 @@ static void refuse(Job *job, const char *reason) {
     longjmp(job->escape, 1);
 }
 
-/* ---------------------------------------------------------------- weights */
-
-static double bicubic(double x) { /* Keys' cubic with a = -0.5, as Pillow's */
-    x = fabs(x);
-    if (x < 1.0) return (1.5 * x - 2.5) * x * x + 1.0;
-    if (x < 2.0) return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0;
-    return 0.0;
-}
-
-static double triangle(double x) {
-    x = fabs(x);
-    return x < 1.0 ? 1.0 - x : 0.0;
-}
-
-/* The source pixels [begin, end) that the filter reaches from `centre`. */
-static void reach(double centre, double support, int low, int high, int *begin, int *end) {
-    *begin = (int)(centre - support + 0.5);
-    *end = (int)(centre + support + 0.5);
-    if (*begin < low) *begin = low;
-    if (*end > high) *end = high;
-    if (*end <= *begin) { /* a rectangle that lies on the border by a rounding error */
-        *begin = *begin < high ? *begin : high - 1;
-        *end = *begin + 1;
-    }
-}
-
-/* Weights for the source interval [from, to) of an axis; pixels outside [low, high) do not
- * count. The number of weights is padded to a multiple of `pad`. Returns 0 if memory is short. */
-static int make_axis(Axis *axis, int out, double from, double to, int low, int high,
-                     int cubic, int flip, int pad) {
-    double scale = (to - from) / out, stretch = scale < 1.0 ? 1.0 : scale;
-    double support = (cubic ? 2.0 : 1.0) * stretch;
-    int most = 1, begin, end;
-    axis->first = high;
-    axis->last = low;
-    for (int i = 0; i < out; i++) {
-        reach(from + (i + 0.5) * scale, support, low, high, &begin, &end);
-        if (end - begin > most) most = end - begin;
-        if (begin < axis->first) axis->first = begin;
-        if (end > axis->last) axis->last = end;
-    }
-    axis->out = out;
-    axis->taps = (most + pad - 1) / pad * pad;
-    axis->start = malloc(out * sizeof *axis->start);
-    axis->weight = calloc((size_t)out * axis->taps, sizeof *axis->weight);
-    axis->paired = malloc((size_t)out * axis->taps * 4 * sizeof *axis->paired);
-    double *exact = malloc(most * sizeof *exact);
-    if (!axis->start || !axis->weight || !axis->paired || !exact) {
-        free(exact);
-        return 0;
-    }
-    for (int i = 0; i < out; i++) {
-        double centre = from + (i + 0.5) * scale, sum = 0.0;
-        reach(centre, support, low, high, &begin, &end);
-        for (int k = 0; k < end - begin; k++) {
-            double at = (k + begin - centre + 0.5) / stretch;
-            sum += exact[k] = cubic ? bicubic(at) : triangle(at);
-        }
-        int place = flip ? out - 1 - i : i;
-        int16_t *weight = axis->weight + (size_t)place * axis->taps;
-        /* The running sum is rounded, so that thousands of small weights still add up to one. */
-        double unit = (1 << PRECISION) / (sum != 0.0 ? sum : 1.0), upto = 0.0, before = 0.0;
-        for (int k = 0; k < end - begin; k++, before = rint(upto)) {
-            upto += exact[k] * unit;
-            double fixed = rint(upto) - before;
-            weight[k] = (int16_t)(fixed > 32767 ? 32767 : fixed < -32768 ? -32768 : fixed);
-        }
-        axis->start[place] = begin;
-    }
-    free(exact);
-    for (size_t pair = 0; pair < (size_t)out * axis->taps / 2; pair++)
-        for (int k = 0; k < 8; k++)
-            axis->paired[pair * 8 + k] = axis->weight[pair * 2 + k % 2];
-    return 1;
-}
-
-static void free_axis(Axis *axis) {
-    free(axis->start);
-    free(axis->weight);
-    free(axis->paired);
-}
-
-/* ---------------------------------------------------------------- the two passes */
-
-static uint8_t to_byte(int32_t sum) {
-    sum = (sum + (1 << (PRECISION - 1))) >> PRECISION;
-    return sum < 0 ? 0 : sum > 255 ? 255 : (uint8_t)sum;
-}
-
-/* row: RGBX source pixels, `left` is the number of its first pixel; out: [axis->out] RGBX. */
-static void horizontal(const Axis *axis, const uint8_t *row, int left, uint8_t *out) {
-    for (int i = 0; i < axis->out; i++) {
-        const uint8_t *in = row + (size_t)(axis->start[i] - left) * PIXEL;
-        const int16_t *weight = axis->weight + (size_t)i * axis->taps;
-        int32_t r = 0, g = 0, b = 0;
-        for (int k = 0; k < axis->taps; k++, in += PIXEL) {
-            r += in[0] * weight[k];
-            g += in[1] * weight[k];
-            b += in[2] * weight[k];
-        }
-        out[0] = to_byte(r), out[1] = to_byte(g), out[2] = to_byte(b), out[3] = 0;
-        out += PIXEL;
-    }
-}
-
-/* rows: RGBX, `stride` bytes apart; out: `pixels` RGB. */
-static void vertical(const int16_t *weight, int taps, const uint8_t *rows, size_t stride,
-                     int pixels, uint8_t *out) {
-    for (int i = 0; i < pixels; i++, rows += PIXEL, out += 3)
-        for (int c = 0; c < 3; c++) {
-            int32_t sum = 0;
-            for (int k = 0; k < taps; k++) sum += rows[k * stride + c] * weight[k];
-            out[c] = to_byte(sum);
-        }
-}
-
-#ifdef HAVE_AVX2_CODE
-/* Two rows at once: they share the weights. */
-__attribute__((target("avx2"), always_inline)) static inline void horizontal_groups(
-    const Axis *axis, int groups, const uint8_t *const row[2], int left, uint8_t *const out[2]) {
-    /* four RGBX pixels → R0 R1 G0 G1 B0 B1 X0 X1 | R2 R3 G2 G3 ... as 16-bit numbers */
-    const __m256i spread = _mm256_setr_epi8(
-        0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1,
-        8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
-    const __m256i half = _mm256_set1_epi32(1 << (PRECISION - 1));
-    const __m256i *weight = (const __m256i *)axis->paired;
-    const uint8_t *first = row[0] - (size_t)left * PIXEL, *second = row[1] - (size_t)left * PIXEL;
-    for (int i = 0; i < axis->out; i++, weight += groups) {
-        const __m128i *a = (const __m128i *)(first + (size_t)axis->start[i] * PIXEL);
-        const __m128i *b = (const __m128i *)(second + (size_t)axis->start[i] * PIXEL);
-        __m256i sum_a = _mm256_setzero_si256(), sum_b = sum_a;
-        for (int k = 0; k < groups; k++) {
-            __m256i w = _mm256_loadu_si256(weight + k);
-            __m256i four_a = _mm256_broadcastsi128_si256(_mm_loadu_si128(a + k));
-            __m256i four_b = _mm256_broadcastsi128_si256(_mm_loadu_si128(b + k));
-            four_a = _mm256_madd_epi16(_mm256_shuffle_epi8(four_a, spread), w);
-            four_b = _mm256_madd_epi16(_mm256_shuffle_epi8(four_b, spread), w);
-            sum_a = _mm256_add_epi32(sum_a, four_a);
-            sum_b = _mm256_add_epi32(sum_b, four_b);
-        }
-        __m256i sum = _mm256_add_epi32(_mm256_permute2x128_si256(sum_a, sum_b, 0x20),
-                                       _mm256_permute2x128_si256(sum_a, sum_b, 0x31));
-        sum = _mm256_srai_epi32(_mm256_add_epi32(sum, half), PRECISION);
-        sum = _mm256_packs_epi32(sum, sum);
-        sum = _mm256_packus_epi16(sum, sum);
-        int32_t pixel_a = _mm256_extract_epi32(sum, 0), pixel_b = _mm256_extract_epi32(sum, 4);
-        memcpy(out[0] + (size_t)i * PIXEL, &pixel_a, PIXEL);
-        memcpy(out[1] + (size_t)i * PIXEL, &pixel_b, PIXEL);
-    }
-}
-
-__attribute__((target("avx2"))) static void horizontal_avx2(
-    const Axis *axis, const uint8_t *const row[2], int left, uint8_t *const out[2]) {
-    int groups = axis->taps / GROUP;
-    if (groups == 1) horizontal_groups(axis, 1, row, left, out); /* unrolled */
-    else if (groups == 2) horizontal_groups(axis, 2, row, left, out);
-    else if (groups == 3) horizontal_groups(axis, 3, row, left, out);
-    else horizontal_groups(axis, groups, row, left, out);
-}
-
-/* Four pixels (16 bytes) at a time; the rest by the scalar loop. */
-__attribute__((target("avx2"))) static void vertical_avx2(const int16_t *weight, int taps,
-                                                          const uint8_t *rows, size_t stride,
-                                                          int pixels, uint8_t *out) {
-    const __m256i half = _mm256_set1_epi32(1 << (PRECISION - 1));
-    const __m128i pack = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-    int i = 0;
-    for (; i + 6 <= pixels; i += 4) { /* 16 bytes are stored, 12 of them count */
-        const uint8_t *in = rows + (size_t)i * PIXEL;
-        __m256i low = half, high = half;
-        for (int k = 0; k < taps; k += 2, in += 2 * stride) {
-            __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)in));
-            __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(in + stride)));
-            int32_t two;
-            memcpy(&two, weight + k, sizeof two);
-            __m256i pair = _mm256_set1_epi32(two);
-            low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), pair));
-            high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), pair));
-        }
-        low = _mm256_srai_epi32(low, PRECISION);
-        high = _mm256_srai_epi32(high, PRECISION);
-        __m256i words = _mm256_packs_epi32(low, high); /* in order within each half */
-        __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words),
-                                         _mm256_extracti128_si256(words, 1));
-        _mm_storeu_si128((__m128i *)(out + (size_t)i * 3), _mm_shuffle_epi8(bytes, pack));
-    }
-    vertical(weight, taps, rows + (size_t)i * PIXEL, stride, pixels - i, out + (size_t)i * 3);
-}
-#endif
-
-static int has_avx2(void) {
-#ifdef HAVE_AVX2_CODE
-    return __builtin_cpu_supports("avx2");
-#else
-    return 0;
-#endif
-}
-
-/* The horizontal pass over one row, or over two if `count` > 1. */
-static void shrink_rows(const Axis *x, JSAMPROW *rows, int count, int left, uint8_t *out,
-                        size_t stride, int simd) {
-    int second = count > 1;
-#ifdef HAVE_AVX2_CODE
-    if (simd) {
-        const uint8_t *const in[2] = {rows[0], rows[second]};
-        uint8_t *const to[2] = {out, out + second * stride};
-        horizontal_avx2(x, in, left, to);
-        return;
-    }
-#endif
-    (void)simd;
-    horizontal(x, rows[0], left, out);
-    if (second) horizontal(x, rows[1], left, out + stride);
-}
-
 /* ---------------------------------------------------------------- decoding */
 
 static void open_picture(Job *job) {
@@ -368,12 +137,14 @@ static int read_pixels(Job *job, int simd) {
     job->ours = job->scan && begin_scan(job->scan, cinfo, job->data, job->length, codes);
     if (job->ours) ((Entropy *)cinfo->entropy)->decode_mcu = read_codes;
 
-    int left = x->first > MARGIN ? x->first - MARGIN : 0;
-    int right = x->last + MARGIN < job->width ? x->last + MARGIN : job->width;
+    int margin = cinfo->max_h_samp_factor > 1 ? MARGIN : 0;
+    int left = x->first > margin ? x->first - margin : 0;
+    int right = x->last + margin < job->width ? x->last + margin : job->width;
     JDIMENSION offset = (JDIMENSION)left, width = (JDIMENSION)(right - left);
     if (left > 0 || right < job->width) jpeg_crop_scanline(cinfo, &offset, &width);
     if (job->ours) want_columns(job->scan, cinfo, offset);
-    int top = y->first > MARGIN ? y->first - MARGIN : 0;
+    margin = cinfo->max_v_samp_factor > 1 ? MARGIN : 0;
+    int top = y->first > margin ? y->first - margin : 0;
     if (top > 0) jpeg_skip_scanlines(cinfo, (JDIMENSION)top);
 
     /* Zero weights reach behind the last pixel: room for them, with defined content. */
@@ -393,33 +164,21 @@ static int read_pixels(Job *job, int simd) {
     uint8_t *unaligned = job->rows + 64 - (uintptr_t)job->rows % 64 + PIXEL;
     for (int i = 0; i < ROWS; i++) pointers[i] = unaligned + i * stride;
     while ((int)cinfo->output_scanline < y->last) {
-        int row = (int)cinfo->output_scanline;
-        int count = (int)jpeg_read_scanlines(cinfo, pointers, ROWS);
-        if (count < 1) refuse(job, "no more rows");
+        int row = (int)cinfo->output_scanline, count = 0;
+        while (count < ROWS && row + count < y->last) { /* it gives one or two at a time */
+            JDIMENSION more = jpeg_read_scanlines(cinfo, pointers + count, ROWS - count);
+            if (more < 1) refuse(job, "no more rows");
+            count += (int)more;
+        }
         int from = row < y->first ? y->first - row : 0;
         int to = row + count > y->last ? y->last - row : count;
         uint8_t *out = job->middle + (ptrdiff_t)(row + from - y->first) * (ptrdiff_t)middle_stride;
-        for (int i = from; i < to; i += 2, out += 2 * middle_stride)
-            shrink_rows(x, pointers + i, to - i, (int)offset, out, middle_stride, simd);
+        for (int i = from; i < to; i += TOGETHER, out += TOGETHER * middle_stride) {
+            int some = to - i < TOGETHER ? to - i : TOGETHER;
+            shrink_rows(x, pointers + i, some, (int)offset, out, middle_stride, simd);
+        }
     }
     return 1;
-}
-
-static void write_output(const Job *job, uint8_t *out, int simd) {
-    const Axis *y = &job->y;
-    size_t stride = (size_t)job->x.out * PIXEL;
-    for (int i = 0; i < y->out; i++, out += (size_t)job->x.out * 3) {
-        const uint8_t *rows = job->middle + (size_t)(y->start[i] - y->first) * stride;
-        const int16_t *weight = y->weight + (size_t)i * y->taps;
-#ifdef HAVE_AVX2_CODE
-        if (simd) {
-            vertical_avx2(weight, y->taps, rows, stride, job->x.out, out);
-            continue;
-        }
-#endif
-        vertical(weight, y->taps, rows, stride, job->x.out, out);
-    }
-    (void)simd;
 }
 
 /* read_pixels, by the library alone where the codes are not sound. */
@@ -533,16 +292,16 @@ static int run(Job *job, uint8_t *out, int size, const double box[4], int inside
         return 0;
     }
     if (!read_crop(job, simd)) return 0;
-    write_output(job, out, simd);
+    shrink_columns(&job->y, job->middle, job->x.out, out, simd);
     return 1;
 }
 
 static PyObject *py_decode(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer data, out;
-    int size, inside, flip, cubic, simd = 1, entropy = 1;
+    int size, inside, flip, cubic, simd = WITH_AVX512, entropy = 1;
     double box[4];
-    if (!PyArg_ParseTuple(args, "y*w*iddddppp|pp:decode", &data, &out, &size, &box[0], &box[1],
+    if (!PyArg_ParseTuple(args, "y*w*iddddppp|ip:decode", &data, &out, &size, &box[0], &box[1],
                           &box[2], &box[3], &inside, &flip, &cubic, &simd, &entropy))
         return NULL;
     PyObject *result = NULL;
@@ -557,7 +316,7 @@ static PyObject *py_decode(PyObject *self, PyObject *args) {
         job->length = (size_t)data.len;
         job->scan = entropy ? take_scan() : NULL;
         Scan *scan = job->scan;
-        simd = simd && has_avx2();
+        simd = find_simd(simd);
         Py_BEGIN_ALLOW_THREADS
         done = run(job, out.buf, size, box, inside, flip, cubic, simd);
         Py_END_ALLOW_THREADS
@@ -683,7 +442,7 @@ static PyObject *py_decode_many(PyObject *self, PyObject *args) {
     }
     if (count >= 0) {
         Scan *scan = take_scan();
-        int simd = has_avx2();
+        int simd = find_simd(WITH_AVX512);
         Py_BEGIN_ALLOW_THREADS
         for (Py_ssize_t i = 0; i < count; i++) {
             const File *file = (const File *)files.buf + i;
@@ -721,9 +480,11 @@ static PyMethodDef methods[] = {
     {"next_marker", py_next_marker, METH_VARARGS,
      "next_marker(data, start) -> index of the next 0xff of a marker inside a scan, or -1"},
     {"decode", py_decode, METH_VARARGS,
-     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=True, "
+     "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=2, "
      "entropy=True)\n\nWrite the rectangle, resized to size x size RGB bytes, into the writable "
-     "buffer `out`; whether our own reader of codes read it. simd, entropy: with our own loops and reader of codes; the bytes are the same."},
+     "buffer `out`; whether our own reader of codes read it. simd: at most scalar loops (0), "
+     "AVX2 (1) or AVX-512 (2); "
+     "entropy: with our own reader of codes; the bytes are the same."},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpegcrop", NULL, -1, methods,

@@ -17,6 +17,6 @@ def decode(
     inside: bool,
     flip: bool,
     bicubic: bool,
-    simd: bool = True,
+    simd: int = 2,
     entropy: bool = True,
 ) -> bool: ...

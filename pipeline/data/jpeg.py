@@ -21,7 +21,16 @@ from PIL import Image
 
 from pipeline.data.crops import Box, Choose
 from pipeline.errors import UserError
-from shard_tools.image_file import Header, ImageFault, decode, next_marker, read_header
+from shard_tools.image_file import (
+    Header,
+    ImageFault,
+    cut_out,
+    decode,
+    find_pieces,
+    next_marker,
+    read_header,
+    whole,
+)
 
 try:  # built at set-up where a compiler and libjpeg-turbo's headers are
     from pipeline.data import _jpegcrop
@@ -98,17 +107,31 @@ def decode_many(
     return done.astype(np.bool_)
 
 
+def _pixels(data: bytes, width: int, height: int) -> torch.Tensor:
+    pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
+    if pixels.shape[1:] != (height, width):
+        raise ValueError("another size than its header declares")
+    return pixels
+
+
+def _inside(data: bytes, header: Header, box: Box) -> torch.Tensor:
+    """The pixels of a box, decoded out of as little of the file as its restart markers allow."""
+    left, top, right, bottom = map(int, (box.left, box.top, box.right, box.bottom))
+    pieces = find_pieces(data, header)
+    part = cut_out(data, pieces, left, top, right, bottom) if pieces else whole(data, header)
+    pixels = _pixels(part.data, part.width, part.height)
+    return pixels[:, top - part.top : bottom - part.top, left - part.left : right - part.left]
+
+
 def _by_simplejpeg(
     data: bytes, header: Header, box: Box, flip: bool, out: np.ndarray, interpolation: str
 ) -> None:
-    pixels = torch.from_numpy(simplejpeg.decode_jpeg(data, "RGB")).permute(2, 0, 1)
-    height, width = pixels.shape[1:]
-    if (height, width) != (header.height, header.width):
-        raise ValueError("another size than its header declares")
     if box.inside:
-        pixels = pixels[:, int(box.top) : int(box.bottom), int(box.left) : int(box.right)]
+        pixels = _inside(data, header, box)
         size, left, top = (out.shape[0], out.shape[1]), 0, 0
     else:
+        pixels = _pixels(data, header.width, header.height)
+        height, width = pixels.shape[1:]
         x, y = out.shape[1] / (box.right - box.left), out.shape[0] / (box.bottom - box.top)
         size, left, top = (
             (round(height * y), round(width * x)),

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side
 from pipeline.data.jpeg import Choose
@@ -359,6 +360,8 @@ class Loader:
         """End the worker processes and what fetches ahead."""
         self.reader.close()
         with _deaths_unwatched():
+            if any(worker.exitcode for worker in self._workers):
+                self._abandon()
             self._iterator = None  # its destructor asks them to stop, unless a traceback holds it
             for worker in self._workers:
                 worker.join(2)
@@ -366,6 +369,22 @@ class Loader:
                     worker.kill()
                     worker.join()
         self._workers = []
+
+    def _abandon(self) -> None:
+        """Kill the workers that are left: the one that has died may have held a lock, for which
+        they, and torch in asking them to stop, would wait for ever."""
+        for worker in self._workers:
+            worker.kill()
+            worker.join()
+        iterator: Any = self._iterator
+        if iterator is None or iterator._shutdown:
+            return
+        iterator._shutdown = True
+        if iterator._worker_pids_set:
+            signal_handling._remove_worker_pids(id(iterator))
+            iterator._worker_pids_set = False
+        for queue in (*iterator._index_queues, iterator._worker_result_queue):
+            queue.cancel_join_thread()
 
 
 @contextlib.contextmanager

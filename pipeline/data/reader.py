@@ -79,8 +79,8 @@ class Reader:
         try:
             decoder(self.decoder)[1](self.read(sample), choose, out, self.interpolation)
         except DecodeError as error:
-            where = self.manifest.path(self.shard(sample))
-            raise SampleError(f"sample {sample} of {where} will not decode: {error}") from error
+            where = self.manifest.describe(sample)
+            raise SampleError(f"{where} will not decode: {error}") from error
 
     def decode_all(
         self, samples: np.ndarray, chosen: Sequence[Sequence[Choose]], outs: Sequence[np.ndarray]

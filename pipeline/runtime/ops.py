@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from pipeline.distributed import cannot_build, extensions_dir
+from pipeline.distributed import cannot_build, extensions_dir, own_extensions
 from shard_tools.atomic import write_json
 
 FAILED = "failed.txt"  # in the folder of the ops: why they could not be compiled
@@ -168,11 +168,12 @@ def _load_compiled(folder: Path, builder: Any, made_of: dict[str, Any]) -> bool:
 
 
 def _take_over(folder: Path, name: str) -> None:
-    """Copy an op that was compiled when the folders had no such names; ninja knows by commands and
-    times whether it is of this torch, and compiles it again where it is not."""
-    before = folder.parent / name
-    if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
-        shutil.copytree(before, folder / name, dirs_exist_ok=True)
+    """Copy an op that set-up has compiled into an environment that is read-only here, or that was
+    compiled when the folders had no such names; ninja knows by commands and times whether it is of
+    this torch, and compiles it again where it is not."""
+    for before in (own_extensions() / folder.name / name, folder.parent / name):
+        if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
+            shutil.copytree(before, folder / name, dirs_exist_ok=True)
 
 
 def _why(error: Exception) -> str:

@@ -246,7 +246,8 @@ def _claim(
 
 def _saved_by(saved: dict, negatives: int) -> str:
     """Which ranks saved a state; and its negatives where they came from another number."""
-    text = f"saved by {saved['ranks']} ranks under ZeRO stage {saved['zero_stage']}"
+    ranks = f"{saved['ranks']} rank{'s' * (saved['ranks'] != 1)}"
+    text = f"saved by {ranks} under ZeRO stage {saved['zero_stage']}"
     before = saved["negatives_batch"]
     if negatives and before != negatives:
         text += f"; negatives came from {before} images, now from {negatives}"

@@ -13,6 +13,7 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from pipeline.errors import UserError
+from shard_tools.cli import ToolError
 from shard_tools.texts import Texts
 
 # torchvision's IMG_EXTENSIONS, and GIF; other files are left out and reported.
@@ -98,6 +99,19 @@ class Images(Sequence[Image]):
         return Image(name, file, int(self.offsets[number]), int(self.sizes[number]))
 
 
+class Skippable(ToolError):
+    """A file that is missing or damaged, which --on-error skip leaves out."""
+
+
+@contextmanager
+def naming_skip() -> Iterator[None]:
+    """Says so in the error, for commands that have the option."""
+    try:
+        yield
+    except Skippable as error:
+        raise ToolError(f"{error}; --on-error skip leaves it out") from error
+
+
 @dataclass
 class Found:
     """images; (name, reason) of what was left out because it is no image, and of images that are
@@ -116,7 +130,7 @@ class Found:
             yield
         except UserError as error:
             if not skip:
-                raise
+                raise Skippable(str(error)) from error
             self.missing.append((name, str(error)))
 
     def extend(self, other: Found) -> None:

@@ -8,7 +8,7 @@ torchvision's ImageFolder does; an image that is re-encoded keeps it in its EXIF
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import simplejpeg
 from PIL import Image
@@ -18,6 +18,7 @@ from shard_tools.image_file import (
     Conversion,
     Header,
     ImageFault,
+    cut,
     decode,
     orientation,
     read_header,
@@ -39,6 +40,7 @@ class ImageSettings:
     check: "decode" runs every entropy-coded byte through the decoder, "headers" reads the headers
         of JPEGs and looks for their end only.
     conversion: what becomes of values of more than 8 bits and of transparent pixels.
+    restart_markers: put restart markers into the rows of each JPEG that can be cut by them.
     """
 
     resize_shorter: int | None = None
@@ -46,6 +48,7 @@ class ImageSettings:
     quality: int | None = None
     check: str = "decode"
     conversion: Conversion = field(default_factory=Conversion)
+    restart_markers: bool = False
 
     @property
     def changes_size(self) -> bool:
@@ -56,7 +59,10 @@ class ImageSettings:
 @dataclass(frozen=True)
 class CheckedImage:
     """A JPEG ready to be stored, its size in pixels, the EXIF orientation its source declared
-    (1 = upright), and what was converted or found (empty = bytes unchanged and sound)."""
+    (1 = upright), and what was converted or found (empty = pixels unchanged and sound).
+
+    interval: MCUs between its restart markers, 0 = none or not looked for; markers: "" where they
+    were not asked for, "added", or why it stays as it is."""
 
     data: bytes
     width: int
@@ -64,10 +70,20 @@ class CheckedImage:
     orientation: int = 1
     converted: str = ""
     damage: str = ""
+    interval: int = 0
+    markers: str = ""
 
 
 def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
     """Check one file and convert it where needed. Raises ImageFault with the reason."""
+    image = _checked(data, settings)
+    if not settings.restart_markers:
+        return image
+    made = cut(image.data)
+    return replace(image, data=made.data, interval=made.interval, markers=made.reason or "added")
+
+
+def _checked(data: bytes, settings: ImageSettings) -> CheckedImage:
     sound = sound_until(data) if settings.check == "decode" else -1
     header = _header(data, sound, settings.conversion)
     is_jpeg = header.format == "JPEG"

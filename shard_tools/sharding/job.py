@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
-from shard_tools.cli import ToolError
+from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
 from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
@@ -165,7 +166,16 @@ def merge(dest: Path) -> None:
     size = sum(shard.bytes for shard in manifest.shards)
     counts = ", ".join(f"{n} {what}" for what, n in manifest.made["report"].items() if n)
     print(
-        f"{dest}: {manifest.samples} images of {len(manifest.classes)} classes in "
-        f"{len(manifest.shards)} shards, {size / 1e6:.1f} MB"
+        f"{dest}: {images_of(manifest.samples, len(manifest.classes))} in "
+        f"{counted(len(manifest.shards), 'shard')}, {size / 1e6:.1f} MB"
         + (f"; {counts} (see {dest / 'report.jsonl'})" if counts else "")
+        + _markers(manifest.made.get("restart_markers"))
     )
+
+
+def _markers(made: dict[str, Any] | None) -> str:
+    """The end of the sentence: in how many images restart markers are, and why not in others."""
+    if made is None:
+        return ""
+    left = ", ".join(f"{n} {reason}" for reason, n in made["left"].items())
+    return f"; restart markers in {made['images']}" + (f" ({left})" if left else "")

@@ -17,6 +17,7 @@ import numpy as np
 
 from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
+from shard_tools.image_file import GROWTH
 from shard_tools.manifest import SAMPLE, Shard
 from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
 from shard_tools.sharding.items import Items
@@ -46,11 +47,13 @@ class Settings:
     fields: str = ALL_FIELDS  # one of FIELDS
 
     def record(self) -> dict[str, Any]:
-        """All of it as JSON values; `fields` only where it is not what it was before it could be
-        chosen, so that older jobs can be resumed."""
+        """All of it as JSON values; what could not always be chosen only where it is not what it
+        was before, so that older jobs can be resumed."""
         record = asdict(self)
         if self.fields == ALL_FIELDS:
             del record["fields"]
+        if not self.image.restart_markers:
+            del record["image"]["restart_markers"]
         return record
 
 
@@ -78,6 +81,8 @@ def make_plan(source: Source, settings: Settings) -> Plan:
     sizes = np.asarray(items.images.sizes, np.int64)[order]
     if ratio != 1:
         sizes = (sizes * ratio).astype(np.int64)
+    if settings.image.restart_markers:
+        sizes = sizes + sizes // GROWTH
     sizes = sizes + -sizes % BLOCK + FIELDS[settings.fields]
     largest, ends = int(sizes.max()), np.cumsum(sizes)
     total = int(ends[-1])
@@ -136,7 +141,8 @@ class Part:
     """A finished shard: what the manifest needs to know of it, and what happened to its images.
 
     shard is None where no image of it could be used. report: (name, what, reason) with what one of
-    converted, damaged, skipped. prints, pixels: see shard_tools/sharding/statistics.py.
+    converted, damaged, skipped. prints, pixels: see shard_tools/sharding/statistics.py. markers:
+    how often CheckedImage.markers was what.
     """
 
     shard: Shard | None
@@ -145,6 +151,7 @@ class Part:
     report: list[tuple[str, str, str]]
     prints: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     pixels: np.ndarray = field(default_factory=lambda: NO_PIXELS)
+    markers: dict[str, int] = field(default_factory=dict)
 
 
 def part_path(dest: Path, number: int) -> Path:
@@ -160,6 +167,7 @@ def write_part(dest: Path, number: int, digest: str, part: Part) -> None:
         "report": part.report,
         "prints": base64.b64encode(part.prints.tobytes()).decode(),
         "pixels": part.pixels.tolist(),
+        "markers": part.markers,
     }
     write_atomic(part_path(dest, number), json.dumps(content).encode())
 
@@ -177,7 +185,8 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
         report = [(name, what, reason) for name, what, reason in content["report"]]
         prints = np.frombuffer(base64.b64decode(content["prints"]), np.uint64)
         pixels = np.array(content["pixels"])
-        return Part(shard, rows, content["names"], report, prints, pixels)
+        markers = content.get("markers", {})
+        return Part(shard, rows, content["names"], report, prints, pixels, markers)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

@@ -30,7 +30,7 @@ def merge_parts(dest: Path) -> Manifest:
     if record is None:
         raise ToolError(f"{dest}: no sharding job is here, so there is nothing to merge")
     shards, rows, names, prints, pixels = [], [np.zeros(0, SAMPLE)], Texts(), [], NO_PIXELS
-    missing = []
+    missing, markers = [], Counter[str]()
     lines: list[tuple[str, str, str]] = [
         (name, "ignored", reason) for name, reason in record["ignored"]
     ]
@@ -41,6 +41,7 @@ def merge_parts(dest: Path) -> Manifest:
             missing.append(number)
             continue
         lines += part.report
+        markers.update(part.markers)
         if part.shard:
             shards.append(part.shard)
             rows.append(part.rows)
@@ -68,6 +69,8 @@ def merge_parts(dest: Path) -> Manifest:
         "report": {what: counts[what] for what in _REMARKS},
         "pixels": mean_and_std(pixels),
     }
+    if markers:
+        made["restart_markers"] = restart_markers(index, markers)
     manifest = write_manifest(
         dest,
         shards=shards,
@@ -78,6 +81,17 @@ def merge_parts(dest: Path) -> Manifest:
     )
     clean_up(dest)
     return manifest
+
+
+def restart_markers(index: np.ndarray, found: dict[str, int]) -> dict[str, object]:
+    """What a manifest says of them: in how many images they are, how often they were added, and
+    why other images stay as they are."""
+    left = {reason: n for reason, n in sorted(found.items()) if reason != "added"}
+    return {
+        "images": int(np.count_nonzero(index["interval"])),
+        "added": found.get("added", 0),
+        "left": left,
+    }
 
 
 def clean_up(dest: Path) -> None:

@@ -83,6 +83,8 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
             source = _folder(path, how)
         elif not path.is_file():
             raise ToolError(f"{path}: is no regular file and no folder")
+        elif is_image(path.name):
+            raise ToolError(f"{path}: is one image; give its folder, or a table of paths")
         elif suffix in LISTS:
             source = LISTS[suffix](path, how)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ def write_shard(job: ShardJob) -> Part:
     pixels = NO_PIXELS
     names: list[str] = []
     remarks: list[tuple[str, str, str]] = []
+    markers: Counter[str] = Counter()
     handle = -1
     try:  # from here on, since a signal may come between the opening and the next line
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -119,6 +121,8 @@ def write_shard(job: ShardJob) -> Part:
                 remarks.append((item.name, "converted", image.converted))
             if image.damage:
                 remarks.append((item.name, "damaged", image.damage))
+            if image.markers:
+                markers[image.markers] += 1
             offsets = writer.write(f"{index:09d}", fields_of(job, item, image))
             rows[len(names)] = row_of(item, image, offsets["jpg"])
             prints[len(names)] = fingerprint(data)
@@ -132,7 +136,8 @@ def write_shard(job: ShardJob) -> Part:
         os.replace(partial, job.dest / job.name)
         fsync(job.dest)
         shard = Shard(job.name, len(names), writer.bytes, digest)
-        return Part(shard, rows[: len(names)], names, remarks, prints[: len(names)], pixels)
+        count = len(names)
+        return Part(shard, rows[:count], names, remarks, prints[:count], pixels, dict(markers))
     finally:
         partial.unlink(missing_ok=True)
         if handle >= 0:
@@ -163,4 +168,4 @@ def row_of(item: Item, image: CheckedImage, offset: int) -> tuple[int, ...]:
     """The SAMPLE row of one sample."""
     kind = FORMATS.index("jpeg")
     extent = (offset, len(image.data), item.label)
-    return (*extent, image.width, image.height, image.orientation, kind, 0)
+    return (*extent, image.width, image.height, image.orientation, kind, image.interval)

@@ -1,13 +1,14 @@
 """What a step costs the host: launches by phase and recipe, and its time beside plain torch's.
 
-Usage: python tests/bench/bench_launches.py [--mae CHECKOUT] [--rounds 20]. Behind `make
-bench-launches`; the last line is JSON. No GPU is needed, and none is used.
+Usage: python tests/bench/bench_launches.py [--mae CHECKOUT] [--compiled] [--rounds 20]. Behind
+`make bench-launches`; the last line is JSON. No GPU is needed, and none is used.
 
 Launches: ViT-B's recipes at full size with torch_autocast in bf16 and ZeRO-2 on one rank, on the
 stand-in of tests/helpers/null_gpu.c, which counts what torch's CUDA build and Triton send it. Where
 it cannot be built the recipes' ops are counted on the CPU, at 64 x 64 pixels and small widths.
 Beside them a plain torch loop (tests/bench/peer_mae.py) and, with --mae, a checkout of
-facebookresearch/mae.
+facebookresearch/mae; with --compiled also the recipes whose blocks torch.compile has compiled for
+CUDA, MAE's under ZeRO 0 to 2 (minutes).
 
 Host time: ViT-B MAE with its 252 tensors at widths of 24 and 16, where the arithmetic is next to
 nothing: our step under each ZeRO stage and a plain loop (torch.autocast, one foreach norm read by
@@ -65,9 +66,9 @@ def recipe_of(name: str, small: bool, *overrides: str) -> Recipe:
     return load_recipe(RECIPES / f"{name}.yaml", list(more))
 
 
-def engine_of(recipe: Recipe, stage: int) -> tuple[Engine, Objective, Any]:
+def engine_of(recipe: Recipe, stage: int, compiled: bool = False) -> tuple[Engine, Objective, Any]:
     """The shipped way to run under a ZeRO stage, in bf16 also on a CPU."""
-    config = read_ds_config(f"zero{stage}")
+    config = read_ds_config(f"zero{stage}") | {"compile": compiled}
     set_precision(config, "bf16")
     objective, teacher = build_objective(recipe)
     engine = Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
@@ -104,10 +105,10 @@ def counts_of(call: Callable[[], Any], device: str) -> dict[str, int]:
     return found | {"launches": found["launches"] + len(INTERPRETED) - before}
 
 
-def phases(name: str, device: str) -> dict[str, Any]:
+def phases(name: str, device: str, stage: int = 2, compiled: bool = False) -> dict[str, Any]:
     """{phase: launches, copies and waits} of one step of a recipe."""
     recipe = recipe_of(name, device == "cpu")
-    engine, objective, teacher = engine_of(recipe, 2)
+    engine, objective, teacher = engine_of(recipe, stage, compiled)
     if teacher is not None:
         teacher.to(device)
     inputs = inputs_of(recipe, device, teacher)
@@ -184,6 +185,10 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
     if device == "cpu":
         note_interpreted()
     found = {name: phases(name, device) for name in STUDIED}
+    if device == "cuda" and args.compiled:
+        for stage in (0, 1, 2):
+            found[f"mae, compiled, ZeRO-{stage}"] = phases("mae", device, stage, compiled=True)
+        found |= {f"{name}, compiled": phases(name, device, compiled=True) for name in PAPER[1:]}
     if device == "cuda":  # at full size, which holds no memory there
         found["plain torch"] = peer_phases(device, None)
         if args.mae:
@@ -255,6 +260,7 @@ def child(words: list[str], env: dict[str, str]) -> dict[str, Any]:
 def counted(args: argparse.Namespace) -> dict[str, Any]:
     """`count` on the stand-in for a GPU, or on the CPU where that cannot be built."""
     words = ["--part", "count", *(["--mae", str(args.mae)] if args.mae else [])]
+    words += ["--compiled"] * args.compiled
     with tempfile.TemporaryDirectory() as folder:
         try:
             return child(words, null_gpu.environment(Path(folder)))
@@ -269,15 +275,16 @@ def show(found: dict[str, Any]) -> None:
     print(
         "launches (waits of the host) of a step: one micro-batch, ZeRO-2, one rank, bf16 autocast"
     )
-    print(f"{'':22}" + "".join(f"{phase:>14}" for phase in order))
+    print(f"{'':24}" + "".join(f"{phase:>14}" for phase in order))
     for name, seen in found.items():
         cells = [f"{n['launches']} ({n['waits']})" if (n := seen.get(p)) else "" for p in order]
-        print(f"{name:22}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{name:24}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--mae", type=Path, help="a checkout of facebookresearch/mae")
+    parser.add_argument("--compiled", action="store_true", help="also under torch.compile")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--part", choices=["count", "host"], help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)

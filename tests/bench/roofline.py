@@ -1,10 +1,12 @@
 """A prediction, not a measurement: the time of a training step on GPUs that are not here.
 
-Usage: python tests/bench/roofline.py [--batch 128]. Behind `make roofline`; the last line is JSON.
-Every op of a step in bf16 takes max(FLOPs / peak, bytes / bandwidth), its inputs read and its
-outputs written once; launches, caches and communication are left out, so the truth is slower. Ops
-are counted as they run on tensors without data: MAE written plainly in eager PyTorch
-(tests/bench/peer_mae.py), and our methods with each masking kernel as one launch.
+Usage: python tests/bench/roofline.py [--batch 128] [--launch-ms MS]. Behind `make roofline`; the
+last line is JSON. Every op of a step in bf16 takes max(FLOPs / peak, bytes / bandwidth), its inputs
+read and its outputs written once; caches and communication are left out, so the truth is slower.
+The host takes --launch-ms for each op (default: measured on this machine, a lower bound); the
+longer of the two is the step's. Ops are counted as they run on tensors without data: MAE written
+plainly in eager PyTorch (tests/bench/peer_mae.py), and our methods with each masking kernel as one
+launch.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from pipeline import kernels
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.estimate import ATTENTION, meta_objective
+from pipeline.estimate import ATTENTION, OPTIMIZER_LAUNCHES, measured_launch_ms, meta_objective
 from pipeline.kernels.cases import ops
 from pipeline.method import objective
 
@@ -47,6 +49,7 @@ class Book(CountBytes):
         self.phase, self.closed = "rest", False
         self.flops: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
         self.seconds: dict[str, Counter[str]] = {gpu: Counter() for gpu in BANDWIDTH}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,8 +62,9 @@ class Book(CountBytes):
         self.add(work, self.total - before)
         return out
 
-    def add(self, flops: int, moved: int) -> None:
-        """One launch in the phase that is open."""
+    def add(self, flops: int, moved: int, launches: int = 1) -> None:
+        """One launch, or some, in the phase that is open; none where nothing is moved (a view)."""
+        self.launches[self.phase] += launches * (moved > 0)
         self.flops[self.phase] += flops
         self.bytes[self.phase] += moved
         for gpu, bandwidth in BANDWIDTH.items():
@@ -120,7 +124,7 @@ def peer(batch: int) -> Book:
             with book.within("backward"):
                 loss.backward()
             with book.within("optimizer"):
-                book.add(0, ADAMW * parameters(model))
+                book.add(0, ADAMW * parameters(model), OPTIMIZER_LAUNCHES)
     return book
 
 
@@ -158,7 +162,7 @@ def ours(name: str, batch: int) -> Book:
                 with book.within("backward"):
                     loss.backward()
                 with book.within("optimizer"):
-                    book.add(0, ADAMW * parameters(model))
+                    book.add(0, ADAMW * parameters(model), OPTIMIZER_LAUNCHES)
                 if teacher is not None:
                     with book.within("EMA"):
                         book.add(0, EMA * parameters(teacher))
@@ -169,9 +173,10 @@ def ours(name: str, batch: int) -> Book:
     return book
 
 
-def show(books: dict[str, Book], batch: int) -> None:
+def show(books: dict[str, Book], batch: int, launch_ms: float) -> None:
     """Work, then predicted milliseconds, by phase."""
     names = list(books)
+    host = {name: book.launches.total() * launch_ms for name, book in books.items()}
     print(f"ViT-B/16, 224 x 224, bf16, batch {batch}; a prediction (roofline), nothing measured")
     head = f"{'':14}" + "".join(f"{name:>18}" for name in names)
     print("\nTFLOP / GB" + head[10:])
@@ -180,23 +185,29 @@ def show(books: dict[str, Book], batch: int) -> None:
             f"{books[n].flops[phase] / 1e12:.3f} / {books[n].bytes[phase] / 1e9:.3f}" for n in names
         )
         print(f"{phase:14}" + "".join(f"{cell:>18}" for cell in cells))
+    print(f"{'launches':14}" + "".join(f"{books[n].launches.total():18}" for n in names))
+    print(f"{'host, ms':14}" + "".join(f"{host[n]:18.3f}" for n in names))
+    print(f"(at {launch_ms * 1e3:.1f} µs per launch)")
     for gpu in BANDWIDTH:
         print(f"\n{gpu.upper()}, ms" + head[len(gpu) + 4 :])
         for phase in PHASES:
             times = (1e3 * books[n].seconds[gpu][phase] for n in names)
             print(f"{phase:14}" + "".join(f"{t:18.3f}" for t in times))
-        print(
-            f"{'step':14}" + "".join(f"{1e3 * books[n].seconds[gpu].total():18.3f}" for n in names)
-        )
+        step = {name: 1e3 * book.seconds[gpu].total() for name, book in books.items()}
+        print(f"{'step':14}" + "".join(f"{step[n]:18.3f}" for n in names))
+        bound = ("host" if host[n] > step[n] else "GPU" for n in names)
+        print(f"{'bound by the':14}" + "".join(f"{side:>18}" for side in bound))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--batch", type=int, default=128, help="images on one GPU")
+    parser.add_argument("--launch-ms", type=float, help="of the host per op (default: measured)")
     args = parser.parse_args()
+    launch_ms = args.launch_ms or measured_launch_ms()
     kernels.use("reference")
     books = {"plain MAE": peer(args.batch)} | {name: ours(name, args.batch) for name in METHODS}
-    show(books, args.batch)
+    show(books, args.batch, launch_ms)
     ratios = {
         gpu: round(books["mae"].seconds[gpu].total() / books["plain MAE"].seconds[gpu].total(), 3)
         for gpu in BANDWIDTH

@@ -154,13 +154,48 @@ def test_a_damaged_image_stops_or_becomes_a_row_of_nan(home: Path) -> None:
     shutil.copytree(home / "tree", home / "damaged")
     path = home / "damaged/class1/009.png"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=rf"sample 9 of {path} will not decode"):
-        run(home, "damaged", "out-damaged")
-    rows = run(home, "damaged", "out-skip", "--on-error", "skip")
+    with pytest.raises(UserError, match=rf"^{path} will not decode.*; --on-error skip makes it a"):
+        run(home, "damaged", "out-skip")
+    rows = run(home, "damaged", "out-skip", "--on-error", "skip")  # resumes
     assert np.flatnonzero(np.isnan(rows).any(1)).tolist() == [9]
     assert np.isnan(rows[9]).all()
     info = json.loads((home / "out-skip/embeddings.json").read_text())
     assert info["damaged"] == ["class1/009.png"]
+    store, drawn = embeddings.read_embeddings(home / "out-skip"), Path("page.html")
+    some = retrieve.find_queries(retrieve.Settings((), store.folder, drawn, random=COUNT), store)
+    assert [query.row for query in some] == [row for row in range(COUNT) if row != 9]
+    with pytest.raises(UserError, match="embeddings with another on_error"):
+        run(home, "damaged", "out-skip")
+
+
+def test_a_link_to_nothing_is_left_out_where_that_is_asked_for(home: Path) -> None:
+    shutil.copytree(home / "tree", home / "linked")
+    (home / "linked/class0/gone.png").symlink_to("nothing.png")
+    with pytest.raises(UserError, match=r"gone\.png: is a link to nothing; --on-error skip leaves"):
+        run(home, "linked", "out-linked")
+    rows = run(home, "linked", "out-linked", "--on-error", "skip")
+    np.testing.assert_array_equal(rows, run(home, "tree", "out-tree"))
+    info = json.loads((home / "out-linked/embeddings.json").read_text())
+    assert list(info["left_out"]) == ["class0/gone.png"]
+
+
+def test_relative_paths_are_those_of_another_folder_too(home: Path, monkeypatch) -> None:
+    monkeypatch.chdir(home)
+    for images, first in (("shards", "shards/part-000000.tar"), ("tree", "tree/class0/000.png")):
+        words = ["--encoder", "run", "--images", images, "--workers", "0"]
+        args = embed.build_parser().parse_args([*words, "--output", f"out-rel-{images}"])
+        settings = settings_of(embed.Settings, args)
+        embed.run(settings, session_of(args, ALONE), embed.default_output(args))
+        (home / "else").mkdir(exist_ok=True)
+        monkeypatch.chdir(home / "else")
+        store = embeddings.read_embeddings(f"../out-rel-{images}")
+        assert store.paths[0] == str(home / first)
+        query = (str(home / "tree/class0/000.png"),)
+        page = retrieve.build_page(
+            retrieve.Settings(query, store.folder, Path("page.html"), 2, 1, 0)
+        )
+        assert page.count("<figure") == 3
+        monkeypatch.chdir(home)
 
 
 def test_features_that_no_row_can_hold(home: Path) -> None:

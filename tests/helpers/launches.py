@@ -14,7 +14,9 @@ from typing import Any
 import null_gpu
 import torch
 from phases import Phases
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Ops whose result the host reads, or whose output's size it must know.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
@@ -56,6 +58,32 @@ class CountLaunches(CountReads):
         if func.namespace == "aten" and not func.is_view and name not in self.FREE:
             self.launches += 1
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Transfers(TorchDispatchMode):
+    """Names of the ops that carry data between host and device, under a fake device too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        sides = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        if len(sides) > 1 or name == "lift_fresh":  # torch.tensor(…), Tensor.new_tensor(…)
+            self.names.append(name)
+        return out
+
+
+def move_to_fake_cuda(module: torch.nn.Module) -> None:
+    """Put tensors of a fake CUDA device, inside a FakeTensorMode, in place of a module's own."""
+    for part in module.modules():
+        for name, value in [*part.named_parameters(recurse=False)]:
+            fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            setattr(part, name, torch.nn.Parameter(fake, requires_grad=value.requires_grad))
+        for name, value in [*part.named_buffers(recurse=False)]:
+            setattr(part, name, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def environment(folder: Path) -> dict[str, str]:
         VARIABLE: str(library),
         "TRITON_LIBCUDA_PATH": str(folder),
         "TRITON_CACHE_DIR": str(folder / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
         "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
         "CXX": "none",  # DeepSpeed's ops are not compiled: torch's fused AdamW
     }

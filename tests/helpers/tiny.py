@@ -19,7 +19,7 @@ PROJECTORS = ["measure.heads={hidden: 24, out: 12}"]
 
 
 def tiny_overrides(name: str) -> list[str]:
-    return SIZE + (PROJECTORS if name.startswith(("cmae", "mocov3")) else DECODER)
+    return SIZE + (PROJECTORS if "cmae" in name or "mocov3" in name else DECODER)
 
 
 def tiny_recipe(name: str, *overrides: str) -> Recipe:

@@ -203,7 +203,8 @@ def test_a_config_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"none\.json: cannot be read \(no such file\)$"):
         read_ds_config(tmp_path / "none.json")
     with pytest.raises(
-        UserError, match=r"zero4: cannot be read \(no such file\); bundled are: zero0, zero1, zero2"
+        UserError,
+        match=r"zero4: cannot be read .*; did you mean zero\d\? bundled are: zero0, zero1, zero2",
     ):
         read_ds_config("zero4")
 

@@ -1,9 +1,11 @@
 """Our reader of Huffman codes against libjpeg's: the same pixels, the same damage found."""
 
 import contextlib
+import io
 
 import numpy as np
 import pytest
+from flat_jpeg import flat_jpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_corpus import corpus
@@ -97,9 +99,35 @@ def test_what_no_pixel_needs_is_not_read() -> None:
         mcus = [divmod(piece * interval + i, row) for i in range(interval)]
         damaged = data[: at + 2] + b"\xaa" * 6 + data[at + 8 :]
         seen, _ = run(damaged, box, True)
-        if (5, 0) in mcus:
-            assert seen != clean
-        elif all(y > 8 or x > 4 for y, x in mcus):  # the margin is 16 pixels
-            assert seen == clean
-            untouched += 1
+        assert (seen == clean) == ((5, 0) not in mcus)  # 4:4:4 needs no neighbours
+        untouched += seen == clean
     assert untouched > 3
+
+
+BLOCKS = {"restart_marker_blocks": 3}
+SAMPLED = {
+    "4:4:4": noisy((90, 70), 90, subsampling=0),
+    "4:4:4, restarts": noisy((90, 70), 90, subsampling=0, **BLOCKS),
+    "4:2:2": noisy((90, 70), 90, subsampling=1),
+    "4:2:2, restarts": noisy((90, 70), 90, subsampling=1, **BLOCKS),
+    "4:2:0": noisy((90, 70), 90, subsampling=2),
+    "4:2:0, restarts": noisy((90, 70), 90, subsampling=2, **BLOCKS),
+    "4:4:0": flat_jpeg(90, 70, [(1, 2), (1, 1), (1, 1)]),
+    "4:1:1": flat_jpeg(90, 70, [(4, 1), (1, 1), (1, 1)]),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_a_rectangle_has_the_pixels_of_the_whole_picture(kind: str) -> None:
+    """At its own size, so that no filter hides a difference."""
+    data = SAMPLED[kind]
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    draw = np.random.default_rng(0)
+    places = [(1, left, top) for left in (0, 89) for top in range(70)]
+    for size in draw.integers(1, 40, 150).tolist():
+        places.append((size, *(int(draw.integers(0, side - size + 1)) for side in (90, 70))))
+    for size, left, top in places:
+        out = np.zeros((size, size, 3), np.uint8)
+        corners = (left, top, left + size, top + size)
+        assert jpeg._jpegcrop.decode(data, out, size, *corners, True, False, True)
+        assert (out == whole[top : top + size, left : left + size]).all()

@@ -122,7 +122,7 @@ def test_what_is_no_colour_jpeg_is_decoded_as_by_pillow(name: str, photograph) -
 def test_any_rectangle_of_any_picture(
     width, height, size, subsampling, progressive, restart, corners, inside, flip, cubic, grey
 ) -> None:
-    """The extension against Pillow, and its AVX2 loops against its scalar ones."""
+    """The extension against Pillow, and its AVX-512, AVX2 and scalar loops."""
     rng = np.random.default_rng(width * 71 + height)
     small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
     picture = small.resize((width, height), Image.Resampling.BICUBIC)
@@ -148,11 +148,12 @@ def test_any_rectangle_of_any_picture(
         run("pillow", data, box, size, flip, kind),
     )
     assert np.abs(ours.astype(int) - theirs).max() <= 4
-    scalar = np.zeros_like(ours)
-    decode._jpegcrop.decode(
-        data, scalar, size, left, top, right, bottom, inside, flip, cubic, False
-    )
-    assert np.array_equal(ours, scalar)
+    for simd in (0, 1):
+        other = np.zeros_like(ours)
+        decode._jpegcrop.decode(
+            data, other, size, left, top, right, bottom, inside, flip, cubic, simd
+        )
+        assert np.array_equal(ours, other)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -54,6 +54,34 @@ def test_a_worker_that_a_signal_ends_is_a_sentence(number, said, waiting, shards
     assert batches._workers == []
 
 
+def test_a_worker_that_dies_with_a_lock_holds_nobody_up(shards):
+    """As one does that is killed while it asks whether it shall stop."""
+
+    def die(worker, lock):
+        if os.fork() == 0:
+            lock.acquire()
+            os._exit(0)
+        os.wait()
+        os.kill(worker.pid, signal.SIGKILL)
+
+    def run():
+        with batches.explaining():
+            for _ in batches:
+                die(batches._workers[0], batches._iterator._workers_done_event._cond)
+                time.sleep(20)
+
+    batches = loader(shards, workers=2)
+    before = signal.signal(signal.SIGALRM, lambda *_: 1 / 0)
+    signal.alarm(30)
+    try:
+        with pytest.raises(UserError, match="a loader worker was killed"):
+            run()
+    finally:
+        assert signal.alarm(0), "it had to be rung awake"
+        signal.signal(signal.SIGALRM, before)
+    assert batches._workers == []
+
+
 FULL = """
 import sys, shutil
 from pathlib import Path

@@ -19,6 +19,7 @@ from torch.utils.file_baton import FileBaton
 
 from eval.shared.cli import join_ranks
 from eval.shared.processes import LAUNCHER
+from pipeline import distributed
 from pipeline.distributed import can_build, cannot_build, extensions_dir, untried_device
 from pipeline.errors import UserError
 from pipeline.kernels import backend
@@ -218,6 +219,19 @@ def test_an_op_that_cannot_be_loaded_is_compared(compiled, library):
     assert library
     (compiled / "made_of.json").write_text("{")
     assert again(compiled) == 3
+
+
+def test_ops_of_a_read_only_environment_are_copied(monkeypatch, folder, tmp_path):
+    """As of a container image: set-up compiled them where nothing can be written any more."""
+    own = tmp_path / "image" / folder.name / "fake_op"
+    own.mkdir(parents=True)
+    (own / "op.so").write_bytes(b"of the image")
+    monkeypatch.setattr(ops, "own_extensions", lambda: tmp_path / "image")
+    monkeypatch.setattr(distributed, "own_extensions", lambda: tmp_path / "image")
+    assert distributed.compiled_ops() == ["fake_op"]
+    assert ops.prepare() == ["fake_op"]
+    assert (folder / "fake_op/op.so").read_bytes() == b"of the image"
+    assert not (folder / "fake_op/builds").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(folder, tmp_path):

@@ -1,10 +1,14 @@
 """The progress line: fits 80 columns, follows every step, and its time left settles."""
 
+import fcntl
 import itertools
 import os
 import pty
 import random
+import struct
+import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -141,6 +145,26 @@ def test_an_evaluation_has_speed_and_time_left(monkeypatch):
             assert f"long/long/ {number - 1}/4  " in drawn
             assert " images/s  ETA 0:00:0" in drawn
             assert len(drawn) < 80
+
+
+@pytest.mark.parametrize("columns", [0, 60])
+def test_a_terminal_of_unknown_size_is_drawn_on(columns):
+    """As `docker run -t` without a client gives: 0 columns."""
+    lines = """
+from pipeline.progress import StatusLine
+from shard_tools.cli import progress
+StatusLine().draw([(0, "step 3/9"), (1, "loss 0.5"), (2, "x" * 45)])
+progress(9, "bar").close()
+"""
+    read, write = pty.openpty()
+    fcntl.ioctl(write, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
+    subprocess.run([sys.executable, "-c", lines], stderr=write, check=True)
+    drawn = os.read(read, 1 << 16).decode()
+    os.close(write)
+    os.close(read)
+    assert "step 3/9  loss 0.5" in drawn
+    assert ("xxx" in drawn) == (columns == 0)
+    assert "0/9 [" in drawn
 
 
 def test_nothing_is_drawn_where_nobody_watches(capsys):

@@ -117,10 +117,14 @@ def test_bad_files_are_refused(text, words, tmp_path):
 def test_a_bare_name_is_the_bundled_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_recipe("mae") == load_recipe(RECIPES / "mae.yaml") == load_recipe("mae.yaml")
-    with pytest.raises(
-        RecipeError, match=r"maee: cannot be read \(no such file\); bundled are: .*cmae, .*rmae"
-    ):
+    words = r"maee: cannot be read \(no such file\); did you mean mae\? bundled are: .*cmae, .*rmae"
+    with pytest.raises(RecipeError, match=words) as error:
         load_recipe("maee")
+    assert "demo_size" not in str(error.value)  # others build on it, it trains nothing
+    with pytest.raises(RecipeError, match="file\\); bundled are: "):
+        load_recipe("dino")
+    (tmp_path / "rmae").mkdir()  # a checkout of that name, say, is no recipe
+    assert load_recipe("rmae") == load_recipe(RECIPES / "rmae.yaml")
     with pytest.raises(RecipeError, match=r"x/mae.yaml: cannot be read \(no such file\)$"):
         load_recipe("x/mae.yaml")
     (tmp_path / "mae").write_text((RECIPES / "mae.yaml").read_text().replace("0.75", "0.5"))

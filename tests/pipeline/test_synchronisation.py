@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 from kernels_testing import DEVICE, using
-from launches import CountLaunches, CountReads
+from launches import CountLaunches, CountReads, Transfers, move_to_fake_cuda
 from tiny import METHODS, PATCH, images, tiny_recipe
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from triton.runtime.interpreter import GridExecutor
 
 from eval.shared.processes import LAUNCHER
 from pipeline.config.ds_config import plan_recipe
+from pipeline.config.recipe import RECIPES
 from pipeline.distributed import close
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -100,6 +102,42 @@ def test_masks_jitter_and_cutmix_are_few_launches_without_a_wait(variant, launch
     assert seen.count == 0
     assert seen.numbers == 0
     assert seen.launches + launched["kernels"] <= 12, (seen.launches, launched)
+
+
+BUNDLED = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "demo_size")
+
+
+def on_a_fake_gpu(name, implementation):
+    """What a bundled recipe's forward pass and teacher carry between host and device: names of ops.
+    A read of the device's data raises, since a fake device has none."""
+    recipe = tiny_recipe(name)
+    objective, teacher = build_objective(recipe)
+    with using(implementation), FakeTensorMode():
+        for module in filter(None, (objective, teacher)):
+            move_to_fake_cuda(module)
+        image = torch.empty(4, 16, 16, 3, dtype=torch.uint8, device="cuda")
+        sample = torch.arange(4, device="cuda")
+        crop = [image] if recipe.views.second == "crop" else []
+        objective(image, sample, 0, teacher, *crop)  # fills the tables that are kept
+        with Transfers() as seen:
+            objective(image, sample, 0, teacher, *crop)
+            if teacher is not None:
+                teacher.update(objective, 0.99)
+    return seen.names
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a fake device")
+@pytest.mark.parametrize("name", BUNDLED)
+def test_every_recipe_keeps_its_data_on_the_device(name):
+    assert on_a_fake_gpu(name, "triton") == []
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a fake device")
+def test_what_a_fake_gpu_shows_of_the_reference_kernels():
+    """They copy mean and std in every step, and jitter asks which images it is for."""
+    assert on_a_fake_gpu("mae", "reference") == ["lift_fresh", "_to_copy"] * 2
+    with pytest.raises(DynamicOutputShapeException):
+        on_a_fake_gpu("mocov3", "reference")
 
 
 def reads_of(stage):

@@ -20,7 +20,11 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (ROOT / "pipeline/data/_jpegcrop.c", ROOT / "shard_tools/image_file/_jpegcheck.c")
+SOURCES = (
+    ROOT / "pipeline/data/_jpegcrop.c",
+    ROOT / "shard_tools/image_file/_jpegcheck.c",
+    ROOT / "shard_tools/image_file/_jpegmarkers.c",
+)
 BUILT = ROOT / "build" / "sanitize"
 CC = shlex.split(os.environ.get("CC", "cc"))
 FLAGS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
@@ -74,13 +78,20 @@ def inside() -> None:
     """In a process with the sanitizers: every file, several rectangles, both kinds of loops."""
     import numpy as np
     from image_corpus import corpus
+    from PIL import Image
+    from shard_samples import encode
 
-    extension, check = load("_jpegcrop"), load("_jpegcheck")
+    def noisy(number: int) -> bytes:
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 130, 3), np.uint8)
+        return encode(Image.fromarray(pixels), quality=30, subsampling=number)
+
+    extension, check, markers = load("_jpegcrop"), load("_jpegcheck"), load("_jpegmarkers")
     rng, calls = np.random.default_rng(0), 0
 
     def feed(data: bytes) -> None:
         nonlocal calls
         check.sound_until(data)
+        markers.cut(data, int(len(data) * rng.choice([0.5, 1, 1.03])))
         extension.next_marker(data, int(rng.integers(0, len(data) + 2)))
         try:
             width, height = extension.size(data)
@@ -94,7 +105,8 @@ def inside() -> None:
         for box in boxes:
             size = int(rng.choice([1, 3, 8, 33, 64]))
             out = np.zeros((size, size, 3), np.uint8)
-            inside, flip, cubic, simd, entropy = (bool(n) for n in rng.integers(0, 2, 5))
+            inside, flip, cubic, entropy = (bool(n) for n in rng.integers(0, 2, 4))
+            simd = int(rng.integers(0, 3))
             whole = [int(n) for n in box] if inside else [float(n) for n in box]
             with contextlib.suppress(ValueError, OverflowError):
                 extension.decode(data, out, size, *whole, inside, flip, cubic, simd, entropy)
@@ -105,10 +117,14 @@ def inside() -> None:
         for _ in range(4):
             feed(data)
     jpegs = [data for data in files if data[:2] == b"\xff\xd8" and len(data) < 4000]
+    jpegs += [markers.cut(data, 2 * len(data))[0] for data in (noisy(n) for n in range(3))] * 10
     for _ in range(DAMAGED):
         damaged = bytearray(jpegs[rng.integers(len(jpegs))])
+        marks = [at + 1 for at in range(len(damaged) - 1) if damaged[at : at + 1] == b"\xff"]
         for _ in range(rng.integers(1, 5)):
-            damaged[int(len(damaged) * rng.random() ** 2)] = rng.integers(256)
+            at = int(len(damaged) * rng.random() ** 2)
+            at = int(rng.choice(marks)) if rng.random() < 0.3 else at
+            damaged[at] = rng.choice([rng.integers(256), 0xD0 + rng.integers(10)])
         feed(bytes(damaged[: len(damaged) - rng.integers(0, 2) * rng.integers(len(damaged) // 2)]))
     print(f"{calls} calls on {len(files)} files and {DAMAGED} damaged ones: no report")
 

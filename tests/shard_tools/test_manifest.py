@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import struct
 import threading
 import zlib
@@ -136,6 +137,16 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path, harm: object, sentence:
     with pytest.raises(ManifestError, match=sentence) as caught:
         read_manifest(tmp_path / "s")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_folders_says_which_to_take(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        shard_folder(tmp_path / name)
+    with pytest.raises(ManifestError, match=rf"one of them, such as {tmp_path / 'train'}$"):
+        read_manifest(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(ManifestError, match=rf"one of them, such as {tmp_path / 'val'}$"):
+        read_manifest(tmp_path)
 
 
 def test_no_folder_and_unknown_version(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
     ("arguments", "sentence"),
     [
         (["nowhere"], "nowhere: no such file or folder"),
+        (["tree/a/a_000.JPEG"], "a_000.JPEG: is one image; give its folder, or a table of paths"),
         (["empty"], "empty: holds no images"),
         (["list.csv"], "the header has no column `path`; found file, label"),
         (["gone.jsonl"], "row 1: .*ghost.jpg: No such file"),

@@ -174,6 +174,14 @@ def test_a_list_of_classes_renumbers(parent: Path, tree: Path, tmp_path: Path) -
     check_bytes(nested, tree)
 
 
+def test_a_class_may_have_a_space_in_its_name(tmp_path: Path) -> None:
+    tree = image_tree(tmp_path / "tree", {"sea lion": 2, "sea": 2, "lion": 2})
+    assert make_shards([str(tree), str(tmp_path / "made"), "--workers", "0"]) == 0
+    (tmp_path / "classes.txt").write_text("sea lion\nlion a cat\n")
+    words = "--classes", str(tmp_path / "classes.txt")
+    assert take(tmp_path / "made", tmp_path / "a", *words).classes == ("lion", "sea lion")
+
+
 def test_copies_are_shards_of_their_own(parent: Path, tree: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("n4\nn2\n")
     choice = ["--classes", str(tmp_path / "classes.txt")]

@@ -136,7 +136,7 @@ def test_a_tar_that_says_something_else_is_found(
     assert main([str(folder), "--workers", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("fault: ")] == [f"fault: {f}" for f in found]
-    assert lines[-1].endswith(f": {len(found)} faults")
+    assert lines[-1].endswith(": 1 fault" if len(found) == 1 else f": {len(found)} faults")
 
 
 def test_a_key_is_unique_within_its_shard_only(folder: Path) -> None:

@@ -1,0 +1,68 @@
+"""--help of every command: each argument is explained, each default is said once and readably."""
+
+import argparse
+import importlib
+import re
+
+import pytest
+from launching import ROOT
+
+from pipeline.help_text import HelpFormatter
+
+COMMANDS = sorted(
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for folder in ("eval", "pipeline", "shard_tools")
+    for path in (ROOT / folder).glob("*.py")
+    if "parse_args(" in path.read_text("utf-8")
+)
+
+
+class Parsed(Exception):
+    """The parser that a command would use."""
+
+
+def parser_of(command: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    def stop(self, *arguments, **options):
+        raise Parsed(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    module = importlib.import_module(command)
+    with pytest.raises(Parsed) as caught:
+        module.main()
+    parser = caught.value.args[0]
+    assert isinstance(parser, argparse.ArgumentParser)
+    return parser
+
+
+def test_the_commands_are_found():
+    assert {"eval.embed", "pipeline.pretrain", "shard_tools.make_shards"} < set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_argument_is_explained(command, monkeypatch):
+    parser = parser_of(command, monkeypatch)
+    assert [a.dest for a in parser._actions if not a.help] == []
+    for action in parser._actions:
+        alone = argparse.ArgumentParser(
+            add_help=False, usage="", formatter_class=parser.formatter_class
+        )
+        alone._add_action(action)
+        text = alone.format_help()
+        assert text.count("default: ") <= 1, text
+        assert not re.search(r"default: (None|True|False|\(|\[|\)|/)", text), text
+    assert parser.description
+
+
+def test_defaults_are_shown_as_they_are_typed():
+    parser = argparse.ArgumentParser(formatter_class=HelpFormatter, prog="x")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--grid", nargs="+", default=(0.1, "a b", "5%"), help="values")
+    parser.add_argument("--off", action="store_false", help="turn it off")
+    parser.add_argument("--output", help="folder (default: beside the run)")
+    options = " ".join(parser.format_help().split("options:")[1].split())
+    assert options == (
+        "-h, --help show this help message and exit --seed SEED of the draw (default: 0) "
+        "--grid GRID [GRID ...] values (default: 0.1 'a b' 5%) --off turn it off "
+        "--output OUTPUT folder (default: beside the run)"
+    )
