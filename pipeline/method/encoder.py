@@ -241,7 +241,12 @@ def read_encoder(
             state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
         vit.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no exported encoder there ({error})") from None
+        if not Path(folder).exists():
+            raise UserError(f"{folder}: no such file or folder") from None
+        raise UserError(
+            f"{folder}: no exported encoder there; give a run, an export or a file of weights"
+            + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
+        ) from None
     except RuntimeError as error:
         raise UserError(
             f"{path}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"

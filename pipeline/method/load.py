@@ -96,6 +96,8 @@ def load_run(run: Path) -> Objective:
 
     Raises UserError where the folder is no run or the weights do not fit.
     """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a run folder or a checkpoint: it has no recipe.yaml")
     objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
     path = run / "model.safetensors"
     try:

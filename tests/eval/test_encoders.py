@@ -186,7 +186,7 @@ def test_every_protocol_takes_a_file(tmp_path):
         (["--encoder", "FILE/whole.pth", "--arch", ARCH], "do not fit"),
         (["--encoder", "FILE/whole.pth", "--arch", "resnet18"], "is a ResNet|do not fit"),
         (["--encoder", "timm:nothing"], "not a timm model"),
-        (["--encoder", "nowhere"], "no exported encoder"),
+        (["--encoder", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, words, sentence):
