@@ -22,7 +22,7 @@ from pipeline import kernels
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.positions import resize_positions
-from pipeline.method.source import read_info
+from pipeline.method.source import no_encoder, read_info
 from pipeline.method.views import View
 from pipeline.method.vit import (
     build_vit,
@@ -241,12 +241,7 @@ def read_encoder(
             state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
         vit.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        if not Path(folder).exists():
-            raise UserError(f"{folder}: no such file or folder") from None
-        raise UserError(
-            f"{folder}: no exported encoder there; give a run, an export or a file of weights"
-            + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
-        ) from None
+        raise no_encoder(folder, error) from None
     except RuntimeError as error:
         raise UserError(
             f"{path}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"

@@ -60,8 +60,18 @@ def read_info(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         info = json.loads((path / "encoder.json").read_text(encoding="utf-8"))
         _ = info["arch"], info["options"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no exported encoder there ({error})") from None
+        if not Path(folder).exists():
+            raise UserError(f"{folder}: no such file or folder") from None
+        raise no_encoder(folder, error) from None
     return path, info
+
+
+def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
+    """What a folder without a readable encoder is."""
+    return UserError(
+        f"{folder}: no exported encoder there; give a run, an export or a file of weights"
+        + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
+    )
 
 
 def recipe_of_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()) -> Recipe:
