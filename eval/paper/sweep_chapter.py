@@ -111,6 +111,8 @@ def ahead(apart: Sequence[float]) -> str:
     """Paired differences over seeds in words, with Student's 95 % interval."""
     if len(apart) < 2:
         return "with one seed it is not known whether it is ahead of"
+    if not any(apart):
+        return "in every seed the same as"
     low, high = interval(apart)
     verdict = "ahead of" if low > 0 else "not surely ahead of"
     return f"by {mean(apart):.2f} (95 % interval {low:+.2f} … {high:+.2f}) {verdict}"

@@ -191,8 +191,8 @@ def claim_output(sweep: Sweep) -> None:
     path = sweep.output / RECORD
     record = {
         "recipe": dump_recipe(load_recipe(sweep.recipe, sweep.overrides)),
-        "train": str(sweep.train),
-        "val": str(sweep.val),
+        "train": read_manifest(sweep.train).index_sha256,  # by whatever path
+        "val": read_manifest(sweep.val).index_sha256,
         "pretrain_args": list(sweep.pretrain_args),
     }
     args = {name: list(words) for name, words in sweep.eval_args.items()}

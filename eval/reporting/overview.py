@@ -120,7 +120,8 @@ def duration(status: RunStatus) -> str:
         return ""
     minutes, seconds = divmod(round(status.seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    text = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+    text = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    text = f"{hours} h {minutes:02d} min" if hours else text
     return text if status.starts < 2 else f"{text} in {status.starts} starts"
 
 

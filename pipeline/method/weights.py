@@ -72,6 +72,7 @@ def load_tensors(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         said = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
+        said = said.partition(" Check the documentation")[0]  # of torch.load
         reason = _refused_objects(path) or said[:160]
         raise UserError(f"{path}: cannot be read as a file of weights ({reason})") from None
 

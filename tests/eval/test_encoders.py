@@ -15,11 +15,11 @@ from tiny import tiny_recipe
 
 from eval import cka, finetune, knn
 from eval.shared.classifier import build_classifier, layer_groups
-from eval.shared.cli import parser, settings_of
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import image_features
+from eval.shared.options import encoder_of, parser, settings_of
 from eval.shared.results import output_path
-from eval.shared.session import encoder_of, session_of
+from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.interop import to_mae
@@ -186,7 +186,7 @@ def test_every_protocol_takes_a_file(tmp_path):
         (["--encoder", "FILE/whole.pth", "--arch", ARCH], "do not fit"),
         (["--encoder", "FILE/whole.pth", "--arch", "resnet18"], "is a ResNet|do not fit"),
         (["--encoder", "timm:nothing"], "not a timm model"),
-        (["--encoder", "nowhere"], "no exported encoder"),
+        (["--encoder", "nowhere"], "nowhere: no such file or folder"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, words, sentence):

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from eval.reporting.health import BAD, GOOD, LOOK, UNKNOWN, check_run, overall
-from eval.reporting.overview import card, cards
+from eval.reporting.overview import card, cards, duration
 from eval.reporting.run_records import group_runs, read_run
-from eval.reporting.run_status import probed, read_log, read_status
+from eval.reporting.run_status import RunStatus, probed, read_log, read_status
 
 WELL = {
     "feature_std": 0.6, "positive": 0.7, "negative": 0.1, "grad_norm": 1.0, "nonfinite_steps": 0,
@@ -224,6 +224,13 @@ def knn(folder, top1, **encoder):
     name = "knn-random-0" if encoder else "knn"
     result = {"protocol": "knn", "top1": top1, "settings": {"k": 20}, "encoder": encoder}
     (folder / f"eval/{name}.json").write_text(json.dumps(result))
+
+
+def test_a_duration_in_words():
+    begun = datetime(2026, 1, 2)
+    words = [duration(RunStatus("running", started=begun, seconds=s)) for s in (9, 69, 3669)]
+    assert words == ["9 s", "1 min 09 s", "1 h 01 min"]
+    assert duration(RunStatus("running", started=begun, seconds=9, starts=2)) == "9 s in 2 starts"
 
 
 def test_the_card_says_results_against_random_and_what_is_wrong(tmp_path):

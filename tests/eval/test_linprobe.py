@@ -30,9 +30,10 @@ from torch import nn
 
 from eval import linprobe
 from eval.shared import linprobe_plan
-from eval.shared.cli import run_command, settings_of
+from eval.shared.command import run_command
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import count_correct
+from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError

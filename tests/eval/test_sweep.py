@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,8 +152,13 @@ def test_dry_run_prints_the_plan_and_runs_nothing(data, tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
-    claim_output(sweep_of(data, tmp_path))
+def test_other_settings_do_not_mix_in_one_folder(data, tmp_path, monkeypatch):
+    sweep = sweep_of(data, tmp_path)
+    claim_output(sweep)
+    monkeypatch.chdir(sweep.train)
+    claim_output(replace(sweep, train="."))  # the same shards by another path
+    with pytest.raises(UserError, match="another train"):
+        claim_output(replace(sweep, train=sweep.val))
     claim_output(sweep_of(data, tmp_path, grid=("views.mask_ratio=0.9",), seeds=5))  # grows
     claim_output(sweep_of(data, tmp_path, evals=("linprobe",), eval_args={"linprobe": ("--k",)}))
     for changed, sentence in (
@@ -272,6 +278,7 @@ def test_the_page_has_mean_spread_and_the_best(data, tmp_path):
 def test_best_is_not_claimed_without_evidence():
     found = {(("a", "1"),): {0: 5.0, 1: 1.0}, (("a", "2"),): {0: 3.0, 1: 2.0}}
     low, high = interval([2.0, -1.0])
+    assert ahead([0.0, 0.0]) == "in every seed the same as"
     assert ahead([2.0, -1.0]) == (
         f"by 0.50 (95 % interval {low:+.2f} … {high:+.2f}) not surely ahead of"
     )

@@ -265,5 +265,5 @@ def test_weights_of_another_recipe_are_refused(run, tmp_path):
     (folder / "recipe.yaml").write_text(dump_recipe(tiny_recipe("cmae")))
     with pytest.raises(UserError, match=r"model\.safetensors: does not fit"):
         load_run(folder)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a run folder or a checkpoint: it has no recipe"):
         load_run(tmp_path)

@@ -249,8 +249,11 @@ def test_another_decoder_is_left_fresh_as_a_whole(tmp_path):
 
 
 def test_what_is_not_there_is_refused(tmp_path):
-    for source in (tmp_path, tmp_path / "x.pth"):
-        with pytest.raises(UserError, match="no exported encoder"):
+    for source, words in (
+        (tmp_path, "no exported encoder there; give a run, an export or a file of weights$"),
+        (tmp_path / "x.pth", r"x\.pth: no such file or folder$"),
+    ):
+        with pytest.raises(UserError, match=words):
             start_from(objective_of(), str(source))
     with pytest.raises(UserError, match=r"init\.ema"):
         start_from(objective_of(), "timm:vit_tiny_patch16_224", ema=True)

@@ -28,6 +28,7 @@ import atexit, json, sys
 atexit.register(lambda: print(json.dumps(list(sys.modules))))
 sys.argv = json.loads(sys.argv[1])
 """
+SHARDS = ["--train", "{shards}", "--val", "{shards}"]
 PRETRAIN = CHILD + "from pipeline import pretrain; sys.exit(pretrain.main())"
 
 
@@ -43,6 +44,13 @@ def run(code, *arguments, names=HEAVY):
     lines = done.stdout.splitlines()
     output = "\n".join(lines[:-1]) + done.stderr
     return done.returncode, output, names & set(json.loads(lines[-1])), seconds
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Eight images of two classes."""
+    folder = tmp_path_factory.mktemp("startup") / "shards"
+    return write_shards(folder, *coloured_images(8, 2, seed=0))
 
 
 def test_the_package_is_a_door_that_imports_nothing():
@@ -78,9 +86,80 @@ def test_wrong_input_is_refused_before_torch_is_imported(arguments, words):
     assert not heavy
 
 
-def test_a_training_imports_only_what_it_uses_and_says_where_its_start_went(tmp_path):
-    write_shards(tmp_path / "data", *coloured_images(8, 2, seed=0))
-    words = ["-v", "--recipe", "mae", "--data", tmp_path / "data", "--output", tmp_path / "run"]
+EVALUATIONS = {
+    "attentive": "--rates", "cka": "--mask-ratios", "embed": "--on-error",
+    "finetune": "--mixup", "knn": "--temperature", "linprobe": "--protocol", "psnr": "--resize",
+    "reconstruct": "--columns", "retrieve": "--embeddings", "shape_bias": "--decisions",
+    "visualise": "--point",
+}  # fmt: skip
+
+
+def evaluation(name):
+    """The code of a process that runs a command of eval/ as `python eval/NAME.py` does."""
+    return CHILD + f"import runpy; runpy.run_path('eval/{name}.py', run_name='__main__')"
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_the_help_of_an_evaluation_needs_no_torch(name):
+    code, output, heavy, seconds = run(evaluation(name), "--help")
+    assert code == 0
+    assert EVALUATIONS[name] in output
+    assert not heavy
+    assert seconds < 0.6
+
+
+RANDOM = ["--encoder", "random", "--arch", "vit_tiny_patch16_224"]
+NOWHERE = ["--train", "/none", "--val", "/none"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("knn", [*RANDOM, *NOWHERE], "error: /none: no such folder"),
+        ("knn", ["--encoder", "random", *NOWHERE], "random does not say its architecture"),
+        ("knn", [*RANDOM, *SHARDS, "--k", "9"], "--k 9: must be between 1 and 8"),
+        ("knn", [*RANDOM, *SHARDS, "--output", "/dev/null/x"], "/dev/null/x.json: cannot be writt"),
+        ("knn", [*RANDOM, *SHARDS, "--options", "3"], "--options 3: write them as"),
+        ("knn", [*RANDOM, *SHARDS, "--temperature", "nan"], "--temperature nan: must be finite"),
+        ("linprobe", ["--encoder", "/no", *SHARDS], "error: /no: no such file or folder"),
+        ("linprobe", [*RANDOM, *SHARDS], "8 samples, too few for --batch-size 16384"),
+        ("finetune", [*RANDOM, *NOWHERE, "--mixup", "nan"], "--mixup nan: must be finite"),
+        ("finetune", [*RANDOM, *SHARDS], "8 samples, too few for --batch-size 1024"),
+        ("finetune", [*RANDOM, *SHARDS, "--fraction", "0.5"], "--fraction 0.5 leaves of"),
+        ("finetune", [*RANDOM, *SHARDS, "--subset", "/none"], "/none: no such file"),
+        ("finetune", [*RANDOM, *SHARDS, "--ds_config", "/none"], "/none: cannot be read"),
+        ("finetune", [*RANDOM, *SHARDS, "--ds_config", "zero3"], "ZeRO stage 3 shards the weights"),
+        ("attentive", [*RANDOM, *SHARDS], "7 training images are fewer than --batch-size"),
+        ("cka", [*RANDOM, "--val", "/none"], "error: /none: no such folder"),
+        ("cka", [*RANDOM, "--val", "/none", "--hsic", "x"], "'unbiased', 'biased'"),
+        ("psnr", ["--encoder", "/no", "--val", "/none"], "/no/recipe.yaml"),
+        ("psnr", ["--encoder", __file__, "--val", "/none"], "a checkpoint file needs --recipe"),
+        ("psnr", ["--encoder", __file__, "--recipe", "mae", "--val", "/none", "--mask-ratio", "1"],
+         "--mask-ratio 1: must be between 0 and 1"),
+        ("embed", [*RANDOM, "--images", "/none"], "error: /none: no such file or"),
+        ("embed", [*RANDOM, "--images", ".", "--feature", "x"], "--feature x: must"),
+        ("retrieve", ["--embeddings", "/none"], "/none/embeddings.json: no embeddings"),
+        ("visualise", ["--encoder", "random", "--files", "/none"], "error: /none: cannot be read"),
+        ("visualise", ["--encoder", "/no", "--files", __file__], "/no: no such file or folder"),
+        ("visualise", ["--encoder", "random", "--files", ".", "--count", "0"], "--count 0: must"),
+        ("reconstruct", ["--encoder", "x", "--data", ".", "--output", "a.jpg"], "end in .png"),
+        ("reconstruct", ["--encoder", __file__, "--recipe", "mae", "--files", "/none", "--output",
+         "/tmp/a.png"], "error: /none: cannot be read"),
+        ("shape_bias", ["--decisions", "/none"], "error: /none: cannot be read"),
+        ("shape_bias", ["--images", "/none"], "give either --classifier with --images"),
+        ("shape_bias", ["--classifier", "/none", "--images", "/no"], "no classifier of eval"),
+    ],
+)  # fmt: skip
+def test_wrong_input_of_an_evaluation_is_refused_without_torch(name, words, said, shards):
+    code, output, heavy, _ = run(evaluation(name), *(w.format(shards=shards) for w in words))
+    assert code == 2, output
+    assert said in output
+    assert "Traceback" not in output
+    assert not heavy
+
+
+def test_a_training_imports_only_what_it_uses_and_says_where_its_start_went(shards, tmp_path):
+    words = ["-v", "--recipe", "mae", "--data", shards, "--output", tmp_path / "run"]
     words += [word for value in tiny_overrides("mae") for word in ("--set", value)]
     code, output, unused, _ = run(PRETRAIN, *words, "--max-steps", "1", names=UNUSED)
     assert code == 0, output

@@ -1,0 +1,35 @@
+"""What a command does before the imports that take seconds. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from pipeline.errors import UserError, refuse
+
+T = TypeVar("T")
+
+
+def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
+    """Parse the command line; the process ends where that is all, or where `check` refuses what it
+    says. Several ranks look at their input together, later.
+
+    Until `imported` nobody looks for garbage (late.uncollected).
+    """
+    args = parse()
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        try:
+            check(args)
+        except UserError as error:
+            sys.exit(refuse(error))
+    gc.disable()
+
+
+def imported() -> None:
+    """The imports that follow `early` are done."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
