@@ -12,6 +12,7 @@ from eval_helpers import coloured_images, write_shards
 from launching import ROOT
 from tiny import tiny_overrides
 
+from eval.shared.processes import LAUNCHER
 from pipeline.runtime import startup
 
 HEAVY = {
@@ -38,6 +39,7 @@ def run(code, *arguments, names=HEAVY):
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(["command", *map(str, arguments)])],
         cwd=ROOT, capture_output=True, text=True, check=False,
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHER},
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
