@@ -72,9 +72,9 @@ def find_pieces(data: bytes, header: Header) -> Pieces | None:
     across, down = (8 if grey else 8 * n for n in (sampling >> 4, sampling & 15))
     row, rows = -(-header.width // across), -(-header.height // down)
     marks = [mark.start() for mark in _MARK.finditer(data, _after(data, scan), end)]
-    numbers = bytes(data[at + 1] for at in marks)
-    expected = bytes(_RST0 + number % 8 for number in range(-(-row * rows // interval) - 1))
-    if numbers != expected:
+    if len(marks) != -(-row * rows // interval) - 1:
+        return None
+    if any(data[at + 1] != _RST0 + number % 8 for number, at in enumerate(marks)):
         return None
     begins = [_after(data, scan), *(at + 2 for at in marks)]
     places = list(zip(begins, [*marks, end - 2], strict=True))
