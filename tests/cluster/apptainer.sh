@@ -4,7 +4,7 @@
 #
 #   apptainer.sh DIR [SHARDS]     DIR keeps the root (DIR/root) and the image (DIR/root/w/relaxmim.sif)
 #
-# Debian packages: mmdebstrap. BINDS="/etc/ssl …" are paths of this machine that a closed network's
+# Debian packages: mmdebstrap. BINDS="/etc/ssl …" are folders of this machine that a closed network's
 # pip and apt need, APT="…" an option of apt for mmdebstrap. 25 GB of disk, a quarter of an hour.
 set -euo pipefail
 
@@ -23,14 +23,15 @@ sed -e 's/^Bootstrap: .*/Bootstrap: localimage/' -e 's#^From: .*#From: /w/base#'
 cp /etc/resolv.conf /etc/hosts "$root/etc/"
 
 export root BINDS=${BINDS:-}
+# shellcheck disable=SC2016 # for the inner shell
 exec unshare --mount --propagation private bash -euc '
 mount --bind "$root" "$root"
 mount --rbind /dev "$root/dev"
 mount --rbind /sys "$root/sys"
 mount -t proc proc "$root/proc"
 options=()
-for path in $BINDS; do
-  if [[ -d $path ]]; then mkdir -p "$root$path"; else touch "$root$path"; fi
+for path in $BINDS; do # only folders: Apptainer makes no file to mount on
+  mkdir -p "$root$path"
   mount --rbind "$path" "$root$path"
   options+=(--bind "$path:$path")
 done
