@@ -29,19 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
-from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
+from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
-from eval.shared.metrics import as_percent, count_correct
-from eval.shared.results import Timer, check_output, output_path, write_accuracy
-from eval.shared.session import EvalSession, encoder_of, session_of
-from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
-from pipeline.distributed import Ranks
+from eval.shared.options import parser, settings_of
+from eval.shared.results import Timer, result_of, write_accuracy
+from pipeline.command import early
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
 from shard_tools.subset import write_subset
@@ -70,6 +64,69 @@ class Settings:
     def pairs(self) -> list[tuple[float, float]]:
         """(learning rate, weight decay) of every head."""
         return list(itertools.product(self.rates, self.decays))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are capi's protocol."""
+    result = parser(str(__doc__).split("\n", 1)[0])
+    add = result.add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
+    add("--steps", type=int, default=Settings.steps, help="updates")
+    add("--batch-size", type=int, default=Settings.batch_size, help="global, over all ranks")
+    add("--warmup", type=float, default=Settings.warmup, help="share of the steps")
+    add("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
+    add("--decays", type=float, nargs="+", default=DECAYS, help="weight decays to try")
+    add("--select", choices=["held-out", "validation"], default="held-out",
+        help="where the pair is chosen; on the validation set, an optimistic result")  # fmt: skip
+    add("--micro-batch", type=int, default=256, help="images per forward pass, at most")
+    return result
+
+
+def held_out_count(samples: int) -> int:
+    """How many of the training images the pair is chosen on."""
+    return max(1, round(HELD_OUT * samples))
+
+
+def check(s: Settings, world: int = 1) -> int:
+    """Everything that can be wrong with the settings, before the first step; the classes."""
+    train, val = labelled(s.train), labelled(s.val)
+    if min(s.steps, s.batch_size, s.micro_batch) < 1 or not 0 <= s.warmup < 1:
+        raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
+    if min(s.rates) <= 0 or min(s.decays) < 0:
+        raise UserError("--rates must be above 0, --decays at least 0")
+    check_batch(s.batch_size, world)
+    kept = train.samples
+    if s.select == "held-out":
+        kept -= held_out_count(kept)
+    if kept < s.batch_size:
+        raise UserError(
+            f"{s.train}: {kept} training images are fewer than --batch-size {s.batch_size}; "
+            "choose a smaller one"
+        )
+    return class_count(train, val)
+
+
+def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
+    """The settings and the path of the result. UserError."""
+    settings, output = settings_of(Settings, args), result_of(args, "attentive-probe", folder=True)
+    check(settings, world)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eval.shared.cli import join_ranks, progress
+from eval.shared.metrics import as_percent, count_correct
+from eval.shared.session import EvalSession, session_of
+from pipeline.data.crops import Crop
+from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.distributed import Ranks
 
 
 class AttentiveProbe(nn.Module):
@@ -186,11 +243,6 @@ def accuracies(
     return rows, int(total[0, 2])
 
 
-def held_out_count(samples: int) -> int:
-    """How many of the training images the pair is chosen on."""
-    return max(1, round(HELD_OUT * samples))
-
-
 def split(manifest: Manifest, folder: Path, seed: int, ranks: Ranks) -> tuple[str, str]:
     """Folders of a small index each: the training images that are kept, and those held out."""
     order = np.random.default_rng(seed).permutation(manifest.samples)
@@ -209,32 +261,13 @@ def split(manifest: Manifest, folder: Path, seed: int, ranks: Ranks) -> tuple[st
     return kept, held_out
 
 
-def check(s: Settings, ranks: Ranks) -> int:
-    """Everything that can be wrong with the settings, before the first step; the classes."""
-    train, val = labelled(s.train), labelled(s.val)
-    if min(s.steps, s.batch_size, s.micro_batch) < 1 or not 0 <= s.warmup < 1:
-        raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
-    if min(s.rates) <= 0 or min(s.decays) < 0:
-        raise UserError("--rates must be above 0, --decays at least 0")
-    check_batch(s.batch_size, ranks.world)
-    kept = train.samples
-    if s.select == "held-out":
-        kept -= held_out_count(kept)
-    if kept < s.batch_size:
-        raise UserError(
-            f"{s.train}: {kept} training images are fewer than --batch-size {s.batch_size}; "
-            "choose a smaller one"
-        )
-    return class_count(train, val)
-
-
 def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """Train the heads, choose one, score it; the full result, alike on every rank.
 
     folder: where the indices of the kept and the held-out images go.
     """
     timer, ranks = Timer(), session.ranks
-    classes = check(s, ranks)
+    classes = check(s, ranks.world)
     session.check_readable(s.val, s.micro_batch)
     train, chosen_on = s.train, s.val
     if s.select == "held-out":
@@ -278,30 +311,11 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are capi's protocol."""
-    result = parser(str(__doc__).split("\n", 1)[0])
-    add = result.add_argument
-    add("--train", required=True, help="training shards")
-    add("--val", required=True, help="validation shards")
-    add("--steps", type=int, default=Settings.steps, help="updates")
-    add("--batch-size", type=int, default=Settings.batch_size, help="global, over all ranks")
-    add("--warmup", type=float, default=Settings.warmup, help="share of the steps")
-    add("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
-    add("--decays", type=float, nargs="+", default=DECAYS, help="weight decays to try")
-    add("--select", choices=["held-out", "validation"], default="held-out",
-        help="where the pair is chosen; on the validation set, an optimistic result")  # fmt: skip
-    add("--micro-batch", type=int, default=256, help="images per forward pass, at most")
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    ranks, settings = join_ranks(), settings_of(Settings, args)
-    output = output_path(args.output, encoder_of(args), "attentive-probe")
-    folder = output.with_suffix("")
-    check_output(output, ranks, folder)
-    result = evaluate(settings, session_of(args, ranks), folder)
+    ranks = join_ranks()
+    settings, output = ranks.agree(lambda: prepare(args, ranks.world))
+    result = evaluate(settings, session_of(args, ranks), output.with_suffix(""))
     if ranks.first:
         write_accuracy(output, result)
 

@@ -38,7 +38,7 @@ from eval.paper.study import Study
 from eval.report import write_report
 from eval.reporting.page import markdown_table
 from eval.shared.cifar_shards import make_cifar_shards
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter

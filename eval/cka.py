@@ -28,24 +28,19 @@ which one `cka` is. A high CKA at a large share says that the features do not mi
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
-
-from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
-from eval.shared.features import autocast, to_device
+from eval.shared.command import run_command
 from eval.shared.labels import with_images
-from eval.shared.results import Timer, check_output, output_path, write_result
-from eval.shared.session import EvalSession, encoder_of, session_of
+from eval.shared.options import parser, settings_of
+from eval.shared.results import Timer, result_of, write_result
+from pipeline.command import early
 from pipeline.errors import UserError
-from pipeline.method.families import block_features, drops_patches
-from pipeline.method.metrics import biased_hsic, gram, hsic, kept_patches
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
 POOLS = ("kept-in-both", "all-kept", "cls")
-ESTIMATORS = {"unbiased": hsic, "biased": biased_hsic}
+HSIC = ("unbiased", "biased")
 
 
 @dataclass(frozen=True)
@@ -60,6 +55,58 @@ class Settings:
     batch_size: int = 256
     images: int = 0
     seed: int = 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    add = result.add_argument
+    add("--val", required=True, help="shards with the images to compare")
+    add("--pool", choices=POOLS, default=d.pool, help="which tokens are the features")
+    add("--hsic", choices=HSIC, default=d.hsic, help="the estimator")
+    add("--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
+    add("--batch-size", type=int, default=d.batch_size, help="n of a minibatch's HSIC")
+    add("--images", type=int, default=d.images, help="at most N; 0 = all")
+    return result
+
+
+def check(s: Settings) -> int:
+    """Refuse what cannot be computed; the number of images that are used."""
+    samples = with_images(s.val).samples
+    images = min(samples, s.images or samples)
+    if s.batch_size < 4:  # a result has both estimators
+        raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
+    if s.images < 0 or images < s.batch_size:
+        which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
+        raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
+    if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
+        raise UserError("--mask-ratios: each must be between 0 and 1")
+    return images // s.batch_size * s.batch_size
+
+
+def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
+    """The settings and the path of the result. UserError."""
+    settings = settings_of(Settings, args)
+    name = f"cka-{settings.pool}" + ("" if settings.hsic == "unbiased" else f"-{settings.hsic}")
+    output = result_of(args, name)
+    check(settings)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from eval.shared.cli import join_ranks, progress
+from eval.shared.features import autocast, to_device
+from eval.shared.session import EvalSession, session_of
+from pipeline.method.families import block_features, drops_patches
+from pipeline.method.metrics import biased_hsic, gram, hsic, kept_patches
+
+ESTIMATORS = dict(zip(HSIC, (hsic, biased_hsic), strict=True))
 
 
 def tokens_at(tokens: Tensor, kept: Tensor) -> Tensor:
@@ -128,20 +175,6 @@ def check_encoder(vit: VisionTransformer, arch: str, pool: str) -> None:
         raise UserError(f"{arch} has no cls token: take --pool kept-in-both")
 
 
-def check(s: Settings) -> int:
-    """Refuse what cannot be computed; the number of images that are used."""
-    samples = with_images(s.val).samples
-    images = min(samples, s.images or samples)
-    if s.batch_size < 4:  # a result has both estimators
-        raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
-    if s.images < 0 or images < s.batch_size:
-        which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
-        raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
-    if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
-        raise UserError("--mask-ratios: each must be between 0 and 1")
-    return images // s.batch_size * s.batch_size
-
-
 def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     """CKA for every ratio and block; the full result, alike on every rank.
 
@@ -196,25 +229,10 @@ def rounded(cka: Tensor) -> list[list[float]]:
     return [[round(value, 5) for value in row] for row in cka.tolist()]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
-    add = result.add_argument
-    add("--val", required=True, help="shards with the images to compare")
-    add("--pool", choices=POOLS, default=d.pool, help="which tokens are the features")
-    add("--hsic", choices=list(ESTIMATORS), default=d.hsic, help="the estimator")
-    add("--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
-    add("--batch-size", type=int, default=d.batch_size, help="n of a minibatch's HSIC")
-    add("--images", type=int, default=d.images, help="at most N; 0 = all")
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    ranks, settings = join_ranks(), settings_of(Settings, args)
-    name = f"cka-{settings.pool}" + ("" if settings.hsic == "unbiased" else f"-{settings.hsic}")
-    output = output_path(args.output, encoder_of(args), name)
-    check_output(output, ranks)
+    ranks = join_ranks()
+    settings, output = ranks.agree(lambda: prepare(args))
     result = evaluate(settings, session_of(args, ranks))
     if ranks.first:
         write_result(output, result)

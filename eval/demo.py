@@ -16,12 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
-
 from eval.protocols import metric_of
 from eval.report import write_report
 from eval.reporting.run_records import read_result, with_beside
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.demo_shards import make_demo_shards
 from eval.shared.processes import call
 from pipeline.errors import UserError, naming
@@ -76,20 +74,32 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder of the images")
     parser.add_argument("--train", type=int, default=4096, help="training crops")
     parser.add_argument("--val", type=int, default=1024, help="validation crops")
-    parser.add_argument("--ranks", type=int, default=device_count(), help="devices to use")
+    parser.add_argument(
+        "--ranks", type=int, default=argparse.SUPPRESS,
+        help=f"devices to use, a divisor of {PARTITIONS} (default: the most GPUs, or else cores)",
+    )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe key"
     )
     args = parser.parse_args(argv)
-    if args.seeds < 1 or args.ranks < 1 or PARTITIONS % args.ranks:
+    ranks = getattr(args, "ranks", 1)
+    if args.seeds < 1 or ranks < 1 or PARTITIONS % ranks:
         raise UserError(f"--seeds must be at least 1 and --ranks a divisor of {PARTITIONS}")
     return Settings(
-        args.seeds, args.output, args.data, args.train, args.val, args.ranks, tuple(args.set)
+        args.seeds,
+        args.output,
+        args.data,
+        args.train,
+        args.val,
+        ranks if "ranks" in args else device_count(),
+        tuple(args.set),
     )
 
 
 def device_count() -> int:
     """GPUs, or CPU cores where there is none: the most that divides the demo's partitions."""
+    import torch
+
     most = torch.cuda.device_count() or cores()
     return max(n for n in range(1, PARTITIONS + 1) if PARTITIONS % n == 0 and n <= most)
 

@@ -21,19 +21,16 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from eval.shared import image_sets
-from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
-from eval.shared.embeddings import INFO, Writer, damaged_rows, finish, prepare
-from eval.shared.features import autocast
-from eval.shared.image_sets import FileManifest
+from eval.shared.command import run_command
+from eval.shared.embeddings import INFO, Writer, damaged_rows, finish
+from eval.shared.embeddings import prepare as prepare_folder
+from eval.shared.labels import check_images
+from eval.shared.options import encoder_of, parser, settings_of
 from eval.shared.results import Timer, digest, output_path
-from eval.shared.session import EvalSession, encoder_of, session_of
-from pipeline.data.loader import Batch, Loader
-from pipeline.data.reader import SampleError
+from pipeline.command import early
 from pipeline.errors import UserError, naming
+from pipeline.method.source import check_source
 from shard_tools.manifest import Manifest
 from shard_tools.sharding.found import naming_skip
 
@@ -55,6 +52,33 @@ class Settings:
     on_error: str = "fail"
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    result.add_argument(
+        "--images", required=True,
+        help="shards, a folder of images, a tar, a CSV or JSONL, or a .txt with a path per line",
+    )  # fmt: skip
+    result.add_argument("--root", help="where a list's relative paths start (default: its folder)")
+    result.add_argument(
+        "--feature", default=d.feature, help="cls, mean_patch, patches, or block:N[:cls|:patches]"
+    )
+    result.add_argument("--dtype", choices=DTYPES, default=d.dtype, help="of the numbers written")
+    result.add_argument(
+        "--format", choices=("npy", "parquet"), default=d.format,
+        help="npy: numpy, memory-mappable, and names.txt; parquet: columns (needs pyarrow)",
+    )  # fmt: skip
+    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
+    result.add_argument(
+        "--on-error", choices=("fail", "skip"), default=d.on_error,
+        help="an image that will not decode: stop, or a row of NaN, listed in embeddings.json",
+    )  # fmt: skip
+    for action in result._actions:
+        if action.dest == "output":
+            action.help = "folder to write (default: RUN/eval/embeddings-SET-FEATURE)"
+    return result
+
+
 def parse_feature(feature: str) -> tuple[int, str]:
     """`block:3:cls` → (3, "cls"); block 0 stands for the tokens after the last norm."""
     block, pool = 0, feature
@@ -68,6 +92,53 @@ def parse_feature(feature: str) -> tuple[int, str]:
             "block:N:patches with N from 1"
         )
     return block, pool
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        return importlib.import_module("pyarrow")
+    except ImportError:
+        raise UserError(
+            "--format parquet needs pyarrow, which is not installed: pip install pyarrow, or take "
+            "--format npy"
+        ) from None
+
+
+def default_output(args: argparse.Namespace) -> Path:
+    """--output, or a folder in the run's eval/ that has the set and the feature in its name."""
+    if args.output:
+        return Path(args.output)
+    images = f"{Path(args.images).stem}-{digest(str(Path(args.images).absolute()))}"
+    name = f"embeddings-{images}-{args.feature.replace(':', '-')}"
+    return output_path(None, encoder_of(args), name).with_suffix("")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
+    """The settings and the folder to write. UserError."""
+    settings, choice = settings_of(Settings, args), encoder_of(args)
+    parse_feature(settings.feature)
+    if settings.micro_batch < 1:
+        raise UserError(f"--micro-batch {settings.micro_batch}: must be at least 1")
+    if settings.format == "parquet":
+        _pyarrow()
+    check_source(choice.source, choice.arch, choice.options, choice.ema)
+    check_images(settings.images)
+    return settings, default_output(args)
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+from torch import Tensor, nn
+
+from eval.shared import image_sets
+from eval.shared.cli import join_ranks, progress
+from eval.shared.features import autocast
+from eval.shared.image_sets import FileManifest
+from eval.shared.session import EvalSession, session_of
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.reader import SampleError
 
 
 def check_feature(session: EvalSession, feature: str) -> None:
@@ -184,7 +255,7 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
         "on_error": s.on_error, "image size": size, "weights": weights_digest(session),
         "list of images": images_digest(manifest),
     }  # fmt: skip
-    if not ranks.agree(lambda: prepare(output, settings, shape, s.dtype)):
+    if not ranks.agree(lambda: prepare_folder(output, settings, shape, s.dtype)):
         return {}
     writer = Writer(output)
     ranks.agree(writer.hold if ranks.first else lambda: None)
@@ -223,61 +294,10 @@ def _names(manifest: Manifest) -> list[tuple[str, int, str]]:
     return names
 
 
-def _pyarrow() -> ModuleType:
-    try:
-        return importlib.import_module("pyarrow")
-    except ImportError:
-        raise UserError(
-            "--format parquet needs pyarrow, which is not installed: pip install pyarrow, or take "
-            "--format npy"
-        ) from None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
-    result.add_argument(
-        "--images", required=True,
-        help="shards, a folder of images, a tar, a CSV or JSONL, or a .txt with a path per line",
-    )  # fmt: skip
-    result.add_argument("--root", help="where a list's relative paths start (default: its folder)")
-    result.add_argument(
-        "--feature", default=d.feature, help="cls, mean_patch, patches, or block:N[:cls|:patches]"
-    )
-    result.add_argument("--dtype", choices=DTYPES, default=d.dtype, help="of the numbers written")
-    result.add_argument(
-        "--format", choices=("npy", "parquet"), default=d.format,
-        help="npy: numpy, memory-mappable, and names.txt; parquet: columns (needs pyarrow)",
-    )  # fmt: skip
-    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
-    result.add_argument(
-        "--on-error", choices=("fail", "skip"), default=d.on_error,
-        help="an image that will not decode: stop, or a row of NaN, listed in embeddings.json",
-    )  # fmt: skip
-    for action in result._actions:
-        if action.dest == "output":
-            action.help = "folder to write (default: RUN/eval/embeddings-SET-FEATURE)"
-    return result
-
-
-def default_output(args: argparse.Namespace) -> Path:
-    """--output, or a folder in the run's eval/ that has the set and the feature in its name."""
-    if args.output:
-        return Path(args.output)
-    images = f"{Path(args.images).stem}-{digest(str(Path(args.images).absolute()))}"
-    name = f"embeddings-{images}-{args.feature.replace(':', '-')}"
-    return output_path(None, encoder_of(args), name).with_suffix("")
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    settings, ranks = settings_of(Settings, args), join_ranks()
-    parse_feature(settings.feature)
-    if settings.micro_batch < 1:
-        raise UserError(f"--micro-batch {settings.micro_batch}: must be at least 1")
-    if settings.format == "parquet":
-        _pyarrow()
-    output = default_output(args)
+    ranks = join_ranks()
+    settings, output = ranks.agree(lambda: prepare(args))
     trained = settings.feature == "cls"  # the last one, which some encoders do not normalise
     session = session_of(args, ranks, "cls" if trained else "mean_patch")
     info = run(settings, session, output)

@@ -21,6 +21,70 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.shared.command import run_command
+from eval.shared.finetune_plan import (
+    Plan,
+    Settings,
+    check_input,
+    identity,
+    learning_rate,
+    make_run_plan,
+    plan_training,
+    record,
+)
+from eval.shared.options import parser, settings_of
+from eval.shared.results import Timer, result_of, write_accuracy
+from pipeline.command import early
+from pipeline.errors import PREEMPTED, UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are SPEC's finetuning."""
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    add = result.add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
+    add("--ds_config", default=d.ds_config,
+        help="how it runs: a file, or zero0, zero1 or zero2 (default: zero2)")  # fmt: skip
+    add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
+    add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
+    add("--subset-seed", type=int, default=d.subset_seed, help="of the draw of --fraction")
+    add("--samples-per-epoch", type=int,
+        help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
+    add("--epochs", type=float, default=d.epochs, help="over the training set")
+    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="below --epochs")
+    add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
+    add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images")
+    add("--min-lr", type=float, default=d.min_lr, help="where the cosine ends")
+    add("--weight-decay", type=float, default=d.weight_decay, help="of AdamW")
+    add(
+        "--layer-decay", type=float, default=d.layer_decay, help="factor of the rate per layer down"
+    )
+    add("--drop-path", type=float, default=d.drop_path, help="stochastic depth of the last block")
+    add("--randaugment", default=d.randaugment, help="timm's policy; '' = none")
+    add("--erasing", type=float, default=d.erasing, help="probability of random erasing")
+    add("--mixup", type=float, default=d.mixup, help="alpha; 0 = off")
+    add("--cutmix", type=float, default=d.cutmix, help="alpha; 0 = off")
+    add("--smoothing", type=float, default=d.smoothing, help="of the labels")
+    add("--crop-area", type=float, default=d.crop_area,
+        help="smallest share of the image that a training crop shows")  # fmt: skip
+    add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
+    add("--stop-epoch", type=float, help="stop here; rerun to resume")
+    add("--max-steps", type=int, help="shorten the run: a trial")
+    return result
+
+
+def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
+    """The settings and the path of the result. UserError."""
+    settings = settings_of(Settings, args)
+    output = result_of(args, settings.name, folder=True)
+    check_input(settings, world)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.vision_transformer import VisionTransformer
@@ -28,29 +92,14 @@ from torch import Tensor, nn
 
 from eval.shared.batch_augment import make_erasing, make_mixup
 from eval.shared.checkpoints import Checkpoints
-from eval.shared.classifier import (
-    build_classifier,
-    layer_groups,
-    write_classifier,
-)
-from eval.shared.cli import parser, progress, run_command, settings_of
-from eval.shared.finetune_plan import (
-    Plan,
-    Settings,
-    identity,
-    learning_rate,
-    make_run_plan,
-    plan_training,
-    record,
-)
+from eval.shared.classifier import build_classifier, layer_groups, write_classifier
+from eval.shared.cli import progress
 from eval.shared.metrics import accuracy, count_correct
-from eval.shared.results import Timer, check_output, output_path, write_accuracy
-from eval.shared.session import EvalSession, encoder_of, session_of
+from eval.shared.session import EvalSession, session_of
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Batch, Loader, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import StopSignal
-from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
@@ -222,50 +271,12 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are SPEC's finetuning."""
-    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
-    add = result.add_argument
-    add("--train", required=True, help="training shards")
-    add("--val", required=True, help="validation shards")
-    add("--ds_config", default=d.ds_config,
-        help="how it runs: a file, or zero0, zero1 or zero2 (default: zero2)")  # fmt: skip
-    add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
-    add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
-    add("--subset-seed", type=int, default=d.subset_seed, help="of the draw of --fraction")
-    add("--samples-per-epoch", type=int,
-        help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
-    add("--epochs", type=float, default=d.epochs, help="over the training set")
-    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="below --epochs")
-    add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
-    add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images")
-    add("--min-lr", type=float, default=d.min_lr, help="where the cosine ends")
-    add("--weight-decay", type=float, default=d.weight_decay, help="of AdamW")
-    add(
-        "--layer-decay", type=float, default=d.layer_decay, help="factor of the rate per layer down"
-    )
-    add("--drop-path", type=float, default=d.drop_path, help="stochastic depth of the last block")
-    add("--randaugment", default=d.randaugment, help="timm's policy; '' = none")
-    add("--erasing", type=float, default=d.erasing, help="probability of random erasing")
-    add("--mixup", type=float, default=d.mixup, help="alpha; 0 = off")
-    add("--cutmix", type=float, default=d.cutmix, help="alpha; 0 = off")
-    add("--smoothing", type=float, default=d.smoothing, help="of the labels")
-    add("--crop-area", type=float, default=d.crop_area,
-        help="smallest share of the image that a training crop shows")  # fmt: skip
-    add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
-    add("--stop-epoch", type=float, help="stop here; rerun to resume")
-    add("--max-steps", type=int, help="shorten the run: a trial")
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    ranks, settings = init_ranks(), settings_of(Settings, args)
-    output = output_path(args.output, encoder_of(args), settings.name)
-    folder = output.with_suffix("")
-    check_output(output, ranks, folder)
+    ranks = init_ranks()
+    settings, output = ranks.agree(lambda: prepare(args, ranks.world))
     session = session_of(args, ranks, device=torch.device("cpu"))  # the classifier is a copy
-    result = evaluate(settings, session, folder)
+    result = evaluate(settings, session, output.with_suffix(""))
     if ranks.first:
         write_accuracy(output, result)
 

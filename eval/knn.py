@@ -8,19 +8,15 @@ exp(s / T), T = 0.07. No training, no augmentation. Source: Wu et al. 2018, Eq. 
 
 import argparse
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from eval.shared.cli import join_ranks, parser, run_command, settings_of
-from eval.shared.features import FEATURES
+from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
-from eval.shared.metrics import accuracy, count_correct
-from eval.shared.results import Timer, check_output, output_path, write_accuracy
-from eval.shared.session import EvalSession, encoder_of, session_of
+from eval.shared.options import FEATURES, parser, settings_of
+from eval.shared.results import Timer, result_of, write_accuracy
+from pipeline.command import early
 from pipeline.errors import UserError
-from pipeline.method.metrics import vote
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,21 @@ class Settings:
     micro_batch: int = 256
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    result.add_argument("--train", required=True, help="training shards")
+    result.add_argument("--val", required=True, help="validation shards")
+    result.add_argument(
+        "--feature", choices=FEATURES, default=d.feature,
+        help="what is compared; own: the encoder's own pooling",
+    )  # fmt: skip
+    result.add_argument("--k", type=int, default=d.k, help="neighbours that vote")
+    result.add_argument("--temperature", type=float, default=d.temperature, help="of their votes")
+    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
+    return result
+
+
 def check(s: Settings) -> int:
     """Refuse what cannot be computed; the number of classes."""
     train, val = labelled(s.train), labelled(s.val)
@@ -43,6 +54,25 @@ def check(s: Settings) -> int:
     if s.temperature <= 0 or s.micro_batch < 1:
         raise UserError("--temperature must be above 0 and --micro-batch at least 1")
     return class_count(train, val)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
+    """The settings and the path of the result. UserError."""
+    settings, output = settings_of(Settings, args), result_of(args, "knn")
+    check(settings)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+import torch.nn.functional as F
+
+from eval.shared.cli import join_ranks
+from eval.shared.metrics import accuracy, count_correct
+from eval.shared.session import EvalSession, session_of
+from pipeline.method.metrics import vote
 
 
 def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
@@ -67,26 +97,10 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
-    result.add_argument("--train", required=True, help="training shards")
-    result.add_argument("--val", required=True, help="validation shards")
-    result.add_argument(
-        "--feature", choices=FEATURES, default=d.feature,
-        help="what is compared; own: the encoder's own pooling",
-    )  # fmt: skip
-    result.add_argument("--k", type=int, default=d.k, help="neighbours that vote")
-    result.add_argument("--temperature", type=float, default=d.temperature, help="of their votes")
-    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    ranks, settings = join_ranks(), settings_of(Settings, args)
-    output = output_path(args.output, encoder_of(args), "knn")
-    check_output(output, ranks)
+    ranks = join_ranks()
+    settings, output = ranks.agree(lambda: prepare(args))
     result = evaluate(settings, session_of(args, ranks, settings.feature))
     if ranks.first:
         write_accuracy(output, result)

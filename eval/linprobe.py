@@ -33,14 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from eval.shared.checkpoints import Checkpoints
-from eval.shared.cli import join_ranks, parser, progress, run_command, settings_of
-from eval.shared.encoders import check_feature
-from eval.shared.features import FEATURES
-from eval.shared.lars_probe import Probe, Training, read_all, write_all
+from eval.shared.command import run_command
 from eval.shared.linprobe_plan import (
     HELD_OUT,
     Plan,
@@ -50,14 +43,65 @@ from eval.shared.linprobe_plan import (
     make_plan,
     record,
 )
+from eval.shared.options import FEATURES, parser, settings_of
+from eval.shared.results import Timer, result_of, write_accuracy
+from pipeline.command import early
+from pipeline.errors import PREEMPTED, UserError
+from shard_tools.manifest import read_manifest
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; its defaults are MAE's protocol."""
+    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
+    add = result.add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
+    add("--protocol", choices=["mae", "cached"], default=d.protocol,
+        help="mae: LARS on augmented images; cached: features once, then nine rates")  # fmt: skip
+    add("--feature", choices=FEATURES, default=d.feature,
+        help="what is classified; own: the encoder's own pooling")  # fmt: skip
+    add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
+        help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
+    add("--epochs", type=int, default=d.epochs, help="over the training set")
+    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="mae only")
+    add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
+    add(
+        "--micro-batch",
+        type=int,
+        default=d.micro_batch,
+        help="images of a rank per forward pass, at most",
+    )
+    add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images; mae only")
+    add("--grid", type=float, nargs="+", default=d.grid, help="learning rates to try; cached only")
+    add("--select", choices=["held-out", "validation"], default=d.select,
+        help="where the rate is chosen; cached only")  # fmt: skip
+    add("--max-steps", type=int, help="stop after N steps: a trial run")
+    return result
+
+
+def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
+    """The settings and the path of the result. UserError."""
+    settings = settings_of(Settings, args)
+    output = result_of(args, f"linprobe-{settings.protocol}", folder=True)
+    make_plan(settings, world)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+from torch import Tensor
+
+from eval.shared.checkpoints import Checkpoints
+from eval.shared.cli import join_ranks, progress
+from eval.shared.encoders import check_feature
+from eval.shared.lars_probe import Probe, Training, read_all, write_all
 from eval.shared.metrics import accuracy, as_percent, count_correct
-from eval.shared.results import Timer, check_output, output_path, write_accuracy
-from eval.shared.session import EvalSession, encoder_of, session_of
+from eval.shared.session import EvalSession, session_of
 from pipeline.data.crops import Box, Crop
 from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.distributed import Ranks, StopSignal
-from pipeline.errors import PREEMPTED, UserError
-from shard_tools.manifest import read_manifest
 
 
 class ProbeCrop(Crop):
@@ -334,41 +378,12 @@ def best_of_grid(
 # ------------------------------------------------------------------ command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are MAE's protocol."""
-    result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
-    add = result.add_argument
-    add("--train", required=True, help="training shards")
-    add("--val", required=True, help="validation shards")
-    add("--protocol", choices=["mae", "cached"], default=d.protocol,
-        help="mae: LARS on augmented images; cached: features once, then nine rates")  # fmt: skip
-    add("--feature", choices=FEATURES, default=d.feature,
-        help="what is classified; own: the encoder's own pooling")  # fmt: skip
-    add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
-        help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
-    add("--epochs", type=int, default=d.epochs, help="over the training set")
-    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="mae only")
-    add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
-    add(
-        "--micro-batch",
-        type=int,
-        default=d.micro_batch,
-        help="images of a rank per forward pass, at most",
-    )
-    add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images; mae only")
-    add("--grid", type=float, nargs="+", default=d.grid, help="learning rates to try; cached only")
-    add("--select", choices=["held-out", "validation"], default=d.select,
-        help="where the rate is chosen; cached only")  # fmt: skip
-    add("--max-steps", type=int, help="stop after N steps: a trial run")
-    return result
-
-
 def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """Run the protocol that the settings name; the full result, alike on every rank.
 
     folder: where checkpoints are kept.
     """
-    timer, plan = Timer(), make_plan(s, session.ranks)
+    timer, plan = Timer(), make_plan(s, session.ranks.world)
     session.check_readable(s.val, s.micro_batch)
     for feature in s.also:
         check_feature(session.vit, feature)
@@ -384,12 +399,10 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     args = build_parser().parse_args()
-    ranks, settings = join_ranks(), settings_of(Settings, args)
-    output = output_path(args.output, encoder_of(args), f"linprobe-{args.protocol}")
-    folder = output.with_suffix("")
-    check_output(output, ranks, folder)
+    ranks = join_ranks()
+    settings, output = ranks.agree(lambda: prepare(args, ranks.world))
     session = session_of(args, ranks, settings.feature)
-    result = evaluate(settings, session, folder)
+    result = evaluate(settings, session, output.with_suffix(""))
     if ranks.first:
         write_accuracy(output, result)
 

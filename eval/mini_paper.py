@@ -33,7 +33,7 @@ from eval.paper.reproduction import (
 from eval.paper.study import Study, rules, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.help_text import HelpFormatter
 

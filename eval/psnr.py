@@ -15,22 +15,16 @@ same for every model.
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from eval.shared.cli import base_parser, join_ranks, progress, run_command, settings_of
-from eval.shared.encoders import EncoderChoice
+from eval.shared.command import run_command
 from eval.shared.labels import with_images
+from eval.shared.options import EncoderChoice, add_model, base_parser, check_ratio, settings_of
 from eval.shared.results import Timer, check_output, output_path, write_result
-from pipeline.data.loader import eval_loader
-from pipeline.distributed import Ranks
+from pipeline.command import early
 from pipeline.errors import UserError
-from pipeline.method.reconstructor import Reconstructor, load_reconstructor
-
-TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
-SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB
+from pipeline.method.source import recipe_of_model
 
 
 @dataclass(frozen=True)
@@ -48,6 +42,53 @@ class Settings:
     micro_batch: int = 64
     resize: int = 0
     workers: int = 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = base_parser(str(__doc__).split("\n", 1)[0])
+    add_model(result)
+    result.add_argument("--val", required=True, help="shards with the images")
+    result.add_argument("--micro-batch", type=int, default=64, help="images per forward pass")
+    result.add_argument(
+        "--resize", type=int, default=0,
+        help="pixels of the shorter side before the centre crop (0: as in the other evaluations)",
+    )  # fmt: skip
+    result.add_argument("--output", help="result file (default: RUN/eval/psnr.json)")
+    return result
+
+
+def check(s: Settings) -> None:
+    """Refuse what cannot be computed."""
+    with_images(s.val)
+    if s.micro_batch < 1:
+        raise UserError("--micro-batch must be at least 1")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
+    """The settings and the path of the result. UserError."""
+    settings = settings_of(Settings, args)
+    output = output_path(args.output, EncoderChoice(args.encoder), "psnr")
+    check_output(output)
+    recipe_of_model(settings.encoder, settings.recipe, settings.overrides)
+    check_ratio(settings.mask_ratio)
+    check(settings)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+from torch import Tensor
+
+from eval.shared.cli import join_ranks, progress
+from pipeline.data.loader import eval_loader
+from pipeline.distributed import Ranks
+from pipeline.method.reconstructor import Reconstructor, load_reconstructor
+
+TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
+SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB
 
 
 def squared_errors(
@@ -119,9 +160,7 @@ def measure(
 def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     """PSNR of a run's reconstructions; the full result, alike on every rank."""
     timer = Timer()
-    with_images(s.val)
-    if s.micro_batch < 1:
-        raise UserError("--micro-batch must be at least 1")
+    check(s)
     model = load_reconstructor(s.encoder, s.recipe, s.overrides).to(ranks.device)
     mask_ratio = mask_ratio_of(model, s.mask_ratio)
     (hidden, full), images = measure(model, ranks, s, mask_ratio)
@@ -140,35 +179,10 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def add_model(result: argparse.ArgumentParser) -> None:
-    """The options that name a model with its decoder."""
-    add = result.add_argument
-    add("--encoder", required=True, help="a run's folder, or a facebookresearch/mae FILE")
-    add("--recipe", default="", help="of a FILE: the recipe that it fits")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="of a FILE: change a key of that recipe")  # fmt: skip
-    add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = base_parser(str(__doc__).split("\n", 1)[0])
-    add_model(result)
-    result.add_argument("--val", required=True, help="shards with the images")
-    result.add_argument("--micro-batch", type=int, default=64, help="images per forward pass")
-    result.add_argument(
-        "--resize", type=int, default=0,
-        help="pixels of the shorter side before the centre crop (0: as in the other evaluations)",
-    )  # fmt: skip
-    result.add_argument("--output", help="result file (default: RUN/eval/psnr.json)")
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    ranks, settings = join_ranks(), settings_of(Settings, args)
-    output = output_path(args.output, EncoderChoice(args.encoder), "psnr")
-    check_output(output, ranks)
+    ranks = join_ranks()
+    settings, output = ranks.agree(lambda: prepare(args))
     result = evaluate(settings, ranks)
     if ranks.first:
         write_result(output, result)

@@ -13,23 +13,58 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from eval.shared.command import run_command
+from eval.shared.labels import check_files, with_images
+from eval.shared.options import add_model, base_parser, check_ratio
+from eval.shared.results import check_output
+from pipeline.command import early
+from pipeline.errors import UserError, naming
+from pipeline.method.source import recipe_of_model
+from shard_tools.atomic import write_atomic
+
+COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = base_parser(str(__doc__).split("\n", 1)[0])
+    add_model(result)
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", help="shards: the first images")
+    source.add_argument("--files", nargs="+", help="picture files")
+    result.add_argument("--images", type=int, default=8, help="the first N of --data")
+    result.add_argument(
+        "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="which, in this order"
+    )
+    result.add_argument("--output", required=True, help="PNG to write")
+    return result
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """UserError for a command line that cannot be followed."""
+    if args.images < 1 or not str(args.output).endswith(".png"):
+        raise UserError("--images must be at least 1 and --output must end in .png")
+    check_output(Path(args.output))
+    recipe_of_model(args.encoder, args.recipe, args.overrides)
+    check_ratio(args.mask_ratio)
+    check_files(args.files or ())
+    if args.data:
+        with_images(args.data)
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from eval.psnr import TRUE_STATISTICS, add_model, mask_ratio_of
+from eval.psnr import TRUE_STATISTICS, mask_ratio_of
 from eval.shape_bias import evaluation_crop
-from eval.shared.cli import base_parser, run_command
-from eval.shared.labels import with_images
-from eval.shared.results import check_output
 from pipeline.data.loader import eval_loader
-from pipeline.distributed import Ranks
-from pipeline.errors import UserError, naming
 from pipeline.method.reconstructor import Reconstructor, load_reconstructor
-from shard_tools.atomic import write_atomic
 
-COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 SMALLEST = 112  # side in pixels that a small picture is enlarged to at least
 MARGIN, LINE = 4, 14  # pixels between pictures, and of a line of text
 
@@ -85,26 +120,9 @@ def draw(
     return compose({name: columns[name] for name in shown}, note), note
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = base_parser(str(__doc__).split("\n", 1)[0])
-    add_model(result)
-    source = result.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", help="shards: the first images")
-    source.add_argument("--files", nargs="+", help="picture files")
-    result.add_argument("--images", type=int, default=8, help="the first N of --data")
-    result.add_argument(
-        "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="which, in this order"
-    )
-    result.add_argument("--output", required=True, help="PNG to write")
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
-    if args.images < 1 or not str(args.output).endswith(".png"):
-        raise UserError("--images must be at least 1 and --output must end in .png")
-    check_output(Path(args.output), Ranks.alone())
+    prepare(args)
     model = load_reconstructor(args.encoder, args.recipe, args.overrides)
     if args.files:
         image, sample = read_files(args.files, model.size)

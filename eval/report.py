@@ -27,7 +27,7 @@ from eval.reporting.overview import cards
 from eval.reporting.page import Chapter, overview_chapter, render_html, render_markdown
 from eval.reporting.run_records import Group, group_runs, read_run
 from eval.reporting.run_status import read_status
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter

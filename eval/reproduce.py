@@ -27,7 +27,7 @@ from eval.paper.reproduction import (
 )
 from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.help_text import HelpFormatter
 

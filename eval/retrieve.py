@@ -15,28 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-from eval.embed import embed, weights_digest
-from eval.reporting.gallery import Section, render_gallery, tile
-from eval.shared import image_sets
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.embeddings import Embeddings, read_embeddings
-from eval.shared.encoders import EncoderChoice
-from eval.shared.session import EvalSession, open_session
-from pipeline.data.crops import Box
-from pipeline.data.jpeg import decoder
-from pipeline.distributed import Ranks
+from pipeline.command import early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import write_atomic
-from shard_tools.image_file import ImageFault
-from shard_tools.manifest import Manifest
-
-PIXELS = 224  # side of a picture on the page
-CHUNK = 1 << 16  # rows compared at a time
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,100 @@ class Settings:
     k: int = 7
     random: int = 8
     seed: int = 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result, d = (
+        argparse.ArgumentParser(
+            description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+        ),
+        Settings,
+    )
+    result.add_argument(
+        "queries", nargs="*", metavar="QUERY", help="a key, a row's number, or an image file"
+    )
+    result.add_argument(
+        "--embeddings", type=Path, required=True, help="folder that eval/embed.py wrote"
+    )
+    result.add_argument(
+        "--output", type=Path, help="page (default: neighbours.html in that folder)"
+    )
+    result.add_argument("--k", type=int, default=d.k, help="neighbours of a query")
+    result.add_argument(
+        "--random",
+        type=int,
+        default=d.random,
+        help="rows drawn where no QUERY is given",
+    )
+    result.add_argument("--seed", type=int, default=d.seed, help="of that draw")
+    return result
+
+
+def read_store(folder: Path) -> Embeddings:
+    """The embeddings. UserError where they are not one row per image."""
+    store = read_embeddings(folder)
+    if store.rows.ndim != 2:
+        raise UserError(f"{folder}: holds a row per patch; embed with --feature mean_patch")
+    return store
+
+
+def rows_of(s: Settings, store: Embeddings) -> list[tuple[str, int]]:
+    """(word, row) of each query of a command line, -1 of an image file; UserError for one that is
+    nothing."""
+    numbers = {key: row for row, key in enumerate(store.keys)}
+    total, words = len(store.keys), s.queries
+    if not words:
+        order = np.random.default_rng(s.seed).permutation(total)
+        usable = (row for row in order.tolist() if not np.isnan(store.rows[row]).any())
+        words = tuple(store.keys[row] for row in sorted(islice(usable, s.random)))
+    found = []
+    for word in words:
+        row = numbers.get(word, int(word) if word.isascii() and word.isdecimal() else -1)
+        if 0 <= row < total:
+            if np.isnan(store.rows[row]).any():
+                raise UserError(f"{store.keys[row]}: would not decode, so it has no embedding")
+            found.append((word, row))
+        elif Path(word).is_file():
+            found.append((word, -1))
+        else:
+            raise UserError(
+                f"{word}: no image file, no key of {store.folder}/names.txt, and no row from 0 to "
+                f"{total - 1}"
+            )
+    return found
+
+
+def prepare(args: argparse.Namespace) -> Settings:
+    """The settings of a command line. UserError."""
+    if args.k < 1 or args.random < 1:
+        raise UserError("--k and --random must be at least 1")
+    output = args.output or args.embeddings / "neighbours.html"
+    s = Settings(tuple(args.queries), args.embeddings, output, args.k, args.random, args.seed)
+    rows_of(s, read_store(s.embeddings))
+    return s
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval.embed import embed, weights_digest
+from eval.reporting.gallery import Section, render_gallery, tile
+from eval.shared import image_sets
+from eval.shared.options import EncoderChoice
+from eval.shared.session import EvalSession, open_session
+from pipeline.data.crops import Box
+from pipeline.data.jpeg import decoder
+from pipeline.distributed import Ranks
+from shard_tools.image_file import ImageFault
+from shard_tools.manifest import Manifest
+
+PIXELS = 224  # side of a picture on the page
+CHUNK = 1 << 16  # rows compared at a time
 
 
 @dataclass(frozen=True)
@@ -80,33 +159,15 @@ def nearest(rows: np.ndarray, query: np.ndarray, k: int, leave_out: int = -1) ->
 
 def find_queries(s: Settings, store: Embeddings) -> list[Query]:
     """The queries of a command line; UserError for one that is nothing."""
-    numbers = {key: row for row, key in enumerate(store.keys)}
-    total, words = len(store.keys), s.queries
-    if not words:
-        order = np.random.default_rng(s.seed).permutation(total)
-        usable = (row for row in order.tolist() if not np.isnan(store.rows[row]).any())
-        words = tuple(store.keys[row] for row in sorted(islice(usable, s.random)))
-    found, files = [], []
-    for word in words:
-        row = numbers.get(word, int(word) if word.isascii() and word.isdecimal() else -1)
-        if 0 <= row < total:
-            _usable(store, row)
-            found.append(Query(store.keys[row], np.array(store.rows[row]), row))
-        elif Path(word).is_file():
-            files.append(word)
-            found.append(Query(word, np.zeros(0)))
-        else:
-            raise UserError(
-                f"{word}: no image file, no key of {store.folder}/names.txt, and no row from 0 to "
-                f"{total - 1}"
-            )
+    rows = rows_of(s, store)
+    files = [word for word, row in rows if row < 0]
     features = dict(zip(files, _embed_files(store, files), strict=True)) if files else {}
-    return [Query(q.name, features[q.name]) if q.row < 0 else q for q in found]
-
-
-def _usable(store: Embeddings, row: int) -> None:
-    if np.isnan(store.rows[row]).any():
-        raise UserError(f"{store.keys[row]}: would not decode, so it has no embedding")
+    return [
+        Query(word, features[word])
+        if row < 0
+        else Query(store.keys[row], np.array(store.rows[row]), row)
+        for word, row in rows
+    ]
 
 
 def open_encoder_of(store: Embeddings) -> EvalSession:
@@ -195,9 +256,7 @@ def hit_rate(store: Embeddings, queries: Sequence[Query], k: int) -> str:
 
 def build_page(s: Settings) -> str:
     """The page as one string."""
-    store = read_embeddings(s.embeddings)
-    if store.rows.ndim != 2:
-        raise UserError(f"{s.embeddings}: holds a row per patch; embed with --feature mean_patch")
+    store = read_store(s.embeddings)
     queries, info = find_queries(s, store), store.info
     root = Path(info["root"]) if info["root"] else None
     skip = info["settings"]["on_error"] == "skip"
@@ -219,44 +278,12 @@ def _encoder_name(record: dict[str, Any]) -> str:
     return f"{record['source']} ({record['arch']}{', random' if record['random'] else ''})"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result, d = (
-        argparse.ArgumentParser(
-            description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
-        ),
-        Settings,
-    )
-    result.add_argument(
-        "queries", nargs="*", metavar="QUERY", help="a key, a row's number, or an image file"
-    )
-    result.add_argument(
-        "--embeddings", type=Path, required=True, help="folder that eval/embed.py wrote"
-    )
-    result.add_argument(
-        "--output", type=Path, help="page (default: neighbours.html in that folder)"
-    )
-    result.add_argument("--k", type=int, default=d.k, help="neighbours of a query")
-    result.add_argument(
-        "--random",
-        type=int,
-        default=d.random,
-        help="rows drawn where no QUERY is given",
-    )
-    result.add_argument("--seed", type=int, default=d.seed, help="of that draw")
-    return result
-
-
 def main() -> None:
-    args = build_parser().parse_args()
-    if args.k < 1 or args.random < 1:
-        raise UserError("--k and --random must be at least 1")
-    output = args.output or args.embeddings / "neighbours.html"
-    s = Settings(tuple(args.queries), args.embeddings, output, args.k, args.random, args.seed)
+    s = prepare(build_parser().parse_args())
     page = build_page(s)
-    with naming(output, "cannot be written"):
-        write_atomic(output, page)
-    print(f"neighbours: {output}", flush=True)
+    with naming(s.output, "cannot be written"):
+        write_atomic(s.output, page)
+    print(f"neighbours: {s.output}", flush=True)
 
 
 if __name__ == "__main__":

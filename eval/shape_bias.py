@@ -23,18 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
-from eval.shared.classifier import classify, read_classifier
-from eval.shared.cli import join_ranks, progress, run_command, settings_of
-from eval.shared.features import normalise
-from eval.shared.metrics import as_percent
-from eval.shared.results import Timer, check_output, named_json, write_result
-from pipeline.data.crops import shorter_side
-from pipeline.distributed import Ranks
+from eval.shared.command import run_command
+from eval.shared.options import settings_of
+from eval.shared.results import (
+    Timer,
+    check_output,
+    named_json,
+    read_classifier_info,
+    write_result,
+)
+from pipeline.command import early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 
@@ -78,21 +76,18 @@ class Settings:
     batch_size: int = 64
 
 
-def classes_of(category: str) -> list[int]:
-    """The ImageNet classes of a category, ascending."""
-    numbers: list[int] = []
-    for part in CATEGORIES[category]:
-        first, last = part if isinstance(part, tuple) else (part, part)
-        numbers += range(first, last + 1)
-    return numbers
-
-
-def decide(probability: Tensor) -> list[str]:
-    """Categories of probabilities [b, 1000]: the highest mean probability over a category's
-    classes."""
-    means = [probability[:, classes_of(name)].mean(dim=1) for name in CATEGORIES]
-    names = list(CATEGORIES)
-    return [names[number] for number in torch.stack(means, dim=1).argmax(dim=1).tolist()]
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(
+        description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
+    )
+    result.add_argument("--classifier", help="folder that finetune.py wrote, or timm:NAME")
+    result.add_argument("--images", help="folder of cue-conflict images")
+    result.add_argument("--decisions", nargs="+", help="CSV files of model-vs-human")
+    result.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
+    result.add_argument("--output", help="result file (default: beside the classifier)")
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
 
 
 def texture_of(image_name: str) -> str:
@@ -105,37 +100,6 @@ def texture_of(image_name: str) -> str:
             "cat1-elephant2.png"
         )
     return texture
-
-
-def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
-    """Shape bias of trials (decision, shape, texture), overall and for each shape.
-
-    Trials whose shape is the texture are left out. The bias is None where nothing was decided for
-    either.
-    """
-    count: Counter[tuple[str, str]] = Counter()
-    conflicts = 0
-    for decision, shape, texture in trials:
-        if shape == texture:
-            continue
-        conflicts += 1
-        count[shape, "shape"] += decision == shape
-        count[shape, "texture"] += decision == texture
-
-    def ratio(shape: int, texture: int) -> float | None:
-        return round(shape / (shape + texture), 5) if shape + texture else None
-
-    shapes = sum(n for (_, cue), n in count.items() if cue == "shape")
-    textures = sum(n for (_, cue), n in count.items() if cue == "texture")
-    names = sorted({name for name, _ in count})
-    return {
-        "shape_bias": ratio(shapes, textures),
-        "shape": shapes,
-        "texture": textures,
-        "trials": conflicts,
-        "either": as_percent(shapes + textures, conflicts) if conflicts else None,
-        "by_shape": {n: ratio(count[n, "shape"], count[n, "texture"]) for n in names},
-    }
 
 
 def read_decisions(paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
@@ -169,6 +133,97 @@ def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
     if not found:
         raise UserError(f"{folder}: has no images in folders named by shape")
     return found
+
+
+def check(s: Settings) -> None:
+    """Refuse what cannot be computed."""
+    if bool(s.classifier) != bool(s.images) or bool(s.classifier) == bool(s.decisions):
+        raise UserError("give either --classifier with --images, or --decisions")
+    if s.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+
+
+def prepare(args: argparse.Namespace) -> tuple[Settings, Path | None]:
+    """The settings and the path of the result, if it is written. UserError."""
+    settings = settings_of(Settings, args)
+    output = named_json(args.output) if args.output else None
+    if output is None and args.classifier and not args.classifier.startswith("timm:"):
+        folder = Path(args.classifier)
+        output = folder.with_name(f"shape-bias-{folder.name}.json")
+    if output is not None:
+        check_output(output)
+    check(settings)
+    if settings.decisions:
+        read_decisions(settings.decisions)
+    if settings.classifier and not settings.classifier.startswith("timm:"):
+        read_classifier_info(settings.classifier)
+    if settings.images:
+        find_images(settings.images)
+    return settings, output
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from eval.shared.classifier import classify, read_classifier
+from eval.shared.cli import join_ranks, progress
+from eval.shared.features import normalise
+from eval.shared.metrics import as_percent
+from pipeline.data.crops import shorter_side
+from pipeline.distributed import Ranks
+
+
+def classes_of(category: str) -> list[int]:
+    """The ImageNet classes of a category, ascending."""
+    numbers: list[int] = []
+    for part in CATEGORIES[category]:
+        first, last = part if isinstance(part, tuple) else (part, part)
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def decide(probability: Tensor) -> list[str]:
+    """Categories of probabilities [b, 1000]: the highest mean probability over a category's
+    classes."""
+    means = [probability[:, classes_of(name)].mean(dim=1) for name in CATEGORIES]
+    names = list(CATEGORIES)
+    return [names[number] for number in torch.stack(means, dim=1).argmax(dim=1).tolist()]
+
+
+def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
+    """Shape bias of trials (decision, shape, texture), overall and for each shape.
+
+    Trials whose shape is the texture are left out. The bias is None where nothing was decided for
+    either.
+    """
+    count: Counter[tuple[str, str]] = Counter()
+    conflicts = 0
+    for decision, shape, texture in trials:
+        if shape == texture:
+            continue
+        conflicts += 1
+        count[shape, "shape"] += decision == shape
+        count[shape, "texture"] += decision == texture
+
+    def ratio(shape: int, texture: int) -> float | None:
+        return round(shape / (shape + texture), 5) if shape + texture else None
+
+    shapes = sum(n for (_, cue), n in count.items() if cue == "shape")
+    textures = sum(n for (_, cue), n in count.items() if cue == "texture")
+    names = sorted({name for name, _ in count})
+    return {
+        "shape_bias": ratio(shapes, textures),
+        "shape": shapes,
+        "texture": textures,
+        "trials": conflicts,
+        "either": as_percent(shapes + textures, conflicts) if conflicts else None,
+        "by_shape": {n: ratio(count[n, "shape"], count[n, "texture"]) for n in names},
+    }
 
 
 def evaluation_crop(path: Path, size: int) -> np.ndarray:
@@ -214,10 +269,7 @@ def classifier_trials(
 def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     """Shape bias of a classifier or of recorded decisions; the full result."""
     timer = Timer()
-    if bool(s.classifier) != bool(s.images) or bool(s.classifier) == bool(s.decisions):
-        raise UserError("give either --classifier with --images, or --decisions")
-    if s.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
+    check(s)
     if s.classifier and s.images:
         trials, info = classifier_trials(s.classifier, s.images, s.batch_size, ranks)
     else:
@@ -233,30 +285,11 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = argparse.ArgumentParser(
-        description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
-    )
-    result.add_argument("--classifier", help="folder that finetune.py wrote, or timm:NAME")
-    result.add_argument("--images", help="folder of cue-conflict images")
-    result.add_argument("--decisions", nargs="+", help="CSV files of model-vs-human")
-    result.add_argument("--batch-size", type=int, default=64, help="images per forward pass")
-    result.add_argument("--output", help="result file (default: beside the classifier)")
-    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return result
-
-
 def main() -> None:
     args = build_parser().parse_args()
     ranks = join_ranks()
-    output = named_json(args.output) if args.output else None
-    if output is None and args.classifier and not args.classifier.startswith("timm:"):
-        folder = Path(args.classifier)
-        output = folder.with_name(f"shape-bias-{folder.name}.json")
-    if output is not None:
-        check_output(output, ranks)
-    result = evaluate(settings_of(Settings, args), ranks)
+    settings, output = ranks.agree(lambda: prepare(args))
+    result = evaluate(settings, ranks)
     if ranks.first:
         if output is not None:
             write_result(output, result)

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote, split
 
-import torch
-
 from eval.paper.job_runner import run_commands, show_plan
 from eval.paper.sweep_chapter import sweep_chapter
 from eval.paper.sweep_plan import (
@@ -33,7 +31,7 @@ from eval.paper.sweep_plan import (
 )
 from eval.report import write_report
 from eval.reporting.page import markdown_table
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.processes import environment, stop_on_sigterm
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
@@ -45,8 +43,9 @@ TASK = "SLURM_ARRAY_TASK_ID"
 
 @dataclass(frozen=True)
 class Settings:
-    """A sweep and what to do with it: print the plan, run it `jobs` commands at a time, run one
-    cell, only write the page, or (slurm: options of sbatch) submit it.
+    """A sweep and what to do with it: print the plan, run it `jobs` commands at a time (0: one on
+    GPUs, elsewhere one per core), run one cell, only write the page, or (slurm: options of sbatch)
+    submit it.
 
     again: the words of the command line that name the same sweep.
     """
@@ -95,10 +94,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
         tuple(args.set), read_eval_args(args.eval_args, evals),
         ("--ds_config", args.ds_config) if args.ds_config else (),
     )  # fmt: skip
-    jobs = args.jobs or (1 if torch.cuda.is_available() else cores())
     slurm = None if args.slurm is None else tuple(split(args.slurm))
     again = tuple(without(words, "--slurm", "--jobs"))
-    return Settings(sweep, jobs, args.dry_run, args.report, args.cell, slurm, again)
+    return Settings(sweep, args.jobs, args.dry_run, args.report, args.cell, slurm, again)
 
 
 def without(words: Sequence[str], *names: str) -> list[str]:
@@ -109,6 +107,13 @@ def without(words: Sequence[str], *names: str) -> list[str]:
             kept += [] if word in names else [word]
         skip = not skip and word in names
     return kept
+
+
+def slots() -> int:
+    """Commands that run side by side: one on GPUs, elsewhere one per core."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else cores()
 
 
 def submit(settings: Settings, cells: int) -> None:
@@ -178,7 +183,7 @@ def run_sweep(settings: Settings) -> None:
     elif settings.slurm is not None:
         submit(settings, len(commands))
     else:
-        run_commands(everything, settings.jobs, sweep.output)
+        run_commands(everything, settings.jobs or slots(), sweep.output)
         write_page(sweep)
 
 

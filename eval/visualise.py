@@ -20,27 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
-
-from eval.reporting.gallery import Section, render_gallery, sheet
-from eval.shared import image_sets
-from eval.shared.cli import base_parser, run_command
-from eval.shared.encoders import EncoderChoice, read_options
-from eval.shared.inside import cosine_map, foreground, last_attention, pca_colours
-from eval.shared.session import EvalSession, open_session
-from pipeline.distributed import Ranks
+from eval.shared.command import run_command
+from eval.shared.labels import check_files, check_images
+from eval.shared.options import EncoderChoice, base_parser, read_options
+from pipeline.command import early
 from pipeline.errors import UserError, naming
+from pipeline.method.source import check_source
 from shard_tools.atomic import write_atomic
 from shard_tools.manifest import Manifest
-
-CELL, MARGIN, LINE, FONT = 224, 6, 22, 14  # pixels: a picture, between them, a line of text
-BATCH = 8  # images of a forward pass
-
-Pictures = Sequence[Image.Image]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,83 @@ class Settings:
     size: int | None = None
     points: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
     seed: int = 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = base_parser(str(__doc__).split("\n", 1)[0])
+    result.add_argument(
+        "--encoder", nargs="+", required=True, metavar="ENCODER",
+        help="runs, checkpoint files, timm:NAME, random: a column each",
+    )  # fmt: skip
+    result.add_argument(
+        "--arch", nargs="+", default=[], metavar="NAME",
+        help="timm's name of what the files and random are: one for all, or one for each of them",
+    )  # fmt: skip
+    result.add_argument("--options", default="{}", help="further keywords of the timm models")
+    source = result.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", help="shards, a folder, a tar, a table or a .txt of paths")
+    source.add_argument("--files", nargs="+", metavar="FILE", help="image files")
+    result.add_argument(
+        "--count", type=int, default=Settings.count, help="rows, spread over --images"
+    )
+    result.add_argument(
+        "--size", type=int, help="pixels of the images, such as 448 for finer maps (default: the "
+        "encoder's own)",
+    )  # fmt: skip
+    result.add_argument(
+        "--point", nargs=2, type=float, action="append", metavar=("X", "Y"),
+        help="patch that the others are compared with: shares of the width and height, may be "
+        "repeated (default: 0.5 0.5)",
+    )  # fmt: skip
+    result.add_argument("--output", type=Path, default=Path("runs/inside"), help="folder to write")
+    return result
+
+
+def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
+    """The points of a command line. UserError for one that cannot be followed."""
+    points = tuple((x, y) for x, y in args.point or [[0.5, 0.5]])
+    for x, y in points:
+        if not (0 <= x <= 1 and 0 <= y <= 1):
+            raise UserError(f"--point {x:g} {y:g}: must be shares from 0 to 1")
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    needed = sum(name == "random" or Path(name).is_file() for name in args.encoder)
+    if len(args.arch) > 1 and len(args.arch) != needed:
+        raise UserError(
+            f"--arch: {len(args.arch)} names for {needed} files and random encoders; give one for "
+            "all or one for each"
+        )
+    read_options(args.options)
+    for name in args.encoder:
+        if name != "random":  # it may take the architecture of the first
+            check_source(name)
+    if args.files:
+        check_files(args.files)
+    else:
+        check_images(args.images)
+    return points
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(build_parser().parse_args, prepare)
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from eval.reporting.gallery import Section, render_gallery, sheet
+from eval.shared import image_sets
+from eval.shared.inside import cosine_map, foreground, last_attention, pca_colours
+from eval.shared.session import EvalSession, open_session
+from pipeline.distributed import Ranks
+
+CELL, MARGIN, LINE, FONT = 224, 6, 22, 14  # pixels: a picture, between them, a line of text
+BATCH = 8  # images of a forward pass
+
+Pictures = Sequence[Image.Image]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -291,51 +355,9 @@ def draw(s: Settings) -> list[str]:
     return [name for name, *_ in pictures]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    result = base_parser(str(__doc__).split("\n", 1)[0])
-    result.add_argument(
-        "--encoder", nargs="+", required=True, metavar="ENCODER",
-        help="runs, checkpoint files, timm:NAME, random: a column each",
-    )  # fmt: skip
-    result.add_argument(
-        "--arch", nargs="+", default=[], metavar="NAME",
-        help="timm's name of what the files and random are: one for all, or one for each of them",
-    )  # fmt: skip
-    result.add_argument("--options", default="{}", help="further keywords of the timm models")
-    source = result.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", help="shards, a folder, a tar, a table or a .txt of paths")
-    source.add_argument("--files", nargs="+", metavar="FILE", help="image files")
-    result.add_argument(
-        "--count", type=int, default=Settings.count, help="rows, spread over --images"
-    )
-    result.add_argument(
-        "--size", type=int, help="pixels of the images, such as 448 for finer maps (default: the "
-        "encoder's own)",
-    )  # fmt: skip
-    result.add_argument(
-        "--point", nargs=2, type=float, action="append", metavar=("X", "Y"),
-        help="patch that the others are compared with: shares of the width and height, may be "
-        "repeated (default: 0.5 0.5)",
-    )  # fmt: skip
-    result.add_argument("--output", type=Path, default=Path("runs/inside"), help="folder to write")
-    return result
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings of a command line. UserError where one cannot be."""
-    points = tuple((x, y) for x, y in args.point or [[0.5, 0.5]])
-    for x, y in points:
-        if not (0 <= x <= 1 and 0 <= y <= 1):
-            raise UserError(f"--point {x:g} {y:g}: must be shares from 0 to 1")
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
-    needed = sum(name == "random" or Path(name).is_file() for name in args.encoder)
-    if len(args.arch) > 1 and len(args.arch) != needed:
-        raise UserError(
-            f"--arch: {len(args.arch)} names for {needed} files and random encoders; give one for "
-            "all or one for each"
-        )
+    points = prepare(args)
     images = image_sets.of_files(args.files) if args.files else image_sets.open_images(args.images)
     count = images.samples if args.files else args.count
     return Settings(

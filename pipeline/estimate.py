@@ -19,6 +19,81 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.command import early, imported
+from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
+from pipeline.config.peaks import PEAKS
+from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
+from pipeline.data.order import steps_per_epoch
+from pipeline.errors import UserError, naming, refuse
+from pipeline.help_text import HelpFormatter
+from shard_tools.atomic import write_json
+
+# Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
+# virtual machine with AVX2. `make bench-data` measures the whole loader.
+CORE_IMAGES = 1000.0
+# Ways to run (docs/training.md): torch_autocast, as shipped; bf16 weights with gradients kept and
+# summed in bf16 or in fp32; fp32.
+PRECISIONS = ("autocast", "bf16", "bf16-fp32-grads", "fp32")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Predict memory, communication, FLOPs and hours of a pretraining run.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe",
+        default=RECIPES / "rmae.yaml",
+        metavar="FILE",
+        help="what is trained: a file, or a bundled name such as mae (default: rmae)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change a recipe key; may be repeated",
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="over all nodes")
+    parser.add_argument("--gpu", choices=PEAKS, default="h100", help="whose peak the hours take")
+    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="10^9 bytes")
+    # fmt: off
+    parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                        help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%}% free")
+    parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
+                        help="print the micro-batch that fits under a ZeRO stage, no more")
+    parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
+                        help="host time per launch; 0: measured on this machine")
+    parser.add_argument("--cores", type=int, default=8, help="CPU cores per GPU that load images")
+    parser.add_argument("--core-images", type=float, default=CORE_IMAGES, metavar="N",
+                        help="images per second that a core loads (make bench-data)")
+    # fmt: on
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="the way of bf16, see docs/training.md",
+    )
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
+    parser.add_argument("--images", type=int, default=1281167, help="of the training set")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--flops", action="store_true", help="print the FLOPs of an image, no more")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    args = parser.parse_args(argv)
+    if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
+        parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
+    if not 0 < args.utilisation <= 1 or args.gpu_memory <= 0:
+        parser.error("--utilisation must be in (0, 1], --gpu-memory above 0")
+    if args.launch_ms < 0 or args.cores < 1 or not args.core_images > 0:
+        parser.error("--cores must be at least 1, --core-images above 0, --launch-ms not negative")
+    return args
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(parse_args, lambda args: load_recipe(args.recipe, args.overrides))
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -29,28 +104,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
 from pipeline.config.ds_config import MOST_IMAGES
-from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
-from pipeline.config.peaks import PEAKS
-from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
-from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError, naming, refuse
-from pipeline.help_text import HelpFormatter
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
-from shard_tools.atomic import write_json
 
 OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches)
-# Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
-# virtual machine with AVX2. `make bench-data` measures the whole loader.
-CORE_IMAGES = 1000.0
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
-
-
-# Ways to run (docs/training.md): torch_autocast, as shipped; bf16 weights with gradients kept and
-# summed in bf16 or in fp32; fp32.
-PRECISIONS = ("autocast", "bf16", "bf16-fp32-grads", "fp32")
 BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
 
 
@@ -463,61 +523,6 @@ def show(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Predict memory, communication, FLOPs and hours of a pretraining run.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "--recipe",
-        default=RECIPES / "rmae.yaml",
-        metavar="FILE",
-        help="what is trained: a file, or a bundled name such as mae (default: rmae)",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="change a recipe key; may be repeated",
-    )
-    parser.add_argument("--gpus", type=int, default=8, help="over all nodes")
-    parser.add_argument("--gpu", choices=PEAKS, default="h100", help="whose peak the hours take")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="10^9 bytes")
-    # fmt: off
-    parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                        help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%}% free")
-    parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
-                        help="print the micro-batch that fits under a ZeRO stage, no more")
-    parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
-                        help="host time per launch; 0: measured on this machine")
-    parser.add_argument("--cores", type=int, default=8, help="CPU cores per GPU that load images")
-    parser.add_argument("--core-images", type=float, default=CORE_IMAGES, metavar="N",
-                        help="images per second that a core loads (make bench-data)")
-    # fmt: on
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default=PRECISIONS[0],
-        help="the way of bf16, see docs/training.md",
-    )
-    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
-    parser.add_argument("--images", type=int, default=1281167, help="of the training set")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--flops", action="store_true", help="print the FLOPs of an image, no more")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
-    args = parser.parse_args(argv)
-    if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
-        parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
-    if not 0 < args.utilisation <= 1 or args.gpu_memory <= 0:
-        parser.error("--utilisation must be in (0, 1], --gpu-memory above 0")
-    if args.launch_ms < 0 or args.cores < 1 or not args.core_images > 0:
-        parser.error("--cores must be at least 1, --core-images above 0, --launch-ms not negative")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; 0, or 2 for bad input."""
     args = parse_args(argv)
@@ -542,4 +547,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imported()
     sys.exit(main())

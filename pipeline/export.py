@@ -20,21 +20,65 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+from pipeline.command import early, imported
+from pipeline.config.recipe import load_recipe
+from pipeline.errors import UserError, naming, refuse
+from shard_tools.atomic import write_atomic, write_json
+
+SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a file
+FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Write the weights of a run under other projects' names.",
+        epilog=str(__doc__).split("\n\n", 2)[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="see below")
+    parser.add_argument("out", type=Path, help="file or folder to write")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for what is seen to be wrong before any weights are read."""
+    _need_suffix(args.out, args.format)
+    if args.format == "run":
+        read_info(args.run)
+    else:
+        load_recipe(args.run / "recipe.yaml")
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What eval/finetune.py wrote beside its classifier. UserError."""
+    try:
+        return dict(json.loads((folder / "classifier.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
+
+
+def _need_suffix(out: Path, kind: str) -> None:
+    if out.suffix != SUFFIXES.get(kind, out.suffix):
+        raise UserError(f"{out}: name the output with {SUFFIXES[kind]}")
+
+
+if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
+    early(parse_args, check)
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.errors import UserError, naming, refuse
 from pipeline.method.encoder import METADATA, encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective
 from pipeline.method.vit import vit_options
-from shard_tools.atomic import write_atomic, write_json
-
-FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 
 
 def export(objective: Objective, kind: str, out: Path) -> str:
@@ -45,12 +89,12 @@ def export(objective: Objective, kind: str, out: Path) -> str:
         facts["decoder_heads"] = recipe.measure.decoder.heads
     about = {METADATA: json.dumps(facts)}
     if kind == "timm":
-        _need_suffix(out, ".safetensors")
+        _need_suffix(out, kind)
         state = encoder_state(objective.encoder.state_dict(), objective.encoder)
         write_atomic(out, save(state, metadata={"format": "pt"} | about))
         return _timm_call(objective, out)
     if kind == "mae":
-        _need_suffix(out, ".pth")
+        _need_suffix(out, kind)
         data = io.BytesIO()
         torch.save({"model": to_mae(objective)} | about, data)
         write_atomic(out, data.getvalue())
@@ -83,10 +127,10 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     The classifier pools the mean of the patch tokens and normalises it with fc_norm, which becomes
     the encoder's norm; so evaluate it with the feature `mean`.
     """
+    info = read_info(folder)
     try:
-        info = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
         state = load_file(folder / "classifier.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
     weights = {
         k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
@@ -97,11 +141,6 @@ def classifier_encoder(folder: Path, out: Path) -> str:
         write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
         write_json(out / "encoder" / "encoder.json", info | name)
     return f"--encoder {out} --feature mean_patch"
-
-
-def _need_suffix(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
-        raise UserError(f"{out}: name the output with {suffix}")
 
 
 def _preprocessor(objective: Objective) -> dict[str, object]:
@@ -123,15 +162,7 @@ def _preprocessor(objective: Objective) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; returns the exit code (0 done, 2 bad input)."""
-    parser = argparse.ArgumentParser(
-        description="Write the weights of a run under other projects' names.",
-        epilog=str(__doc__).split("\n\n", 2)[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="folder of a run, or of a checkpoint")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="see below")
-    parser.add_argument("out", type=Path, help="file or folder to write")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     try:
         if args.format == "run":
             line = classifier_encoder(args.run, args.out)
@@ -146,4 +177,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    imported()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class ToolError(UserError):
@@ -90,6 +93,16 @@ def images_of(images: int, classes: int) -> str:
     return f"{counted(images, 'image')} " + (
         f"of {counted(classes, 'class')}" if classes else "without labels"
     )
+
+
+def byte_size(text: str) -> int:
+    """A size such as 256MiB, 64M or 1000000 in bytes."""
+    number = text.upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in ("K", "M", "G") else ""
+    try:
+        return int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
 def read_list(path: Path) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, cores, images_of, run
+from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, images_of, run
 from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.found import naming_skip
@@ -39,18 +39,6 @@ from shard_tools.sharding.labels import read_labels
 from shard_tools.sharding.layout import ALL_FIELDS, FIELDS, LAYOUT, PARTS, Settings, make_plan
 from shard_tools.sharding.sources import Listing, Source, open_source
 from shard_tools.sharding.statistics import drop_duplicates
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def byte_size(text: str) -> int:
-    """A size such as 256MiB, 64M or 1000000 in bytes."""
-    number = text.upper().removesuffix("IB").removesuffix("B")
-    unit = number[-1:] if number[-1:] in ("K", "M", "G") else ""
-    try:
-        return int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
 @dataclass(frozen=True)

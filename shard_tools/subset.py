@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import naming
-from shard_tools.cli import HelpFormatter, ToolError, cores, counted, read_list, run
-from shard_tools.make_shards import byte_size
+from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, counted, read_list, run
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
 from shard_tools.sharding.found import EXTENSIONS

@@ -12,12 +12,10 @@ import yaml
 from eval.paper.job_runner import Command, python
 from eval.paper.published import PaperRow
 from eval.protocols import Protocol, Work, by_key, keys
-from pipeline import estimate
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.config.schema import IMAGENET_MEAN
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming
-from pipeline.method.vit import vit_options
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -240,6 +238,8 @@ def export_job(run: Path, train: Command) -> Command:
 
 def random_words(workspace: Workspace, row: PaperRow, seed: int) -> list[str]:
     """The words that name a random encoder of the row's architecture."""
+    from pipeline.method.vit import vit_options
+
     encoder = row_recipe(workspace, row).encoder
     keywords, data = vit_options(encoder), row_recipe(workspace, row).data
     if data.mean != IMAGENET_MEAN:  # of other images than those that timm's architecture expects
@@ -337,6 +337,8 @@ def forward_flops(encoder: EncoderRecipe) -> float:
 
 @cache
 def _forward_flops(encoder: str) -> float:
+    from pipeline import estimate  # torch and timm: seconds
+
     return estimate.encoder_flops(EncoderRecipe.model_validate_json(encoder))
 
 
@@ -349,4 +351,6 @@ def pretrain_flops(recipe: Recipe) -> float:
 @cache
 def _step_flops(parts: str) -> float:
     recipe = Recipe.model_validate({"name": "parts"} | json.loads(parts))
+    from pipeline import estimate
+
     return estimate.dry_run(recipe, 2, "fp32").flops

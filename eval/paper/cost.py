@@ -6,28 +6,19 @@ or the GPU. Loading is measured on the training shards.
 """
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-import torch
+from types import ModuleType
 
 from eval.paper.commands import forward_flops
 from eval.paper.job_runner import Command
-from pipeline.config.ds_config import auto_micro_batch
 from pipeline.config.recipe import EncoderRecipe, Recipe, load_recipe
-from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
 from pipeline.errors import UserError, naming
-from pipeline.method.objective import build_objective
-from pipeline.method.vit import build_vit, vit_options
 from shard_tools.atomic import write_json
 
 START = 6.0  # CPU seconds until a command has imported torch and DeepSpeed and opened its data
-LOADED = 256  # images
 
 
 @dataclass
@@ -43,7 +34,7 @@ class Rates:
         if not command.images:
             return START
         if recipe := recipe_of(command):
-            per_image = self.rate(_key(recipe), lambda: pretraining(recipe))
+            per_image = self.rate(_key(recipe), lambda: measuring().pretraining(recipe))
             crops = 2 if recipe.views.second == "crop" else 1
             loading = crops * self.loading(recipe.encoder.image_size)
             return START + command.images * (per_image + loading)
@@ -51,18 +42,19 @@ class Rates:
         training = Path(command.command[1]).stem == "finetune"
         kind = "finetune" if training else "encode"
         per_image = self.rate(
-            f"{kind} {encoder.model_dump_json()}", lambda: encoding(encoder, training)
+            f"{kind} {encoder.model_dump_json()}",
+            lambda: measuring().encoding(encoder, training),
         )
         passes = command.flops / (3 * forward if training else forward)
         return START + passes * (per_image + self.loading(encoder.image_size))
 
     def loading(self, size: int) -> float:
         """Seconds to read, decode and crop a training image."""
-        return self.rate(f"load {size}", lambda: load(self.train, size))
+        return self.rate(f"load {size}", lambda: measuring().load(self.train, size))
 
     def rate(self, key: str, measure: Callable[[], float]) -> float:
         """What is known under a key, or measured now and written down."""
-        key = f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'core'}: {key}"
+        key = f"{measuring().device_name()}: {key}"
         if not self.known and self.path.is_file():
             self.known |= read_rates(self.path)
         if key not in self.known:
@@ -70,6 +62,13 @@ class Rates:
             with naming(self.path, "cannot be written"):
                 write_json(self.path, self.known)
         return self.known[key]
+
+
+def measuring() -> ModuleType:
+    """The module that measures. It imports torch, for which no help or error should wait."""
+    from eval.paper import measuring
+
+    return measuring
 
 
 def read_rates(path: Path) -> dict[str, float]:
@@ -94,83 +93,6 @@ def recipe_of(command: Command) -> Recipe | None:
 def _key(recipe: Recipe) -> str:
     parts = recipe.model_dump_json(include={"encoder", "views", "measure"})
     return f"pretrain {recipe.batch_size} {parts}"
-
-
-def pretraining(recipe: Recipe) -> float:
-    """Seconds per image of the recipe's step: views, forward, backward, AdamW."""
-    micro = auto_micro_batch(recipe.batch_size, recipe.encoder.patches)
-    objective, teacher = build_objective(recipe)
-    device = _device()
-    objective.to(device)
-    if teacher is not None:
-        teacher.to(device)
-    optimizer = torch.optim.AdamW(objective.parameters())
-    side = recipe.encoder.image_size
-    image = torch.randint(0, 256, (micro, side, side, 3), dtype=torch.uint8, device=device)
-    sample = torch.arange(micro, device=device)
-    crop = image if recipe.views.second == "crop" else None
-
-    def step() -> None:
-        loss, _ = objective(image, sample, 0, teacher, crop)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return timed(step) / micro
-
-
-def encoding(encoder: EncoderRecipe, training: bool) -> float:
-    """Seconds per image of an encoder's forward pass, with training of its backward too."""
-    vit = build_vit(encoder.arch, vit_options(encoder)).to(_device())
-    micro = auto_micro_batch(128, encoder.patches)
-    pixels = torch.randn(micro, 3, encoder.image_size, encoder.image_size, device=_device())
-
-    def step() -> None:
-        with torch.set_grad_enabled(training):
-            mean = vit.forward_features(pixels).mean()
-            if training:
-                mean.backward()
-
-    return timed(step) / micro
-
-
-def load(shards: str, size: int) -> float:
-    """Seconds to read, decode and crop a training image."""
-    config = LoaderConfig(shards, batch_size=32, micro_batch=32, crop=Crop(image_size=size),
-                          partitions=1, samples_per_epoch=LOADED)  # fmt: skip
-    loader = train_loader(config, 0, 1, range(LOADED // 32))
-    begun = time.process_time()
-    for _ in loader:
-        pass
-    return (time.process_time() - begun) / LOADED
-
-
-def timed(step: Callable[[], Any]) -> float:
-    """Seconds of a step: of the fastest of four after the first, on one core (CPU time) or on the
-    GPU. Other work on the machine makes single steps slower, and never faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        step()
-        taken = []
-        for _ in range(4):
-            begun = _now()
-            step()
-            taken.append(_now() - begun)
-        return min(taken)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _now() -> float:
-    if not torch.cuda.is_available():
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def within(

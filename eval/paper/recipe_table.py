@@ -13,7 +13,7 @@ from shlex import quote
 
 from eval.paper.commands import base_recipe, class_subset, few_subset
 from eval.paper.published import PaperRow, PaperTable, read_paper
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from pipeline.config.recipe import RECIPES
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic

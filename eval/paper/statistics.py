@@ -5,10 +5,9 @@ from functools import cache
 from itertools import product
 from math import sqrt
 from statistics import mean, stdev
+from types import ModuleType
 
 import numpy as np
-from scipy.stats import nct
-from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 POWER = 0.8
@@ -16,11 +15,17 @@ RESAMPLES = 10_000  # of the bootstrap, where not every one can be listed
 MOST_SEEDS = 1000  # more are as good as never
 
 
+def _distributions() -> ModuleType:
+    import scipy.stats  # a second, which no help should wait for
+
+    return scipy.stats
+
+
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Student's interval of the mean; without bounds for fewer than two values."""
     if len(values) < 2:
         return float("-inf"), float("inf")
-    quantile = float(student.ppf((1 + confidence) / 2, len(values) - 1))
+    quantile = float(_distributions().t.ppf((1 + confidence) / 2, len(values) - 1))
     half = quantile * stdev(values) / sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
@@ -56,7 +61,7 @@ def p_value(values: Sequence[float]) -> float:
     if not deviation:
         return 0.0 if middle else 1.0
     statistic = abs(middle) / (deviation / sqrt(len(values)))
-    return float(2 * student.sf(statistic, len(values) - 1))
+    return float(2 * _distributions().t.sf(statistic, len(values) - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -92,9 +97,9 @@ def seeds_needed(values: Sequence[float], level: float = 1 - CONFIDENCE) -> int 
 def power(effect: float, n: int, level: float) -> float:
     """How often Student's two-sided test of n pairs at `level` finds a mean of `effect` standard
     deviations."""
-    quantile = float(student.ppf(1 - level / 2, n - 1))
+    quantile = float(_distributions().t.ppf(1 - level / 2, n - 1))
     shift = effect * sqrt(n)
     if shift > 50:  # sure; the noncentral t loses its digits there
         return 1.0
-    found = float(nct.sf(quantile, n - 1, shift))
+    found = float(_distributions().nct.sf(quantile, n - 1, shift))
     return found if found == found else 0.0  # nan where quantile and shift are both far out

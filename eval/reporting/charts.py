@@ -1,16 +1,16 @@
 """Line charts as inline SVG for the report."""
 
+from __future__ import annotations
+
 import html
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: distinguished by colour-blind readers too.
 PALETTE = (
@@ -62,6 +62,11 @@ def line_chart(
 
     ticks: names of x = 0, 1, 2 …
     """
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         FigureCanvasSVG(figure)

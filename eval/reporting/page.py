@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from eval.reporting.overview import MARKS, Card, headline
 from eval.reporting.run_records import Group
 from eval.reporting.tables import Table
@@ -64,6 +62,8 @@ def render_html(
     title: str, groups: Sequence[Group], chapters: Sequence[Chapter], refresh: float = 0
 ) -> str:
     """The page as one string. refresh: seconds after which it loads itself again, 0: never."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -3,7 +3,6 @@
 Source: He et al. 2022, Tab. 9; facebookresearch/mae, `models_vit.py` and `util/lr_decay.py`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.encoders import EncoderInfo
+from eval.shared.results import no_classifier, read_classifier_info
 from pipeline.errors import UserError, naming
 from pipeline.method.families import adopt
 from shard_tools.atomic import write_atomic, write_json
@@ -142,19 +142,17 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"--classifier {text}: cannot be fetched ({reason})") from None
         config: dict[str, Any] = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-        info = {"arch": text, "options": {"img_size": config["input_size"][-1]}}
+        info: dict[str, Any] = {"arch": text, "options": {"img_size": config["input_size"][-1]}}
         info |= {"mean": list(config["mean"]), "std": list(config["std"])}
         info["classes"] = [str(number) for number in range(config["num_classes"])]
         return model.eval(), info
-    home = Path(folder)
+    info = read_classifier_info(folder)
     try:
-        info = json.loads((home / "classifier.json").read_text(encoding="utf-8"))
         arch, options = classifier_words(info["arch"], info["options"])
         model = timm.create_model(arch, **options, num_classes=len(info["classes"]))
-        model.load_state_dict(load_file(home / "classifier.safetensors"))
+        model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({reason})") from error
+        raise no_classifier(folder, error) from error
     return model.eval(), info
 
 

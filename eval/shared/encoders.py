@@ -1,30 +1,15 @@
 """The encoder that `--encoder` names, and which of its features can be read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import yaml
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from eval.shared.options import EncoderChoice
 from pipeline.errors import UserError
 from pipeline.method.load import load_encoder
-
-
-@dataclass(frozen=True)
-class EncoderChoice:
-    """Which encoder; the words are load_encoder's, but for resize: pixels of the shorter side of
-    images before the evaluation crop (0: as crops.shorter_side).
-    """
-
-    source: str
-    arch: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    random: bool = False
-    seed: int = 0
-    ema: bool = False
-    resize: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,17 +47,6 @@ def open_encoder(
     check_feature(vit, feature)
     vit.requires_grad_(False).eval().to(device)
     return vit, EncoderInfo.of(record)
-
-
-def read_options(text: str) -> dict[str, Any]:
-    """--options, further keywords of timm.create_model, as a dictionary."""
-    try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
-        options = None
-    if not isinstance(options, dict):
-        raise UserError(f"--options {text}: write them as {{img_size: 384, patch_size: 16}}")
-    return options
 
 
 def check_feature(vit: VisionTransformer, feature: str) -> None:

@@ -10,8 +10,6 @@ from torch import Tensor
 from pipeline.distributed import bf16_units
 from pipeline.errors import UserError
 
-FEATURES = ("cls", "mean_patch", "own")  # own: the encoder's own pooling
-
 
 def used_precision(precision: str, device: torch.device) -> str:
     """What --precision means on a device: `auto` is bf16 on a GPU with bf16 units, else fp32."""

@@ -1,31 +1,34 @@
 """What a finetuning is asked for, checked, and what that comes to with these data and ranks."""
 
+from __future__ import annotations
+
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, partitions_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import digest
-from eval.shared.session import EvalSession
 from pipeline.config.ds_config import (
     DS_CONFIGS,
     RunPlan,
     auto_micro_batch,
     make_plan,
+    open_ds_config,
     read_ds_config,
     set_precision,
 )
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.order import steps_per_epoch
-from pipeline.distributed import Ranks, bf16_units
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples, write_subset
+
+if TYPE_CHECKING:
+    from eval.shared.session import EvalSession
+    from pipeline.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,17 @@ class Settings:
             return f"finetune-{path.stem}-{digest(str(path.resolve()))}"
         return "finetune" if self.fraction == 1.0 else f"finetune-{100 * self.fraction:g}percent"
 
+    @property
+    def all_labels(self) -> bool:
+        """Whether it trains on all of them."""
+        return self.fraction == 1.0 and not self.subset
+
+    @property
+    def choice(self) -> Choice:
+        """The labels that it trains on, where those are not all."""
+        names = Path(self.subset) if self.subset else None
+        return Choice(None if self.subset else self.fraction, names, seed=self.subset_seed)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -100,12 +114,7 @@ def learning_rate(s: Settings, step: int, steps: int) -> float:
 def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
     """How the engine runs it on these ranks."""
     config, patches = read_ds_config(s.ds_config), session.vit.patch_embed.num_patches
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 3:
-        raise UserError(
-            f"--ds_config {s.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
-            "use zero2 (or zero0, zero1)"
-        )
+    stage = stage_of(s, config)
     if session.precision != "auto":
         set_precision(config, session.precision)
         check_bf16(s, session, stage)
@@ -120,6 +129,17 @@ def make_run_plan(s: Settings, plan: Plan, session: EvalSession) -> RunPlan:
     )
 
 
+def stage_of(s: Settings, config: dict[str, Any]) -> int:
+    """ZeRO's stage. UserError for 3."""
+    stage = int(config.get("zero_optimization", {}).get("stage", 0))
+    if stage == 3:
+        raise UserError(
+            f"--ds_config {s.ds_config}: ZeRO stage 3 shards the weights that validation needs; "
+            "use zero2 (or zero0, zero1)"
+        )
+    return stage
+
+
 def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
     """UserError where --precision bf16 is not to be had."""
     if session.precision == "bf16" and not stage:
@@ -127,6 +147,10 @@ def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
             f"--precision bf16 needs ZeRO stage 1 or 2, and --ds_config {s.ds_config} has stage 0; "
             "use zero1 or zero2, or --precision fp32"
         )
+    import torch
+
+    from pipeline.distributed import bf16_units
+
     if session.precision == "bf16" and torch.cuda.is_available() and not bf16_units():
         name = torch.cuda.get_device_name()
         raise UserError(f"--precision bf16: {name} has no bf16 units; use auto or fp32")
@@ -160,14 +184,12 @@ def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -
 def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
     """The shards to train on: s.train, or the subset that --fraction or --subset asks for, which
     is written to `folder` and replaces another one there."""
-    if s.fraction == 1.0 and not s.subset:
+    if s.all_labels:
         return s.train
     path = folder / "subset"
 
     def write() -> None:
-        names = Path(s.subset) if s.subset else None
-        fraction = None if s.subset else s.fraction
-        choice, manifest = Choice(fraction, names, seed=s.subset_seed), read_manifest(s.train)
+        choice, manifest = s.choice, read_manifest(s.train)
         samples = choose_samples(manifest, choice)
         if (path / "manifest.json").is_file():
             known = read_manifest(path)
@@ -206,6 +228,37 @@ def check(s: Settings, world: int) -> None:
         raise UserError("--subset and --fraction both choose the labels: give one of them")
 
 
+def check_input(s: Settings, world: int) -> None:
+    """UserError for what can be seen to be wrong without the encoder."""
+    check(s, world)
+    stage_of(s, open_ds_config(s.ds_config))
+    train = labelled(s.train)
+    class_count(train, labelled(s.val))
+    if s.all_labels:
+        count_steps(s, s.train, train.samples, world)
+    else:
+        asked = f"--subset {s.subset}" if s.subset else f"--fraction {s.fraction:g}"
+        samples = len(choose_samples(train, s.choice))
+        count_steps(s, f"what {asked} leaves of {s.train}", samples, world)
+
+
+def count_steps(s: Settings, shards: str, samples: int, world: int) -> tuple[int, int]:
+    """(steps of an epoch, of all) on the samples of `shards`. UserError where there are none."""
+    partitions = partitions_of(s.batch_size, world)
+    steps = steps_per_epoch(s.samples_per_epoch or samples, s.batch_size, partitions)
+    if not steps:
+        raise UserError(
+            f"--samples-per-epoch {s.samples_per_epoch}: too few for --batch-size {s.batch_size}"
+            if s.samples_per_epoch
+            else f"{shards} has {samples} samples, too few for --batch-size {s.batch_size}; "
+            "choose a smaller one, or draw with replacement: --samples-per-epoch"
+        )
+    total = round(steps * s.epochs)
+    if not total:
+        raise UserError(f"--epochs {s.epochs:g}: less than a step, with {steps} in an epoch")
+    return steps, total if s.max_steps is None else min(total, s.max_steps)
+
+
 def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
     """Check the settings and the data; what they come to. The chosen labels go to `folder`."""
     check(s, ranks.world)
@@ -213,24 +266,13 @@ def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
     count = class_count(labelled(s.train), val)
     shards = choose_labels(s, folder, ranks)
     train = labelled(shards)
-    partitions = partitions_of(s.batch_size, ranks.world)
-    steps = steps_per_epoch(s.samples_per_epoch or train.samples, s.batch_size, partitions)
-    if not steps:
-        raise UserError(
-            f"--samples-per-epoch {s.samples_per_epoch}: too few for --batch-size {s.batch_size}"
-            if s.samples_per_epoch
-            else f"{shards} has {train.samples} samples, too few for --batch-size {s.batch_size}; "
-            "choose a smaller one, or draw with replacement: --samples-per-epoch"
-        )
-    total = round(steps * s.epochs)
-    if not total:
-        raise UserError(f"--epochs {s.epochs:g}: less than a step, with {steps} in an epoch")
+    steps, total = count_steps(s, shards, train.samples, ranks.world)
     return Plan(
         train=shards,
         classes=train.classes or tuple(map(str, range(count))),
-        partitions=partitions,
+        partitions=partitions_of(s.batch_size, ranks.world),
         steps=steps,
-        total=total if s.max_steps is None else min(total, s.max_steps),
+        total=total,
         sha256=(train.index_sha256, val.index_sha256),
     )
 

@@ -1,9 +1,11 @@
 """The labels of the sets that an evaluation trains and scores on."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.errors import UserError
-from shard_tools.manifest import Manifest, read_manifest
+from pipeline.errors import UserError, naming
+from shard_tools.manifest import MANIFEST, Manifest, is_remote, read_manifest
 
 
 def with_images(folder: str | Path) -> Manifest:
@@ -31,3 +33,20 @@ def class_count(train: Manifest, val: Manifest) -> int:
         )
     labels = max(int(m.index["label"].max()) + 1 for m in (train, val))
     return max(labels, len(train.classes), len(val.classes))
+
+
+def check_images(where: str | Path) -> None:
+    """UserError where there is nothing that `image_sets.open_images` could list."""
+    if is_remote(str(where)) or (Path(where) / MANIFEST).is_file():
+        read_manifest(where)
+    elif not Path(where).exists():
+        raise UserError(f"{where}: no such file or folder")
+
+
+def check_files(files: Iterable[str | Path]) -> None:
+    """UserError for the first that is no file."""
+    for file in files:
+        with naming(file, "cannot be read"):
+            os.stat(file)
+        if not Path(file).is_file():
+            raise UserError(f"{file}: is no image file")

@@ -1,14 +1,17 @@
 """What a linear probe is asked for, checked, and what that comes to with these data and ranks."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.labels import class_count, labelled
-from eval.shared.session import EvalSession
 from pipeline.data.order import steps_per_epoch
-from pipeline.distributed import Ranks
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from eval.shared.session import EvalSession
 
 HELD_OUT = 0.1  # share of the training images on which cached chooses its learning rate
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -57,8 +60,8 @@ class Plan:
     partitions: int = 1
 
 
-def make_plan(s: Settings, ranks: Ranks) -> Plan:
-    """Check the settings against the data and these ranks; what they come to."""
+def make_plan(s: Settings, world: int) -> Plan:
+    """Check the settings against the data and the number of ranks; what they come to."""
     train, val = labelled(s.train), labelled(s.val)
     classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
     if min(s.epochs, s.batch_size, s.micro_batch) < 1:
@@ -76,9 +79,9 @@ def make_plan(s: Settings, ranks: Ranks) -> Plan:
     if s.protocol == "cached":
         check_cached(s, train.samples)
         return Plan(classes, *sets)
-    check_batch(s.batch_size, ranks.world)
-    micro_batch = micro_batch_of(s.batch_size, ranks.world, s.micro_batch)
-    partitions = partitions_of(s.batch_size, ranks.world)
+    check_batch(s.batch_size, world)
+    micro_batch = micro_batch_of(s.batch_size, world, s.micro_batch)
+    partitions = partitions_of(s.batch_size, world)
     steps = steps_per_epoch(train.samples, s.batch_size, partitions)
     if steps < 1:
         raise UserError(

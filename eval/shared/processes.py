@@ -8,8 +8,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import UserError, naming
 
 # A command is a launch of its own, also where this process has joined ranks.
@@ -26,6 +24,8 @@ def environment(threads: int) -> dict[str, str]:
     result["OMP_NUM_THREADS"] = str(threads)
     if Path(sys.prefix, "bin", "python").exists():
         result["VIRTUAL_ENV"] = sys.prefix
+    import torch  # seconds, which the help and a plan need not wait for
+
     if not torch.cuda.is_available():
         result["DS_ACCELERATOR"] = "cpu"
     return result

@@ -1,5 +1,6 @@
 """Result files: their path and how they are written."""
 
+import argparse
 import hashlib
 import json
 import tempfile
@@ -7,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.shared.encoders import EncoderChoice
-from pipeline.distributed import Ranks
+from eval.shared.options import EncoderChoice, encoder_of
 from pipeline.errors import UserError, naming
+from pipeline.method.source import check_source
 from shard_tools.atomic import write_json
 
 
@@ -59,30 +60,35 @@ def named_json(output: str) -> Path:
     return path if path.suffix == ".json" else path.with_name(f"{path.name}.json")
 
 
-def check_output(path: Path, ranks: Ranks, folder: Path | None = None) -> None:
-    """UserError, on every rank, where the result at `path` or files in `folder` could not be
-    written, or `folder` is that of a pretraining run: known before the work and not after it.
-    Nothing is created."""
+def check_output(path: Path, folder: Path | None = None) -> None:
+    """UserError where the result at `path` or files in `folder` could not be written, or `folder`
+    is that of a pretraining run: known before the work and not after it. Nothing is created."""
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written (Is a directory); choose another --output")
+    if folder and (folder / "recipe.yaml").is_file():
+        raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
+    for wanted in (path.parent, folder or path.parent):
+        there = wanted
+        try:
+            while not there.exists():
+                there = there.parent
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            reason = f"{there}: {error.strerror}"
+            raise UserError(
+                f"{path}: cannot be written ({reason}); choose another --output"
+            ) from None
 
-    def attempt() -> None:
-        if path.is_dir():
-            raise UserError(f"{path}: cannot be written (Is a directory); choose another --output")
-        if folder and (folder / "recipe.yaml").is_file():
-            raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
-        for wanted in (path.parent, folder or path.parent):
-            there = wanted
-            try:
-                while not there.exists():
-                    there = there.parent
-                with tempfile.TemporaryFile(dir=there):
-                    pass
-            except OSError as error:
-                reason = f"{there}: {error.strerror}"
-                raise UserError(
-                    f"{path}: cannot be written ({reason}); choose another --output"
-                ) from None
 
-    ranks.agree(attempt)
+def result_of(args: argparse.Namespace, name: str, folder: bool = False) -> Path:
+    """Where the result of a command line is written; UserError where it cannot be, or where the
+    encoder is not there. folder: files are written beside it too."""
+    choice = encoder_of(args)
+    path = output_path(args.output, choice, name)
+    check_output(path, path.with_suffix("") if folder else None)
+    check_source(choice.source, choice.arch, choice.options, choice.ema)
+    return path
 
 
 def digest(text: str) -> str:
@@ -106,3 +112,19 @@ def write_accuracy(path: Path, result: dict[str, Any]) -> None:
     """Write a result that has top1 and top5, and print them."""
     write_result(path, result)
     print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {path}", flush=True)
+
+
+def read_classifier_info(folder: str | Path) -> dict[str, Any]:
+    """The classifier.json of a finetuning: architecture, options, classes. UserError."""
+    try:
+        info = json.loads((Path(folder) / "classifier.json").read_text(encoding="utf-8"))
+        _ = info["arch"], info["options"], info["classes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise no_classifier(folder, error) from error
+    return dict(info)
+
+
+def no_classifier(folder: str | Path, error: Exception) -> UserError:
+    """What to say of a folder that no classifier can be read from."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{folder}: no classifier of eval/finetune.py there ({reason})")

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from eval.shared.cli import progress, seed_everything
-from eval.shared.encoders import EncoderChoice, EncoderInfo, open_encoder, read_options
+from eval.shared.encoders import EncoderInfo, open_encoder
 from eval.shared.features import (
     feature_of,
     image_features,
@@ -22,6 +22,7 @@ from eval.shared.features import (
     normalise,
     used_precision,
 )
+from eval.shared.options import EncoderChoice, encoder_of
 from eval.shared.results import Timer
 from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.loader import Loader, eval_loader
@@ -185,14 +186,6 @@ def open_session(
     if choice.resize:
         CentreCrop(image_size(vit), choice.resize)  # refused now, not after the training
     return EvalSession(vit, info, ranks, precision, workers, choice.resize)
-
-
-def encoder_of(args: argparse.Namespace) -> EncoderChoice:
-    """The encoder that a command line names."""
-    options = read_options(args.options)
-    return EncoderChoice(
-        args.encoder, args.arch, options, args.random, args.seed, args.ema, args.resize
-    )
 
 
 def session_of(

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.config.suggest import bundled, choices
-from pipeline.distributed import bf16_units, prepare_deepspeed
 from pipeline.errors import UserError
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -60,6 +57,15 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     path: a file, or the bare name of a bundled one (`zero1`). Raises UserError naming the file and
     the key, and the recipe key where that one owns it.
     """
+    config = open_ds_config(path)
+    if "zero_optimization" in config:
+        _check_inner(path, "zero_optimization", config["zero_optimization"], _zero_keys())
+    return config
+
+
+def open_ds_config(path: str | Path) -> dict[str, Any]:
+    """`read_ds_config` but for the keys of zero_optimization, which DeepSpeed knows; without it
+    and torch."""
     path = bundled(path, DS_CONFIGS, ".json")
     if not path.exists():
         raise UserError(
@@ -80,6 +86,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 def _zero_keys() -> set[str]:
     """Every key of `zero_optimization`, under both its names."""
+    from pipeline.distributed import prepare_deepspeed
+
     prepare_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -98,11 +106,15 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: unknown key {key!r}; valid: {valid}")
         if not isinstance(value, dict):
             raise UserError(f"{path}: {key!r} must be an object, not {value!r}")
-        known = _zero_keys() if key == "zero_optimization" else _OBJECTS[key]
-        for inner in value:
-            if inner not in known:
-                valid = ", ".join(sorted(known))
-                raise UserError(f"{path}: unknown key '{key}.{inner}'; valid: {valid}")
+        if key in _OBJECTS:
+            _check_inner(path, key, value, _OBJECTS[key])
+
+
+def _check_inner(path: str | Path, key: str, value: dict[str, Any], known: set[str]) -> None:
+    for inner in value:
+        if inner not in known:
+            valid = ", ".join(sorted(known))
+            raise UserError(f"{path}: unknown key '{key}.{inner}'; valid: {valid}")
 
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:
@@ -151,6 +163,10 @@ def resolve_precision(
     run gives the same numbers whether or not the processor multiplies bf16 natively. true holds on
     every CPU (emulated where the processor lacks it). UserError where a GPU cannot do it.
     """
+    import torch
+
+    from pipeline.distributed import bf16_units
+
     gpu = torch.cuda.is_available()
     if wanted is True and gpu and not bf16_units():
         name = torch.cuda.get_device_name()
@@ -201,6 +217,8 @@ def auto_micro_batch(per_rank: int, patches: int, multiple: int = 1) -> int:
 
     multiple: of which it is one; it must divide per_rank.
     """
+    import torch
+
     most = min(per_rank, MOST_IMAGES)
     if not torch.cuda.is_available():
         most = min(most, MOST_TOKENS_ON_CPU // (patches + 1))

@@ -105,19 +105,16 @@ class Reader:
         lengths = rows["length"].astype(np.int64)
         ends = np.cumsum(lengths)
         files = np.zeros((len(samples), 6), np.int64)
-        files[:, 0] = [self._handle(self.shard(sample)) for sample in samples]
+        shards = self.manifest.starts.searchsorted(samples, "right") - 1
+        files[:, 0] = [self._handle(shard) for shard in shards.tolist()]
         files[:, 1], files[:, 2], files[:, 3] = rows["offset"], lengths, ends - lengths
         if len(self.buffer) < ends[-1]:
             self.buffer = bytearray(int(ends[-1]) * 5 // 4)
         read_many(files, self.buffer)
-        done = files[:, 4] > 0
+        done, sizes = files[:, 4] > 0, files[:, 4:].tolist()
         for view, out in enumerate(outs):
-            boxes = np.zeros((len(samples), 6))
-            for place in np.flatnonzero(done).tolist():
-                width, height = files[place, 4:].tolist()
-                box, flip = chosen[place][view](width, height)
-                boxes[place] = box.left, box.top, box.right, box.bottom, box.inside, flip
-            done &= decode_many(files, self.buffer, boxes, out, self.interpolation)
+            boxes = [_box(place[view], *size) for place, size in zip(chosen, sizes, strict=True)]
+            done &= decode_many(files, self.buffer, np.array(boxes, float), out, self.interpolation)
         return done
 
     def close(self) -> None:
@@ -161,3 +158,11 @@ class Reader:
             os.close(self.handles.popitem(last=False)[1])
         self.handles[shard] = handle
         return handle
+
+
+def _box(choose: Choose, width: int, height: int) -> tuple[float, ...]:
+    """A row of the boxes of decode_many; zeros for a file that it is not to decode."""
+    if not width:
+        return (0.0,) * 6
+    box, flip = choose(width, height)
+    return box.left, box.top, box.right, box.bottom, box.inside, flip

@@ -5,10 +5,8 @@ Shape suffixes: B batch, K visible patches, L all patches, D width.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from pipeline import kernels
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.positions import resize_positions
+from pipeline.method.source import no_encoder, read_info
 from pipeline.method.views import View
 from pipeline.method.vit import (
     build_vit,
@@ -231,11 +230,8 @@ def read_encoder(
     folder: a run folder or its encoder/ folder. image_size: another than it was trained at; its
     sin-cos positions are recomputed for it. Raises UserError.
     """
-    path = Path(folder)
-    if (path / "encoder").is_dir():
-        path = path / "encoder"
+    path, info = read_info(folder)
     try:
-        info = json.loads((path / "encoder.json").read_text(encoding="utf-8"))
         if image_size is not None:
             info["options"] = info["options"] | {"img_size": image_size}
         vit = build_vit(info["arch"], info["options"])
@@ -245,12 +241,7 @@ def read_encoder(
             state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
         vit.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        if not Path(folder).exists():
-            raise UserError(f"{folder}: no such file or folder") from None
-        raise UserError(
-            f"{folder}: no exported encoder there; give a run, an export or a file of weights"
-            + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
-        ) from None
+        raise no_encoder(folder, error) from None
     except RuntimeError as error:
         raise UserError(
             f"{path}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"

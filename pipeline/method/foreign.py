@@ -33,6 +33,7 @@ from pipeline.method.layouts import (
     refuse_stem,
 )
 from pipeline.method.positions import resize_positions, square
+from pipeline.method.source import need_arch
 from pipeline.method.weights import EMA, Found, find_encoder, load_tensors
 
 # Heads and decoders are not part of an encoder.
@@ -43,11 +44,7 @@ LEFT_OUT = (
 
 def known_arch(arch: str | None, source: object) -> str:
     """An architecture that timm knows, which a file of others and a random encoder need."""
-    if not arch:
-        raise UserError(
-            f"{source} does not say its architecture: give it with --arch (arch=), the name of a "
-            "vision transformer of timm such as vit_base_patch16_224"
-        )
+    arch = need_arch(arch, source)
     if not timm.is_model(arch.split(".")[0]):
         near = ", ".join(timm.list_models("vit_*_patch16_224")[:6])
         raise UserError(f"--arch {arch} is not a timm model; for example: {near}")

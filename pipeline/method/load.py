@@ -34,6 +34,7 @@ from pipeline.method.foreign import (
     refuse_indivisible,
 )
 from pipeline.method.objective import Objective, build_objective
+from pipeline.method.source import check_source
 from pipeline.method.vit import is_plain
 
 
@@ -62,22 +63,15 @@ def load_encoder(
         tokens = model.forward_features(x)     # [B, 1 + L, D], x: [B, 3, H, W], normalised
     """
     name, path, options = str(source), Path(source), dict(options or {})
-    size = options.get("img_size", 1)
-    if not isinstance(size, int) or size < 1:
-        raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
+    check_source(name, arch, options, ema)
     vit: VisionTransformer | None = None
     if name == "random":
-        _refuse_ema(ema, name)
         info = named(known_arch(arch, name), "random encoder") | {"options": options}
     elif name.startswith("timm:"):
-        _refuse_ema(ema, name)
-        if arch and arch != name.removeprefix("timm:"):
-            raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
         vit, info = from_hub(name.removeprefix("timm:"), options)
     elif path.is_file():
         vit, info = from_file(path, arch, options, ema)
     elif (path / "config.json").is_file():
-        _refuse_ema(ema, name)
         vit, info = from_hugging_face(path, arch, options)
     else:
         vit, info = from_run(path, arch, options, ema)
@@ -95,11 +89,6 @@ def _random(vit: VisionTransformer | None, info: dict[str, Any], seed: int) -> V
     if not is_plain(vit):
         return random_family(arch, options, seed)
     return random_encoder({"arch": arch, "options": options}, seed)
-
-
-def _refuse_ema(ema: bool, name: str) -> None:
-    if ema:
-        raise UserError(f"--ema: {name} is no checkpoint file that keeps an average of its weights")
 
 
 def load_run(run: Path) -> Objective:

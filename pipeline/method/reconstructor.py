@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pipeline import kernels
-from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError
 from pipeline.method.foreign import exported_info, named
 from pipeline.method.interop import from_mae
@@ -22,6 +21,7 @@ from pipeline.method.layouts import MAE, fixed_options, mae_decoder_heads
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
+from pipeline.method.source import recipe_of_model
 from pipeline.method.views import View, visible_count
 from pipeline.method.weights import find_encoder, load_tensors
 
@@ -93,11 +93,7 @@ def load_reconstructor(
     path = Path(path)
     if not path.is_file():
         return Reconstructor(load_run(path), str(path))
-    if not recipe:
-        raise UserError(
-            f"{path}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"
-        )
-    objective, _ = build_objective(load_recipe(recipe, list(set_)))
+    objective, _ = build_objective(recipe_of_model(path, recipe, set_))
     content = load_tensors(path)
     state = find_encoder(content, path).state
     if "decoder_embed.weight" not in state:

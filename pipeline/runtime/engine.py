@@ -159,6 +159,11 @@ class Engine:
             torch.compiler.cudagraph_mark_step_begin()
         loss, terms = self.engine(*inputs)
         self.engine.backward(loss)
+        self.update(lr)
+        return loss.detach(), terms
+
+    def update(self, lr: float) -> None:
+        """After a backward pass: count the micro-batch; after the last of a step, take the step."""
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
             # DeepSpeed tells no norm under stage 0 in fp32.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -170,14 +175,13 @@ class Engine:
                 self.engine.micro_steps += 1
                 self.engine.global_steps += 1
                 self.engine.skipped_steps += 1
-                return loss.detach(), terms
+                return
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.engine.step()
         if self.stage > 0:
             # DeepSpeed reads the norm in every step itself and leaves out what is not finite.
             self.step_skipped = bool(self.optimizer.overflow)
-        return loss.detach(), terms
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
         """A context in which these parameters are whole on every rank, to be read (collective)."""

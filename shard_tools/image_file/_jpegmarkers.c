@@ -28,11 +28,12 @@ enum {
     WIDTH = 64,      /* pixels of a piece, about */
     PIECE_BYTES = 4, /* what a piece costs: marker, padding, DC values that are no differences */
     SHARE = 50,      /* all pieces may cost one byte in so many of the file */
-    LARGEST = 65535  /* MCUs of a piece */
+    LARGEST = 65535, /* MCUs of a piece */
+    PIXELS = 1 << 25 /* of a picture, whose coefficients are in memory twice: 12 bytes each */
 };
 
 enum { SOI = 0xD8, EOI, SOS, DQT, DRI = 0xDD, SOF0 = 0xC0, SOF1, SOF2, DHT = 0xC4, SOF15 = 0xCF,
-       APP0 = 0xE0, APP15 = 0xEF, COM = 0xFE };
+       APP0 = 0xE0, APP2 = 0xE2, APP15 = 0xEF, COM = 0xFE };
 
 typedef struct {
     jmp_buf escape;
@@ -98,6 +99,8 @@ static void read_segments(Job *job) {
             if (reason) refuse(job, reason);
         } else if (kind == DRI && size == 4) {
             job->declared = at[4] << 8 | at[5];
+        } else if (kind == APP2 && size > 5 && !memcmp(at + 4, "MPF", 4)) {
+            refuse(job, "several pictures"); /* it says at which byte the others begin */
         } else if (kind == SOS) {
             if (!frame) refuse(job, "unusual frame");
             if (size < 3 || at[4] != frame[5]) refuse(job, "several scans");
@@ -232,6 +235,7 @@ static int cut(Job *job) {
     job->errors.output_message = quiet;
     read_segments(job);
     open_in(job, &job->in, job->data, job->length);
+    if ((int64_t)job->in.image_width * job->in.image_height > PIXELS) refuse(job, "too large");
     long interval = choose_interval(job);
     if (!interval && !job->declared) refuse(job, "too small to cut");
     jvirt_barray_ptr *coefficients = jpeg_read_coefficients(&job->in);

@@ -9,6 +9,7 @@ an MCU more where its filter for chroma looks at neighbours.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ def find_pieces(data: bytes, header: Header) -> Pieces | None:
     across, down = (8 if grey else 8 * n for n in (sampling >> 4, sampling & 15))
     row, rows = -(-header.width // across), -(-header.height // down)
     marks = [mark.start() for mark in _MARK.finditer(data, _after(data, scan), end)]
-    numbers = bytes(data[at + 1] for at in marks)
-    expected = bytes(_RST0 + number % 8 for number in range(-(-row * rows // interval) - 1))
-    if numbers != expected:
+    if len(marks) != -(-row * rows // interval) - 1:
+        return None
+    if any(data[at + 1] != _RST0 + number % 8 for number, at in enumerate(marks)):
         return None
     begins = [_after(data, scan), *(at + 2 for at in marks)]
     places = list(zip(begins, [*marks, end - 2], strict=True))
@@ -84,8 +85,11 @@ def cut_out(
     data: bytes, pieces: Pieces, left: float, top: float, right: float, bottom: float
 ) -> Region:
     """The smallest JPEG of whole pieces that shows the rectangle as the whole file does; `data`
-    itself where it needs all of them, or where rows and pieces do not begin together."""
+    itself where it needs all of them, or where rows and pieces do not begin together. ValueError
+    for a rectangle without pixels, or with some that are not the picture's."""
     p = pieces
+    if not (0 <= left < right <= p.header.width and 0 <= top < bottom <= p.header.height):
+        raise ValueError(f"rectangle outside the {p.header.width}x{p.header.height} picture")
     if p.row % p.interval == 0:
         wide, high = p.interval, 1  # MCUs of a piece
     elif p.interval % p.row == 0:
@@ -110,7 +114,7 @@ def _span(low: float, high: float, unit: int, units: int, each: int) -> tuple[in
     neighbour more if the MCU of `unit` pixels has chroma of half the size."""
     margin = int(unit > 8)
     first = max(0, int(low) // unit - margin)
-    last = min(units - 1, (-int(-high // 1) - 1) // unit + margin)
+    last = min(units - 1, (math.ceil(high) - 1) // unit + margin)
     return first // each, last // each + 1
 
 

@@ -7,7 +7,7 @@ then on two cores with several; a peer that has threads instead of workers gets 
 What counts is the CPU time of the whole process tree, start-up and first batches excluded: a round
 gives one ratio, the table shows medians with their range. The last line is one JSON object for one
 core and one worker; null for a peer that cannot be had. `markers`: the same for shards that
-make_shards wrote with --restart-markers.
+make_shards wrote with --restart-markers; the peers read the same files without them.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def phases(name: str, device: str, stage: int = 2, compiled: bool = False) -> di
         ),
         "forward": forward,
         "backward": lambda: engine.engine.backward(loss.pop()),
-        "optimizer": engine.engine.step,
+        "optimizer": lambda: engine.update(1e-4),
         "EMA": lambda: teacher and teacher.update(objective, 0.99, engine.masters),
     }
     for _ in range(2):  # tables that are kept, kernels that are compiled
@@ -186,7 +186,7 @@ def count(args: argparse.Namespace) -> dict[str, Any]:
         note_interpreted()
     found = {name: phases(name, device) for name in STUDIED}
     if device == "cuda" and args.compiled:
-        for stage in (0, 1, 2):
+        for stage in range(3):
             found[f"mae, compiled, ZeRO-{stage}"] = phases("mae", device, stage, compiled=True)
         found |= {f"{name}, compiled": phases(name, device, compiled=True) for name in PAPER[1:]}
     if device == "cuda":  # at full size, which holds no memory there

@@ -10,7 +10,7 @@ from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, wr
 
 from eval import attentive
 from eval.attentive import AttentiveProbe, Heads, Settings
-from eval.shared.cli import settings_of
+from eval.shared.options import settings_of
 from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError

@@ -17,7 +17,7 @@ from eval_helpers import (
 from eval import attentive, finetune, linprobe
 from eval.shared import finetune_plan
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
-from eval.shared.cli import settings_of
+from eval.shared.options import settings_of
 from eval.shared.session import session_of
 from pipeline.config import ds_config
 from pipeline.data.order import global_batch, steps_per_epoch

@@ -17,7 +17,7 @@ from eval_helpers import (
 from torch import Tensor
 
 from eval import cka
-from eval.shared.cli import settings_of
+from eval.shared.options import settings_of
 from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError

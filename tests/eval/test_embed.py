@@ -22,7 +22,7 @@ from PIL import Image
 
 from eval import embed, retrieve
 from eval.shared import embeddings, image_sets
-from eval.shared.cli import settings_of
+from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError

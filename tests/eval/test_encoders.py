@@ -15,11 +15,11 @@ from tiny import tiny_recipe
 
 from eval import cka, finetune, knn
 from eval.shared.classifier import build_classifier, layer_groups
-from eval.shared.cli import parser, settings_of
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import image_features
+from eval.shared.options import encoder_of, parser, settings_of
 from eval.shared.results import output_path
-from eval.shared.session import encoder_of, session_of
+from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.interop import to_mae

@@ -9,8 +9,9 @@ from timm.data import resolve_model_data_config
 
 from eval import attentive, cka, knn, linprobe
 from eval.shared.classifier import build_classifier, layer_groups, read_classifier, write_classifier
-from eval.shared.encoders import EncoderChoice, EncoderInfo, check_feature
+from eval.shared.encoders import EncoderInfo, check_feature
 from eval.shared.features import image_features
+from eval.shared.options import EncoderChoice
 from eval.shared.session import open_session
 from pipeline import load_encoder
 from pipeline.errors import UserError

@@ -33,9 +33,9 @@ from eval.shared.classifier import (
     layer_of,
     read_classifier,
 )
-from eval.shared.cli import settings_of
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import normalise
+from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader

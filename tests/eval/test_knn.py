@@ -16,7 +16,7 @@ from eval_helpers import (
 )
 
 from eval import knn
-from eval.shared.cli import settings_of
+from eval.shared.options import settings_of
 from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError

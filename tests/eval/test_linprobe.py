@@ -30,9 +30,10 @@ from torch import nn
 
 from eval import linprobe
 from eval.shared import linprobe_plan
-from eval.shared.cli import run_command, settings_of
+from eval.shared.command import run_command
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import count_correct
+from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -460,4 +461,6 @@ def test_bad_input_ends_the_command_with_two(
     with pytest.raises(SystemExit) as stopped:
         run_command(linprobe.main)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {home}: has no manifest.json")
+    assert capsys.readouterr().err.startswith(
+        f"error: {home}: holds folders of shards; give one of them"
+    )

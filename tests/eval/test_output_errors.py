@@ -17,11 +17,10 @@ from tiny import tiny_recipe
 from eval import reconstruct
 from eval.shared.checkpoints import Checkpoints
 from eval.shared.classifier import write_classifier
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.results import check_output, write_result
 from pipeline import estimate, export
 from pipeline.config.recipe import dump_recipe
-from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.runtime.checkpoint import CheckpointStore
@@ -48,9 +47,9 @@ def test_an_evaluation_keeps_out_of_the_folder_of_a_run(tmp_path):
     run = tmp_path / "a"
     run.mkdir()
     (run / "recipe.yaml").write_text("")
-    check_output(tmp_path / "a.json", Ranks.alone(), tmp_path / "b")
+    check_output(tmp_path / "a.json", tmp_path / "b")
     with pytest.raises(UserError, match=f"a.json: {run} is the folder of a run; choose another"):
-        check_output(tmp_path / "a.json", Ranks.alone(), run)
+        check_output(tmp_path / "a.json", run)
     meta = {"negatives_batch": 8}  # no settings: a pretraining's state
     CheckpointStore(tmp_path / "b", keep=1).save(3, write_nothing, meta)
     with pytest.raises(UserError, match=r"b.* holds the checkpoints of a pretraining"):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_recipe
 
 from eval import psnr, reconstruct
-from eval.shared.cli import run_command, settings_of
+from eval.shared.command import run_command
+from eval.shared.options import settings_of
 from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks

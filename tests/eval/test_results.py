@@ -7,7 +7,7 @@ import pytest
 from eval_helpers import write_encoder
 
 from eval.finetune import Settings
-from eval.shared.encoders import EncoderChoice
+from eval.shared.options import EncoderChoice
 from eval.shared.results import in_a_name, output_path
 
 

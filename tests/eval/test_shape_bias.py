@@ -13,7 +13,7 @@ from PIL import Image
 
 from eval import shape_bias
 from eval.shared.classifier import write_classifier
-from eval.shared.cli import settings_of
+from eval.shared.options import settings_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from eval_helpers import ALONE, coloured_images, write_encoder, write_shards
+from eval_helpers import coloured_images, write_encoder, write_shards
 
 from eval import attentive, cka, finetune, knn, linprobe, psnr, reconstruct, shape_bias
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import check_output, named_json
 from pipeline.errors import UserError
@@ -37,12 +37,12 @@ def test_an_output_that_cannot_be_written_is_refused_and_nothing_is_created(tmp_
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=r"folder.json: cannot be written \(Is a directory\)"):
-        check_output(tmp_path / "folder.json", ALONE)
+        check_output(tmp_path / "folder.json")
     with pytest.raises(UserError, match=r"x.json: cannot be written \(.*file: Not a directory\)"):
-        check_output(tmp_path / "file/deep/x.json", ALONE)
+        check_output(tmp_path / "file/deep/x.json")
     with pytest.raises(UserError, match=r"x.json: cannot be written \(.*file: Not a directory\)"):
-        check_output(tmp_path / "x.json", ALONE, tmp_path / "file")  # where checkpoints would go
-    check_output(tmp_path / "new/deep/x.json", ALONE, tmp_path / "new/deep/x")
+        check_output(tmp_path / "x.json", tmp_path / "file")  # where checkpoints would go
+    check_output(tmp_path / "new/deep/x.json", tmp_path / "new/deep/x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.json"]
 
 
@@ -66,7 +66,7 @@ def test_every_command_looks_at_its_output_first(module, words, tmp_path, monkey
     encoder = [] if module is shape_bias else ["--encoder", "nowhere"]
     monkeypatch.setattr(sys, "argv", ["x.py", *encoder, *words, "--output", str(output)])
     # The command leaves the ranks at its end; other tests of this process are still in them.
-    monkeypatch.setattr("eval.shared.cli.close", lambda: None)
+    monkeypatch.setattr("pipeline.distributed.close", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         run_command(module.main)
     assert stopped.value.code == 2
@@ -102,7 +102,7 @@ def test_an_output_without_a_suffix_has_its_result_beside_its_folder(
     words += ["--output", "o/lr-0.1"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, words)])
-    monkeypatch.setattr("eval.shared.cli.close", lambda: None)
+    monkeypatch.setattr("pipeline.distributed.close", lambda: None)
     run_command(finetune.main)
     assert json.loads((tmp_path / "o/lr-0.1.json").read_text())["images"] == 6
     assert (tmp_path / "o/lr-0.1/classifier.json").is_file()

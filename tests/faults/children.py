@@ -23,7 +23,7 @@ import torch
 from tiny import tiny_overrides
 
 from eval import finetune, linprobe
-from eval.shared.cli import run_command
+from eval.shared.command import run_command
 from pipeline import pretrain
 from pipeline.distributed import free_port
 from pipeline.runtime.checkpoint import CheckpointStore

@@ -60,8 +60,8 @@ def test_shipped_configs_are_taken(name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_what_shipped_configs_are_on_a_gpu(name, monkeypatch):
-    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.distributed.bf16_units", lambda: True)
     plan = plan_recipe(read_ds_config(name), load_recipe(RECIPES / "rmae.yaml"), world=8)
     assert plan.precision == SHIPPED[name][1]
     assert plan.config.get("data_types", {}) == (
@@ -89,8 +89,8 @@ def test_precision_depends_on_what_was_asked_for_and_on_the_gpu(
     wanted, gpu, units, on, words, section, name, monkeypatch
 ):
     """The processor's own bf16 units change nothing but a word in the log."""
-    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: units)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("pipeline.distributed.bf16_units", lambda: units)
     config = {section: {"enabled": wanted}, "zero_optimization": {"stage": 2}}
     precision = name if on else "fp32"
     found, why = resolve_precision(wanted, 2, section)
@@ -129,9 +129,9 @@ def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(UserError, match="bf16 needs"):
         resolve_precision(True, 0, "bf16")
     assert resolve_precision(True, 0, "torch_autocast")[0] == "autocast"
-    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("pipeline.config.ds_config.torch.cuda.get_device_name", lambda: "V100")
-    monkeypatch.setattr("pipeline.config.ds_config.bf16_units", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "V100")
+    monkeypatch.setattr("pipeline.distributed.bf16_units", lambda: False)
     for section in ("bf16", "torch_autocast"):
         with pytest.raises(UserError, match=f"{section}.enabled true: V100 has no bf16 units"):
             resolve_precision(True, 1, section)

@@ -213,7 +213,7 @@ LIMITED_EVALUATION = """
 import resource, sys
 from pathlib import Path
 from eval import finetune, knn
-from eval.shared import cli
+from eval.shared.command import run_command
 from eval.shared.session import EvalSession
 name, *words = sys.argv[1:]
 module = {"finetune": finetune, "knn": knn}[name]
@@ -224,7 +224,7 @@ def limited(*args):
     return normalise(*args)
 EvalSession.normalise = limited
 sys.argv = [f"{name}.py", *words]
-cli.run_command(module.main)
+run_command(module.main)
 """
 
 

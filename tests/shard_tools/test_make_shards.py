@@ -23,7 +23,8 @@ from shard_samples import (
 from torchvision.datasets import ImageFolder
 
 from shard_tools import tar as tarfmt
-from shard_tools.make_shards import byte_size, main
+from shard_tools.cli import byte_size
+from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
 
 COUNTS = {"n03": 17, "n01": 9, "n02": 30}

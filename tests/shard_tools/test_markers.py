@@ -99,6 +99,7 @@ def test_every_kind_of_file_keeps_its_pixels() -> None:
     assert reasons["jpeg sampling 442"] == "unusual sampling factors"
     assert reasons["jpeg cmyk"] == "unusual frame"
     assert reasons["jpeg fill bytes"] == "disorderly segments"
+    assert reasons["jpeg mpo"] == "several pictures"
     assert reasons["png rgb"] == reasons["text"] == reasons["empty"] == "not a JPEG"
 
 
@@ -179,6 +180,23 @@ def test_pieces_of_whole_rows() -> None:
     assert (part.left, part.top, part.width, part.height) == (0, 48, SIZE[0], 48)
     assert (DECODERS["Pillow"](part.data)[22:26] == whole[70:74]).all()
     assert len(part.data) < 0.6 * len(data)
+
+
+@pytest.mark.parametrize("box", [(-1, 0, 9, 9), (0, 0, 211, 9), (9, 0, 9, 9), (0, 50, 9, 40)])
+def test_a_rectangle_is_inside_the_picture(box: tuple[int, int, int, int]) -> None:
+    data = cut(SOURCES["4:4:4"]).data
+    with pytest.raises(ValueError, match="outside the 210x140 picture"):
+        cut_out(data, pieces_of(data), *box)
+
+
+def test_huge_pictures_stay() -> None:
+    """Their coefficients would take gigabytes."""
+    data = bytearray(SOURCES["4:4:4"])
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = (8192).to_bytes(2, "big") + (4097).to_bytes(2, "big")
+    assert cut(bytes(data)).reason == "too large"
+    data[at : at + 4] = (8192).to_bytes(2, "big") + (4096).to_bytes(2, "big")
+    assert cut(bytes(data)).reason == "too small to cut"
 
 
 def test_a_part_has_the_margin_that_chroma_needs() -> None:

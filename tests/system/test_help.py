@@ -7,7 +7,8 @@ import re
 import pytest
 from launching import ROOT
 
-from pipeline.help_text import HelpFormatter, expand_home
+from pipeline.command import expand_home
+from pipeline.help_text import HelpFormatter
 from pipeline.pretrain import parse_args
 
 COMMANDS = sorted(

@@ -73,6 +73,7 @@ FLOORS = (
         "shard_tools.atomic",
         "shard_tools.cli",
         "shard_tools.members",
+        "pipeline.command",
         "pipeline.distributed",
         "pipeline.progress",
     ),

@@ -1,0 +1,49 @@
+"""Run a command line of eval/. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from pipeline.command import expand_home, imported
+from pipeline.errors import UserError, refuse
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
+    running out of memory, on the device, in this process or in a worker."""
+    imported()
+    sys.argv[1:] = expand_home(sys.argv[1:])
+    joined = _joined()  # before, by whoever calls it in a process of theirs
+    try:
+        with _explaining():
+            main()
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
+    finally:
+        if _joined() and not joined:
+            from pipeline.distributed import close
+
+            close()
+
+
+@contextlib.contextmanager
+def _explaining() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        from pipeline.runtime.memory import explaining_memory  # imports torch
+
+        with explaining_memory():
+            raise
+
+
+def _joined() -> bool:
+    """Whether this process is one of several ranks; without torch it is not."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())

@@ -1,0 +1,142 @@
+"""The options of the evaluations and what they say. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline.errors import UserError
+from pipeline.help_text import HelpFormatter
+from shard_tools.cores import cores
+
+T = TypeVar("T")
+
+FEATURES = ("cls", "mean_patch", "own")  # own: the encoder's own pooling
+
+
+@dataclass(frozen=True)
+class EncoderChoice:
+    """Which encoder; the words are load_encoder's, but for resize: pixels of the shorter side of
+    images before the evaluation crop (0: as crops.shorter_side).
+    """
+
+    source: str
+    arch: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    random: bool = False
+    seed: int = 0
+    ema: bool = False
+    resize: int = 0
+
+
+def seed_number(text: str) -> int:
+    """A seed that every generator takes. argparse turns the error into a sentence."""
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
+    return number
+
+
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
+    result = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
+    result.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, cores()),
+        help="processes of a rank that decode images",
+    )
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Argument parser of an evaluation of encoders, ours or others'."""
+    result = base_parser(description)
+    result.add_argument(
+        "--encoder",
+        required=True,
+        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO, I-JEPA or BEiT, with "
+        "--arch; timm:NAME; or random, with --arch",
+    )
+    result.add_argument("--arch", help="timm's name of what a FILE or random is")
+    result.add_argument(
+        "--options", default="{}", help="further keywords of that timm model, {img_size: 384}"
+    )
+    result.add_argument(
+        "--random",
+        action="store_true",
+        help="take a randomly initialised encoder of the same architecture: the baseline",
+    )
+    result.add_argument(
+        "--ema",
+        action="store_true",
+        help="take the average that a FILE keeps beside its weights (state_dict_ema, model_ema), "
+        "or the EMA teacher of a run",
+    )
+    result.add_argument(
+        "--resize",
+        type=int,
+        default=0,
+        help="pixels of the shorter side before an evaluation's centre crop (0: 256/224 of the "
+        "image size up to 224, above it the image size)",
+    )
+    result.add_argument("--output", help="result file (default: RUN/eval/<protocol>.json)")
+    result.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto: bf16 on a GPU with bf16 units, else fp32",
+    )  # fmt: skip
+    return result
+
+
+def add_model(result: argparse.ArgumentParser) -> None:
+    """The options that name a model with its decoder."""
+    add = result.add_argument
+    add("--encoder", required=True, help="a run's folder, or a facebookresearch/mae FILE")
+    add("--recipe", default="", help="of a FILE: the recipe that it fits")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="of a FILE: change a key of that recipe")  # fmt: skip
+    add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
+
+
+def check_ratio(mask_ratio: float | None) -> None:
+    """UserError for a share of hidden patches that no image has."""
+    if mask_ratio is not None and not 0 < mask_ratio < 1:
+        raise UserError(f"--mask-ratio {mask_ratio:g}: must be between 0 and 1")
+
+
+def settings_of(kind: type[T], args: argparse.Namespace) -> T:
+    """The settings (a dataclass) that a command line names; its lists become tuples.
+
+    UserError for a number that is not finite.
+    """
+    values = {field.name: getattr(args, field.name) for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in values.items():
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be finite")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def encoder_of(args: argparse.Namespace) -> EncoderChoice:
+    """The encoder that a command line names."""
+    options = read_options(args.options)
+    return EncoderChoice(
+        args.encoder, args.arch, options, args.random, args.seed, args.ema, args.resize
+    )
+
+
+def read_options(text: str) -> dict[str, Any]:
+    """--options, further keywords of timm.create_model, as a dictionary."""
+    try:
+        options = yaml.safe_load(text)
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise UserError(f"--options {text}: write them as {{img_size: 384, patch_size: 16}}")
+    return options
