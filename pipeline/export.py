@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import early, imported
-from pipeline.config.recipe import load_recipe
+from pipeline.config.recipe import run_recipe
 from pipeline.errors import UserError, naming, refuse
 from shard_tools.atomic import write_atomic, write_json
 
@@ -50,7 +50,7 @@ def check(args: argparse.Namespace) -> None:
     if args.format == "run":
         read_info(args.run)
     else:
-        load_recipe(args.run / "recipe.yaml")
+        run_recipe(args.run)
 
 
 def read_info(folder: Path) -> dict[str, Any]:

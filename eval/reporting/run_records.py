@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from eval.protocols import by_name
+from pipeline.config.recipe import check_run
 from pipeline.config.schema import measure_class
 from pipeline.errors import UserError
 
@@ -100,7 +101,7 @@ def read_run(folder: str | Path) -> Run:
     results = tuple(one for path in paths for one in with_beside(read_result(path)))
     if not (folder / "recipe.yaml").is_file():
         if not results:
-            raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
+            check_run(folder)
         recipe = {"name": results[0].get("encoder", {}).get("recipe", folder.name)}
         return Run(folder.resolve(), recipe, {}, {}, (), (), results, recipe)
     try:

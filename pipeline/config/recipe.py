@@ -101,6 +101,23 @@ class Recipe(Section):
 ANY_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
+def run_recipe(run: str | Path) -> Recipe:
+    """The recipe of a run's folder, or of a checkpoint. RecipeError where it is none."""
+    check_run(run)
+    return load_recipe(Path(run) / "recipe.yaml")
+
+
+def check_run(run: str | Path) -> None:
+    """RecipeError where a folder is no run; it names the runs in it."""
+    folder = Path(run)
+    if not folder.exists():
+        raise RecipeError(f"{folder}: no such file or folder")
+    if not (folder / "recipe.yaml").is_file():
+        inside = sorted(str(path.parent) for path in folder.glob("*/recipe.yaml"))
+        hint = f"; it holds runs, such as {inside[0]}" if inside else ""
+        raise RecipeError(f"{folder} is not a run folder: it has no recipe.yaml{hint}")
+
+
 def load_recipe(
     path: str | Path,
     overrides: list[str] | tuple[str, ...] = (),

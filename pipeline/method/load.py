@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipeline.config.recipe import load_recipe
+from pipeline.config.recipe import run_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import random_encoder, read_encoder
 from pipeline.method.families import build_family, random_family
@@ -96,9 +96,7 @@ def load_run(run: Path) -> Objective:
 
     Raises UserError where the folder is no run or the weights do not fit.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a run folder or a checkpoint: it has no recipe.yaml")
-    objective, _ = build_objective(load_recipe(run / "recipe.yaml"))
+    objective, _ = build_objective(run_recipe(run))
     path = run / "model.safetensors"
     try:
         state = load_file(path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, load_recipe, run_recipe
 from pipeline.errors import UserError
 
 
@@ -78,7 +78,7 @@ def recipe_of_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()
     """The recipe of a model with its decoder: of a run's folder its own, of a FILE the one that is
     named and changed by set_. UserError where it cannot be read."""
     if not Path(path).is_file():
-        return load_recipe(Path(path) / "recipe.yaml")
+        return run_recipe(path)
     if not recipe:
         raise UserError(
             f"{path}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"

@@ -265,5 +265,10 @@ def test_weights_of_another_recipe_are_refused(run, tmp_path):
     (folder / "recipe.yaml").write_text(dump_recipe(tiny_recipe("cmae")))
     with pytest.raises(UserError, match=r"model\.safetensors: does not fit"):
         load_run(folder)
-    with pytest.raises(UserError, match="is not a run folder or a checkpoint: it has no recipe"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml$"):
+        load_run(tmp_path / "empty")
+    with pytest.raises(UserError, match=rf"no recipe\.yaml; it holds runs, such as {folder}$"):
         load_run(tmp_path)
+    with pytest.raises(UserError, match="none: no such file or folder"):
+        load_run(tmp_path / "none")
