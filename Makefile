@@ -31,7 +31,7 @@ test: export ATEN_CPU_CAPABILITY := avx2
 test: export ONEDNN_MAX_CPU_ISA := AVX2
 endif
 test: .venv/ready   ## run the test suite, or TESTS="tests/eval …" (CPU=avx2: as on an older processor)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 .PHONY: test-faults test-fresh test-cluster
 test-faults: .venv/ready   ## 50 random kills and every known fault → docs/faults.md

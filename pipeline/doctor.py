@@ -259,6 +259,12 @@ def system_findings(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:  # noqa:
     fine = soft == resource.RLIM_INFINITY or soft >= LEAST_FILES
     cost = f"a worker keeps up to 256 shards open: ulimit -n {min(hard, 65536)}"
     yield unless(fine, "open files", most, cost)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    except OSError as error:
+        cost = "ranks cannot meet: ip link set lo up"
+        yield stop("loopback", f"127.0.0.1 cannot be reached ({reason(error)})", cost)
     name = socket.gethostname()
     try:
         local = socket.gethostbyname(name).startswith("127.")

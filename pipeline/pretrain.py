@@ -15,12 +15,13 @@ import os
 import sys
 from pathlib import Path
 
+from pipeline.config.ds_config import open_ds_config
 from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.late import uncollected
 from pipeline.runtime import startup
-from pipeline.runtime.settings import Settings
+from pipeline.runtime.settings import Settings, epoch_steps
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,8 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # several ranks find faults together
         try:
-            load_recipe(settings.recipe, settings.overrides, ANY_PIXELS)
-            read_manifest(settings.data)
+            recipe = load_recipe(settings.recipe, settings.overrides, ANY_PIXELS)
+            epoch_steps(settings.data, read_manifest(settings.data).samples, recipe)
+            open_ds_config(settings.ds_config)
         except UserError as error:
             return refuse(error)
     startup.done("input")

@@ -23,6 +23,19 @@ else:
     settings.register_profile("fixed", derandomize=True)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+# Files of few and long tests. They start first: no worker is left with one of them at the end.
+LONG = (
+    "test_gpu_check", "test_demo", "test_cifar_paper", "test_contributing", "test_mini_paper",
+    "test_engine", "test_end_to_end", "test_sanitize", "test_estimate", "test_sweep",
+    "test_output_errors", "test_rendezvous", "test_kernels_compile", "test_faults",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within a file the order stays."""
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture
 def free_port() -> int:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.recipe import Recipe
+from pipeline.data.order import steps_per_epoch
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,3 +25,15 @@ class Settings:
     max_steps: int | None = None
     peak_tflops: float | None = None
     verbose: bool = False
+
+
+def epoch_steps(data: str, samples: int, recipe: Recipe) -> int:
+    """Steps of an epoch on `samples` samples of a folder. UserError where there are none."""
+    epoch = recipe.data.samples_per_epoch or samples
+    steps = steps_per_epoch(epoch, recipe.batch_size, recipe.data.partitions)
+    if steps == 0:
+        raise UserError(
+            f"{data}: {epoch} samples are fewer than one batch of {recipe.batch_size}; "
+            "set batch_size (and data.partitions) lower, or data.samples_per_epoch"
+        )
+    return steps

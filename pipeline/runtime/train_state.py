@@ -13,7 +13,6 @@ from pipeline.config.ds_config import RunPlan, read_ds_config
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
-from pipeline.data.order import steps_per_epoch
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree, untried_device
 from pipeline.errors import UserError, naming
@@ -39,7 +38,7 @@ from pipeline.runtime.run_folder import (
     versions,
 )
 from pipeline.runtime.same_run import check_same, schedule_facts
-from pipeline.runtime.settings import Settings
+from pipeline.runtime.settings import Settings, epoch_steps
 from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.trackers import Trackers, check_installed
 from pipeline.runtime.watchdog import Watchdog, last_failure
@@ -124,7 +123,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     plan = plan_that_fits(read_ds_config(settings.ds_config), recipe, ranks)
     optimizer_of(plan)  # refused before anything is made
     agree(lambda: check_installed(recipe.monitor.log_to))
-    per_epoch = _steps_per_epoch(settings.data, manifest.samples, recipe)
+    per_epoch = epoch_steps(settings.data, manifest.samples, recipe)
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
     total = round(recipe.optimizer.epochs * per_epoch)
@@ -201,17 +200,6 @@ def _show_mfu(state: TrainState, given_tflops: float | None) -> None:
         monitor.say(problem)
     elif ranks.rank == 0:
         monitor.mfu = Mfu(state.folder.path / "recipe.yaml", peak * ranks.world)
-
-
-def _steps_per_epoch(data: str, samples: int, recipe: Recipe) -> int:
-    epoch = recipe.data.samples_per_epoch or samples
-    steps = steps_per_epoch(epoch, recipe.batch_size, recipe.data.partitions)
-    if steps == 0:
-        raise UserError(
-            f"{data}: {epoch} samples are fewer than one batch of {recipe.batch_size}; "
-            "set batch_size (and data.partitions) lower, or data.samples_per_epoch"
-        )
-    return steps
 
 
 def _check_alike(data: str, schedule: dict[str, Any]) -> None:

@@ -461,4 +461,6 @@ def test_bad_input_ends_the_command_with_two(
     with pytest.raises(SystemExit) as stopped:
         run_command(linprobe.main)
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith(f"error: {home}: has no manifest.json")
+    assert capsys.readouterr().err.startswith(
+        f"error: {home}: holds folders of shards; give one of them"
+    )

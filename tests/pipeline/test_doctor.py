@@ -147,6 +147,19 @@ def test_this_machine_passes_and_a_bad_output_does_not(tmp_path, capsys):
     assert doctor.main(["--output", "/proc/run"]) == 1
 
 
+def test_ranks_need_a_loopback(tmp_path):
+    """A network namespace that is new has its loopback down."""
+    command = [sys.executable, "-m", "pipeline.doctor", "--output", tmp_path]
+    made = ["unshare", "--user", "--map-root-user", "--net", *map(str, command)]
+    if subprocess.run([*made[:4], "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = " ".join(done.stdout.split())
+    assert "STOP loopback 127.0.0.1 cannot be reached (Network is unreachable)" in said
+    assert done.stdout.endswith("no run can start here: loopback\n")
+
+
 def test_without_torch_it_says_so():
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-S", "-m", "pipeline.doctor"]  # -S: no site-packages

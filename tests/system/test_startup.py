@@ -12,6 +12,7 @@ from eval_helpers import coloured_images, write_shards
 from launching import ROOT
 from tiny import tiny_overrides
 
+from eval.shared.processes import LAUNCHER
 from pipeline.runtime import startup
 
 HEAVY = {
@@ -23,12 +24,14 @@ UNUSED = {
     "boto3", "matplotlib", "scipy", "sklearn", "sympy", "torch._dynamo", "torch._inductor",
     "torchvision.models", "torchvision.ops",
 }  # fmt: skip
+DECODERS = {"PIL"}  # quick, and what the shard tools are for
 CHILD = """
 import atexit, json, sys
 atexit.register(lambda: print(json.dumps(list(sys.modules))))
 sys.argv = json.loads(sys.argv[1])
 """
 SHARDS = ["--train", "{shards}", "--val", "{shards}"]
+SMALL = ["--set", "batch_size=8", "--set", "data.partitions=4"]
 PRETRAIN = CHILD + "from pipeline import pretrain; sys.exit(pretrain.main())"
 
 
@@ -38,6 +41,7 @@ def run(code, *arguments, names=HEAVY):
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(["command", *map(str, arguments)])],
         cwd=ROOT, capture_output=True, text=True, check=False,
+        env={name: value for name, value in os.environ.items() if name not in LAUNCHER},
     )  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
@@ -72,40 +76,56 @@ def test_the_help_is_there_at_once():
     ("arguments", "words"),
     [
         (["--data", "/none"], "error: /none: no such folder"),
+        (["--data", "{shards}"], "8 samples are fewer than one batch of"),
+        (["--data", "{shards}", *SMALL, "--ds_config", "zero9"], "zero9"),
         (["--recipe", "mae", "--set", "optimizer.epochs=x"], "optimizer.epochs"),
         (["--recipe", "/none.yaml"], "/none.yaml"),
         (["--max-steps", "0"], "--max-steps 0: must be at least 1"),
         (["--nonsense"], "--nonsense"),
     ],
 )
-def test_wrong_input_is_refused_before_torch_is_imported(arguments, words):
-    code, output, heavy, _ = run(PRETRAIN, *arguments)
+def test_wrong_input_is_refused_before_torch_is_imported(arguments, words, shards):
+    code, output, heavy, _ = run(PRETRAIN, *(word.format(shards=shards) for word in arguments))
     assert code == 2
     assert words in output
     assert "Traceback" not in output
     assert not heavy
 
 
-EVALUATIONS = {
-    "attentive": "--rates", "cka": "--mask-ratios", "embed": "--on-error",
-    "finetune": "--mixup", "knn": "--temperature", "linprobe": "--protocol", "psnr": "--resize",
-    "reconstruct": "--columns", "retrieve": "--embeddings", "shape_bias": "--decisions",
-    "visualise": "--point",
-}  # fmt: skip
+# Of each command a word of its help.
+COMMANDS = {
+    "eval": "attentive cka embed finetune knn linprobe psnr reconstruct retrieve shape_bias "
+    "visualise report reproduce mini_paper cifar_paper demo sweep",
+    "pipeline": "pretrain export estimate",
+    "shard_tools": "make_shards subset verify_shards index_shards shuffle_quality demo_images "
+    "cifar_images",
+}
+FILES = [f"{room}/{name}.py" for room, names in COMMANDS.items() for name in names.split()]
 
 
-def evaluation(name):
-    """The code of a process that runs a command of eval/ as `python eval/NAME.py` does."""
-    return CHILD + f"import runpy; runpy.run_path('eval/{name}.py', run_name='__main__')"
+def command(file):
+    """The code of a process that runs a command as `python FILE` does."""
+    return CHILD + f"import runpy; runpy.run_path({file!r}, run_name='__main__')"
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
-def test_the_help_of_an_evaluation_needs_no_torch(name):
-    code, output, heavy, seconds = run(evaluation(name), "--help")
-    assert code == 0
-    assert EVALUATIONS[name] in output
+@pytest.mark.parametrize("file", FILES)
+def test_the_help_of_every_command_needs_no_torch(file):
+    code, output, heavy, seconds = run(command(file), "--help", names=HEAVY - DECODERS)
+    assert code == 0, output
+    assert output.startswith("usage: ")
     assert not heavy
     assert seconds < 0.6
+
+
+def test_no_command_is_forgotten():
+    found = [
+        str(path.relative_to(ROOT))
+        for room in COMMANDS
+        for path in (ROOT / room).glob("*.py")
+        if "argparse.ArgumentParser" in (text := path.read_text()) or "build_parser" in text
+    ]
+    helpers = {"pipeline/command.py", "shard_tools/cli.py", "pipeline/doctor.py"}
+    assert {*found} - {*FILES} <= helpers
 
 
 RANDOM = ["--encoder", "random", "--arch", "vit_tiny_patch16_224"]
@@ -148,10 +168,25 @@ NOWHERE = ["--train", "/none", "--val", "/none"]
         ("shape_bias", ["--decisions", "/none"], "error: /none: cannot be read"),
         ("shape_bias", ["--images", "/none"], "give either --classifier with --images"),
         ("shape_bias", ["--classifier", "/none", "--images", "/no"], "no classifier of eval"),
+        ("report", ["/none"], "error: /none"),
+        ("reproduce", ["--table", "99"], "99"),
+        ("reproduce", ["--table", "4", "--scale", "x"], "x"),
+        ("mini_paper", ["--seeds", "0"], "--seeds must be at least 1"),
+        ("demo", ["--ranks", "3"], "--ranks a divisor of 8"),
+        ("sweep", ["/none.yaml", "--grid", "seed=1", "--eval", "x"], "x"),
+        ("pipeline/export", ["/none", "--format", "timm", "/tmp/x"], "name the output with .safe"),
+        ("pipeline/export", ["/none", "--format", "hf", "/tmp/x"], "/none/recipe.yaml"),
+        ("pipeline/export", ["/none", "--format", "run", "/tmp/x"], "/none: no classifier"),
+        ("pipeline/estimate", ["--recipe", "/none"], "/none"),
+        ("pipeline/estimate", ["--gpus", "0"], "--gpus and --images must be at least 1"),
+        ("shard_tools/make_shards", ["/none", "/tmp/x"], "/none"),
+        ("shard_tools/verify_shards", ["/none"], "/none"),
     ],
 )  # fmt: skip
-def test_wrong_input_of_an_evaluation_is_refused_without_torch(name, words, said, shards):
-    code, output, heavy, _ = run(evaluation(name), *(w.format(shards=shards) for w in words))
+def test_wrong_input_of_a_command_is_refused_without_torch(name, words, said, shards):
+    file = f"{name}.py" if "/" in name else f"eval/{name}.py"
+    words = [word.format(shards=shards) for word in words]
+    code, output, heavy, _ = run(command(file), *words, names=HEAVY - DECODERS)
     assert code == 2, output
     assert said in output
     assert "Traceback" not in output
