@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from pipeline.errors import UserError, refuse
+from pipeline.help_text import expand_home
 
 T = TypeVar("T")
 
@@ -19,6 +20,7 @@ def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
 
     Until `imported` nobody looks for garbage (late.uncollected).
     """
+    sys.argv[1:] = expand_home(sys.argv[1:])
     args = parse()
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         try:

@@ -1,8 +1,22 @@
-"""--help of every command: each flag with its default, where it has one to show."""
+"""What every command line has in common: ~, and --help with the default of each flag."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+from collections.abc import Iterable
+
+
+def expand_home(words: Iterable[str]) -> list[str]:
+    """The words of a command line, `--output=~/runs` as the shell reads `--output ~/runs`: of what
+    follows a `=` it leaves the tilde, and a folder of that name would be made."""
+    words = list(words)
+    parts = [re.fullmatch(r"([\w.-]+=)?(~(?:/.*)?)", word, re.DOTALL) for word in words]
+    return [
+        f"{part[1] or ''}{os.path.expanduser(part[2])}" if part else word
+        for word, part in zip(words, parts, strict=True)
+    ]
 
 
 class HelpFormatter(argparse.HelpFormatter):

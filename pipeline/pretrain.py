@@ -18,7 +18,7 @@ from pathlib import Path
 from pipeline.config.ds_config import open_ds_config
 from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
 from pipeline.errors import PREEMPTED, UserError, refuse
-from pipeline.help_text import HelpFormatter
+from pipeline.help_text import HelpFormatter, expand_home
 from pipeline.late import uncollected
 from pipeline.runtime import startup
 from pipeline.runtime.settings import Settings, epoch_steps
@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="log what the time until the first step went to",
     )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = vars(parser.parse_args(argv))
+    args = vars(parser.parse_args(expand_home(sys.argv[1:] if argv is None else argv)))
     args.pop("local_rank")  # of the launcher
     if "init" in args:
         weights = args.pop("init")

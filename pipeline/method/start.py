@@ -15,6 +15,7 @@ one is left out, which is said.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def start_from(objective: Objective, weights: str, ema: bool = False) -> Start:
     The teacher, if there is one, is to be made from the objective afterwards.
     """
     recipe, f = objective.recipe, objective.encoder
+    weights = os.path.expanduser(weights)  # of a recipe, whose ~ no shell has read
     source = read_source(weights, recipe, ema)
     _check_heads(source, f, weights)
     state = dict(source.encoder)

@@ -248,7 +248,10 @@ def test_another_decoder_is_left_fresh_as_a_whole(tmp_path):
         assert all(torch.equal(mine.state_dict()[k], before[k]) for k in start.fresh)
 
 
-def test_what_is_not_there_is_refused(tmp_path):
+def test_what_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    with pytest.raises(UserError, match=r"^/home/me/x\.pth: no such file or folder"):
+        start_from(objective_of(), "~/x.pth")
     for source, words in (
         (tmp_path, "no exported encoder there; give a run, an export or a file of weights$"),
         (tmp_path / "x.pth", r"x\.pth: no such file or folder$"),
