@@ -359,6 +359,8 @@ class Loader:
     def close(self) -> None:
         """End the worker processes and what fetches ahead."""
         self.reader.close()
+        if self._iterator is None and not self._workers:
+            return  # again, by the end of an interpreter that knows no signals any more
         with _deaths_unwatched():
             if any(worker.exitcode for worker in self._workers):
                 self._abandon()

@@ -10,22 +10,22 @@ an MCU more where its filter for chroma looks at neighbours.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+
 from shard_tools.image_file.header import Header
 
-_DRI, _SOS, _SOF, _RST0 = 0xDD, 0xDA, (0xC0, 0xC1), 0xD0
-_MARK = re.compile(rb"\xff[\xd0-\xd7]")  # inside a scan 0xff is data if 0 follows
+_DRI, _SOS, _EOI, _SOF, _RST0 = 0xDD, 0xDA, 0xD9, (0xC0, 0xC1), 0xD0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pieces:
     """Where the pieces of a JPEG are.
 
     frame: index of its frame header's content; across, down: pixels of an MCU; row, rows: MCUs of a
-    row, and rows; interval: MCUs of a piece; places: (begin, end) of each piece's codes.
+    row, and rows; interval: MCUs of a piece; begins, ends: of each piece's codes, int64 [pieces].
     """
 
     header: Header
@@ -35,7 +35,8 @@ class Pieces:
     row: int
     rows: int
     interval: int
-    places: list[tuple[int, int]]
+    begins: np.ndarray
+    ends: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,16 @@ def find_pieces(data: bytes, header: Header) -> Pieces | None:
     grey, sampling = header.channels == 1, data[frame + 7]
     across, down = (8 if grey else 8 * n for n in (sampling >> 4, sampling & 15))
     row, rows = -(-header.width // across), -(-header.height // down)
-    marks = [mark.start() for mark in _MARK.finditer(data, _after(data, scan), end)]
-    if len(marks) != -(-row * rows // interval) - 1:
+    start = _after(data, scan)
+    codes = np.frombuffer(data, np.uint8, end - start, start)
+    marks = np.flatnonzero(codes[:-1] == 0xFF)  # inside a scan 0xff is data if 0 follows
+    marks = marks[codes[marks + 1] & 0xF8 == _RST0]
+    count = -(-row * rows // interval) - 1
+    if len(marks) != count or (codes[marks + 1] != _RST0 + np.arange(count) % 8).any():
         return None
-    if any(data[at + 1] != _RST0 + number % 8 for number, at in enumerate(marks)):
-        return None
-    begins = [_after(data, scan), *(at + 2 for at in marks)]
-    places = list(zip(begins, [*marks, end - 2], strict=True))
-    return Pieces(header, frame, across, down, row, rows, interval, places)
+    begins = np.concatenate([[start], marks + (start + 2)])
+    ends = np.concatenate([marks + start, [end - 2]])
+    return Pieces(header, frame, across, down, row, rows, interval, begins, ends)
 
 
 def cut_out(
@@ -101,12 +104,12 @@ def cut_out(
     per_row = p.row // wide
     if last - first == per_row and upper == 0 and lower * high >= p.rows:
         return whole(data, p.header)
-    wanted = [y * per_row + x for y in range(upper, lower) for x in range(first, last)]
+    runs = np.arange(upper, lower) * per_row + first
     corner = first * wide * p.across, upper * high * p.down
     width = min(last * wide * p.across, p.header.width) - corner[0]
     height = min(lower * high * p.down, p.header.height) - corner[1]
-    smaller = _header(data, p, width, height) + _codes(data, p, wanted)
-    return Region(smaller, *corner, width, height)
+    header = _header(data, p, width, height)
+    return Region(_joined(header, data, p, runs, last - first), *corner, width, height)
 
 
 def _span(low: float, high: float, unit: int, units: int, each: int) -> tuple[int, int]:
@@ -129,13 +132,17 @@ def _header(data: bytes, pieces: Pieces, width: int, height: int) -> bytes:
     return b"".join(parts) + data[scan : _after(data, scan)]
 
 
-def _codes(data: bytes, pieces: Pieces, wanted: list[int]) -> bytes:
-    """The wanted pieces with the markers between them, and the end of the picture."""
-    out = []
-    for number, piece in enumerate(wanted):
-        begin, end = pieces.places[piece]
-        out += [data[begin:end], b"\xff" + bytes([_RST0 + number % 8])]
-    return b"".join(out[:-1]) + b"\xff\xd9"
+def _joined(header: bytes, data: bytes, pieces: Pieces, first: np.ndarray, count: int) -> bytes:
+    """The header, runs of `count` pieces from each of `first` on, their markers numbered from the
+    first again, and the end of the picture."""
+    begins, ends = pieces.begins[first], pieces.ends[first + (count - 1)]
+    runs = zip(begins.tolist(), (ends + 2).tolist(), strict=True)  # each with its last marker
+    out = bytearray().join([header, *(data[begin:end] for begin, end in runs)])
+    shift = np.cumsum(ends + 2 - begins) - (ends + 2) + len(header)  # from index to new index
+    marks = (pieces.ends[first[:, None] + np.arange(count)] + shift[:, None] + 1).ravel()
+    np.frombuffer(out, np.uint8)[marks] = _RST0 + np.arange(len(marks)) % 8
+    out[-1] = _EOI
+    return bytes(out)
 
 
 def _after(data: bytes, begin: int) -> int:

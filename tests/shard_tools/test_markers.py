@@ -146,7 +146,7 @@ def test_pieces_cost_at_most_a_fiftieth() -> None:
     coarse = photo("L", (800, 400), quality=15)
     pieces = pieces_of(cut(coarse).data)
     assert pieces.interval > 8
-    assert 0.8 < len(pieces.places) * 4 / (len(coarse) / 50) <= 1
+    assert 0.8 < len(pieces.begins) * 4 / (len(coarse) / 50) <= 1
 
 
 @pytest.mark.parametrize("name", SOURCES)
