@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from pipeline.errors import UserError, refuse
-from pipeline.help_text import expand_home
 
 T = TypeVar("T")
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 from pipeline.command import expand_home, imported
 from pipeline.errors import UserError, refuse
-from pipeline.help_text import expand_home
 
 
 def run_command(main: Callable[[], None]) -> None:
