@@ -33,11 +33,14 @@ DAMAGED = 6000  # files
 
 
 def build() -> str:
-    """Compile; returns what LD_PRELOAD needs. Raises OSError or CalledProcessError."""
+    """Compile what has changed; what LD_PRELOAD needs. Raises OSError or CalledProcessError."""
     BUILT.mkdir(parents=True, exist_ok=True)
     include = f"-I{sysconfig.get_path('include')}"
     for source in SOURCES:
         built = BUILT / f"{source.stem}.so"
+        parts = (source, Path(__file__), *source.parent.glob("*.h"))
+        if built.exists() and built.stat().st_mtime > max(p.stat().st_mtime for p in parts):
+            continue
         subprocess.run([*CC, *FLAGS, include, source, "-ljpeg", "-lm", "-o", built], check=True)
     names = ("libasan.so", "libubsan.so")
     found = [
