@@ -2,7 +2,8 @@
 PYTHON ?= python3
 SHARDS ?= data/shards
 SEEDS ?= 1
-JOBS ?= 2
+# One more than two cores, since some tests wait.
+JOBS ?= 3
 PY := .venv/bin/python
 PIP = $(PY) -m pip -q --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
