@@ -8,6 +8,7 @@ backward where there is one. `copy`: the time to copy as many bytes as the op mu
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -98,15 +99,26 @@ def least_bytes(sizes: Sizes) -> dict[str, int]:
     return {name: count for name, count in found.items() if count}
 
 
-def microseconds(call: Call, device: str, milliseconds: int = 40) -> float:
-    """Median time of a call as Triton's do_bench takes it; on the CPU one call's."""
+def microseconds(call: Call, device: str, times: int = 20) -> float:
+    """Median of a call's time on the device, its launches queued behind a pause; on the CPU one
+    call's. A call in a step is launched while the device works too; what launching costs is
+    counted elsewhere (bench_launches)."""
     if device == "cuda":
-        from triton.testing import do_bench
-
-        return 1000 * do_bench(call, warmup=10, rep=milliseconds, return_mode="median")
-    begun = time.perf_counter()
+        pause, flushed = 4_000_000, torch.empty(1 << 28, dtype=torch.uint8, device=device)
+        for _ in range(3):
+            call()
+        marks = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(times)]
+        for begin, end in marks:
+            flushed.zero_()  # no input is in the L2 cache
+            torch.cuda._sleep(pause)  # cycles, about 2 ms
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+        return 1000 * statistics.median(begin.elapsed_time(end) for begin, end in marks)
+    started = time.perf_counter()
     call()
-    return 1e6 * (time.perf_counter() - begun)
+    return 1e6 * (time.perf_counter() - started)
 
 
 def time_way(way: str, function: Call, backward: bool, device: str, backend: str) -> float:

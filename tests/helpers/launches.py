@@ -5,10 +5,11 @@ place of a GPU. Where there is a device, `device_counts` counts what reaches it:
 null_gpu.py as calls come in, on a real GPU by torch's profiler.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import null_gpu
@@ -17,6 +18,8 @@ from phases import Phases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pipeline.kernels.cases import all_cases
 
 # Ops whose result the host reads, or whose output's size it must know.
 READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
@@ -88,11 +91,13 @@ def move_to_fake_cuda(module: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """Kernels launched (memory set among them), copies, and waits of the host."""
+    """Kernels launched (memory set among them), copies, and waits of the host; milliseconds that a
+    real GPU was busy with each kernel, by its name."""
 
     launches: int
     copies: int
     waits: int
+    busy: Mapping[str, float] = field(default_factory=dict)
 
 
 def device_counts(call: Callable[[], Any], device: str) -> Counts:
@@ -106,12 +111,42 @@ def device_counts(call: Callable[[], Any], device: str) -> Counts:
         call()
         after = null_gpu.counts()
         return Counts(*(b - a for a, b in zip(before[:3], after[:3], strict=True)))
-    names = Counter(event.name for event in profile(call))
+    events = profile(call)
+    names = Counter(event.name for event in events)
+    busy: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            busy[event.name] += event.time_range.elapsed_us() / 1e3
 
     def of(prefixes: tuple[str, ...]) -> int:
         return sum(n for name, n in names.items() if name.startswith(prefixes))
 
-    return Counts(of(LAUNCHES), of(COPIES), of(WAITS) - 1)  # the last wait is the profile's own
+    waits = of(WAITS) - 1  # the last is the profile's own
+    return Counts(of(LAUNCHES), of(COPIES), waits, busy)
+
+
+OWN = {name for case in all_cases().values() for name in case.kernels}
+# What a kernel does, by its name; the first that fits.
+KINDS = {
+    "attention": r"flash|fmha|attention",
+    "matrix products": r"gemm|gemv|nvjet|cutlass|xmma|splitk",
+    "masking kernels": rf"^({'|'.join(sorted(OWN))})_kernel",
+    "compiled": r"^triton_",
+    "optimizer": r"multi_tensor|adam",
+    "layer norm": r"layer_?norm|gammabeta",
+    "copies and casts": r"copy|memcpy|memset|catarray|fill",
+    "other elementwise": r"elementwise",
+    "sums": r"reduce",
+}
+
+
+def busy_by_kind(busy: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a profile's kernels by KINDS."""
+    found: Counter[str] = Counter()
+    for name, milliseconds in busy.items():
+        kinds = (kind for kind, form in KINDS.items() if re.search(form, name, re.IGNORECASE))
+        found[next(kinds, "rest")] += milliseconds
+    return dict(found.most_common())
 
 
 def profile(call: Callable[[], Any]) -> list[Any]:

@@ -50,14 +50,19 @@ def step_lines(found: dict[str, Any]) -> list[str]:
         return []
     lines = [f"## A step, {found['batch']} images of ViT-B/16", ""]
     lines += bars({title: row["images_per_second"] for title, row in rows.items()}, "images/s")
-    head = ["step", "images/s", "ms", "MFU", "peak GB", "launches", "copies", "waits"]
+    head = ["step", "images/s", "ms", "GPU busy", "host", "MFU", "peak GB", "launches", "copies",
+            "waits"]  # fmt: skip
     body = []
     for title, row in rows.items():
         mfu = percent(row.get("mfu"))
         keys = ("peak_gb", "launches", "copies", "waits")
-        body.append([title, number(row["images_per_second"]), number(row["ms"]), mfu,
+        body.append([title, number(row["images_per_second"]), number(row["ms"]),
+                     number(row.get("busy_ms")), number(row.get("host_ms")), mfu,
                      *(number(row.get(key)) for key in keys)])  # fmt: skip
     lines += ["", *table(head, body), ""]
+    if any("host_ms" in row for row in rows.values()):
+        lines += ["GPU busy: a step's kernels together, ms. host: ms of a step of 8 images, which "
+                  "the host bounds.", ""]  # fmt: skip
     if found.get("ratios"):
         told = (f"{name} {number(value)}" for name, value in found["ratios"].items())
         lines += [f"Ratios: {'; '.join(told)}.", ""]
@@ -72,7 +77,18 @@ def step_lines(found: dict[str, Any]) -> list[str]:
             )
             body.append([phase, *cells])
         lines += ["ms / launches by phase:", "", *table(["phase", *ours], body), ""]
-    return lines
+    return lines + busy_lines(rows)
+
+
+def busy_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Milliseconds of GPU time of a step by kind of kernel."""
+    busy = {title: row["busy_by_kind"] for title, row in rows.items() if "busy_by_kind" in row}
+    if not busy:
+        return []
+    kinds = sorted({k for row in busy.values() for k in row},
+                   key=lambda kind: -sum(row.get(kind, 0) for row in busy.values()))  # fmt: skip
+    body = [[kind, *(number(row.get(kind)) for row in busy.values())] for kind in kinds]
+    return ["ms by kind of kernel:", "", *table(["kernels", *busy], body), ""]
 
 
 def kernel_lines(found: dict[str, Any]) -> list[str]:

@@ -22,9 +22,10 @@ STAGES = {
     "kernels": ("kernels", "kernel_tests"),
     "numerics": ("kernels", "numerics"),
     "recipes": ("training", "recipes"),
+    "resume": ("loading", "resume"),
+    "compile": ("warm", "compile_all"),
     "step": ("steps", "step_speed"),
     "kernel_speed": ("kernels", "kernel_speed"),
-    "resume": ("loading", "resume"),
     "loader": ("loading", "loader"),
     "ncu": ("kernels", "profile_slowest"),
 }

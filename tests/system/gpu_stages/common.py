@@ -7,8 +7,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,37 @@ def facts(device: str) -> dict[str, Any]:
     if null_gpu.here():
         found["null"] = True
     return found | {"python": platform.python_version(), "torch": torch.__version__}
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Executor]:
+    """Processes that run a stage's parts; this process itself where one is enough."""
+    if count == 1:
+        yield Here()
+        return
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+class Here(Executor):
+    """Runs what is submitted at once."""
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **keywords: Any) -> Future[Any]:
+        """The future of what has been run."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*args, **keywords))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def join() -> None:
+    """Make this process a rank of its own, once."""
+    from pipeline.runtime.engine import init_ranks
+
+    if not torch.distributed.is_initialized():
+        init_ranks()
 
 
 def synchronise(device: str) -> None:

@@ -31,7 +31,7 @@ def kernel_tests(where: Where) -> dict[str, Any]:
     if where.device == "cuda":
         command = [str(ROOT / "tests/kernels/run_on_gpu.py")]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", "8"]
+            command += ["-n", "6"]
     else:
         command = ["-m", "pytest", str(ROOT / "tests/kernels/test_kernel_philox.py")]
     report = where.folder / "kernels.xml"
@@ -131,6 +131,11 @@ def numerics(where: Where) -> dict[str, Any]:
 
 
 # ---- speed ---------------------------------------------------------------------------------------
+
+
+def timed(where: Where) -> dict[str, Any]:
+    """What kernel_speed times: (call, whether with backward) by name."""
+    return calls(where.sizes(256))
 
 
 def kernel_speed(where: Where) -> dict[str, Any]:

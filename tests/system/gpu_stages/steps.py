@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from bench_step import facebook_mae, flops, peer_step, run_facebook, run_plain
-from launches import device_counts, launches_by_phase
+from launches import busy_by_kind, device_counts, launches_by_phase
 from peer_mae import PlainMAE
 from phases import Phases, watching
 
-from gpu_stages.common import ROOT, Fault, Where, release, seconds_of, synchronise
+from gpu_stages.common import ROOT, Fault, Where, join, release, seconds_of, synchronise
 from pipeline import kernels
 from pipeline.config.ds_config import plan_recipe, read_ds_config
 from pipeline.estimate import PEAKS, dry_run
@@ -25,22 +26,31 @@ from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import engine as engines
 
-# Title → recipe, ds_config, whether its blocks are compiled.
+# Title → recipe, ds_config, whether its blocks are compiled, and replayed as CUDA graphs.
 OURS = {
-    "mae": ("mae", "zero2", False),
-    "rmae": ("rmae", "zero2", False),
-    "cmae": ("cmae", "zero2", False),
-    "mae, ZeRO-0": ("mae", "zero0", False),
-    "mae, bf16 weights": ("mae", "zero2-bf16", False),
-    "mae, compiled": ("mae", "zero2", True),
+    "mae": ("mae", "zero2", False, False),
+    "rmae": ("rmae", "zero2", False, False),
+    "cmae": ("cmae", "zero2", False, False),
+    "mae, ZeRO-0": ("mae", "zero0", False, False),
+    "mae, bf16 weights": ("mae", "zero2-bf16", False, False),
+    "mae, compiled": ("mae", "zero2", True, False),
+    "rmae, compiled": ("rmae", "zero2", True, False),
+    "cmae, compiled": ("cmae", "zero2", True, False),
+    "mae, bf16 weights, compiled": ("mae", "zero2-bf16", True, False),
+    "mae, CUDA graphs": ("mae", "zero2", True, True),
 }
 # MAE of others: AdamW of torch, autocast, no DeepSpeed.
 PEERS = ("plain MAE", "plain MAE, compiled", "facebookresearch/mae")
+COMPILED = [title for title in (*OURS, *PEERS) if title.endswith(("compiled", "graphs"))]
 # What matters most comes first, what is compiled last.
 ORDER = (
     "mae", "plain MAE", "facebookresearch/mae", "rmae", "cmae", "mae, bf16 weights", "mae, ZeRO-0",
-    "plain MAE, compiled", "mae, compiled",
+    "mae, compiled", "plain MAE, compiled", "mae, CUDA graphs", "rmae, compiled", "cmae, compiled",
+    "mae, bf16 weights, compiled",
 )  # fmt: skip
+RACED = ("mae", "mae, compiled", "mae, CUDA graphs", "mae, bf16 weights, compiled")  # with PEERS
+HOST = ("mae", "plain MAE", "facebookresearch/mae", "rmae", "cmae")  # whose host time is taken
+FEW = 8  # images of a step that the host bounds on any GPU
 SMALL: dict[str, Any] = {"side": 16, "patch": 4, "encoder": (16, 2, 2), "decoder": (8, 1, 2)}
 
 
@@ -71,14 +81,17 @@ def flops_per_image(where: Where, name: str) -> float:
     return _flops[name]
 
 
-def ours(where: Where, recipe_name: str, config: str, compiled: bool, batch: int) -> Contestant:
+def ours(
+    where: Where, recipe_name: str, config: str, compiled: bool, graphs: bool, batch: int
+) -> Contestant:
     """A recipe's step by the engine."""
     work = flops_per_image(where, recipe_name)
     kernels.use("auto", where.device)
     recipe = where.recipe(recipe_name, f"batch_size={batch}", "data.partitions=4")
     objective, teacher = build_objective(recipe)
     settings = read_ds_config(ROOT / f"ds_configs/{config}.json")
-    settings |= {"train_micro_batch_size_per_gpu": batch, "compile": compiled}
+    settings |= {"train_micro_batch_size_per_gpu": batch, "compile": compiled,
+                 "cuda_graphs": graphs}  # fmt: skip
     engine = engines.Engine(
         objective, parameter_groups(objective), plan_recipe(settings, recipe, 1)
     )
@@ -166,23 +179,55 @@ def measure(one: Contestant, where: Where, batch: int) -> dict[str, Any]:
     found["ms_by_phase"] = phase_milliseconds(one, where.device, 1 if where.tiny else 3)
     found["launches_by_phase"] = launches_by_phase(one.step, one.watching, where.device)
     counts = device_counts(one.step, where.device)
+    if counts.busy:
+        found["busy_ms"] = sum(counts.busy.values())
+        found["busy_by_kind"] = busy_by_kind(counts.busy)
+        longest = sorted(counts.busy, key=lambda name: -counts.busy[name])[:25]
+        found["busiest"] = {name[:160]: counts.busy[name] for name in longest}
     return found | {"launches": counts.launches, "copies": counts.copies, "waits": counts.waits}
+
+
+def host_milliseconds(title: str, where: Where) -> float:
+    """Milliseconds of a step of so few images that the host bounds it."""
+    one = contestant(title, where, FEW)
+    try:
+        for _ in range(1 if where.tiny else 4):
+            one.step()
+        return 1e3 * seconds_of(one.step, where.device, 1 if where.tiny else 10)
+    finally:
+        one.close()
+
+
+def contestant(title: str, where: Where, batch: int) -> Contestant:
+    """The step of a title in ORDER."""
+    return ours(where, *OURS[title], batch) if title in OURS else peer(where, title, batch)
+
+
+def warm(where: Where, title: str, batch: int) -> None:
+    """Two steps of a contestant: what they compile, later processes find."""
+    one = contestant(title, where, batch)
+    try:
+        for _ in range(2):
+            one.step()
+        synchronise(where.device)
+    finally:
+        one.close()
 
 
 def why_not(title: str, where: Where) -> str:
     """Why a contestant is left out; nothing where it is not."""
-    if title == "mae, compiled" and not where.gpu:
+    if title in OURS and title in COMPILED and not where.gpu:
         return "inductor compiles the blocks, on a GPU only"
     if title == "facebookresearch/mae" and where.mae is None:
         return "no checkout is given (MAE=…)"
-    if where.left() < (45 if "compiled" in title else 12):
+    if where.left() < (25 if title in COMPILED else 12):
         return "no time left"
     return ""
 
 
 def step_speed(where: Where) -> dict[str, Any]:
     """Every contestant in turn; one that fails does not end the others."""
-    engines.init_ranks()
+    join()
     batch = 8 if where.tiny else where.batch
     rows: dict[str, dict[str, Any]] = {}
     for title in ORDER:
@@ -192,7 +237,7 @@ def step_speed(where: Where) -> dict[str, Any]:
         release(where.device)
         one = None
         try:
-            one = ours(where, *OURS[title], batch) if title in OURS else peer(where, title, batch)
+            one = contestant(title, where, batch)
             rows[title] = measure(one, where, batch)
             print(f"{title}: {rows[title]['images_per_second']:.0f} images/s, "
                   f"{rows[title]['launches']} launches", flush=True)  # fmt: skip
@@ -203,7 +248,10 @@ def step_speed(where: Where) -> dict[str, Any]:
             if one is not None:
                 one.close()
             del one
-        where.note({"batch": batch, "steps": rows})
+        if title in HOST and "ms" in rows[title]:
+            release(where.device)
+            rows[title]["host_ms"] = host_milliseconds(title, where)
+        where.note({"batch": batch, "steps": rows, "ratios": ratios(rows)})
     failed = [f"{title}: {row['failed']}" for title, row in rows.items() if "failed" in row]
     if failed:
         raise Fault("; ".join(failed))
@@ -213,11 +261,13 @@ def step_speed(where: Where) -> dict[str, Any]:
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     """What the figures are held against: our images/s over the peers', MFU over MAE's."""
     found = {}
-    for title in PEERS:
-        if all("images_per_second" in rows.get(name, {}) for name in ("mae", title)):
-            ours_, theirs = rows["mae"]["images_per_second"], rows[title]["images_per_second"]
-            found[f"mae / {title}"] = ours_ / theirs
-    for name in ("rmae", "cmae"):
-        if "mfu" in rows.get(name, {}) and "mfu" in rows["mae"]:
-            found[f"{name} mfu / mae"] = rows[name]["mfu"] / rows["mae"]["mfu"]
+    for ours_, theirs in product(RACED, PEERS):
+        if all("images_per_second" in rows.get(name, {}) for name in (ours_, theirs)):
+            speed = rows[ours_]["images_per_second"] / rows[theirs]["images_per_second"]
+            found[f"{ours_} / {theirs}"] = speed
+    for ending in ("", ", compiled"):
+        of_mae = rows.get(f"mae{ending}", {}).get("mfu")
+        for name in (f"rmae{ending}", f"cmae{ending}"):
+            if of_mae and "mfu" in rows.get(name, {}):
+                found[f"{name}: MFU / mae's"] = rows[name]["mfu"] / of_mae
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from gpu_stages.common import Fault, Where, release
+from gpu_stages.common import Fault, Where, join, release, workers
 from pipeline import kernels
 from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import RECIPES, Recipe
@@ -15,6 +15,7 @@ from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import engine as engines
 
 BATCH, STEPS, STAGES = 32, 20, (0, 1, 2, 3)
+PROCESSES = 3  # that share the recipes, and the GPU
 # Mean distance of a bf16 curve to fp32's, as a share of the loss: several times what
 # make bench-precision finds, far below what a lost scale or a wrong mask does.
 MOST = 0.02
@@ -86,23 +87,34 @@ def recipes(where: Where) -> dict[str, Any]:
     Real widths and images, two blocks deep, two micro-batches a step. In a rehearsal two
     steps, and the stages by turns.
     """
-    engines.init_ranks()
     steps = 2 if where.tiny else STEPS
     found: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
-    for number, name in enumerate(table()):
-        recipe = shallow(where, name)
-        release(where.device)
-        row = found.setdefault(name, {"fp32": curve(recipe, 0, False, where, steps), "bf16": {}})
-        for stage in (STAGES[number % 4],) if where.tiny else STAGES:
-            losses = curve(recipe, stage, True, where, steps)
-            distance = apart(losses, row["fp32"])
-            row["bf16"][str(stage)] = {"loss": losses, "distance": distance}
-            if not distance <= MOST:  # nan too
-                wrong.append(f"{name} under ZeRO-{stage} is {distance:.2%} off fp32")
-            print(f"{name}, ZeRO-{stage}: {losses[0]:.4f} -> {losses[-1]:.4f}, "
-                  f"{distance:.3%} off fp32", flush=True)  # fmt: skip
+    stages = {name: (STAGES[n % 4],) if where.tiny else STAGES for n, name in enumerate(table())}
+    with workers(1 if where.tiny else PROCESSES) as pool:
+        waiting = [pool.submit(one_recipe, where, name, stages[name], steps) for name in stages]
+        for name, future in zip(stages, waiting, strict=True):
+            row = found[name] = future.result()
+            for stage, curve_ in row["bf16"].items():
+                losses, distance = curve_["loss"], curve_["distance"]
+                if not distance <= MOST:  # nan too
+                    wrong.append(f"{name} under ZeRO-{stage} is {distance:.2%} off fp32")
+                print(f"{name}, ZeRO-{stage}: {losses[0]:.4f} -> {losses[-1]:.4f}, "
+                      f"{distance:.3%} off fp32", flush=True)  # fmt: skip
             where.note({"curves": found, "runs": sum(len(r["bf16"]) for r in found.values())})
     if wrong:
         raise Fault("; ".join(wrong))
     return where.found(where.stage) | {"allowed": MOST}
+
+
+def one_recipe(where: Where, name: str, stages: tuple[int, ...], steps: int) -> dict[str, Any]:
+    """A recipe's losses in fp32, and in bf16 under each stage with their distance."""
+    join()
+    recipe = shallow(where, name)
+    exact = curve(recipe, 0, False, where, steps)
+    row: dict[str, Any] = {"fp32": exact, "bf16": {}}
+    for stage in stages:
+        release(where.device)
+        losses = curve(recipe, stage, True, where, steps)
+        row["bf16"][str(stage)] = {"loss": losses, "distance": apart(losses, exact)}
+    return row
