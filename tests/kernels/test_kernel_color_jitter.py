@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from kernels_testing import DEVICE, random_images, some_positions, using
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import kernels
 from pipeline.kernels.color_jitter import ORDERS
@@ -52,6 +53,24 @@ def test_reference_equals_torchvision_for_every_order():
         got = kernels.color_jitter(image, *drawn)
     assert torch.equal(got, torchvision_jitter(image, *drawn))
     assert not torch.equal(got, image)
+
+
+def test_reference_divides_by_tensors_alone():
+    """CUDA multiplies by the reciprocal of a number, which is not the quotient's rounding."""
+    divisors, means = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            divisors.extend(args[1:2] if name in ("div", "div_", "true_divide") else [])
+            means.extend([name] if name in ("mean", "reciprocal") else [])
+            return func(*args, **(kwargs or {}))
+
+    with using("reference"), Watch():
+        kernels.color_jitter(colourful(24, 14, 10), *parameters(24, probability=1.0))
+    assert len(divisors) >= 3
+    assert not means
+    assert all(isinstance(d, torch.Tensor) and d.device.type == DEVICE for d in divisors)
 
 
 def test_visible_patches_are_the_picture():
