@@ -19,7 +19,7 @@ def _inputs(s: Sizes) -> Callable[[], Any]:
     return lambda: kernels.cutmix(image, sample, 1.0, seed=0, epoch=0, view=0)
 
 
-CASES = (Case("cutmix", _inputs, kernels=("cutmix",), typed=False),)
+CASES = (Case("cutmix", _inputs, kernels=("cutmix",), wide=("cutmix",), typed=False),)
 
 
 def as_launch(book: Book, op: Callable[..., Any]) -> Callable[..., Any]:
