@@ -145,11 +145,8 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
     if stage == 3 and config.get("compile"):
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
-    if config.get("cuda_graphs"):
-        if not config.get("compile"):
-            raise UserError(f"{path}: cuda_graphs needs compile true: the graphs are of its blocks")
-        if config.get("gradient_checkpointing"):
-            raise UserError(f"{path}: cuda_graphs and gradient_checkpointing exclude each other")
+    if config.get("cuda_graphs") and config.get("gradient_checkpointing"):
+        raise UserError(f"{path}: cuda_graphs and gradient_checkpointing exclude each other")
 
 
 def resolve_precision(
@@ -291,8 +288,9 @@ class RunPlan:
         if self.checkpointing:
             lines.append("gradient checkpointing: blocks are recomputed in the backward pass")
         if self.compile:
-            graphs = " and capture CUDA graphs of them" if self.cuda_graphs else ""
-            lines.append(f"compile: the first steps compile the blocks{graphs}")
+            lines.append("compile: the first steps compile the blocks")
+        if self.cuda_graphs:
+            lines.append("cuda_graphs: forward and backward of a micro-batch are one CUDA graph")
         return lines
 
 
