@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.ds_config import RunPlan
+from pipeline.config.plan import RunPlan, deepspeed_stage, takes_flat
 from pipeline.distributed import (
     Ranks,
     any_rank,
@@ -30,8 +30,8 @@ from pipeline.distributed import (
 )
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
-from pipeline.runtime.gradients import FlatGradients, deepspeed_stage, one_norm, takes_flat
-from pipeline.runtime.graphs import MicroStepGraph, check_graphs
+from pipeline.runtime.gradients import FlatGradients, one_norm
+from pipeline.runtime.graphs import MicroStepGraph
 from pipeline.runtime.optimizers import optimizer_of
 
 prepare_deepspeed()
@@ -118,8 +118,6 @@ class Engine:
         for part in objective.modules():
             if plan.checkpointing and hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = True  # type: ignore[assignment]
-        if plan.cuda_graphs:
-            check_graphs(plan)
         if plan.compile:
             compile_blocks(objective)
         self.kind = optimizer_of(plan)

@@ -14,25 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.ds_config import RunPlan
 from pipeline.errors import UserError
-from pipeline.runtime.gradients import takes_flat
 
 WARM = 3  # passes before the first capture: they compile kernels and blocks
-
-
-def check_graphs(plan: RunPlan) -> None:
-    """Raises UserError where a plan's micro-batches cannot be graphs."""
-    key = "cuda_graphs of the ds_config"
-    if not torch.cuda.is_available():
-        raise UserError(f"{key} needs a CUDA device: leave it out")
-    if not takes_flat(plan):
-        raise UserError(
-            f"{key} needs zero_optimization.stage 1 on {plan.world} ranks, with nothing offloaded: "
-            "under other stages DeepSpeed reduces gradients while the backward pass runs"
-        )
-    if plan.negatives and plan.world > 1:
-        raise UserError(f"{key} excludes negatives from all ranks, which are sent in between")
 
 
 class MicroStepGraph:

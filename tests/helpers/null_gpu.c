@@ -215,8 +215,14 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     return cudaSuccess;
 }
 
-COUNTED(cudaDeviceSynchronize, WAIT) COUNTED(cudaStreamSynchronize, WAIT)
-COUNTED(cudaEventSynchronize, WAIT)
+/* The host must not wait while a graph is captured. */
+static cudaError_t waited(void) {
+    count(WAIT);
+    return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize(void) { return waited(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return waited(); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waited(); }
 HANDLE(cudaStreamCreate) HANDLE(cudaStreamCreateWithFlags) HANDLE(cudaStreamCreateWithPriority)
 OK(cudaStreamDestroy) OK(cudaStreamQuery) OK(cudaStreamWaitEvent) OK(cudaLaunchHostFunc)
 OK(cudaGetLastError) OK(cudaPeekAtLastError) OK(cudaThreadExchangeStreamCaptureMode)
