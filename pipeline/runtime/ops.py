@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.distributed import cannot_build, extensions_dir, own_extensions
-from pipeline.runtime.cuda_architectures import compiling_for, cuda_architectures
+from pipeline.runtime.cuda_build import compiling_for, cuda_architectures
 from shard_tools.atomic import write_json
 
 FAILED = "failed.txt"  # in the folder of the ops: why they could not be compiled

@@ -13,7 +13,7 @@ from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
 from torch.utils import cpp_extension
 
 from pipeline.runtime import ops
-from pipeline.runtime.cuda_architectures import VARIABLE, compiling_for, cuda_architectures
+from pipeline.runtime.cuda_build import LIST, compiling_for, cuda_architectures
 
 TORCH_IS_FOR = ["sm_80", "sm_86", "sm_90a", "sm_100", "sm_120", "compute_120"]
 SPELLINGS = [
@@ -31,9 +31,9 @@ def gpus(monkeypatch, *capabilities):
 
 
 def spelled(monkeypatch, value):
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(LIST, raising=False)
     if value is not None:
-        monkeypatch.setenv(VARIABLE, value)
+        monkeypatch.setenv(LIST, value)
 
 
 def codes(flags):
@@ -76,7 +76,7 @@ def test_an_h100_gets_its_code_and_the_variable_stays(value, nvcc, monkeypatch, 
     spelled(monkeypatch, value)
     start(tmp_path)
     assert nvcc == [["compute_90", "sm_90"]]
-    assert os.environ.get(VARIABLE) == value
+    assert os.environ.get(LIST) == value
     assert json.loads((tmp_path / "fused_adam/made_of.json").read_text())["gpus"] == "9.0+PTX"
 
 
@@ -127,26 +127,31 @@ def test_without_a_gpu_the_list_counts(value, expected, nvcc, monkeypatch, tmp_p
     start(tmp_path)
     highest = expected.rpartition(";")[2].removesuffix("+PTX").replace(".", "")
     assert set(nvcc[0]) >= {f"sm_{highest}", f"compute_{highest}"}
-    assert os.environ[VARIABLE] == value
+    assert os.environ[LIST] == value
 
 
 @pytest.mark.parametrize("value", [None, "", ";", "native", "all", "sm_90", "9", "9.0b", "9.0 no"])
 def test_without_a_gpu_a_list_of_nothing_is_a_sentence(value, nvcc, monkeypatch, tmp_path):
     gpus(monkeypatch)
     spelled(monkeypatch, value)
-    with pytest.raises(ValueError, match=f"^{VARIABLE} is '{value or ''}': where no GPU is vis.*"):
+    with pytest.raises(ValueError, match=f"^{LIST} is '{value or ''}': where no GPU is vis.*"):
         start(tmp_path)
     assert nvcc == []
-    assert os.environ.get(VARIABLE) == value
+    assert os.environ.get(LIST) == value
 
 
 @pytest.mark.parametrize("before", [None, "9.0a"])
-def test_a_build_that_fails_leaves_the_variable(before, monkeypatch):
+def test_a_build_that_fails_leaves_the_environment(before, monkeypatch):
+    spelled(monkeypatch, before)
+    monkeypatch.delenv("CPLUS_INCLUDE_PATH", raising=False)
+    monkeypatch.setenv("LIBRARY_PATH", "/opt/lib")
+    whole = dict(os.environ)
+
     @compiling_for("8.0")
     def build():
-        raise RuntimeError(os.environ[VARIABLE])
+        assert os.environ["LIBRARY_PATH"].startswith("/opt/lib:/")
+        raise RuntimeError(os.environ[LIST])
 
-    spelled(monkeypatch, before)
     with pytest.raises(RuntimeError, match=r"8\.0"):
         build()
-    assert os.environ.get(VARIABLE) == before
+    assert dict(os.environ) == whole

@@ -1,7 +1,7 @@
-"""The GPUs that DeepSpeed's CUDA ops are compiled for, whatever TORCH_CUDA_ARCH_LIST holds.
+"""How DeepSpeed's CUDA ops are compiled: for which GPUs, and by which headers and libraries.
 
-An environment sets that list for other extensions, in spellings that DeepSpeed's builders fail on
-("9.0a"), or without the GPU that is here.
+TORCH_CUDA_ARCH_LIST does not say for which: an environment sets it for other extensions, in
+spellings that DeepSpeed's builders fail on ("9.0a"), or without the GPU that is here.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-VARIABLE = "TORCH_CUDA_ARCH_LIST"
+LIST = "TORCH_CUDA_ARCH_LIST"
 
 
 def cuda_architectures() -> str:
@@ -24,26 +25,42 @@ def cuda_architectures() -> str:
     """
     found = {torch.cuda.get_device_capability(n) for n in range(torch.cuda.device_count())}
     if found:
+        # A GPU newer than those that torch is for gets their code, as PTX.
         newest = max(map(_capability, torch.cuda.get_arch_list()), default=max(found))
-        found = {
-            min(gpu, newest) for gpu in found
-        }  # newer ones compile the PTX of what torch is for
+        found = {min(gpu, newest) for gpu in found}
         return _listed(found, {max(found)})
-    return _given(os.environ.get(VARIABLE, ""))
+    return _given(os.environ.get(LIST, ""))
 
 
 @contextlib.contextmanager
 def compiling_for(architectures: str) -> Iterator[None]:
-    """TORCH_CUDA_ARCH_LIST holds these architectures, then what it held before."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = architectures
+    """The environment of a build for these architectures; afterwards it is what it was."""
+    values = {
+        LIST: architectures,
+        # Where compiler and linker look last: a slim toolkit has no headers of CUDA's libraries,
+        # which torch's wheels bring, and beside a wrapper of nvcc in /usr/local/bin lies nothing.
+        "CPLUS_INCLUDE_PATH": _after("CPLUS_INCLUDE_PATH", *_headers()),
+        "LIBRARY_PATH": _after("LIBRARY_PATH", "/usr/local/cuda/lib64"),
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[VARIABLE]
-        else:
-            os.environ[VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _after(name: str, *folders: str) -> str:
+    """What a search path holds, then these folders."""
+    return os.pathsep.join(filter(None, [os.environ.get(name), *folders]))
+
+
+def _headers() -> list[str]:
+    return [str(folder) for folder in Path(torch.__file__).parents[1].glob("nvidia/*/include")]
 
 
 def _given(given: str) -> str:
@@ -56,7 +73,7 @@ def _given(given: str) -> str:
             flags = _get_cuda_arch_flags()
     except (ValueError, IndexError):  # unknown; no GPU for "" and "native"
         raise ValueError(
-            f"{VARIABLE} is {given!r}: where no GPU is visible it must name capabilities, such as "
+            f"{LIST} is {given!r}: where no GPU is visible it must name capabilities, such as "
             "9.0 or 8.0;9.0+PTX"
         ) from None
     codes = [flag.rpartition("code=")[2] for flag in flags]
