@@ -45,7 +45,7 @@ BOXES: dict[str, tuple[int, bool]] = {
     "recipes": (170, True),
     "resume": (170, True),
     "compile": (170, True),
-    "step": (150, False),
+    "step": (160, False),
     "kernel_speed": (70, False),
     "loader": (40, False),
     "ncu": (40, False),
