@@ -64,18 +64,22 @@ def _with_strides(copy: Tensor, like: Tensor) -> Tensor:
     return out.as_strided(like.shape, like.stride()).copy_(copy.detach()).requires_grad_()
 
 
-def assert_agree(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    """No NaN, same shape, and max |got - expected| <= tolerance * max |expected|."""
+def assert_agree(
+    name: str, got: Tensor, expected: Tensor, tolerance: float, floor: float = 1e-4
+) -> None:
+    """No NaN, same shape, and max |got - expected| <= tolerance * max(|expected|, floor)."""
     assert got.shape == expected.shape, f"{name}: {list(got.shape)} != {list(expected.shape)}"
     assert not got.isnan().any(), f"{name}: NaN"
     if not got.numel():
         return
     worst = float((got.double() - expected.double()).abs().max())
-    scale = max(float(expected.double().abs().max()), 1e-4)
+    scale = max(float(expected.double().abs().max()), floor)
     assert worst <= tolerance * scale, f"{name}: off by {worst:.3g} where values reach {scale:.3g}"
 
 
-def assert_implementations_agree(function: Callable[..., Tensor], leaves: Leaves) -> None:
+def assert_implementations_agree(
+    function: Callable[..., Tensor], leaves: Leaves, floor: float = 1e-4
+) -> None:
     """Kernel against reference: the output and every gradient, by name, same dtypes."""
     with using("triton"):
         got = gradients(function, leaves)
@@ -84,7 +88,7 @@ def assert_implementations_agree(function: Callable[..., Tensor], leaves: Leaves
     tolerance = max(TOLERANCE[leaf.dtype] for leaf in leaves.values())
     for name, value in expected.items():
         assert got[name].dtype == value.dtype, name
-        assert_agree(name, got[name], value, tolerance)
+        assert_agree(name, got[name], value, tolerance, floor)
 
 
 def assert_gradients(

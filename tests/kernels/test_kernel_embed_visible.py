@@ -8,6 +8,7 @@ from kernels_testing import (
     assert_agree,
     assert_gradients,
     assert_implementations_agree,
+    gradients,
     noise,
     random_images,
     some_positions,
@@ -117,6 +118,101 @@ def test_without_position():
     )
 
 
+def rounded_loop(image, visible):
+    """Float64, one visible patch after the other, of factors rounded to bf16 once."""
+
+    def embed(weight, bias, position):
+        weight, patch = weight.detach(), weight.shape[-1]
+        columns, scale = image.shape[2] // patch, [1 / (255 * std) for std in IMAGENET["std"]]
+        rows = []
+        for b in range(len(image)):
+            for at in visible[b].tolist():
+                y, x = at // columns * patch, at % columns * patch
+                total = bias + position[at]
+                for c, (mean, std) in enumerate(zip(*IMAGENET.values(), strict=True)):
+                    pixels = image[b, y : y + patch, x : x + patch, c].double()
+                    factors = (pixels * scale[c] - mean / std).to(torch.bfloat16).double()
+                    rounded = weight[:, c].to(torch.bfloat16).double()
+                    total = total + rounded.flatten(1) @ factors.flatten()
+                rows.append(total)
+        return torch.stack(rows).unflatten(0, visible.shape)
+
+    return embed
+
+
+def under_autocast(function, dtype=torch.bfloat16):
+    def run(**weights):
+        with torch.autocast(DEVICE, dtype=dtype):
+            return function(**weights)
+
+    return run
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_autocast_rounds_what_is_multiplied_and_nothing_else(implementation):
+    image, visible = random_images(2, 56, 56), some_positions(2, 49, 12)
+    weights = leaves(8, 48, 49)
+    with using(implementation):
+        got = gradients(under_autocast(op(image, visible)), weights)
+    assert {value.dtype for value in got.values()} == {torch.float32}
+    doubles = {name: leaf.double() for name, leaf in weights.items()}
+    expected = gradients(rounded_loop(image, visible), doubles)
+    # The interpreter cuts off what it should round.
+    exact = implementation == "reference" or DEVICE == "cuda"
+    for name in ("output", "bias", "position"):
+        tolerance = 2e-5 if exact or name != "output" else 2.0**-6
+        assert_agree(name, got[name], expected[name], tolerance)
+    full = gradients(loop(image, visible, **IMAGENET), doubles)
+    assert_agree("weight", got["weight"], full["weight"], 2.0**-6)
+    assert not torch.equal(got["weight"].to(torch.bfloat16).float(), got["weight"])
+    with pytest.raises(AssertionError, match="output"):
+        assert_agree("output", got["output"], full["output"], 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "height", "width", "patch", "channels", "count"), SIZES)
+def test_kernel_against_reference_under_autocast(
+    batch, height, width, patch, channels, count, dtype
+):
+    image, length = random_images(batch, height, width), height * width // patch**2
+    function = under_autocast(op(image, some_positions(batch, length, count)), dtype)
+    weights = leaves(patch, channels, length)
+    found = {}
+    for implementation in ("reference", "triton"):
+        with using(implementation):
+            found[implementation] = gradients(function, weights)
+    tolerance = 2e-5 if DEVICE == "cuda" else 2.0**-6
+    for name, value in found["reference"].items():
+        assert found["triton"][name].dtype == value.dtype == torch.float32, name
+        assert_agree(name, found["triton"][name], value, tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_autocast_leaves_weights_of_its_own_dtype_and_float64_alone(implementation):
+    image, visible = random_images(2, 24, 24), some_positions(2, 9, 3)
+    for dtype in (torch.bfloat16, torch.float64)[: 1 if implementation == "triton" else 2]:
+        weights = leaves(8, 16, 9, dtype)
+        with using(implementation):
+            plain, cast = (
+                gradients(f, weights)
+                for f in (op(image, visible), under_autocast(op(image, visible)))
+            )
+        assert all(torch.equal(cast[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_torch_compile_follows_autocast(implementation):
+    image, visible = random_images(2, 24, 24), some_positions(2, 9, 3)
+    weights, function = leaves(8, 16, 9), under_autocast(op(image, visible))
+    with using(implementation):
+        expected = gradients(function, weights)
+        torch.compiler.reset()
+        got = gradients(torch.compile(function, backend="aot_eager", fullgraph=True), weights)
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype
+        assert_agree(name, got[name], value, 1e-6)
+
+
 def test_gradcheck_of_the_reference():
     image, visible = random_images(2, 8, 12), some_positions(2, 6, 3)
     inputs = [x.double().requires_grad_() for x in leaves(4, 3, 6).values()]
@@ -131,7 +227,8 @@ def test_opcheck():
         from pipeline.kernels.embed_visible.triton import _embed_visible
 
         arguments = (image, visible, *weights, [0.5] * 3, [0.2] * 3)
-        torch.library.opcheck(_embed_visible, arguments)
+        torch.library.opcheck(_embed_visible, (*arguments, torch.float32))
+        torch.library.opcheck(_embed_visible, (*arguments, torch.bfloat16))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@
 
 The visible patches alone are read, and the embedding of a hidden patch is never computed.
 The image has no gradient.
+
+Under torch.autocast x, weight and, for weight's gradient, the gradient of out are rounded to
+autocast's dtype before they are multiplied; the sums, bias, position and out keep theirs.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pipeline.kernels import backend
@@ -48,4 +52,14 @@ def embed_visible(
         from pipeline.kernels.embed_visible.triton import embed_visible_triton as run
     else:
         run = embed_visible_reference
-    return run(image, visible, weight, bias, position, mean=mean, std=std)
+    factors = _dtype_of_factors(weight)
+    return run(image, visible, weight, bias, position, mean=mean, std=std, factors=factors)
+
+
+def _dtype_of_factors(weight: Tensor) -> torch.dtype:
+    """What is multiplied is rounded to this: autocast's dtype where it is on, else weight's."""
+    device = weight.device.type
+    follows = device != "meta" and weight.dtype != torch.float64  # neither knows autocast
+    if follows and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype

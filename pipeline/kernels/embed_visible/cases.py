@@ -76,7 +76,7 @@ def traffic(s: Sizes, image: Tensor, visible: Tensor) -> Traffic:
     """Forward of embed_visible with positions."""
     from pipeline.kernels.embed_visible.triton import BLOCKS
 
-    m, n, _ = BLOCKS[s.dtype]
+    m, n, *_ = BLOCKS[s.dtype]
     rows = visible.numel()
     in_m, in_n = -(-rows // m), -(-s.width // n)
     weight, bias = s.width * s.values * s.element, s.width * s.element

@@ -27,15 +27,20 @@ from pipeline.kernels.patches_triton import (
     value_offset,
 )
 
-BLOCKS = {  # (rows, channels, values) of a program's tile, forward
-    torch.bfloat16: (128, 128, 64),
-    torch.float16: (128, 128, 64),
+BLOCKS = {  # of what is multiplied: (rows, channels, values) of a program's tile, warps; forward
+    torch.bfloat16: (64, 128, 64, 4),
+    torch.float16: (64, 128, 64, 4),
+    torch.float32: (64, 64, 32, 8),
+}
+GRAD_BLOCKS = {  # (channels, values, rows) of a program's tile; backward
+    torch.bfloat16: (64, 128, 64),
+    torch.float16: (64, 128, 64),
     torch.float32: (64, 64, 32),
 }
-GRAD_BLOCKS = {  # (channels, values, rows) of a program's tile, backward
-    torch.bfloat16: (128, 128, 32),
-    torch.float16: (128, 128, 32),
-    torch.float32: (64, 64, 32),
+_TL_DTYPE = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
 }
 SPLIT_ROWS = 2048  # rows of a program of the backward
 
@@ -82,7 +87,7 @@ def embed_visible_backward_kernel(
     rows, per_image, columns, image_stride, row_stride,
     WIDTH: tl.constexpr, PATCH: tl.constexpr, PIXEL_STRIDE: tl.constexpr,
     CHANNEL_STRIDE: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr, N: tl.constexpr, J: tl.constexpr, M: tl.constexpr,
+    SPLIT: tl.constexpr, FACTORS: tl.constexpr, N: tl.constexpr, J: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of split s: weight_grad[s, d, j] and bias_grad[s, d], fp32."""
     VALUES: tl.constexpr = 3 * PATCH * PATCH
@@ -99,11 +104,11 @@ def embed_visible_backward_kernel(
                             row_stride, PATCH, PIXEL_STRIDE)  # fmt: skip
         read = inside[:, None] & (j < VALUES)[None, :]
         pixels = tl.load(image_ptr + start[:, None] + offset[None, :], mask=read, other=0)
-        x = normalised(pixels, j[None, :], SCALE, SHIFT).to(grad_ptr.dtype.element_ty)
+        x = normalised(pixels, j[None, :], SCALE, SHIFT).to(FACTORS)
         read = inside[None, :] & (d < WIDTH)[:, None]
         where = row.to(tl.int64)[None, :] * WIDTH + d[:, None]
         grad = tl.load(grad_ptr + where, mask=read, other=0)
-        total = dot(grad, x, total)
+        total = dot(grad.to(FACTORS), x, total)
         bias += tl.sum(grad.to(tl.float32), 1)
     written = (d < WIDTH)[:, None] & (j < VALUES)[None, :]
     at = (split * WIDTH + d)[:, None] * VALUES + j[None, :]
@@ -134,23 +139,25 @@ def _embed_visible(
     position: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
+    factors: torch.dtype,
 ) -> Tensor:
     width, patch = weight.shape[0], weight.shape[-1]
     out = weight.new_empty(*visible.shape, width)
-    m, n, j = BLOCKS[weight.dtype]
+    m, n, j, warps = BLOCKS[factors]
     grid = (triton.cdiv(visible.numel(), m) * triton.cdiv(width, n),)
     embed_visible_kernel[grid](
-        image, visible.contiguous(), _by_value(weight), bias.contiguous(),
+        image, visible.contiguous(), _by_value(weight, factors), bias.contiguous(),
         None if position is None else position.contiguous(), out,
         **_shared(image, visible, patch, list(mean), list(std)),
-        WIDTH=width, HAS_POSITION=position is not None, M=m, N=n, J=j, num_warps=8,
+        WIDTH=width, HAS_POSITION=position is not None, M=m, N=n, J=j, num_warps=warps,
     )  # fmt: skip
     return out
 
 
-def _by_value(weight: Tensor) -> Tensor:
-    """[D,3,p,p] -> [D,p*p*3], contiguous: the order in which a line of the image is read."""
-    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+def _by_value(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[D,3,p,p] -> dtype [D,p*p*3], contiguous: the order in which a line of the image is read."""
+    by_value = weight.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format)
+    return by_value.reshape(len(weight), -1)
 
 
 @_embed_visible.register_fake
@@ -162,6 +169,7 @@ def _(
     position: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
+    factors: torch.dtype,
 ) -> Tensor:
     return weight.new_empty(*visible.shape, weight.shape[0])
 
@@ -174,16 +182,19 @@ def _embed_visible_backward(
     patch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    factors: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     width, values, rows = grad.shape[-1], 3 * patch * patch, visible.numel()
     splits = triton.cdiv(rows, SPLIT_ROWS)
     weight_grad = grad.new_empty(splits, width, values, dtype=torch.float32)
     bias_grad = grad.new_empty(splits, width, dtype=torch.float32)
-    n, j, m = GRAD_BLOCKS[grad.dtype]
+    n, j, m = GRAD_BLOCKS[factors]
+    # Four are faster on an H100; an fp32 gradient, or values cut off, they have to spill for.
+    warps = 4 if grad.element_size() == 2 and values % j == 0 else 8
     embed_visible_backward_kernel[(triton.cdiv(values, j), triton.cdiv(width, n), splits)](
         image, visible.contiguous(), grad.contiguous(), weight_grad, bias_grad,
         **_shared(image, visible, patch, list(mean), list(std)),
-        WIDTH=width, SPLIT=SPLIT_ROWS, N=n, J=j, M=m, num_warps=8,
+        WIDTH=width, SPLIT=SPLIT_ROWS, FACTORS=_TL_DTYPE[factors], N=n, J=j, M=m, num_warps=warps,
     )  # fmt: skip
     by_value = weight_grad.sum(0).view(width, patch, patch, 3)
     return by_value.permute(0, 3, 1, 2).to(grad.dtype), bias_grad.sum(0).to(grad.dtype)
@@ -197,6 +208,7 @@ def _(
     patch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    factors: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     width = grad.shape[-1]
     by_value = grad.new_empty(width, patch, patch, 3)
@@ -204,18 +216,16 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    image, visible, weight, bias, position, mean, std = inputs
+    image, visible, weight, bias, position, *settings = inputs
     ctx.save_for_backward(image, visible)
-    ctx.patch, ctx.mean, ctx.std = weight.shape[-1], mean, std
+    ctx.settings = weight.shape[-1], *settings
     ctx.bias_dtype = bias.dtype
     ctx.position = None if position is None else (position.shape, position.dtype)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     image, visible = ctx.saved_tensors
-    weight_grad, bias_grad = _embed_visible_backward(
-        grad, image, visible, ctx.patch, ctx.mean, ctx.std
-    )
+    weight_grad, bias_grad = _embed_visible_backward(grad, image, visible, *ctx.settings)
     position_grad = None
     if ctx.position is not None and ctx.needs_input_grad[4]:
         # A learned position: rare, so it is left to PyTorch.
@@ -223,7 +233,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         total = grad.new_zeros(shape, dtype=torch.float32)
         flat = grad.reshape(-1, shape[1]).to(torch.float32)
         position_grad = total.index_add(0, visible.flatten(), flat).to(dtype)
-    return None, None, weight_grad, bias_grad.to(ctx.bias_dtype), position_grad, None, None
+    return None, None, weight_grad, bias_grad.to(ctx.bias_dtype), position_grad, None, None, None
 
 
 _embed_visible.register_autograd(_backward, setup_context=_setup)
@@ -238,6 +248,9 @@ def embed_visible_triton(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    factors: torch.dtype,
 ) -> Tensor:
-    """`embed_visible` by the kernel; arguments already checked."""
-    return _embed_visible(image, visible, weight, bias, position, as_list(mean), as_list(std))
+    """`embed_visible` by the kernel; arguments already checked. factors: dtype to multiply in."""
+    return _embed_visible(
+        image, visible, weight, bias, position, as_list(mean), as_list(std), factors
+    )

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 32  # samples per program
-ROWS = 4
+CHUNK = 16  # samples per program
+ROWS = 2
 
 
 @triton.jit
