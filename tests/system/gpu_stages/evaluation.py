@@ -52,7 +52,7 @@ def commands(where: Where, data: Path) -> dict[str, list[str]]:
         "embed on the CPU": ["embed", *images],
         "knn": ["knn", *both],
         "few-shot": ["finetune", *both, *small, "--fraction", "0.25", "--ds_config", "zero0"],
-        "linprobe": ["linprobe", *both, *small],
+        "linprobe": ["linprobe", *both, *small, "--base-lr", "10"],
         "linprobe, cached": ["linprobe", *both, "--protocol", "cached"],
         "attentive": ["attentive", *both, "--steps", "60", "--batch-size", "32"],
     }
