@@ -11,6 +11,9 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG CUDA_ARCHITECTURES="8.0;9.0;10.0+PTX"
 SHELL ["/bin/bash", "-e", "-o", "pipefail", "-c"]
 
+RUN cc='[0-9]+\.[0-9](\+PTX)?'; [[ "$CUDA_ARCHITECTURES" =~ ^$cc([\;\ ]$cc)*$ ]] || \
+    { echo "CUDA_ARCHITECTURES is '$CUDA_ARCHITECTURES': must be like 8.0;9.0+PTX" >&2; exit 2; }
+
 # The compiler and Python's headers stay: Triton compiles for the GPU that it finds.
 # hadolint ignore=DL3008
 RUN apt-get update && \

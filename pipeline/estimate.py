@@ -79,6 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--no-graphs", action="store_true", help="cuda_graphs of the ds_config off")
     parser.add_argument("--flops", action="store_true", help="print the FLOPs of an image, no more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     args = parser.parse_args(argv)
@@ -110,6 +111,9 @@ from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
 
 OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches)
+# Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'
+# copy (tests/pipeline/test_graphs.py).
+GRAPH_LAUNCHES = 20
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
 
@@ -434,7 +438,9 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         sent = traffic(objective, teacher, work, stage, args.gpus, accumulation, args.precision)
         feeding = Feeding(
             gpu=work.flops * accumulation / speed,
-            launches=work.launches * accumulation + OPTIMIZER_LAUNCHES,
+            launches=(GRAPH_LAUNCHES if graphs(stage, args, recipe) else work.launches)
+            * accumulation
+            + OPTIMIZER_LAUNCHES,
             launch_ms=launch_ms,
             images=per_rank * (2 if recipe.views.second == "crop" else 1),
             core_images=args.core_images,
@@ -475,6 +481,13 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "stages": rows,
         "recommended_stage": recommended(rows),
     }
+
+
+def graphs(stage: int, args: argparse.Namespace, recipe: Recipe) -> bool:
+    """Whether cuda_graphs "auto" of the ds_config comes to true (config/plan.py)."""
+    if args.no_graphs or args.checkpointing or (recipe.measure.batch_negatives and args.gpus > 1):
+        return False
+    return stage in (1, 2) or (stage == 3 and args.gpus == 1)
 
 
 def recommended(rows: list[dict[str, Any]]) -> int | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.plan import RunPlan, settle
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.config.suggest import bundled, choices
@@ -137,19 +137,19 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             f"{path}: bf16 with data_types.grad_accum_dtype fp32 needs zero_optimization.stage 2 "
             "or 3 (DeepSpeed has another optimizer for stage 1, which skips no step)"
         )
-    for key in ("gradient_checkpointing", "compile", "cuda_graphs"):
-        if not isinstance(config.get(key, False), bool):
-            raise UserError(f"{path}: {key!r} must be true or false, not {config[key]!r}")
+    if not isinstance(config.get("gradient_checkpointing", False), bool):
+        wrong = config["gradient_checkpointing"]
+        raise UserError(f"{path}: 'gradient_checkpointing' must be true or false, not {wrong!r}")
+    for key in ("compile", "cuda_graphs"):
+        if not (isinstance(config.get(key, False), bool) or config[key] == "auto"):
+            raise UserError(f'{path}: {key!r} must be true, false or "auto", not {config[key]!r}')
     patience = config.get("watchdog_seconds", 0)
     if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
         raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
-    if stage == 3 and config.get("compile"):
+    if stage == 3 and config.get("compile") is True:
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
-    if config.get("cuda_graphs"):
-        if not config.get("compile"):
-            raise UserError(f"{path}: cuda_graphs needs compile true: the graphs are of its blocks")
-        if config.get("gradient_checkpointing"):
-            raise UserError(f"{path}: cuda_graphs and gradient_checkpointing exclude each other")
+    if config.get("cuda_graphs") is True and config.get("gradient_checkpointing"):
+        raise UserError(f"{path}: cuda_graphs and gradient_checkpointing exclude each other")
 
 
 def resolve_precision(
@@ -250,63 +250,14 @@ def split_batch(
     return micro, per_rank // micro
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """How a training runs on these ranks: DeepSpeed's configuration and what follows from it.
-
-    config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
-    negatives: whether they come from the micro-batch of all ranks.
-    """
-
-    config: dict[str, Any]
-    optimizer: OptimizerRecipe
-    lr: float
-    stage: int
-    world: int
-    micro_batch: int
-    accumulation: int
-    precision: str
-    precision_reason: str
-    negatives: bool
-    checkpointing: bool
-    compile: bool
-    cuda_graphs: bool
-    watchdog_seconds: float
-
-    def describe(self) -> list[str]:
-        """The plan as lines of a log."""
-        meaning = {"autocast": "products in bf16, weights and gradients in fp32"}
-        reasons = [meaning.get(self.precision, ""), self.precision_reason]
-        why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
-        size = self.world * self.micro_batch * self.accumulation
-        parts = (
-            _count(self.world, "rank"),
-            _count(self.micro_batch, "image"),
-            _count(self.accumulation, "accumulation step"),
-        )
-        lines = [f"precision: {self.precision}{why}", f"batch: {size} = {' × '.join(parts)}"]
-        if self.negatives and self.accumulation > 1:
-            images = self.world * self.micro_batch
-            lines.append(f"negatives: from the {images} images of one micro-batch on all ranks")
-        if self.checkpointing:
-            lines.append("gradient checkpointing: blocks are recomputed in the backward pass")
-        if self.compile:
-            graphs = " and capture CUDA graphs of them" if self.cuda_graphs else ""
-            lines.append(f"compile: the first steps compile the blocks{graphs}")
-        return lines
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def make_plan(
     ds_config: dict[str, Any], optimizer: OptimizerRecipe, *, batch_size: int, partitions: int,
-    patches: int, world: int, negatives: bool = False,
+    patches: int, world: int, negatives: bool = False, auto: bool = False,
 ) -> RunPlan:  # fmt: skip
     """Split a global batch over the ranks and fill in what the recipe owns.
 
-    patches: of an image; they limit an "auto" micro-batch. UserError where the batch cannot be
+    patches: of an image; they limit an "auto" micro-batch. auto: whether `compile` and
+    `cuda_graphs` "auto" may come to true. UserError where the batch cannot be
     split or the precision is not to be had.
     """
     full = copy.deepcopy(ds_config)
@@ -318,8 +269,10 @@ def make_plan(
         full.pop("data_types", None)  # fp32 all the same
     elif full.get("data_types", {}).get("grad_accum_dtype") == "fp32":
         reason = "; ".join(filter(None, ("gradients are summed in fp32", reason)))
-    switches = ("gradient_checkpointing", "compile", "cuda_graphs")
-    checkpointing, compiled, graphs = (full.pop(key, False) for key in switches)
+    checkpointing = full.pop("gradient_checkpointing", False)
+    compiled, graphs = (full.pop(key, False) for key in ("compile", "cuda_graphs"))
+    if not auto:
+        compiled, graphs = compiled is True, graphs is True
     watchdog_seconds = float(full.pop("watchdog_seconds", 1800))
     full |= {
         "gradient_clipping": optimizer.gradient_clipping,
@@ -328,10 +281,11 @@ def make_plan(
         "gradient_accumulation_steps": accumulation,
     }
     full.setdefault("steps_per_print", 10**9)
-    return RunPlan(
+    plan = RunPlan(
         full, optimizer, optimizer.base_lr * batch_size / 256, stage, world, micro, accumulation,
-        precision, reason, negatives, checkpointing, compiled, graphs, watchdog_seconds,
+        precision, reason, negatives, checkpointing, False, False, watchdog_seconds,
     )  # fmt: skip
+    return settle(plan, compiled, graphs)
 
 
 def plan_recipe(
@@ -346,4 +300,5 @@ def plan_recipe(
         patches=patches or recipe.encoder.patches,
         world=world,
         negatives=recipe.measure.batch_negatives,
+        auto=True,
     )

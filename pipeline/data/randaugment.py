@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data import auto_augment
 
 from pipeline.errors import UserError
 
@@ -25,12 +26,15 @@ class RandAugment:
             "interpolation": Image.Resampling.BICUBIC,
         }
         try:
-            self.transform = rand_augment_transform(policy, settings)
+            self.transform = auto_augment.rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(
                 f"randaugment {policy!r} is not a policy of timm such as "
                 f"rand-m9-mstd0.5-inc1 ({type(error).__name__})"
             ) from None
+        for op in self.transform.ops:
+            if op.aug_fn is auto_augment.posterize:
+                op.aug_fn = _posterize
         self.seed = seed
 
     def __call__(self, pixels: np.ndarray, epoch: int, key: int, view: int) -> None:
@@ -45,3 +49,10 @@ class RandAugment:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _posterize(image: Image.Image, bits: int, **given: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at magnitude 10: black, an error since Pillow 13."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits, **given)

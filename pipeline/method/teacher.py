@@ -64,6 +64,12 @@ class Teacher(nn.Module):
         with torch.autocast(self.encoder.pos_embed.device.type, dtype):
             return self._keys(*self._copy.networks(), view, second, dtype)
 
+    def refresh(self) -> None:
+        """Round the 16-bit copy again where the fp32 weights have been written since, as `forward`
+        does; a captured CUDA graph of it does not."""
+        if self._copy is not None:
+            self._copy.networks()
+
     def _keys(
         self, encoder: nn.Module, projector: nn.Module | None, view: View, second: View | None,
         dtype: torch.dtype,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.ds_config import RunPlan
+from pipeline.config.plan import RunPlan, deepspeed_stage, takes_flat
 from pipeline.distributed import (
     Ranks,
     any_rank,
@@ -29,8 +29,9 @@ from pipeline.distributed import (
     unlink_buffer,
 )
 from pipeline.runtime import ops
-from pipeline.runtime.compiled import SameShapes, compile_blocks
-from pipeline.runtime.gradients import FlatGradients, deepspeed_stage, one_norm, takes_flat
+from pipeline.runtime.compiled import compile_blocks
+from pipeline.runtime.gradients import FlatGradients, one_norm
+from pipeline.runtime.graphs import MicroStepGraph
 from pipeline.runtime.optimizers import optimizer_of
 
 prepare_deepspeed()
@@ -118,8 +119,7 @@ class Engine:
             if plan.checkpointing and hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = True  # type: ignore[assignment]
         if plan.compile:
-            compile_blocks(objective, plan)
-        self._shapes = SameShapes() if plan.cuda_graphs else None
+            compile_blocks(objective)
         self.kind = optimizer_of(plan)
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
@@ -141,6 +141,9 @@ class Engine:
             config=copy.deepcopy(self.config),
         )
         self.flat = FlatGradients(self.engine, plan.cuda_graphs) if takes_flat(plan) else None
+        self.graph = None
+        if plan.cuda_graphs:
+            self.graph = MicroStepGraph(self._forward, objective, plan.accumulation)
         if self.stage == 0 and plan.world == 1:  # nothing to reduce: no buckets
             self.engine.enable_backward_allreduce = False
         if self.stage > 0:
@@ -154,13 +157,19 @@ class Engine:
         lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
         on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
         """
-        if self._shapes is not None:
-            self._shapes.check(inputs)
-            torch.compiler.cudagraph_mark_step_begin()
-        loss, terms = self.engine(*inputs)
-        self.engine.backward(loss)
+        if self.graph is not None:
+            loss, terms = self.graph.run(*inputs)
+            self.engine.allreduce_gradients()
+        else:
+            loss, terms = self.engine(*inputs)
+            self.engine.backward(loss)
         self.update(lr)
         return loss.detach(), terms
+
+    def _forward(self, *inputs: Any) -> Any:
+        """The objective as DeepSpeed calls it, without the engine's own bookkeeping."""
+        with deepspeed.runtime.torch_autocast.autocast_if_enabled(self.engine):
+            return self.module(*inputs)
 
     def update(self, lr: float) -> None:
         """After a backward pass: count the micro-batch; after the last of a step, take the step."""

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config.ds_config import RunPlan
-
 # Elements of which one norm is taken: a CPU's sum of 10^8 squares in fp32 is off by a hundredth.
 CHUNK = 1 << 20
 
@@ -119,39 +117,3 @@ class FlatGradients:
         own = flat.new_empty(flat.numel() // world)
         dist.reduce_scatter_tensor(own, flat, group=group)
         return own
-
-
-# Keys of `zero_optimization` under which a rank's part is not one piece of a flat group on its
-# device, and keys that ask for DeepSpeed's own way of reducing.
-_CUT_OTHERWISE = (
-    "offload_optimizer", "offload_param", "cpu_offload", "round_robin_gradients",
-    "parameter_alignment", "zenflow",
-)  # fmt: skip
-_REDUCED_OTHERWISE = ("overlap_comm",)
-
-
-def deepspeed_stage(plan: RunPlan) -> int:
-    """The ZeRO stage that DeepSpeed runs a plan under.
-
-    One rank has nothing to share: its stage 3 would cut every parameter into one piece and gather
-    it, and runs as stage 2, unless something is kept on the host.
-    """
-    return (
-        2 if plan.stage == 3 and plan.world == 1 and not _asks(plan, _CUT_OTHERWISE) else plan.stage
-    )
-
-
-def takes_flat(plan: RunPlan) -> bool:
-    """Whether `FlatGradients` serves a plan: a rank holds all gradients until the step anyway."""
-    if deepspeed_stage(plan) not in (1, 2) or _asks(plan, _CUT_OTHERWISE):
-        return False
-    if plan.world == 1:
-        return True
-    config = plan.config
-    listed = config.get("torch_autocast", {}).get("lower_precision_safe_modules")
-    scaled = config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1
-    return plan.stage == 1 and not (listed or scaled or _asks(plan, _REDUCED_OTHERWISE))
-
-
-def _asks(plan: RunPlan, keys: tuple[str, ...]) -> bool:
-    return any(plan.config.get("zero_optimization", {}).get(key) for key in keys)

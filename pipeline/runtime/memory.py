@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.config.ds_config import RunPlan
+from pipeline.config.plan import RunPlan
 from pipeline.errors import UserError
 
 # Allocators that raise a RuntimeError without a class of its own.

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.distributed import cannot_build, extensions_dir, own_extensions
+from pipeline.runtime.cuda_build import compiling_for, cuda_architectures
 from shard_tools.atomic import write_json
 
 FAILED = "failed.txt"  # in the folder of the ops: why they could not be compiled
@@ -95,46 +97,56 @@ def _load(folder: Path) -> list[str]:
     names = []
     for name in wanted():
         builder = get_accelerator().create_op_builder(name)
-        _take_over(folder, builder.NAME)
-        made_of = _made_of(builder)
-        if made_of and _load_compiled(folder, builder, made_of):
-            names.append(str(builder.NAME))
-            continue
-        if not any(folder.glob(f"{builder.NAME}/*.so")) and not _prebuilt():
-            print(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)",
-                  file=sys.stderr, flush=True)  # fmt: skip
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints which op it has loaded
-                builder.load(verbose=False)
+            _load_op(folder, builder)
         except Exception as error:  # of the compiler, of ninja, of DeepSpeed's and torch's checks
             _problem = f"{builder.NAME} cannot be compiled: {_why(error)}"
             return []
-        if made_of:
-            write_json(folder / builder.NAME / MADE_OF, made_of)
         names.append(str(builder.NAME))
     return names
 
 
-def _made_of(builder: Any) -> dict[str, Any]:
-    """What DeepSpeed, torch and ninja compile an op from, and for; {} of one that came compiled.
+def _load_op(folder: Path, builder: Any) -> None:
+    """Load an op, compiled now where it is not yet. Raises whatever its builder does."""
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder
+
+    if _prebuilt():
+        _quietly(builder.load)
+        return
+    _take_over(folder, builder.NAME)
+    architectures = cuda_architectures() if isinstance(builder, CUDAOpBuilder) else None
+    made_of = _made_of(builder, architectures)
+    if _load_compiled(folder, builder, made_of):
+        return
+    if not any(folder.glob(f"{builder.NAME}/*.so")):
+        print(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)",
+              file=sys.stderr, flush=True)  # fmt: skip
+    with compiling_for(architectures) if architectures else contextlib.nullcontext():
+        _quietly(builder.load)
+    write_json(folder / builder.NAME / MADE_OF, made_of)
+
+
+def _quietly(load: Any) -> None:
+    """Load without DeepSpeed's print of which op it has loaded."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        load(verbose=False)
+
+
+def _made_of(builder: Any, architectures: str | None) -> dict[str, Any]:
+    """What DeepSpeed, torch and ninja compile an op from, and for.
 
     To find that nothing has changed they ask the compiler, ninja and each other for as much CPU
     time as the import of torch takes.
     """
     import deepspeed
 
-    if _prebuilt():
-        return {}
     sources = [Path(builder.deepspeed_src_path(name)) for name in builder.sources()]
-    capability = torch.cuda.get_device_capability
     return {
         "versions": [deepspeed.__version__, torch.__version__, platform.python_version()],
         "sources": [[str(path), path.stat().st_mtime_ns] for path in sources],
-        "flags": {
-            k: os.environ.get(k) for k in ("CXX", "CFLAGS", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST")
-        },
+        "flags": {name: os.environ.get(name) for name in ("CXX", "CFLAGS", "CUDA_HOME")},
         "processor": _processor(),
-        "gpus": [list(capability(n)) for n in range(torch.cuda.device_count())],
+        "gpus": architectures,
     }
 
 
@@ -184,7 +196,11 @@ def _why(error: Exception) -> str:
         command = error.cmd if isinstance(error.cmd, str) else " ".join(map(str, error.cmd))
         return f"'{command[:80]}' ended with exit code {error.returncode}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if "error:" in line] or lines or [type(error).__name__]
+    told = (
+        [line for line in lines if re.search("error:|nvcc fatal", line)]
+        or lines
+        or [type(error).__name__]
+    )
     return told[0][:200]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pipeline import kernels
-from pipeline.config.ds_config import RunPlan, read_ds_config
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.plan import RunPlan
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader

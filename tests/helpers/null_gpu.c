@@ -19,7 +19,11 @@
 
 enum { LAUNCH, COPY, WAIT, READ, COUNTERS };
 static long counts[COUNTERS];
-static void count(int what) { __atomic_add_fetch(&counts[what], 1, __ATOMIC_RELAXED); }
+static cudaStream_t capturing; /* the stream of a graph that is being captured */
+static void count(int what) {
+    if (capturing && (what == LAUNCH || what == COPY)) return; /* into the graph */
+    __atomic_add_fetch(&counts[what], 1, __ATOMIC_RELAXED);
+}
 
 /* Launches, copies of any direction, waits of the host, reads of the device, so far. */
 void null_gpu_counts(long *out) { memcpy(out, counts, sizeof counts); }
@@ -211,8 +215,14 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     return cudaSuccess;
 }
 
-COUNTED(cudaDeviceSynchronize, WAIT) COUNTED(cudaStreamSynchronize, WAIT)
-COUNTED(cudaEventSynchronize, WAIT)
+/* The host must not wait while a graph is captured. */
+static cudaError_t waited(void) {
+    count(WAIT);
+    return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize(void) { return waited(); }
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return waited(); }
+cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waited(); }
 HANDLE(cudaStreamCreate) HANDLE(cudaStreamCreateWithFlags) HANDLE(cudaStreamCreateWithPriority)
 OK(cudaStreamDestroy) OK(cudaStreamQuery) OK(cudaStreamWaitEvent) OK(cudaLaunchHostFunc)
 OK(cudaGetLastError) OK(cudaPeekAtLastError) OK(cudaThreadExchangeStreamCaptureMode)
@@ -221,16 +231,43 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *most) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamGetPriority(cudaStream_t s, int *p) { *p = 0; return cudaSuccess; }
+
+/* ---- graphs: what is captured is not counted, a graph's launch is one ------------------------- */
+
+static enum cudaStreamCaptureStatus capture_of(cudaStream_t s) {
+    return s && s == capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
+    *status = capture_of(s);
     return cudaSuccess;
 }
-int capture_info(cudaStream_t s, enum cudaStreamCaptureStatus *status) __asm__(
-    "cudaStreamGetCaptureInfo"); /* more arguments follow, other ones by version */
-int capture_info(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
+int capture_info(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id)
+    __asm__("cudaStreamGetCaptureInfo"); /* more arguments follow, other ones by version */
+int capture_info(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id) {
+    *status = capture_of(s);
+    if (id && *status == cudaStreamCaptureStatusActive) *id = 1;
     return cudaSuccess;
 }
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
+    capturing = s;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+    capturing = NULL, *graph = malloc(8);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n) {
+    *n = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *out, cudaGraph_t graph,
+                                          unsigned long long flags) {
+    *out = malloc(8);
+    return cudaSuccess;
+}
+COUNTED(cudaGraphLaunch, LAUNCH)
+OK(cudaGraphDestroy) OK(cudaGraphExecDestroy) OK(cudaGraphRetainUserObject)
+OK(cudaDeviceSetGraphMemAttribute)
 
 /* An event keeps the host's time: there is no other. */
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {

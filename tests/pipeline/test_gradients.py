@@ -9,11 +9,12 @@ from tiny import images, tiny_recipe
 from torch import nn
 
 from pipeline.config.ds_config import plan_recipe
+from pipeline.config.plan import deepspeed_stage, takes_flat
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import gradients
 from pipeline.runtime.engine import Engine, init_ranks
-from pipeline.runtime.gradients import deepspeed_stage, takes_flat, total_norm
+from pipeline.runtime.gradients import total_norm
 
 BF16 = {"bf16": {"enabled": True}}
 WAYS = {

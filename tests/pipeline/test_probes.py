@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import load_recipe
@@ -116,3 +117,18 @@ def test_probes_change_no_result():
     a = load_recipe(RECIPES / "mae.yaml")
     b = load_recipe(RECIPES / "mae.yaml", ["monitor.knn_steps=5"])
     assert differences(a, b) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "bits"),
+    [("rand-m10-inc1", 0), ("rand-m40-mmax40-inc1", -12), ("rand-m9-inc1", 1), ("rand-m0", 0)],
+)
+def test_no_bits_left_are_black_under_every_pillow(policy, bits):
+    """Pillow 13 refuses the 0 bits that timm's posterize asks for at the highest magnitude."""
+    augment = RandAugment(policy, 32, (0.5, 0.5, 0.5), seed=1)
+    names = [op.name.removesuffix("Increasing") for op in augment.transform.ops]
+    op = augment.transform.ops[names.index("Posterize")]
+    op.prob = 1
+    source = images(1, 32)[0].numpy()
+    expected = source & (256 - 2 ** (8 - bits)) if bits > 0 else source * 0
+    assert np.array_equal(np.asarray(op(Image.fromarray(source))), expected)

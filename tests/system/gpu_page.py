@@ -63,6 +63,14 @@ def step_lines(found: dict[str, Any]) -> list[str]:
     if any("host_ms" in row for row in rows.values()):
         lines += ["GPU busy: a step's kernels together, ms. host: ms of a step of 8 images, which "
                   "the host bounds.", ""]  # fmt: skip
+    usual = {t: r for t, r in found.get("usual_steps", {}).items() if "images_per_second" in r}
+    if usual:
+        body = [
+            [title, number(row["images_per_second"]), number(row["ms"]), percent(row.get("mfu"))]
+            for title, row in usual.items()
+        ]
+        head = [f"{found['usual']} images", "images/s", "ms", "MFU"]
+        lines += [*table(head, body), ""]
     if found.get("ratios"):
         told = (f"{name} {number(value)}" for name, value in found["ratios"].items())
         lines += [f"Ratios: {'; '.join(told)}.", ""]
@@ -106,18 +114,18 @@ def kernel_lines(found: dict[str, Any]) -> list[str]:
 
 
 def curve_lines(found: dict[str, Any]) -> list[str]:
-    """Every recipe's last loss in fp32, and how far bf16 ends up under each stage."""
+    """Every recipe's last loss in fp32, and how far each other way ends up."""
     curves = found.get("curves", {})
     if not curves:
         return []
+    columns = list(dict.fromkeys(c for row in curves.values() for c in row["columns"]))
     body = []
     for name, row in curves.items():
-        cells = (row["bf16"].get(str(stage)) for stage in range(4))
+        cells = (row["columns"].get(column) for column in columns)
         body.append([name, f"{number(row['fp32'][0])} → {number(row['fp32'][-1])}",
                      *(percent(cell["distance"]) if cell else "-" for cell in cells)])  # fmt: skip
-    head = ["recipe", "loss in fp32", *(f"ZeRO-{stage}" for stage in range(4))]
-    lines = ["## Loss curves: bf16 against fp32, mean distance", ""]
-    return [*lines, *table(head, body), ""]
+    lines = ["## Loss curves: autocast and bf16 against fp32, mean distance", ""]
+    return [*lines, *table(["recipe", "loss in fp32", *columns], body), ""]
 
 
 def agreement_lines(found: dict[str, Any]) -> list[str]:
@@ -141,6 +149,15 @@ def loader_lines(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def evaluation_lines(found: dict[str, Any]) -> list[str]:
+    """top-1 of every protocol on four colours."""
+    if "top1" not in found:
+        return []
+    told = ", ".join(f"{title} {number(value)}" for title, value in found["top1"].items())
+    return ["## Evaluation", "", f"Top-1 of four colours, %: {told}; features "
+            f"{found['features_apart']:.1g} off the CPU's.", ""]  # fmt: skip
+
+
 def ncu_lines(found: dict[str, Any]) -> list[str]:
     """Nsight Compute's figures of the slowest call."""
     if "kernels" not in found:
@@ -154,7 +171,8 @@ def ncu_lines(found: dict[str, Any]) -> list[str]:
 
 PARTS = {
     "step": step_lines, "kernel_speed": kernel_lines, "recipes": curve_lines,
-    "numerics": agreement_lines, "loader": loader_lines, "ncu": ncu_lines,
+    "numerics": agreement_lines, "evaluation": evaluation_lines, "loader": loader_lines,
+    "ncu": ncu_lines,
 }  # fmt: skip
 
 

@@ -29,6 +29,26 @@ def test_the_base_has_the_cuda_release_of_the_lock_file():
     assert LOCK["cuda-toolkit"].startswith(release + ".")
 
 
+@pytest.mark.parametrize(
+    ("given", "code"),
+    [
+        (re.search('ARG CUDA_ARCHITECTURES="(.*)"', TEXT)[1], 0),
+        ("9.0", 0),
+        ("8.0 9.0+PTX", 0),
+        ("10.0+PTX;9.0", 0),
+        *((wrong, 2) for wrong in ("9.0a", "8.0,9.0", "Hopper", "", "8.0;", "90", "native")),
+    ],
+)
+def test_architectures_that_deepspeed_cannot_read_are_a_sentence(given, code):
+    check = re.search(r"^RUN (cc=.*?)\n\n", TEXT, re.MULTILINE | re.DOTALL)[1]
+    env = {"CUDA_ARCHITECTURES": given}
+    done = subprocess.run(["bash", "-ec", check], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr == (
+        f"CUDA_ARCHITECTURES is '{given}': must be like 8.0;9.0+PTX\n" if code else ""
+    )
+
+
 def test_pillow_simd_is_the_release_of_set_up():
     def release(text):
         return re.findall(r"pillow-simd==([\w.]+)", text)

@@ -65,9 +65,9 @@ class _StreamedInfoNCE(torch.autograd.Function):
         )
         similarity = _similarity(q, k, shift)
         ctx.mark_non_differentiable(similarity)
-        return (loss / (groups * rows)).to(
-            torch.promote_types(loss.dtype, torch.float32)
-        ), similarity
+        # The quotient itself, not `.to` its own dtype: Dynamo of torch 2.11 takes one tensor under
+        # two names for two outputs, and its gradient is zero then (pytorch issue 180642).
+        return loss / (groups * rows), similarity
 
     @staticmethod
     @once_differentiable

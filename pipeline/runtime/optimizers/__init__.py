@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from pipeline.config.ds_config import RunPlan
+from pipeline.config.plan import RunPlan
 from pipeline.errors import UserError
 from pipeline.runtime.optimizers import adamw, muon
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from pipeline.config.ds_config import RunPlan
+from pipeline.config.plan import RunPlan
 from pipeline.runtime import ops
 
 MOST_STAGE = 3  # of ZeRO

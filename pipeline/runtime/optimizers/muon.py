@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.config.ds_config import RunPlan
+from pipeline.config.plan import RunPlan
 from pipeline.errors import UserError
 
 MOST_STAGE = 2  # of ZeRO

@@ -46,7 +46,7 @@ class Where:
     mae: Path | None = None
     batch: int = 128
     ends: float = float("inf")
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def gpu(self) -> bool:

@@ -14,11 +14,31 @@ from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import engine as engines
 
-BATCH, STEPS, STAGES = 32, 20, (0, 1, 2, 3)
+BATCH, STEPS = 32, 20
 PROCESSES = 3  # that share the recipes, and the GPU
-# Mean distance of a bf16 curve to fp32's, as a share of the loss: several times what
-# make bench-precision finds, far below what a lost scale or a wrong mask does.
-MOST = 0.02
+# Column → ds_config, and how far its curve may be from fp32's: mean distance as a share of the
+# loss. Several times what make bench-precision finds, far below what a lost scale or a wrong mask
+# does; of bf16 weights more, since a gain of 1 moves by 0.004 or not at all in so few steps.
+AUTOCAST = {"torch_autocast": {"enabled": True}}
+BF16 = {"bf16": {"enabled": True}}
+MOST, MOST_BF16 = 0.01, 0.1
+COLUMNS: dict[str, tuple[dict[str, Any], float]] = {
+    **{f"ZeRO-{n}": (AUTOCAST | {"zero_optimization": {"stage": n}}, MOST) for n in range(4)},
+    "graphs": (AUTOCAST | {"zero_optimization": {"stage": 2}, "cuda_graphs": True}, MOST),
+    "bf16": (BF16 | {"zero_optimization": {"stage": 2}}, MOST_BF16),
+    "bf16, graphs": (
+        BF16 | {"zero_optimization": {"stage": 1}, "cuda_graphs": True},
+        MOST_BF16,
+    ),
+    "compiled, graphs": (
+        AUTOCAST | {"zero_optimization": {"stage": 2}, "compile": True, "cuda_graphs": True},
+        MOST,
+    ),
+}
+# Columns that replay what another launches, and how far they may be from it: sums that are not
+# ordered.
+EAGER, SAME = {"graphs": "ZeRO-2", "bf16, graphs": "bf16"}, 1e-3
+COMPILED = ("mae", "rmae", "cmae")  # compiling takes long
 
 
 def table() -> list[str]:
@@ -27,19 +47,11 @@ def table() -> list[str]:
     return [name for name in names if not name.startswith("demo_")]
 
 
-def precision(stage: int, bf16: bool) -> dict[str, Any]:
-    """Sections of a ds_config: bf16 weights where DeepSpeed has them, autocast under stage 0."""
-    section = "bf16" if stage else "torch_autocast"
-    return {section: {"enabled": True}} if bf16 else {}
-
-
-def curve(recipe: Recipe, stage: int, bf16: bool, where: Where, steps: int) -> list[float]:
-    """Losses of the first steps of a run, on the same images in every one."""
+def curve(recipe: Recipe, config: dict[str, Any], where: Where, steps: int) -> list[float]:
+    """Losses of the first steps of a run, on the same images in every one, over two epochs."""
     kernels.use("auto", where.device)
-    config = {
-        "train_micro_batch_size_per_gpu": recipe.batch_size // 2,  # sums of gradients too
-        "zero_optimization": {"stage": stage},
-    } | precision(stage, bf16)
+    # Two micro-batches: sums of gradients too.
+    config = config | {"train_micro_batch_size_per_gpu": recipe.batch_size // 2}
     objective, teacher = build_objective(recipe)
     engine = engines.Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
     if teacher is not None:
@@ -53,8 +65,8 @@ def curve(recipe: Recipe, stage: int, bf16: bool, where: Where, steps: int) -> l
             for part in (slice(None, len(image) // 2), slice(len(image) // 2, None)):
                 sample = where.numbers(step, recipe.batch_size)[part]
                 loss, _ = engine.micro_step(
-                    learning_rate(recipe, step, steps), image[part], sample, 0, teacher,
-                    None if crop is None else crop[part],
+                    learning_rate(recipe, step, steps), image[part], sample, 2 * step // steps,
+                    teacher, None if crop is None else crop[part],
                 )  # fmt: skip
                 total += float(loss) / 2
             if teacher is not None:
@@ -81,8 +93,16 @@ def apart(losses: list[float], exact: list[float]) -> float:
     )
 
 
+def columns(where: Where, number: int, name: str) -> list[str]:
+    """The columns of COLUMNS that recipe `name` runs; in a rehearsal the stages by turns."""
+    if where.tiny:
+        more = [] if where.device == "cpu" else ["ZeRO-2", "graphs"]
+        return list(dict.fromkeys([f"ZeRO-{number % 4}", *more]))
+    return [c for c in COLUMNS if "compiled" not in c or (name in COMPILED and where.gpu)]
+
+
 def recipes(where: Where) -> dict[str, Any]:
-    """Every recipe: 20 bf16 steps under ZeRO 0 to 3 against fp32's curve under stage 0.
+    """Every recipe: 20 steps under ZeRO 0 to 3, in bf16, as CUDA graphs, compiled, against fp32.
 
     Real widths and images, two blocks deep, two micro-batches a step. In a rehearsal two
     steps, and the stages by turns.
@@ -90,31 +110,38 @@ def recipes(where: Where) -> dict[str, Any]:
     steps = 2 if where.tiny else STEPS
     found: dict[str, dict[str, Any]] = {}
     wrong: list[str] = []
-    stages = {name: (STAGES[n % 4],) if where.tiny else STAGES for n, name in enumerate(table())}
     with workers(1 if where.tiny else PROCESSES) as pool:
-        waiting = [pool.submit(one_recipe, where, name, stages[name], steps) for name in stages]
-        for name, future in zip(stages, waiting, strict=True):
+        waiting = {
+            name: pool.submit(one_recipe, where, name, columns(where, number, name), steps)
+            for number, name in enumerate(table())
+        }
+        for name, future in waiting.items():
             row = found[name] = future.result()
-            for stage, curve_ in row["bf16"].items():
-                losses, distance = curve_["loss"], curve_["distance"]
-                if not distance <= MOST:  # nan too
-                    wrong.append(f"{name} under ZeRO-{stage} is {distance:.2%} off fp32")
-                print(f"{name}, ZeRO-{stage}: {losses[0]:.4f} -> {losses[-1]:.4f}, "
+            for column, one in row["columns"].items():
+                losses, distance = one["loss"], one["distance"]
+                if not distance <= COLUMNS[column][1]:  # nan too
+                    wrong.append(f"{name}, {column}: {distance:.2%} off fp32")
+                if "same" in one and not one["same"] <= SAME:
+                    wrong.append(f"{name}, {column}: {one['same']:.2%} off the eager steps")
+                print(f"{name}, {column}: {losses[0]:.4f} -> {losses[-1]:.4f}, "
                       f"{distance:.3%} off fp32", flush=True)  # fmt: skip
-            where.note({"curves": found, "runs": sum(len(r["bf16"]) for r in found.values())})
+            where.note({"curves": found})
     if wrong:
         raise Fault("; ".join(wrong))
-    return where.found(where.stage) | {"allowed": MOST}
+    return where.found(where.stage)
 
 
-def one_recipe(where: Where, name: str, stages: tuple[int, ...], steps: int) -> dict[str, Any]:
-    """A recipe's losses in fp32, and in bf16 under each stage with their distance."""
+def one_recipe(where: Where, name: str, columns: list[str], steps: int) -> dict[str, Any]:
+    """A recipe's losses in fp32, and in each column with their distance."""
     join()
     recipe = shallow(where, name)
-    exact = curve(recipe, 0, False, where, steps)
-    row: dict[str, Any] = {"fp32": exact, "bf16": {}}
-    for stage in stages:
+    exact = curve(recipe, {}, where, steps)
+    row: dict[str, Any] = {"fp32": exact, "columns": {}}
+    for column in columns:
         release(where.device)
-        losses = curve(recipe, stage, True, where, steps)
-        row["bf16"][str(stage)] = {"loss": losses, "distance": apart(losses, exact)}
+        losses = curve(recipe, COLUMNS[column][0], where, steps)
+        row["columns"][column] = {"loss": losses, "distance": apart(losses, exact)}
+        if eager := EAGER.get(column):
+            same = apart(losses, row["columns"][eager]["loss"])
+            row["columns"][column]["same"] = same
     return row

@@ -19,7 +19,7 @@ def compile_all(where: Where) -> dict[str, Any]:
         raise Skip("inductor compiles on a GPU only")
     found: dict[str, Any] = {}
     with workers(PROCESSES) as large, workers(PROCESSES) as small:  # so few fit on a GPU together
-        waiting = {t: large.submit(contestant, where, t) for t in steps.COMPILED}
+        waiting = {t: large.submit(contestant, where, t) for t in steps.compiled_titles()}
         waiting |= {n: small.submit(reference, where, n) for n in kernels.timed(where)}
         for name, future in waiting.items():
             try:

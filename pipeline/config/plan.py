@@ -1,0 +1,134 @@
+"""How a training runs: the stage that DeepSpeed has, flat gradients, compiled blocks, graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config.schema import OptimizerRecipe
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a training runs on these ranks: DeepSpeed's configuration and what follows from it.
+
+    config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
+    negatives: whether they come from the micro-batch of all ranks.
+    """
+
+    config: dict[str, Any]
+    optimizer: OptimizerRecipe
+    lr: float
+    stage: int
+    world: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    precision_reason: str
+    negatives: bool
+    checkpointing: bool
+    compile: bool
+    cuda_graphs: bool
+    watchdog_seconds: float
+
+    def describe(self) -> list[str]:
+        """The plan as lines of a log."""
+        meaning = {"autocast": "products in bf16, weights and gradients in fp32"}
+        reasons = [meaning.get(self.precision, ""), self.precision_reason]
+        why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
+        size = self.world * self.micro_batch * self.accumulation
+        parts = (
+            _count(self.world, "rank"),
+            _count(self.micro_batch, "image"),
+            _count(self.accumulation, "accumulation step"),
+        )
+        lines = [f"precision: {self.precision}{why}", f"batch: {size} = {' × '.join(parts)}"]
+        if self.negatives and self.accumulation > 1:
+            images = self.world * self.micro_batch
+            lines.append(f"negatives: from the {images} images of one micro-batch on all ranks")
+        if self.checkpointing:
+            lines.append("gradient checkpointing: blocks are recomputed in the backward pass")
+        if self.compile:
+            lines.append("compile: the first steps compile the blocks")
+        if self.cuda_graphs:
+            lines.append("cuda_graphs: forward and backward of a micro-batch are one CUDA graph")
+        return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# Keys of `zero_optimization` under which a rank's part is not one piece of a flat group on its
+# device, and keys that ask for DeepSpeed's own way of reducing.
+_CUT_OTHERWISE = (
+    "offload_optimizer", "offload_param", "cpu_offload", "round_robin_gradients",
+    "parameter_alignment", "zenflow",
+)  # fmt: skip
+_REDUCED_OTHERWISE = ("overlap_comm",)
+
+
+def deepspeed_stage(plan: RunPlan) -> int:
+    """The ZeRO stage that DeepSpeed runs a plan under.
+
+    One rank has nothing to share: its stage 3 would cut every parameter into one piece and gather
+    it, and runs as stage 2, unless something is kept on the host. Stage 2 frees gradients while the
+    backward pass runs, which a CUDA graph cannot: with graphs it runs as stage 1.
+    """
+    if _asks(plan, _CUT_OTHERWISE):
+        return plan.stage
+    if plan.stage == 3 and plan.world == 1:
+        return 2
+    return 1 if plan.stage == 2 and plan.world > 1 and plan.cuda_graphs else plan.stage
+
+
+def takes_flat(plan: RunPlan) -> bool:
+    """Whether `FlatGradients` serves a plan: a rank holds all gradients until the step anyway."""
+    stage = deepspeed_stage(plan)
+    if stage not in (1, 2) or _asks(plan, _CUT_OTHERWISE):
+        return False
+    if plan.world == 1:
+        return True
+    config = plan.config
+    listed = config.get("torch_autocast", {}).get("lower_precision_safe_modules")
+    scaled = config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1
+    return stage == 1 and not (listed or scaled or _asks(plan, _REDUCED_OTHERWISE))
+
+
+def _asks(plan: RunPlan, keys: tuple[str, ...]) -> bool:
+    return any(plan.config.get("zero_optimization", {}).get(key) for key in keys)
+
+
+def why_no_graphs(plan: RunPlan) -> str:
+    """Why the micro-batches of a plan cannot be CUDA graphs; "" where they can."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if plan.checkpointing:
+        return "and gradient_checkpointing exclude each other"
+    if not takes_flat(dataclasses.replace(plan, cuda_graphs=True)):
+        return (
+            "needs zero_optimization.stage 1 or 2 (3 on one rank), with nothing offloaded and no "
+            "overlap_comm: otherwise DeepSpeed reduces gradients while the backward pass runs"
+        )
+    if plan.negatives and plan.world > 1:
+        return "excludes negatives from all ranks, which are sent while the loss is computed"
+    return ""
+
+
+def settle(plan: RunPlan, compiled: bool | str, graphs: bool | str) -> RunPlan:
+    """The plan with `compile` and `cuda_graphs` of a ds_config: true, false or "auto", which is
+    true where it can be. UserError where true cannot be."""
+    import torch
+
+    if compiled == "auto":
+        compiled = torch.cuda.is_available() and deepspeed_stage(plan) < 3
+    problem = why_no_graphs(plan) if graphs else ""
+    if graphs is True and problem:
+        raise UserError(f"cuda_graphs of the ds_config {problem}: leave it out")
+    return dataclasses.replace(
+        plan, compile=bool(compiled), cuda_graphs=bool(graphs and not problem)
+    )

@@ -1,0 +1,133 @@
+"""A micro-batch's forward and backward as one CUDA graph: the host launches it as a whole.
+
+A step of ViT-B has more than a thousand launches, and on many hosts they take longer than the GPU's
+work. A graph is captured at the first micro-batch and replayed from then on. Baked into it are all
+Python numbers, so it is captured once for each epoch, of which masks and jitter are a function, and
+for one shape. Gradients are in the graph's own memory and hold until the next micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+WARM = 3  # passes before the first capture: they compile kernels and blocks
+
+
+class MicroStepGraph:
+    """Forward and backward of micro-batches of one shape, captured and replayed.
+
+    forward: (inputs of the objective) → loss and terms, under the autocast that training has.
+    After `run` the gradients of loss / accumulation are in the parameters' `grad`.
+    """
+
+    def __init__(self, forward: Callable[..., Any], module: nn.Module, accumulation: int) -> None:
+        self._forward, self._module, self._accumulation = forward, module, accumulation
+        for parameter in module.parameters():
+            # DeepSpeed's view of it keeps its node of autograd, which belongs to another stream.
+            view = getattr(parameter, "_hp_mapping", None)
+            if view is not None:
+                view.lp_fragment = view.lp_fragment.detach()
+        self._stream = torch.cuda.Stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: list[Any] = []  # as the graph reads them: tensors of its own, and the rest
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._found: tuple[Tensor, dict[str, Tensor]] = (torch.empty(0), {})
+        self.captured = 0  # graphs so far
+
+    def run(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and terms of a micro-batch; captures where there is no graph of its numbers.
+
+        Raises UserError where its tensors have other shapes than the first one's.
+        """
+        self._check(inputs)
+        for mine, given in zip(self._inputs, inputs, strict=True):
+            if isinstance(given, Tensor):
+                mine.copy_(given, non_blocking=True)
+        if self._graph is None or _numbers(self._inputs) != _numbers(inputs):
+            self._inputs = [
+                mine if isinstance(given, Tensor) else given
+                for mine, given in zip(self._inputs, inputs, strict=True)
+            ]
+            self._capture()
+        for given in inputs:
+            if hasattr(given, "refresh"):  # a teacher's 16-bit copy, which the graph reads
+                given.refresh()
+        assert self._graph is not None
+        self._graph.replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        loss, terms = self._found
+        return loss.clone(), {name: value.clone() for name, value in terms.items()}
+
+    def _check(self, inputs: tuple[Any, ...]) -> None:
+        if not self._inputs:
+            self._inputs = [t.clone() if isinstance(t, Tensor) else t for t in inputs]
+        mine, given = (
+            [tuple(t.shape) for t in part if isinstance(t, Tensor)]
+            for part in (self._inputs, inputs)
+        )
+        if mine != given:
+            raise UserError(
+                f"cuda_graphs of the ds_config: a micro-batch has shapes {given}, the first had "
+                f"{mine}; they must not vary: leave cuda_graphs out"
+            )
+
+    def _capture(self) -> None:
+        """Capture a graph of `_inputs`; nothing but the graph is left of the passes around it."""
+        held = _State([self._module, *(m for m in self._inputs if isinstance(m, nn.Module))])
+        passes = 1 if self.captured else WARM
+        self._graph, self._gradients, self._found = None, [], (torch.empty(0), {})
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(passes):
+                self._pass()
+                self._take_gradients()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Threads of the loader and of NCCL may call CUDA meanwhile.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            loss, terms = self._pass()
+        self._gradients = self._take_gradients()
+        self._found = loss.detach(), {name: value.detach() for name, value in terms.items()}
+        self._graph, self.captured = graph, self.captured + 1
+        held.restore()
+
+    def _pass(self) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = self._forward(*self._inputs)
+        (loss / self._accumulation).backward()
+        return loss, terms
+
+    def _take_gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters that have a gradient, and it; they have none afterwards."""
+        found = [(p, p.grad) for p in self._module.parameters() if p.grad is not None]
+        for parameter, _ in found:
+            parameter.grad = None
+        return found
+
+
+def _numbers(inputs: Any) -> list[Any]:
+    """What is no tensor: baked into a graph."""
+    return [given for given in inputs if not isinstance(given, Tensor)]
+
+
+class _State:
+    """What a pass changes beside gradients: running statistics, and the random numbers drawn."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._buffers = [b for module in modules for b in module.buffers()]
+        self._values = [b.clone() for b in self._buffers]
+        self._random = torch.get_rng_state(), torch.cuda.get_rng_state()
+
+    def restore(self) -> None:
+        """Put it back."""
+        for buffer, value in zip(self._buffers, self._values, strict=True):
+            buffer.copy_(value)
+        host, device = self._random
+        torch.set_rng_state(host)
+        torch.cuda.set_rng_state(device)

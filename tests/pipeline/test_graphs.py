@@ -1,0 +1,172 @@
+"""Compiled blocks and CUDA graphs: where they are taken or refused, and what is replayed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import null_gpu
+import pytest
+import torch
+from tiny import tiny_recipe
+from torch import nn
+
+from eval.shared.processes import LAUNCHER
+from pipeline.config.ds_config import DS_CONFIGS, plan_recipe, read_ds_config
+from pipeline.config.plan import deepspeed_stage, takes_flat
+from pipeline.errors import UserError
+from pipeline.runtime.compiled import RECOMPILES, compile_blocks
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan_of(stage, *, world=1, method="mae", compiled=False, graphs=True, **zero):
+    config = {"compile": compiled, "cuda_graphs": graphs}
+    config["zero_optimization"] = {"stage": stage, **zero}
+    return plan_recipe(config, tiny_recipe(method), world)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A plan is made as if there were a CUDA device."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+def test_without_a_gpu_auto_is_off_and_true_refused():
+    plan = plan_of(2, compiled="auto", graphs="auto")
+    assert not plan.compile
+    assert not plan.cuda_graphs
+    with pytest.raises(UserError, match="cuda_graphs of the ds_config needs a CUDA device"):
+        plan_of(2)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("world", [1, 2])
+def test_auto_is_whatever_can_be(stage, world, gpu):
+    plan = plan_of(stage, world=world, compiled="auto", graphs="auto")
+    possible = stage in (1, 2) or (stage == 3 and world == 1)
+    assert plan.cuda_graphs == possible
+    assert plan.compile == (possible or stage == 0)
+    assert takes_flat(plan) == possible
+    if not possible:
+        with pytest.raises(UserError, match=r"cuda_graphs of the ds_config needs .*stage 1 or 2"):
+            plan_of(stage, world=world)
+
+
+def test_stage_2_on_several_ranks_runs_as_1_with_graphs_alone(gpu):
+    stages = {graphs: deepspeed_stage(plan_of(2, world=2, graphs=graphs)) for graphs in (0, 1)}
+    assert stages == {0: 2, 1: 1}
+    assert deepspeed_stage(plan_of(2, graphs=True)) == 2
+
+
+def test_what_excludes_graphs_is_named(gpu):
+    for zero in ({"offload_optimizer": {"device": "cpu"}}, {"overlap_comm": True}):
+        with pytest.raises(UserError, match="with nothing offloaded and no overlap_comm"):
+            plan_of(1, world=2, **zero)
+    negatives = ["measure.negatives=all"]
+    recipe = tiny_recipe("cmae", *negatives)
+    config = {"cuda_graphs": True, "zero_optimization": {"stage": 1}}
+    with pytest.raises(UserError, match="excludes negatives from all ranks"):
+        plan_recipe(config, recipe, 2)
+    assert plan_recipe(config, recipe, 1).cuda_graphs
+    checkpointing = {"cuda_graphs": "auto", "gradient_checkpointing": True}
+    assert not plan_recipe(config | checkpointing, recipe, 1).cuda_graphs
+
+
+def test_every_bundled_config_asks_for_both_where_they_can_be(gpu):
+    for path in DS_CONFIGS.glob("*.json"):
+        config = read_ds_config(path)
+        assert config["compile"] == config["cuda_graphs"] == "auto"
+
+
+def test_the_log_says_what_is_done(gpu):
+    told = plan_of(1, compiled=True).describe()[-2:]
+    assert told == [
+        "compile: the first steps compile the blocks",
+        "cuda_graphs: forward and backward of a micro-batch are one CUDA graph",
+    ]
+
+
+def test_blocks_compile_once_per_shape_and_have_room_for_many(monkeypatch):
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    seen = []
+    monkeypatch.setattr(nn.Linear, "compile", lambda self, **given: seen.append(given))
+    compile_blocks(Stack())
+    assert seen == [{"dynamic": False}] * 2
+    assert torch._dynamo.config.recompile_limit == RECOMPILES
+
+
+# Every launch of the real step is made on the stand-in for a GPU; that a replay computes what the
+# eager step does only a GPU can show (gpu_check.py: the columns with graphs).
+STEPS = """
+import json, null_gpu, torch
+torch.backends.cudnn.enabled = False
+from tiny import images, tiny_recipe
+from pipeline import kernels
+from pipeline.config.ds_config import plan_recipe
+from pipeline.errors import UserError
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.engine import Engine, init_ranks
+init_ranks()
+kernels.use("auto", "cuda")
+found = {}
+for method, precision in (("mae", "torch_autocast"), ("rmae", "bf16"), ("cmae", "torch_autocast")):
+    recipe = tiny_recipe(method)
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2},
+              precision: {"enabled": True}, "cuda_graphs": True}
+    objective, teacher = build_objective(recipe)
+    engine = Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
+    if teacher is not None:
+        teacher.to("cuda")
+    image, sample = images(4).cuda(), torch.arange(4, device="cuda")
+    rows = []
+    for micro in range(6):
+        torch.manual_seed(7)
+        before, random = null_gpu.counts(), torch.cuda.get_rng_state().tolist()
+        engine.micro_step(1e-3, image, sample, micro // 4, teacher)
+        rows.append({
+            "launches": null_gpu.counts()[0] - before[0], "graphs": engine.graph.captured,
+            "waits": null_gpu.counts()[2] - before[2],
+            "random": torch.cuda.get_rng_state().tolist() == random,
+        })
+        if micro % 2 and teacher is not None:
+            teacher.update(objective, 0.9, engine.masters)
+    try:
+        engine.micro_step(1e-3, image[:2], sample[:2], 1, teacher)
+    except UserError as error:
+        found["shape"] = str(error)
+    found[method] = rows
+    engine.destroy()
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_micro_batch_is_one_launch_and_few_around_it(tmp_path):
+    try:
+        environment = null_gpu.environment(tmp_path)
+    except null_gpu.NoCompilerError as error:
+        pytest.skip(str(error))
+    environment = {k: v for k, v in environment.items() if k not in LAUNCHER}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "AccumulateGrad" not in done.stderr  # its node would be of another stream
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "have shapes" not in found["shape"]
+    assert "a micro-batch has shapes [(2, 16, 16, 3), (2,)], the first had" in found["shape"]
+    for method in ("mae", "rmae", "cmae"):
+        rows = found[method]
+        assert [row["graphs"] for row in rows] == [1, 1, 1, 1, 2, 2]  # one for each epoch
+        assert rows[0]["launches"] > 300  # the passes before the first graph
+        for row in (rows[1], rows[2], rows[3], rows[5]):
+            assert row["launches"] <= 30
+            assert row["waits"] <= 1  # for the norm, at the end of a step
+        assert all(row["random"] for row in rows)  # what was drawn before a capture is forgotten
