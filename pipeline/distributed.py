@@ -214,6 +214,7 @@ def device_of(local_rank: int) -> torch.device:
             f"LOCAL_RANK {local_rank}: this host has {gpus} {noun}; start at most one rank per GPU"
         )
     torch.cuda.set_device(local_rank)
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: fp32 is fp32 here
     return torch.device("cuda", local_rank)
 
 

@@ -81,17 +81,21 @@ class MicroStepGraph:
     def _capture(self) -> None:
         """Capture a graph of `_inputs`; nothing but the graph is left of the passes around it."""
         held = _State([self._module, *(m for m in self._inputs if isinstance(m, nn.Module))])
-        passes = 1 if self.captured else WARM
-        self._graph, self._gradients, self._found = None, [], (torch.empty(0), {})
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(passes):
-                self._pass()
-                self._take_gradients()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        # The next graph takes the memory of the last one, which lives until it is there.
+        before, self._gradients, self._found = self._graph, [], (torch.empty(0), {})
+        if before is None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM):
+                    self._pass()
+                    self._take_gradients()
+            torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Threads of the loader and of NCCL may call CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=None if before is None else before.pool(), stream=self._stream,
+            capture_error_mode="thread_local",
+        ):  # fmt: skip
             loss, terms = self._pass()
         self._gradients = self._take_gradients()
         self._found = loss.detach(), {name: value.detach() for name, value in terms.items()}

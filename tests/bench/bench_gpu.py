@@ -23,7 +23,7 @@ from pipeline import kernels
 from pipeline.kernels.cases import Sizes, all_cases, ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WAYS = ("eager", "triton", "compiled")  # the reference, the kernel, the reference by torch.compile
+WAYS = ("triton", "eager", "compiled")  # the kernel, its reference, that by torch.compile
 Call = Callable[[], Any]
 Row = dict[str, float]
 
@@ -159,9 +159,8 @@ def timings(
             if way == "compiled" and left() < 15:
                 continue
             row[way] = time_way(way, function, backward, device, backend)
-            if way == "eager" and name in least:
+            if way == "triton" and name in least:
                 row["copy"] = time_copy(least[name], device)
-            if way == "triton" and "copy" in row:
                 row["of copy"] = row["copy"] / row["triton"]
             note(rows)
     return rows
