@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
 from kernels_testing import DEVICE, random_images, some_positions, using
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import kernels
 from pipeline.kernels.color_jitter import ORDERS
@@ -54,6 +56,24 @@ def test_reference_equals_torchvision_for_every_order():
     assert not torch.equal(got, image)
 
 
+def test_reference_divides_by_tensors_alone():
+    """CUDA multiplies by the reciprocal of a number, which is not the quotient's rounding."""
+    divisors, means = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            divisors.extend(args[1:2] if name in ("div", "div_", "true_divide") else [])
+            means.extend([name] if name in ("mean", "reciprocal") else [])
+            return func(*args, **(kwargs or {}))
+
+    with using("reference"), Watch():
+        kernels.color_jitter(colourful(24, 14, 10), *parameters(24, probability=1.0))
+    assert len(divisors) >= 3
+    assert not means
+    assert all(isinstance(d, torch.Tensor) and d.device.type == DEVICE for d in divisors)
+
+
 def test_visible_patches_are_the_picture():
     """The jitter of the visible patches is that of an image made of them alone."""
     image, patch, visible = colourful(6, 16, 24), 4, some_positions(6, 24, 5)
@@ -69,6 +89,33 @@ def test_visible_patches_are_the_picture():
         for n, (y, x) in enumerate(corners):
             expected[b, y : y + patch, x : x + patch] = strip[:, n * patch : (n + 1) * patch]
     assert torch.equal(got, expected)
+
+
+def test_the_kernels_products_are_the_quotients_for_every_pixel():
+    """x / 255 and sector / 6 as the kernel makes them on a GPU: q = x r, q + r (x - q d), fused."""
+
+    def fused(a, b, c):  # a b is exact in float64
+        return (a.astype(np.float64) * b + c).astype(np.float32)
+
+    def quotient(x, by):
+        reciprocal = np.float32(1 / by)
+        q = x * reciprocal
+        return fused(fused(q, -by, x), np.float64(reciprocal), q)
+
+    level = np.arange(256, dtype=np.float32)
+    assert np.array_equal(quotient(level, 255.0), level / np.float32(255))
+    assert not np.array_equal(level * np.float32(1 / 255), level / np.float32(255))
+    unit = level / np.float32(255)
+    part = np.unique(np.concatenate([
+        ((unit[high] - unit[: high + 1, None]) / (unit[high] - unit[:high])).ravel()
+        for high in range(1, 256)
+    ]))  # fmt: skip
+    part = part[part <= 1]
+    one = np.float32(1)
+    for towards in (part, one), (one, part):
+        for base in (0, 2, 4):
+            sector = np.float32(base) + towards[0] - towards[1]
+            assert np.array_equal(quotient(sector, 6.0), sector / np.float32(6))
 
 
 @pytest.mark.parametrize(("height", "width"), [(14, 10), (9, 33), (32, 32)])

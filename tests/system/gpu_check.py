@@ -44,6 +44,7 @@ BOXES: dict[str, tuple[int, bool]] = {
     "numerics": (120, True),
     "recipes": (170, True),
     "resume": (170, True),
+    "evaluation": (170, True),
     "compile": (170, True),
     "step": (160, False),
     "kernel_speed": (70, False),
@@ -81,7 +82,7 @@ class Check:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in (*self.folder.glob("*.json"), *self.folder.glob("*.md")):
             old.unlink()  # an earlier check's
-        for old in ("run", "data"):
+        for old in ("run", "data", "eval", "eval-data"):
             shutil.rmtree(self.folder / old, ignore_errors=True)
         self.log = open(self.folder / "log.txt", "wb", buffering=0)  # noqa: SIM115
 

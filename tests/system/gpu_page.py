@@ -149,6 +149,15 @@ def loader_lines(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def evaluation_lines(found: dict[str, Any]) -> list[str]:
+    """top-1 of every protocol on four colours."""
+    if "top1" not in found:
+        return []
+    told = ", ".join(f"{title} {number(value)}" for title, value in found["top1"].items())
+    return ["## Evaluation", "", f"Top-1 of four colours, %: {told}; features "
+            f"{found['features_apart']:.1g} off the CPU's.", ""]  # fmt: skip
+
+
 def ncu_lines(found: dict[str, Any]) -> list[str]:
     """Nsight Compute's figures of the slowest call."""
     if "kernels" not in found:
@@ -162,7 +171,8 @@ def ncu_lines(found: dict[str, Any]) -> list[str]:
 
 PARTS = {
     "step": step_lines, "kernel_speed": kernel_lines, "recipes": curve_lines,
-    "numerics": agreement_lines, "loader": loader_lines, "ncu": ncu_lines,
+    "numerics": agreement_lines, "evaluation": evaluation_lines, "loader": loader_lines,
+    "ncu": ncu_lines,
 }  # fmt: skip
 
 

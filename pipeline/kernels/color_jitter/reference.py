@@ -72,6 +72,11 @@ def _jitter(pixels: Tensor, factors: Tensor, order: Tensor, apply: Tensor, gray:
     return planes.to(torch.uint8).mT.contiguous()
 
 
+def _divided(x: Tensor, by: float) -> Tensor:
+    """x / by, correctly rounded: CUDA multiplies by the reciprocal of a Python number."""
+    return x / x.new_full((), by)
+
+
 def _grey(planes: Tensor) -> Tensor:
     red, green, blue = planes.unbind(1)
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor_()
@@ -88,7 +93,8 @@ def _brightness(planes: Tensor, factor: Tensor) -> Tensor:
 
 def _contrast(planes: Tensor, factor: Tensor) -> Tensor:
     # Whole numbers: the sum is exact in float64 whatever the number of pixels.
-    mean = _grey(planes).mean(1, dtype=torch.float64).to(planes.dtype)
+    total = _grey(planes).sum(1, dtype=torch.float64)
+    mean = _divided(total, planes.shape[2]).to(planes.dtype)
     return _blend(planes, mean[:, None, None], factor)
 
 
@@ -97,7 +103,7 @@ def _saturation(planes: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(planes: Tensor, factor: Tensor) -> Tensor:
-    red, green, blue = (planes / 255).unbind(1)
+    red, green, blue = _divided(planes, 255).unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
     spread = high - torch.minimum(torch.minimum(red, green), blue)
     grey = spread == 0
@@ -109,7 +115,7 @@ def _hue(planes: Tensor, factor: Tensor) -> Tensor:
         to_blue - to_green,
         torch.where(high == green, 2 + to_red - to_blue, 4 + to_green - to_red),
     )
-    turn = ((sector / 6 + 1).fmod(1) + factor).remainder(1)
+    turn = ((_divided(sector, 6) + 1).fmod(1) + factor).remainder(1)
     return _from_hsv(turn, saturation, high)
 
 

@@ -22,6 +22,7 @@ from pipeline.kernels.philox_triton import uniforms
 
 BLOCK = 512  # pixels of a program
 _ORDERS = tl.constexpr(len(ORDERS))
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -38,38 +39,60 @@ def _blend(x, towards, factor):
 @triton.jit
 def _level(x):
     """Unit interval to a whole number 0 .. 255."""
-    return tl.floor(tl.minimum(tl.maximum(x, 0.0), 1.0) * 255.999)
+    return tl.floor(x * 255.999)
+
+
+@triton.jit
+def _divided(x, BY: tl.constexpr):
+    """x / BY, correctly rounded: a product by the reciprocal, and what it lacks (Markstein 1990).
+
+    The interpreter's fma rounds twice.
+    """
+    if _INTERPRETED:
+        return tl.div_rn(x, BY)
+    else:
+        RECIPROCAL: tl.constexpr = 1.0 / BY
+        quotient = x * RECIPROCAL
+        return tl.fma(tl.fma(quotient, -BY, x), RECIPROCAL, quotient)
+
+
+@triton.jit
+def _distance(x, high, mid, part):
+    """(high - x) / (high - low) of one channel, where that of the middle one is part."""
+    return tl.where(x == high, 0.0, tl.where(x == mid, part, 1.0))
 
 
 @triton.jit
 def _hue(red, green, blue, factor):
-    red, green, blue = (tl.div_rn(red, 255.0), tl.div_rn(green, 255.0), tl.div_rn(blue, 255.0))
-    value = tl.maximum(tl.maximum(red, green), blue)
-    spread = value - tl.minimum(tl.minimum(red, green), blue)
-    grey = spread == 0.0
+    """Two divisions at run time, as of the three distances of HSV one is 0 and one is 1."""
+    high = tl.maximum(tl.maximum(red, green), blue)
+    low = tl.minimum(tl.minimum(red, green), blue)
+    mid = tl.maximum(tl.minimum(red, green), tl.minimum(tl.maximum(red, green), blue))
+    value = _divided(high, 255.0)
+    spread = value - _divided(low, 255.0)
+    grey = high == low
     saturation = tl.div_rn(spread, tl.where(grey, 1.0, value))
-    safe = tl.where(grey, 1.0, spread)
-    to_red = tl.div_rn(value - red, safe)
-    to_green = tl.div_rn(value - green, safe)
-    to_blue = tl.div_rn(value - blue, safe)
-    sector = tl.where(value == green, 2.0 + to_red - to_blue, 4.0 + to_green - to_red)
-    sector = tl.where(value == red, to_blue - to_green, sector)
-    turn = tl.div_rn(sector, 6.0) + 1.0
+    part = tl.div_rn(value - _divided(mid, 255.0), tl.where(grey, 1.0, spread))
+    to_red = _distance(red, high, mid, part)
+    to_green = _distance(green, high, mid, part)
+    to_blue = _distance(blue, high, mid, part)
+    sector = tl.where(green == high, 2.0 + to_red - to_blue, 4.0 + to_green - to_red)
+    sector = tl.where(red == high, to_blue - to_green, sector)
+    turn = _divided(sector, 6.0) + 1.0
     turn = turn - tl.floor(turn) + factor
     turn = (turn - tl.floor(turn)) * 6.0
     sector = tl.floor(turn)
     part = turn - sector
-    sector = sector.to(tl.int32) % 6
-    value_level = _level(value)
-    p = _level(value * (1.0 - saturation))
-    q = _level(value * (1.0 - saturation * part))
-    t = _level(value * (1.0 - saturation * (1.0 - part)))
-    red = tl.where((sector == 0) | (sector == 5), value_level,
-                   tl.where(sector == 1, q, tl.where(sector == 4, t, p)))  # fmt: skip
-    green = tl.where((sector == 1) | (sector == 2), value_level,
-                     tl.where(sector == 0, t, tl.where(sector == 3, q, p)))  # fmt: skip
-    blue = tl.where((sector == 3) | (sector == 4), value_level,
-                    tl.where(sector == 2, t, tl.where(sector == 5, q, p)))  # fmt: skip
+    sector = tl.where(sector == 6.0, 0.0, sector).to(tl.int32)
+    # value / 255 is no less than what is taken off it: all stay in the unit interval.
+    low = _level(value * (1.0 - saturation))
+    mid = _level(value * (1.0 - saturation * tl.where(sector % 2 == 0, 1.0 - part, part)))
+    red = tl.where((sector == 0) | (sector == 5), high,
+                   tl.where((sector == 1) | (sector == 4), mid, low))  # fmt: skip
+    green = tl.where((sector == 1) | (sector == 2), high,
+                     tl.where((sector == 0) | (sector == 3), mid, low))  # fmt: skip
+    blue = tl.where((sector == 3) | (sector == 4), high,
+                    tl.where((sector == 2) | (sector == 5), mid, low))  # fmt: skip
     return red, green, blue
 
 
@@ -96,7 +119,7 @@ def _steps(red, green, blue, factors_ptr, steps, count, mean):
 @triton.jit
 def _load(image_ptr, visible_ptr, n, pixels, columns, row_stride, WIDTH: tl.constexpr,
           PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
-          VISIBLE: tl.constexpr):  # fmt: skip
+          VISIBLE: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
     """Pixel n of the picture, patch after patch where it is its visible patches: (red, green, blue
     as fp32, its offset in the output)."""
     inside = n < pixels
@@ -106,18 +129,20 @@ def _load(image_ptr, visible_ptr, n, pixels, columns, row_stride, WIDTH: tl.cons
         x = patch % columns * PATCH + n % PATCH
     else:
         y, x = n // WIDTH, n % WIDTH
-    source = image_ptr + y * row_stride + x * PIXEL_STRIDE
+    at = (y * WIDTH + x) * 3 if VISIBLE else n * 3
+    source = image_ptr + (at if DENSE else y * row_stride + x * PIXEL_STRIDE)
     red = tl.load(source, mask=inside, other=0).to(tl.float32)
     green = tl.load(source + CHANNEL_STRIDE, mask=inside, other=0).to(tl.float32)
     blue = tl.load(source + 2 * CHANNEL_STRIDE, mask=inside, other=0).to(tl.float32)
-    return red, green, blue, (y * WIDTH + x) * 3
+    return red, green, blue, at
 
 
 @triton.jit
 def color_jitter_sum_kernel(
     image_ptr, sums_ptr, factors_ptr, order_ptr, steps_ptr, before_ptr, apply_ptr, visible_ptr,
     pixels, columns, image_stride, row_stride, WIDTH: tl.constexpr, PIXEL_STRIDE: tl.constexpr,
-    CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr, VISIBLE: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr, VISIBLE: tl.constexpr, DENSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i): the sum of grey over block i of image b, after the steps before contrast."""
     b, block = tl.program_id(0), tl.program_id(1)
@@ -128,7 +153,7 @@ def color_jitter_sum_kernel(
         red, green, blue, _ = _load(
             image_ptr + b.to(tl.int64) * image_stride,
             visible_ptr + b * (pixels // (PATCH * PATCH)), n,
-            pixels, columns, row_stride, WIDTH, PIXEL_STRIDE, CHANNEL_STRIDE, PATCH, VISIBLE,
+            pixels, columns, row_stride, WIDTH, PIXEL_STRIDE, CHANNEL_STRIDE, PATCH, VISIBLE, DENSE,
         )  # fmt: skip
         red, green, blue = _steps(
             red, green, blue, factors_ptr + b * 4, tl.load(steps_ptr + order),
@@ -143,7 +168,7 @@ def color_jitter_kernel(
     image_ptr, out_ptr, sums_ptr, factors_ptr, order_ptr, steps_ptr, apply_ptr, gray_ptr,
     visible_ptr, pixels, columns, image_stride, row_stride, out_stride, WIDTH: tl.constexpr,
     PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr, PATCH: tl.constexpr,
-    VISIBLE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    VISIBLE: tl.constexpr, DENSE: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i): block i of image b."""
     b, block = tl.program_id(0), tl.program_id(1)
@@ -157,7 +182,7 @@ def color_jitter_kernel(
     n = block * BLOCK + tl.arange(0, BLOCK)
     red, green, blue, at = _load(
         image_ptr + b.to(tl.int64) * image_stride, visible_ptr + b * (pixels // (PATCH * PATCH)), n,
-        pixels, columns, row_stride, WIDTH, PIXEL_STRIDE, CHANNEL_STRIDE, PATCH, VISIBLE,
+        pixels, columns, row_stride, WIDTH, PIXEL_STRIDE, CHANNEL_STRIDE, PATCH, VISIBLE, DENSE,
     )  # fmt: skip
     red, green, blue = _steps(red, green, blue, factors_ptr + b * 4, steps, count, mean)
     if tl.load(gray_ptr + b) != 0:
@@ -203,9 +228,10 @@ def _color_jitter(
     factors, order = factors.contiguous(), order.contiguous()
     shown = image if visible is None else visible.contiguous()  # not read for whole images
     sizes: Any = (pixels, width // patch, image_stride, row_stride)
+    dense = (row_stride, pixel_stride, channel_stride) == (width * 3, 3, 1)
     constants: Any = {
         "WIDTH": width, "PIXEL_STRIDE": pixel_stride, "CHANNEL_STRIDE": channel_stride,
-        "PATCH": patch, "VISIBLE": not whole, "BLOCK": BLOCK, "num_warps": 4,
+        "PATCH": patch, "VISIBLE": not whole, "DENSE": dense, "BLOCK": BLOCK, "num_warps": 4,
         "enable_fp_fusion": False,
     }  # fmt: skip
     color_jitter_sum_kernel[(batch, blocks)](

@@ -23,6 +23,7 @@ STAGES = {
     "numerics": ("kernels", "numerics"),
     "recipes": ("training", "recipes"),
     "resume": ("loading", "resume"),
+    "evaluation": ("evaluation", "evaluate"),
     "compile": ("warm", "compile_all"),
     "step": ("steps", "step_speed"),
     "kernel_speed": ("kernels", "kernel_speed"),
