@@ -38,7 +38,7 @@ def compiling_for(architectures: str) -> Iterator[None]:
     values = {
         LIST: architectures,
         # Where compiler and linker look last: a slim toolkit has no headers of CUDA's libraries,
-        # which torch's wheels bring, and beside a wrapper of nvcc in /usr/local/bin lies nothing.
+        # which torch's wheels bring, and a wrapper of nvcc in /usr/local/bin has none beside it.
         "CPLUS_INCLUDE_PATH": _after("CPLUS_INCLUDE_PATH", *_headers()),
         "LIBRARY_PATH": _after("LIBRARY_PATH", "/usr/local/cuda/lib64"),
     }

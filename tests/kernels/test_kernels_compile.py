@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from kernels_testing import DEVICE, IMAGENET, assert_agree, noise, random_images, using
 
 from pipeline import kernels
+from pipeline.kernels import backend
 from pipeline.kernels.cases import all_cases
 
 CASES = all_cases().values()
@@ -38,9 +38,8 @@ def report():
 
 @pytest.mark.slow
 def test_nothing_spills(report):
-    # Triton 3.6 spills two registers of one kernel on sm_100.
-    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
-    assert report["spills"] <= (8 if old else 0)
+    # Triton 3.6 keeps 8 bytes of embed_visible's backward in local memory on sm_100, 3.8 none.
+    assert report["spills"] <= (8 if backend._release("triton") < (3, 7) else 0)
     assert {row.split()[0] for row in report["widest"]} == KERNELS
     for capability in (80, 90, 100):
         for kernel in KERNELS:
