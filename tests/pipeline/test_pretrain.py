@@ -16,6 +16,7 @@ from tiny import tiny_overrides
 from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
 from pipeline.distributed import can_build
+from pipeline.kernels import backend
 
 
 def arguments(shards, tmp_path, name="mae", *overrides):
@@ -305,6 +306,8 @@ def wait_for(condition, process, seconds=240):
 @pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
 def test_triton_kernels_train_as_the_reference(name, shards, tmp_path):
     """Five steps of the whole trainer, Triton under its interpreter against PyTorch."""
+    if not torch.cuda.is_available() and (said := backend._interpreter_problem()):
+        pytest.skip(said)
     words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
     words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "5"]
     other = [str(tmp_path / "triton") if w == str(tmp_path / "run") else w for w in words]
