@@ -6,11 +6,13 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -84,6 +86,7 @@ def _run_pool(
     counts, stop, started = context.Array("q", 2), context.Event(), context.Value("i", 0)
     notes = context.RawArray("c", workers * _NOTE)
     shared = (counts, stop, started, notes)
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, shared)
     finished, call, died = bar.n, partial(_call, function), False
     try:
@@ -106,26 +109,55 @@ def _run_pool(
     finally:
         with signals_held():
             stop.set()
+            if died:
+                _end(set(multiprocessing.active_children()) - others, notes)
             pool.shutdown(wait=True, cancel_futures=True)
     if died:
         raise _worker_died(notes.raw)
 
 
+def _end(living: Collection[BaseProcess], notes: Any) -> None:
+    """Kill each worker once it has ended its job.
+
+    A pool that has lost a worker sends the others SIGTERM, which they ignore, and since Python
+    3.12 waits for them without another word.
+    """
+    while living := [process for process in living if process.is_alive()]:
+        at_work = {pid for pid, _ in _read(notes.raw)}
+        for process in living:
+            if process.pid not in at_work:
+                process.kill()
+        time.sleep(0.02)
+
+
+def _read(notes: bytes) -> list[tuple[int, str]]:
+    """(pid, file in hand or "") of every worker that is at work, or died there."""
+    each = [notes[i : i + _NOTE] for i in range(0, len(notes), _NOTE)]
+    return [
+        (int.from_bytes(note[:8], "little"), os.fsdecode(note[8:].rstrip(b"\0")))
+        for note in each
+        if any(note)
+    ]
+
+
 def _worker_died(notes: bytes) -> WorkerDied:
     """What the notes say that no worker has wiped: those who live wipe theirs at their end."""
-    left = [notes[i : i + _NOTE] for i in range(0, len(notes), _NOTE)]
-    left = [note for note in left if any(note)]
-    files = [os.fsdecode(note[8:].rstrip(b"\0")) for note in left]
-    at_work = " while working on " + " or ".join(sorted(files)) if any(files) else ""
+    left = _read(notes)
+    files = sorted(file for _, file in left if file)
+    at_work = f" while working on {' or '.join(files)}" if files else ""
     return WorkerDied(
         f"a worker process died{at_work} (out of memory, or a crash in a decoder)",
-        tuple(int.from_bytes(note[:8], "little") for note in left),
+        tuple(pid for pid, _ in left),
     )
 
 
 def _call(function: Callable[[J], R], job: J) -> R:
     """function(job); a slip in it is raised with a note that names the file in hand."""
     try:
+        if "note" in _state:
+            _state["note"][:8] = os.getpid().to_bytes(8, "little")
+            if _state["stop"].is_set():
+                raise Stop
         return function(job)
     except (UserError, Stop):
         raise
@@ -144,7 +176,7 @@ def working_on(path: object) -> None:
     _state["file"] = path
     if "note" in _state:
         text = os.fsencode(str(path))[8 - _NOTE :]
-        _state["note"][:] = (os.getpid().to_bytes(8, "little") + text).ljust(_NOTE, b"\0")
+        _state["note"][8:] = text.ljust(_NOTE - 8, b"\0")
 
 
 def _show(bar: tqdm, images: int, size: int) -> None:
