@@ -162,8 +162,8 @@ bench-gpu: .venv/ready   ## each kernel beside its reference, eager and compiled
 gpu-check: .venv/ready   ## all that a GPU must prove, in 8 minutes → build/gpu-check (MAE=checkout; REHEARSE=1: on the CPU)
 	@$(PY) tests/system/gpu_check.py $(if $(MAE),--mae $(MAE)) $(if $(REHEARSE),--rehearse --output build/gpu-rehearsal)
 
-gpu-page: .venv/ready   ## the figures of the last gpu-check → docs/gpu.md
-	@$(PY) tests/system/gpu_check.py --write docs/gpu.md
+gpu-page: .venv/ready   ## the figures of the last gpu-check → docs/gpu.md (RESULT=docs/page/gpu-h100.json: those kept there)
+	@$(PY) tests/system/gpu_check.py --write docs/gpu.md $(if $(RESULT),--output $(RESULT))
 
 .PHONY: bundle
 PYTHON_VERSION ?= 3.12

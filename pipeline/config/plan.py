@@ -15,7 +15,8 @@ class RunPlan:
     """How a training runs on these ranks: DeepSpeed's configuration and what follows from it.
 
     config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
-    negatives: whether they come from the micro-batch of all ranks.
+    negatives: whether they come from the micro-batch of all ranks. graphs_may_fail: the steps are
+    launched one by one where no graph can be captured ("auto").
     """
 
     config: dict[str, Any]
@@ -32,6 +33,7 @@ class RunPlan:
     compile: bool
     cuda_graphs: bool
     watchdog_seconds: float
+    graphs_may_fail: bool = False
 
     def describe(self) -> list[str]:
         """The plan as lines of a log."""

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,14 +158,32 @@ class Engine:
         lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
         on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
         """
-        if self.graph is not None:
-            loss, terms = self.graph.run(*inputs)
-            self.engine.allreduce_gradients()
-        else:
-            loss, terms = self.engine(*inputs)
-            self.engine.backward(loss)
+        found = self._replay(*inputs)
+        if found is None:
+            found = self.engine(*inputs)
+            self.engine.backward(found[0])
+        loss, terms = found
         self.update(lr)
         return loss.detach(), terms
+
+    def _replay(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The micro-batch as a CUDA graph; None where there are none, or none can be captured."""
+        if self.graph is None:
+            return None
+        try:
+            found = self.graph.run(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self.graph.captured or not self.plan.graphs_may_fail:
+                raise
+            print(f"cuda_graphs: none can be captured here, kernels are launched one by one "
+                  f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip
+            self.graph = None
+            self.module.zero_grad(set_to_none=True)
+            return None
+        self.engine.allreduce_gradients()
+        return found
 
     def _forward(self, *inputs: Any) -> Any:
         """The objective as DeepSpeed calls it, without the engine's own bookkeeping."""

@@ -1,7 +1,7 @@
 """One command that settles in minutes what only a GPU can tell. `make gpu-check`.
 
     python tests/system/gpu_check.py [--output build/gpu-check] [--mae CHECKOUT] [--rehearse]
-    python tests/system/gpu_check.py --write docs/gpu.md [--output build/gpu-check]
+    python tests/system/gpu_check.py --write docs/gpu.md [--output build/gpu-check | RESULT.json]
 
 Runs the stages of gpu_stages, each in a process of its own with a time box, within --budget
 seconds together. After every stage its result, result.json and page.md are in --output, and all
@@ -279,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.pop(name, None)
     args = parse_args(argv)
     if args.write:
-        return write_into(args.write, args.output / "result.json")
+        named = args.output.suffix == ".json"
+        return write_into(args.write, args.output if named else args.output / "result.json")
     if args.stage:
         return run_stages(args)
     if not args.rehearse and subprocess.run([sys.executable, "-c", SEES_CUDA]).returncode:

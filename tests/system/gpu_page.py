@@ -185,6 +185,7 @@ def page(result: dict[str, Any]) -> str:
     if result["rehearsal"]:
         lines += ["A rehearsal: the smallest sizes, and figures that mean nothing.", ""]
     lines += [f"{', '.join(machine)}; {number(result['seconds'])} s.", ""]
+    lines += [result["note"], ""] if "note" in result else []
     results = result["results"]
     body = [
         [name, status, number(results[name].get("seconds"))]

@@ -75,6 +75,7 @@ def contestant(title: str, where: Where, batch: int, few: int) -> Contestant:
 
 def ours(where: Where, way: Way, batch: int, few: int) -> Contestant:
     """A recipe's step by the engine."""
+    work = flops_per_image(where, way.recipe)  # by the reference kernels
     kernels.use("auto", where.device)
     recipe = where.recipe(way.recipe, f"batch_size={batch}", "data.partitions=4")
     objective, teacher = copy.deepcopy(built(where, way.recipe))
@@ -99,7 +100,7 @@ def ours(where: Where, way: Way, batch: int, few: int) -> Contestant:
 
     fixed = way.compile or way.cuda_graphs  # to one shape
     return Contestant(partial(step, batch), None if fixed else partial(step, few), watched,
-                      flops_per_image(where, way.recipe), engine.destroy)  # fmt: skip
+                      work, engine.destroy)  # fmt: skip
 
 
 @cache
@@ -117,6 +118,7 @@ def flops_per_image(where: Where, name: str) -> float:
 def peer(where: Where, title: str, batch: int, few: int) -> Contestant:
     """MAE written plainly, or facebookresearch/mae's, with our weights and masks."""
     objective, _ = built(where, "mae")
+    work = peer_flops(where.tiny)
     kernels.use("reference")  # masks of its images, once
 
     def step_of(count: int, model: torch.nn.Module) -> Callable[[], Any]:
@@ -134,8 +136,7 @@ def peer(where: Where, title: str, batch: int, few: int) -> Contestant:
     if title.endswith("compiled"):
         one.compile(dynamic=False, backend="inductor" if where.gpu else "eager")
     small = None if title.endswith("compiled") else step_of(few, one)
-    return Contestant(step_of(batch, one), small, lambda phases: nullcontext(),
-                      peer_flops(where.tiny))  # fmt: skip
+    return Contestant(step_of(batch, one), small, lambda phases: nullcontext(), work)
 
 
 @cache
