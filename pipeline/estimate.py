@@ -31,6 +31,7 @@ from shard_tools.atomic import write_json
 # Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
 # virtual machine with AVX2. `make bench-data` measures the whole loader.
 CORE_IMAGES = 1000.0
+UTILISATION = 0.28  # of the peak: MAE's as shipped, 256 images, on an H100 (docs/gpu.md)
 # Ways to run (docs/training.md): torch_autocast, as shipped; bf16 weights with gradients kept and
 # summed in bf16 or in fp32; fp32.
 PRECISIONS = ("autocast", "bf16", "bf16-fp32-grads", "fp32")
@@ -76,7 +77,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=PRECISIONS[0],
         help="the way of bf16, see docs/training.md",
     )
-    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, metavar="SHARE",
+                        help="of the peak; MAE's on an H100 (docs/gpu.md)")  # fmt: skip
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--no-graphs", action="store_true", help="cuda_graphs of the ds_config off")

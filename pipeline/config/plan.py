@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ class RunPlan:
     """How a training runs on these ranks: DeepSpeed's configuration and what follows from it.
 
     config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
-    negatives: whether they come from the micro-batch of all ranks. graphs_may_fail: the steps are
-    launched one by one where no graph can be captured ("auto").
+    negatives: whether they come from the micro-batch of all ranks. may_fail: which of
+    compile and cuda_graphs are "auto": what cannot be compiled or captured is then run without.
     """
 
     config: dict[str, Any]
@@ -33,7 +34,7 @@ class RunPlan:
     compile: bool
     cuda_graphs: bool
     watchdog_seconds: float
-    graphs_may_fail: bool = False
+    may_fail: Set[str] = frozenset()
 
     def describe(self) -> list[str]:
         """The plan as lines of a log."""
@@ -126,11 +127,12 @@ def settle(plan: RunPlan, compiled: bool | str, graphs: bool | str) -> RunPlan:
     true where it can be. UserError where true cannot be."""
     import torch
 
+    may_fail = {k for k, v in (("compile", compiled), ("cuda_graphs", graphs)) if v == "auto"}
     if compiled == "auto":
         compiled = torch.cuda.is_available() and deepspeed_stage(plan) < 3
     problem = why_no_graphs(plan) if graphs else ""
     if graphs is True and problem:
         raise UserError(f"cuda_graphs of the ds_config {problem}: leave it out")
     return dataclasses.replace(
-        plan, compile=bool(compiled), cuda_graphs=bool(graphs and not problem)
+        plan, compile=bool(compiled), cuda_graphs=bool(graphs and not problem), may_fail=may_fail
     )

@@ -11,9 +11,11 @@ from torch import nn
 RECOMPILES = 64
 
 
-def compile_blocks(objective: nn.Module) -> None:
-    """Let the blocks compile at their first call."""
+def compile_blocks(objective: nn.Module, *, may_fail: bool = False) -> None:
+    """Let the blocks compile at their first call. may_fail: a block that cannot be compiled runs as
+    it is, with torch's warning."""
     torch._dynamo.config.recompile_limit = RECOMPILES
+    torch._dynamo.config.suppress_errors = may_fail
     for part in objective.modules():
         for block in getattr(part, "blocks", ()):
             block.compile(dynamic=False)

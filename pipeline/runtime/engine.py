@@ -120,7 +120,7 @@ class Engine:
             if plan.checkpointing and hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = True  # type: ignore[assignment]
         if plan.compile:
-            compile_blocks(objective)
+            compile_blocks(objective, may_fail="compile" in plan.may_fail)
         self.kind = optimizer_of(plan)
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
@@ -175,7 +175,7 @@ class Engine:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if self.graph.captured or not self.plan.graphs_may_fail:
+            if self.graph.captured or "cuda_graphs" not in self.plan.may_fail:
                 raise
             print(f"cuda_graphs: none can be captured here, kernels are launched one by one "
                   f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip

@@ -202,7 +202,7 @@ def test_command_line(capsys, tmp_path):
     assert hours["bf16"] == hours["bf16-fp32-grads"] > 0
     assert hours["autocast"] == hours["bf16"]
     assert hours["fp32"] == pytest.approx(hours["bf16"] * 312 / 19.5, rel=0.02)
-    expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * 0.35) / 3600
+    expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * plan.UTILISATION) / 3600
     assert made["hours"] == pytest.approx(expected, abs=0.005)
     more = ["--launch-ms", "0.001", "--core-images", "50", "--cores", "3"]
     assert plan.main([*options, *more]) == 0
