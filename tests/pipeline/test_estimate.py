@@ -185,7 +185,7 @@ def test_command_line(capsys, tmp_path):
     options = ["--recipe", recipe, "--gpus", "2", "--images", "1000", "--json", str(path)]
     assert plan.main([*options, "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
-    assert "hours on 2 A100 at 35% of the peak in autocast" in text
+    assert f"hours on 2 A100 at {plan.UTILISATION:.0%} of the peak in autocast" in text
     assert "host-bound" in text  # a tiny model; launches are measured here
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
