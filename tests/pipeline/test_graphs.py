@@ -167,15 +167,20 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
-def test_a_micro_batch_is_one_launch_and_few_around_it(tmp_path):
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """Variables of a process that sees the stand-in for a GPU."""
     try:
-        environment = null_gpu.environment(tmp_path)
+        environment = null_gpu.environment(tmp_path_factory.mktemp("gpu"))
     except null_gpu.NoCompilerError as error:
         pytest.skip(str(error))
-    environment = {k: v for k, v in environment.items() if k not in LAUNCHER}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
-    done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True,
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/helpers")])
+    return {k: v for k, v in environment.items() if k not in LAUNCHER} | {"PYTHONPATH": path}
+
+
+@pytest.mark.slow
+def test_a_micro_batch_is_one_launch_and_few_around_it(stand_in):
+    done = subprocess.run([sys.executable, "-c", STEPS], env=stand_in, capture_output=True,
                           text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "AccumulateGrad" not in done.stderr  # its node would be of another stream
@@ -194,3 +199,50 @@ def test_a_micro_batch_is_one_launch_and_few_around_it(tmp_path):
             assert row["launches"] <= 30
             assert row["waits"] <= 1  # for the norm, at the end of a step
         assert all(row["random"] for row in rows)  # what was drawn before a capture is forgotten
+
+
+# What ranks send each other is nothing there, so that they are not asked for their cores.
+TWO_RANKS = """
+import json, null_gpu, os, torch
+from tiny import images, tiny_recipe
+from pipeline import kernels
+from pipeline.config.ds_config import plan_recipe, read_ds_config
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime import engine as engines
+engines.cores_per_rank = lambda: 1
+ranks = engines.init_ranks()
+kernels.use("auto", "cuda")
+recipe = tiny_recipe("rmae")
+config = read_ds_config("zero2") | {"train_micro_batch_size_per_gpu": 2, "compile": False}
+objective, _ = build_objective(recipe)
+plan = plan_recipe(config, recipe, ranks.world)
+engine = engines.Engine(objective, parameter_groups(objective), plan)
+image, sample, launches = images(2).cuda(), torch.arange(2, device="cuda"), []
+for micro in range(4):
+    before = null_gpu.counts()[0]
+    engine.micro_step(1e-3, image, sample, 0, None)
+    launches.append(null_gpu.counts()[0] - before)
+print(json.dumps({"stage": engine.stage, "launches": launches}), flush=True)
+os._exit(0)  # its groups cannot be left
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_under_stage_2_replay_their_graphs_and_reduce_outside(stand_in, free_port):
+    """The shipped zero2.json, two micro-batches a step."""
+    ranks = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": str(free_port)}  # fmt: skip
+    both = [
+        subprocess.Popen([sys.executable, "-c", TWO_RANKS], env=stand_in | ranks | {"RANK": rank},
+                         stdout=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    for process in both:
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0
+        found = json.loads(out.splitlines()[-1])
+        assert found["stage"] == 1
+        first, last = found["launches"][2:]
+        assert first <= 8  # the gradients stay with this rank
+        assert first < last <= 40  # they are reduced, and the step is taken
