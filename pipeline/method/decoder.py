@@ -144,15 +144,15 @@ class DecoderBlock(Block):
         project = self.attn.qkv
         if known is not None:
             own, inverse, hidden = known
-            rows = apply(project, self.norm1, take_rows(x, own))
-            qkv = place_rows(rows, project(self.norm1(hidden)), inverse)
+            rows = apply(project, self.norm1, take_rows(x, own, once=True))
+            qkv = place_rows(rows, project(self.norm1(hidden)), inverse, own)
             q, k, v = qkv.chunk(3, dim=-1)
-            q = q if wanted is None else take_rows(q, wanted)
+            q = q if wanted is None else take_rows(q, wanted, once=True)
         elif wanted is not None:
             q, k, v = apply(partial(project, rows=wanted), self.norm1, x)
         else:
             q, k, v = apply(project, self.norm1, x).chunk(3, dim=-1)
-        x = x if wanted is None else take_rows(x, wanted)
+        x = x if wanted is None else take_rows(x, wanted, once=True)
         x = x + self._attend(q, k, v)
         return x + self.mlp.fc2(self.mlp.act(apply(self.mlp.fc1, self.norm2, x)))
 
@@ -200,33 +200,67 @@ class Projection(nn.Linear):
         if rows is None:
             return super().forward(x)
         width = x.shape[-1]
-        query = F.linear(take_rows(x, rows), self.weight[:width], self.bias[:width])
+        query = F.linear(take_rows(x, rows, once=True), self.weight[:width], self.bias[:width])
         key, value = F.linear(x, self.weight[width:], self.bias[width:]).chunk(2, dim=-1)
         return query, key, value
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+def take_rows(x: Tensor, rows: Tensor, *, once: bool = False) -> Tensor:
     """x [B, N, D], rows int [B, R] → [B, R, D] with row rows[b, r] of sample b.
 
-    One index per row (index_select), so no index is materialised over the channels.
+    One index per row (index_select), so no index is materialised over the channels. once: no row
+    is taken twice, so that backward copies where it would add, atom by atom on a GPU.
     """
     batch, n, width = x.shape
     start = torch.arange(batch, device=x.device, dtype=rows.dtype)[:, None] * n
-    return (
-        x.reshape(batch * n, width)
-        .index_select(0, (rows + start).flatten())
-        .view(batch, rows.shape[1], width)
-    )
+    flat, index = x.reshape(batch * n, width), (rows + start).flatten()
+    taken = _TakeOnce.apply(flat, index) if once else flat.index_select(0, index)
+    return taken.view(batch, rows.shape[1], width)
 
 
-def place_rows(own: Tensor, hidden: Tensor, inverse: Tensor) -> Tensor:
+class _TakeOnce(torch.autograd.Function):
+    """Rows of a matrix, none of them twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, index.long(), grad), None
+
+
+def place_rows(own: Tensor, hidden: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
     """own [B, 1 + K, D], hidden [L, D], inverse int32 [B, L] → [B, 1 + L, D]: the class token's
     row, then for each place l the row 1 + inverse[b, l] of own, or hidden[l] where that is past K.
+
+    places: int [B, 1 + K], where the rows of own come.
     """
-    batch, count, width = own.shape
-    slot = F.pad(inverse + 1, (1, 0))
-    start = torch.arange(batch, device=own.device, dtype=slot.dtype)[:, None] * count
-    place = torch.arange(slot.shape[1], device=own.device, dtype=slot.dtype) - 1
-    row = torch.where(slot < count, slot + start, batch * count + place)
-    table = torch.cat([own.reshape(batch * count, width), hidden])
-    return table.index_select(0, row.flatten()).view(batch, slot.shape[1], width)
+    placed: Tensor = _PlaceRows.apply(own, hidden, inverse, places)
+    return placed
+
+
+class _PlaceRows(torch.autograd.Function):
+    """As `place_rows`. Autograd would add all rows of a hidden place up one after another, in their
+    own dtype: here they are one product, summed in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, hidden: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
+        batch, count, width = own.shape
+        slot = F.pad(inverse + 1, (1, 0))
+        start = torch.arange(batch, device=own.device, dtype=slot.dtype)[:, None] * count
+        place = torch.arange(slot.shape[1], device=own.device, dtype=slot.dtype) - 1
+        row = torch.where(slot < count, slot + start, batch * count + place)
+        table = torch.cat([own.reshape(batch * count, width), hidden])
+        ctx.save_for_backward(inverse, places)
+        return table.index_select(0, row.flatten()).view(batch, slot.shape[1], width)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        inverse, places = ctx.saved_tensors
+        away = (inverse >= places.shape[1] - 1).to(grad.dtype)  # [B, L]
+        hidden = torch.bmm(away.T.unsqueeze(1), grad[:, 1:].transpose(0, 1)).squeeze(1)
+        return take_rows(grad, places), hidden, None, None

@@ -15,10 +15,11 @@ from pipeline.method.objective import build_objective
 from pipeline.method.views import View, make_views
 
 
-def test_take_rows_is_plain_indexing_with_its_gradient():
+@pytest.mark.parametrize("once", [True, False])
+def test_take_rows_is_plain_indexing_with_its_gradient(once):
     x = torch.randn(3, 5, 2, requires_grad=True)
-    rows = torch.tensor([[0, 4], [2, 2], [3, 1]], dtype=torch.int32)
-    taken = take_rows(x, rows)
+    rows = torch.tensor([[0, 4], [2, 0 if once else 2], [3, 1]], dtype=torch.int32)
+    taken = take_rows(x, rows, once=once)
     expected = torch.stack([x[b, rows[b].long()] for b in range(3)])
     assert torch.equal(taken, expected)
     upstream = torch.randn_like(taken)
@@ -31,7 +32,8 @@ def test_place_rows_is_plain_indexing_with_its_gradients():
     own = torch.randn(2, 3, 4, requires_grad=True)  # class token and two visible patches
     hidden = torch.randn(5, 4, requires_grad=True)
     inverse = torch.tensor([[0, 2, 3, 1, 4], [4, 1, 2, 3, 0]], dtype=torch.int32)
-    placed = place_rows(own, hidden, inverse)
+    places = torch.tensor([[0, 1, 4], [0, 5, 2]], dtype=torch.int32)
+    placed = place_rows(own, hidden, inverse, places)
     rows = [
         [own[b, 0]] + [own[b, 1 + n] if n < 2 else hidden[place] for place, n in enumerate(numbers)]
         for b, numbers in enumerate(inverse.tolist())
@@ -43,6 +45,18 @@ def test_place_rows_is_plain_indexing_with_its_gradients():
     theirs = torch.autograd.grad(expected, [own, hidden], upstream)
     for mine, plain in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, plain)
+
+
+def test_gradients_of_hidden_places_are_summed_in_fp32():
+    """In bf16, 512 gradients of 1 would add up to 256."""
+    batch = 512
+    own = torch.zeros(batch, 1, 2, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    inverse = torch.arange(3, dtype=torch.int32).repeat(batch, 1)
+    placed = place_rows(own, hidden, inverse, torch.zeros(batch, 1, dtype=torch.int32))
+    placed.sum().backward()
+    assert torch.equal(hidden.grad, torch.full((3, 2), 512.0, dtype=torch.bfloat16))
+    assert torch.equal(own.grad, torch.ones_like(own))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
