@@ -297,6 +297,14 @@ def test_docs_gpu_has_the_marks():
     assert 0 < text.index(gpu_page.BEGIN) < text.index(gpu_page.END)
 
 
+def test_docs_gpu_has_the_figures_that_are_kept(tmp_path):
+    document = tmp_path / "gpu.md"
+    document.write_text((ROOT / "docs/gpu.md").read_text())
+    command = ["--write", str(document), "--output", str(ROOT / "docs/page/gpu-h100.json")]
+    assert gpu_check.main(command) == 0
+    assert document.read_text() == (ROOT / "docs/gpu.md").read_text()
+
+
 def test_the_slowest_kernel_is_the_furthest_from_a_copy_of_those_that_take_time():
     rows = {
         "tiny": {"triton": 3.0, "of copy": 0.01},
