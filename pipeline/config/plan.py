@@ -64,6 +64,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+# Steps under which `compile` "auto" is false: compiling takes as long as hundreds of them.
+SHORT = 1000
 # Keys of `zero_optimization` under which a rank's part is not one piece of a flat group on its
 # device, and keys that ask for DeepSpeed's own way of reducing.
 _CUT_OTHERWISE = (
@@ -136,3 +138,9 @@ def settle(plan: RunPlan, compiled: bool | str, graphs: bool | str) -> RunPlan:
     return dataclasses.replace(
         plan, compile=bool(compiled), cuda_graphs=bool(graphs and not problem), may_fail=may_fail
     )
+
+
+def for_steps(plan: RunPlan, steps: int) -> RunPlan:
+    """The plan for a schedule of so many steps: a short one is over before compiling pays."""
+    short = "compile" in plan.may_fail and steps < SHORT
+    return dataclasses.replace(plan, compile=False) if short else plan

@@ -10,7 +10,7 @@ import torch
 
 from pipeline import kernels
 from pipeline.config.ds_config import read_ds_config
-from pipeline.config.plan import RunPlan
+from pipeline.config.plan import RunPlan, for_steps
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
@@ -128,6 +128,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
     total = round(recipe.optimizer.epochs * per_epoch)
+    plan = for_steps(plan, total)
     last = min(total, settings.max_steps or total)
     kernel_line = kernels.use(recipe.kernels, ranks.device)
     objective, teacher = build_objective(recipe)

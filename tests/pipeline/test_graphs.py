@@ -14,7 +14,7 @@ from torch import nn
 
 from eval.shared.processes import LAUNCHER
 from pipeline.config.ds_config import DS_CONFIGS, plan_recipe, read_ds_config
-from pipeline.config.plan import deepspeed_stage, takes_flat
+from pipeline.config.plan import SHORT, deepspeed_stage, for_steps, takes_flat
 from pipeline.errors import UserError
 from pipeline.runtime.compiled import RECOMPILES, compile_blocks
 
@@ -59,6 +59,14 @@ def test_stage_2_on_several_ranks_runs_as_1_with_graphs_alone(gpu):
     stages = {graphs: deepspeed_stage(plan_of(2, world=2, graphs=graphs)) for graphs in (0, 1)}
     assert stages == {0: 2, 1: 1}
     assert deepspeed_stage(plan_of(2, graphs=True)) == 2
+
+
+def test_auto_compiles_no_short_schedule(gpu):
+    auto, asked = (plan_of(1, compiled=compiled, graphs="auto") for compiled in ("auto", True))
+    assert not for_steps(auto, SHORT - 1).compile
+    assert for_steps(auto, SHORT - 1).cuda_graphs
+    assert for_steps(auto, SHORT).compile
+    assert for_steps(asked, 1).compile
 
 
 def test_what_excludes_graphs_is_named(gpu):
