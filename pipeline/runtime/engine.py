@@ -32,7 +32,7 @@ from pipeline.distributed import (
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm
-from pipeline.runtime.graphs import MicroStepGraph
+from pipeline.runtime.graphs import CaptureError, MicroStepGraph
 from pipeline.runtime.optimizers import optimizer_of
 
 prepare_deepspeed()
@@ -172,10 +172,8 @@ class Engine:
             return None
         try:
             found = self.graph.run(*inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            if self.graph.captured or "cuda_graphs" not in self.plan.may_fail:
+        except CaptureError as error:
+            if "cuda_graphs" not in self.plan.may_fail:
                 raise
             print(f"cuda_graphs: none can be captured here, kernels are launched one by one "
                   f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip

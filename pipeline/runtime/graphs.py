@@ -19,6 +19,10 @@ from pipeline.errors import UserError
 WARM = 3  # passes before the first capture: they compile kernels and blocks
 
 
+class CaptureError(RuntimeError):
+    """No graph can be captured; what CUDA or torch says."""
+
+
 class MicroStepGraph:
     """Forward and backward of micro-batches of one shape, captured and replayed.
 
@@ -43,7 +47,7 @@ class MicroStepGraph:
     def run(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and terms of a micro-batch; captures where there is no graph of its numbers.
 
-        Raises UserError where its tensors have other shapes than the first one's.
+        Raises UserError where its tensors have other shapes than the first one's, CaptureError.
         """
         self._check(inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
@@ -79,10 +83,24 @@ class MicroStepGraph:
             )
 
     def _capture(self) -> None:
-        """Capture a graph of `_inputs`; nothing but the graph is left of the passes around it."""
+        """Capture a graph of `_inputs`; nothing but the graph is left of the passes around it.
+
+        Raises CaptureError where none can be.
+        """
         held = _State([self._module, *(m for m in self._inputs if isinstance(m, nn.Module))])
+        try:
+            self._record(self._graph)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
+        finally:
+            held.restore()
+
+    def _record(self, before: torch.cuda.CUDAGraph | None) -> None:
+        """Warm up where there was no graph before, and record one."""
         # The next graph takes the memory of the last one, which lives until it is there.
-        before, self._gradients, self._found = self._graph, [], (torch.empty(0), {})
+        self._gradients, self._found = [], (torch.empty(0), {})
         if before is None:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -100,7 +118,6 @@ class MicroStepGraph:
         self._gradients = self._take_gradients()
         self._found = loss.detach(), {name: value.detach() for name, value in terms.items()}
         self._graph, self.captured = graph, self.captured + 1
-        held.restore()
 
     def _pass(self) -> tuple[Tensor, dict[str, Tensor]]:
         loss, terms = self._forward(*self._inputs)
