@@ -105,7 +105,6 @@ def claim_output(settings: Settings) -> dict[str, Any]:
         "scale": json.loads(json.dumps(made)),
         "images": read_manifest(scale.train).index_sha256,
         "tuned": settings.tuned,
-        "compute": compute_of(settings.workspace),
     }
     if path.is_file():
         before = read_record(path)
@@ -116,9 +115,17 @@ def claim_output(settings: Settings) -> dict[str, Any]:
                 "--output"
             )
         return before
+    record["compute"] = compute_of(settings.workspace)
     with naming(path, "cannot be written"):
         write_json(path, record)
     return record
+
+
+def compute_kept(settings: Settings) -> float:
+    """OUTPUT/study.json's compute where it is there, so that later code, of other operations, makes
+    the same rows; else compute_of."""
+    path = settings.output / RECORD
+    return read_record(path)["compute"] if path.is_file() else compute_of(settings.workspace)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     """What there is to do, with what is known of the best rates so far."""
     workspace, tuning = settings.workspace, tuning_of(settings)
     trials = [*tuning.first(), *tuning.second()]
-    study = study_of(workspace, settings.claims, settings.seeds, compute_of(workspace))
+    study = study_of(workspace, settings.claims, settings.seeds, compute_kept(settings))
     rows = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
     rows += looks(study)
     stages = (tuning.pretrainings(), tuning.finetunings(best(trials, "pretrain")), rows)

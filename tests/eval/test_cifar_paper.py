@@ -264,6 +264,19 @@ def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
 
 
+def test_a_study_keeps_its_compute_when_later_code_counts_otherwise(data, tmp_path, monkeypatch):
+    chosen = settings(data, tmp_path, "--claims", "6", "--seeds", "1")
+    before = cifar_plan.claim_output(chosen)
+    rates = Rates(tmp_path / "rates.json", str(data / "shards/train"))
+    names = [job.name for job in cifar_plan.make_plan(chosen, rates).stages[2]]
+    monkeypatch.setattr(cifar_plan, "compute_of", lambda workspace: 7.0)
+    assert cifar_plan.claim_output(chosen) == before
+    again = cifar_plan.make_plan(chosen, rates).stages[2]
+    assert [job.name for job in again] == names
+    other = settings(data, tmp_path / "other", "--claims", "6", "--seeds", "1")
+    assert cifar_plan.claim_output(other)["compute"] == 7.0
+
+
 def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
     record = cifar_plan.claim_output(settings(data, tmp_path, "--claims", "5"))
     assert record["compute"] > 1
