@@ -46,9 +46,10 @@ BOXES: dict[str, tuple[int, bool]] = {
     "resume": (170, True),
     "evaluation": (170, True),
     "compile": (170, True),
-    "step": (160, False),
-    "kernel_speed": (70, False),
-    "loader": (40, False),
+    "step": (170, False),
+    "pretrain": (80, False),
+    "loader": (30, False),
+    "kernel_speed": (60, False),
     "ncu": (40, False),
 }
 LEAST = 5  # seconds under which a stage is not begun
@@ -82,7 +83,7 @@ class Check:
         self.folder.mkdir(parents=True, exist_ok=True)
         for old in (*self.folder.glob("*.json"), *self.folder.glob("*.md")):
             old.unlink()  # an earlier check's
-        for old in ("run", "data", "eval", "eval-data"):
+        for old in ("run", "data", "many", "pretrain", "eval", "eval-data"):
             shutil.rmtree(self.folder / old, ignore_errors=True)
         self.log = open(self.folder / "log.txt", "wb", buffering=0)  # noqa: SIM115
 

@@ -149,6 +149,16 @@ def loader_lines(found: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def pretrain_lines(found: dict[str, Any]) -> list[str]:
+    """A run as it is shipped: images/s, of the step's alone, waiting."""
+    if "images_per_second" not in found:
+        return []
+    share = f", {percent(found['of_step'])} of the step's alone" if "of_step" in found else ""
+    return ["## A run of pipeline/pretrain.py", "", f"MAE, batch {found['batch']}, JPEG files from "
+            f"shards: {number(found['images_per_second'])} images/s{share}; "
+            f"{percent(found['waiting'])} of the time waits for the loader.", ""]  # fmt: skip
+
+
 def evaluation_lines(found: dict[str, Any]) -> list[str]:
     """top-1 of every protocol on four colours."""
     if "top1" not in found:
@@ -170,9 +180,9 @@ def ncu_lines(found: dict[str, Any]) -> list[str]:
 
 
 PARTS = {
-    "step": step_lines, "kernel_speed": kernel_lines, "recipes": curve_lines,
-    "numerics": agreement_lines, "evaluation": evaluation_lines, "loader": loader_lines,
-    "ncu": ncu_lines,
+    "step": step_lines, "pretrain": pretrain_lines, "loader": loader_lines,
+    "kernel_speed": kernel_lines, "recipes": curve_lines, "numerics": agreement_lines,
+    "evaluation": evaluation_lines, "ncu": ncu_lines,
 }  # fmt: skip
 
 

@@ -37,8 +37,8 @@ def absent(tmp_path):
 def test_every_stage_has_a_box_and_what_is_timed_runs_alone():
     assert list(STAGES) == list(gpu_check.BOXES)
     alone = [name for name, (_, beside) in gpu_check.BOXES.items() if not beside]
-    assert alone == ["step", "kernel_speed", "loader", "ncu"]
-    assert list(gpu_check.BOXES)[-4:] == alone  # the others have ended before
+    assert alone == ["step", "pretrain", "loader", "kernel_speed", "ncu"]
+    assert list(gpu_check.BOXES)[-5:] == alone  # the others have ended before
 
 
 @pytest.mark.slow
@@ -70,6 +70,8 @@ def test_the_rehearsal(tmp_path, absent):
         assert sum(steps[name]["launches_by_phase"].values()) == steps[name]["launches"]
     assert steps["cmae"]["launches_by_phase"]["EMA"] > 0
     assert result["resume"]["killed_after"] > result["resume"]["resumed_from"] >= 10
+    assert result["pretrain"]["images_per_second"] > 0
+    assert 0 <= result["pretrain"]["waiting"] <= 1
     assert result["loader"]["bound"].keys() == {"mae", "rmae", "cmae"}
     page = (tmp_path / "out/page.md").read_text()
     assert "A rehearsal" in page
@@ -91,7 +93,7 @@ def test_the_stages_on_a_gpu_that_computes_nothing(tmp_path):
         environment = null_gpu.environment(tmp_path)
     except null_gpu.NoCompilerError as error:
         pytest.skip(str(error))
-    names = ["numerics", "recipes", "step", "kernel_speed", "loader", "ncu"]
+    names = ["numerics", "recipes", "step", "pretrain", "loader", "kernel_speed", "ncu"]
     environment["PYTHONPATH"] = os.pathsep.join(gpu_check.PATHS)
     command = [sys.executable, SCRIPT, "--rehearse", "--output", tmp_path, "--stage", *names]
     done = subprocess.run(

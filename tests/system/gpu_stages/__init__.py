@@ -26,8 +26,9 @@ STAGES = {
     "evaluation": ("evaluation", "evaluate"),
     "compile": ("warm", "compile_all"),
     "step": ("steps", "step_speed"),
-    "kernel_speed": ("kernels", "kernel_speed"),
+    "pretrain": ("loading", "pretrain"),
     "loader": ("loading", "loader"),
+    "kernel_speed": ("kernels", "kernel_speed"),
     "ncu": ("kernels", "profile_slowest"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -20,9 +21,10 @@ from shard_tools.cores import cores
 NEAR = 1e-3  # relative, of a loss on a GPU, whose sums are not ordered; a CPU's is exact
 
 
-def shards(where: Where) -> Path:
-    """Shards of pictures as large as ImageNet's (500 x 375, about 100 KB), made once."""
-    folder = where.folder / "data"
+def shards(where: Where, times: int = 1) -> Path:
+    """Shards of pictures as large as ImageNet's (500 x 375, about 100 KB), each so many times, made
+    once."""
+    folder = where.folder / ("data" if times == 1 else "many")
     if (folder / "shards/manifest.json").is_file():
         return folder / "shards"
     count, size = (24, (48, 36)) if where.tiny else (256, (500, 375))
@@ -33,8 +35,11 @@ def shards(where: Where) -> Path:
         picture = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
         grain = draw.integers(-14, 15, picture.shape, np.int16)
         picture = np.clip(picture + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"images/{number:04d}.jpg", quality=90)
-    size, workers = ("8KiB", "0") if where.tiny else ("4MiB", "8")
+        first = folder / f"images/{number:04d}.jpg"
+        Image.fromarray(picture).save(first, quality=90)
+        for again in range(1, times):
+            first.with_stem(f"{first.stem}-{again}").hardlink_to(first)
+    size, workers = ("8KiB", "0") if where.tiny else ("4MiB" if times == 1 else "64MiB", "8")
     command = [sys.executable, "-m", "shard_tools.make_shards", folder / "images",
                folder / "shards", "--unlabelled", "--resume", "--shard-size", size,
                "--workers", workers]  # fmt: skip
@@ -97,6 +102,49 @@ def resume(where: Where) -> dict[str, Any]:
     if missing or done.returncode or not found["apart"] <= (NEAR if where.device == "cuda" else 0):
         raise Fault(f"resumed at step {max(saved)}: exit code {done.returncode}, losses up to "
                     f"{found['apart']:.2g} off")  # fmt: skip
+    return found
+
+
+# ---- a run as it is ------------------------------------------------------------------------------
+
+
+def pretrain(where: Where) -> dict[str, Any]:
+    """MAE by pipeline/pretrain.py under ZeRO-2 as it is shipped, from JPEG files in shards:
+    images/s of the run, and the share of its time that waits for the loader.
+
+    Three epochs of 64 steps. Of each the first quarter is left out: there the graph is captured,
+    and the loader gets ahead.
+    """
+    run, epochs = where.folder / "pretrain", 3
+    if where.tiny:
+        from tiny import tiny_overrides
+
+        batch, steps, data = 8, 3, shards(where)
+        overrides = [*tiny_overrides("mae"), "monitor.log_steps=1"]
+    else:
+        batch, steps = where.batch, 64
+        data = shards(where, times=steps * batch // 256)
+        overrides = [f"batch_size={batch}", "data.partitions=8", f"monitor.log_steps={steps // 4}"]
+    command = [sys.executable, str(ROOT / "pipeline/pretrain.py"), "--recipe", "mae",
+               "--ds_config", "zero2", "--data", str(data), "--output", str(run),
+               "--max-steps", str(epochs * steps)]  # fmt: skip
+    for override in overrides:
+        command += ["--set", override]
+    begun = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, check=False)
+    if done.returncode:
+        raise Fault(f"pipeline/pretrain.py ended with {done.returncode}; see the log")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if (row["step"] - 1) % steps >= steps // 4]
+    found = {
+        "images_per_second": statistics.harmonic_mean(row["images_per_second"] for row in rows),
+        "waiting": statistics.fmean(row["data_wait"] for row in rows),
+        "batch": batch,
+        "whole_seconds": time.monotonic() - begun,
+    }
+    alone = where.found("step").get("steps", {}).get("mae, compiled, graphs", {})
+    if "images_per_second" in alone:
+        found["of_step"] = found["images_per_second"] / alone["images_per_second"]
     return found
 
 
