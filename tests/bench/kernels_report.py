@@ -26,10 +26,10 @@ Row = tuple[str, str, str, str, int, Compiled]
 def compile_case(case: str, dtype: str, size: str, capabilities: tuple[int, ...]) -> list[Row]:
     """Compile every launch of one call; equal rows (the norms of queries and of keys) once."""
     torch.set_num_threads(1)
-    with recorded() as launches:
-        run_case(all_cases()[case], DTYPES[dtype], size)
     rows = {}
     for capability in capabilities:
+        with recorded(capability) as launches:
+            run_case(all_cases()[case], DTYPES[dtype], size)
         for launch in launches:
             compiled = compile_for(launch, capability)
             name = launch.kernel.__name__.removesuffix("_kernel")
@@ -100,14 +100,13 @@ def main() -> int:
         "compiled": len(rows),
         "bytes_ratio": {name: round(value, 4) for name, value in ratio.items()},
         "moved_over_least": {name: round(value, 4) for name, value in of_minimum.items()},
-        "widest": {
-            f"{name} {dtype} {size} sm_{capability}": [max(c.loads), max(c.stores)]
-            for name, _, dtype, size, capability, c in rows
-        }
-        if quick
-        else {},
     }
-    print(json.dumps({key: value for key, value in summary.items() if value != {}}))
+    if quick:
+        named = {f"{name} {dtype} {size} sm_{sm}": c for name, _, dtype, size, sm, c in rows}
+        summary["widest"] = {row: [max(c.loads), max(c.stores)] for row, c in named.items()}
+        summary["spilling"] = {row: c.spills for row, c in named.items() if c.spills}
+        summary["shared"] = max(c.shared for c in named.values())
+    print(json.dumps(summary))
     return 0
 
 
