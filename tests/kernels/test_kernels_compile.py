@@ -1,4 +1,5 @@
-"""Every kernel compiles for sm_80, sm_90, sm_100 without spills; torch.compile takes the ops."""
+"""Every kernel compiles for sm_80, sm_90, sm_100, all but one without spills; torch.compile takes
+the ops."""
 
 import json
 import os
@@ -35,11 +36,16 @@ def report():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SPILLS: dict[str, int] = {}  # bytes of a thread in local memory
+# Bytes of a thread in local memory (Triton 3.6 as many, 3.8 eight less). InfoNCE's backward takes
+# 936 us so on an H100, and 1566 with half the rows, which fit the registers.
+SPILLS = {
+    "token_infonce_backward dq bf16 vit-b16 sm_90": 168,
+    "token_infonce_backward dk bf16 vit-b16 sm_90": 168,
+}
 
 
 @pytest.mark.slow
-def test_nothing_spills(report):
+def test_nothing_spills_but_what_is_faster_so(report):
     for row, spilled in report["spilling"].items():
         assert spilled <= SPILLS.get(row, 0), row
     assert report["spills"] == sum(report["spilling"].values())
