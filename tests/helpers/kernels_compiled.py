@@ -137,8 +137,10 @@ SIZES = {
 }  # the batch does not matter
 
 
-def run_case(case: Case, dtype: torch.dtype, size: str) -> None:
-    """The case's call at a model's sizes, forward and backward."""
-    out = case.inputs(replace(SIZES[size], dtype=dtype))()
+def run_case(case: Case, dtype: torch.dtype, size: str, autocast: bool = False) -> None:
+    """The case's call at a model's sizes, forward and backward. autocast: in bf16."""
+    call = case.inputs(replace(SIZES[size], dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = call()
     if case.gradient:
         out.sum().backward()
