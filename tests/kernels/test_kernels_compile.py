@@ -36,9 +36,9 @@ def report():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# Bytes of a thread in local memory (Triton 3.6 as many, 3.8 eight less). InfoNCE's backward takes
-# 936 us so on an H100, and 1566 with half the rows, which fit the registers; more than half of the
-# bytes wait for the end, where the gradient is stored.
+# Bytes of a thread in local memory (Triton 3.6 as many, 3.8 eight less). InfoNCE, forward
+# and backward, takes 936 us so on an H100, and 1566 with half the rows, which fit the registers;
+# more than half of the bytes wait for the end, where the gradient is stored.
 SPILLS = {
     "token_infonce_backward dq bf16 vit-b16 sm_90": 168,
     "token_infonce_backward dk bf16 vit-b16 sm_90": 168,

@@ -199,7 +199,8 @@ def _tile(dtype: torch.dtype, width: int) -> dict[str, int]:
 def _backward_tile(dtype: torch.dtype, width: int, capability: int = 90) -> dict[str, int]:
     """As _tile, and the gradient's channels: PARTS of OUT in one program, so that its scores are
     made once; above 1024 channels several programs share them. Sizes that do not spill, but for
-    768 channels on an H100: twice the rows spill 168 bytes a thread and are 1.67 times as fast.
+    768 channels on an H100: twice the rows spill 168 bytes a thread; forward and backward take
+    936 us where they took 1566 (256 images of ViT-B, 196 positions).
     """
     tile = _tile(dtype, width)
     tile["N"] = tile["M"]
