@@ -87,16 +87,18 @@ def test_positions_of_another_dtype():
     assert_implementations_agree(op(inverse, 1), inputs)
 
 
-def test_the_mask_token_in_fp32_beside_16_bit_tokens_gets_an_fp32_gradient():
-    """As under autocast: the sum is not rounded to the 16 bits of what is added up."""
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_fp32_leaves_beside_16_bit_tokens_get_fp32_gradients(implementation):
+    """As under autocast: a sum is not rounded to the 16 bits of what is added up."""
     inverse = some_positions(20, 9, 9)
-    given = leaves(20, 9, 1, 2, 24, torch.bfloat16) | {"mask_token": noise(24)}
-    with using("triton"):
-        got = gradients(op(inverse, 1), given)["mask_token"]
+    given = leaves(20, 9, 1, 2, 24, torch.bfloat16)
+    given |= {"mask_token": noise(24), "position": noise(10, 24)}
+    with using(implementation):
+        got = gradients(op(inverse, 1), given)
     upstream = torch.randn(20, 10, 24, generator=torch.Generator().manual_seed(7)).to(DEVICE)
-    hidden = (inverse >= 2)[..., None]
-    expected = (upstream.bfloat16().double()[:, 1:] * hidden).sum((0, 1))
-    assert_agree("mask_token", got, expected, 1e-6)
+    upstream, hidden = upstream.bfloat16().double(), (inverse >= 2)[..., None]
+    assert_agree("mask_token", got["mask_token"], (upstream[:, 1:] * hidden).sum((0, 1)), 1e-6)
+    assert_agree("position", got["position"], upstream.sum(0), 1e-6)
 
 
 def test_it_undoes_sample_masks():
