@@ -1,5 +1,6 @@
 """Which implementation the public functions run: PyTorch reference or Triton kernel."""
 
+import functools
 import importlib.util
 import os
 from importlib.metadata import version
@@ -62,3 +63,15 @@ def _release(package: str) -> tuple[int, ...]:
 def implementation() -> str:
     """The implementation in use: `triton` or `reference`."""
     return _implementation
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Compute capability of a device, 90 for an H100: a few tiles depend on it.
+
+    Off a GPU, under the interpreter, that of the GPU on which the tiles were measured, 90.
+    """
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

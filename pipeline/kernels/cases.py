@@ -113,7 +113,7 @@ class Case:
 
     gradient: whether the output has one, so that backward is run too. kernels: what is launched
     (forward and backward); wide: those whose loads and stores are all to be of 128 bits; typed:
-    whether the call depends on a dtype.
+    whether the call depends on a dtype; rounds: whether it multiplies in 16 bits under autocast.
     """
 
     name: str
@@ -122,6 +122,7 @@ class Case:
     gradient: bool = False
     wide: tuple[str, ...] = ()
     typed: bool = True
+    rounds: bool = False
 
 
 def ops() -> dict[str, ModuleType]:

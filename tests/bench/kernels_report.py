@@ -1,7 +1,8 @@
 """Report on the Triton kernels without a GPU: what the compiler made of them, what they move.
 
 Usage: python tests/bench/kernels_report.py [--quick]. Behind `make -s kernels-report`; the last
-line is JSON. --quick compiles ViT-B/16 only, in bf16, and in fp32 for sm_80.
+line is JSON. --quick compiles ViT-B/16 only, in bf16, and in fp32 for sm_80. autocast: fp32 under
+torch.autocast in bf16, where that changes a kernel.
 """
 
 import argparse
@@ -19,17 +20,17 @@ from kernels_traffic import measured, ratios
 
 from pipeline.kernels.cases import Sizes, all_cases
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "autocast": torch.float32}
 Row = tuple[str, str, str, str, int, Compiled]
 
 
 def compile_case(case: str, dtype: str, size: str, capabilities: tuple[int, ...]) -> list[Row]:
     """Compile every launch of one call; equal rows (the norms of queries and of keys) once."""
     torch.set_num_threads(1)
-    with recorded() as launches:
-        run_case(all_cases()[case], DTYPES[dtype], size)
     rows = {}
     for capability in capabilities:
+        with recorded(capability) as launches:
+            run_case(all_cases()[case], DTYPES[dtype], size, dtype == "autocast")
         for launch in launches:
             compiled = compile_for(launch, capability)
             name = launch.kernel.__name__.removesuffix("_kernel")
@@ -46,7 +47,7 @@ def compile_all(quick: bool) -> list[Row]:
         for dtype in DTYPES:
             capabilities = (80,) if quick and dtype == "fp32" else CAPABILITIES
             for case in all_cases().values():
-                if case.typed or dtype != "fp32":
+                if dtype == "bf16" or (case.typed if dtype == "fp32" else case.rounds):
                     jobs.append((case.name, dtype, size, capabilities))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         parts = [pool.submit(compile_case, *job) for job in jobs]
@@ -62,7 +63,7 @@ def print_compiled(rows: list[Row]) -> None:
     print("Compiled by Triton and ptxas. Spills and shared memory in bytes; occupancy: resident")
     print("warps of 64 by registers and shared memory; loads, stores: bits x instructions (PTX).\n")
     header = ("kernel", "call", "dtype", "size", "sm", "regs", "spill", "shared", "occ.")
-    form = "{:31} {:24} {:5} {:8} {:>4} {:>5} {:>6} {:>7} {:>6}  {:28} {}"
+    form = "{:31} {:24} {:8} {:8} {:>4} {:>5} {:>6} {:>7} {:>6}  {:28} {}"
     print(form.format(*header, "loads", "stores"))
     for name, case, dtype, size, capability, c in rows:
         figures = (c.registers, c.spills, c.shared, f"{c.occupancy(capability):.0%}")
@@ -100,14 +101,13 @@ def main() -> int:
         "compiled": len(rows),
         "bytes_ratio": {name: round(value, 4) for name, value in ratio.items()},
         "moved_over_least": {name: round(value, 4) for name, value in of_minimum.items()},
-        "widest": {
-            f"{name} {dtype} {size} sm_{capability}": [max(c.loads), max(c.stores)]
-            for name, _, dtype, size, capability, c in rows
-        }
-        if quick
-        else {},
     }
-    print(json.dumps({key: value for key, value in summary.items() if value != {}}))
+    if quick:
+        named = {f"{name} {dtype} {size} sm_{sm}": c for name, _, dtype, size, sm, c in rows}
+        summary["widest"] = {row: [max(c.loads), max(c.stores)] for row, c in named.items()}
+        summary["spilling"] = {row: c.spills for row, c in named.items() if c.spills}
+        summary["shared"] = max(c.shared for c in named.values())
+    print(json.dumps(summary))
     return 0
 
 

@@ -58,19 +58,21 @@ class Compiled:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Record kernel launches of the Triton implementation instead of running them."""
+def recorded(capability: int = 90) -> Iterator[list[Launch]]:
+    """Record kernel launches of the Triton implementation, as for a GPU of this compute
+    capability, instead of running them."""
     launches: list[Launch] = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, args, kwargs, grid))
 
-    run, before = JITFunction.run, backend._implementation
+    run, before, found = JITFunction.run, backend._implementation, backend.capability
     JITFunction.run, backend._implementation = record, "triton"
+    backend.capability = lambda device: capability  # type: ignore[assignment]
     try:
         yield launches
     finally:
-        JITFunction.run, backend._implementation = run, before
+        JITFunction.run, backend._implementation, backend.capability = run, before, found
 
 
 def compile_for(launch: Launch, capability: int) -> Compiled:
@@ -135,8 +137,10 @@ SIZES = {
 }  # the batch does not matter
 
 
-def run_case(case: Case, dtype: torch.dtype, size: str) -> None:
-    """The case's call at a model's sizes, forward and backward."""
-    out = case.inputs(replace(SIZES[size], dtype=dtype))()
+def run_case(case: Case, dtype: torch.dtype, size: str, autocast: bool = False) -> None:
+    """The case's call at a model's sizes, forward and backward. autocast: in bf16."""
+    call = case.inputs(replace(SIZES[size], dtype=dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = call()
     if case.gradient:
         out.sum().backward()

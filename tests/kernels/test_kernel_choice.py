@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline import kernels
 from pipeline.errors import UserError
@@ -58,6 +59,14 @@ def test_without_triton(monkeypatch):
     assert kernels.use("auto", "cuda") == "kernels: reference (auto on cuda)"
     with pytest.raises(UserError, match="triton is not installed"):
         kernels.use("triton", "cuda")
+
+
+def test_tiles_are_those_of_the_gpu_and_an_h100s_off_a_gpu(monkeypatch):
+    backend.capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    assert backend.capability(torch.device("cuda", 0)) == 103
+    assert backend.capability(torch.device("cpu")) == 90
+    backend.capability.cache_clear()
 
 
 def test_unknown_implementation():

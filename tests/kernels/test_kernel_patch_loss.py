@@ -108,6 +108,15 @@ def test_kernel_with_planes_and_strided_inputs():
     assert_implementations_agree(op(planes, region, 8, weight=weight), inputs)
 
 
+def test_kernel_adds_up_the_weights_of_a_large_region():
+    """More than the 256 weights that a program reads at a time, and a program with two samples."""
+    image, region = random_images(2, 68, 68), some_positions(2, 289, 257)
+    weight = weights(2, 257)
+    weight[1, 256:] = 1
+    function = op(image, region, 4, weight=weight)
+    assert_implementations_agree(function, leaves(2, 4, 257, relaxed=True))
+
+
 def test_gradient_reaches_both_predictions_and_they_balance():
     """Eq. 8 has no stop-gradient: the relaxed term pulls both ways with equal strength."""
     image, region = random_images(2, 16, 16), some_positions(2, 4, 3)

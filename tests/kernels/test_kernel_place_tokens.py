@@ -4,8 +4,10 @@ import pytest
 import torch
 from kernels_testing import (
     DEVICE,
+    assert_agree,
     assert_gradients,
     assert_implementations_agree,
+    gradients,
     noise,
     some_positions,
     using,
@@ -83,6 +85,20 @@ def test_positions_of_another_dtype():
     inputs = leaves(2, 6, 1, 3, 16, torch.bfloat16)
     inputs["position"] = inputs["position"].float()
     assert_implementations_agree(op(inverse, 1), inputs)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_fp32_leaves_beside_16_bit_tokens_get_fp32_gradients(implementation):
+    """As under autocast: a sum is not rounded to the 16 bits of what is added up."""
+    inverse = some_positions(20, 9, 9)
+    given = leaves(20, 9, 1, 2, 24, torch.bfloat16)
+    given |= {"mask_token": noise(24), "position": noise(10, 24)}
+    with using(implementation):
+        got = gradients(op(inverse, 1), given)
+    upstream = torch.randn(20, 10, 24, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    upstream, hidden = upstream.bfloat16().double(), (inverse >= 2)[..., None]
+    assert_agree("mask_token", got["mask_token"], (upstream[:, 1:] * hidden).sum((0, 1)), 1e-6)
+    assert_agree("position", got["position"], upstream.sum(0), 1e-6)
 
 
 def test_it_undoes_sample_masks():

@@ -124,7 +124,13 @@ def test_kernel_over_several_tiles_of_rows_columns_and_channels():
 
 @pytest.mark.parametrize(
     ("width", "dtype"),
-    [(300, torch.bfloat16), (500, torch.float32), (1000, torch.bfloat16), (1100, torch.float32)],
+    [
+        (300, torch.bfloat16),
+        (500, torch.float32),
+        (768, torch.bfloat16),
+        (1000, torch.bfloat16),
+        (1100, torch.float32),
+    ],
 )
 def test_kernel_whatever_the_parts_of_the_channels(width, dtype):
     """Two to four sums of channels in a program, whole and cut off; above 1024 two programs."""

@@ -1,4 +1,5 @@
-"""Every kernel compiles for sm_80, sm_90, sm_100 without spills; torch.compile takes the ops."""
+"""Every kernel compiles for sm_80, sm_90, sm_100, all but one without spills; torch.compile takes
+the ops."""
 
 import json
 import os
@@ -11,7 +12,6 @@ import torch
 from kernels_testing import DEVICE, IMAGENET, assert_agree, noise, random_images, using
 
 from pipeline import kernels
-from pipeline.kernels import backend
 from pipeline.kernels.cases import all_cases
 
 CASES = all_cases().values()
@@ -36,10 +36,21 @@ def report():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+# Bytes of a thread in local memory (Triton 3.6 as many, 3.8 eight less). InfoNCE, forward
+# and backward, takes 936 us so on an H100, and 1566 with half the rows, which fit the registers;
+# more than half of the bytes wait for the end, where the gradient is stored.
+SPILLS = {
+    "token_infonce_backward dq bf16 vit-b16 sm_90": 168,
+    "token_infonce_backward dk bf16 vit-b16 sm_90": 168,
+}
+
+
 @pytest.mark.slow
-def test_nothing_spills(report):
-    # Triton 3.6 keeps 8 bytes of embed_visible's backward in local memory on sm_100, 3.8 none.
-    assert report["spills"] <= (8 if backend._release("triton") < (3, 7) else 0)
+def test_nothing_spills_but_what_is_faster_so(report):
+    for row, spilled in report["spilling"].items():
+        assert spilled <= SPILLS.get(row, 0), row
+    assert report["spills"] == sum(report["spilling"].values())
+    assert report["shared"] <= 99 * 1024  # of a program on the smallest GPUs, sm_86 and sm_120
     assert {row.split()[0] for row in report["widest"]} == KERNELS
     for capability in (80, 90, 100):
         for kernel in KERNELS:

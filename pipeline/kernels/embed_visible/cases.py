@@ -41,6 +41,7 @@ CASES = (
         kernels=("embed_visible", "embed_visible_backward"),
         gradient=True,
         wide=("embed_visible",),
+        rounds=True,
     ),
 )
 

@@ -69,15 +69,14 @@ def reference_loss(s: Sizes) -> None:
 
 def traffic(s: Sizes, image: Tensor, region: Tensor, relaxed: bool = False) -> dict[str, Traffic]:
     """Forward and backward of patch_loss, without weights."""
-    from pipeline.kernels.patch_loss.triton import ROWS
+    from pipeline.kernels.patch_loss.triton import GRAD_ROWS, ROWS
 
     rows = region.numel()
     predictions = rows * s.values * s.element * (2 if relaxed else 1)
     pixels, moved = rows * s.values, patch_bytes(image, region, s.patch)
-    programs = -(-rows // ROWS)
-    partial = programs * 8
+    partial = -(-rows // ROWS) * 8
     read = predictions + rows * 4
-    upstream = programs * (8 if relaxed else 4)
+    upstream = -(-rows // GRAD_ROWS) * (8 if relaxed else 4)
     return {
         "forward": Traffic(
             read + pixels + partial, read + moved + partial, read + pixels + 8, around=partial + 8

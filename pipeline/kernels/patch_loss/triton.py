@@ -1,13 +1,14 @@
 """Triton kernels of `patch_loss`: target and errors of a patch live in registers only.
 
 Rows are (sample, patch of the region). Forward: program i writes the sums of coefficient x error
-over its rows to partial[i]; the few partial sums are added afterwards in a fixed order. Backward
+over its rows to partial[:, i]; the few partial sums are added afterwards in a fixed order. Backward
 builds the target again:
 
     d prediction = coefficient (2 / values) (g1 (prediction - target) - g2 (other - prediction))
     d other      = coefficient (2 / values)  g2 (other - prediction)
 
-coefficient[b,r] = weight[b,r] / (B max(sum_r weight[b,r], 1)), or 1 / (B R) without weights.
+coefficient[b,r] = weight[b,r] / (B max(sum_r weight[b,r], 1)), or 1 / (B R) without weights; a
+program adds up the weights of its rows' samples itself, which the cache holds.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -30,7 +31,8 @@ from pipeline.kernels.patches_triton import (
     value_offset,
 )
 
-ROWS = 4
+ROWS, WARPS = 8, 8  # of a program; half as many of each would leave twice the partial sums
+GRAD_ROWS, GRAD_WARPS = 4, 4
 _EPSILON = tl.constexpr(EPSILON)
 
 
@@ -56,8 +58,25 @@ def _target(
 
 
 @triton.jit
+def _coefficient(weight_ptr, row, inside, per_image, constant, WEIGHTED: tl.constexpr):
+    """The share of rows in the mean, 0 beyond the last. constant: 1 / B, or 1 / (B R) for all."""
+    if WEIGHTED:
+        start = row // per_image * per_image
+        total = tl.zeros(row.shape, tl.float32)
+        for first in range(0, per_image, 256):
+            r = first + tl.arange(0, 256)
+            read = inside[:, None] & (r < per_image)[None, :]
+            weights = tl.load(weight_ptr + start[:, None] + r[None, :], mask=read, other=0)
+            total += tl.sum(weights, 1)
+        weight = tl.load(weight_ptr + row, mask=inside, other=0)
+        return weight / tl.maximum(total, 1.0) * constant
+    else:
+        return tl.where(inside, constant, 0.0)
+
+
+@triton.jit
 def patch_loss_kernel(
-    prediction_ptr, other_ptr, image_ptr, region_ptr, coefficient_ptr, partial_ptr, rows, constant,
+    prediction_ptr, other_ptr, image_ptr, region_ptr, weight_ptr, partial_ptr, rows, constant,
     per_image, columns, image_stride, row_stride,
     PATCH: tl.constexpr, PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
     SCALE: tl.constexpr, SHIFT: tl.constexpr, NORM_PIX: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -68,28 +87,29 @@ def patch_loss_kernel(
     j = tl.arange(0, J)
     inside = row < rows
     tile = inside[:, None] & (j < VALUES)[None, :]
+    at = row.to(tl.int64)[:, None] * VALUES + j[None, :]
+    # Asked for before the target waits for its pixels.
+    prediction = tl.load(prediction_ptr + at, mask=tile, other=0)
+    if OTHER:
+        other = tl.load(other_ptr + at, mask=tile, other=0)
     target = _target(image_ptr, region_ptr, row, inside, j, per_image, columns, image_stride,
                      row_stride, PATCH, PIXEL_STRIDE, CHANNEL_STRIDE, SCALE, SHIFT,
                      NORM_PIX)  # fmt: skip
-    at = row.to(tl.int64)[:, None] * VALUES + j[None, :]
-    prediction = tl.load(prediction_ptr + at, mask=tile, other=0).to(tl.float32)
-    if WEIGHTED:
-        coefficient = tl.load(coefficient_ptr + row, mask=inside, other=0)
-    else:
-        coefficient = tl.where(inside, constant, 0.0)
+    prediction = prediction.to(tl.float32)
+    share = _coefficient(weight_ptr, row, inside, per_image, constant, WEIGHTED)
     difference = tl.where(tile, prediction - target, 0.0)
     error = tl.sum(difference * difference, 1) / VALUES
-    tl.store(partial_ptr + tl.program_id(0) * 2, tl.sum(error * coefficient, 0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(error * share, 0))
     error = tl.zeros((ROWS,), tl.float32)
     if OTHER:
-        difference = tl.load(other_ptr + at, mask=tile, other=0).to(tl.float32) - prediction
+        difference = other.to(tl.float32) - prediction
         error = tl.sum(difference * difference, 1) / VALUES
-    tl.store(partial_ptr + tl.program_id(0) * 2 + 1, tl.sum(error * coefficient, 0))
+    tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.sum(error * share, 0))
 
 
 @triton.jit
 def patch_loss_backward_kernel(
-    prediction_ptr, other_ptr, image_ptr, region_ptr, coefficient_ptr, grad_ptr,
+    prediction_ptr, other_ptr, image_ptr, region_ptr, weight_ptr, grad_ptr,
     prediction_grad_ptr, other_grad_ptr, rows, constant,
     per_image, columns, image_stride, row_stride,
     PATCH: tl.constexpr, PIXEL_STRIDE: tl.constexpr, CHANNEL_STRIDE: tl.constexpr,
@@ -106,11 +126,7 @@ def patch_loss_backward_kernel(
                      NORM_PIX)  # fmt: skip
     at = row.to(tl.int64)[:, None] * VALUES + j[None, :]
     prediction = tl.load(prediction_ptr + at, mask=tile, other=0).to(tl.float32)
-    factor = tl.full((ROWS,), 2.0 / VALUES, tl.float32)
-    if WEIGHTED:
-        factor *= tl.load(coefficient_ptr + row, mask=inside, other=0)
-    else:
-        factor *= constant
+    factor = _coefficient(weight_ptr, row, inside, per_image, constant, WEIGHTED) * (2.0 / VALUES)
     grad = (factor * tl.load(grad_ptr))[:, None] * (prediction - target)
     if OTHER:
         difference = tl.load(other_ptr + at, mask=tile, other=0).to(tl.float32) - prediction
@@ -118,13 +134,6 @@ def patch_loss_backward_kernel(
         tl.store(other_grad_ptr + at, pull.to(other_grad_ptr.dtype.element_ty), mask=tile)
         grad -= pull
     tl.store(prediction_grad_ptr + at, grad.to(prediction_grad_ptr.dtype.element_ty), mask=tile)
-
-
-def _coefficient(weight: Tensor | None) -> Tensor | None:
-    if weight is None:
-        return None
-    share = weight / (weight.sum(1, keepdim=True).clamp(min=1) * len(weight))
-    return share.contiguous()
 
 
 def _settings(
@@ -136,13 +145,13 @@ def _settings(
     norm_pix: bool,
     weighted: bool,
     other: bool,
-) -> tuple[Any, dict[str, Any]]:
-    """(grid, the arguments both kernels share)."""
+) -> dict[str, Any]:
+    """The arguments both kernels share."""
     scale, shift = channel_scale(mean, std)
     rows = region.numel()
-    return (triton.cdiv(rows, ROWS),), {
+    return {
         "rows": rows,
-        "constant": 1.0 / rows,
+        "constant": 1.0 / (len(region) if weighted else rows),
         "per_image": region.shape[1],
         "columns": image.shape[2] // patch,
         "PATCH": patch,
@@ -151,9 +160,7 @@ def _settings(
         "NORM_PIX": norm_pix,
         "WEIGHTED": weighted,
         "OTHER": other,
-        "ROWS": ROWS,
         "J": triton.next_power_of_2(3 * patch * patch),
-        "num_warps": 4,
         **image_strides(image),
     }
 
@@ -170,15 +177,17 @@ def _patch_loss(
     std: Sequence[float],
     norm_pix: bool,
 ) -> Tensor:
-    grid, settings = _settings(
+    settings = _settings(
         image, region, patch, mean, std, norm_pix, weight is not None, other is not None
     )
-    partial = image.new_empty(grid[0], 2, dtype=torch.float32)
-    patch_loss_kernel[grid](
+    programs = triton.cdiv(region.numel(), ROWS)
+    partial = image.new_empty(2, programs, dtype=torch.float32)
+    patch_loss_kernel[(programs,)](
         prediction.contiguous(), None if other is None else other.contiguous(), image,
-        region.contiguous(), _coefficient(weight), partial, **settings,
+        region.contiguous(), None if weight is None else weight.contiguous(), partial,
+        ROWS=ROWS, num_warps=WARPS, **settings,
     )  # fmt: skip
-    return partial.sum(0)
+    return partial.sum(1)
 
 
 @_patch_loss.register_fake
@@ -209,7 +218,7 @@ def _patch_loss_backward(
     std: Sequence[float],
     norm_pix: bool,
 ) -> tuple[Tensor, Tensor]:
-    grid, settings = _settings(
+    settings = _settings(
         image, region, patch, mean, std, norm_pix, weight is not None, other is not None
     )
     prediction_grad = torch.empty_like(prediction, memory_format=torch.contiguous_format)
@@ -217,10 +226,10 @@ def _patch_loss_backward(
         other_grad = prediction.new_empty(0)
     else:
         other_grad = torch.empty_like(other, memory_format=torch.contiguous_format)
-    patch_loss_backward_kernel[grid](
+    patch_loss_backward_kernel[(triton.cdiv(region.numel(), GRAD_ROWS),)](
         prediction.contiguous(), None if other is None else other.contiguous(), image,
-        region.contiguous(), _coefficient(weight), grad.contiguous(), prediction_grad, other_grad,
-        **settings,
+        region.contiguous(), None if weight is None else weight.contiguous(), grad.contiguous(),
+        prediction_grad, other_grad, ROWS=GRAD_ROWS, num_warps=GRAD_WARPS, **settings,
     )  # fmt: skip
     return prediction_grad, other_grad
 

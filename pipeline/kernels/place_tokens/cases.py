@@ -51,18 +51,18 @@ def reference_place(s: Sizes, backward: bool = False) -> None:
 
 def traffic(s: Sizes, prefix: int = 1) -> dict[str, Traffic]:
     """Forward and backward of place_tokens."""
-    from pipeline.kernels.place_tokens.triton import CHUNK, ROWS
+    from pipeline.kernels.place_tokens.triton import CHUNK, GRAD_ROWS, ROWS
 
     block = min(512, 1 << (s.decoder - 1).bit_length())
     rows = prefix + s.length
     in_d, in_batch = -(-s.decoder // block), -(-s.batch // CHUNK)
-    tiles = -(-rows // ROWS) * in_batch
+    tiles, grad_tiles = (-(-rows // of) * in_batch for of in (ROWS, GRAD_ROWS))
     tokens = s.batch * (prefix + s.keep) * s.decoder * s.element
     sequence = s.batch * rows * s.decoder * s.element
     inverse, row = s.batch * s.length * 4, s.decoder * s.element
     forward = tokens + sequence + inverse
     backward = tokens + sequence + inverse
-    partial = tiles * s.decoder * 4
+    partial = grad_tiles * s.decoder * 4
     again = inverse * (in_d - 1)
     table = rows * row
     return {

@@ -56,9 +56,11 @@ class _PlaceTokens(torch.autograd.Function):
             shown = flat.index_select(0, rows).view(batch, ctx.visible, width)
             tokens = torch.cat([grad[:, : ctx.prefix], shown], dim=1)
         if ctx.needs_input_grad[2]:
-            hidden = (inverse >= ctx.visible).to(grad.dtype)
+            exact = torch.promote_types(grad.dtype, mask_dtype)
+            hidden = (inverse >= ctx.visible).to(exact)
             weight = torch.nn.functional.pad(hidden, (ctx.prefix, 0)).flatten()
-            mask_token = torch.mv(flat.T, weight).to(mask_dtype)
+            mask_token = torch.mv(flat.to(exact).T, weight).to(mask_dtype)
         if ctx.needs_input_grad[3]:
-            position = grad.sum(0).to(position_dtype)
+            exact = torch.promote_types(grad.dtype, position_dtype)
+            position = grad.sum(0, dtype=exact).to(position_dtype)
         return tokens, None, mask_token, position, None

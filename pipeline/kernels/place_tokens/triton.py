@@ -16,7 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 16  # samples per program
-ROWS = 2
+ROWS = 2  # of the sequence
+# Backward leaves a partial sum per program: more rows make fewer of them, with as many loads of 16
+# bytes under way.
+GRAD_ROWS = 8
 
 
 @triton.jit
@@ -76,15 +79,17 @@ def place_tokens_backward_kernel(
     tl.store(mask_grad_ptr + program * WIDTH + d, tl.sum(total, 0), mask=d < WIDTH)
 
 
-def _launch(batch: int, length: int, prefix: int, width: int) -> tuple[Any, dict[str, int]]:
+def _launch(
+    batch: int, length: int, prefix: int, width: int, rows: int
+) -> tuple[Any, dict[str, int]]:
     block = min(512, triton.next_power_of_2(width))
     grid = (
-        triton.cdiv(prefix + length, ROWS),
+        triton.cdiv(prefix + length, rows),
         triton.cdiv(width, block),
         triton.cdiv(batch, CHUNK),
     )
     sizes = {"LENGTH": length, "PREFIX": prefix, "WIDTH": width}
-    return grid, {**sizes, "CHUNK": CHUNK, "ROWS": ROWS, "D": block, "num_warps": 4}
+    return grid, {**sizes, "CHUNK": CHUNK, "ROWS": rows, "D": block, "num_warps": 4}
 
 
 @torch.library.custom_op("relaxmim::place_tokens", mutates_args=())
@@ -94,7 +99,7 @@ def _place_tokens(
     batch, count, width = tokens.shape
     length = inverse.shape[1]
     out = tokens.new_empty(batch, prefix + length, width)
-    grid, settings = _launch(batch, length, prefix, width)
+    grid, settings = _launch(batch, length, prefix, width, ROWS)
     place_tokens_kernel[grid](
         tokens.contiguous(), inverse.contiguous(), mask_token.contiguous(), position.contiguous(),
         out, batch, count, **settings,
@@ -111,20 +116,21 @@ def _(tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, pre
 def _place_tokens_backward(
     grad: Tensor, inverse: Tensor, prefix: int, count: int
 ) -> tuple[Tensor, Tensor]:
+    """(d tokens, d mask_token in fp32)."""
     batch, _, width = grad.shape
-    grid, settings = _launch(batch, inverse.shape[1], prefix, width)
+    grid, settings = _launch(batch, inverse.shape[1], prefix, width, GRAD_ROWS)
     tokens_grad = grad.new_empty(batch, count, width)
     partial = grad.new_empty(grid[0] * grid[2], width, dtype=torch.float32)
     place_tokens_backward_kernel[grid](
         grad.contiguous(), inverse.contiguous(), tokens_grad, partial, batch, count, **settings
     )
-    return tokens_grad, partial.sum(0).to(grad.dtype)
+    return tokens_grad, partial.sum(0)
 
 
 @_place_tokens_backward.register_fake
 def _(grad: Tensor, inverse: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
     batch, _, width = grad.shape
-    return grad.new_empty(batch, count, width), grad.new_empty(width)
+    return grad.new_empty(batch, count, width), grad.new_empty(width, dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
