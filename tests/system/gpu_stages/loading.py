@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eval.shared.processes import LAUNCHER
 from gpu_stages.common import ROOT, Fault, Where
 from pipeline.data.crops import Crop
 from pipeline.data.loader import LoaderConfig, train_loader
@@ -50,6 +52,11 @@ def shards(where: Where, times: int = 1) -> Path:
 # ---- kill and resume -----------------------------------------------------------------------------
 
 
+def alone() -> dict[str, str]:
+    """The environment without the ranks of this process: of a run of its own."""
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+
+
 def losses(run: Path) -> dict[int, float]:
     """Step → loss of every line that was written to the end."""
     path, found = run / "metrics.jsonl", {}
@@ -77,7 +84,7 @@ def resume(where: Where) -> dict[str, Any]:
                   "optimizer.warmup_epochs=1"]  # fmt: skip
     for override in overrides:
         command += ["--set", override]
-    first = subprocess.Popen(command, cwd=ROOT)
+    first = subprocess.Popen(command, cwd=ROOT, env=alone())
     try:
         while first.poll() is None and max(losses(run), default=0) < 14:
             time.sleep(0.01)
@@ -92,7 +99,7 @@ def resume(where: Where) -> dict[str, Any]:
             f"saved were {sorted(saved)}; see the log"
         )
     last = max(before)
-    done = subprocess.run([*command, "--max-steps", str(last)], cwd=ROOT, check=False)
+    done = subprocess.run([*command, "--max-steps", str(last)], cwd=ROOT, env=alone(), check=False)
     after = losses(run)
     again = range(max(saved) + 1, last + 1)
     missing = [step for step in again if step not in after]
@@ -131,7 +138,7 @@ def pretrain(where: Where) -> dict[str, Any]:
     for override in overrides:
         command += ["--set", override]
     begun = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=alone(), check=False)
     if done.returncode:
         raise Fault(f"pipeline/pretrain.py ended with {done.returncode}; see the log")
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -142,9 +149,9 @@ def pretrain(where: Where) -> dict[str, Any]:
         "batch": batch,
         "whole_seconds": time.monotonic() - begun,
     }
-    alone = where.found("step").get("steps", {}).get("mae, compiled, graphs", {})
-    if "images_per_second" in alone:
-        found["of_step"] = found["images_per_second"] / alone["images_per_second"]
+    step = where.found("step").get("steps", {}).get("mae, compiled, graphs", {})
+    if "images_per_second" in step:
+        found["of_step"] = found["images_per_second"] / step["images_per_second"]
     return found
 
 
