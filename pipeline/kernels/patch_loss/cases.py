@@ -69,14 +69,16 @@ def reference_loss(s: Sizes) -> None:
 
 def traffic(s: Sizes, image: Tensor, region: Tensor, relaxed: bool = False) -> dict[str, Traffic]:
     """Forward and backward of patch_loss, without weights."""
-    from pipeline.kernels.patch_loss.triton import GRAD_ROWS, ROWS
+    from pipeline.kernels.patch_loss import triton as launched
 
+    forward = launched.TILE_OF_TWO if relaxed else launched.TILE
+    backward = launched.GRAD_TILE_OF_TWO if relaxed else launched.GRAD_TILE
     rows = region.numel()
     predictions = rows * s.values * s.element * (2 if relaxed else 1)
     pixels, moved = rows * s.values, patch_bytes(image, region, s.patch)
-    partial = -(-rows // ROWS) * 8
+    partial = -(-rows // forward[0]) * 8
     read = predictions + rows * 4
-    upstream = -(-rows // GRAD_ROWS) * (8 if relaxed else 4)
+    upstream = -(-rows // backward[0]) * (8 if relaxed else 4)
     return {
         "forward": Traffic(
             read + pixels + partial, read + moved + partial, read + pixels + 8, around=partial + 8
