@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.recipe import DecoderRecipe
+from pipeline.method.attention import attend
 from pipeline.method.decoder import PixelDecoder, take_rows
 from pipeline.method.views import View
 
@@ -81,7 +82,7 @@ class CrossAttention(nn.Module):
         """query [B, R, D] (projected), memory [B, 1 + K, D] → [B, R, D]."""
         parts = (query, *self.kv(memory).chunk(2, dim=-1))
         heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        mixed = F.scaled_dot_product_attention(*heads)
+        mixed = attend(*heads)
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
 from pipeline.errors import UserError
+from pipeline.method.attention import attend
 from pipeline.method.views import View
 from pipeline.method.vit import init_weights, sincos_position
 
@@ -159,7 +160,7 @@ class DecoderBlock(Block):
     def _attend(self, *qkv: Tensor) -> Tensor:
         """q [B, R, D], k and v [B, N, D] → [B, R, D], projected."""
         heads = [t.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for t in qkv]
-        mixed = F.scaled_dot_product_attention(*heads)
+        mixed = attend(*heads)
         return self.attn.proj(mixed.transpose(1, 2).flatten(2))
 
 

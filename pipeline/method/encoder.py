@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import Attention
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline import kernels
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
+from pipeline.method.attention import attend, attention_order
 from pipeline.method.positions import resize_positions
 from pipeline.method.source import no_encoder, read_info
 from pipeline.method.views import View
@@ -65,7 +65,8 @@ class EncoderBlock(Block):
 
     def forward(self, x: Tensor, shapes: Shapes = ()) -> Tensor:  # type: ignore[override]
         if not shapes:
-            return super().forward(x)
+            with attention_order(x.shape[1], x):
+                return super().forward(x)
         x = x + self.ls1(self._attend(self.norm1(x), shapes))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
@@ -77,7 +78,7 @@ class EncoderBlock(Block):
         for (images, tokens), part in zip(shapes, parts, strict=True):
             heads = part.view(images, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
             q, k, v = heads.unbind(0)
-            out = F.scaled_dot_product_attention(attn.q_norm(q), attn.k_norm(k), v)
+            out = attend(attn.q_norm(q), attn.k_norm(k), v)
             mixed.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return attn.proj(attn.norm(torch.cat(mixed)))
 

@@ -34,7 +34,8 @@ class Teacher(nn.Module):
     It is outside the DeepSpeed module: not cast, not partitioned, not optimised. A measure
     without a projector gets the tokens of f'. Beside a 16-bit student it keeps a 16-bit copy of
     the weights of its linears, made once per update instead of in every forward pass; the rest of
-    that copy is the fp32 state itself, and no checkpoint has it.
+    that copy is the fp32 state itself, and no checkpoint has it. Its blocks are compiled where the
+    teacher's are.
     """
 
     def __init__(self, objective: Online) -> None:
@@ -128,6 +129,9 @@ class _Copy:
         both = nn.ModuleList([encoder] if projector is None else [encoder, projector])
         held: list[Tensor] = [*both.parameters(), *both.buffers()]
         self._both = copy.deepcopy(both, {id(tensor): tensor for tensor in held})
+        for mine, theirs in zip(self._both.modules(), both.modules(), strict=True):
+            if theirs._compiled_call_impl is not None:  # which a deep copy does not have
+                mine.compile(dynamic=False)
         self.dtype = dtype
         self._wide: list[Tensor] = [*linear_weights(both)]
         self._narrow: list[Tensor] = []

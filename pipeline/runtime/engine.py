@@ -152,6 +152,13 @@ class Engine:
         self._norm: Tensor | None = None
         self.step_skipped = False  # the last step, since its gradient was not finite
 
+    def adopt(self, teacher: nn.Module) -> None:
+        """Move a teacher, which DeepSpeed does not know, to the module's device; its blocks are
+        compiled where the module's are."""
+        teacher.to(self.engine.device)
+        if self.plan.compile:
+            compile_blocks(teacher, may_fail="compile" in self.plan.may_fail)
+
     def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights.
 

@@ -147,7 +147,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     with explaining_memory(plan, recipe.encoder.image_size):
         engine = Engine(objective, parameter_groups(objective), plan)
         if teacher is not None:
-            teacher.to(ranks.device)
+            engine.adopt(teacher)
     first, resumed = 0, ""
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)

@@ -85,7 +85,7 @@ def ours(where: Where, way: Way, batch: int, few: int) -> Contestant:
     plan = plan_recipe(settings, recipe, 1)
     engine = engines.Engine(objective, parameter_groups(objective), plan)
     if teacher is not None:
-        teacher.to(where.device)
+        engine.adopt(teacher)
     image, sample = where.images(recipe, batch), where.numbers(0, batch)
 
     def step(count: int) -> None:

@@ -51,7 +51,7 @@ def curve(recipe: Recipe, config: dict[str, Any], where: Where, steps: int) -> l
     objective, teacher = build_objective(recipe)
     engine = engines.Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
     if teacher is not None:
-        teacher.to(where.device)
+        engine.adopt(teacher)
     losses = []
     try:
         for step in range(steps):

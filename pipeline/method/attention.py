@@ -1,0 +1,31 @@
+"""Which of torch's attention kernels runs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Tokens up to which a GPU takes the memory-efficient kernel before flash attention, whose backward
+# pass works on tiles of more keys than there are: 161 us instead of 436 for both passes of 50
+# tokens on an H100 (docs/gpu.md).
+SHORT = 64
+ORDER = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+def attention_order(tokens: int, like: Tensor) -> AbstractContextManager[None]:
+    """A context in which scaled_dot_product_attention of so many tokens, on the device of `like`,
+    takes the fastest kernel."""
+    if tokens > SHORT or not like.is_cuda:
+        return nullcontext()
+    order: AbstractContextManager[None] = sdpa_kernel(ORDER, set_priority=True)
+    return order
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √C) v by the fastest kernel: q [B, H, R, C], k and v [B, H, N, C] →
+    [B, H, R, C]."""
+    with attention_order(max(q.shape[-2], k.shape[-2]), q):
+        return F.scaled_dot_product_attention(q, k, v)
