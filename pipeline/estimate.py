@@ -31,7 +31,7 @@ from shard_tools.atomic import write_json
 # Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
 # virtual machine with AVX2. `make bench-data` measures the whole loader.
 CORE_IMAGES = 1000.0
-UTILISATION = 0.28  # of the peak: MAE's as shipped, 256 images, on an H100 (docs/gpu.md)
+UTILISATION = 0.29  # of the peak: MAE's as shipped, 256 images, on an H100 (docs/gpu.md)
 # Ways to run (docs/training.md): torch_autocast, as shipped; bf16 weights with gradients kept and
 # summed in bf16 or in fp32; fp32.
 PRECISIONS = ("autocast", "bf16", "bf16-fp32-grads", "fp32")

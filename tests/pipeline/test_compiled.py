@@ -23,15 +23,20 @@ def gradients(name, *, compiled, autocast, checkpointing):
     if compiled:
         torch.compiler.reset()
         compile_blocks(objective)
+        if teacher is not None:
+            compile_blocks(teacher)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss, _ = objective(images(), SAMPLE, 2, teacher)
     loss.backward()
+    if teacher is not None:  # the encoder that made the keys
+        block = (teacher._copy.networks()[0] if autocast else teacher.encoder).blocks[0]
+        assert (block._compiled_call_impl is not None) == compiled
     return loss.detach(), {name: p.grad for name, p in objective.named_parameters()}
 
 
 @pytest.mark.parametrize(
     ("name", "autocast", "checkpointing"),
-    [("mae", False, False), ("rmae", True, False), ("cmae", False, True)],
+    [("mae", False, False), ("rmae", True, False), ("cmae", False, True), ("cmae", True, False)],
 )
 def test_gradients_of_compiled_blocks(name, autocast, checkpointing, monkeypatch):
     # Traced and differentiated as in a run; the code generator would take a minute on a CPU.

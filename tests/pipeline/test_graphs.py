@@ -134,7 +134,7 @@ for method, precision in (("mae", "torch_autocast"), ("rmae", "bf16"), ("cmae", 
     objective, teacher = build_objective(recipe)
     engine = Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
     if teacher is not None:
-        teacher.to("cuda")
+        engine.adopt(teacher)
     image, sample = images(4).cuda(), torch.arange(4, device="cuda")
     rows = []
     for micro in range(6):
@@ -174,6 +174,19 @@ for graphs, since in (("auto", 0), ("auto", 1), (True, 0)):
         found[f"failed, {graphs}, {since}"] = given_up
     except RuntimeError as error:
         found[f"failed, {graphs}, {since}"] = str(error)
+# Which attention a block takes for sequences of two lengths.
+wide = "measure.decoder={width: 16, depth: 1, heads: 2}"  # of 8 channels a head
+objective, _ = build_objective(tiny_recipe("mae", wide))
+for part in (objective.encoder, objective.measure.decoder):
+    block = part.blocks[0].cuda().bfloat16()
+    for tokens in (64, 65):
+        x = torch.zeros(2, tokens, block.norm1.weight.numel(), device="cuda", dtype=torch.bfloat16)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            block(x)
+        names = {event.key for event in profile.key_averages()}
+        efficient = "aten::_scaled_dot_product_efficient_attention" in names
+        flash = "aten::_scaled_dot_product_flash_attention" in names
+        found.setdefault("attention", []).append([tokens, efficient, flash])
 print(json.dumps(found))
 """
 
@@ -196,6 +209,7 @@ def test_a_micro_batch_is_one_launch_and_few_around_it(stand_in):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "AccumulateGrad" not in done.stderr  # its node would be of another stream
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["attention"] == 2 * [[64, True, False], [65, False, True]]
     assert found["failed, auto, 0"] == [True] * 4
     assert found["failed, auto, 1"] == [False, False, True, True]
     assert (

@@ -168,15 +168,22 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
             f"{found['features_apart']:.1g} off the CPU's.", ""]  # fmt: skip
 
 
+# What of Nsight Compute's figures goes on the page; all are in result.json.
+PROFILED = (
+    "Duration", "DRAM Throughput", "L2 Cache Throughput", "L1/TEX Cache Throughput",
+    "Compute (SM) Throughput", "Registers Per Thread", "Dynamic Shared Memory Per Block",
+    "Achieved Occupancy",
+)  # fmt: skip
+
+
 def ncu_lines(found: dict[str, Any]) -> list[str]:
-    """Nsight Compute's figures of the slowest call."""
+    """Nsight Compute's figures of the slowest call, a column for each of its kernels."""
     if "kernels" not in found:
         return []
-    lines = [f"## Nsight Compute: {found['call']}", ""]
-    for kernel, metrics in found["kernels"].items():
-        body = [[name, value] for name, value in metrics.items()]
-        lines += [*table([kernel, ""], body), ""]
-    return lines
+    kernels = found["kernels"].values()
+    body = [[name, *(row.get(name, "-") for row in kernels)] for name in PROFILED]
+    head = f"## Nsight Compute: {found['call']}"
+    return [head, "", *table(["", *found["kernels"]], body), ""]
 
 
 PARTS = {
