@@ -168,7 +168,7 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
             f"{found['features_apart']:.1g} off the CPU's.", ""]  # fmt: skip
 
 
-# What of Nsight Compute's figures goes on the page; all are in result.json.
+# Those of Nsight Compute's figures that are on the page; all are in result.json.
 PROFILED = (
     "Duration", "DRAM Throughput", "L2 Cache Throughput", "L1/TEX Cache Throughput",
     "Compute (SM) Throughput", "Registers Per Thread", "Dynamic Shared Memory Per Block",
