@@ -48,7 +48,8 @@ test-torch:   ## the unit tests under another torch, in build/torch-TORCH (TORCH
 	@test -x build/torch-$(TORCH)/bin/pytest || { $(PYTHON) -m venv build/torch-$(TORCH) && \
 		grep -vE '^(torch|torchvision)==' requirements.in >build/torch-$(TORCH)/others.txt && \
 		build/torch-$(TORCH)/bin/pip install -q --disable-pip-version-check torch==$(TORCH) torchvision \
-			'numpy<2.4' -r build/torch-$(TORCH)/others.txt; }
+			'numpy<2.4' -r build/torch-$(TORCH)/others.txt && \
+		build/torch-$(TORCH)/bin/pip install -q --disable-pip-version-check --no-deps -e .; }
 	build/torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist loadfile \
 		$(or $(TESTS),tests/pipeline tests/kernels tests/shard_tools)
 

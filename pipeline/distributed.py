@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.processor import BF16, processor
 from shard_tools.cores import cores
 
 
@@ -170,11 +171,10 @@ def can_build() -> bool:
 
 
 def bf16_units() -> bool:
-    """Whether this device multiplies bf16 natively: a GPU since Ampere, AVX-512-BF16 or AMX."""
+    """Whether this device multiplies bf16 natively: a GPU since Ampere, a processor of BF16."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return bool(processor().flags & BF16)
 
 
 def check_environment() -> None:

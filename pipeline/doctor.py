@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import reason
+from pipeline.processor import BF16, processor
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
 
 GIB = 1 << 30
@@ -154,29 +155,19 @@ def processor_findings(torch: ModuleType | None, proc: Path = Path("/proc")) -> 
     found += f" (affinity {affinity}" + (f", quota {quota:g})" if quota < UNLIMITED else ")")
     cost = "decoding and training share one core"
     yield unless(cores() > 1, "cores", found, cost)
-    flags = cpu_flags(proc)
+    flags = processor(proc).flags
     if platform.machine() in ("x86_64", "AMD64"):
         units = [name for name in ("avx2", "avx512f", "amx_tile") if name in flags]
         cost = "slow matrix products and resizing on the CPU"
         yield unless("avx2" in flags, "vector units", ", ".join(units) or "no AVX2", cost)
     else:
         yield ok("vector units", platform.machine())
-    native = flags & {"avx512_bf16", "amx_bf16", "bf16"}
+    native = flags & BF16
     cost = "bf16 on the CPU is emulated and slower than fp32; the shipped settings take fp32 there"
     yield unless(bool(native), "bf16 on the CPU", ", ".join(sorted(native)) or "none", cost)
     if torch is not None and not torch.distributed.is_available():
         yield stop("torch.distributed", "not in this torch", "install a torch that has it")
     yield memory_finding(proc)
-
-
-def cpu_flags(proc: Path = Path("/proc")) -> set[str]:
-    """What the first processor can do, as Linux names it."""
-    try:
-        lines = (proc / "cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    words = (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features")))
-    return set(next(words, "").split())
 
 
 def memory_finding(proc: Path = Path("/proc")) -> Finding:

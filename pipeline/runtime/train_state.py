@@ -21,6 +21,7 @@ from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
+from pipeline.processor import processor
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.memory import explaining_memory
@@ -303,4 +304,4 @@ def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[s
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.cpu.get_capabilities().get('cpu_name', 'unknown')})"
+    return f"CPU ({processor().name or 'unknown'})"

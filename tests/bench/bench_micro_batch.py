@@ -18,6 +18,7 @@ from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
+from pipeline.processor import processor
 from pipeline.runtime.engine import Engine, init_ranks
 
 SMALL = ["encoder.image_size=32", "data.partitions=8",
@@ -81,7 +82,7 @@ def main() -> None:
         result[case] = {m: round(statistics.median(s), 2) for m, s in speeds.items()}
         print(f"{case:12}", *(f"{m}: {v:g}" for m, v in result[case].items()), sep="  ", flush=True)
     print(json.dumps({"images_per_second": result, "threads": torch.get_num_threads(),
-                      "cpu": torch.cpu.get_capabilities().get("cpu_name", "")}))  # fmt: skip
+                      "cpu": processor().name}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from kernels_testing import DEVICE, IMAGENET, assert_agree, noise, random_images, using
 
 from pipeline import kernels
@@ -23,6 +24,8 @@ WIDE = {kernel for case in CASES for kernel in case.wide}
 @pytest.fixture(scope="module")
 def report():
     """The last line of the quick report, made by compiling for real in another process."""
+    if not hasattr(triton.JITFunction, "_pack_args"):
+        pytest.skip("Triton 3.4 packs arguments within a launch")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "bench/kernels_report.py"
     done = subprocess.run(

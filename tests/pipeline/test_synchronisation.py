@@ -1,5 +1,6 @@
 """A step makes the host wait for the device nowhere but where DeepSpeed itself does."""
 
+import functools
 import json
 import os
 import subprocess
@@ -107,9 +108,22 @@ def test_masks_jitter_and_cutmix_are_few_launches_without_a_wait(variant, launch
 BUNDLED = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "demo_size")
 
 
+@functools.cache
+def fake_gpu_works():
+    """Whether fake tensors of a GPU can be indexed where there is none: not under torch 2.8."""
+    with FakeTensorMode():
+        try:
+            torch.empty(2, device="cuda")[0]
+        except RuntimeError:
+            return False
+    return True
+
+
 def on_a_fake_gpu(name, implementation):
     """What a bundled recipe's forward pass and teacher carry between host and device: names of ops.
     A read of the device's data raises, since a fake device has none."""
+    if not fake_gpu_works():
+        pytest.skip("this torch asks the driver for a fake GPU")
     recipe = tiny_recipe(name)
     objective, teacher = build_objective(recipe)
     with using(implementation), FakeTensorMode():

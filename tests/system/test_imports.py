@@ -66,6 +66,7 @@ FLOORS = (
         "pipeline.errors",
         "pipeline.help_text",
         "pipeline.late",
+        "pipeline.processor",
         "shard_tools.cores",
         "shard_tools.texts",
     ),
