@@ -186,9 +186,11 @@ def loader(where: Where) -> dict[str, Any]:
     most = max(found["images_per_second"].values())
     per_core = max(speed / int(n) for n, speed in found["images_per_second"].items())
     found["bound"] = {}
-    for name, row in where.found("step").get("steps", {}).items():
-        if name in ("mae", "rmae", "cmae") and "images_per_second" in row:
-            need = row["images_per_second"]
+    steps = where.found("step").get("steps", {})
+    for name in ("mae", "rmae", "cmae"):
+        ways = [steps.get(f"{name}{ending}", {}) for ending in ("", ", compiled, graphs")]
+        need = max((row.get("images_per_second", 0.0) for row in ways), default=0.0)
+        if need:
             found["bound"][name] = {
                 "by": "loader" if most < need else "GPU or host",
                 "cores_needed": need / per_core,
