@@ -248,6 +248,12 @@ int capture_info(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned 
     if (id && *status == cudaStreamCaptureStatusActive) *id = 1;
     return cudaSuccess;
 }
+/* its name in CUDA 12 */
+int capture_info_v2(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id)
+    __asm__("cudaStreamGetCaptureInfo_v2");
+int capture_info_v2(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id) {
+    return capture_info(s, status, id);
+}
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
     capturing = s;
     return cudaSuccess;

@@ -47,6 +47,9 @@ def environment(folder: Path) -> dict[str, str]:
     """Variables under which a process sees the stand-in as its one GPU; nothing is compiled into
     this environment's own caches."""
     library = build(folder)
+    link = folder / "libcuda.so"  # by which Triton 3.4 links
+    if not link.is_symlink():
+        link.symlink_to(library.name)
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
     return clean | {
         "LD_PRELOAD": str(library),

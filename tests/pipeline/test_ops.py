@@ -86,9 +86,9 @@ def test_the_folder_names_what_the_ops_depend_on(monkeypatch, tmp_path):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     assert extensions_dir().parent == tmp_path
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
-    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.version, "cuda", "11.0")
     names = {on_cpu.name, extensions_dir().name}
-    monkeypatch.setattr(torch, "__version__", "2.8.0+cu126")
+    monkeypatch.setattr(torch, "__version__", "2.7.0+cu110")
     names.add(extensions_dir().name)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     names.add(extensions_dir().name)
@@ -256,7 +256,8 @@ def test_a_compiler_that_fails_ends_in_torchs_adamw(tmp_path):
         [sys.executable, "-c", START], env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("optimizer: torch's fused AdamW (without DeepSpeed's ops: ")
+    said = "optimizer: torch's fused AdamW (without DeepSpeed's ops: "
+    assert any(line.startswith(said) for line in done.stdout.splitlines())  # gloo may speak first
     assert "/bin/false" in done.stdout
     assert "Traceback" not in done.stderr
 
