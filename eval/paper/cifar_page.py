@@ -7,7 +7,7 @@ from pathlib import Path
 from eval.paper.archive import LOOK, PCA
 from eval.paper.reproduction import beside
 from eval.paper.study import Study, rules, wanted_metrics
-from eval.paper.tuning import Trial, best, read_trials
+from eval.paper.tuning import Trial, at_edge, best, read_trials
 from eval.protocols import headings
 from eval.reporting.chapters import picture_of
 from eval.reporting.page import Chapter
@@ -108,11 +108,17 @@ def look_chapter(pca: Path) -> Chapter:
 def tuning_chapter(trials: Sequence[Trial]) -> Chapter:
     """Every learning rate that was tried, on held-out training images; the chosen ones marked."""
     tables = [tuning_table(trials, stage) for stage in ("pretrain", "finetune")]
-    texts = (
+    texts = [
         "Chosen on a tenth of the training images, held out, with as many trials and as many "
-        "images seen for every method, and one seed that no claim uses.",
-    )
-    return Chapter("tuning", "Learning rates", texts, tuple(t for t in tables if t.rows))
+        "images seen for every method, and one seed that no claim uses."
+    ]
+    for stage, what in (("pretrain", "pretraining"), ("finetune", "finetuning")):
+        if methods := at_edge(trials, stage):
+            texts.append(
+                f"At an end of the rates tried, so that a better one may be beyond it: {what} of "
+                f"{', '.join(methods)}."
+            )
+    return Chapter("tuning", "Learning rates", tuple(texts), tuple(t for t in tables if t.rows))
 
 
 def tuning_table(trials: Sequence[Trial], stage: str) -> Table:

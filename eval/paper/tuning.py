@@ -165,6 +165,14 @@ def best(trials: Sequence[Trial], stage: str) -> dict[str, float]:
     return {method: trial.base_lr for method, trial in found.items()}
 
 
+def at_edge(trials: Sequence[Trial], stage: str) -> list[str]:
+    """Methods whose best rate is the lowest or the highest that was tried: a better one may lie
+    beyond it."""
+    rates = {trial.base_lr for trial in trials if trial.stage == stage}
+    ends = {min(rates), max(rates)} if len(rates) > 1 else set()
+    return [method for method, rate in best(trials, stage).items() if rate in ends]
+
+
 def read_trials(path: Path) -> list[Trial]:
     """The trials of a tuning.json, none where there is no file. UserError where it is none."""
     if not path.is_file():

@@ -27,14 +27,14 @@ from eval.paper.cifar_claims import (
     cifar_row,
     claims_of,
 )
-from eval.paper.cifar_page import tuning_table
+from eval.paper.cifar_page import tuning_chapter, tuning_table
 from eval.paper.claims import CLAIMS
 from eval.paper.commands import Workspace, read_scale, row_jobs, row_recipe, run_name
 from eval.paper.cost import START, Rates, read_rates, recipe_of, within
 from eval.paper.job_runner import Command, unique
 from eval.paper.reproduction import result_path
 from eval.paper.study import wanted_metrics
-from eval.paper.tuning import SEED, best, read_trials
+from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
 from eval.shared.cifar_shards import make_cifar_shards
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
@@ -149,7 +149,7 @@ def test_every_method_has_the_same_trials_on_held_out_images(data, tmp_path):
     first, second = tuning.pretrainings(), tuning.finetunings({"MAE": 1.5e-3})
     pretrained = [job for job in first if recipe_of(job)]
     assert len(pretrained) == 3 * 5
-    assert len(second) == 3 * 6
+    assert len(second) == 4 * 6
     assert len({job.images for job in pretrained}) == 1
     assert len({job.images for job in second}) == 1
     for job in (*first, *second):
@@ -197,6 +197,11 @@ def test_the_best_rate_is_taken_and_every_trial_recorded(data, tmp_path):
     assert {(t.method, t.base_lr): t.value for t in trials} == values
     assert best(trials, "pretrain") == {"MAE": 2e-3, "R-MAE": 5e-4}  # of equals the lowest
     assert best(trials, "finetune") == {}
+    assert at_edge(trials, "pretrain") == ["MAE", "R-MAE"]
+    between = [Trial("MAE", "pretrain", 1e-3, "linprobe", 50.0), *trials]
+    assert at_edge(between, "pretrain") == ["R-MAE"]
+    assert at_edge(trials[:1], "pretrain") == at_edge(trials, "finetune") == []
+    assert "pretraining of R-MAE." in tuning_chapter(between).texts[1]
     study = cifar_plan.study_of(chosen.workspace, [5], 1, 1)
     assert study.row("MAE").last == ("optimizer.base_lr=0.002",)
     table = tuning_table(trials, "pretrain")
