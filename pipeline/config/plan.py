@@ -80,13 +80,15 @@ def deepspeed_stage(plan: RunPlan) -> int:
 
     One rank has nothing to share: its stage 3 would cut every parameter into one piece and gather
     it, and runs as stage 2, unless something is kept on the host. Stage 2 frees gradients while the
-    backward pass runs, which a CUDA graph cannot: with graphs it runs as stage 1.
+    backward pass runs, and stage 0 reduces them there, which a CUDA graph cannot: with graphs they
+    run as stage 1.
     """
     if _asks(plan, _CUT_OTHERWISE):
         return plan.stage
     if plan.stage == 3 and plan.world == 1:
         return 2
-    return 1 if plan.stage == 2 and plan.world > 1 and plan.cuda_graphs else plan.stage
+    during_backward = plan.stage == 0 or (plan.stage == 2 and plan.world > 1)
+    return 1 if during_backward and plan.cuda_graphs else plan.stage
 
 
 def takes_flat(plan: RunPlan) -> bool:
@@ -116,7 +118,7 @@ def why_no_graphs(plan: RunPlan) -> str:
         return "and gradient_checkpointing exclude each other"
     if not takes_flat(dataclasses.replace(plan, cuda_graphs=True)):
         return (
-            "needs zero_optimization.stage 1 or 2 (3 on one rank), with nothing offloaded and no "
+            "needs zero_optimization.stage 0 to 2 (3 on one rank), with nothing offloaded and no "
             "overlap_comm: otherwise DeepSpeed reduces gradients while the backward pass runs"
         )
     if plan.negatives and plan.world > 1:

@@ -46,18 +46,21 @@ def test_without_a_gpu_auto_is_off_and_true_refused():
 def test_auto_is_whatever_can_be(stage, world, gpu):
     plan = plan_of(stage, world=world, compiled="auto", graphs="auto")
     assert plan.may_fail == {"compile", "cuda_graphs"}
-    possible = stage in (1, 2) or (stage == 3 and world == 1)
-    assert plan.cuda_graphs == possible
-    assert plan.compile == (possible or stage == 0)
-    assert takes_flat(plan) == possible
+    possible = stage < 3 or world == 1
+    assert plan.cuda_graphs == plan.compile == takes_flat(plan) == possible
     if not possible:
-        with pytest.raises(UserError, match=r"cuda_graphs of the ds_config needs .*stage 1 or 2"):
+        with pytest.raises(UserError, match=r"cuda_graphs of the ds_config needs .*stage 0 to 2"):
             plan_of(stage, world=world)
 
 
-def test_stage_2_on_several_ranks_runs_as_1_with_graphs_alone(gpu):
-    stages = {graphs: deepspeed_stage(plan_of(2, world=2, graphs=graphs)) for graphs in (0, 1)}
-    assert stages == {0: 2, 1: 1}
+@pytest.mark.parametrize(("stage", "world"), [(2, 2), (0, 1), (0, 2)])
+def test_with_graphs_alone_what_reduces_in_the_backward_pass_runs_as_stage_1(gpu, stage, world):
+    plans = [plan_of(stage, world=world, graphs=graphs) for graphs in (False, True)]
+    assert [deepspeed_stage(plan) for plan in plans] == [stage, 1]
+    assert [takes_flat(plan) for plan in plans] == [False, True]
+
+
+def test_stage_2_of_one_rank_stays_as_it_is_with_graphs(gpu):
     assert deepspeed_stage(plan_of(2, graphs=True)) == 2
 
 
@@ -127,10 +130,11 @@ from pipeline.runtime.engine import Engine, init_ranks
 init_ranks()
 kernels.use("auto", "cuda")
 found = {}
-for method, precision in (("mae", "torch_autocast"), ("rmae", "bf16"), ("cmae", "torch_autocast")):
-    recipe = tiny_recipe(method)
-    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2},
-              precision: {"enabled": True}, "cuda_graphs": True}
+for name, precision, stage in (("mae fp32", None, 0), ("mae", "torch_autocast", 2),
+                               ("rmae", "bf16", 2), ("cmae", "torch_autocast", 2)):
+    recipe = tiny_recipe(name.split()[0])
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage},
+              "cuda_graphs": True} | ({precision: {"enabled": True}} if precision else {})
     objective, teacher = build_objective(recipe)
     engine = Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
     if teacher is not None:
@@ -152,7 +156,7 @@ for method, precision in (("mae", "torch_autocast"), ("rmae", "bf16"), ("cmae", 
         engine.micro_step(1e-3, image[:2], sample[:2], 1, teacher)
     except UserError as error:
         found["shape"] = str(error)
-    found[method] = rows
+    found[name] = rows
     engine.destroy()
 # A forward pass that reads the device cannot be captured.
 for graphs, since in (("auto", 0), ("auto", 1), (True, 0)):
@@ -217,8 +221,8 @@ def test_a_micro_batch_is_one_launch_and_few_around_it(stand_in):
     )
     assert "not permitted when stream is capturing" in found["failed, True, 0"]
     assert "a micro-batch has shapes [(2, 16, 16, 3), (2,)], the first had" in found["shape"]
-    for method in ("mae", "rmae", "cmae"):
-        rows = found[method]
+    for name in ("mae fp32", "mae", "rmae", "cmae"):
+        rows = found[name]
         assert [row["graphs"] for row in rows] == [1, 1, 1, 1, 2, 2]  # one for each epoch
         assert rows[0]["launches"] > 300  # the passes before the first graph
         for row in (rows[1], rows[2], rows[3], rows[5]):
