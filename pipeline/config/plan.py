@@ -99,6 +99,8 @@ def takes_flat(plan: RunPlan) -> bool:
     if plan.world == 1:
         return True
     config = plan.config
+    if plan.precision == "bf16" and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        return False  # of these DeepSpeed's stage 1 has another optimizer, which skips no step
     listed = config.get("torch_autocast", {}).get("lower_precision_safe_modules")
     scaled = config.get("prescale_gradients") or config.get("gradient_predivide_factor", 1.0) != 1
     return stage == 1 and not (listed or scaled or _asks(plan, _REDUCED_OTHERWISE))
@@ -118,8 +120,9 @@ def why_no_graphs(plan: RunPlan) -> str:
         return "and gradient_checkpointing exclude each other"
     if not takes_flat(dataclasses.replace(plan, cuda_graphs=True)):
         return (
-            "needs zero_optimization.stage 0 to 2 (3 on one rank), with nothing offloaded and no "
-            "overlap_comm: otherwise DeepSpeed reduces gradients while the backward pass runs"
+            "needs zero_optimization.stage 0 to 2 (3 on one rank), with nothing offloaded, no "
+            "overlap_comm and, on several ranks, no fp32 sums of bf16 gradients: otherwise "
+            "DeepSpeed reduces gradients while the backward pass runs"
         )
     if plan.negatives and plan.world > 1:
         return "excludes negatives from all ranks, which are sent while the loss is computed"

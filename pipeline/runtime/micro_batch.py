@@ -13,7 +13,7 @@ import torch
 
 import pipeline
 from pipeline.config.ds_config import plan_recipe
-from pipeline.config.plan import RunPlan
+from pipeline.config.plan import RunPlan, deepspeed_stage
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed import Ranks, agree
 from pipeline.errors import UserError
@@ -54,7 +54,8 @@ def images_that_fit(plan: RunPlan, recipe: Recipe, memory: int) -> int:
         path = Path(folder) / "recipe.yaml"
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         command: list[str | Path] = [
-            sys.executable, ESTIMATE, "--recipe", path, "--fit", str(plan.stage),
+            sys.executable, ESTIMATE, "--recipe", path, "--fit",
+            str(deepspeed_stage(plan)),
             "--gpus", str(plan.world), "--gpu-memory", str(memory / 1e9), "--precision", precision,
         ]  # fmt: skip
         command += ["--checkpointing"] if plan.checkpointing else []

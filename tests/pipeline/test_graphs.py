@@ -31,6 +31,7 @@ def plan_of(stage, *, world=1, method="mae", compiled=False, graphs=True, **zero
 def gpu(monkeypatch):
     """A plan is made as if there were a CUDA device."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipeline.distributed.bf16_units", lambda: True)
 
 
 def test_without_a_gpu_auto_is_off_and_true_refused():
@@ -74,8 +75,15 @@ def test_auto_compiles_no_short_schedule(gpu):
 
 def test_what_excludes_graphs_is_named(gpu):
     for zero in ({"offload_optimizer": {"device": "cpu"}}, {"overlap_comm": True}):
-        with pytest.raises(UserError, match="with nothing offloaded and no overlap_comm"):
+        with pytest.raises(UserError, match="with nothing offloaded, no overlap_comm and"):
             plan_of(1, world=2, **zero)
+    # On several ranks stage 2 would become 1, where DeepSpeed sums these by another optimizer.
+    config = read_ds_config("zero2-bf16-fp32-grads") | {"bf16": {"enabled": True}}
+    plans = [plan_recipe(config, tiny_recipe("mae"), world) for world in (1, 2)]
+    assert [plan.cuda_graphs for plan in plans] == [True, False]
+    assert [deepspeed_stage(plan) for plan in plans] == [2, 2]
+    with pytest.raises(UserError, match="on several ranks, no fp32 sums of bf16 gradients"):
+        plan_recipe(config | {"cuda_graphs": True}, tiny_recipe("mae"), 2)
     negatives = ["measure.negatives=all"]
     recipe = tiny_recipe("cmae", *negatives)
     config = {"cuda_graphs": True, "zero_optimization": {"stage": 1}}
