@@ -487,7 +487,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
 
 def graphs(stage: int, args: argparse.Namespace, recipe: Recipe) -> bool:
     """Whether cuda_graphs "auto" of the ds_config comes to true (config/plan.py)."""
-    if args.no_graphs or args.checkpointing or (recipe.measure.batch_negatives and args.gpus > 1):
+    if args.no_graphs or args.checkpointing or (recipe.measure.exchanges and args.gpus > 1):
         return False
     return stage < 3 or args.gpus == 1
 

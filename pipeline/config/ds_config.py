@@ -252,7 +252,7 @@ def split_batch(
 
 def make_plan(
     ds_config: dict[str, Any], optimizer: OptimizerRecipe, *, batch_size: int, partitions: int,
-    patches: int, world: int, negatives: bool = False, auto: bool = False,
+    patches: int, world: int, negatives: bool = False, exchanges: bool = False, auto: bool = False,
 ) -> RunPlan:  # fmt: skip
     """Split a global batch over the ranks and fill in what the recipe owns.
 
@@ -283,7 +283,7 @@ def make_plan(
     full.setdefault("steps_per_print", 10**9)
     plan = RunPlan(
         full, optimizer, optimizer.base_lr * batch_size / 256, stage, world, micro, accumulation,
-        precision, reason, negatives, checkpointing, False, False, watchdog_seconds,
+        precision, reason, negatives, checkpointing, False, False, watchdog_seconds, exchanges,
     )  # fmt: skip
     return settle(plan, compiled, graphs)
 
@@ -300,5 +300,6 @@ def plan_recipe(
         patches=patches or recipe.encoder.patches,
         world=world,
         negatives=recipe.measure.batch_negatives,
+        exchanges=recipe.measure.exchanges,
         auto=True,
     )

@@ -16,8 +16,9 @@ class RunPlan:
     """How a training runs on these ranks: DeepSpeed's configuration and what follows from it.
 
     config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
-    negatives: whether they come from the micro-batch of all ranks. may_fail: which of
-    compile and cuda_graphs are "auto": what cannot be compiled or captured is then run without.
+    negatives: whether they come from the micro-batch of all ranks. exchanges: whether ranks send
+    each other anything while the loss is computed. may_fail: which of compile and cuda_graphs are
+    "auto": what cannot be compiled or captured is then run without.
     """
 
     config: dict[str, Any]
@@ -34,6 +35,7 @@ class RunPlan:
     compile: bool
     cuda_graphs: bool
     watchdog_seconds: float
+    exchanges: bool = False
     may_fail: Set[str] = frozenset()
 
     def describe(self) -> list[str]:
@@ -124,8 +126,11 @@ def why_no_graphs(plan: RunPlan) -> str:
             "overlap_comm and, on several ranks, no fp32 sums of bf16 gradients: otherwise "
             "DeepSpeed reduces gradients while the backward pass runs"
         )
-    if plan.negatives and plan.world > 1:
-        return "excludes negatives from all ranks, which are sent while the loss is computed"
+    if plan.exchanges and plan.world > 1:
+        return (
+            "excludes what several ranks send each other while the loss is computed: negatives, "
+            "statistics of batch norm"
+        )
     return ""
 
 

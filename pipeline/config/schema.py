@@ -168,6 +168,11 @@ class MeasureRecipe(Section):
 
     kind: str
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether ranks send each other anything while the loss is computed."""
+        return self.batch_negatives
+
     if TYPE_CHECKING:  # each kind has its own further settings
 
         def __getattr__(self, name: str) -> Any: ...
@@ -230,6 +235,11 @@ class ContrastRecipe(MeasureRecipe):
     tokens: Literal["patch", "cls", "mean_patch", "patch+cls"] = "patch"
     symmetric: bool = False
     heads: HeadsRecipe = HeadsRecipe()
+
+    @property
+    def exchanges(self) -> bool:
+        """Keys, or the statistics of batch norm."""
+        return self.batch_negatives or self.heads.batch_norm
 
     @property
     def contrasts_patches(self) -> bool:

@@ -84,12 +84,14 @@ def test_what_excludes_graphs_is_named(gpu):
     assert [deepspeed_stage(plan) for plan in plans] == [2, 2]
     with pytest.raises(UserError, match="on several ranks, no fp32 sums of bf16 gradients"):
         plan_recipe(config | {"cuda_graphs": True}, tiny_recipe("mae"), 2)
-    negatives = ["measure.negatives=all"]
-    recipe = tiny_recipe("cmae", *negatives)
     config = {"cuda_graphs": True, "zero_optimization": {"stage": 1}}
-    with pytest.raises(UserError, match="excludes negatives from all ranks"):
-        plan_recipe(config, recipe, 2)
-    assert plan_recipe(config, recipe, 1).cuda_graphs
+    byol = ["measure.kind=byol", "measure.heads={batch_norm: true}"]
+    for changes in (["measure.negatives=all"], byol):
+        recipe = tiny_recipe("cmae", *changes)
+        with pytest.raises(UserError, match="excludes what several ranks send each other while"):
+            plan_recipe(config, recipe, 2)
+        assert plan_recipe(config, recipe, 1).cuda_graphs
+    assert plan_recipe(config, tiny_recipe("cmae", "measure.kind=byol"), 2).cuda_graphs
     checkpointing = {"cuda_graphs": "auto", "gradient_checkpointing": True}
     assert not plan_recipe(config | checkpointing, recipe, 1).cuda_graphs
 
