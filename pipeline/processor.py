@@ -17,7 +17,7 @@ class Processor:
 
 
 def processor(proc: Path = Path("/proc")) -> Processor:
-    """Read from proc/cpuinfo, since torch tells it from 2.9 on only."""
+    """Read from proc/cpuinfo, which torch 2.8 does not tell."""
     try:
         lines = (proc / "cpuinfo").read_text().splitlines()
     except OSError:
