@@ -45,11 +45,12 @@ test-fresh:   ## both README commands in bare Debian and Ubuntu roots → docs/f
 .PHONY: test-torch
 test-torch:   ## the unit tests under another torch, in build/torch-TORCH (TORCH=2.11.0 PYTHON=python3.12); GB to fetch
 	@test -n "$(filter-out keep add,$(TORCH))" || { echo "error: say which: make test-torch TORCH=2.11.0" >&2; exit 2; }
-	@test -x build/torch-$(TORCH)/bin/pytest || { $(PYTHON) -m venv build/torch-$(TORCH) && \
+	@test -e build/torch-$(TORCH)/ready || { $(PYTHON) -m venv build/torch-$(TORCH) && \
 		grep -vE '^(torch|torchvision)==' requirements.in >build/torch-$(TORCH)/others.txt && \
 		build/torch-$(TORCH)/bin/pip install -q --disable-pip-version-check torch==$(TORCH) torchvision \
 			'numpy<2.4' -r build/torch-$(TORCH)/others.txt && \
-		build/torch-$(TORCH)/bin/pip install -q --disable-pip-version-check --no-deps -e .; }
+		build/torch-$(TORCH)/bin/pip install -q --disable-pip-version-check --no-deps -e . && \
+		touch build/torch-$(TORCH)/ready; }
 	build/torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist loadfile \
 		$(or $(TESTS),tests/pipeline tests/kernels tests/shard_tools)
 

@@ -489,7 +489,7 @@ def graphs(stage: int, args: argparse.Namespace, recipe: Recipe) -> bool:
     """Whether cuda_graphs "auto" of the ds_config comes to true (config/plan.py)."""
     if args.no_graphs or args.checkpointing or (recipe.measure.exchanges and args.gpus > 1):
         return False
-    return stage < 3 or args.gpus == 1
+    return args.gpus == 1 or (stage < 3 and args.precision != "bf16-fp32-grads")
 
 
 def recommended(rows: list[dict[str, Any]]) -> int | None:

@@ -17,7 +17,7 @@ class Processor:
 
 
 def processor(proc: Path = Path("/proc")) -> Processor:
-    """Read from proc/cpuinfo, which torch 2.8 does not tell."""
+    """From proc/cpuinfo; torch 2.8 has no call for it."""
     try:
         lines = (proc / "cpuinfo").read_text().splitlines()
     except OSError:

@@ -54,9 +54,9 @@ def images_that_fit(plan: RunPlan, recipe: Recipe, memory: int) -> int:
         path = Path(folder) / "recipe.yaml"
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         command: list[str | Path] = [
-            sys.executable, ESTIMATE, "--recipe", path, "--fit",
-            str(deepspeed_stage(plan)),
-            "--gpus", str(plan.world), "--gpu-memory", str(memory / 1e9), "--precision", precision,
+            sys.executable, ESTIMATE, "--recipe", path,
+            "--fit", str(deepspeed_stage(plan)), "--gpus", str(plan.world),
+            "--gpu-memory", str(memory / 1e9), "--precision", precision,
         ]  # fmt: skip
         command += ["--checkpointing"] if plan.checkpointing else []
         alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipeline import doctor
+from pipeline.processor import Processor, processor
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,6 +73,9 @@ def test_processor(tmp_path):
     (tmp_path / "cpuinfo").write_text("processor: 0\nflags\t\t: fpu avx2 avx512_bf16\n\n")
     found = grades(doctor.processor_findings(torch, tmp_path))
     assert (found["vector units"], found["bf16 on the CPU"]) == ("ok", "ok")
+    (tmp_path / "cpuinfo").write_text("model name\t: One: 2\nFeatures\t: fp bf16\n\nFeatures: fp\n")
+    assert processor(tmp_path) == Processor("One: 2", frozenset({"fp", "bf16"}))
+    assert processor(tmp_path / "none") == Processor("", frozenset())
     (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse2\n")
     found = grades(doctor.processor_findings(torch, tmp_path))
     assert (found["vector units"], found["bf16 on the CPU"]) == ("lack", "lack")

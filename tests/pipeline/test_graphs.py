@@ -1,5 +1,6 @@
 """Compiled blocks and CUDA graphs: where they are taken or refused, and what is replayed."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from tiny import tiny_recipe
 from torch import nn
 
 from eval.shared.processes import LAUNCHER
+from pipeline import estimate
 from pipeline.config.ds_config import DS_CONFIGS, plan_recipe, read_ds_config
 from pipeline.config.plan import SHORT, deepspeed_stage, for_steps, takes_flat
 from pipeline.errors import UserError
@@ -94,6 +96,30 @@ def test_what_excludes_graphs_is_named(gpu):
     assert plan_recipe(config, tiny_recipe("cmae", "measure.kind=byol"), 2).cuda_graphs
     checkpointing = {"cuda_graphs": "auto", "gradient_checkpointing": True}
     assert not plan_recipe(config | checkpointing, recipe, 1).cuda_graphs
+
+
+PRECISIONS = {
+    "fp32": (0, {}),
+    "autocast": (0, {"torch_autocast": {"enabled": True}}),
+    "bf16": (1, {"bf16": {"enabled": True}}),
+    "bf16-fp32-grads": (
+        2,
+        {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    ),
+}  # name in estimate.py → the lowest stage, ds_config
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_planner_knows_where_graphs_are(precision, world, gpu):
+    least, config = PRECISIONS[precision]
+    args = argparse.Namespace(no_graphs=False, checkpointing=False, gpus=world, precision=precision)
+    byol = ["measure.kind=byol", "measure.heads={batch_norm: true}"]
+    for recipe in (tiny_recipe("mae"), tiny_recipe("cmae"), tiny_recipe("cmae", *byol)):
+        for stage in range(least, 4):
+            asked = config | {"cuda_graphs": "auto", "zero_optimization": {"stage": stage}}
+            plan = plan_recipe(asked, recipe, world)
+            assert estimate.graphs(stage, args, recipe) == plan.cuda_graphs, stage
 
 
 def test_every_bundled_config_asks_for_both_where_they_can_be(gpu):
