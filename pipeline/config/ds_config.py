@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.deepspeed_keys import check_section, check_words, model_of
 from pipeline.config.plan import RunPlan, settle
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
@@ -18,7 +20,7 @@ from pipeline.config.suggest import bundled, choices
 from pipeline.errors import UserError
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-# Keys with any value that DeepSpeed takes.
+# Keys with a value that DeepSpeed takes or ignores as it is.
 _FREE = (
     "activation_checkpointing", "aio", "communication_data_type", "comms_logger",
     "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "prescale_gradients",
@@ -26,6 +28,30 @@ _FREE = (
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "watchdog_seconds",
     "zero_allow_untested_optimizer", "cuda_graphs",
 )  # fmt: skip
+_BOOLEANS = (
+    "disable_python_gc", "dump_state", "memory_breakdown", "prescale_gradients",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer",
+)  # fmt: skip
+# Other plain values: what they must be.
+_PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "communication_data_type": (
+        lambda v: v is None or str(v).lower() in ("fp16", "bf16", "fp32"), "fp16, bf16 or fp32"),
+    "gradient_predivide_factor": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "steps_per_print": (lambda v: v is None or _whole(v), "a whole number from 1 up"),
+    "train_micro_batch_size_per_gpu": (
+        lambda v: v == "auto" or (isinstance(v, int) and _whole(v)),
+        'a whole number from 1 up, or "auto"'),
+}  # fmt: skip
+# Sections of DeepSpeed: its model of each (module and class), or the code that reads it.
+_ZERO = ("runtime/zero/config", "DeepSpeedZeroConfig")
+_MODELS = {"zero_optimization": _ZERO, "comms_logger": ("comm/config", "CommsLoggerConfig")}
+_TIMER = ("utils/config", "DeepSpeedThroughputTimerConfig")
+_CODE = {
+    "activation_checkpointing": "runtime/activation_checkpointing/config.py",
+    "aio": "runtime/swap_tensor/constants.py",
+    "flops_profiler": "profiling/constants.py",
+    "timers": "utils/config.py",
+}
 # Objects, and the keys inside them.
 _OBJECTS = {
     "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
@@ -59,13 +85,12 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     """
     config = open_ds_config(path)
     if "zero_optimization" in config:
-        _check_inner(path, "zero_optimization", config["zero_optimization"], _zero_keys())
+        check_section(path, "zero_optimization", config["zero_optimization"], _zero_model())
     return config
 
 
 def open_ds_config(path: str | Path) -> dict[str, Any]:
-    """`read_ds_config` but for the keys of zero_optimization, which DeepSpeed knows; without it
-    and torch."""
+    """`read_ds_config`, but DeepSpeed's source is asked in its place; without torch."""
     path = bundled(path, DS_CONFIGS, ".json")
     if not path.exists():
         raise UserError(
@@ -80,34 +105,69 @@ def open_ds_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed configuration is a JSON object")
     _check_keys(path, config)
+    _check_plain(path, config)
     _check_values(path, config)
+    for key, model in _MODELS.items():
+        if key in config:
+            check_section(path, key, config[key], model_of(*model))
+    if "throughput" in config.get("timers", {}):
+        check_section(path, "timers.throughput", config["timers"]["throughput"], model_of(*_TIMER))
     return config
 
 
-def _zero_keys() -> set[str]:
-    """Every key of `zero_optimization`, under both its names."""
+def _zero_model() -> type:
+    """DeepSpeed's own model of `zero_optimization`."""
     from pipeline.distributed import prepare_deepspeed
 
     prepare_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    fields = DeepSpeedZeroConfig.model_fields.items()
-    return {name for key, field in fields for name in (key, field.alias) if name}
+    return DeepSpeedZeroConfig
 
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if key in _RECIPE_KEYS:
             raise UserError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
-        if key in _FREE:
+        if key in _FREE and key not in _CODE:
             continue
-        if key not in _OBJECTS and key != "zero_optimization":
+        if key not in _OBJECTS and key not in _CODE and key != "zero_optimization":
             valid = ", ".join(("zero_optimization", *_OBJECTS, *_FREE))
             raise UserError(f"{path}: unknown key {key!r}; valid: {valid}")
         if not isinstance(value, dict):
             raise UserError(f"{path}: {key!r} must be an object, not {value!r}")
         if key in _OBJECTS:
             _check_inner(path, key, value, _OBJECTS[key])
+        if key in _CODE:
+            check_words(path, key, value, _CODE[key])
+
+
+def _check_plain(path: Path, config: dict[str, Any]) -> None:
+    """Values that DeepSpeed takes for true whatever they are, or fails on after minutes."""
+    for key, value in config.items():
+        if key in _BOOLEANS and value not in (True, False):
+            raise UserError(f"{path}: {key!r} must be true or false, not {value!r}")
+        takes, what = _PLAIN.get(key, (lambda _: True, ""))
+        if not takes(value):
+            raise UserError(f"{path}: {key!r} must be {what}, not {value!r}")
+    for inner in ("immediate_grad_update", "check_grad_overflow"):
+        value = config.get("bf16", {}).get(inner, False)
+        if value not in (True, False):
+            raise UserError(f"{path}: 'bf16.{inner}' must be true or false, not {value!r}")
+    listed = config.get("torch_autocast", {}).get("lower_precision_safe_modules") or []
+    if not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
+        raise UserError(
+            f"{path}: 'torch_autocast.lower_precision_safe_modules' must be a list of class names, "
+            f"not {listed!r}"
+        )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return _number(value) and float(value).is_integer() and value > 0
 
 
 def _check_inner(path: str | Path, key: str, value: dict[str, Any], known: set[str]) -> None:
