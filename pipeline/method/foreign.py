@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.config.recipe import DataRecipe
+from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
 from pipeline.method.encoder import METADATA
 from pipeline.method.families import (
@@ -46,8 +47,7 @@ def known_arch(arch: str | None, source: object) -> str:
     """An architecture that timm knows, which a file of others and a random encoder need."""
     arch = need_arch(arch, source)
     if not timm.is_model(arch.split(".")[0]):
-        near = ", ".join(timm.list_models("vit_*_patch16_224")[:6])
-        raise UserError(f"--arch {arch} is not a timm model; for example: {near}")
+        raise no_model(arch, f"--arch {arch}")
     return arch
 
 
@@ -90,7 +90,7 @@ def refuse_indivisible(size: Any, vit: VisionTransformer, path: object) -> None:
 def from_hub(name: str, options: dict[str, Any]) -> tuple[VisionTransformer, dict[str, Any]]:
     """A timm model with the weights that timm publishes for it."""
     if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"--encoder timm:{name}: not a timm model; timm.list_models() lists them")
+        raise no_model(name.split(".")[0], f"timm:{name}")
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, **options)
     except Exception as error:  # each version of the hub's client has its own kinds

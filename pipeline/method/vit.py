@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pipeline.config.recipe import EncoderRecipe
+from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
 
 
@@ -21,8 +22,7 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     divide, or a variant whose extra parts (registers, pre-norm, no class token) f does not have.
     """
     if arch not in timm.list_models(arch):
-        near = ", ".join(timm.list_models("vit_*_patch16_224")[:8])
-        raise UserError(f"encoder.arch {arch!r} is not a timm model; for example: {near}")
+        raise no_model(arch, f"encoder.arch {arch!r}")
     try:
         with torch.random.fork_rng(devices=[]):  # we initialise it again; leave the state alone
             vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)

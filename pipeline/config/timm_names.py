@@ -1,0 +1,34 @@
+"""Which architectures timm has, by its source, since timm itself imports torch.
+
+A name that stands nowhere in the source of timm's models is no model. One that does is left to timm
+itself: nothing that timm knows is refused here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from pipeline.config.installed import source
+from pipeline.errors import UserError
+
+_MODEL = re.compile(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
+EXAMPLES = "vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224"
+
+
+def _models() -> str:
+    return source("timm", "models/**/*.py")
+
+
+def check_arch(arch: str, what: str) -> None:
+    """UserError where timm certainly has no architecture of this name. what: is refused."""
+    named = re.fullmatch(r"\w+", arch) and re.search(rf"\b{arch}\b", _models())
+    if not named and _models():
+        raise no_model(arch, what)
+
+
+def no_model(arch: str, what: str) -> UserError:
+    """What to say of an architecture that timm does not have."""
+    near = difflib.get_close_matches(arch, _MODEL.findall(_models()), 1)
+    hint = f"did you mean {near[0]}?" if near else f"for example: {EXAMPLES}"
+    return UserError(f"{what} is not a timm model; {hint}")
