@@ -25,6 +25,11 @@ def expand_home(words: Iterable[str]) -> list[str]:
     ]
 
 
+def alone() -> bool:
+    """Whether this process is the only rank, as far as the environment says."""
+    return os.environ.get("WORLD_SIZE", "1") in ("", "1")
+
+
 def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
     """Parse the command line; the process ends where that is all, or where `check` refuses what it
     says. Several ranks look at their input together, later.
@@ -33,7 +38,7 @@ def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
     """
     sys.argv[1:] = expand_home(sys.argv[1:])
     args = parse()
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+    if alone():
         try:
             check(args)
         except UserError as error:

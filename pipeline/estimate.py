@@ -107,10 +107,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
 from pipeline.config.ds_config import MOST_IMAGES
+from pipeline.method.checks import vit_options
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher, linear_weights
-from pipeline.method.vit import build_vit, vit_options
+from pipeline.method.vit import build_vit
 
 OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches)
 # Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'

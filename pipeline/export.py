@@ -24,8 +24,11 @@ from typing import Any
 
 from pipeline.command import early, imported
 from pipeline.config.recipe import run_recipe
+from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError, naming, refuse
-from shard_tools.atomic import write_atomic, write_json
+from pipeline.method.checks import need_mae_decoder
+from pipeline.method.weight_file import METADATA, check_file
+from shard_tools.atomic import check_writable, write_atomic, write_json
 
 SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a file
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
@@ -49,8 +52,14 @@ def check(args: argparse.Namespace) -> None:
     _need_suffix(args.out, args.format)
     if args.format == "run":
         read_info(args.run)
+        check_file(args.run / "classifier.safetensors")
     else:
-        run_recipe(args.run)
+        recipe = run_recipe(args.run)
+        if args.format in ("mae", "hf-mae"):
+            need_mae_decoder(recipe)
+        check_arch(recipe.encoder.arch, f"encoder.arch {recipe.encoder.arch!r}")
+        check_file(args.run / "model.safetensors")
+    check_writable(args.out, folder=args.format not in SUFFIXES)
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -74,11 +83,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.method.encoder import METADATA, encoder_info, encoder_state
+from pipeline.method.checks import vit_options
+from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective
-from pipeline.method.vit import vit_options
 
 
 def export(objective: Objective, kind: str, out: Path) -> str:

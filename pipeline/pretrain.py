@@ -15,15 +15,14 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.command import expand_home
-from pipeline.config.ds_config import open_ds_config
-from pipeline.config.recipe import ANY_PIXELS, RECIPES, load_recipe
+from pipeline.command import alone, expand_home
+from pipeline.config.recipe import RECIPES
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.late import uncollected
 from pipeline.runtime import startup
-from pipeline.runtime.settings import Settings, epoch_steps
-from shard_tools.manifest import read_manifest
+from pipeline.runtime.preflight import preflight
+from pipeline.runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,11 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     startup.begin()
     settings = parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE") or 1) == 1:  # several ranks find faults together
+    if alone():  # several ranks find faults together
         try:
-            recipe = load_recipe(settings.recipe, settings.overrides, ANY_PIXELS)
-            epoch_steps(settings.data, read_manifest(settings.data).samples, recipe)
-            open_ds_config(settings.ds_config)
+            preflight(settings)
         except UserError as error:
             return refuse(error)
     startup.done("input")

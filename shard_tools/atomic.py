@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,11 @@ def seal(temporary: Path, final: Path) -> None:
     fsync(final.parent)
 
 
-def verify(folder: Path) -> None:
-    """Compare every file of a sealed folder with its list. UserError names the first bad one."""
+def verify(folder: Path, content: Collection[str] | None = None) -> None:
+    """Compare every file of a sealed folder with its list. UserError names the first bad one.
+
+    content: names of the files whose sha256 is computed (None: all); of the others the size counts.
+    """
     try:
         files = json.loads((folder / FILES).read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -75,8 +80,27 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path}: missing or of the wrong size")
-        if file_sha256(path) != digest:
+        if (content is None or name in content) and file_sha256(path) != digest:
             raise UserError(f"{path}: damaged (its sha256 is not that of {FILES})")
+
+
+def check_writable(
+    path: Path, folder: bool = False, what: str = "cannot be written", advice: str = ""
+) -> None:
+    """UserError `path: what (reason)advice` where a file, or files in a folder, could not be
+    written. Nothing is left there."""
+    if path.is_dir() if not folder else path.exists() and not path.is_dir():
+        kind = "a file where a folder is needed" if folder else "a folder"
+        raise UserError(f"{path}: {what} (it is {kind}){advice}")
+    there = path if folder else path.parent
+    try:
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"{there}: {error.strerror}" if there != path else error.strerror
+        raise UserError(f"{path}: {what} ({reason}){advice}") from None
 
 
 def file_sha256(path: str | Path) -> str:

@@ -238,7 +238,7 @@ def export_job(run: Path, train: Command) -> Command:
 
 def random_words(workspace: Workspace, row: PaperRow, seed: int) -> list[str]:
     """The words that name a random encoder of the row's architecture."""
-    from pipeline.method.vit import vit_options
+    from pipeline.method.checks import vit_options
 
     encoder = row_recipe(workspace, row).encoder
     keywords, data = vit_options(encoder), row_recipe(workspace, row).data

@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
-from pipeline.errors import UserError
 from pipeline.method.attention import attend
+from pipeline.method.checks import check_decoder
 from pipeline.method.views import View
 from pipeline.method.vit import init_weights, sincos_position
 
@@ -45,10 +45,7 @@ class PixelDecoder(nn.Module):
         block: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module],
     ) -> None:  # fmt: skip
         super().__init__()
-        if recipe.width % recipe.heads:
-            raise UserError(
-                f"measure.decoder.width {recipe.width} is not divisible by its heads {recipe.heads}"
-            )
+        check_decoder(recipe)
         self.grad_checkpointing = False  # as Encoder's
         self.embed = nn.Linear(width, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(recipe.width))

@@ -21,6 +21,7 @@ from pipeline import kernels
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.attention import attend, attention_order
+from pipeline.method.checks import vit_options
 from pipeline.method.positions import resize_positions
 from pipeline.method.source import no_encoder, read_info
 from pipeline.method.views import View
@@ -29,7 +30,6 @@ from pipeline.method.vit import (
     init_as_mocov3,
     init_weights,
     sincos_position,
-    vit_options,
 )
 
 
@@ -205,9 +205,6 @@ def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Ten
     state.pop("mask_token", None)
     state["pos_embed"] = encoder.position_table()[None]
     return state
-
-
-METADATA = "relaxmim"  # the key of encoder_info in the metadata of an exported file
 
 
 def encoder_info(recipe: Recipe, step: int | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError, safe_open
 from timm.data.config import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from pipeline.config.recipe import DataRecipe
 from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
-from pipeline.method.encoder import METADATA
 from pipeline.method.families import (
     adopt,
     build_family,
@@ -34,7 +32,8 @@ from pipeline.method.layouts import (
     refuse_stem,
 )
 from pipeline.method.positions import resize_positions, square
-from pipeline.method.source import need_arch
+from pipeline.method.source import check_divisible, need_arch, other_size
+from pipeline.method.weight_file import METADATA, check_file, written_info
 from pipeline.method.weights import EMA, Found, find_encoder, load_tensors
 
 # Heads and decoders are not part of an encoder.
@@ -56,35 +55,6 @@ def named(arch: str, name: str) -> dict[str, Any]:
     data = DataRecipe()
     statistics = {"mean": list(data.mean), "std": list(data.std)}
     return {"arch": arch, "options": {}, **statistics, "recipe": name, "method": name}
-
-
-def other_size(
-    path: Path, info: Mapping[str, Any], arch: str | None, options: Mapping[str, Any]
-) -> Any:
-    """The image size that options ask of a source that says its architecture itself.
-
-    UserError for another architecture and for every other option that is not the source's.
-    """
-    own = {"img_size": None, **info["options"]}
-    if arch and arch != info["arch"]:
-        raise UserError(f"--arch {arch}: {path} says itself that it is {info['arch']}")
-    for key, value in options.items():
-        if key != "img_size" and (key not in own or own[key] != value):
-            has = f"{key} {own[key]!r}" if key in own else f"no {key}"
-            raise UserError(
-                f"--options {{{key}: {value}}}: {path} says itself how it is built, with {has}; "
-                "only img_size may be another"
-            )
-    return options.get("img_size", own["img_size"])
-
-
-def refuse_indivisible(size: Any, vit: VisionTransformer, path: object) -> None:
-    patch = _patch(vit)
-    if not isinstance(size, int) or size < patch or size % patch:
-        raise UserError(
-            f"{path}: img_size {size} is no multiple of the patch size {patch}; take one such as "
-            f"{patch * 16}"
-        )
 
 
 def from_hub(name: str, options: dict[str, Any]) -> tuple[VisionTransformer, dict[str, Any]]:
@@ -192,7 +162,7 @@ def fit(
         if "img_size" not in options and size not in (None, vit.patch_embed.img_size[0]):
             options["img_size"] = size
             vit = build_family(arch, options, state)
-        refuse_indivisible(vit.patch_embed.img_size[0], vit, arch)
+        check_divisible(vit.patch_embed.img_size[0], patch_side(vit), arch)
         pooled = getattr(vit, "attn_pool", None) is not None
         dropped = tuple(k for k in LEFT_OUT if k != "attn_pool" or not pooled)
         state = {k: v for k, v in state.items() if not k.startswith(dropped)}
@@ -227,7 +197,7 @@ def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, 
     )
 
 
-def _patch(vit: VisionTransformer) -> int:
+def patch_side(vit: VisionTransformer) -> int:
     """Side of a patch in pixels."""
     size: Any = vit.patch_embed.patch_size
     return int(size if isinstance(size, int) else size[0])
@@ -241,7 +211,7 @@ def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | No
     for prefix in (vit.num_prefix_tokens, 0, 1):
         side = square(table.shape[1] - int(prefix))
         if side is not None:
-            return side * _patch(vit)
+            return side * patch_side(vit)
     raise UserError(
         f"its position table has {table.shape[1]} entries, which is no square of patches and "
         f"{vit.num_prefix_tokens} further"
@@ -250,15 +220,9 @@ def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | No
 
 def exported_info(path: Path, content: Any) -> dict[str, Any]:
     """What pipeline/export.py wrote beside the weights (arch, options, mean, std), or {}."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                text = (file.metadata() or {}).get(METADATA, "{}")
-        else:
-            text = content.get(METADATA, "{}") if isinstance(content, dict) else "{}"
-        return dict(json.loads(text))
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read as a file of weights ({error})") from None
+    if path.suffix == ".safetensors":
+        content = check_file(path)
+    return written_info(path, content.get(METADATA) if isinstance(content, dict) else None)
 
 
 def from_hugging_face(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.method.checks import need_mae_decoder
 from pipeline.method.encoder import Encoder, encoder_state
 from pipeline.method.objective import Objective
 
@@ -44,17 +45,6 @@ def mae_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.flatten(0, -2).squeeze(0) if k in flat else v for k, v in mine.items()}
 
 
-def need_mae_decoder(objective: Objective) -> None:
-    """UserError where the decoder is not one that MAE's projects have."""
-    if not objective.reconstructs:
-        raise UserError("only a reconstruction measure has a decoder to write for MAE")
-    if objective.recipe.measure.decoder.attention != "self":
-        raise UserError(
-            "measure.decoder.attention cross: MAE's projects have no such decoder; the encoder "
-            "alone can be exported"
-        )
-
-
 def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
     """Load a checkpoint in facebookresearch/mae's names (its "model" entry) into an objective.
 
@@ -78,7 +68,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
 
 def to_mae(objective: Objective) -> dict[str, Tensor]:
     """The state dict of an objective under facebookresearch/mae's names and shapes."""
-    need_mae_decoder(objective)
+    need_mae_decoder(objective.recipe)
     back = {ours: theirs for theirs, ours in _MAE_DECODER.items()}
     state: dict[str, Tensor] = {}
     for name, value in objective.state_dict().items():
@@ -234,8 +224,6 @@ def to_hf_vit(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def to_hf_mae(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state, config) in the layout of Hugging Face's ViTMAEForPreTraining."""
     encoder, measure = objective.encoder, objective.measure
-    if not objective.reconstructs:
-        raise UserError("only a reconstruction measure has a decoder to write for ViTMAE")
     whole = to_mae(objective)
     mine = encoder_state(encoder.state_dict(), encoder)
     state = {f"vit.{k}": v for k, v in _hf_encoder(mine, len(encoder.blocks)).items()}

@@ -30,11 +30,10 @@ from pipeline.method.foreign import (
     from_hugging_face,
     known_arch,
     named,
-    other_size,
-    refuse_indivisible,
+    patch_side,
 )
 from pipeline.method.objective import Objective, build_objective
-from pipeline.method.source import check_source
+from pipeline.method.source import check_divisible, check_source, other_size
 from pipeline.method.vit import is_plain
 
 
@@ -123,7 +122,7 @@ def from_run(
     vit, info = read_encoder(path)
     size = other_size(path, info, arch, options)
     if size != info["options"]["img_size"]:
-        refuse_indivisible(size, vit, path)
+        check_divisible(size, patch_side(vit), path)
         vit, info = read_encoder(path, size)
     if ema:
         vit.load_state_dict(teacher_weights(path) | {"pos_embed": vit.state_dict()["pos_embed"]})

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
+from pipeline.method.checks import visible_counts
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import build_measure
 from pipeline.method.teacher import Teacher
-from pipeline.method.views import make_views, visible_counts
+from pipeline.method.views import make_views
 
 
 class Objective(nn.Module):

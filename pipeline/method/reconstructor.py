@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.errors import UserError
+from pipeline.method.checks import visible_count
 from pipeline.method.foreign import exported_info, named
 from pipeline.method.interop import from_mae
 from pipeline.method.layouts import MAE, fixed_options, mae_decoder_heads
@@ -22,7 +23,7 @@ from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.source import recipe_of_model
-from pipeline.method.views import View, visible_count
+from pipeline.method.views import View
 from pipeline.method.weights import find_encoder, load_tensors
 
 

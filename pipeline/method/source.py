@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import Recipe, load_recipe, run_recipe
+from pipeline.config.schema import EncoderRecipe
+from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError
+from pipeline.method.weight_file import METADATA, check_file, written_info
 
 
 def check_source(
@@ -29,13 +32,50 @@ def check_source(
     hub = name.startswith("timm:")
     if ema and (name == "random" or hub or (path / "config.json").is_file()):
         raise UserError(f"--ema: {name} is no checkpoint file that keeps an average of its weights")
+    if arch:
+        check_arch(arch.split(".")[0], f"--arch {arch}")
     if name == "random":
         need_arch(arch, name)
     elif hub:
+        check_arch(name.removeprefix("timm:").split(".")[0], name)
         if arch and arch != name.removeprefix("timm:"):
             raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
-    elif not path.is_file() and not (path / "config.json").is_file():
-        read_info(path)
+    elif path.is_file():
+        _check_weights(path, arch, options or {})
+    elif (path / "config.json").is_file():
+        check_file(path / "model.safetensors")
+    else:
+        folder, info = read_info(path)
+        check_file(folder / "encoder.safetensors")
+        size = other_size(path, info, arch, options or {})
+        check_divisible(size, patch_of(info["arch"], info["options"]), path)
+
+
+def _check_weights(path: Path, arch: str | None, options: Mapping[str, Any]) -> None:
+    """UserError where a file is none of weights, or does not say what it must."""
+    info = written_info(path, check_file(path).get(METADATA))
+    if info:
+        other_size(path, info, arch, options)
+    elif path.suffix == ".safetensors":  # others may say it among their tensors
+        need_arch(arch, path)
+
+
+def check_start(weights: str, ema: bool = False) -> None:
+    """UserError where no pretraining can start from there (method/start.py), as far as no weights
+    are read."""
+    path = Path(weights)
+    folder = (path / "config.json").is_file()
+    if ema and (weights.startswith("timm:") or folder):
+        raise UserError(f"init.ema: {weights} keeps no average of its weights")
+    if weights.startswith("timm:"):
+        check_arch(weights.removeprefix("timm:").split(".")[0], weights)
+    elif path.is_file() or folder:
+        check_file(path / "model.safetensors" if folder else path)
+    elif (path / "recipe.yaml").is_file() and (path / "model.safetensors").is_file():
+        run_recipe(path)
+        check_file(path / "model.safetensors")
+    else:
+        check_file(read_info(path)[0] / "encoder.safetensors")
 
 
 def need_arch(arch: str | None, source: object) -> str:
@@ -58,7 +98,8 @@ def read_info(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         path = path / "encoder"
     try:
         info = json.loads((path / "encoder.json").read_text(encoding="utf-8"))
-        _ = info["arch"], info["options"]
+        if not (isinstance(info["arch"], str) and isinstance(info["options"], dict)):
+            raise TypeError("arch is no name, or options no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
         if not Path(folder).exists():
             raise UserError(f"{folder}: no such file or folder") from None
@@ -72,6 +113,48 @@ def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
         f"{folder}: no exported encoder there; give a run, an export or a file of weights"
         + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
     )
+
+
+def other_size(
+    path: Path, info: Mapping[str, Any], arch: str | None, options: Mapping[str, Any]
+) -> Any:
+    """The image size that options ask of a source that says its architecture itself.
+
+    UserError for another architecture and for every other option that is not the source's.
+    """
+    own = {"img_size": None, **info["options"]}
+    if arch and arch != info["arch"]:
+        raise UserError(f"--arch {arch}: {path} says itself that it is {info['arch']}")
+    for key, value in options.items():
+        if key != "img_size" and (key not in own or own[key] != value):
+            has = f"{key} {own[key]!r}" if key in own else f"no {key}"
+            raise UserError(
+                f"--options {{{key}: {value}}}: {path} says itself how it is built, with {has}; "
+                "only img_size may be another"
+            )
+    return options.get("img_size", own["img_size"])
+
+
+def patch_of(arch: str, options: Mapping[str, Any]) -> int | None:
+    """Side of a patch in pixels where the options or the name of an architecture say it."""
+    return EncoderRecipe.model_construct(arch=arch, options=dict(options)).patch_size
+
+
+def check_divisible(size: Any, patch: int | None, path: object) -> None:
+    """UserError for an image size that is no multiple of the patch."""
+    if patch and (not isinstance(size, int) or size < patch or size % patch):
+        raise UserError(
+            f"{path}: img_size {size} is no multiple of the patch size {patch}; take one such as "
+            f"{patch * 16}"
+        )
+
+
+def check_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()) -> Recipe:
+    """`recipe_of_model`, where the weights are there too. UserError."""
+    found, path = recipe_of_model(path, recipe, set_), Path(path)
+    check_arch(found.encoder.arch, f"encoder.arch {found.encoder.arch!r}")
+    check_file(path if path.is_file() else path / "model.safetensors")
+    return found
 
 
 def recipe_of_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()) -> Recipe:

@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.kernels import philox
 from pipeline.kernels.sample_masks.reference import complement
 from pipeline.kernels.streams import Stream
+from pipeline.method.checks import visible_counts
 from pipeline.method.masking import Draw, select
 
 FIRST, SECOND, BOTH = 0, 1, 2  # what a draw is for: T1, T2, or the image of both
@@ -55,32 +56,6 @@ class Views:
     target: Tensor
     region: Tensor
     weight: Tensor | None
-
-
-def visible_count(length: int, ratio: float, key: str = "mask_ratio") -> int:
-    """int(L (1 - ratio)), the same for every sample (SPEC §1); 49 of 196 at 0.75.
-
-    UserError, naming the key, where that is none.
-    """
-    visible = int(length * (1.0 - ratio))
-    if not visible:
-        raise UserError(f"{key} {ratio:g} leaves none of the {length} patches visible")
-    return visible
-
-
-def visible_counts(views: ViewsRecipe, length: int) -> tuple[int, int]:
-    """Visible patches in T1 and T2, 0 where T2 leads to pixels; UserError where there are none."""
-    first = visible_count(length, views.mask_ratio, "views.mask_ratio")
-    if views.second == "pixels":
-        return first, 0
-    if views.second == "independent":
-        return first, visible_count(length, views.second_mask_ratio, "views.second_mask_ratio")
-    if views.second == "complement" and first == length:
-        raise UserError(
-            f"views.mask_ratio {views.mask_ratio:g} masks none of the {length} patches, so "
-            "views.second: complement has nothing to show"
-        )
-    return first, length - first if views.second == "complement" else length
 
 
 def make_views(

@@ -10,9 +10,9 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.config.recipe import EncoderRecipe
 from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
+from pipeline.method.checks import check_table
 
 
 def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
@@ -57,19 +57,6 @@ def is_plain(vit: nn.Module) -> bool:
     )
 
 
-def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
-    """The timm keywords of a recipe; refuses an image size that the patch does not divide."""
-    options = {"img_size": recipe.image_size} | recipe.options
-    if options["img_size"] != recipe.image_size:
-        raise UserError("encoder.options.img_size: set encoder.image_size instead")
-    patch = recipe.patch_size
-    if patch and recipe.image_size % patch:
-        raise UserError(
-            f"encoder.image_size {recipe.image_size} is not divisible by the patch size {patch}"
-        )
-    return options
-
-
 def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = False) -> Tensor:
     """Fixed sin-cos positions of MAE: float32 [1 + L, D], zero for the class token.
 
@@ -78,8 +65,7 @@ def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = Fals
     coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
     Raises UserError where 4 does not divide the width.
     """
-    if width % 4:
-        raise UserError(f"a sin-cos position table needs a width divisible by 4, not {width}")
+    check_table(width)
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     rows, columns = torch.meshgrid(
         *(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij"

@@ -14,14 +14,13 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from pipeline.distributed import agree
 from pipeline.errors import UserError
 from shard_tools.atomic import seal, verify, write_atomic, write_json
 
@@ -44,22 +43,24 @@ class CheckpointStore:
         """Every complete checkpoint, damaged or not, the oldest first."""
         return sorted(self.folder.glob("step-*"))
 
-    def newest(self) -> Path | None:
+    def newest(self, content: Collection[str] | None = None) -> Path | None:
         """The newest valid checkpoint, None without any; damaged ones are named on the way.
 
+        content: as in `verify`; a look at less than all says nothing of damaged ones.
         UserError where all there are is damaged: starting from scratch would hide it.
         """
         found = self.all()
         for path in reversed(found):
             try:
-                verify(path)
+                verify(path, content)
             except UserError as error:
                 if path == found[0]:
                     raise UserError(
                         f"{error}; no valid checkpoint is left: remove {self.folder} to start from "
                         "scratch"
                     ) from None
-                print(f"warning: {error}; falling back to the previous checkpoint", flush=True)
+                if content is None:
+                    print(f"warning: {error}; falling back to the previous checkpoint", flush=True)
             else:
                 return path
         return None
@@ -99,6 +100,8 @@ class CheckpointStore:
 
         Collective: the first rank looks and verifies.
         """
+        from pipeline.distributed import agree  # torch, which those that only look do not need
+
         path: Path | None = agree(self.newest)
         if path is None:
             return None
@@ -124,6 +127,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def _on_first_rank(write: Callable[[], None]) -> None:
     """Run `write` on the first rank; its UserError is a SaveError on every rank (collective)."""
+    from pipeline.distributed import agree
+
     try:
         agree(write)
     except UserError as error:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
 from pipeline.data.fixed import Fixed, fixed_images
-from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import gather_keys
 from pipeline.method.metrics import cka, kept_patches, vote
 from pipeline.method.views import full_view
-from shard_tools.manifest import read_manifest
+from pipeline.runtime.preflight import check_probes, probe_samples, probe_sets
 
 RATIOS = (0.25, 0.5, 0.75)  # shares of dropped patches
-REFERENCES = 4  # training images per held-out image in the k-NN probe
 K, TEMPERATURE = 20, 0.07
 
 
@@ -29,11 +26,8 @@ def share_of(
 
     Every rank gets equally many, so at most world - 1 images are left out.
     """
-    manifest = read_manifest(folder)
-    share = min(count, manifest.samples) // world
-    if share * world < 4:
-        raise UserError(f"{folder}: {manifest.samples} images are too few for the probes")
-    chosen = np.linspace(0, manifest.samples - 1, share * world).astype(np.int64)
+    manifest, chosen = probe_samples(folder, count, world)
+    share = len(chosen) // world
     mine = chosen[rank * share : (rank + 1) * share].tolist()
     return fixed_images(manifest, mine, size, on_error)
 
@@ -43,16 +37,10 @@ class Probes:
 
     def __init__(self, recipe: Recipe, data: str, rank: int, world: int, batch: int) -> None:
         self.recipe, self.batch = recipe, batch
-        m, size, skip = recipe.monitor, recipe.encoder.image_size, recipe.data.on_error
-        self.held_out: Fixed | None = None
-        self.training: Fixed | None = None
-        if m.occlusion_steps or m.knn_steps:
-            folder = m.held_out or str(Path(data).parent / "val")
-            self.held_out = share_of(folder, m.images, size, rank, world, skip)
-        if m.knn_steps:
-            self.training = share_of(data, REFERENCES * m.images, size, rank, world, skip)
-            if any(f.label.min() < 0 for f in (self.training, self.held_out) if f):
-                raise UserError(f"{data}: monitor.knn_steps needs labels, which it does not have")
+        size, skip = recipe.encoder.image_size, recipe.data.on_error
+        check_probes(recipe, data, world)
+        sets = [share_of(*one, size, rank, world, skip) for one in probe_sets(recipe, data)]
+        self.held_out, self.training = (*sets, None, None)[:2]
 
     def due(self, step: int) -> bool:
         """Whether a probe follows step `step` (counted from 1)."""

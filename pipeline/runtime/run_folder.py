@@ -12,11 +12,7 @@ runs/<name>/
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import platform
-import socket
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -27,99 +23,25 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe
-from pipeline.errors import UserError, naming, reason
+from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import (
-    STATE,
     CheckpointStore,
     read_state,
     write_on_first_rank,
 )
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
-from shard_tools.atomic import verify, write_atomic, write_json
+from shard_tools.atomic import write_atomic, write_json
 
 TEACHER = "teacher.safetensors"
-UNWRITABLE = "--output cannot be written"
-
-
-class RunLock:
-    """An exclusive lock on a run folder, held until the process ends.
-
-    needed: whether a file system without locks is refused. Raises UserError where the folder
-    cannot be made or written, and naming the holder where another run has it.
-    """
-
-    def __init__(self, folder: Path, needed: bool = True) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder}: is a file; --output is a folder")
-        with naming(folder, UNWRITABLE):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
-        try:
-            # Not flock: loader workers would inherit it and hold it for a while after a kill.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                if not needed:
-                    return
-                raise UserError(
-                    f"{folder}: its file system has no locks ({reason(error)}), so a second run "
-                    "on the folder would go unnoticed; mount it with locks (NFS: with lockd, "
-                    "Lustre: -o flock), choose another --output, or say --no-lock and start only "
-                    "one run on it"
-                ) from None
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            raise UserError(
-                f"{folder}: another run holds this folder ({holder}); choose another --output"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Free the folder."""
-        self._file.close()
 
 
 def default_output(recipe: Recipe) -> Path:
     """runs/<recipe>-<date and time>."""
     return Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def claim(output: Path, resume: str, lock_needed: bool = True) -> tuple[RunLock, Path | None]:
-    """Lock the run folder and find the checkpoint to resume from (rank 0).
-
-    resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
-    run folder or of a checkpoint. Raises UserError, also for a folder that already
-    holds a run under `none`. Whether the checkpoint is of the same run, same_run.py says.
-    """
-    lock, store = RunLock(output, lock_needed), CheckpointStore(output)
-    with naming(output, UNWRITABLE):
-        store.remove_leftovers()
-        for path in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
-            path.unlink(missing_ok=True)
-    if resume == "none":
-        if store.all():
-            raise UserError(
-                f"{output}: already holds a run; choose another --output or say --resume auto"
-            )
-        return lock, None
-    if resume == "auto":
-        found = store.newest()
-        if found is not None:  # a run killed before it wrote `latest`, or whose newest is damaged
-            with naming(output, UNWRITABLE):
-                store.point_latest_to(found)
-    else:
-        path = Path(resume)
-        found = path if (path / STATE).is_file() else CheckpointStore(path).newest()
-        if found is None:
-            raise UserError(f"--resume {resume}: no valid checkpoint there")
-        verify(found)
-    return lock, found
 
 
 def save_checkpoint(

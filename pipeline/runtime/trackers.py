@@ -6,7 +6,6 @@ line in TRACKERS; the packages of wandb and MLflow are extras and imported only 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -141,15 +140,6 @@ class MLflow:
 
 
 TRACKERS: dict[str, type] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """UserError where a package of these trackers is missing."""
-    for name in names:
-        if name != "tensorboard" and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"monitor.log_to: {name} is not installed: pip install {name}, or leave it out"
-            )
 
 
 class Trackers:

@@ -12,7 +12,6 @@ from pipeline import kernels
 from pipeline.config.ds_config import read_ds_config
 from pipeline.config.plan import RunPlan, for_steps
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
-from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree, untried_device
@@ -29,20 +28,14 @@ from pipeline.runtime.mfu import Mfu, peak_of
 from pipeline.runtime.micro_batch import plan_that_fits
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
+from pipeline.runtime.preflight import check_installed, crop_of
 from pipeline.runtime.probes import Probes
-from pipeline.runtime.run_folder import (
-    UNWRITABLE,
-    RunLock,
-    claim,
-    default_output,
-    export,
-    load_checkpoint,
-    versions,
-)
+from pipeline.runtime.run_folder import default_output, export, load_checkpoint, versions
+from pipeline.runtime.run_lock import UNWRITABLE, RunLock, claim
 from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.settings import Settings, epoch_steps
 from pipeline.runtime.skipped_steps import SkippedSteps
-from pipeline.runtime.trackers import Trackers, check_installed
+from pipeline.runtime.trackers import Trackers
 from pipeline.runtime.watchdog import Watchdog, last_failure
 from shard_tools.atomic import write_atomic, write_json
 from shard_tools.manifest import read_manifest
@@ -252,7 +245,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         data,
         batch_size=recipe.batch_size,
         micro_batch=plan.micro_batch,
-        crop=Crop(size, d.crop.scale, d.crop.ratio, d.crop.flip, d.crop.interpolation),
+        crop=crop_of(recipe),
         seed=recipe.seed,
         partitions=d.partitions,
         window=d.window,

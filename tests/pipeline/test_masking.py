@@ -10,9 +10,10 @@ from pipeline import kernels
 from pipeline.config.recipe import RecipeError
 from pipeline.errors import UserError
 from pipeline.kernels.philox import words
+from pipeline.method.checks import visible_count
 from pipeline.method.masking import POLICIES, Draw, select
 from pipeline.method.objective import build_objective
-from pipeline.method.views import draw_masks, make_views, visible_count
+from pipeline.method.views import draw_masks, make_views
 
 GRIDS = [(14, 14), (7, 5), (5, 7), (3, 11), (2, 2), (1, 6)]
 RATIOS = [0.25, 0.4, 0.75, 0.9]

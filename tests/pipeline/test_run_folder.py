@@ -16,7 +16,7 @@ from tiny import tiny_recipe
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import STATE, CheckpointStore, SaveError, read_state
-from pipeline.runtime.run_folder import RunLock, claim
+from pipeline.runtime.run_lock import RunLock, claim
 from pipeline.runtime.same_run import check_same, data_identity
 from shard_tools.atomic import FILES, seal, verify
 from shard_tools.manifest import read_manifest
@@ -39,7 +39,7 @@ def test_a_folder_in_use_is_refused_and_names_the_holder(tmp_path):
         [
             sys.executable, "-c",
             "import sys, time; from pathlib import Path; "
-            "from pipeline.runtime.run_folder import RunLock; "
+            "from pipeline.runtime.run_lock import RunLock; "
             "lock = RunLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
             tmp_path,
         ],
@@ -60,7 +60,7 @@ def test_a_file_system_without_locks_is_no_held_lock(code, tmp_path, monkeypatch
     def without(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("pipeline.runtime.run_folder.fcntl.lockf", without)
+    monkeypatch.setattr("pipeline.runtime.run_lock.fcntl.lockf", without)
     with pytest.raises(
         UserError, match=rf"has no locks \({os.strerror(code)}\).* --no-lock"
     ) as error:
@@ -76,7 +76,7 @@ def test_an_output_that_cannot_be_a_folder_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: is a file; --output is a folder"):
         RunLock(tmp_path / "file")
-    with pytest.raises(UserError, match=r"file.*: --output cannot be written .Not a directory"):
+    with pytest.raises(UserError, match=r"file.*: --output cannot be written .*Not a directory"):
         RunLock(tmp_path / "file/run")
     with pytest.raises(UserError, match=r"/proc/run.*: --output cannot be written"):
         RunLock(Path("/proc/run"))
@@ -97,7 +97,7 @@ def read_only(folder):
 def test_a_read_only_output_is_a_sentence(tmp_path):
     code = (
         "import sys; from pathlib import Path; from pipeline.errors import UserError\n"
-        "from pipeline.runtime.run_folder import claim\n"
+        "from pipeline.runtime.run_lock import claim\n"
         "try: claim(Path(sys.argv[1]), 'auto')\n"
         "except UserError as error: print(error)"
     )
@@ -281,7 +281,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
     """As a loader worker outlives a killed rank for some seconds."""
     code = (
         "import os, sys, time; from pathlib import Path; "
-        "from pipeline.runtime.run_folder import RunLock; "
+        "from pipeline.runtime.run_lock import RunLock; "
         "lock = RunLock(Path(sys.argv[1])); child = os.fork(); "
         "child or time.sleep(60); print(child, flush=True); os._exit(9)"
     )

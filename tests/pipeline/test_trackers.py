@@ -12,7 +12,8 @@ import pytest
 from pipeline.config.recipe import RecipeError, load_recipe
 from pipeline.errors import UserError
 from pipeline.runtime import trackers
-from pipeline.runtime.trackers import Trackers, check_installed, last_step
+from pipeline.runtime.preflight import check_installed
+from pipeline.runtime.trackers import Trackers, last_step
 
 PIXELS = np.zeros((4, 6, 3), dtype=np.uint8)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import METHODS, PATCH, images, tiny_recipe
 
-from pipeline.method.views import full_view, make_views, visible_count
+from pipeline.method.checks import visible_count
+from pipeline.method.views import full_view, make_views
 
 
 def views_of(name, *overrides, sample=(5, 6, 7), epoch=0):

@@ -1,0 +1,109 @@
+"""Who may write to a run's folder, and what a run resumes from. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Collection
+from pathlib import Path
+
+from pipeline.errors import UserError, naming, reason
+from pipeline.runtime.checkpoint import STATE, CheckpointStore
+from shard_tools.atomic import check_writable, verify
+
+UNWRITABLE = "--output cannot be written"
+
+
+def check_output(folder: Path) -> None:
+    """UserError where a run could not be written to a folder. Nothing is made."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --output is a folder")
+    check_writable(folder, folder=True, what=UNWRITABLE)
+
+
+class RunLock:
+    """An exclusive lock on a run folder, held until the process ends.
+
+    needed: whether a file system without locks is refused. Raises UserError where the folder
+    cannot be made or written, and naming the holder where another run has it.
+    """
+
+    def __init__(self, folder: Path, needed: bool = True) -> None:
+        check_output(folder)
+        with naming(folder, UNWRITABLE):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
+        try:
+            # Not flock: loader workers would inherit it and hold it for a while after a kill.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                if not needed:
+                    return
+                raise UserError(
+                    f"{folder}: its file system has no locks ({reason(error)}), so a second run "
+                    "on the folder would go unnoticed; mount it with locks (NFS: with lockd, "
+                    "Lustre: -o flock), choose another --output, or say --no-lock and start only "
+                    "one run on it"
+                ) from None
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise UserError(
+                f"{folder}: another run holds this folder ({holder}); choose another --output"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Free the folder."""
+        self._file.close()
+
+
+def claim(output: Path, resume: str, lock_needed: bool = True) -> tuple[RunLock, Path | None]:
+    """Lock the run folder and find the checkpoint to resume from (rank 0).
+
+    resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
+    run folder or of a checkpoint. Raises UserError, also for a folder that already
+    holds a run under `none`. Whether the checkpoint is of the same run, same_run.py says.
+    """
+    lock, store = RunLock(output, lock_needed), CheckpointStore(output)
+    with naming(output, UNWRITABLE):
+        store.remove_leftovers()
+        for path in (*output.glob(".*.tmp"), *output.glob("*/.*.tmp")):
+            path.unlink(missing_ok=True)
+    found = find_checkpoint(output, resume)
+    if found is not None and resume == "auto":
+        with naming(output, UNWRITABLE):  # of a run killed before that, or whose newest is damaged
+            store.point_latest_to(found)
+    return lock, found
+
+
+def find_checkpoint(
+    output: Path, resume: str, content: Collection[str] | None = None
+) -> Path | None:
+    """The checkpoint that a run in `output` resumes from (see `claim`); nothing is written.
+
+    content: as in `verify`.
+    """
+    store = CheckpointStore(output)
+    if resume == "none":
+        if store.all():
+            raise UserError(
+                f"{output}: already holds a run; choose another --output or say --resume auto"
+            )
+        return None
+    if resume == "auto":
+        return store.newest(content)
+    path = Path(resume)
+    found = path if (path / STATE).is_file() else CheckpointStore(path).newest(content)
+    if found is None:
+        why = "" if path.exists() else " (no such file or folder)"
+        raise UserError(
+            f"--resume {resume}: no valid checkpoint there{why}; give auto, none, or the path of a "
+            "run or of a checkpoint"
+        )
+    verify(found, content)
+    return found
