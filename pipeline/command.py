@@ -30,6 +30,29 @@ def alone() -> bool:
     return os.environ.get("WORLD_SIZE", "1") in ("", "1")
 
 
+def check_environment() -> None:
+    """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be."""
+    limits = {
+        "WORLD_SIZE": (1, 10**6),
+        "RANK": (0, int(os.environ["WORLD_SIZE"]) - 1 if _number("WORLD_SIZE") else 0),
+        "LOCAL_RANK": (0, 10**6),
+        "MASTER_PORT": (1, 65535),
+    }
+    for name, (least, most) in limits.items():
+        if name not in os.environ:
+            continue
+        if not _number(name) or not least <= int(os.environ[name]) <= most:
+            raise UserError(
+                f"{name} is {os.environ[name]!r}: must be a number from {least} to {most}; the "
+                "launcher sets it (launch.sh, deepspeed, torchrun), a single process needs none"
+            )
+
+
+def _number(name: str) -> bool:
+    value = os.environ.get(name, "")
+    return value.isascii() and value.isdecimal()
+
+
 def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
     """Parse the command line; the process ends where that is all, or where `check` refuses what it
     says. Several ranks look at their input together, later.
@@ -38,11 +61,12 @@ def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
     """
     sys.argv[1:] = expand_home(sys.argv[1:])
     args = parse()
-    if alone():
-        try:
+    try:
+        check_environment()
+        if alone():
             check(args)
-        except UserError as error:
-            sys.exit(refuse(error))
+    except UserError as error:
+        sys.exit(refuse(error))
     gc.disable()
 
 

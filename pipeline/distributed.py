@@ -177,29 +177,6 @@ def bf16_units() -> bool:
     return bool(processor().flags & BF16)
 
 
-def check_environment() -> None:
-    """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be."""
-    limits = {
-        "WORLD_SIZE": (1, 10**6),
-        "RANK": (0, int(os.environ["WORLD_SIZE"]) - 1 if _number("WORLD_SIZE") else 0),
-        "LOCAL_RANK": (0, 10**6),
-        "MASTER_PORT": (1, 65535),
-    }
-    for name, (least, most) in limits.items():
-        if name not in os.environ:
-            continue
-        if not _number(name) or not least <= int(os.environ[name]) <= most:
-            raise UserError(
-                f"{name} is {os.environ[name]!r}: must be a number from {least} to {most}; the "
-                "launcher sets it (launch.sh, deepspeed, torchrun), a single process needs none"
-            )
-
-
-def _number(name: str) -> bool:
-    value = os.environ.get(name, "")
-    return value.isascii() and value.isdecimal()
-
-
 def device_of(local_rank: int) -> torch.device:
     """The device of a rank: the GPU of its number, or the CPU where there is none.
 

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.command import alone, expand_home
+from pipeline.command import alone, check_environment, expand_home
 from pipeline.config.recipe import RECIPES
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.help_text import HelpFormatter
@@ -113,11 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     startup.begin()
     settings = parse_args(argv)
-    if alone():  # several ranks find faults together
-        try:
+    try:
+        check_environment()
+        if alone():  # several ranks find faults together
             preflight(settings)
-        except UserError as error:
-            return refuse(error)
+    except UserError as error:
+        return refuse(error)
     startup.done("input")
     with uncollected():
         from pipeline.runtime.loop import pretrain  # torch and deepspeed: seconds

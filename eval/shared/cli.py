@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline import progress as status
+from pipeline.command import check_environment
 from pipeline.distributed import (
     Ranks,
-    check_environment,
     device_of,
     joining,
     untried_device,

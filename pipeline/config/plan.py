@@ -134,6 +134,15 @@ def why_no_graphs(plan: RunPlan) -> str:
     return ""
 
 
+def check_stage(kind: str, stage: int, most: int) -> None:
+    """UserError where an optimizer does not work under a ZeRO stage."""
+    if stage > most:
+        raise UserError(
+            f"optimizer.kind {kind} does not work under ZeRO stage {stage}, which cuts every "
+            f"matrix: use a ds_config with zero_optimization.stage {most} or lower"
+        )
+
+
 def settle(plan: RunPlan, compiled: bool | str, graphs: bool | str) -> RunPlan:
     """The plan with `compile` and `cuda_graphs` of a ds_config: true, false or "auto", which is
     true where it can be. UserError where true cannot be."""

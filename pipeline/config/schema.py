@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib
 import re
 import reprlib
+import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
+
+from pipeline.config.installed import keys_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Above0 = Annotated[float, Field(gt=0.0)]
 Steps = Annotated[int, Field(ge=0)]  # 0: never
 
 
@@ -26,7 +30,9 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 3, 80, 80
 class Section(BaseModel):
     """A frozen group of recipe keys that refuses unknown ones."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 # Keywords of timm.create_model that f can honour, and what their values are.
@@ -109,11 +115,18 @@ class JitterRecipe(Section):
 
 def mask_policy(name: str) -> str:
     """The name of a masking policy; ValueError lists them. The policies are in method/masking."""
-    if name != "random":
-        policies = importlib.import_module("pipeline.method.masking").POLICIES
-        if name not in policies:
-            raise ValueError(f"input should be {' or '.join(policies)}")
+    module = sys.modules.get("pipeline.method.masking")
+    policies = module.POLICIES if module else keys_of("pipeline", "method/masking.py", "POLICIES")
+    if name not in policies:
+        raise ValueError(f"input should be {' or '.join(policies)}")
     return name
+
+
+def augmentation(policy: str) -> str:
+    """A policy of timm's RandAugment, or "". ValueError where it is certainly none."""
+    if policy and policy.split("-")[0] != "rand":
+        raise ValueError("input should be a policy of timm such as rand-m9-mstd0.5-inc1")
+    return policy
 
 
 class ViewsRecipe(Section):
@@ -302,9 +315,15 @@ def measure_class(kind: object) -> type[MeasureRecipe] | None:
     """
     if not isinstance(kind, str):
         return None
-    if kind not in MEASURES:
+    if kind not in MEASURES and kind in measure_kinds():
         importlib.import_module("pipeline.method.measures")
     return MEASURES.get(kind)
+
+
+def measure_kinds() -> tuple[str, ...]:
+    """Every kind of measure that there is."""
+    added = keys_of("pipeline", "method/measures/__init__.py", "MEASURES")
+    return tuple(dict.fromkeys([*MEASURES, *added]))
 
 
 def measure_settings(value: Any) -> Any:
@@ -313,11 +332,11 @@ def measure_settings(value: Any) -> Any:
         return value
     if "kind" not in value:
         text = "key 'measure.kind' is missing; valid: {kinds}"
-        raise PydanticCustomError("measure_kind", text, {"kinds": ", ".join(MEASURES)})
+        raise PydanticCustomError("measure_kind", text, {"kinds": ", ".join(measure_kinds())})
     settings = measure_class(value["kind"])
     if settings is None:
         text = "key 'measure.kind': {kind} is none of {kinds}"
-        context = {"kind": SHORT.repr(value["kind"]), "kinds": ", ".join(MEASURES)}
+        context = {"kind": SHORT.repr(value["kind"]), "kinds": ", ".join(measure_kinds())}
         raise PydanticCustomError("measure_kind", text, context)
     return settings.model_validate(value)
 
@@ -387,9 +406,9 @@ class DataRecipe(Section):
     window: Positive = 8
     samples_per_epoch: Steps = 0
     crop: CropRecipe = CropRecipe()
-    randaugment: str = ""
+    randaugment: Annotated[str, AfterValidator(augmentation)] = ""
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    std: tuple[Above0, Above0, Above0] = IMAGENET_STD
     workers: Annotated[int, Field(ge=-1)] = -1
     on_error: Literal["fail", "skip"] = "fail"
 

@@ -27,6 +27,14 @@ def check_arch(arch: str, what: str) -> None:
         raise no_model(arch, what)
 
 
+def check_hub(name: str, what: str) -> None:
+    """`check_arch` of a name that may have a tag of its weights (vit_base_patch16_224.mae)."""
+    arch, _, tag = name.partition(".")
+    check_arch(arch, what)
+    if _models() and tag not in _models():
+        raise UserError(f"{what}: timm has no weights of {arch} with the tag {tag!r}")
+
+
 def no_model(arch: str, what: str) -> UserError:
     """What to say of an architecture that timm does not have."""
     near = difflib.get_close_matches(arch, _MODEL.findall(_models()), 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe, load_recipe, run_recipe
 from pipeline.config.schema import EncoderRecipe
-from pipeline.config.timm_names import check_arch
+from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError
 from pipeline.method.weight_file import METADATA, check_file, written_info
 
@@ -37,7 +37,7 @@ def check_source(
     if name == "random":
         need_arch(arch, name)
     elif hub:
-        check_arch(name.removeprefix("timm:").split(".")[0], name)
+        check_hub(name.removeprefix("timm:"), name)
         if arch and arch != name.removeprefix("timm:"):
             raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
     elif path.is_file():
@@ -68,7 +68,7 @@ def check_start(weights: str, ema: bool = False) -> None:
     if ema and (weights.startswith("timm:") or folder):
         raise UserError(f"init.ema: {weights} keeps no average of its weights")
     if weights.startswith("timm:"):
-        check_arch(weights.removeprefix("timm:").split(".")[0], weights)
+        check_hub(weights.removeprefix("timm:"), weights)
     elif path.is_file() or folder:
         check_file(path / "model.safetensors" if folder else path)
     elif (path / "recipe.yaml").is_file() and (path / "model.safetensors").is_file():

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.command import check_environment
 from pipeline.config.plan import RunPlan, deepspeed_stage, takes_flat
 from pipeline.distributed import (
     Ranks,
     any_rank,
     can_build,
-    check_environment,
     cores_per_rank,
     device_of,
     free_port,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.ds_config import open_ds_config, split_batch
+from pipeline.config.installed import source
+from pipeline.config.plan import check_stage
 from pipeline.config.recipe import ANY_PIXELS, Recipe, load_recipe
 from pipeline.data.crops import Crop
 from pipeline.errors import UserError
@@ -33,7 +36,7 @@ def preflight(settings: Settings) -> None:
     manifest = read_manifest(settings.data)
     recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
     per_epoch = epoch_steps(settings.data, manifest.samples, recipe)
-    check_micro_batch(open_ds_config(settings.ds_config), recipe)
+    check_plan(open_ds_config(settings.ds_config), recipe)
     check_probes(recipe, settings.data)
     found = _checkpoint(settings, recipe, schedule_facts(manifest, recipe, per_epoch))
     if recipe.init.weights and found is None:
@@ -62,8 +65,14 @@ def check_installed(names: Sequence[str]) -> None:
             )
 
 
-def check_micro_batch(config: dict[str, Any], recipe: Recipe) -> None:
-    """UserError where a ds_config's micro-batch does not divide the batch of one rank."""
+def check_plan(config: dict[str, Any], recipe: Recipe) -> None:
+    """UserError where a ds_config's stage does not suit the optimizer, or its micro-batch does not
+    divide the batch of one rank."""
+    kind, stage = recipe.optimizer.kind, config.get("zero_optimization", {}).get("stage", 0)
+    most = re.search(
+        r"^MOST_STAGE = (\d)", source("pipeline", f"runtime/optimizers/{kind}.py"), re.M
+    )
+    check_stage(kind, stage, int(most[1]) if most else 3)
     micro = config.get("train_micro_batch_size_per_gpu", "auto")
     if micro != "auto":
         split_batch(recipe.batch_size, recipe.data.partitions, 1, micro, recipe.encoder.patches)

@@ -11,7 +11,7 @@ import pytest
 from launching import LAUNCH, NAMES, RANK, ROOT, finish, start, wait_for
 from tiny import tiny_overrides
 
-from pipeline.distributed import check_environment
+from pipeline.command import check_environment
 from pipeline.errors import UserError
 from shard_tools.cores import cores
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from pipeline.config.plan import RunPlan
-from pipeline.errors import UserError
+from pipeline.config.plan import RunPlan, check_stage
 from pipeline.runtime.optimizers import adamw, muon
 
 OPTIMIZERS: dict[str, ModuleType] = {"adamw": adamw, "muon": muon}
@@ -22,9 +21,5 @@ def optimizer_of(plan: RunPlan) -> ModuleType:
     """The plan's optimizer. UserError where it does not work under the plan's ZeRO stage."""
     kind = plan.optimizer.kind
     module = OPTIMIZERS[kind]
-    if plan.stage > module.MOST_STAGE:
-        raise UserError(
-            f"optimizer.kind {kind} does not work under ZeRO stage {plan.stage}, which cuts every "
-            f"matrix: use a ds_config with zero_optimization.stage {module.MOST_STAGE} or lower"
-        )
+    check_stage(kind, plan.stage, module.MOST_STAGE)
     return module
