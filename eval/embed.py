@@ -26,11 +26,11 @@ from eval.shared.command import run_command
 from eval.shared.embeddings import INFO, Writer, damaged_rows, finish
 from eval.shared.embeddings import prepare as prepare_folder
 from eval.shared.labels import check_images
-from eval.shared.options import encoder_of, parser, settings_of
+from eval.shared.options import check_encoder, encoder_of, parser, settings_of
 from eval.shared.results import Timer, digest, output_path
 from pipeline.command import early
 from pipeline.errors import UserError, naming
-from pipeline.method.source import check_source
+from shard_tools.atomic import check_writable
 from shard_tools.manifest import Manifest
 from shard_tools.sharding.found import naming_skip
 
@@ -121,9 +121,11 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
         raise UserError(f"--micro-batch {settings.micro_batch}: must be at least 1")
     if settings.format == "parquet":
         _pyarrow()
-    check_source(choice.source, choice.arch, choice.options, choice.ema)
-    check_images(settings.images)
-    return settings, default_output(args)
+    check_encoder(choice)
+    check_images(settings.images, settings.root)
+    output = default_output(args)
+    check_writable(output, folder=True, advice="; choose another --output")
+    return settings, output
 
 
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch

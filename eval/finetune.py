@@ -78,7 +78,7 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings = settings_of(Settings, args)
     output = result_of(args, settings.name, folder=True)
-    check_input(settings, world)
+    check_input(settings, world, args.precision)
     return settings, output
 
 

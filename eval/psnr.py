@@ -20,11 +20,17 @@ from typing import Any
 
 from eval.shared.command import run_command
 from eval.shared.labels import with_images
-from eval.shared.options import EncoderChoice, add_model, base_parser, check_ratio, settings_of
+from eval.shared.options import (
+    EncoderChoice,
+    add_model,
+    base_parser,
+    check_model,
+    check_ratio,
+    settings_of,
+)
 from eval.shared.results import Timer, check_output, output_path, write_result
 from pipeline.command import early
 from pipeline.errors import UserError
-from pipeline.method.source import recipe_of_model
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     settings = settings_of(Settings, args)
     output = output_path(args.output, EncoderChoice(args.encoder), "psnr")
     check_output(output)
-    recipe_of_model(settings.encoder, settings.recipe, settings.overrides)
-    check_ratio(settings.mask_ratio)
+    s = settings
+    check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)
     check(settings)
     return settings, output
 
@@ -117,12 +123,7 @@ def mask_ratio_of(model: Reconstructor, wanted: float | None) -> float:
     """The share of hidden patches: `wanted`, or the recipe's. UserError where it leaves none
     hidden or none visible."""
     ratio = model.recipe.views.mask_ratio if wanted is None else wanted
-    length = model.grid[0] * model.grid[1]
-    if not 0 < ratio < 1 or int(length * (1 - ratio)) in (0, length):
-        raise UserError(
-            f"--mask-ratio {ratio}: must leave some of {length} patches hidden and shown"
-        )
-    return ratio
+    return check_ratio(ratio, model.grid[0] * model.grid[1])
 
 
 def measure(

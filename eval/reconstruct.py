@@ -15,11 +15,10 @@ from pathlib import Path
 
 from eval.shared.command import run_command
 from eval.shared.labels import check_files, with_images
-from eval.shared.options import add_model, base_parser, check_ratio
+from eval.shared.options import add_model, base_parser, check_model
 from eval.shared.results import check_output
 from pipeline.command import early
 from pipeline.errors import UserError, naming
-from pipeline.method.source import recipe_of_model
 from shard_tools.atomic import write_atomic
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -45,8 +44,7 @@ def prepare(args: argparse.Namespace) -> None:
     if args.images < 1 or not str(args.output).endswith(".png"):
         raise UserError("--images must be at least 1 and --output must end in .png")
     check_output(Path(args.output))
-    recipe_of_model(args.encoder, args.recipe, args.overrides)
-    check_ratio(args.mask_ratio)
+    check_model(args.encoder, args.recipe, args.overrides, args.mask_ratio)
     check_files(args.files or ())
     if args.data:
         with_images(args.data)

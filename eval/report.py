@@ -31,7 +31,7 @@ from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 
 IMAGENET = 1281167  # training images of ImageNet-1k
 AFTER_CURVES = 6  # chapters: the paper's tables follow our own
@@ -154,6 +154,7 @@ def watch(settings: Settings) -> None:
 
 def main() -> None:
     settings = parse_args()
+    check_writable(settings.output.with_suffix(".html"), advice="; choose another --output")
     if settings.watch:
         stop_on_sigterm()
         watch(settings)

@@ -18,10 +18,11 @@ import numpy as np
 
 from eval.shared.command import run_command
 from eval.shared.embeddings import Embeddings, read_embeddings
+from eval.shared.labels import check_files, check_images
 from pipeline.command import early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def prepare(args: argparse.Namespace) -> Settings:
         raise UserError("--k and --random must be at least 1")
     output = args.output or args.embeddings / "neighbours.html"
     s = Settings(tuple(args.queries), args.embeddings, output, args.k, args.random, args.seed)
-    rows_of(s, read_store(s.embeddings))
+    check_writable(output, advice="; choose another --output")
+    store = read_store(s.embeddings)
+    check_files(word for word, row in rows_of(s, store) if row < 0)
+    check_images(store.info["images"], store.info["root"])
     return s
 
 

@@ -27,9 +27,9 @@ from eval.shared.command import run_command
 from eval.shared.options import settings_of
 from eval.shared.results import (
     Timer,
+    check_classifier,
     check_output,
     named_json,
-    read_classifier_info,
     write_result,
 )
 from pipeline.command import early
@@ -155,8 +155,8 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path | None]:
     check(settings)
     if settings.decisions:
         read_decisions(settings.decisions)
-    if settings.classifier and not settings.classifier.startswith("timm:"):
-        read_classifier_info(settings.classifier)
+    if settings.classifier:
+        check_classifier(settings.classifier)
     if settings.images:
         find_images(settings.images)
     return settings, output

@@ -22,11 +22,10 @@ from pathlib import Path
 
 from eval.shared.command import run_command
 from eval.shared.labels import check_files, check_images
-from eval.shared.options import EncoderChoice, base_parser, read_options
+from eval.shared.options import EncoderChoice, base_parser, check_encoder, read_options
 from pipeline.command import early
 from pipeline.errors import UserError, naming
-from pipeline.method.source import check_source
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.manifest import Manifest
 
 
@@ -76,6 +75,28 @@ def build_parser() -> argparse.ArgumentParser:
     return result
 
 
+def choices(
+    encoders: Sequence[str], names: Sequence[str], options_text: str, size: int | None, seed: int
+) -> list[EncoderChoice]:
+    """The encoders that a command line names; `random` takes the first one's architecture."""
+    result: list[EncoderChoice] = []
+    archs = list(names)
+    for source in encoders:
+        options = read_options(options_text)
+        if size is not None:
+            options["img_size"] = size
+        needs = source == "random" or Path(source).is_file()
+        arch = (archs.pop(0) if len(archs) > 1 else archs[0]) if needs and archs else None
+        if source == "random" and arch is None:
+            if not result:
+                raise UserError("--encoder random: needs --arch where it is the first encoder")
+            first = result[0]
+            result.append(EncoderChoice(first.source, first.arch, options, True, seed))
+        else:
+            result.append(EncoderChoice(source, arch, options, False, seed))
+    return result
+
+
 def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
     """The points of a command line. UserError for one that cannot be followed."""
     points = tuple((x, y) for x, y in args.point or [[0.5, 0.5]])
@@ -90,10 +111,9 @@ def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
             f"--arch: {len(args.arch)} names for {needed} files and random encoders; give one for "
             "all or one for each"
         )
-    read_options(args.options)
-    for name in args.encoder:
-        if name != "random":  # it may take the architecture of the first
-            check_source(name)
+    for choice in choices(args.encoder, args.arch, args.options, args.size, args.seed):
+        check_encoder(choice)
+    check_writable(args.output, folder=True, advice="; choose another --output")
     if args.files:
         check_files(args.files)
     else:
@@ -132,26 +152,6 @@ class Look:
     attention: Tensor
     from_cls: bool
     grid: tuple[int, int]
-
-
-def choices(s: Settings) -> list[EncoderChoice]:
-    """The encoders that a command line names; `random` takes the first one's architecture."""
-    result: list[EncoderChoice] = []
-    archs = list(s.archs)
-    for source in s.encoders:
-        options = read_options(s.options)
-        if s.size:
-            options["img_size"] = s.size
-        needs = source == "random" or Path(source).is_file()
-        arch = (archs.pop(0) if len(archs) > 1 else archs[0]) if needs and archs else None
-        if source == "random" and arch is None:
-            if not result:
-                raise UserError("--encoder random: needs --arch where it is the first encoder")
-            first = result[0]
-            result.append(EncoderChoice(first.source, first.arch, options, True, s.seed))
-        else:
-            result.append(EncoderChoice(source, arch, options, False, s.seed))
-    return result
 
 
 def name_of(choice: EncoderChoice) -> str:
@@ -332,7 +332,7 @@ def as_png(picture: Image.Image) -> bytes:
 def draw(s: Settings) -> list[str]:
     """Write all pictures and the page into the output folder; their names."""
     looks, facts = [], []
-    for choice in choices(s):
+    for choice in choices(s.encoders, s.archs, s.options, s.size, s.seed):
         session = open_session(choice, Ranks.alone(), precision="fp32")
         looks.append(look(s, session, name_of(choice)))
         height, width = looks[-1].grid

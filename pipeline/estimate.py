@@ -26,7 +26,8 @@ from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.help_text import HelpFormatter
-from shard_tools.atomic import write_json
+from pipeline.method.checks import check_objective
+from shard_tools.atomic import check_writable, write_json
 
 # Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
 # virtual machine with AVX2. `make bench-data` measures the whole loader.
@@ -94,8 +95,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """UserError for what is seen to be wrong before anything is built."""
+    check_objective(load_recipe(args.recipe, args.overrides))
+    if args.json:
+        check_writable(args.json)
+
+
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
-    early(parse_args, lambda args: load_recipe(args.recipe, args.overrides))
+    early(parse_args, check)
 
 import torch
 from timm.models.vision_transformer import Block

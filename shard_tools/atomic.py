@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -89,6 +90,9 @@ def check_writable(
 ) -> None:
     """UserError `path: what (reason)advice` where a file, or files in a folder, could not be
     written. Nothing is left there."""
+    scheme = re.match(r"[A-Za-z][\w+.-]*:/", str(path))  # of a URL, whose second / a Path drops
+    if scheme and not Path(scheme[0]).exists():
+        raise UserError(f"{path}: {what} (it is a URL; only local files are written){advice}")
     if path.is_dir() if not folder else path.exists() and not path.is_dir():
         kind = "a file where a folder is needed" if folder else "a folder"
         raise UserError(f"{path}: {what} (it is {kind}){advice}")

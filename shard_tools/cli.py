@@ -105,6 +105,14 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
+def worker_count(text: str) -> int:
+    """A number of processes, 0 for none but this one. argparse turns the error into a sentence."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 (no process of its own) or more")
+    return number
+
+
 def read_list(path: Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank. UserError where it cannot be read."""
     with naming(path, "cannot be read"):

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import naming
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, cores, counted, images_of, run
+from shard_tools.cli import HelpFormatter, ToolError, cores, counted, images_of, run, worker_count
 from shard_tools.manifest import MANIFEST, write_manifest
 from shard_tools.sharding.adopt import (
     Adopted,
@@ -58,6 +58,7 @@ def index_shards(
     """Read all tars, then write report and manifest into `output`."""
     if (output / MANIFEST).exists() and not replace_old:
         raise ToolError(f"{output}: already has a {MANIFEST}; --replace overwrites it")
+    check_writable(output, folder=True)
     jobs = [IndexJob(i, tars.folder, name, settings) for i, name in enumerate(tars.names)]
     found = list(
         map_in_workers(
@@ -156,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
         help="tars and samples that cannot be used",
     )  # fmt: skip
     a("--replace", action="store_true", help="replace an older manifest")
-    a("--workers", type=int, default=cores(), help="processes")
+    a("--workers", type=worker_count, default=cores(), help="processes")
     return p
 
 

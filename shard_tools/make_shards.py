@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, images_of, run
+from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, images_of, run, worker_count
 from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.found import naming_skip
@@ -162,8 +162,6 @@ def job_folders(dest: Path) -> list[Path]:
 
 def execution_of(options: argparse.Namespace) -> Execution:
     """Check the options that say how the job runs."""
-    if options.workers < 0:
-        raise ToolError("--workers must be 0 (no process of its own) or more")
     if not 0 <= options.task_id < options.num_tasks:
         raise ToolError(
             f"--task-id must be between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
@@ -231,7 +229,7 @@ def parser() -> argparse.ArgumentParser:
         "each field takes 1 KiB of the tar, its header and padding, which counts for small images "
         "(CIFAR-10's 46 MB of JPEGs make tars of 180 MB, 128 MB without one of the two)",
     )
-    a("--workers", type=int, default=cores(), help="processes; 0 = no process of its own")
+    a("--workers", type=worker_count, default=cores(), help="processes; 0 = no process of its own")
     a(
         "--resume",
         action="store_true",

@@ -28,7 +28,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import naming
-from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, counted, read_list, run
+from shard_tools.atomic import check_writable
+from shard_tools.cli import (
+    HelpFormatter,
+    ToolError,
+    byte_size,
+    cores,
+    counted,
+    read_list,
+    run,
+    worker_count,
+)
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
 from shard_tools.sharding.found import EXTENSIONS
@@ -286,11 +296,12 @@ def write_subset(
 
 
 def check_empty(dest: Path) -> None:
-    """ToolError unless the folder is new or empty."""
+    """UserError unless the folder is new or empty, and can be written."""
     with naming(dest, "cannot be read"):
         used = (dest / MANIFEST).exists() or (dest.is_dir() and any(dest.iterdir()))
     if used:
         raise ToolError(f"{dest}: is not empty; give another folder")
+    check_writable(dest, folder=True)
 
 
 def subset(options: argparse.Namespace) -> int:
@@ -355,7 +366,7 @@ def parser() -> argparse.ArgumentParser:
     a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
     a("--shard-size", type=byte_size, default="256MiB", help="with --copy: bytes per shard")
-    a("--workers", type=int, default=cores(), help="with --copy: processes")
+    a("--workers", type=worker_count, default=cores(), help="with --copy: processes")
     return p
 
 

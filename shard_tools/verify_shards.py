@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError, naming
-from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run
+from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run, worker_count
 from shard_tools.image_file import find_pieces, read_header
 from shard_tools.manifest import (
     FORMATS,
@@ -342,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("folder", metavar="DIR", help="folder with a manifest.json")
     p.add_argument("--decode", action="store_true", help="also decode every image")
-    p.add_argument("--workers", type=int, default=cores(), help="processes")
+    p.add_argument("--workers", type=worker_count, default=cores(), help="processes")
     return p
 
 

@@ -20,7 +20,7 @@ from pipeline.config.ds_config import (
     set_precision,
 )
 from pipeline.config.schedules import warmup_cosine
-from pipeline.config.schema import OptimizerRecipe
+from pipeline.config.schema import OptimizerRecipe, augmentation
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
@@ -140,13 +140,18 @@ def stage_of(s: Settings, config: dict[str, Any]) -> int:
     return stage
 
 
-def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
-    """UserError where --precision bf16 is not to be had."""
-    if session.precision == "bf16" and not stage:
+def check_bf16_stage(s: Settings, precision: str, stage: int) -> None:
+    """UserError where --precision bf16 is asked of a ZeRO stage that has none."""
+    if precision == "bf16" and not stage:
         raise UserError(
             f"--precision bf16 needs ZeRO stage 1 or 2, and --ds_config {s.ds_config} has stage 0; "
             "use zero1 or zero2, or --precision fp32"
         )
+
+
+def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
+    """UserError where --precision bf16 is not to be had."""
+    check_bf16_stage(s, session.precision, stage)
     import torch
 
     from pipeline.distributed import bf16_units
@@ -159,6 +164,13 @@ def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
 def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -> int:
     """Images of a micro-batch on a rank: the ds_config's, or by its size; even where mixup or
     cutmix pairs them."""
+    given = given_micro_batch(s, config, world)
+    multiple = 2 if s.mixup or s.cutmix else 1
+    return given or auto_micro_batch(s.batch_size // world, patches, multiple=multiple)
+
+
+def given_micro_batch(s: Settings, config: dict[str, Any], world: int) -> int:
+    """What the ds_config says, 0 for "auto". UserError where that cannot be."""
     per_rank, pairs = s.batch_size // world, bool(s.mixup or s.cutmix)
     wanted = config.get("train_micro_batch_size_per_gpu", "auto")
     if pairs and per_rank % 2:
@@ -167,7 +179,7 @@ def micro_batch(s: Settings, config: dict[str, Any], patches: int, world: int) -
             f"rank is odd; choose a multiple of {2 * world}, or --mixup 0 --cutmix 0"
         )
     if wanted == "auto":
-        return auto_micro_batch(per_rank, patches, multiple=2 if pairs else 1)
+        return 0
     if not isinstance(wanted, int) or wanted < 1 or per_rank % wanted:
         raise UserError(
             f"{s.ds_config}: train_micro_batch_size_per_gpu {wanted!r} does not divide the "
@@ -224,14 +236,20 @@ def check(s: Settings, world: int) -> None:
         raise UserError(f"--crop-area {s.crop_area:g}: must be above 0 and at most 1")
     if min(s.mixup, s.cutmix, s.weight_decay, s.min_lr) < 0:
         raise UserError("--mixup, --cutmix, --weight-decay and --min-lr must be at least 0")
+    try:
+        augmentation(s.randaugment)
+    except ValueError as error:
+        raise UserError(f"--randaugment {s.randaugment}: {error}") from None
     if s.subset and s.fraction != 1.0:
         raise UserError("--subset and --fraction both choose the labels: give one of them")
 
 
-def check_input(s: Settings, world: int) -> None:
+def check_input(s: Settings, world: int, precision: str = "auto") -> None:
     """UserError for what can be seen to be wrong without the encoder."""
     check(s, world)
-    stage_of(s, open_ds_config(s.ds_config))
+    config = open_ds_config(s.ds_config)
+    check_bf16_stage(s, precision, stage_of(s, config))
+    given_micro_batch(s, config, world)
     train = labelled(s.train)
     class_count(train, labelled(s.val))
     if s.all_labels:

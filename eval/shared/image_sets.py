@@ -13,18 +13,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from eval.shared.labels import LIST, listed_in
 from pipeline.data.crops import CentreCrop
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import UserError, naming
-from shard_tools.cli import read_list
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
 from shard_tools.sharding.items import Item, Items
 from shard_tools.sharding.sources import Listing, Source, open_source
-
-LIST = ".txt"
 
 
 @dataclass(frozen=True)
@@ -152,10 +150,7 @@ def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
 
 
 def _listed(path: Path, root: Path) -> FileManifest:
-    lines = read_list(path)
-    if not lines:
-        raise UserError(f"{path}: names no image; write one path per line")
-    return of_files(lines, root)
+    return of_files(listed_in(path), root)
 
 
 def _by_folder(source: Source) -> Source:

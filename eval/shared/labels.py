@@ -5,7 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.errors import UserError, naming
+from shard_tools.cli import read_list
 from shard_tools.manifest import MANIFEST, Manifest, is_remote, read_manifest
+from shard_tools.sharding.archives import is_archive
+from shard_tools.sharding.found import is_image
+
+LIST = ".txt"  # of paths, one a line
 
 
 def with_images(folder: str | Path) -> Manifest:
@@ -35,12 +40,35 @@ def class_count(train: Manifest, val: Manifest) -> int:
     return max(labels, len(train.classes), len(val.classes))
 
 
-def check_images(where: str | Path) -> None:
-    """UserError where there is nothing that `image_sets.open_images` could list."""
-    if is_remote(str(where)) or (Path(where) / MANIFEST).is_file():
-        read_manifest(where)
-    elif not Path(where).exists():
+def check_images(where: str | Path, root: str | Path | None = None) -> None:
+    """UserError where `image_sets.open_images` would find nothing, as far as a glance shows."""
+    path = Path(where)
+    if is_remote(str(where)) or (path / MANIFEST).is_file():
+        with_images(where)
+    elif not path.exists():
         raise UserError(f"{where}: no such file or folder")
+    elif root and not Path(root).is_dir():
+        raise UserError(f"--root {root}: no such folder")
+    elif path.suffix == LIST:
+        check_files([Path(root or path.parent) / listed_in(path)[0]])
+    elif path.is_dir() and (path / "train" / MANIFEST).is_file():
+        raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
+    elif path.is_dir() and not any(_is_image_or_archive(*found) for found in os.walk(path)):
+        raise UserError(f"{path}: holds no images")
+    elif is_image(path.name):
+        raise UserError(f"{path}: is one image; give its folder, or a table of paths")
+
+
+def _is_image_or_archive(_: str, __: list[str], names: list[str]) -> bool:
+    return any(is_image(name) or is_archive(name) for name in names)
+
+
+def listed_in(path: Path) -> list[str]:
+    """The lines of a list of paths. UserError where there are none."""
+    lines = read_list(path)
+    if not lines:
+        raise UserError(f"{path}: names no image; write one path per line")
+    return lines
 
 
 def check_files(files: Iterable[str | Path]) -> None:

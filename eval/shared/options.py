@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import yaml
 
+from pipeline.data.crops import CentreCrop
 from pipeline.errors import UserError
 from pipeline.help_text import HelpFormatter
+from pipeline.method.source import check_reconstructor, check_source
+from shard_tools.cli import worker_count
 from shard_tools.cores import cores
 
 T = TypeVar("T")
@@ -47,7 +51,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
     result.add_argument(
         "--workers",
-        type=int,
+        type=worker_count,
         default=min(8, cores()),
         help="processes of a rank that decode images",
     )
@@ -104,10 +108,28 @@ def add_model(result: argparse.ArgumentParser) -> None:
     add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
 
 
-def check_ratio(mask_ratio: float | None) -> None:
-    """UserError for a share of hidden patches that no image has."""
+def check_model(
+    path: str, recipe: str, overrides: Sequence[str], mask_ratio: float | None, resize: int = 0
+) -> None:
+    """UserError where the options of `add_model` name no model that reconstructs, or a share of
+    hidden patches that leaves it none."""
+    found = check_reconstructor(path, recipe, overrides)
     if mask_ratio is not None and not 0 < mask_ratio < 1:
         raise UserError(f"--mask-ratio {mask_ratio:g}: must be between 0 and 1")
+    ratio = found.views.mask_ratio if mask_ratio is None else mask_ratio
+    check_ratio(ratio, found.encoder.patches if found.encoder.patch_size else 0)
+    if resize:
+        CentreCrop(found.encoder.image_size, resize)
+
+
+def check_ratio(ratio: float, length: int) -> float:
+    """A share of hidden patches. UserError where it leaves none of `length` patches (0: not known)
+    hidden, or none visible."""
+    if not 0 < ratio < 1 or (length and int(length * (1 - ratio)) in (0, length)):
+        raise UserError(
+            f"--mask-ratio {ratio}: must leave some of {length} patches hidden and shown"
+        )
+    return ratio
 
 
 def settings_of(kind: type[T], args: argparse.Namespace) -> T:
@@ -121,6 +143,15 @@ def settings_of(kind: type[T], args: argparse.Namespace) -> T:
         if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be finite")
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_encoder(choice: EncoderChoice) -> None:
+    """UserError where a command line names no encoder, or images that are too small for it."""
+    size = check_source(choice.source, choice.arch, choice.options, choice.ema)
+    if choice.resize < 0:
+        raise UserError(f"--resize {choice.resize}: must be 0 or more pixels")
+    if choice.resize and size:
+        CentreCrop(size, choice.resize)
 
 
 def encoder_of(args: argparse.Namespace) -> EncoderChoice:

@@ -3,15 +3,15 @@
 import argparse
 import hashlib
 import json
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from eval.shared.options import EncoderChoice, encoder_of
+from eval.shared.options import EncoderChoice, check_encoder, encoder_of
+from pipeline.config.timm_names import check_hub
 from pipeline.errors import UserError, naming
-from pipeline.method.source import check_source
-from shard_tools.atomic import write_json
+from pipeline.method.weight_file import check_file
+from shard_tools.atomic import check_writable, write_json
 
 
 class Timer:
@@ -63,22 +63,11 @@ def named_json(output: str) -> Path:
 def check_output(path: Path, folder: Path | None = None) -> None:
     """UserError where the result at `path` or files in `folder` could not be written, or `folder`
     is that of a pretraining run: known before the work and not after it. Nothing is created."""
-    if path.is_dir():
-        raise UserError(f"{path}: cannot be written (Is a directory); choose another --output")
     if folder and (folder / "recipe.yaml").is_file():
         raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
-    for wanted in (path.parent, folder or path.parent):
-        there = wanted
-        try:
-            while not there.exists():
-                there = there.parent
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            reason = f"{there}: {error.strerror}"
-            raise UserError(
-                f"{path}: cannot be written ({reason}); choose another --output"
-            ) from None
+    check_writable(path, advice="; choose another --output")
+    if folder:
+        check_writable(folder, folder=True, advice="; choose another --output")
 
 
 def result_of(args: argparse.Namespace, name: str, folder: bool = False) -> Path:
@@ -87,7 +76,7 @@ def result_of(args: argparse.Namespace, name: str, folder: bool = False) -> Path
     choice = encoder_of(args)
     path = output_path(args.output, choice, name)
     check_output(path, path.with_suffix("") if folder else None)
-    check_source(choice.source, choice.arch, choice.options, choice.ema)
+    check_encoder(choice)
     return path
 
 
@@ -122,6 +111,15 @@ def read_classifier_info(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise no_classifier(folder, error) from error
     return dict(info)
+
+
+def check_classifier(name: str) -> None:
+    """UserError where a name is no classifier of eval/finetune.py or timm:NAME."""
+    if name.startswith("timm:"):
+        check_hub(name.removeprefix("timm:"), f"--classifier {name}")
+        return
+    read_classifier_info(name)
+    check_file(Path(name) / "classifier.safetensors")
 
 
 def no_classifier(folder: str | Path, error: Exception) -> UserError:

@@ -33,8 +33,9 @@ from pipeline.method.foreign import (
     patch_side,
 )
 from pipeline.method.objective import Objective, build_objective
-from pipeline.method.source import check_divisible, check_source, other_size
+from pipeline.method.source import check_divisible, check_source, other_size, teacher_of
 from pipeline.method.vit import is_plain
+from pipeline.method.weight_file import unreadable
 
 
 def load_encoder(
@@ -134,13 +135,10 @@ def teacher_weights(path: Path) -> dict[str, Tensor]:
     """The encoder of a run's EMA teacher, but its fixed positions; of its newest checkpoint, or of
     the one that is named.
     """
-    run = path.parent if path.name == "encoder" else path
+    file = teacher_of(path)
     try:
-        newest = run
-        if not (run / "teacher.safetensors").is_file():
-            newest = run / "checkpoints" / (run / "checkpoints/latest").read_text().strip()
-        state = load_file(newest / "teacher.safetensors")
-    except (OSError, SafetensorError):
-        raise UserError(f"--ema: {path} has no checkpoint with an EMA teacher") from None
+        state = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(file, error) from None
     named = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     return {k: v for k, v in named.items() if k not in ("pos_embed", "mask_token")}

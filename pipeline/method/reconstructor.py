@@ -22,7 +22,7 @@ from pipeline.method.layouts import MAE, fixed_options, mae_decoder_heads
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import decode, paste, predict, shown
-from pipeline.method.source import recipe_of_model
+from pipeline.method.source import need_decoder, recipe_of_model
 from pipeline.method.views import View
 from pipeline.method.weights import find_encoder, load_tensors
 
@@ -35,9 +35,7 @@ class Reconstructor:
     """
 
     def __init__(self, objective: Objective, source: str) -> None:
-        if not objective.reconstructs:
-            kind = objective.recipe.measure.kind
-            raise UserError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
+        need_decoder(objective.recipe, source)
         self.objective, self.recipe = objective.eval().requires_grad_(False), objective.recipe
         self.size = self.recipe.encoder.image_size
         self.patch, self.grid = objective.encoder.patch, objective.encoder.grid

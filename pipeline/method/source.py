@@ -15,7 +15,10 @@ from pipeline.config.recipe import Recipe, load_recipe, run_recipe
 from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError
+from pipeline.method.checks import check_objective
 from pipeline.method.weight_file import METADATA, check_file, written_info
+
+TEACHER = "teacher.safetensors"
 
 
 def check_source(
@@ -23,8 +26,9 @@ def check_source(
     arch: str | None = None,
     options: Mapping[str, Any] | None = None,
     ema: bool = False,
-) -> None:
-    """UserError where the words of `load_encoder` name no encoder."""
+) -> int | None:
+    """UserError where the words of `load_encoder` name no encoder; the side of its images in
+    pixels, None where that is not known yet."""
     name, path = str(source), Path(source)
     size = (options or {}).get("img_size", 1)
     if not isinstance(size, int) or size < 1:
@@ -41,7 +45,7 @@ def check_source(
         if arch and arch != name.removeprefix("timm:"):
             raise UserError(f"--arch {arch}: {name} says itself what it is; leave --arch out")
     elif path.is_file():
-        _check_weights(path, arch, options or {})
+        return _check_weights(path, arch, options or {})
     elif (path / "config.json").is_file():
         check_file(path / "model.safetensors")
     else:
@@ -49,15 +53,33 @@ def check_source(
         check_file(folder / "encoder.safetensors")
         size = other_size(path, info, arch, options or {})
         check_divisible(size, patch_of(info["arch"], info["options"]), path)
+        if ema:
+            teacher_of(path)
+        return int(size)
+    return (options or {}).get("img_size")
 
 
-def _check_weights(path: Path, arch: str | None, options: Mapping[str, Any]) -> None:
-    """UserError where a file is none of weights, or does not say what it must."""
+def _check_weights(path: Path, arch: str | None, options: Mapping[str, Any]) -> int | None:
+    """UserError where a file is none of weights, or does not say what it must; the image size."""
     info = written_info(path, check_file(path).get(METADATA))
     if info:
-        other_size(path, info, arch, options)
-    elif path.suffix == ".safetensors":  # others may say it among their tensors
+        return int(other_size(path, info, arch, options))
+    if path.suffix == ".safetensors":  # others may say it among their tensors
         need_arch(arch, path)
+    return options.get("img_size")
+
+
+def teacher_of(path: Path) -> Path:
+    """The file of a run's EMA teacher: of its newest checkpoint, or of the one that is named."""
+    run = path.parent if path.name == "encoder" else path
+    newest = run
+    try:
+        if not (run / TEACHER).is_file():
+            newest = run / "checkpoints" / (run / "checkpoints/latest").read_text().strip()
+        check_file(newest / TEACHER)
+    except (OSError, UserError):
+        raise UserError(f"--ema: {path} has no checkpoint with an EMA teacher") from None
+    return newest / TEACHER
 
 
 def check_start(weights: str, ema: bool = False) -> None:
@@ -149,12 +171,20 @@ def check_divisible(size: Any, patch: int | None, path: object) -> None:
         )
 
 
-def check_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()) -> Recipe:
-    """`recipe_of_model`, where the weights are there too. UserError."""
+def check_reconstructor(path: str | Path, recipe: str = "", set_: Sequence[str] = ()) -> Recipe:
+    """`recipe_of_model`. UserError also where there are no weights, or no decoder to them."""
     found, path = recipe_of_model(path, recipe, set_), Path(path)
-    check_arch(found.encoder.arch, f"encoder.arch {found.encoder.arch!r}")
+    need_decoder(found, path)
+    check_objective(found)
     check_file(path if path.is_file() else path / "model.safetensors")
     return found
+
+
+def need_decoder(recipe: Recipe, source: object) -> None:
+    """UserError where a model does not reconstruct."""
+    if not recipe.measure.reconstructs:
+        kind = recipe.measure.kind
+        raise UserError(f"{source}: its measure is {kind}: no decoder, so no reconstructions")
 
 
 def recipe_of_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()) -> Recipe:

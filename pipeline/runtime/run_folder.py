@@ -26,6 +26,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective
+from pipeline.method.source import TEACHER
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import (
     CheckpointStore,
@@ -35,8 +36,6 @@ from pipeline.runtime.checkpoint import (
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from shard_tools.atomic import write_atomic, write_json
-
-TEACHER = "teacher.safetensors"
 
 
 def default_output(recipe: Recipe) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
@@ -42,12 +42,14 @@ def is_finished(dest: Path) -> bool:
 
 
 def check_destination(dest: Path, sources: list[Path], how: Execution) -> None:
-    """Before anything is listed: `dest` is no part of what is read, and not finished."""
+    """Before anything is listed: `dest` can be written, is no part of what is read, and is not
+    finished."""
     if is_finished(dest) and not how.resume:
         raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
     for source in sources:
         if dest.resolve().is_relative_to(source.resolve()):
             raise ToolError(f"{dest}: is inside {source} and would become part of it")
+    check_writable(dest, folder=True)
 
 
 def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:

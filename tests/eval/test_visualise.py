@@ -131,12 +131,13 @@ def test_the_page_and_its_pictures(home: Path) -> None:
 
 
 def test_random_takes_the_architecture_of_the_first(home: Path) -> None:
-    first, second = visualise.choices(settings(home))
+    s = settings(home)
+    first, second = visualise.choices(s.encoders, s.archs, s.options, s.size, s.seed)
     assert (second.source, second.random) == (first.source, True)
     words = ["--encoder", "random", "--images", str(home / "shards")]
     args = visualise.build_parser().parse_args(words)
     with pytest.raises(UserError, match="random: needs --arch where it is the first"):
-        visualise.choices(visualise.settings_of(args))
+        visualise.settings_of(args)
 
 
 def test_what_cannot_be_shown(home: Path) -> None:
