@@ -47,6 +47,11 @@ need_number() { # NAME VALUE LEAST [MOST]
     fail "$1 is '$2': must be a number from $3 ${4:+to }${4:-up}"
 }
 
+expand_home() { # PATH: with the home folder for its ~, which the shell leaves after a =
+  # shellcheck disable=SC2088
+  [[ $1 == '~' || $1 == '~/'* ]] && printf %s "$HOME${1:1}" || printf %s "$1"
+}
+
 free_port() { # one that nobody listens on, outside the range of outgoing connections
   "$python" -c 'import random, socket
 for port in random.sample(range(20000, 32000), 12000):
@@ -338,6 +343,7 @@ while (($#)); do
   esac
   shift
 done
+hostfile=$(expand_home "$hostfile") script=$(expand_home "$script")
 [[ -z $ranks ]] || need_number --ranks "$ranks" 1
 need_number --grace "$grace" 0
 [[ -f $script ]] || script=$root/$script
@@ -346,6 +352,7 @@ if [[ $script == */pipeline/pretrain.py ]]; then
   for ((i = 0; i < ${#arguments[@]}; i++)); do
     [[ ${arguments[i]} =~ ^--output(=(.*))?$ ]] && output=${BASH_REMATCH[2]:-${arguments[i + 1]:-}}
   done
+  output=$(expand_home "$output")
 fi
 find_python
 gpus=$(count_gpus)

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from eval.paper.archive import made_runs, pack, unpacked
-from eval.paper.cifar_claims import ALL
+from eval.paper.cifar_claims import ALL, METHODS, cifar_row
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
     RECORD,
@@ -31,7 +31,7 @@ from eval.paper.cifar_plan import (
     tuning_of,
     unit,
 )
-from eval.paper.commands import Workspace, read_scale
+from eval.paper.commands import Workspace, read_scale, row_recipe
 from eval.paper.cost import Rates
 from eval.paper.job_runner import run_commands
 from eval.paper.study import Study
@@ -42,7 +42,8 @@ from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
-from shard_tools.atomic import write_json
+from pipeline.method.checks import check_objective
+from shard_tools.atomic import check_writable, write_json
 from shard_tools.cores import cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def cifar_paper(settings: Settings) -> None:
     """Plan, tune, run, judge, write; prints the claims last."""
+    check(settings)
     make_cifar_shards(settings.source, settings.data)
     rates = Rates(settings.output / "rates.json", str(settings.data / "shards" / "train"))
     plan = make_plan(settings, rates)
@@ -127,6 +129,16 @@ def cifar_paper(settings: Settings) -> None:
         print(f"archive: {settings.archive}, {size:,} bytes")
     print(f"{facts.seconds:.0f} CPU seconds; report: {page}")
     print(json.dumps({"claims": study.verdicts()}), flush=True)
+
+
+def check(settings: Settings) -> None:
+    """UserError for what would end a sitting after the shards were built, or at its end."""
+    for method in METHODS:
+        check_objective(row_recipe(settings.workspace, cifar_row(method, {}, {}, 1)))
+    check_writable(settings.data, folder=True, advice="; choose another --data")
+    check_writable(settings.output, folder=True, advice="; choose another --output")
+    if settings.archive:
+        check_writable(settings.archive, advice="; choose another --archive")
 
 
 def write_page(study: Study, facts: Facts, page: Path) -> Path:

@@ -22,9 +22,13 @@ from eval.reporting.run_records import read_result, with_beside
 from eval.shared.command import run_command
 from eval.shared.demo_shards import make_demo_shards
 from eval.shared.processes import call
+from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
+from pipeline.method.checks import check_objective
+from shard_tools.atomic import check_writable
 from shard_tools.cores import cores
+from shard_tools.demo_images import PHOTOGRAPHS
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
@@ -85,6 +89,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     ranks = getattr(args, "ranks", 1)
     if args.seeds < 1 or ranks < 1 or PARTITIONS % ranks:
         raise UserError(f"--seeds must be at least 1 and --ranks a divisor of {PARTITIONS}")
+    if min(args.train, args.val) < len(PHOTOGRAPHS):
+        raise UserError(f"--train and --val must be at least {len(PHOTOGRAPHS)}, one per class")
+    for recipe in RECIPES:
+        check_objective(load_recipe(recipe, args.set))
+    check_writable(args.output, folder=True, advice="; choose another --output")
+    check_writable(args.data, folder=True, advice="; choose another --data")
     return Settings(
         args.seeds,
         args.output,

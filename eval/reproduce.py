@@ -18,6 +18,7 @@ from eval.paper.reproduction import (
     Options,
     add_options,
     beside,
+    check_rows,
     choose_rows,
     columns_of,
     find_table,
@@ -64,6 +65,7 @@ def reproduce(settings: Settings) -> None:
         (row, list(dict.fromkeys([*columns_of(table, row), *options.also])))
         for row in choose_rows(table, settings.rows)
     ]
+    check_rows(workspace, [row for row, _ in rows])
     prepare_data(workspace)
     jobs = [
         job

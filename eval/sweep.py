@@ -9,6 +9,7 @@ Every command goes through launch.sh, over all GPUs; on a CPU several run side b
 """
 
 import argparse
+import importlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote, split
+from typing import NoReturn
 
 from eval.paper.job_runner import run_commands, show_plan
 from eval.paper.sweep_chapter import sweep_chapter
@@ -28,7 +30,9 @@ from eval.paper.sweep_plan import (
     read_eval_args,
     read_evals,
     read_grid,
+    recipe_of,
 )
+from eval.protocols import by_key
 from eval.report import write_report
 from eval.reporting.page import markdown_table
 from eval.shared.command import run_command
@@ -163,6 +167,29 @@ def write_page(sweep: Sweep) -> None:
     print(f"report: {page}", flush=True)
 
 
+def check_evals(sweep: Sweep) -> None:
+    """UserError for what an evaluation would be refused for after hours of pretraining."""
+    for protocol in sweep.evals:
+        how, words = by_key(protocol), sweep.eval_args.get(protocol, ())
+        script = importlib.import_module(f"eval.{how.script}")
+        parser: argparse.ArgumentParser = script.build_parser()
+        text = f"--eval-args {protocol}={' '.join(words)}" if words else f"--eval {protocol}"
+
+        def refuse(message: str, text: str = text) -> NoReturn:
+            raise UserError(f"{text}: {message}")
+
+        parser.error = refuse  # type: ignore[method-assign]
+        needed = ["--encoder", "random", "--val", sweep.val]
+        needed += ["--train", sweep.train] if how.train else []
+        args = parser.parse_args([*needed, *how.words(0), *words])
+        if hasattr(args, "arch"):  # a random encoder will do for what does not depend on it
+            args.arch = args.arch or recipe_of(sweep, sweep.cells[0]).encoder.arch
+            try:
+                script.prepare(args)
+            except UserError as error:
+                refuse(str(error))
+
+
 def run_sweep(settings: Settings) -> None:
     """Plan it, then do what the settings say."""
     sweep = settings.sweep
@@ -171,6 +198,8 @@ def run_sweep(settings: Settings) -> None:
     if settings.dry_run:
         print("\n".join(show_plan(everything)), flush=True)
         return
+    if not settings.report:
+        check_evals(sweep)
     claim_output(sweep)
     if settings.cell is not None:
         cells = list(commands.items())

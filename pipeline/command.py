@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 from pipeline.errors import UserError, refuse
+from shard_tools.home import expand_words
 
 T = TypeVar("T")
-
-
-def expand_home(words: Iterable[str]) -> list[str]:
-    """The words of a command line, `--output=~/runs` as the shell reads `--output ~/runs`: of what
-    follows a `=` it leaves the tilde, and a folder of that name would be made."""
-    words = list(words)
-    parts = [re.fullmatch(r"([\w.-]+=)?(~(?:/.*)?)", word, re.DOTALL) for word in words]
-    return [
-        f"{part[1] or ''}{os.path.expanduser(part[2])}" if part else word
-        for word, part in zip(words, parts, strict=True)
-    ]
 
 
 def alone() -> bool:
@@ -59,9 +48,9 @@ def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
 
     Until `imported` nobody looks for garbage (late.uncollected).
     """
-    sys.argv[1:] = expand_home(sys.argv[1:])
-    args = parse()
     try:
+        sys.argv[1:] = expand_words(sys.argv[1:])
+        args = parse()
         check_environment()
         if alone():
             check(args)

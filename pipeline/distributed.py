@@ -27,6 +27,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.processor import BF16, processor
 from shard_tools.cores import cores
+from shard_tools.home import expand_home
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def extensions_dir() -> Path:
     built_with = f"rocm{hip}" if hip else f"cu{cuda}" if cuda else "nogpu"
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     name = f"torch{torch.__version__.partition('+')[0]}-{built_with}-{python}-{kind}"
-    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+    if given := expand_home(os.environ.get("TORCH_EXTENSIONS_DIR", "")):
         root = Path(given)
         # Of a parent process, perhaps on another accelerator.
         return (root.parent if re.match(r"torch\d.*-py\d+-", root.name) else root) / name

@@ -29,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import reason
+from pipeline.errors import UserError, reason, refuse
 from pipeline.processor import BF16, processor
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
+from shard_tools.home import expand_words
 
 GIB = 1 << 30
 PACKAGES = (
@@ -353,7 +354,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("runs"), help="folder that a run would write to (runs)"
     )
-    findings = examine(parser.parse_args(argv).output)
+    try:
+        args = parser.parse_args(expand_words(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        return refuse(error)
+    findings = examine(args.output)
     print(page(findings))
     return int(any(finding.grade == STOP for finding in findings))
 

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.command import alone, check_environment, expand_home
+from pipeline.command import alone, check_environment
 from pipeline.config.recipe import RECIPES
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.help_text import HelpFormatter
@@ -23,6 +23,7 @@ from pipeline.late import uncollected
 from pipeline.runtime import startup
 from pipeline.runtime.preflight import preflight
 from pipeline.runtime.settings import Settings
+from shard_tools.home import expand_words
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,7 +92,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="log what the time until the first step went to",
     )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    args = vars(parser.parse_args(expand_home(sys.argv[1:] if argv is None else argv)))
+    args = vars(parser.parse_args(expand_words(sys.argv[1:] if argv is None else argv)))
     args.pop("local_rank")  # of the launcher
     if "init" in args:
         weights = args.pop("init")
@@ -112,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     progress, 85 stopped by a signal and saved.
     """
     startup.begin()
-    settings = parse_args(argv)
     try:
+        settings = parse_args(argv)
         check_environment()
         if alone():  # several ranks find faults together
             preflight(settings)

@@ -37,7 +37,7 @@ from shard_tools.cifar_batches import (
     python_batch,
     python_classes,
 )
-from shard_tools.cli import HelpFormatter, ToolError, run
+from shard_tools.cli import HelpFormatter, ToolError, parse, run
 from shard_tools.sharding.found import is_image, is_system_file
 from shard_tools.tar import header, padding
 
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train and test",
     )
     parser.add_argument("dest", type=Path, metavar="DEST", help="folder for train.tar and val.tar")
-    return run(convert, parser.parse_args(arguments))
+    return run(convert, parse(parser, arguments))
 
 
 if __name__ == "__main__":

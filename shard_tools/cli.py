@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pipeline.errors import UserError, naming, refuse
 from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
+from shard_tools.home import expand_words
 
 FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
 
@@ -43,6 +44,14 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line (None: of this process), its `~` expanded; ends with 2 where it is none."""
+    try:
+        return parser.parse_args(expand_words(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        sys.exit(refuse(error))
 
 
 def run(command: Callable[[Any], int], options: Any) -> int:

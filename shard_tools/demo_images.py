@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipeline.errors import naming
 from shard_tools.atomic import write_atomic
-from shard_tools.cli import HelpFormatter, ToolError, progress, run
+from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
 PHOTOGRAPHS = {
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--val", type=int, default=1024, help="number of validation crops")
     parser.add_argument("--size", type=int, default=80, help="side of a crop in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random draws")
-    return run(_command, parser.parse_args(arguments))
+    return run(_command, parse(parser, arguments))
 
 
 def _command(options: argparse.Namespace) -> int:

@@ -10,12 +10,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import reason, said_by_backend
+from shard_tools.home import expand_home
 from shard_tools.index_file import IndexHeader, ManifestError, parse_header
 
 
 def cache_folder() -> Path:
     """$RELAXMIM_CACHE, or a folder of this user under the system's temporary one."""
-    given = os.environ.get("RELAXMIM_CACHE")
+    given = expand_home(os.environ.get("RELAXMIM_CACHE", ""))
     return Path(given or Path(tempfile.gettempdir()) / f"relaxmim-cache-{os.getuid()}")
 
 

@@ -25,7 +25,16 @@ import numpy as np
 from pipeline.errors import naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, cores, counted, images_of, run, worker_count
+from shard_tools.cli import (
+    HelpFormatter,
+    ToolError,
+    cores,
+    counted,
+    images_of,
+    parse,
+    run,
+    worker_count,
+)
 from shard_tools.manifest import MANIFEST, write_manifest
 from shard_tools.sharding.adopt import (
     Adopted,
@@ -179,7 +188,7 @@ def command(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(command, parser().parse_args(arguments))
+    return run(command, parse(parser(), arguments))
 
 
 if __name__ == "__main__":

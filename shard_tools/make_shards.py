@@ -18,7 +18,16 @@ from pathlib import Path
 
 from pipeline.errors import naming
 from shard_tools.class_list import read_classes
-from shard_tools.cli import HelpFormatter, ToolError, byte_size, cores, images_of, run, worker_count
+from shard_tools.cli import (
+    HelpFormatter,
+    ToolError,
+    byte_size,
+    cores,
+    images_of,
+    parse,
+    run,
+    worker_count,
+)
 from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.found import naming_skip
@@ -269,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(make_shards, parser().parse_args(arguments))
+    return run(make_shards, parse(parser(), arguments))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=4096, help="of all ranks")
     parser.add_argument("--partitions", type=int, default=64, help="data.partitions of the recipe")
     parser.add_argument("--window", type=int, default=8, help="data.window of the recipe")
-    return cli.run(report, parser.parse_args(argv))
+    return cli.run(report, cli.parse(parser, argv))
 
 
 def report(options: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from shard_tools.cli import (
     byte_size,
     cores,
     counted,
+    parse,
     read_list,
     run,
     worker_count,
@@ -371,7 +372,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run(subset, parser().parse_args(arguments))
+    return run(subset, parse(parser(), arguments))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import UserError, naming
-from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run, worker_count
+from shard_tools.cli import (
+    FAULTS,
+    HelpFormatter,
+    ToolError,
+    cores,
+    counted,
+    parse,
+    run,
+    worker_count,
+)
 from shard_tools.image_file import find_pieces, read_header
 from shard_tools.manifest import (
     FORMATS,
@@ -347,7 +356,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     return run(lambda o: verify_shards(o.folder, decode=o.decode, workers=o.workers), options)
 
 

@@ -2,14 +2,14 @@
 paper's."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
 from eval.paper.beside import feature_note
-from eval.paper.commands import Workspace, read_scale, run_name
+from eval.paper.commands import Workspace, read_scale, row_recipe, run_name
 from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.protocols import by_key, headings, keys
@@ -17,6 +17,8 @@ from eval.reporting.run_records import read_result, with_beside
 from eval.reporting.tables import FEATURE_NAMES, NONE, Cell, Row, Table
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
+from pipeline.method.checks import check_objective
+from shard_tools.atomic import check_writable
 from shard_tools.cores import cores
 
 
@@ -67,6 +69,16 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
         few_labels=str(args.few_labels or ""),
     )
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
+
+
+def check_rows(workspace: Workspace, rows: Iterable[PaperRow]) -> None:
+    """UserError for what would end a reproduction after its data were built, or its first runs."""
+    check_writable(workspace.output, folder=True, advice="; choose another --output")
+    for row in rows:
+        check_objective(row_recipe(workspace, row))
+        listed = Path(workspace.classes)
+        if row.classes is not None and workspace.scale.name == "full" and not listed.is_file():
+            raise UserError(f"--classes {listed}: no such file")
 
 
 def prepare_data(workspace: Workspace) -> None:

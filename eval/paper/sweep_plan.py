@@ -11,10 +11,12 @@ from shlex import split
 from eval.paper.commands import cost, pretrain_flops
 from eval.paper.job_runner import Command
 from eval.protocols import by_key, keys
+from pipeline.config.ds_config import open_ds_config
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import write_json
+from pipeline.method.checks import check_objective
+from shard_tools.atomic import check_writable, write_json
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +130,9 @@ def recipe_of(sweep: Sweep, cell: Cell) -> Recipe:
 def plan(sweep: Sweep) -> dict[Cell, list[Command]]:
     """Cell → its commands, pretraining first. UserError for what could not run to its end."""
     samples, held_out = (read_manifest(shards).samples for shards in (sweep.train, sweep.val))
+    check_writable(sweep.output, folder=True, advice="; choose another --output")
+    if sweep.pretrain_args:
+        open_ds_config(sweep.pretrain_args[-1])
     names: dict[str, Cell] = {}
     commands = {}
     for cell in sweep.cells:
@@ -141,6 +146,7 @@ def plan(sweep: Sweep) -> dict[Cell, list[Command]]:
 def cell_commands(sweep: Sweep, cell: Cell, samples: int, held_out: int) -> list[Command]:
     """Pretraining and evaluations of a cell on `samples` training and `held_out` other images."""
     recipe, run = recipe_of(sweep, cell), sweep.output / cell.name
+    check_objective(recipe)
     drawn = recipe.data.samples_per_epoch or samples
     total = round(
         recipe.optimizer.epochs * steps_per_epoch(drawn, recipe.batch_size, recipe.data.partitions)

@@ -7,18 +7,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
-from pipeline.command import expand_home, imported
+from pipeline.command import imported
 from pipeline.errors import UserError, refuse
+from shard_tools.home import expand_words
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
     running out of memory, on the device, in this process or in a worker."""
     imported()
-    sys.argv[1:] = expand_home(sys.argv[1:])
     joined = _joined()  # before, by whoever calls it in a process of theirs
     try:
         with _explaining():
+            sys.argv[1:] = expand_words(sys.argv[1:])
             main()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))

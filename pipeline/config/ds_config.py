@@ -18,6 +18,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.config.suggest import bundled, choices
 from pipeline.errors import UserError
+from shard_tools.home import expand_values
 
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 # Keys with a value that DeepSpeed takes or ignores as it is.
@@ -97,7 +98,7 @@ def open_ds_config(path: str | Path) -> dict[str, Any]:
             f"{path}: cannot be read (no such file){choices(path, DS_CONFIGS, '.json')}"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = expand_values(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -37,6 +37,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
 from pipeline.errors import UserError
+from shard_tools.home import expand_home
 
 __all__ = [
     "RECIPES", "BYOLRecipe", "DataRecipe", "DecoderRecipe", "EncoderRecipe", "HeadsRecipe",
@@ -209,7 +210,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: base: must be a file name or a list of file names")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _read(path.parent / base, (*seen, path)))
+        merged = _merge(merged, _read(path.parent / expand_home(base), (*seen, path)))
     return _merge(merged, values)
 
 

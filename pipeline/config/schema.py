@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.installed import keys_of
+from pipeline.errors import UserError
+from shard_tools.home import expand_home
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -111,6 +113,17 @@ class JitterRecipe(Section):
     hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
     probability: Fraction = 0.8
     grayscale: Fraction = 0.0
+
+
+def path_text(text: str) -> str:
+    """A path (or URL, or timm:NAME) of a recipe, whose `~` no shell has read. ValueError."""
+    try:
+        return expand_home(text)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+PathText = Annotated[str, AfterValidator(path_text)]
 
 
 def mask_policy(name: str) -> str:
@@ -362,7 +375,7 @@ class InitRecipe(Section):
     ema: the average that a file keeps beside its weights, or the EMA teacher of a run.
     """
 
-    weights: str = ""
+    weights: PathText = ""
     ema: bool = False
 
 
@@ -432,5 +445,5 @@ class MonitorRecipe(Section):
     on_disk_full: Literal["stop", "continue"] = "stop"
     occlusion_steps: Steps = 0
     knn_steps: Steps = 0
-    held_out: str = ""
+    held_out: PathText = ""
     images: Annotated[int, Field(ge=8)] = 256

@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from shard_tools.home import expand_home
+
 # Old key → new key; since 0.2.
 RENAMED = {
     "views.hide": "views.mask_ratio",
@@ -89,7 +91,7 @@ def bundled(name: str | Path, folder: Path, suffix: str) -> Path:
 
     A bare name that is neither is returned as it is; `choices` then lists what there is.
     """
-    path = Path(name)
+    path = Path(expand_home(str(name)))
     if path.is_file() or len(path.parts) != 1:  # a folder `mae` may be a checkout of MAE
         return path
     found = folder / f"{path.name.removesuffix(suffix)}{suffix}"

@@ -36,6 +36,7 @@ from pipeline.method.objective import Objective, build_objective
 from pipeline.method.source import check_divisible, check_source, other_size, teacher_of
 from pipeline.method.vit import is_plain
 from pipeline.method.weight_file import unreadable
+from shard_tools.home import expand_home
 
 
 def load_encoder(
@@ -62,7 +63,8 @@ def load_encoder(
         model, info = load_encoder("runs/rmae")
         tokens = model.forward_features(x)     # [B, 1 + L, D], x: [B, 3, H, W], normalised
     """
-    name, path, options = str(source), Path(source), dict(options or {})
+    name, options = expand_home(str(source)), dict(options or {})
+    path = Path(name)
     check_source(name, arch, options, ema)
     vit: VisionTransformer | None = None
     if name == "random":

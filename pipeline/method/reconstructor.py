@@ -25,6 +25,7 @@ from pipeline.method.pictures import decode, paste, predict, shown
 from pipeline.method.source import need_decoder, recipe_of_model
 from pipeline.method.views import View
 from pipeline.method.weights import find_encoder, load_tensors
+from shard_tools.home import expand_home
 
 
 class Reconstructor:
@@ -89,7 +90,7 @@ def load_reconstructor(
 
     recipe, set_: the recipe file and overrides that a FILE fits. UserError.
     """
-    path = Path(path)
+    path = Path(expand_home(str(path)))
     if not path.is_file():
         return Reconstructor(load_run(path), str(path))
     objective, _ = build_objective(recipe_of_model(path, recipe, set_))

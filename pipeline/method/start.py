@@ -15,7 +15,6 @@ one is left out, which is said.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from pipeline.method.objective import Objective
 from pipeline.method.positions import is_sincos, square
 from pipeline.method.vit import build_vit
 from pipeline.method.weights import find_encoder, load_tensors
+from shard_tools.home import expand_home
 
 POSITIONS, MASK = "encoder.pos_embed", "encoder.mask_token"
 NORM = ("encoder.norm.weight", "encoder.norm.bias")
@@ -82,7 +82,7 @@ def start_from(objective: Objective, weights: str, ema: bool = False) -> Start:
     The teacher, if there is one, is to be made from the objective afterwards.
     """
     recipe, f = objective.recipe, objective.encoder
-    weights = os.path.expanduser(weights)  # of a recipe, whose ~ no shell has read
+    weights = expand_home(weights)
     source = read_source(weights, recipe, ema)
     _check_heads(source, f, weights)
     state = dict(source.encoder)

@@ -70,6 +70,7 @@ FLOORS = (
         "shard_tools.cores",
         "shard_tools.texts",
     ),
+    ("shard_tools.home",),
     (
         "shard_tools.atomic",
         "shard_tools.cli",
