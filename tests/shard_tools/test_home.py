@@ -76,7 +76,7 @@ def test_values_of_recipes_and_ds_configs(home):
     assert (recipe.name, recipe.monitor.held_out) == ("x", f"{home}/val")
     assert recipe.init.weights == "timm:vit"
     assert load_recipe("mae", ["init.weights=~/w.pth"]).init.weights == f"{home}/w.pth"
-    with pytest.raises(RecipeError, match="'init.weights': ~nobody-here/x: ~nobody"):
+    with pytest.raises(RecipeError, match=r"'init\.weights': ~nobody-here/x: ~nobody"):
         load_recipe("mae", ["init.weights=~nobody-here/x"])
     zero = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "~/nvme"}}
     (home / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
