@@ -29,7 +29,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from pipeline.errors import naming
-from shard_tools.atomic import fsync
+from shard_tools.atomic import check_writable, fsync
 from shard_tools.cifar_batches import (
     LARGEST,
     binary_batch,
@@ -186,6 +186,8 @@ def write_tars(source: Path, dest: Path) -> dict[str, int]:
     temporary = {split: dest / f".{split}.tar.{os.getpid()}.tmp" for split in ("train", "val")}
     count = dict.fromkeys(temporary, 0)
     classes: dict[str, set[str]] = {split: set() for split in temporary}
+    check_writable(dest, folder=True)
+    new = not dest.exists()
     with naming(dest, "cannot be written"):
         dest.mkdir(parents=True, exist_ok=True)
         try:
@@ -206,6 +208,8 @@ def write_tars(source: Path, dest: Path) -> dict[str, int]:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
+            if new and not any(dest.iterdir()):
+                dest.rmdir()
     return count
 
 

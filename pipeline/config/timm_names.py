@@ -22,9 +22,16 @@ def _models() -> str:
 
 def check_arch(arch: str, what: str) -> None:
     """UserError where timm certainly has no architecture of this name. what: is refused."""
-    named = re.fullmatch(r"\w+", arch) and re.search(rf"\b{arch}\b", _models())
-    if not named and _models():
+    text = _models()
+    if text and not (re.fullmatch(r"\w+", arch) and _says(text, arch)):
         raise no_model(arch, what)
+
+
+def _says(text: str, word: str) -> bool:
+    """Whether a word stands in a text; a pattern that begins with it is found ten times as fast as
+    one that begins with what must not stand before it."""
+    places = (match.start() for match in re.finditer(rf"{word}(?!\w)", text))
+    return any(not re.match(r"\w", text[place - 1 : place]) for place in places)
 
 
 def check_hub(name: str, what: str) -> None:
