@@ -187,7 +187,6 @@ def write_tars(source: Path, dest: Path) -> dict[str, int]:
     count = dict.fromkeys(temporary, 0)
     classes: dict[str, set[str]] = {split: set() for split in temporary}
     check_writable(dest, folder=True)
-    new = not dest.exists()
     with naming(dest, "cannot be written"):
         dest.mkdir(parents=True, exist_ok=True)
         try:
@@ -208,8 +207,6 @@ def write_tars(source: Path, dest: Path) -> dict[str, int]:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-            if new and not any(dest.iterdir()):
-                dest.rmdir()
     return count
 
 

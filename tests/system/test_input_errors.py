@@ -1,4 +1,4 @@
-"""Every command refuses what a user gets wrong in one sentence, with exit code 2, before torch is
+"""Every command refuses what a user gets wrong by a sentence, with exit code 2, before torch is
 imported and before it has written anything."""
 
 import json
@@ -405,7 +405,7 @@ def verdicts(places):
     before = set(top.rglob("*"))
     cases = [(file, shlex.split(words.format(**places)), {}) for file, words, _ in ALL]
     found = forked_commands.run(cases, sorted(HEAVY - DECODERS))
-    left = set(top.rglob("*")) - before
+    left = {path for path in top.rglob("*") if path.is_file()} - before
     return dict(zip(ALL, found, strict=True)), left
 
 
