@@ -93,9 +93,9 @@ def check_writable(
     scheme = re.match(r"[A-Za-z][\w+.-]*:/", str(path))  # of a URL, whose second / a Path drops
     if scheme and not Path(scheme[0]).exists():
         raise UserError(f"{path}: {what} (it is a URL; only local files are written){advice}")
-    if path.is_dir() if not folder else path.exists() and not path.is_dir():
-        kind = "a file where a folder is needed" if folder else "a folder"
-        raise UserError(f"{path}: {what} (it is {kind}){advice}")
+    if path.exists() and path.is_dir() != folder:
+        reason = os.strerror(errno.ENOTDIR if folder else errno.EISDIR)
+        raise UserError(f"{path}: {what} ({reason}){advice}")
     there = path if folder else path.parent
     try:
         while not there.exists():
@@ -103,7 +103,8 @@ def check_writable(
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        reason = f"{there}: {error.strerror}" if there != path else error.strerror
+        where = f"{there}: " if there != path else ""
+        reason = f"{where}{error.strerror}"
         raise UserError(f"{path}: {what} ({reason}){advice}") from None
 
 

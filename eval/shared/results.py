@@ -66,6 +66,9 @@ def check_output(path: Path, folder: Path | None = None) -> None:
     if folder and (folder / "recipe.yaml").is_file():
         raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
     check_writable(path, advice="; choose another --output")
+    if folder and folder.exists() and not folder.is_dir():
+        reason = f"{folder}: Not a directory"
+        raise UserError(f"{path}: cannot be written ({reason}); choose another --output")
     if folder:
         check_writable(folder, folder=True, advice="; choose another --output")
 

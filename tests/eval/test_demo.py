@@ -86,7 +86,7 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path):
     for words, sentence in (
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--ranks", "3"], "--ranks a divisor of 8"),
-        (["--output", tmp_path / "file"], f"{tmp_path}/file: cannot be written (it is a file"),
+        (["--output", tmp_path / "file"], f"{tmp_path}/file: cannot be written (Not a directory)"),
         (
             ["--output", tmp_path / "o", "--data", tmp_path / "file"],
             "/file: cannot be written",

@@ -120,6 +120,24 @@ def test_evaluations_are_named():
         read_eval_args(["knn=--k 3"], ["linprobe"])
 
 
+def test_what_an_evaluation_would_refuse_is_said_before_the_first_pretraining(data, tmp_path):
+    for evals, args, words in (
+        (("linprobe",), {}, "--eval linprobe: .*too few for --batch-size 16384"),
+        (("knn",), {"knn": ("--k", "0")}, "--eval-args knn=--k 0: --k 0: must be between 1 and"),
+        (("knn",), {"knn": ("--kk", "3")}, "--eval-args knn=--kk 3: unrecognized arguments: --kk"),
+        (("psnr",), {"psnr": ("--seed", "x")}, "--eval-args psnr=--seed x: argument --seed: inv"),
+    ):
+        with pytest.raises(UserError, match=words):
+            command.check_evals(sweep_of(data, tmp_path, evals=evals, eval_args=args))
+    good = {
+        "knn": ("--k", "3"),
+        "linprobe": ("--batch-size", "8"),
+        "fewshot": ("--batch-size", "2"),
+    }
+    command.check_evals(sweep_of(data, tmp_path, evals=(*good, "psnr"), eval_args=good))
+    assert not [*tmp_path.iterdir()]
+
+
 # ------------------------------------------------------------------ commands
 
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from shard_tools.atomic import FILES, seal, verify, write_atomic, write_json
+from shard_tools.atomic import FILES, check_writable, seal, verify, write_atomic, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path):
@@ -44,3 +45,37 @@ def test_a_changed_file_of_a_sealed_folder_is_named(tmp_path):
         (tmp_path / "a/x").write_bytes(content)
         with pytest.raises(UserError, match=f"a/x: {reason}"):
             verify(tmp_path / "a")
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    new = tmp_path / "a/b/c"
+    for path, folder in ((new, False), (new, True), (tmp_path, True), (tmp_path / "file", False)):
+        check_writable(path, folder)
+    for path, folder, reason in (
+        (tmp_path, False, r"cannot be written \(Is a directory\)"),
+        (tmp_path / "file", True, r"cannot be written \(Not a directory\)"),
+        (tmp_path / "file/x", False, rf"cannot be written \({tmp_path}/file: Not a directory\)"),
+        (Path("/proc/x/y"), True, r"cannot be written \(/proc: "),
+        (Path("s3://bucket/x"), True, r"it is a URL; only local files are written"),
+        (Path("file:///x"), False, r"it is a URL; only local files are written"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            check_writable(path, folder)
+    with pytest.raises(UserError, match=r": --output is bad \(Is a directory\); take another"):
+        check_writable(tmp_path, what="--output is bad", advice="; take another")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_quick_look_hashes_what_is_named_and_sizes_the_rest(tmp_path):
+    (tmp_path / "new").mkdir()
+    for name in ("small", "large"):
+        (tmp_path / "new" / name).write_bytes(b"12")
+    seal(tmp_path / "new", tmp_path / "sealed")
+    (tmp_path / "sealed/large").write_bytes(b"13")
+    verify(tmp_path / "sealed", ("small",))
+    with pytest.raises(UserError, match="large: damaged"):
+        verify(tmp_path / "sealed")
+    (tmp_path / "sealed/large").write_bytes(b"1")
+    with pytest.raises(UserError, match="large: missing or of the wrong size"):
+        verify(tmp_path / "sealed", ())

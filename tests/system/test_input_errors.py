@@ -210,7 +210,7 @@ CASES = {
         ("--encoder {bad}.pth --arch vit_tiny_patch16_224 --images {shards}", NO_WEIGHTS),
         ("--encoder {run} --images {empty}", "empty: holds no images"),
         ("--encoder {run} --images {shards} --point 2 2", "--point 2 2: must be shares"),
-        ("--encoder {run} --images {shards} --output {text}", "a file where a folder is needed"),
+        ("--encoder {run} --images {shards} --output {text}", "text: cannot be written (Not a"),
         (f"--encoder {{run}} --images {{shards}} --output {UNWRITABLE}", "cannot be written"),
     ],
     "eval/shape_bias.py": [
@@ -241,7 +241,7 @@ CASES = {
         (f"--table 4 {SETS} --set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         (f"--table 4 {SETS} --set encoder.arh=x", "unknown key 'encoder.arh'"),
         (f"--table 5 {SETS} --classes {{none}} --output {{new}}", "--classes {none}: no such file"),
-        ("--table 4 --scale mini --output {text}", "a file where a folder is needed"),
+        ("--table 4 --scale mini --output {text}", "text: cannot be written (Not a directory)"),
         (f"--table 4 --scale mini --output {UNWRITABLE}", "cannot be written"),
     ],
     "eval/mini_paper.py": [
@@ -255,7 +255,7 @@ CASES = {
         ("--set encoder.arh=x --output {new} --data {new}", "unknown key 'encoder.arh'"),
         ("--set encoder.arch=vit_bose_patch16_224 --output {new} --data {new}", NO_MODEL),
         ("--train 3 --output {new} --data {new}", "--train and --val must be at least 16"),
-        ("--output {text} --data {new}", "a file where a folder is needed"),
+        ("--output {text} --data {new}", "text: cannot be written (Not a directory)"),
         (f"--output {{new}} --data {UNWRITABLE}", "cannot be written"),
     ],
     "eval/sweep.py": [
@@ -281,7 +281,7 @@ CASES = {
         ("{broken} --format timm {new}.safetensors", NO_WEIGHTS),
         ("{run} --format timm {new}.pth", "name the output with .safetensors"),
         (f"{{run}} --format timm {UNWRITABLE}.safetensors", "cannot be written"),
-        ("{run} --format hf {text}", "a file where a folder is needed"),
+        ("{run} --format hf {text}", "text: cannot be written (Not a directory)"),
         ("{contrast} --format mae {new}.pth", "only a reconstruction measure has a decoder"),
         ("{run} --format run {new}", "no classifier of eval/finetune.py there"),
         ("{classifier} --format run {new}", NO_WEIGHTS),
@@ -297,7 +297,7 @@ CASES = {
     "shard_tools/make_shards.py": [
         ("{none} {new}", "/none: no such file or folder"),
         ("{empty} {new}", "empty: "),
-        ("{images} {text}", "a file where a folder is needed"),
+        ("{images} {text}", "text: cannot be written (Not a directory)"),
         (f"{{images}} {UNWRITABLE}", "cannot be written"),
         ("{images} s3://bucket/x", "it is a URL; only local files are written"),
         ("{images} {images}/x", "is inside"),
@@ -310,7 +310,7 @@ CASES = {
         ("{none} {new} --fraction 0.5", "/none: no such folder"),
         ("{shards} {new} --fraction 2", "--fraction must be in (0, 1], not 2.0"),
         ("{shards} {new} --names {none}", "/none: no such file"),
-        ("{shards} {text} --fraction 0.5", "a file where a folder is needed"),
+        ("{shards} {text} --fraction 0.5", "text: cannot be written (Not a directory)"),
         (f"{{shards}} {UNWRITABLE} --fraction 0.5 --copy", "cannot be written"),
     ],
     "shard_tools/verify_shards.py": [*FOLDERS, ("{shards} --workers -1", "must be 0")],
