@@ -238,8 +238,10 @@ def check(s: Settings, world: int) -> None:
         raise UserError("--mixup, --cutmix, --weight-decay and --min-lr must be at least 0")
     try:
         augmentation(s.randaugment)
-    except ValueError as error:
-        raise UserError(f"--randaugment {s.randaugment}: {error}") from None
+    except ValueError:
+        raise UserError(
+            f"--randaugment {s.randaugment!r} is not a policy of timm such as rand-m9-mstd0.5-inc1"
+        ) from None
     if s.subset and s.fraction != 1.0:
         raise UserError("--subset and --fraction both choose the labels: give one of them")
 

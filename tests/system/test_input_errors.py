@@ -165,7 +165,7 @@ CASES = {
         ("--ds_config zero3", "ZeRO stage 3 shards the weights"),
         ("--ds_config zero0 --precision bf16", "--precision bf16 needs ZeRO stage 1 or 2"),
         ("--batch-size 9", "mixup and cutmix pair images, and 9 per"),
-        ("--randaugment x", "--randaugment x: input should be a policy"),
+        ("--randaugment x", "--randaugment 'x' is not a policy of timm"),
         ("--subset {none}", "/none: no such file"),
         ("--fraction 2", "--fraction must be in (0, 1]"),
     ),
