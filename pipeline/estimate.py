@@ -116,6 +116,7 @@ OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches
 # Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'
 # copy (tests/pipeline/test_graphs.py).
 GRAPH_LAUNCHES = 20
+SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of the full size"
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
 
@@ -161,8 +162,8 @@ def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
 
 
 def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = False) -> Work:
-    """One micro-batch of the recipe's step on tensors without data. Colour jitter, which has
-    neither matrix products nor a backward, is left out."""
+    """One micro-batch of the recipe's step on tensors without data, at encoder.image_size. Colour
+    jitter, which has neither matrix products nor a backward, is left out."""
     still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
     recipe = recipe.model_copy(update={"views": still})
     objective, teacher = meta_objective(recipe)
@@ -196,8 +197,22 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
 
 def flops_per_image(recipe: Recipe) -> float:
     """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
-    again under gradient checkpointing does not count."""
-    return dry_run(recipe, 2, "fp32").flops / 2
+    again under gradient checkpointing does not count. Under data.sizes the mean over the run."""
+    return sum(share * flops for share, flops in flops_of_phases(recipe))
+
+
+def flops_of_phases(recipe: Recipe) -> list[tuple[float, float]]:
+    """(share of the steps, FLOPs of an image) of every phase of data.sizes."""
+    return [(share, dry_run(phase, 2, "fp32").flops / 2) for share, phase in recipe.phases]
+
+
+def flops_lines(recipe: Recipe) -> str:
+    """What --flops prints: FLOPs of an image; under data.sizes, where that is the mean of the run,
+    also a line for every size: its side and its FLOPs."""
+    found = flops_of_phases(recipe)
+    sizes = dict(zip((side for _, side in recipe.data.sizes), (n for _, n in found), strict=False))
+    mean = sum(share * flops for share, flops in found)
+    return "\n".join([f"{mean}", *(f"{side} {flops}" for side, flops in sizes.items())])
 
 
 def encoder_flops(encoder: EncoderRecipe) -> int:
@@ -410,7 +425,10 @@ def fitting_micro_batch(
 
 
 def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time."""
+    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time.
+
+    Under data.sizes memory and launches are of the full size, FLOPs and times of the mean step.
+    """
     objective, teacher = meta_objective(recipe)
     # What "auto" takes: with negatives from the micro-batch it does not follow the device.
     most = MOST_IMAGES if recipe.measure.batch_negatives else recipe.batch_size
@@ -424,6 +442,8 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     launch_ms = args.launch_ms or measured_launch_ms()
     peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
     speed = peak * args.utilisation
+    found = flops_of_phases(recipe) if recipe.data.sizes else [(1.0, 1.0)]
+    mean = sum(share * flops for share, flops in found) / found[-1][1]  # of the full size's FLOPs
     per_rank = recipe.batch_size // args.gpus
     rows = []
     for stage in (0, 1, 2, 3):
@@ -439,7 +459,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         work = work_of(micro)
         sent = traffic(objective, teacher, work, stage, args.gpus, accumulation, args.precision)
         feeding = Feeding(
-            gpu=work.flops * accumulation / speed,
+            gpu=mean * work.flops * accumulation / speed,
             launches=(GRAPH_LAUNCHES if graphs(stage, args, recipe) else work.launches)
             * accumulation
             + OPTIMIZER_LAUNCHES,
@@ -466,9 +486,10 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     images = recipe.data.samples_per_epoch or args.images
     steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
     total = round(steps * recipe.optimizer.epochs)
-    flops = work_of(recipe.batch_size).flops
+    flops = round(mean * work_of(recipe.batch_size).flops)
     return {
         "recipe": recipe.name,
+        "sizes": recipe.data.sizes,
         "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
         "gpus": args.gpus,
         "gpu": args.gpu,
@@ -508,6 +529,7 @@ def show(plan: dict[str, Any]) -> str:
         f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",
         f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} at "
         f"{plan['utilisation']:.0%} of the peak in {plan['precision']}",
+        *([SIZES] if plan["sizes"] else []),
         "",
         "ZeRO  micro-batch  accum.  weights  gradients  optimizer  teacher  activations   sum GB"
         "  sent GB/step",
@@ -544,7 +566,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.flops:
-            print(flops_per_image(recipe))
+            print(flops_lines(recipe))
             return 0
         if args.fit is not None:
             room = args.gpu_memory * 1e9

@@ -77,6 +77,41 @@ class Recipe(Section):
         """The peak learning rate, base_lr * batch_size / 256 (SPEC §4)."""
         return self.optimizer.base_lr * self.batch_size / 256
 
+    @property
+    def smaller_sides(self) -> list[int]:
+        """The sizes of data.sizes below encoder.image_size, each once."""
+        return sorted({side for _, side in self.data.sizes} - {self.encoder.image_size})
+
+    @property
+    def phases(self) -> list[tuple[float, Recipe]]:
+        """(share of the steps, this recipe at that phase's constant image size) of data.sizes; one
+        phase where there are none."""
+        if not self.data.sizes:
+            return [(1.0, self)]
+        constant = {"data": self.data.model_copy(update={"sizes": ()})}
+        found, before = [], 0.0
+        for until, side in self.data.sizes:
+            encoder = self.encoder.model_copy(update={"image_size": side})
+            phase = self.model_copy(update=constant | {"encoder": encoder})
+            found.append((until - before, phase))
+            before = until
+        return found
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        full, patch = self.encoder.image_size, self.encoder.patch_size
+        for _, side in self.data.sizes:
+            if side > full:
+                raise ValueError(f"data.sizes: {side} is larger than encoder.image_size {full}")
+            if patch and side % patch:
+                raise ValueError(f"data.sizes: {side} is not a multiple of the patch size {patch}")
+        if self.data.sizes and self.data.sizes[-1][1] != full:
+            raise ValueError(
+                f"data.sizes: the last size is {self.data.sizes[-1][1]}, but the encoder is of "
+                f"encoder.image_size {full}: end with [1, {full}]"
+            )
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size % self.data.partitions:

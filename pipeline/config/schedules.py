@@ -1,10 +1,12 @@
-"""What changes from step to step: the learning rate and the teacher's momentum."""
+"""What changes from step to step: learning rate, teacher's momentum, size of the images."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from pipeline.config.recipe import Recipe
+from pipeline.errors import UserError
 
 
 def warmup_cosine(
@@ -32,6 +34,22 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         warmup=o.warmup_epochs * steps_per_epoch,
         low=o.min_lr,
     )
+
+
+def size_steps(recipe: Recipe, total: int) -> tuple[tuple[int, int], ...]:
+    """data.sizes in optimizer steps: (step before which a phase ends, side of its crops), of a run
+    of `total` steps; the steps below round(share total) that no earlier phase has.
+
+    UserError where a phase has no step.
+    """
+    found = tuple((round(share * total), side) for share, side in recipe.data.sizes)
+    for (before, _), (until, side) in pairwise(((0, 0), *found)):
+        if until == before:
+            raise UserError(
+                f"data.sizes: the images of {side} pixels have none of the {total} steps of the "
+                "run: give them a larger share, or leave them out"
+            )
+    return found
 
 
 def ema_momentum(recipe: Recipe, step: int, total_steps: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import reprlib
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -376,10 +377,23 @@ class CropRecipe(Section):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
+def size_schedule(sizes: tuple[tuple[float, int], ...]) -> tuple[tuple[float, int], ...]:
+    """The entries of data.sizes; ValueError where the shares of the run do not rise to 1."""
+    shares = [share for share, _ in sizes]
+    if any(after <= before for before, after in pairwise((0.0, *shares))):
+        raise ValueError("the shares of the run, first in each entry, must rise from above 0")
+    if shares and shares[-1] != 1.0:
+        raise ValueError("the last entry must be [1, encoder.image_size], the end of the run")
+    return sizes
+
+
 class DataRecipe(Section):
     """The order of the samples (partitions, window) and how each one is cut.
 
     samples_per_epoch: > 0 makes an epoch of that many draws with replacement (few images).
+    sizes: [share of the run, side in pixels] of phases one after another: until that share of the
+    optimizer steps crops are that large, and f and its decoder have the positions of a model of
+    that size. The last is [1, encoder.image_size]; none: every crop has encoder.image_size.
     randaugment: a timm policy such as rand-m9-mstd0.5-inc1, applied after the crop; "" is off.
     """
 
@@ -387,6 +401,7 @@ class DataRecipe(Section):
     window: Positive = 8
     samples_per_epoch: Steps = 0
     crop: CropRecipe = CropRecipe()
+    sizes: Annotated[tuple[tuple[Fraction, Positive], ...], AfterValidator(size_schedule)] = ()
     randaugment: str = ""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD

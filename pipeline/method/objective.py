@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
+from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import build_measure
 from pipeline.method.teacher import Teacher
@@ -36,6 +37,7 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.encoder = Encoder(recipe)
         visible_counts(recipe.views, math.prod(self.encoder.grid))  # none visible: an error
+        _check_sizes(recipe, self.encoder.patch)
         self.measure: Any = build_measure(recipe, self.encoder)
 
     @property
@@ -60,6 +62,17 @@ class Objective(nn.Module):
         )
         loss, terms = self.measure(self.encoder, views, teacher)
         return loss, terms
+
+
+def _check_sizes(recipe: Recipe, patch: int) -> None:
+    """UserError where images of a size of data.sizes cannot be cut or masked as the recipe says."""
+    for side in recipe.smaller_sides:
+        if side % patch:
+            raise UserError(f"data.sizes: {side} is not a multiple of the patch size {patch}")
+        try:
+            visible_counts(recipe.views, (side // patch) ** 2)
+        except UserError as error:
+            raise UserError(f"data.sizes: in images of {side} pixels {error}") from None
 
 
 def build_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:

@@ -159,6 +159,11 @@ class Engine:
         if self.plan.compile:
             compile_blocks(teacher, may_fail="compile" in self.plan.may_fail)
 
+    def resize(self) -> None:
+        """Between two steps: the micro-batches to come have images of another size."""
+        if self.graph is not None:
+            self.graph.forget()
+
     def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights.
 
@@ -267,8 +272,13 @@ class Engine:
             if self.rank == 0:
                 state[name] = whole.float().cpu()
         if self.rank == 0 and kind == "model":
-            state |= {k: b.float().cpu().clone() for k, b in self.module.named_buffers()}
+            state |= {k: b.float().cpu().clone() for k, b in self.buffers().items()}
         return state
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that a state dict has, by name."""
+        kept = self.module.state_dict(keep_vars=True).keys()
+        return {k: b for k, b in self.module.named_buffers() if k in kept}
 
     def parameters(self, kind: str) -> dict[str, nn.Parameter]:
         """The parameters of the model, or those that have a moment, by name."""

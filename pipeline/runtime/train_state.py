@@ -12,6 +12,7 @@ from pipeline import kernels
 from pipeline.config.ds_config import read_ds_config
 from pipeline.config.plan import RunPlan, for_steps
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
+from pipeline.config.schedules import size_steps
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
@@ -50,12 +51,14 @@ from shard_tools.manifest import read_manifest
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps of this start, [first, last); `total` is the recipe's length."""
+    """Optimizer steps of this start, [first, last); `total` is the recipe's length. sizes: of its
+    images, see schedules.size_steps."""
 
     first: int
     last: int
     total: int
     per_epoch: int
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
     total = round(recipe.optimizer.epochs * per_epoch)
+    sizes = size_steps(recipe, total)
     plan = for_steps(plan, total)
     last = min(total, settings.max_steps or total)
     kernel_line = kernels.use(recipe.kernels, ranks.device)
@@ -162,12 +166,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         monitor = Monitor(
             path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
             log_steps=recipe.monitor.log_steps, trackers=_open_trackers(path, recipe, first),
+            sizes=sizes,
         )  # fmt: skip
     state = TrainState(
-        recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch),
+        recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch, sizes),
         Model(objective, teacher, engine),
         train_loader(
-            loader_config(recipe, plan, settings.data, ranks), ranks.rank, ranks.world,
+            loader_config(recipe, plan, settings.data, ranks, sizes), ranks.rank, ranks.world,
             range(min(first, last), last),
         ),
         RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock),
@@ -245,8 +250,10 @@ def _saved_by(saved: dict, negatives: int) -> str:
     return text
 
 
-def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> LoaderConfig:
-    """The training batches of a recipe on these ranks."""
+def loader_config(
+    recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks, sizes: tuple[tuple[int, int], ...] = ()
+) -> LoaderConfig:
+    """The training batches of a recipe on these ranks. sizes: see schedules.size_steps."""
     d, size = recipe.data, recipe.encoder.image_size
     return LoaderConfig(
         data,
@@ -258,6 +265,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         window=d.window,
         on_error=d.on_error,
         samples_per_epoch=d.samples_per_epoch,
+        sizes=sizes,
         second_crop=recipe.views.second == "crop",
         augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
         workers=_workers(d.workers, ranks.cores),
@@ -295,10 +303,17 @@ def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[s
         kernel_line,
         f"image decoder: {state.loader.decoder}",
         f"data: {samples} images in {state.data}, {state.steps.per_epoch} steps per epoch",
+        _sizes_line(state.steps),
         *resumed,
     ]
     for line in filter(None, lines):
         state.watch.monitor.say(line)
+
+
+def _sizes_line(steps: Steps) -> str:
+    """The sizes of the images that a run trains on; nothing where they stay the same."""
+    phases = [f"{side} pixels up to step {until}" for until, side in steps.sizes]
+    return f"image sizes: {', '.join(phases)}" if phases else ""
 
 
 def _device_name(device: torch.device) -> str:
