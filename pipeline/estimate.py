@@ -112,7 +112,9 @@ from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit, vit_options
 
-OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches)
+# Of an optimizer step on one rank (make bench-launches), and of each further group of parameters,
+# where layers have learning rates of their own.
+OPTIMIZER_LAUNCHES, GROUP_LAUNCHES = 10, 2
 # Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'
 # copy (tests/pipeline/test_graphs.py).
 GRAPH_LAUNCHES = 20
@@ -332,7 +334,7 @@ def memory(
     Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; fp32 exp_avg and
     exp_avg_sq; from stage 1 on an fp32 weight beside it.
     """
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]  # type: ignore[attr-defined]
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]
     size = 2 if precision in BF16_WEIGHTS else 4
     trained, part = sum(map(sum, groups)), shard(groups, stage, ranks)
     frozen = [p.numel() for p in objective.parameters() if not p.requires_grad]
@@ -439,6 +441,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
             f"--micro-batch {args.micro_batch}: must be one of {split(recipe, args.gpus)}"
         )
     work_of = scaled(recipe, args.precision, args.checkpointing)
+    further_groups = len(parameter_groups(objective)) - 2
     launch_ms = args.launch_ms or measured_launch_ms()
     peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
     speed = peak * args.utilisation
@@ -462,7 +465,8 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
             gpu=mean * work.flops * accumulation / speed,
             launches=(GRAPH_LAUNCHES if graphs(stage, args, recipe) else work.launches)
             * accumulation
-            + OPTIMIZER_LAUNCHES,
+            + OPTIMIZER_LAUNCHES
+            + GROUP_LAUNCHES * further_groups,
             launch_ms=launch_ms,
             images=per_rank * (2 if recipe.views.second == "crop" else 1),
             core_images=args.core_images,

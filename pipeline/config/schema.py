@@ -351,6 +351,11 @@ class InitRecipe(Section):
 class OptimizerRecipe(Section):
     """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 
+    layer_decay: every layer of f has this share of the rate of the layer behind it, as in
+    finetuning. layer_anneal: f's first layer starts at 1 / layer_anneal of the rate and is at
+    min_lr after this share of the run, later layers in between. 1: no such difference; the
+    equations are in config/schedules.py.
+
     kind: adamw, or muon: Muon for the matrices of the transformer blocks, scaled to the size of
     AdamW's updates, and AdamW for the rest (ZeRO 0 to 2); betas and eps are AdamW's in both.
     A step whose gradient is not finite is skipped; skip_limit of them in a row end the run.
@@ -365,7 +370,14 @@ class OptimizerRecipe(Section):
     epochs: Annotated[float, Field(gt=0.0)] = 100
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 20
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    layer_anneal: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     skip_limit: Positive = 10
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers have learning rates of their own."""
+        return self.layer_decay < 1 or self.layer_anneal < 1
 
 
 class CropRecipe(Section):

@@ -10,7 +10,7 @@ import copy
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+
+# A learning rate, or what gives it for a group of parameters.
+Rate = float | Callable[[dict[str, Any]], float]
 
 
 def init_ranks() -> Ranks:
@@ -164,11 +167,12 @@ class Engine:
         if self.graph is not None:
             self.graph.forget()
 
-    def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def micro_step(self, lr: Rate, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights.
 
-        lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
-        on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
+        lr: of groups without `lr_scale`, which multiplies it; or a function of the group. A step
+        whose gradient is not finite on any rank leaves the weights as they are and sets
+        `step_skipped`, under every stage.
         """
         found = self._replay(*inputs)
         if found is None:
@@ -200,7 +204,7 @@ class Engine:
         with deepspeed.runtime.torch_autocast.autocast_if_enabled(self.engine):
             return self.module(*inputs)
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: Rate) -> None:
         """After a backward pass: count the micro-batch; after the last of a step, take the step."""
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
             # DeepSpeed tells no norm under stage 0 in fp32.
@@ -215,7 +219,7 @@ class Engine:
                 self.engine.skipped_steps += 1
                 return
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr(group) if callable(lr) else lr * group.get("lr_scale", 1.0)
         self.engine.step()
         if self.stage > 0:
             # DeepSpeed reads the norm in every step itself and leaves out what is not finite.

@@ -68,7 +68,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     shown = first_images(run.data, recipe)
     batches, begun, saving = iter(run.loader), time.perf_counter(), 0.0
     for step in range(steps.first, steps.last):
-        lr = learning_rate(recipe, step, steps.per_epoch)
+        rate = partial(learning_rate, recipe, step, steps.per_epoch)
         resized = resize(run, step)
         patience = 4 if step == steps.first or resized else 1  # kernels and blocks are compiled
         for micro in range(run.plan.accumulation):
@@ -80,7 +80,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             # Whatever draws from global generators (dropout, say) is a function of the step too.
             seed_step(recipe.seed, step, micro, run.ranks.rank)
             loss, terms = engine.micro_step(
-                lr,
+                rate if recipe.optimizer.by_layer else rate(),
                 batch.image.to(device, non_blocking=True),
                 batch.key.to(device, non_blocking=True),
                 batch.epoch,
@@ -90,12 +90,14 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             monitor.add(loss, terms, 1.0 / run.plan.accumulation)
         run.watch.nonfinite.note(step, engine.step_skipped)
         values: dict[str, Any] = {
-            "lr": lr,
+            "lr": rate(),
             "epoch": (step + 1) / steps.per_epoch,
             "grad_norm": engine.gradient_norm,
             "bad_samples": run.loader.bad_samples,
             "nonfinite_steps": run.watch.nonfinite.total,
         }
+        if recipe.optimizer.by_layer:
+            values["lr_first_layer"] = engine.optimizer.param_groups[0]["lr"]
         if steps.sizes:
             values["image_size"] = batch.image.shape[1]
         if teacher is not None:

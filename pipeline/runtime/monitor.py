@@ -290,5 +290,5 @@ def _group(name: str) -> str:
         return f"speed/{name}"
     if name in ("feature_std", "teacher_distance", "nonfinite_steps"):
         return f"health/{name}"
-    schedule = ("lr", "grad_norm", "ema", "epoch", "image_size")
+    schedule = ("lr", "lr_first_layer", "grad_norm", "ema", "epoch", "image_size")
     return f"optimizer/{name}" if name in schedule else f"loss/{name}"

@@ -13,13 +13,14 @@ from pipeline.config.ds_config import read_ds_config
 from pipeline.config.plan import RunPlan, for_steps
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.config.schedules import size_steps
+from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.crops import Crop
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree, untried_device
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
-from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.parameter_groups import layer_scale, parameter_groups
 from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
 from pipeline.processor import processor
@@ -304,6 +305,7 @@ def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[s
         f"image decoder: {state.loader.decoder}",
         f"data: {samples} images in {state.data}, {state.steps.per_epoch} steps per epoch",
         _sizes_line(state.steps),
+        *_layer_lines(recipe.optimizer, len(state.model.objective.encoder.blocks)),
         *resumed,
     ]
     for line in filter(None, lines):
@@ -314,6 +316,24 @@ def _sizes_line(steps: Steps) -> str:
     """The sizes of the images that a run trains on; nothing where they stay the same."""
     phases = [f"{side} pixels up to step {until}" for until, side in steps.sizes]
     return f"image sizes: {', '.join(phases)}" if phases else ""
+
+
+def _layer_lines(optimizer: OptimizerRecipe, depth: int) -> list[str]:
+    """How the learning rates of layers differ."""
+    lines = []
+    if optimizer.layer_decay < 1:
+        first = layer_scale(optimizer.layer_decay, 0, depth)
+        lines.append(
+            f"layer_decay {optimizer.layer_decay:g}: the embeddings have {first:.3g} of the "
+            "learning rate, each block more, what follows the blocks all of it"
+        )
+    if optimizer.layer_anneal < 1:
+        lines.append(
+            f"layer_anneal {optimizer.layer_anneal:g}: the embeddings begin at "
+            f"{1 / optimizer.layer_anneal:.3g} of the learning rate and are at min_lr after "
+            f"{optimizer.layer_anneal:.0%} of the steps behind the warm-up"
+        )
+    return lines
 
 
 def _device_name(device: torch.device) -> str:
