@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.errors import UserError, naming
 from shard_tools.cli import FAULTS, HelpFormatter, ToolError, cores, counted, run
-from shard_tools.image_file import find_pieces, read_header
+from shard_tools.image_file import find_pieces, read_header, walk_ahead
 from shard_tools.manifest import (
     FORMATS,
     Manifest,
@@ -143,6 +143,19 @@ def check_rows(
     job: VerifyJob, path: str, sweep: Sweep, samples: list[Sample], found: Findings
 ) -> None:
     """Every row of the index against the samples of the tar."""
+    files = read_rows(job, path, sweep, samples, found)
+    for data, sound, (number, sample) in walk_ahead(files, job.decode):
+        working_on(f"{path}: sample {sample.key!r}")
+        name = job.names[number] if job.names else ""
+        row = job.rows[number]
+        for fault in check_sample(job, sweep.handle, row, sample, data, sound, name, found.remarks):
+            found.faults.append(f"sample {sample.key!r}: {fault}")
+
+
+def read_rows(
+    job: VerifyJob, path: str, sweep: Sweep, samples: list[Sample], found: Findings
+) -> Iterator[tuple[bytes, tuple[int, Sample]]]:
+    """(file, (number, sample)) of each row whose image is where the index says."""
     by_offset = images_by_offset(samples)
     for number, row in enumerate(job.rows):
         report(int(row["length"]))
@@ -154,32 +167,30 @@ def check_rows(
         label = job.stored_labels[label] if job.stored_labels and label >= 0 else label
         sample, image = take_candidate(sweep.handle, candidates, label)
         working_on(f"{path}: sample {sample.key!r}")
-        name = job.names[number] if job.names else ""
-        for fault in check_sample(job, sweep, row, sample, image, name, found.remarks):
+        extent = sample.fields[image]
+        fault = sample.problem
+        if not fault and extent[1] != row["length"]:
+            fault = f"image of {extent[1]} bytes, the index says {row['length']}"
+        if fault:
             found.faults.append(f"sample {sample.key!r}: {fault}")
+        else:
+            yield sweep.read(extent), (number, sample)
 
 
 def check_sample(
     job: VerifyJob,
-    sweep: Sweep,
+    handle: int,
     row: np.void,
     sample: Sample,
-    image: str,
+    data: bytes,
+    sound: int,
     name: str,
     remarks: list[str],
 ) -> Iterator[str]:
-    """Faults of one sample: index, label, name and the image in its field `image`."""
-    if sample.problem:
-        yield sample.problem
-        return
-    extent = sample.fields[image]
-    if extent[1] != row["length"]:
-        yield f"image of {extent[1]} bytes, the index says {row['length']}"
-        return
-    data = sweep.read(extent)
+    """Faults of one sample: index, label, name and its image; sound: `sound_until` of it."""
     try:
         found = _describe(*probe(data))
-        warning = decode_fully(data) if job.decode else ""
+        warning = decode_fully(data, sound) if job.decode else ""
     except ImageFault as error:
         yield f"image cannot be decoded ({error})"
         return
@@ -194,9 +205,9 @@ def check_sample(
     if warning:
         remarks.append(f"sample {sample.key!r}: decodes with a warning ({warning})")
     try:
-        about = read_json(sweep.handle, sample)
+        about = read_json(handle, sample)
         if not job.unlabelled:
-            yield from _check_label(job, sweep.handle, int(row["label"]), sample, about)
+            yield from _check_label(job, handle, int(row["label"]), sample, about)
     except SampleFault as fault:
         yield str(fault)
         return

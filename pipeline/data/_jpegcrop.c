@@ -9,7 +9,6 @@
  * nothing ends the process.
  *
  * size(data) -> (width, height)
- * next_marker(data, start) -> index
  * read_many(files, buffer), decode_many(files, buffer, boxes, out, done, size, bicubic)
  * decode(data, out, out_size, left, top, right, bottom, inside, flip, bicubic, simd, entropy)
  *
@@ -238,18 +237,6 @@ static const uint8_t *find_marker(const uint8_t *at, const uint8_t *end) {
     return NULL;
 }
 
-/* As _next_marker in shard_tools/image_file/jpeg.py, several times as fast. */
-static PyObject *py_next_marker(PyObject *self, PyObject *args) {
-    (void)self;
-    Py_buffer data;
-    Py_ssize_t start;
-    if (!PyArg_ParseTuple(args, "y*n:next_marker", &data, &start)) return NULL;
-    const uint8_t *bytes = data.buf, *found = NULL;
-    if (start >= 0 && start < data.len) found = find_marker(bytes + start, bytes + data.len);
-    PyBuffer_Release(&data);
-    return PyLong_FromSsize_t(found ? found - bytes : -1);
-}
-
 /* One that is in no thread's hands; both under the interpreter's lock. */
 static Scan *spare;
 
@@ -475,8 +462,6 @@ static PyMethodDef methods[] = {
      "that has a width. boxes: float64 rows of left, top, right, bottom, inside, flip; done: uint8, "
      "0 for a file that decode() would not take."},
     {"size", py_size, METH_VARARGS, "size(data) -> (width, height) of a JPEG"},
-    {"next_marker", py_next_marker, METH_VARARGS,
-     "next_marker(data, start) -> index of the next 0xff of a marker inside a scan, or -1"},
     {"decode", py_decode, METH_VARARGS,
      "decode(data, out, size, left, top, right, bottom, inside, flip, bicubic, simd=2, "
      "entropy=True)\n\nWrite the rectangle, resized to size x size RGB bytes, into the writable "

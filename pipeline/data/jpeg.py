@@ -27,7 +27,6 @@ from shard_tools.image_file import (
     cut_out,
     decode,
     find_pieces,
-    next_marker,
     read_header,
     whole,
 )
@@ -44,7 +43,6 @@ except ImportError:  # no wheel for this platform
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # An extension that was built before it had this function still decodes.
-_find_marker = getattr(_jpegcrop, "next_marker", next_marker)
 CAN_READ_MANY = hasattr(_jpegcrop, "decode_many")
 DecodeError = ImageFault  # what a Decode raises: bytes that cannot be turned into pixels
 
@@ -58,7 +56,7 @@ def _decoding(fast: _Fast | None) -> Decode:
     """A decoder that asks `fast` for plain JPEGs first, and Pillow for all else."""
 
     def decode_crop(data: bytes, choose: Choose, out: np.ndarray, interpolation: str) -> None:
-        header = read_header(data, find_marker=_find_marker)
+        header = read_header(data)
         box, flip = choose(header.width, header.height)
         if fast is not None and header.plain and header.channels != 4:  # not CMYK
             try:

@@ -9,17 +9,17 @@ a `Conversion` says how.
 from __future__ import annotations
 
 from shard_tools.image_file.header import MAX_PIXELS, MAX_SIDE, Header, ImageFault
-from shard_tools.image_file.jpeg import MAX_SCANS, SOI, FindMarker, next_marker, read_jpeg
+from shard_tools.image_file.jpeg import MAX_SCANS, SOI, read_jpeg
 from shard_tools.image_file.markers import CAN_CUT, GROWTH, cut
 from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
 from shard_tools.image_file.pieces import cut_out, find_pieces, whole
 from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
-from shard_tools.image_file.sound import sound_until
+from shard_tools.image_file.sound import next_marker, sound_until, walk_ahead
 
 __all__ = [
     "CAN_CUT", "GROWTH", "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header",
     "ImageFault", "cut", "cut_out", "decode", "find_pieces", "next_marker", "orientation",
-    "read_header", "sound_until", "whole",
+    "read_header", "sound_until", "walk_ahead", "whole",
 ]  # fmt: skip
 
 _MAGIC = {
@@ -36,17 +36,15 @@ _FOREIGN = {
 }  # fmt: skip
 
 
-def read_header(
-    data: bytes, conversion: Conversion = REFUSE, find_marker: FindMarker = next_marker
-) -> Header:
+def read_header(data: bytes, conversion: Conversion = REFUSE, sound: int = -1) -> Header:
     """What the file declares. Raises ImageFault with the reason if it is not accepted.
 
     Nothing is decoded. For a PNG every checksum holds; a JPEG or GIF reaches its end marker.
     Values of more than 8 bits are refused unless `conversion` scales them; whether a transparent
-    colour is used only `decode` can say. find_marker: a faster `next_marker`.
+    colour is used only `decode` can say. sound: `sound_until` of the file, if it is known.
     """
     if data[:2] == SOI:
-        return read_jpeg(data, find_marker)
+        return read_jpeg(data, sound)
     header = _read(data)
     refuse_guesses(header, conversion)
     return header

@@ -1,20 +1,28 @@
-/* Whether a JPEG's entropy-coded data are sound, without making pixels of them.
+/* Whether the entropy-coded data of JPEGs are sound, without making pixels of them.
  *
  * Of a baseline file of one scan every Huffman code is read and its extra bits are skipped;
- * coefficients are neither kept nor transformed, which takes a third of the time of libjpeg's
+ * coefficients are neither kept nor transformed, which takes a fifth of the time of libjpeg's
  * fastest decode. What shard_tools/image_file accepts by its header and the walk calls sound,
  * libjpeg decodes without an error or a warning. What it does not call sound may be so all the
  * same (progressive, several scans, odd segments ...) and is for libjpeg to judge: a mistake on
  * that side costs time only. Numbers in brackets are sections of ITU-T T.81.
  *
  * The codes are read from a copy of the scan without its stuffed zeros. One look into a table
- * takes as many symbols as have their codes inside WINDOW bits.
+ * takes as many symbols as have their codes inside WINDOW bits. Where the next look begins depends
+ * on the last one, so that a processor waits most of the time; several files are therefore walked
+ * side by side, in lanes, and the end of a block is no branch but another table.
  *
- * sound_until(data) -> index of the end marker, or -1
+ * sound_until(files) -> for each the index of the end marker, or -1
+ * next_marker(data, start) -> index of the next marker inside a scan, or -1
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC optimize("no-tree-slp-vectorize") /* it would move a lane's fields in pairs, by memory */
+#endif
+
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,30 +35,32 @@ enum {
     PARTS = 4,       /* most components */
     MCU_BLOCKS = 10, /* most blocks of an MCU (B.2.3) */
     BLOCK = 64,      /* coefficients */
-    /* Zeros behind the data: an MCU that begins inside them ends inside these. */
-    SLACK = MCU_BLOCKS * BLOCK * (LONGEST + MOST_EXTRA) / 8 + 16
+    LANES = 3,       /* files side by side: four need more registers than there are */
+    AHEAD = 8,       /* bytes that may be read before their bits are taken */
+    SLACK = 4 * AHEAD, /* zeros behind the data */
+    MOST_KEPT = 1 << 20 /* bytes of a file that stay between two calls */
 };
 
 enum { SOI = 0xD8, EOI, SOS, DQT, DNL, DRI, RST0 = 0xD0, SOF0 = 0xC0, SOF1, DHT = 0xC4,
        APP0 = 0xE0, APP14 = 0xEE, APP15, COM = 0xFE };
 
-/* Symbols taken at once: bits of all of them with their extra bits (6 bits), coefficients passed
- * (8 bits), whether the last one ends the block. 0: the first code is too long, or is none. */
+/* Symbols taken at once: bits of all of them with their extra bits (6 bits), coefficients passed,
+ * less than a block (7 bits), whether the last one ends the block (bit 15). FAR: the first code is
+ * too long, or is none. */
 typedef uint16_t Look;
 
-enum { STEP = 6, ENDS = 0x8000 };
+enum { STEP = 6, ENDS = 0x8000, FAR = BLOCK << STEP };
 
 static int bits_of(Look look) { return look & 63; }
 
-static int step_of(Look look) { return look >> STEP & 255; }
+static int step_of(Look look) { return look >> STEP & 127; }
 
 typedef struct {
-    int there;
     int32_t limit[LONGEST + 1]; /* by length: the codes below it, left-aligned to LONGEST bits */
     int32_t index[LONGEST + 1]; /* by length: place of a code's symbol, less the code */
     uint8_t symbol[256];
-    Look one[1 << SHORT];
-    Look many[2 << WINDOW]; /* for windows of w bits from 1 << w on */
+    Look one[1 << SHORT];   /* 0: a longer code, or none */
+    Look many[2 << WINDOW]; /* of AC symbols, for windows of w bits from 1 << w on */
 } Table;
 
 typedef struct {
@@ -59,20 +69,30 @@ typedef struct {
 } Part;
 
 typedef struct {
-    Table dc[4], ac[4];
     Part part[PARTS];
-    int parts, width, height, quants, restart; /* quants: bit q = table q is there */
+    int parts, width, height, restart;
+    int quants, dcs, acs; /* bit n = table n is there */
     const Part *block[MCU_BLOCKS];
     int blocks;
     long mcus;
+    Table dc[4], ac[4];
 } Picture;
+
+/* What is read next: the DC symbol of a block of the MCU, or its AC symbols. */
+typedef struct State State;
+struct State {
+    const Look *table[2];  /* behind a look that does not end the block, and that does */
+    const State *next[2];
+    const Table *codes;
+    int dc;
+};
 
 /* ---------------------------------------------------------------- tables */
 
 /* What a symbol whose code has `length` bits takes. 0: not in a sound file. */
 static Look read_symbol(int symbol, int length, int dc) {
     int run = symbol >> 4, extra = symbol & 15;
-    if (dc) return extra <= MOST_EXTRA && run == 0 ? (Look)(length + extra) : 0;
+    if (dc) return extra <= MOST_EXTRA && run == 0 ? (Look)(length + extra + (1 << STEP)) : 0;
     if (symbol == 0) return (Look)(length | ENDS);
     if (extra >= MOST_EXTRA || (extra == 0 && run != 15)) return 0;
     return (Look)(length + extra + ((run + 1) << STEP));
@@ -89,27 +109,27 @@ static void fill_one(const Table *table, int dc, int width, Look *looks) {
         }
 }
 
-/* Looks for as many AC symbols as have their codes inside the window: behind the first one, those of
- * a smaller window. */
-static void fill_many(Table *table) {
-    table->many[1] = 0;
-    for (int width = 1; width <= WINDOW; width++) {
-        Look *looks = table->many + (1 << width);
-        memset(looks, 0, sizeof *looks << width);
-        for (int n = 1, code = 0; n <= width; n++, code <<= 1)
-            for (; code < table->limit[n] >> (LONGEST - n); code++) {
-                Look first = read_symbol(table->symbol[code + table->index[n]], n, 0);
-                Look *to = looks + (code << (width - n)), *end = to + (1 << (width - n));
-                int left = width - bits_of(first);
-                if (first == 0 || first & ENDS || left <= 0) {
-                    while (to < end) *to++ = first;
-                    continue;
-                }
-                const Look *rest = table->many + (1 << left);
-                for (; to < end; to += 1 << left)
-                    for (int i = 0; i < 1 << left; i++) to[i] = (Look)(rest[i] + first);
+/* Looks into `width` bits for as many symbols as have their codes there: one of `table`, and behind
+ * it those that `ac` has in a smaller window. */
+static void fill_many(const Table *table, int dc, const Table *ac, int width, Look *looks) {
+    for (int i = 0; i < 1 << width; i++) looks[i] = FAR;
+    for (int n = 1, code = 0; n <= width; n++, code <<= 1)
+        for (; code < table->limit[n] >> (LONGEST - n); code++) {
+            Look first = read_symbol(table->symbol[code + table->index[n]], n, dc);
+            Look *to = looks + (code << (width - n)), *end = to + (1 << (width - n));
+            int left = width - bits_of(first);
+            if (first == 0) continue;
+            if (first & ENDS || left <= 0) {
+                while (to < end) *to++ = first;
+                continue;
             }
-    }
+            const Look *rest = ac->many + (1 << left);
+            for (; to < end; to += 1 << left)
+                for (int i = 0; i < 1 << left; i++) {
+                    int fits = step_of(first) + step_of(rest[i]) < BLOCK;
+                    to[i] = (Look)(fits ? first + rest[i] : first);
+                }
+        }
 }
 
 /* The content of a DHT segment (B.2.4.2). 0: not sound. */
@@ -134,23 +154,33 @@ static int read_tables(Picture *picture, const uint8_t *at, const uint8_t *end) 
             if (at[i] > 15) return 0; /* libjpeg wants none, used or not */
         at += count;
         fill_one(table, dc, SHORT, table->one);
-        if (!dc) fill_many(table); /* between two DC codes there is a block */
-        table->there = 1;
+        for (int width = 1; !dc && width <= WINDOW; width++)
+            fill_many(table, 0, table, width, table->many + (1 << width));
+        *(dc ? &picture->dcs : &picture->acs) |= 1 << (table - (dc ? picture->dc : picture->ac));
     }
     return 1;
 }
 
 /* ---------------------------------------------------------------- codes */
 
-/* The next bits on top; the low six bits of `have` tell how many of them count. */
+/* One place in a scan. `bits`: the next ones on top; the low six bits of `have` tell how many of
+ * them count. `count`: the coefficients that are read of a block, and from bit DONE on the blocks,
+ * less their number in the piece. */
 typedef struct {
-    const uint8_t *at;
+    const uint8_t *at, *limit;
     uint64_t bits;
-    unsigned have;
-} Bits;
+    int64_t count;
+    const Look *table;
+    const State *state;
+    uint32_t have;
+} Lane;
 
-/* At least 56 bits. Behind the data there are SLACK zeros; walk_scan looks whether it ran there. */
-static inline void refill(Bits *in) {
+#define INLINE __attribute__((always_inline)) static inline
+
+enum { DONE = 16 - STEP - 1, IN_BLOCK = (1 << DONE) - 1 };
+
+/* At least 56 bits. Behind the data there are SLACK zeros; returns 0 far inside them. */
+INLINE int refill(Lane *in) {
     uint64_t next;
     memcpy(&next, in->at, sizeof next);
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -159,16 +189,12 @@ static inline void refill(Bits *in) {
     in->bits |= next >> (in->have & 63);
     in->at += ~in->have >> 3 & 7;
     in->have |= 56;
-}
-
-static inline void take(Bits *in, Look look) {
-    in->bits <<= look & 63;
-    in->have -= look;
+    return in->at <= in->limit;
 }
 
 /* The first symbol, of any length (F.2.2.3). 0: no code, or not in a sound file. */
-static Look find_one(const Bits *in, const Table *table, int dc) {
-    int32_t top = (int32_t)(in->bits >> (64 - LONGEST));
+static Look find_one(uint64_t bits, const Table *table, int dc) {
+    int32_t top = (int32_t)(bits >> (64 - LONGEST));
     if (top < table->limit[SHORT]) return table->one[top >> (LONGEST - SHORT)];
     int n = SHORT + 1;
     while (n <= LONGEST && top >= table->limit[n]) n++;
@@ -176,39 +202,65 @@ static Look find_one(const Bits *in, const Table *table, int dc) {
     return read_symbol(table->symbol[(top >> (LONGEST - n)) + table->index[n]], n, dc);
 }
 
-/* One block (F.2.2). 0: not sound. */
-static inline int walk_block(Bits *in, const Part *part) {
-    const Look *many = part->ac->many + (1 << WINDOW);
-    refill(in);
-    Look look = find_one(in, part->dc, 1);
-    if (!look) return 0;
-    take(in, look);
-    for (int k = 1;;) {
-        refill(in);
-        for (int turn = 0; turn < 2; turn++) { /* of LONGEST + MOST_EXTRA bits at most */
-            look = many[in->bits >> (64 - WINDOW)];
-            if (!look || k + step_of(look) >= BLOCK) { /* the block may end before the last one */
-                look = find_one(in, part->ac, 0);
-                if (!look) return 0;
-            }
-            take(in, look);
-            if (look & ENDS) return 1;
-            k += step_of(look);
-            if (k >= BLOCK) return k == BLOCK;
-        }
-    }
+/* One symbol where a look has none, or more than the block has room for. The count is positive
+ * where the data are not sound. */
+__attribute__((noinline, cold)) static void step_one(Lane *in) {
+    Look look = find_one(in->bits, in->state->codes, in->state->dc);
+    in->bits <<= look & 63;
+    in->have -= look;
+    int64_t count = in->count + step_of(look);
+    int room = BLOCK - (int)(count & IN_BLOCK), end = look & ENDS || room == 0;
+    if (look == 0 || room < 0) count = 1;
+    if (end) count = (count & ~(int64_t)IN_BLOCK) + (1 << DONE);
+    in->count = count;
+    in->table = in->state->table[end];
+    in->state = in->state->next[end];
 }
 
-/* `mcus` MCUs that fill the data [at, end) up to the last byte. */
-static int walk_scan(const Picture *picture, const uint8_t *at, const uint8_t *end, long mcus) {
-    Bits in = {at, 0, 0};
-    for (; mcus > 0; mcus--) {
-        for (int i = 0; i < picture->blocks; i++)
-            if (!walk_block(&in, picture->block[i])) return 0;
-        if (in.at - (in.have & 63) / 8 > end) return 0;
+/* One look (F.2.2), of LONGEST + MOST_EXTRA bits at most. 0: the piece ends, or is not sound. */
+INLINE int step(Lane *in) {
+    uint32_t look = in->table[in->bits >> (64 - WINDOW)];
+    int64_t count = in->count + (look >> STEP);
+    if (__builtin_expect(count & BLOCK, 0)) {
+        Lane copy = *in; /* or the lane would have an address, and be in memory */
+        step_one(&copy);
+        *in = copy;
+    } else {
+        uint64_t end = look >> 15;
+        in->bits <<= look & 63;
+        in->have -= look;
+        in->count = count & ((int64_t)(end - 1) | ~(int64_t)IN_BLOCK);
+        in->table = in->state->table[end];
+        in->state = in->state->next[end];
     }
-    int64_t left = (end - in.at) * 8 + (in.have & 63);
-    return left >= 0 && left < 8;
+    return in->count < 0;
+}
+
+/* Read on in all lanes until one of them stops; returns its number. The lanes are variables, not an
+ * array, so that the compiler keeps them in registers. */
+INLINE int run_lanes(Lane *lanes, const int number) {
+    Lane a = lanes[0], b = lanes[1], c = lanes[2];
+    int stopped;
+#define EACH_LANE(act)                                                       \
+    if (__builtin_expect(!act(&a), 0)) { stopped = 0; break; }               \
+    if (number > 1 && __builtin_expect(!act(&b), 0)) { stopped = 1; break; } \
+    if (number > 2 && __builtin_expect(!act(&c), 0)) { stopped = 2; break; }
+    for (;;) {
+        EACH_LANE(refill)
+        EACH_LANE(step)
+        EACH_LANE(step)
+    }
+#undef EACH_LANE
+    lanes[0] = a, lanes[1] = b, lanes[2] = c;
+    return stopped;
+}
+
+static int run(Lane *lanes, int number) {
+    switch (number) {
+    case 1: return run_lanes(lanes, 1);
+    case 2: return run_lanes(lanes, 2);
+    default: return run_lanes(lanes, LANES);
+    }
 }
 
 /* ---------------------------------------------------------------- segments */
@@ -243,7 +295,7 @@ static int read_scan(Picture *picture, const uint8_t *at, const uint8_t *end) {
         Part *part = &picture->part[i];
         int dc = at[2 + 2 * i] >> 4, ac = at[2 + 2 * i] & 15;
         if (at[1 + 2 * i] != part->name || dc > 3 || ac > 3) return 0;
-        if (!picture->dc[dc].there || !picture->ac[ac].there) return 0;
+        if (!(picture->dcs >> dc & 1) || !(picture->acs >> ac & 1)) return 0;
         if (!(picture->quants >> part->quant & 1)) return 0;
         part->dc = &picture->dc[dc];
         part->ac = &picture->ac[ac];
@@ -303,62 +355,218 @@ static int unstuff(const uint8_t **at, const uint8_t *end, uint8_t **to) {
     }
 }
 
-/* The scan at `at`, restart interval by restart interval, with nothing behind it but its end. */
-static const uint8_t *walk_picture(const Picture *picture, const uint8_t *at, const uint8_t *end,
-                                   uint8_t *room) {
-    long left = picture->mcus;
-    for (int number = 0;; number++) {
-        long count = picture->restart && picture->restart < left ? picture->restart : left;
-        uint8_t *to = room;
-        int marker = unstuff(&at, end, &to);
-        memset(to, 0, SLACK);
-        if (!walk_scan(picture, room, to, count)) return NULL;
-        left -= count;
-        if (left == 0) return marker == EOI ? at - 2 : NULL;
-        if (marker != RST0 + (number & 7)) return NULL;
+/* A file on its way through a lane. */
+typedef struct {
+    Picture picture;
+    Look first[PARTS][1 << WINDOW]; /* looks at a DC symbol and AC symbols behind it */
+    State state[2 * MCU_BLOCKS];    /* of block i: 2 i its DC symbol, 2 i + 1 its AC symbols */
+    const Look *start;              /* the table of state 0 */
+    const uint8_t *data, *at, *end; /* the file; what is not read of it */
+    uint8_t *room, *piece_end;      /* the piece in the lane: a restart interval */
+    size_t rooms;
+    long left;                      /* MCUs behind the piece */
+    int marker, number;             /* the piece's marker and number */
+    Py_ssize_t *result;
+} Walk;
+
+/* The states of the symbols of an MCU; the last ones lead to the first. */
+static void make_states(Walk *walk) {
+    Picture *picture = &walk->picture;
+    const Look *first[PARTS];
+    for (int i = 0; i < picture->parts; i++) {
+        const Part *part = picture->part + i, *other = picture->part;
+        while (other->dc != part->dc || other->ac != part->ac) other++;
+        first[i] = walk->first[other - picture->part];
+        if (other == part) fill_many(part->dc, 1, part->ac, WINDOW, walk->first[i]);
+    }
+    walk->start = first[picture->block[0] - picture->part];
+    for (int i = 0; i < picture->blocks; i++) {
+        int next = (i + 1) % picture->blocks;
+        const Part *part = picture->block[i];
+        State *dc = walk->state + 2 * i, *ac = dc + 1;
+        dc->table[0] = part->ac->many + (1 << WINDOW);
+        dc->table[1] = first[picture->block[next] - picture->part];
+        dc->next[0] = ac;
+        dc->next[1] = walk->state + 2 * next;
+        *ac = *dc;
+        dc->codes = part->dc, dc->dc = 1;
+        ac->codes = part->ac, ac->dc = 0;
     }
 }
 
-/* The end marker of a sound picture, or NULL. room: `length` + SLACK bytes. */
-static const uint8_t *walk(Picture *picture, const uint8_t *data, size_t length, uint8_t *room) {
-    const uint8_t *at = data + 2, *end = data + length;
-    if (length < 4 || data[0] != 0xFF || data[1] != SOI) return NULL;
-    for (;;) {
-        if (end - at < 4 || at[0] != 0xFF) return NULL;
-        int kind = at[1], size = at[2] << 8 | at[3];
-        if (size < 2 || end - at < 2 + size) return NULL;
-        if (!read_segment(picture, kind, at + 4, at + 2 + size)) return NULL;
+/* Read the segments before the scan. 0: not sound, not for this walk, or no memory. */
+static int open_file(Walk *walk) {
+    Picture *picture = &walk->picture;
+    const uint8_t *at = walk->data + 2;
+    memset(picture, 0, offsetof(Picture, dc));
+    if (walk->end - walk->data < 4 || walk->data[0] != 0xFF || walk->data[1] != SOI) return 0;
+    for (int kind = SOI; kind != SOS;) {
+        if (walk->end - at < 4 || at[0] != 0xFF) return 0;
+        kind = at[1];
+        int size = at[2] << 8 | at[3];
+        if (size < 2 || walk->end - at < 2 + size) return 0;
+        if (!read_segment(picture, kind, at + 4, at + 2 + size)) return 0;
         at += 2 + size;
-        if (kind == SOS) return walk_picture(picture, at, end, room);
+    }
+    size_t need = (size_t)(walk->end - at) + SLACK;
+    if (walk->rooms < need) {
+        free(walk->room);
+        walk->room = malloc(need);
+        walk->rooms = walk->room ? need : 0;
+        if (!walk->room) return 0;
+    }
+    make_states(walk);
+    walk->at = at;
+    walk->left = picture->mcus;
+    walk->number = -1;
+    return 1;
+}
+
+/* Put the next piece into the lane. */
+static void open_piece(Walk *walk, Lane *lane) {
+    const Picture *picture = &walk->picture;
+    long count = walk->left;
+    if (picture->restart && picture->restart < count) count = picture->restart;
+    walk->left -= count;
+    walk->number++;
+    walk->piece_end = walk->room;
+    walk->marker = unstuff(&walk->at, walk->end, &walk->piece_end);
+    memset(walk->piece_end, 0, SLACK);
+    Lane start = {walk->room, walk->piece_end + AHEAD, 0, -((int64_t)(count * picture->blocks) << DONE),
+                  walk->start, walk->state, 0};
+    *lane = start;
+}
+
+/* Judge the piece in the lane and put the next one there. 0: there is none, and the result is
+ * known. */
+static int next_piece(Walk *walk, Lane *lane) {
+    int64_t bits = (walk->piece_end - lane->at) * 8 + (lane->have & 63);
+    if (lane->count != 0 || bits < 0 || bits >= 8) return 0; /* it fills its data to the last byte */
+    if (walk->left == 0) {
+        if (walk->marker == EOI) *walk->result = walk->at - 2 - walk->data;
+        return 0;
+    }
+    if (walk->marker != RST0 + (walk->number & 7)) return 0;
+    open_piece(walk, lane);
+    return 1;
+}
+
+/* results: -1 where a file is not sound, or not known to be. */
+static void walk_files(Walk **walks, const Py_buffer *files, Py_ssize_t count,
+                       Py_ssize_t *results) {
+    Lane lanes[LANES] = {0};
+    Py_ssize_t next = 0;
+    for (int live = 0;;) {
+        for (; live < LANES && next < count; next++) {
+            Walk *walk = walks[live];
+            results[next] = -1;
+            walk->result = results + next;
+            walk->data = files[next].buf;
+            walk->end = walk->data + files[next].len;
+            if (open_file(walk)) open_piece(walk, &lanes[live++]);
+        }
+        if (live == 0) return;
+        int stopped = run(lanes, live);
+        if (next_piece(walks[stopped], &lanes[stopped])) continue;
+        Walk *free_one = walks[stopped];
+        live--;
+        lanes[stopped] = lanes[live];
+        walks[stopped] = walks[live];
+        walks[live] = free_one;
     }
 }
 
-static PyObject *py_sound_until(PyObject *self, PyObject *data) {
-    (void)self;
-    Py_buffer view;
-    if (PyObject_GetBuffer(data, &view, PyBUF_SIMPLE) < 0) return NULL;
-    Picture *picture = calloc(1, sizeof *picture);
-    uint8_t *room = malloc((size_t)view.len + SLACK);
-    PyObject *result = NULL;
-    if (picture && room) {
-        const uint8_t *end;
-        Py_BEGIN_ALLOW_THREADS
-        end = walk(picture, view.buf, (size_t)view.len, room);
-        Py_END_ALLOW_THREADS
-        result = PyLong_FromSsize_t(end ? end - (const uint8_t *)view.buf : -1);
+/* ---------------------------------------------------------------- module */
+
+/* Those that are in no thread's hands; all under the interpreter's lock. */
+static Walk *spare[LANES];
+
+static Walk *take_walk(int lane) {
+    Walk *walk = spare[lane];
+    spare[lane] = NULL;
+    if (walk) return walk;
+    walk = malloc(sizeof *walk);
+    if (walk) walk->room = NULL, walk->rooms = 0;
+    return walk;
+}
+
+static void give_walk(Walk *walk, int lane) {
+    if (spare[lane] || walk->rooms > MOST_KEPT) {
+        free(walk->room);
+        free(walk);
     } else {
-        PyErr_NoMemory();
+        spare[lane] = walk;
     }
-    free(picture);
-    free(room);
-    PyBuffer_Release(&view);
-    return result;
+}
+
+static PyObject *results_of(const Py_buffer *files, Py_ssize_t count) {
+    Walk *walks[LANES] = {0};
+    Py_ssize_t *results = PyMem_New(Py_ssize_t, (size_t)count + 1);
+    int fine = results != NULL;
+    for (int i = 0; i < LANES && i < count; i++) {
+        walks[i] = take_walk(i);
+        if (!walks[i]) fine = 0;
+    }
+    if (fine) {
+        Py_BEGIN_ALLOW_THREADS
+        walk_files(walks, files, count, results);
+        Py_END_ALLOW_THREADS
+    }
+    for (int i = 0; i < LANES; i++)
+        if (walks[i]) give_walk(walks[i], i);
+    PyObject *list = fine ? PyList_New(count) : PyErr_NoMemory();
+    for (Py_ssize_t i = 0; list && i < count; i++) {
+        PyObject *number = PyLong_FromSsize_t(results[i]);
+        if (number) PyList_SET_ITEM(list, i, number);
+        else Py_CLEAR(list);
+    }
+    PyMem_Free(results);
+    return list;
+}
+
+static PyObject *py_sound_until(PyObject *self, PyObject *arg) {
+    (void)self;
+    PyObject *given = PySequence_Fast(arg, "sound_until takes a sequence of files"), *list = NULL;
+    if (!given) return NULL;
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(given), held = 0;
+    Py_buffer *files = PyMem_New(Py_buffer, (size_t)count + 1);
+    if (!files) PyErr_NoMemory();
+    for (; files && held < count; held++)
+        if (PyObject_GetBuffer(PySequence_Fast_GET_ITEM(given, held), files + held, PyBUF_SIMPLE) < 0)
+            break;
+    if (files && held == count) list = results_of(files, count);
+    while (held > 0) PyBuffer_Release(files + --held);
+    PyMem_Free(files);
+    Py_DECREF(given);
+    return list;
+}
+
+static PyObject *py_next_marker(PyObject *self, PyObject *args) {
+    (void)self;
+    Py_buffer data;
+    Py_ssize_t start, found = -1;
+    if (!PyArg_ParseTuple(args, "y*n:next_marker", &data, &start)) return NULL;
+    const uint8_t *bytes = data.buf, *end = bytes + data.len, *at = NULL;
+    if (start >= 0 && start < data.len) at = bytes + start;
+    while (at && (at = memchr(at, 0xFF, (size_t)(end - at))) && end - at > 1) {
+        if (at[1] == 0xFF) at += 1; /* may begin a marker itself */
+        else if (at[1] == 0 || (at[1] & ~7) == RST0) at += 2;
+        else {
+            found = at - bytes;
+            break;
+        }
+    }
+    PyBuffer_Release(&data);
+    return PyLong_FromSsize_t(found);
 }
 
 static PyMethodDef methods[] = {
     {"sound_until", py_sound_until, METH_O,
-     "sound_until(data) -> index of the end marker of a baseline JPEG that libjpeg decodes without "
-     "a warning; -1: not, or not known"},
+     "sound_until(files) -> for each the index of the end marker of a baseline JPEG that libjpeg "
+     "decodes without a warning; -1: not, or not known"},
+    {"next_marker", py_next_marker, METH_VARARGS,
+     "next_marker(data, start) -> index of the next marker that is neither escaped data nor a "
+     "restart marker, or -1"},
     {NULL, NULL, 0, NULL}};
 
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpegcheck", NULL, -1, methods,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Callable
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
+from shard_tools.image_file.sound import next_marker
 
 SOI = b"\xff\xd8"
 MAX_SCANS = 500  # more are an attack on the decoder's time; the C extension has this limit too
@@ -24,8 +23,6 @@ _FOREIGN_SOF = {
 _SEGMENTS = {_DHT, _DQT, _DRI, 0xCC, 0xDC, *range(0xE0, 0xF0), 0xFE}
 _TABLES = {_DHT, _DQT, _DRI}
 _BARE = {0x01, *range(0xD0, 0xDA)}  # markers without a segment
-# Inside a scan 0xff is data if 0 follows, and a restart marker if 0xd0 to 0xd7 do.
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 # Sampling factors (h << 4 | v) by component on which the decoders were compared; others are rare.
 _LUMA = (0x11, 0x21, 0x22, 0x12, 0x41)
 _PLAIN = {*((y,) for y in _LUMA), *((y, 0x11, 0x11) for y in _LUMA), (0x11, 0x11, 0x11, 0x11)}
@@ -33,21 +30,12 @@ _INCOMPLETE = "scans are missing that would complete the picture"
 _CUT = "the file is truncated (no end-of-image marker)"
 
 
-# (bytes of a JPEG, index) → index of the next marker inside a scan from there on, or -1.
-FindMarker = Callable[[bytes, int], int]
-
-
-def next_marker(data: bytes, start: int) -> int:
-    """Index of the next marker that is neither escaped data nor a restart marker, or -1."""
-    match = _MARKER.search(data, start)
-    return match.start() if match else -1
-
-
-def read_jpeg(data: bytes, find_marker: FindMarker = next_marker) -> Header:
+def read_jpeg(data: bytes, sound: int = -1) -> Header:
     """The header of a JPEG that ends properly. Raises ImageFault for kinds that decoders do not
     share, for limits exceeded and for a file that is cut or whose markers make no sense.
 
     Bytes after the end-of-image marker (padding, a second picture, a film) do not matter.
+    sound: `sound_until` of it, if it is known; the end is then not looked for.
     """
     frame, tables, at, orderly = b"", [], 2, True
     kind = _EOI
@@ -75,7 +63,7 @@ def read_jpeg(data: bytes, find_marker: FindMarker = next_marker) -> Header:
     together = scan[:1] == frame[5:6]  # the first scan holds all channels
     if together and len(sampling) > 1 and sum((s >> 4) * (s & 15) for s in sampling) > 10:
         raise ImageFault(f"sampling factors {_text(sampling)} are too large for one scan")
-    length, scans, between = _scans(data, end, find_marker)
+    length, scans, between = _scans(data, end if sound < 0 else sound)
     # Decoders that stop with the last row of a file of one scan would not see what follows it.
     single = together and not progressive
     damage = "" if single or _complete(frame, [scan, *scans]) else _INCOMPLETE
@@ -110,11 +98,11 @@ def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
     return kind, begin, code + 3, end
 
 
-def _scans(data: bytes, at: int, find_marker: FindMarker) -> tuple[int, list[bytes], bool]:
+def _scans(data: bytes, at: int) -> tuple[int, list[bytes], bool]:
     """(end of the file, headers of the scans after the first, whether other segments follow)."""
     scans: list[bytes] = []
     between = False
-    while (at := find_marker(data, at)) >= 0:
+    while (at := next_marker(data, at)) >= 0:
         kind, at = data[at + 1], at + 2
         if kind == _EOI:
             return at, scans, between

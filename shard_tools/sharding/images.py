@@ -14,7 +14,6 @@ import simplejpeg
 from PIL import Image
 
 from shard_tools.image_file import (
-    REFUSE,
     Conversion,
     Header,
     ImageFault,
@@ -74,18 +73,24 @@ class CheckedImage:
     markers: str = ""
 
 
-def check_image(data: bytes, settings: ImageSettings) -> CheckedImage:
-    """Check one file and convert it where needed. Raises ImageFault with the reason."""
-    image = _checked(data, settings)
+def check_image(data: bytes, settings: ImageSettings, sound: int | None = None) -> CheckedImage:
+    """Check one file and convert it where needed. Raises ImageFault with the reason.
+
+    sound: `sound_until` of the file, where it is known.
+    """
+    if settings.check != "decode":
+        sound = -1
+    elif sound is None:
+        (sound,) = sound_until([data])
+    image = _checked(data, settings, sound)
     if not settings.restart_markers:
         return image
     made = cut(image.data)
     return replace(image, data=made.data, interval=made.interval, markers=made.reason or "added")
 
 
-def _checked(data: bytes, settings: ImageSettings) -> CheckedImage:
-    sound = sound_until(data) if settings.check == "decode" else -1
-    header = _header(data, sound, settings.conversion)
+def _checked(data: bytes, settings: ImageSettings, sound: int) -> CheckedImage:
+    header = read_header(data, settings.conversion, sound)
     is_jpeg = header.format == "JPEG"
     scale = _scale((header.width, header.height), settings)
     reasons = []
@@ -130,24 +135,16 @@ def probe(data: bytes) -> tuple[str, int, int, int]:
     return kind, header.width, header.height, orientation(data, header)
 
 
-def decode_fully(data: bytes) -> str:
+def decode_fully(data: bytes, sound: int) -> str:
     """Run every byte of an image through its decoder; returns libjpeg's warning or "".
 
-    Raises ImageFault where training could not load it.
+    sound: `sound_until` of it. Raises ImageFault where training could not load it.
     """
-    sound = sound_until(data)
-    header = _header(data, sound)
+    header = read_header(data, sound=sound)
     warning = _jpeg_warning(data, header, sound)
     if warning or not (header.format == "JPEG" and header.plain):
         decode(data, header)
     return warning
-
-
-def _header(data: bytes, sound: int, conversion: Conversion = REFUSE) -> Header:
-    """`read_header`, which need not look for the end of a scan that is sound until there."""
-    if sound < 0:
-        return read_header(data, conversion)
-    return read_header(data, conversion, lambda _data, _start: sound)
 
 
 def _jpeg_warning(data: bytes, header: Header, sound: int) -> str:

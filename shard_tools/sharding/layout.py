@@ -165,7 +165,7 @@ def write_part(dest: Path, number: int, digest: str, part: Part) -> None:
         "rows": base64.b64encode(part.rows.tobytes()).decode(),
         "names": part.names,
         "report": part.report,
-        "prints": base64.b64encode(part.prints.tobytes()).decode(),
+        "fingerprints": base64.b64encode(part.prints.tobytes()).decode(),
         "pixels": part.pixels.tolist(),
         "markers": part.markers,
     }
@@ -183,7 +183,7 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
             return None
         rows = np.frombuffer(base64.b64decode(content["rows"]), SAMPLE)
         report = [(name, what, reason) for name, what, reason in content["report"]]
-        prints = np.frombuffer(base64.b64decode(content["prints"]), np.uint64)
+        prints = np.frombuffer(base64.b64decode(content["fingerprints"]), np.uint64)
         pixels = np.array(content["pixels"])
         markers = content.get("markers", {})
         return Part(shard, rows, content["names"], report, prints, pixels, markers)

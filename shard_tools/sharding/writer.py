@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.errors import naming
 from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
+from shard_tools.image_file import walk_ahead
 from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
 from shard_tools.sharding.items import Item
@@ -105,12 +106,12 @@ def write_shard(job: ShardJob) -> Part:
     try:  # from here on, since a signal may come between the opening and the next line
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         writer = ShardWriter(handle)
-        for index, item in enumerate(job.items, job.first):
+        walk = job.settings.check == "decode"
+        for data, sound, (index, item) in walk_ahead(_read(job), walk):
             working_on(f"{job.root}/{item.name}")
             report(item.size)
             try:
-                data = read_item(job.root, item)
-                image = check_image(data, job.settings)
+                image = check_image(data, job.settings, sound)
             except ImageFault as fault:
                 if job.on_error == "fail":
                     source = f"{job.root}/{item.name}"
@@ -142,6 +143,13 @@ def write_shard(job: ShardJob) -> Part:
         partial.unlink(missing_ok=True)
         if handle >= 0:
             os.close(handle)
+
+
+def _read(job: ShardJob) -> Iterator[tuple[bytes, tuple[int, Item]]]:
+    """Each file of the job, with its number in the plan."""
+    for index, item in enumerate(job.items, job.first):
+        working_on(f"{job.root}/{item.name}")
+        yield read_item(job.root, item), (index, item)
 
 
 def fields_of(job: ShardJob, item: Item, image: CheckedImage) -> dict[str, bytes]:

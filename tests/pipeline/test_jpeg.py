@@ -17,7 +17,7 @@ from pipeline.data import jpeg as decode
 from pipeline.data.crops import Box, CentreCrop, Crop
 from pipeline.data.jpeg import DecodeError, available, decoder
 from pipeline.errors import UserError
-from shard_tools.image_file import ImageFault, next_marker, read_header
+from shard_tools.image_file import ImageFault, read_header
 
 PICTURE = Image.fromarray(photographs.coffee()).resize((90, 70))
 DECODERS = available()
@@ -267,19 +267,6 @@ def test_the_extension_refuses_wrong_arguments(photograph: Image.Image) -> None:
     for wrong in (bytes(192), out[:, ::2]):
         with pytest.raises((TypeError, BufferError, ValueError)):
             call(data, wrong, 8, 0, 0, 5, 5, True, False, True)
-
-
-@pytest.mark.skipif(
-    not hasattr(decode._jpegcrop, "next_marker"),
-    reason="no extension, or one older than its source",
-)
-@given(
-    data=st.lists(st.sampled_from([b"\xff", b"\0", b"\xd0", b"\xd7", b"\xd8", b"\1", b"a"])),
-    start=st.integers(0, 30),
-)
-def test_the_extension_finds_the_same_markers(data: list[bytes], start: int) -> None:
-    joined = b"".join(data)
-    assert decode._jpegcrop.next_marker(joined, start) == next_marker(joined, start)
 
 
 VICTIMS = [

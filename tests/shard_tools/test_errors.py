@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SLIP = """
 import shard_tools.sharding.writer as writer
 
-def check_image(data, settings):
+def check_image(data, settings, sound):
     return len(data) + "bytes"
 
 writer.check_image = check_image
@@ -65,8 +65,8 @@ import shard_tools.sharding.writer as writer
 
 original = writer.check_image
 
-def check_image(data, settings):
-    image = original(data, settings)
+def check_image(data, settings, sound):
+    image = original(data, settings, sound)
     if (image.width, image.height) == (31, 23):
         os.kill(os.getpid(), {signal})
     return image

@@ -7,6 +7,8 @@ import contextlib
 import numpy as np
 import pytest
 from flat_jpeg import flat_jpeg
+from hypothesis import given
+from hypothesis import strategies as st
 from image_corpus import corpus
 from PIL import Image
 from shard_samples import encode, picture
@@ -43,6 +45,11 @@ FILES = {
     "smooth": encode(picture(1, (17, 61)), quality=60, optimize=True),
     "flat": flat_jpeg(17, 61, [(1, 2), (1, 1), (1, 1)]),
 }
+
+
+def end_of(data: bytes) -> int:
+    (end,) = sound_until([data])
+    return end
 
 
 def warned(data: bytes) -> bool:
@@ -82,24 +89,26 @@ def test_what_the_corpus_holds() -> None:
     for name in WALKED:
         data, word = corpus()[f"jpeg {name}"]
         assert word == "same"
-        end = sound_until(data)
+        end = end_of(data)
         assert data[end : end + 2] == b"\xff\xd9", name
         header = read_header(data)
-        assert read_header(data, find_marker=lambda _data, _start, end=end: end) == header, name
+        assert read_header(data, sound=end) == header, name
     for name, (data, word) in corpus().items():
         with contextlib.suppress(ImageFault):
             read_header(data)
-            assert sound_until(data) < 0 or word in ("same", "converted"), name
-    assert all(sound_until(corpus()[f"jpeg {name}"][0]) < 0 for name in OTHERS)
+            assert end_of(data) < 0 or word in ("same", "converted"), name
+    assert all(end_of(corpus()[f"jpeg {name}"][0]) < 0 for name in OTHERS)
 
 
 @pytest.mark.parametrize("name", list(FILES))
 def test_damage_is_found_as_libjpeg_finds_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the walk and without, every damaged file gets the same verdict and the same remark."""
     whole = FILES[name]
-    assert sound_until(whole) == len(whole) - 2
+    assert end_of(whole) == len(whole) - 2
     files = [*damaged(whole, 1500), *(whole[:n] for n in range(0, len(whole), 7))]
-    calls = [sound_until(data) >= 0 for data in files]
+    ends = sound_until(files)
+    assert ends == [end_of(data) for data in files]  # whatever is walked beside it
+    calls = [end >= 0 for end in ends]
     with_walk = [verdict(data) for data in files]
     monkeypatch.setattr(sound, "_jpegcheck", None)
     assert [verdict(data) for data in files] == with_walk
@@ -115,7 +124,7 @@ def test_each_bit_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     for bit in range(8 * start, 8 * len(whole), 3):
         data = bytearray(whole)
         data[bit // 8] ^= 1 << bit % 8
-        if sound_until(bytes(data)) >= 0:
+        if end_of(bytes(data)) >= 0:
             with monkeypatch.context() as patch:
                 patch.setattr(sound, "_jpegcheck", None)
                 assert not warned(bytes(data)), bit
@@ -129,7 +138,7 @@ def test_each_symbol_of_a_huffman_table(monkeypatch: pytest.MonkeyPatch) -> None
         for place in range(at + 4, whole.index(b"\xff\xda")):
             for symbol in (0x0B, 0x0F, 0x5D, 0x50, 0x00, 0xF0):
                 files.append(whole[:place] + bytes([symbol]) + whole[place + 1 :])
-    called = [data for data in files if sound_until(data) >= 0]
+    called = [data for data in files if end_of(data) >= 0]
     assert 0 < len(called) < 0.7 * len(files)
     monkeypatch.setattr(sound, "_jpegcheck", None)
     assert not any(warned(data) for data in called)
@@ -142,21 +151,46 @@ def test_a_sound_file_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shard_tools.sharding.images.simplejpeg.decode_jpeg", decode)
     data = FILES["4:4:4"]
     assert check_image(data, ImageSettings()) == CheckedImage(data, 24, 24)
-    assert decode_fully(data) == ""
+    assert decode_fully(data, end_of(data)) == ""
     with pytest.raises(AssertionError):
         check_image(corpus()["jpeg progressive"][0], ImageSettings())
 
 
+def test_files_are_walked_together_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any number, sound or not, of any length."""
+    whole = list(FILES.values())
+    cut = [data[:-9] for data in whole]
+    files = [*whole[:3], b"", *cut, *whole, *whole[::-1], b"GIF89a", whole[0]]
+    expected = [len(data) - 2 if data in whole else -1 for data in files]
+    for count in range(len(files) + 1):
+        assert sound_until(files[:count]) == expected[:count]
+    monkeypatch.setattr(sound, "_TOGETHER", 4)
+    for limit in (1, 3000, 1 << 20):
+        monkeypatch.setattr(sound, "_BYTES", limit)
+        walked = list(sound.walk_ahead((data, number) for number, data in enumerate(files)))
+        assert walked == list(zip(files, expected, range(len(files)), strict=True))
+    assert list(sound.walk_ahead([(whole[0], "a")], walk=False)) == [(whole[0], -1, "a")]
+
+
+@given(
+    data=st.lists(st.sampled_from([b"\xff", b"\0", b"\xd0", b"\xd7", b"\xd8", b"\1", b"a"])),
+    start=st.integers(0, 30),
+)
+def test_the_extension_finds_the_same_markers(data: list[bytes], start: int) -> None:
+    joined = b"".join(data)
+    assert sound._jpegcheck.next_marker(joined, start) == sound.search_marker(joined, start)
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff\xda\0\2", bytes(50)])
 def test_what_is_hardly_a_file(data: bytes) -> None:
-    assert sound_until(data) == -1
+    assert end_of(data) == -1
 
 
 def test_remarks_of_libjpeg_on_segments_are_kept() -> None:
     """A JFIF of another revision and an unknown Adobe transform are remarks of libjpeg."""
     data = FILES["smooth"]
     at = data.index(b"JFIF\0") + 5
-    assert sound_until(data[:at] + b"\2" + data[at + 1 :]) == -1
+    assert end_of(data[:at] + b"\2" + data[at + 1 :]) == -1
     adobe = b"\xff\xee\0\x0eAdobe\0d\0\0\0\0"
-    ends = [sound_until(data[:2] + adobe + bytes([n]) + data[2:]) for n in range(4)]
+    ends = [end_of(data[:2] + adobe + bytes([n]) + data[2:]) for n in range(4)]
     assert [end >= 0 for end in ends] == [True, True, False, False]

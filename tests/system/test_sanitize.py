@@ -13,7 +13,8 @@ SLIPS = {
     "pipeline/data/_entropy.h": ("(size_t)(end - at) + SLACK;", "(size_t)(end - at);"),
     "pipeline/data/_resize.h": (
         "calloc((size_t)out * axis->taps,", "calloc((size_t)out * axis->taps - 1,"),
-    "shard_tools/image_file/_jpegcheck.c": ("(size_t)view.len + SLACK", "(size_t)view.len"),
+    "shard_tools/image_file/_jpegcheck.c": (
+        "(size_t)(walk->end - at) + SLACK", "(size_t)(walk->end - at)"),
     "shard_tools/image_file/_jpegmarkers.c": ("malloc(job->length + coded)", "malloc(coded)"),
 }  # fmt: skip
 
