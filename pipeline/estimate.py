@@ -82,7 +82,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--no-graphs", action="store_true", help="cuda_graphs of the ds_config off")
-    parser.add_argument("--flops", action="store_true", help="print the FLOPs of an image, no more")
+    parser.add_argument(
+        "--flops",
+        action="store_true",
+        help="print the FLOPs of an image, and under data.sizes of each size, no more",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     args = parser.parse_args(argv)
     if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:

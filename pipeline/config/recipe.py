@@ -89,9 +89,10 @@ class Recipe(Section):
         if not self.data.sizes:
             return [(1.0, self)]
         constant = {"data": self.data.model_copy(update={"sizes": ()})}
+        options = {k: v for k, v in self.encoder.options.items() if k != "img_size"}
         found, before = [], 0.0
         for until, side in self.data.sizes:
-            encoder = self.encoder.model_copy(update={"image_size": side})
+            encoder = self.encoder.model_copy(update={"image_size": side, "options": options})
             phase = self.model_copy(update=constant | {"encoder": encoder})
             found.append((until - before, phase))
             before = until

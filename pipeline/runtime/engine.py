@@ -29,6 +29,7 @@ from pipeline.distributed import (
     prepare_deepspeed,
     unlink_buffer,
 )
+from pipeline.method.positions import SmallerTables
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm
@@ -280,9 +281,10 @@ class Engine:
         return state
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that a state dict has, by name."""
-        kept = self.module.state_dict(keep_vars=True).keys()
-        return {k: b for k, b in self.module.named_buffers() if k in kept}
+        """The buffers of a checkpoint, by name: all but tables that each start makes again."""
+        tables = [part for part in self.module.modules() if isinstance(part, SmallerTables)]
+        made = {id(buffer) for part in tables for buffer in part.buffers()}
+        return {k: b for k, b in self.module.named_buffers() if id(b) not in made}
 
     def parameters(self, kind: str) -> dict[str, nn.Parameter]:
         """The parameters of the model, or those that have a moment, by name."""

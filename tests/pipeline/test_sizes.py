@@ -62,6 +62,15 @@ def test_sizes_may_shrink_before_the_last():
     assert recipe.smaller_sides == [8]
 
 
+def test_every_phase_is_a_recipe_that_can_be_built():
+    options = "encoder.options={patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, img_size: 16}"
+    recipe = tiny_recipe("mae", GROWING, options)
+    assert [share for share, _ in recipe.phases] == [0.5, 0.25, 0.25]
+    for side, (_, phase) in zip((8, 12, 16), recipe.phases, strict=True):
+        assert build_objective(phase)[0].encoder.grid == (side // 4, side // 4)
+        assert phase.data.sizes == ()
+
+
 def test_without_sizes_nothing_changes():
     recipe = tiny_recipe("mae")
     assert size_steps(recipe, 10) == ()
