@@ -269,7 +269,7 @@ def test_runs_that_differ_by_more_than_the_seed_are_told_apart(runs: list[Path])
 
 
 def test_runs_of_a_version_before_a_key_stay_with_those_after_it(tmp_path: Path) -> None:
-    """As where a study goes on with later code; a value of the key makes another method."""
+    """As where a study continues with later code; a value of the key makes another method."""
     recipes = [load_recipe(RECIPES_DIR / "mae.yaml", [f"seed={seed}"]) for seed in (0, 1)]
     whole = [yaml.safe_load(dump_recipe(recipe)) for recipe in recipes]
     for section, key in (
