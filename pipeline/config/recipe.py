@@ -250,13 +250,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`change` over `base`, key by key; another `kind` replaces a section as a whole."""
-    if "kind" in change and change["kind"] != base.get("kind"):
-        return dict(change)
+    """`change` over `base`, key by key; another kind of measure, whose keys are its own, replaces
+    the section as a whole."""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
+        if both and key == "measure":
+            both = value.get("kind", old.get("kind")) == old.get("kind")  # type: ignore[union-attr]
         merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
