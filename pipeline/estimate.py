@@ -83,7 +83,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1281167, help="of the training set")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--no-graphs", action="store_true", help="cuda_graphs of the ds_config off")
-    parser.add_argument("--flops", action="store_true", help="print the FLOPs of an image, no more")
+    parser.add_argument(
+        "--flops",
+        action="store_true",
+        help="print the FLOPs of an image, and under data.sizes of each size, no more",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     args = parser.parse_args(argv)
     if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
@@ -121,10 +125,13 @@ from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher, linear_weights
 from pipeline.method.vit import build_vit
 
-OPTIMIZER_LAUNCHES = 10  # of an optimizer step on one rank (make bench-launches)
+# Of an optimizer step on one rank (make bench-launches), and of each further group of parameters,
+# where layers have learning rates of their own.
+OPTIMIZER_LAUNCHES, GROUP_LAUNCHES = 10, 2
 # Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'
 # copy (tests/pipeline/test_graphs.py).
 GRAPH_LAUNCHES = 20
+SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of the full size"
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
 
@@ -170,8 +177,8 @@ def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
 
 
 def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = False) -> Work:
-    """One micro-batch of the recipe's step on tensors without data. Colour jitter, which has
-    neither matrix products nor a backward, is left out."""
+    """One micro-batch of the recipe's step on tensors without data, at encoder.image_size. Colour
+    jitter, which has neither matrix products nor a backward, is left out."""
     still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
     recipe = recipe.model_copy(update={"views": still})
     objective, teacher = meta_objective(recipe)
@@ -205,8 +212,22 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
 
 def flops_per_image(recipe: Recipe) -> float:
     """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
-    again under gradient checkpointing does not count."""
-    return dry_run(recipe, 2, "fp32").flops / 2
+    again under gradient checkpointing does not count. Under data.sizes the mean over the run."""
+    return sum(share * flops for share, flops in flops_of_phases(recipe))
+
+
+def flops_of_phases(recipe: Recipe) -> list[tuple[float, float]]:
+    """(share of the steps, FLOPs of an image) of every phase of data.sizes."""
+    return [(share, dry_run(phase, 2, "fp32").flops / 2) for share, phase in recipe.phases]
+
+
+def flops_lines(recipe: Recipe) -> str:
+    """What --flops prints: FLOPs of an image; under data.sizes, where that is the mean of the run,
+    also a line for every size: its side and its FLOPs."""
+    found = flops_of_phases(recipe)
+    sizes = dict(zip((side for _, side in recipe.data.sizes), (n for _, n in found), strict=False))
+    mean = sum(share * flops for share, flops in found)
+    return "\n".join([f"{mean}", *(f"{side} {flops}" for side, flops in sizes.items())])
 
 
 def encoder_flops(encoder: EncoderRecipe) -> int:
@@ -326,7 +347,7 @@ def memory(
     Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; fp32 exp_avg and
     exp_avg_sq; from stage 1 on an fp32 weight beside it.
     """
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]  # type: ignore[attr-defined]
+    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]
     size = 2 if precision in BF16_WEIGHTS else 4
     trained, part = sum(map(sum, groups)), shard(groups, stage, ranks)
     frozen = [p.numel() for p in objective.parameters() if not p.requires_grad]
@@ -419,7 +440,10 @@ def fitting_micro_batch(
 
 
 def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time."""
+    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time.
+
+    Under data.sizes memory and launches are of the full size, FLOPs and times of the mean step.
+    """
     objective, teacher = meta_objective(recipe)
     # What "auto" takes: with negatives from the micro-batch it does not follow the device.
     most = MOST_IMAGES if recipe.measure.batch_negatives else recipe.batch_size
@@ -430,9 +454,12 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
             f"--micro-batch {args.micro_batch}: must be one of {split(recipe, args.gpus)}"
         )
     work_of = scaled(recipe, args.precision, args.checkpointing)
+    further_groups = len(parameter_groups(objective)) - 2
     launch_ms = args.launch_ms or measured_launch_ms()
     peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
     speed = peak * args.utilisation
+    found = flops_of_phases(recipe) if recipe.data.sizes else [(1.0, 1.0)]
+    mean = sum(share * flops for share, flops in found) / found[-1][1]  # of the full size's FLOPs
     per_rank = recipe.batch_size // args.gpus
     rows = []
     for stage in (0, 1, 2, 3):
@@ -448,10 +475,11 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         work = work_of(micro)
         sent = traffic(objective, teacher, work, stage, args.gpus, accumulation, args.precision)
         feeding = Feeding(
-            gpu=work.flops * accumulation / speed,
+            gpu=mean * work.flops * accumulation / speed,
             launches=(GRAPH_LAUNCHES if graphs(stage, args, recipe) else work.launches)
             * accumulation
-            + OPTIMIZER_LAUNCHES,
+            + OPTIMIZER_LAUNCHES
+            + GROUP_LAUNCHES * further_groups,
             launch_ms=launch_ms,
             images=per_rank * (2 if recipe.views.second == "crop" else 1),
             core_images=args.core_images,
@@ -475,9 +503,10 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     images = recipe.data.samples_per_epoch or args.images
     steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
     total = round(steps * recipe.optimizer.epochs)
-    flops = work_of(recipe.batch_size).flops
+    flops = round(mean * work_of(recipe.batch_size).flops)
     return {
         "recipe": recipe.name,
+        "sizes": recipe.data.sizes,
         "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
         "gpus": args.gpus,
         "gpu": args.gpu,
@@ -517,6 +546,7 @@ def show(plan: dict[str, Any]) -> str:
         f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",
         f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} at "
         f"{plan['utilisation']:.0%} of the peak in {plan['precision']}",
+        *([SIZES] if plan["sizes"] else []),
         "",
         "ZeRO  micro-batch  accum.  weights  gradients  optimizer  teacher  activations   sum GB"
         "  sent GB/step",
@@ -553,7 +583,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.flops:
-            print(flops_per_image(recipe))
+            print(flops_lines(recipe))
             return 0
         if args.fit is not None:
             room = args.gpu_memory * 1e9

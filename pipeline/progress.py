@@ -52,7 +52,7 @@ class Pace:
         """Of a step, without pauses; 0 before the first."""
         return self._mean
 
-    def left(self, steps: int) -> float:
+    def left(self, steps: float) -> float:
         """Seconds that so many more steps take, pauses included."""
         return steps * (self._mean + self._paused / max(self._steps, 1))
 

@@ -61,6 +61,13 @@ OWN = {
     "MAE, 90 % masked": PaperRow(
         "MAE, 90 % masked", {}, recipe="mae", set=("views.mask_ratio=0.9",)
     ),
+    "MAE, growing images": PaperRow(
+        "MAE, growing images", {}, recipe="mae",
+        last=("data.sizes=[[0.5, 16], [0.75, 24], [1, 32]]",),
+    ),
+    "MAE, early layers first": PaperRow(
+        "MAE, early layers first", {}, recipe="mae", last=("optimizer.layer_anneal=0.5",)
+    ),
 }  # fmt: skip
 RANDOM = PaperRow("random", {}, initial="random")
 SUPERVISED = PaperRow("supervised", {}, recipe="supervised")
@@ -73,7 +80,8 @@ CLOSE = 0.5  # points that a cheaper road may lose, and within which two rows ar
 METHOD_OF = {
     **dict.fromkeys(("MAE, jitter of the whole image", "MAE, 1 image", "MAE, 10 images",
                      "MAE, 100 images", "MAE, 1000 images", "MAE, nothing masked",
-                     "MAE, decoder of 1 block", "MAE, 90 % masked", "MAE, cross decoder"), "MAE"),
+                     "MAE, decoder of 1 block", "MAE, 90 % masked", "MAE, cross decoder",
+                     "MAE, growing images", "MAE, early layers first"), "MAE"),
     **dict.fromkeys(("R-MAE, lambda 0.3", "R-MAE, lambda 3", "R-MAE, cross decoder"), "R-MAE"),
     **dict.fromkeys(("C-MAE, class token", "C-MAE, average of patches", "C-MAE, patches and class",
                      "C-MAE, BYOL", "C-MAE, masked, no jitter", "C-MAE, nothing masked"), "C-MAE"),
@@ -85,6 +93,7 @@ METHODS = ("MAE", "R-MAE", "C-MAE", "C-MAE without mask tokens", "MoCo v3", "ran
 
 CHEAPER = ("MAE, cross decoder", "R-MAE, cross decoder", "MAE, decoder of 1 block",
            "MAE, 90 % masked")  # fmt: skip
+LATER_ROADS = ("MAE, growing images", "MAE, early layers first")
 FEW = tuple(f"MAE, {number} image{'s' * (number > 1)}" for number in (10, 100, 1000))
 POOLS = ("kept-in-both", "all-kept")
 
@@ -167,10 +176,24 @@ OTHERS = (
             for metric in ("finetune", "linprobe")
         ),
     ),
+    Claim(
+        15,
+        "Our question: crops of half and three quarters of the size in three quarters of the "
+        "steps, and early layers that learn early (layer_anneal 0.5), lose at most "
+        f"{CLOSE:g} points",
+        tuple(
+            Difference(name, "MAE", metric, margin=CLOSE)
+            for name in LATER_ROADS
+            for metric in ("finetune", "linprobe")
+        ),
+    ),
 )  # fmt: skip
 # In the order in which they are made, since a budget may end before the last.
 ALL = (*(c for c in CLAIMS if c.number != 4), *OTHERS[:2],
        *(c for c in CLAIMS if c.number == 4), *OTHERS[2:])  # fmt: skip
+# Claims of a later version, whose jobs come after all others: a study that has begun with the
+# earlier ones plans and makes them as before.
+LATER = (15,)
 NAMES = (*PUBLISHED, *OWN, "random", "supervised", *LONGER, f"MAE{FINETUNED}")
 
 

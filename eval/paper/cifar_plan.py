@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from eval.paper.archive import LOOK
-from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
+from eval.paper.cifar_claims import LATER, METHODS, NAMES, cifar_row, claims_of, method_of
 from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
 from eval.paper.job_runner import Command, costs, python, unique
@@ -144,9 +144,8 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     workspace, tuning = settings.workspace, tuning_of(settings)
     trials = [*tuning.first(), *tuning.second()]
     study = study_of(workspace, settings.claims, settings.seeds, compute_kept(settings))
-    rows = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
-    rows += looks(study)
-    stages = (tuning.pretrainings(), tuning.finetunings(best(trials, "pretrain")), rows)
+    finetunings = tuning.finetunings(best(trials, "pretrain"))
+    stages = (tuning.pretrainings(), finetunings, jobs_of_rows(study))
     jobs = unique([job for stage in stages for job in stage])
     encoder = architecture(settings)
     seconds = {job.name: 0.0 if job.done else rates.seconds(job, encoder) for job in jobs}
@@ -155,6 +154,14 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     kept, left = within(jobs, [seconds[job.name] for job in jobs], room)
     unique_stages = tuple(tuple(unique(stage)) for stage in stages)
     return Plan(unique_stages, seconds, tuple(kept), tuple(left))
+
+
+def jobs_of_rows(study: Study) -> list[Command]:
+    """Every job of the claims, claim by claim, some several times; those of LATER last of all."""
+    of_claim = {c.number: replace(study, claims=(c,)).jobs() for c in study.claims}
+    jobs = [job for number, found in of_claim.items() if number not in LATER for job in found]
+    jobs += looks(study)
+    return jobs + [job for number in LATER for job in of_claim.get(number, ())]
 
 
 def looks(study: Study) -> list[Command]:

@@ -344,8 +344,13 @@ def _forward_flops(encoder: str) -> float:
 
 def pretrain_flops(recipe: Recipe) -> float:
     """Training on one image, forward and backward of every branch, by estimate's dry run of the
-    recipe's own step on two images. The negatives of a larger batch would add little."""
-    return _step_flops(recipe.model_dump_json(include={"encoder", "views", "measure"})) / 2
+    recipe's own step on two images. The negatives of a larger batch would add little. Under
+    data.sizes the mean over the run."""
+    parts = {"encoder", "views", "measure"}
+    return sum(
+        share * _step_flops(phase.model_dump_json(include=parts)) / 2
+        for share, phase in recipe.phases
+    )
 
 
 @cache

@@ -34,10 +34,8 @@ class Rates:
         if not command.images:
             return START
         if recipe := recipe_of(command):
-            per_image = self.rate(_key(recipe), lambda: measuring().pretraining(recipe))
-            crops = 2 if recipe.views.second == "crop" else 1
-            loading = crops * self.loading(recipe.encoder.image_size)
-            return START + command.images * (per_image + loading)
+            phases = [share * self.of_pretraining(phase) for share, phase in recipe.phases]
+            return START + command.images * sum(phases)
         forward = forward_flops(encoder)
         training = Path(command.command[1]).stem == "finetune"
         kind = "finetune" if training else "encode"
@@ -47,6 +45,12 @@ class Rates:
         )
         passes = command.flops / (3 * forward if training else forward)
         return START + passes * (per_image + self.loading(encoder.image_size))
+
+    def of_pretraining(self, recipe: Recipe) -> float:
+        """Of an image of a recipe whose images stay of one size."""
+        per_image = self.rate(_key(recipe), lambda: measuring().pretraining(recipe))
+        crops = 2 if recipe.views.second == "crop" else 1
+        return per_image + crops * self.loading(recipe.encoder.image_size)
 
     def loading(self, size: int) -> float:
         """Seconds to read, decode and crop a training image."""

@@ -135,6 +135,8 @@ def course_chapter(groups: Sequence[Group]) -> Chapter:
     """Learning rate, speed and waiting over the steps, all runs in each chart."""
     wanted = [
         ("lr", "Learning rate", ""),
+        ("lr_first_layer", "Learning rate of the embeddings", ""),
+        ("image_size", "Size of the images", "pixels"),
         ("images_per_second", "Throughput", "images/s"),
         ("mfu", "Model FLOPs utilisation", "share of the peak"),
         ("data_wait", "Data wait", "share of the step"),

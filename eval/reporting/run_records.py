@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from eval.protocols import by_name
-from pipeline.config.recipe import check_run
+from pipeline.config.recipe import Recipe, check_run
 from pipeline.config.schema import measure_class
 from pipeline.errors import UserError
 
@@ -21,7 +21,8 @@ NO_METHOD = ("seed", "monitor.", "kernels", "data.workers")
 # Keys of metrics.jsonl that describe the run; every other number is a term of the loss.
 NOT_TERMS = {
     "step", "epoch", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "memory_gb",
-    "ema", "bad_samples", "nonfinite_steps", "feature_std", "teacher_distance",
+    "ema", "bad_samples", "nonfinite_steps", "feature_std", "teacher_distance", "mfu",
+    "image_size", "lr_first_layer",
     "skipped", "skipped_steps",  # of runs before these were called bad_samples, nonfinite_steps
 }  # fmt: skip
 
@@ -118,7 +119,7 @@ def read_run(folder: str | Path) -> Run:
         metrics=tuple(read_lines(folder / "metrics.jsonl")),
         pictures=tuple(sorted((folder / "pictures").glob("*.png"))),
         results=results,
-        flat=flatten(recipe),
+        flat=flatten(filled(recipe)),
     )
 
 
@@ -174,6 +175,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 break
             raise UserError(f"{path}, line {number}, is not a logged step: {error}") from error
     return [rows[step] for step in sorted(rows)]
+
+
+def filled(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with today's defaults for the keys of its sections that a version before them left
+    out, so that runs of one method stay together."""
+    given = {name: part for name, part in recipe.items() if isinstance(part, dict)}
+    classes: dict[str, Any] = {name: Recipe.model_fields[name].annotation for name in
+                               given.keys() & Recipe.model_fields.keys() - {"measure"}}  # fmt: skip
+    defaults = {name: cls().model_dump(mode="json", by_alias=True) for name, cls in classes.items()}
+    kind = given.get("measure", {}).get("kind")
+    if (settings := measure_class(kind)) is not None:
+        measure = settings(kind=str(kind))
+        defaults["measure"] = measure.model_dump(mode="json", by_alias=True)
+    return recipe | {name: _over(part, given[name]) for name, part in defaults.items()}
+
+
+def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, and the defaults of what is not."""
+    both = {key: value for key, value in given.items() if isinstance(value, dict)}
+    inner = {k: _over(defaults[k], v) for k, v in both.items() if isinstance(defaults.get(k), dict)}
+    return defaults | given | inner
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from eval.shared.encoders import EncoderInfo
 from eval.shared.results import no_classifier, read_classifier_info
 from pipeline.errors import UserError, naming
 from pipeline.method.families import adopt
+from pipeline.method.parameter_groups import layer_of, layer_scale
 from shard_tools.atomic import write_atomic, write_json
 
 FRESH = ("fc_norm.", "head.")  # what the classifier does not take from the encoder
@@ -77,20 +78,6 @@ def classifier_words(arch: str, options: dict[str, Any]) -> tuple[str, dict[str,
     return arch, options | works[-1]
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Layer number of a parameter: embeddings 0, block i is i + 1, fc_norm and head depth + 1."""
-    name = name.removeprefix("encoder.")
-    first = (
-        "cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre", "embeds.", "rope.",
-        "rel_pos", "shared_rel_pos",
-    )  # fmt: skip
-    if name.startswith(first):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
-
-
 def layer_groups(
     model: VisionTransformer, *, weight_decay: float, layer_decay: float
 ) -> list[dict[str, Any]]:
@@ -110,7 +97,7 @@ def layer_groups(
                 "name": f"layer {layer}, {'decay' if decays else 'no decay'}",
                 "params": [],
                 "weight_decay": weight_decay if decays else 0.0,
-                "lr_scale": layer_decay ** (depth + 1 - layer),
+                "lr_scale": layer_scale(layer_decay, layer, depth),
             },
         )
         group["params"].append(parameter)

@@ -78,6 +78,42 @@ class Recipe(Section):
         """The peak learning rate, base_lr * batch_size / 256 (SPEC §4)."""
         return self.optimizer.base_lr * self.batch_size / 256
 
+    @property
+    def smaller_sides(self) -> list[int]:
+        """The sizes of data.sizes below encoder.image_size, each once."""
+        return sorted({side for _, side in self.data.sizes} - {self.encoder.image_size})
+
+    @property
+    def phases(self) -> list[tuple[float, Recipe]]:
+        """(share of the steps, this recipe at that phase's constant image size) of data.sizes; one
+        phase where there are none."""
+        if not self.data.sizes:
+            return [(1.0, self)]
+        constant = {"data": self.data.model_copy(update={"sizes": ()})}
+        options = {k: v for k, v in self.encoder.options.items() if k != "img_size"}
+        found, before = [], 0.0
+        for until, side in self.data.sizes:
+            encoder = self.encoder.model_copy(update={"image_size": side, "options": options})
+            phase = self.model_copy(update=constant | {"encoder": encoder})
+            found.append((until - before, phase))
+            before = until
+        return found
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        full, patch = self.encoder.image_size, self.encoder.patch_size
+        for _, side in self.data.sizes:
+            if side > full:
+                raise ValueError(f"data.sizes: {side} is larger than encoder.image_size {full}")
+            if patch and side % patch:
+                raise ValueError(f"data.sizes: {side} is not a multiple of the patch size {patch}")
+        if self.data.sizes and self.data.sizes[-1][1] != full:
+            raise ValueError(
+                f"data.sizes: the last size is {self.data.sizes[-1][1]}, but the encoder is of "
+                f"encoder.image_size {full}: end with [1, {full}]"
+            )
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch_size % self.data.partitions:
@@ -215,13 +251,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`change` over `base`, key by key; another `kind` replaces a section as a whole."""
-    if "kind" in change and change["kind"] != base.get("kind"):
-        return dict(change)
+    """`change` over `base`, key by key; another kind of measure, whose keys are its own, replaces
+    the section as a whole."""
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
+        if both and key == "measure":
+            both = value.get("kind", old.get("kind")) == old.get("kind")  # type: ignore[union-attr]
         merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 

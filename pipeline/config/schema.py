@@ -6,6 +6,7 @@ import importlib
 import re
 import reprlib
 import sys
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -382,6 +383,11 @@ class InitRecipe(Section):
 class OptimizerRecipe(Section):
     """lr = base_lr * batch_size / 256, linear warm-up, cosine to min_lr, per step.
 
+    layer_decay: every layer of f has this share of the rate of the layer behind it, as in
+    finetuning. layer_anneal: f's first layer starts at 1 / layer_anneal of the rate and is at
+    min_lr after this share of the run, later layers in between. 1: no such difference; the
+    equations are in config/schedules.py.
+
     kind: adamw, or muon: Muon for the matrices of the transformer blocks, scaled to the size of
     AdamW's updates, and AdamW for the rest (ZeRO 0 to 2); betas and eps are AdamW's in both.
     A step whose gradient is not finite is skipped; skip_limit of them in a row end the run.
@@ -396,7 +402,14 @@ class OptimizerRecipe(Section):
     epochs: Annotated[float, Field(gt=0.0)] = 100
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 20
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    layer_anneal: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     skip_limit: Positive = 10
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers have learning rates of their own."""
+        return self.layer_decay < 1 or self.layer_anneal < 1
 
 
 class CropRecipe(Section):
@@ -408,10 +421,23 @@ class CropRecipe(Section):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
 
+def size_schedule(sizes: tuple[tuple[float, int], ...]) -> tuple[tuple[float, int], ...]:
+    """The entries of data.sizes; ValueError where the shares of the run do not rise to 1."""
+    shares = [share for share, _ in sizes]
+    if any(after <= before for before, after in pairwise((0.0, *shares))):
+        raise ValueError("the shares of the run, first in each entry, must rise from above 0")
+    if shares and shares[-1] != 1.0:
+        raise ValueError("the last entry must be [1, encoder.image_size], the end of the run")
+    return sizes
+
+
 class DataRecipe(Section):
     """The order of the samples (partitions, window) and how each one is cut.
 
     samples_per_epoch: > 0 makes an epoch of that many draws with replacement (few images).
+    sizes: [share of the run, side in pixels] of phases one after another: until that share of the
+    optimizer steps crops are that large, and f and its decoder have the positions of a model of
+    that size. The last is [1, encoder.image_size]; none: every crop has encoder.image_size.
     randaugment: a timm policy such as rand-m9-mstd0.5-inc1, applied after the crop; "" is off.
     """
 
@@ -419,6 +445,7 @@ class DataRecipe(Section):
     window: Positive = 8
     samples_per_epoch: Steps = 0
     crop: CropRecipe = CropRecipe()
+    sizes: Annotated[tuple[tuple[Fraction, Positive], ...], AfterValidator(size_schedule)] = ()
     randaugment: Annotated[str, AfterValidator(augmentation)] = ""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[Above0, Above0, Above0] = IMAGENET_STD

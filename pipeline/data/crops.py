@@ -67,6 +67,12 @@ class Crop:
         )
 
 
+def side_at(sizes: Sequence[tuple[int, int]], step: int) -> int:
+    """The side of the crops of an optimizer step. sizes: (step before which a phase ends, side),
+    the phases of a run in order; the last one has what comes after it too."""
+    return next((side for until, side in sizes if step < until), sizes[-1][1])
+
+
 def shorter_side(image_size: int) -> int:
     """Pixels of the shorter side before an evaluation's centre crop: 256 / 224 of the image size up
     to 224, above it the image size. Source: facebookresearch/mae, `util/datasets.py` (crop_pct).

@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
 
-from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side
+from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side, side_at
 from pipeline.data.jpeg import Choose
 from pipeline.data.order import (
     CROPS,
@@ -107,10 +107,12 @@ class LoaderConfig:
     batch_size / (world · micro_batch) micro-batches per rank. window: shards that are shuffled
     together. on_error: `skip` replaces a sample that will not decode by the next one of its
     partition, counts and logs it. samples_per_epoch: > 0 makes an epoch of that many draws with
-    replacement. second_crop: fill Batch.second. augment: applied to each crop in the worker.
-    workers: processes per rank. cache, cache_bytes: where remote shards are kept on this node
-    (default $RELAXMIM_CACHE) and how many bytes of them. start_method: of the workers, by default
-    Python's own; the batches and the memory are the same (spawn: see `_context`).
+    replacement. sizes: (step before which a phase ends, side of its crops) of a run whose crops
+    change their size; none: all have the crop's, which no phase exceeds. second_crop: fill
+    Batch.second. augment: applied to each crop in the worker. workers: processes per rank. cache,
+    cache_bytes: where remote shards are kept on this node (default $RELAXMIM_CACHE) and how many
+    bytes of them. start_method: of the workers, by default Python's own; the batches and the memory
+    are the same (spawn: see `_context`).
     """
 
     folder: str | Path | Manifest
@@ -122,6 +124,7 @@ class LoaderConfig:
     window: int = 8
     on_error: Literal["fail", "skip"] = "fail"
     samples_per_epoch: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
     second_crop: bool = False
     augment: Augment | None = None
     workers: int = 0
@@ -141,6 +144,7 @@ class _Train(Dataset):
         self.until, self.ahead = until, _steps_ahead(order, reader.manifest, config, world)
         self.begun = False
         self.reader, self.order, self.crop = reader, order, config.crop
+        self.sizes = config.sizes or ((until, config.crop.image_size),)
         self.micro_batch, self.first = config.micro_batch, rank * order.batch_size // world
         self.per_step = order.batch_size // (world * config.micro_batch)
         self.on_error, self.augment = config.on_error, config.augment
@@ -166,7 +170,8 @@ class _Train(Dataset):
         first = self.first + micro * self.micro_batch
         samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
         self._fetch_ahead(step, first, samples)
-        room, slot = self.reader.room(len(self.streams), self.micro_batch)
+        shape = len(self.streams), self.micro_batch
+        room, slot = self.reader.room(*shape, side=side_at(self.sizes, step))
         images, faults = list(room), []
         pixels = [image.numpy() for image in images]
         chosen = [[self._choose(epoch, s, key) for s in self.streams] for key in keys.tolist()]
@@ -241,7 +246,7 @@ class _Eval(Dataset):
     def __getitem__(self, task: int) -> Batch | Exception:
         first = self.low + task * self.batch_size
         samples = np.arange(first, min(first + self.batch_size, self.high))
-        image, slot = self.reader.room(len(samples))
+        image, slot = self.reader.room(len(samples), side=self.crop.image_size)
         pixels = image.numpy()
         try:
             chosen = [[self.crop]] * len(samples)

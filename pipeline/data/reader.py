@@ -36,7 +36,8 @@ class SampleError(UserError):
 class Reader:
     """Samples of a manifest as uint8 crops; a copy of it lives in each worker process.
 
-    interpolation and `how`: see pipeline/data/jpeg.py; cache: for remote shards.
+    image_size: side of the largest crop; interpolation and `how`: see pipeline/data/jpeg.py; cache:
+    for remote shards.
     """
 
     def __init__(
@@ -122,24 +123,23 @@ class Reader:
         if self.cache is not None:
             self.cache.close()
 
-    def empty(self, count: int) -> torch.Tensor:
-        """An uninitialised uint8 batch [count, S, S, 3]; in a worker, memory that the main
-        process can map, which saves a copy."""
-        shape = (count, self.image_size, self.image_size, 3)
+    def empty(self, count: int, side: int | None = None) -> torch.Tensor:
+        """An uninitialised uint8 batch [count, side, side, 3], of the image size where no side is
+        given; in a worker, memory that the main process can map, which saves a copy."""
+        shape = (count, *[side or self.image_size] * 2, 3)
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
         storage = torch.UntypedStorage._new_shared(math.prod(shape))
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
-    def room(self, *shape: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
-        """Memory for images, uint8 [*shape, S, S, 3], and in a worker where there is a free slot,
-        which one: (key of its Slots, slot)."""
+    def room(self, *shape: int, side: int) -> tuple[torch.Tensor, tuple[int, int] | None]:
+        """Memory for images, uint8 [*shape, side, side, 3], and in a worker where there is a free
+        slot, which one: (key of its Slots, slot)."""
         worker = get_worker_info()
         slot = self.slots.take(worker.id) if worker is not None and self.slots else None
         if slot is None or self.slots is None:
-            return self.empty(math.prod(shape)).view(*shape, *[self.image_size] * 2, 3), None
-        size = (*shape, self.image_size, self.image_size, 3)
-        return self.slots.tensor(slot, size), (self.slots.key, slot)
+            return self.empty(math.prod(shape), side).view(*shape, side, side, 3), None
+        return self.slots.tensor(slot, (*shape, side, side, 3)), (self.slots.key, slot)
 
     def labels(self, samples: np.ndarray) -> torch.Tensor:
         """Class indices, int64, of sample numbers."""

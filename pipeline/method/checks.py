@@ -19,10 +19,22 @@ def check_objective(recipe: Recipe) -> None:
         raise UserError(f"encoder.options: embed_dim {width} is not divisible by num_heads {heads}")
     if encoder.patch_size:
         visible_counts(recipe.views, encoder.patches)
+        check_sizes(recipe, encoder.patch_size)
     if recipe.measure.reconstructs:
         check_decoder(recipe.measure.decoder)
         check_table(recipe.measure.decoder.width)
     check_table(width)
+
+
+def check_sizes(recipe: Recipe, patch: int) -> None:
+    """UserError where images of a size of data.sizes cannot be cut or masked as the recipe says."""
+    for side in recipe.smaller_sides:
+        if side % patch:
+            raise UserError(f"data.sizes: {side} is not a multiple of the patch size {patch}")
+        try:
+            visible_counts(recipe.views, (side // patch) ** 2)
+        except UserError as error:
+            raise UserError(f"data.sizes: in images of {side} pixels {error}") from None
 
 
 def check_table(width: int | None) -> None:

@@ -13,6 +13,7 @@ Shape suffixes: B batch, K visible, L all patches, R region, D width.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,9 @@ from pipeline.method.views import View
 class CrossDecoder(PixelDecoder):
     """d: tokens of the visible patches → pixels of the patches of a region, each by itself."""
 
-    def __init__(
-        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
-    ) -> None:
+    def __init__(self, recipe: DecoderRecipe, **shape: Any) -> None:
         norm = partial(nn.LayerNorm, eps=1e-6)
-        super().__init__(recipe, width=width, patch=patch, grid=grid, block=CrossBlock, norm=norm)
+        super().__init__(recipe, **shape, block=CrossBlock, norm=norm)
         self.memory_norm = norm(recipe.width)
 
     def forward(
@@ -44,7 +43,7 @@ class CrossDecoder(PixelDecoder):
         Values of a patch in the order (row, column, channel). second: tokens of another view and
         that view; the predictions of both.
         """
-        hidden = (self.mask_token + self.pos_embed[1:]).to(self.mask_token.dtype)
+        hidden = (self.mask_token + self.positions(view)[1:]).to(self.mask_token.dtype)
         # The first block's queries are a function of the position alone: computed once for each.
         query = self.blocks[0].query(hidden)  # type: ignore[operator]
         batch = region.shape[0]
@@ -57,7 +56,7 @@ class CrossDecoder(PixelDecoder):
         tokens of a view say of the region."""
         own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
         memory = self.embed(tokens)
-        memory = self.memory_norm(memory + self.pos_embed[own.long()].to(memory.dtype))
+        memory = self.memory_norm(memory + self.positions(view)[own.long()].to(memory.dtype))
         for number, block in enumerate(self.blocks):
             known = query if number == 0 else None
             if self.grad_checkpointing and torch.is_grad_enabled():

@@ -14,7 +14,7 @@ R region, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
 from pipeline.method.attention import attend
 from pipeline.method.checks import check_decoder
+from pipeline.method.positions import SmallerTables
 from pipeline.method.views import View
 from pipeline.method.vit import init_weights, sincos_position
 
@@ -43,28 +44,33 @@ class PixelDecoder(nn.Module):
     def __init__(
         self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int],
         block: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module],
+        smaller: Sequence[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
+        """width: of the encoder; patch: side in pixels; grid: of patches; smaller: further grids,
+        of smaller images."""
         super().__init__()
         check_decoder(recipe)
         self.grad_checkpointing = False  # as Encoder's
         self.embed = nn.Linear(width, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(recipe.width))
         self.register_buffer("pos_embed", sincos_position(grid, recipe.width))
+        tables = {r * c: sincos_position((r, c), recipe.width) for r, c in smaller}
+        self.smaller = SmallerTables(tables)
         self.blocks = nn.ModuleList(block(recipe.width, recipe.heads) for _ in range(recipe.depth))
         self.norm = norm(recipe.width)
         self.head = nn.Linear(recipe.width, patch * patch * 3)
         init_weights(self)
 
+    def positions(self, view: View) -> Tensor:
+        """The table for the patches of a view: [1 + L, D]."""
+        return self.smaller.at(view.inverse.shape[1], self.pos_embed)
+
 
 class Decoder(PixelDecoder):
     """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
 
-    def __init__(
-        self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int]
-    ) -> None:
-        super().__init__(
-            recipe, width=width, patch=patch, grid=grid, block=DecoderBlock, norm=_LayerNorm
-        )
+    def __init__(self, recipe: DecoderRecipe, **shape: Any) -> None:
+        super().__init__(recipe, **shape, block=DecoderBlock, norm=_LayerNorm)
 
     def forward(
         self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None
@@ -83,11 +89,12 @@ class Decoder(PixelDecoder):
 
     def _first_block(self, tokens: Tensor, view: View, region: Tensor) -> Tensor:
         """The tokens of a view, placed and through the first block, which knows what is hidden."""
+        position = self.positions(view)
         x = kernels.place_tokens(
-            self.embed(tokens), view.inverse, self.mask_token, self.pos_embed, prefix=1
+            self.embed(tokens), view.inverse, self.mask_token, position, prefix=1
         )
         own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
-        hidden = (self.mask_token + self.pos_embed[1:]).to(x.dtype)
+        hidden = (self.mask_token + position[1:]).to(x.dtype)
         return self._block(0, x, (own, view.inverse, hidden), region)
 
     def _predict(self, x: Tensor, region: Tensor) -> Tensor:

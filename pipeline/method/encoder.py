@@ -22,7 +22,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.attention import attend, attention_order
 from pipeline.method.checks import vit_options
-from pipeline.method.positions import resize_positions
+from pipeline.method.positions import SmallerTables, resize_positions
 from pipeline.method.source import no_encoder, read_info
 from pipeline.method.views import View
 from pipeline.method.vit import (
@@ -114,6 +114,9 @@ class Encoder(nn.Module):
         self.cls_token = vit.cls_token
         self.row_first = recipe.encoder.init == "mocov3"
         self.register_buffer("pos_embed", self.position_table()[None])
+        patches = [side // self.patch for side in recipe.smaller_sides]
+        self.smaller_grids = [(n, n) for n in patches]
+        self.smaller = SmallerTables({n * n: self.position_table((n, n)) for n in patches})
         self.blocks = vit.blocks
         for block in self.blocks:
             if type(block) is Block:
@@ -131,9 +134,10 @@ class Encoder(nn.Module):
             init_as_mocov3(self)
         proj.requires_grad_(not recipe.encoder.freeze_patch)
 
-    def position_table(self) -> Tensor:
-        """The exact fixed positions: float32 [1 + L, D]."""
-        return sincos_position(self.grid, self.width, row_first=self.row_first)
+    def position_table(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """The exact fixed positions: float32 [1 + L, D]. grid: of patches; by default that of the
+        image size."""
+        return sincos_position(grid or self.grid, self.width, row_first=self.row_first)
 
     def forward(
         self,
@@ -157,7 +161,7 @@ class Encoder(nn.Module):
 
     def _embed(self, image: Tensor, visible: Tensor, inverse: Tensor, drop: bool) -> Tensor:
         """A view → tokens before the first block."""
-        position = self.pos_embed[0]
+        position = self.smaller.at(inverse.shape[1], self.pos_embed[0])
         batch = image.shape[0]
         if self.mask_token is None or drop:
             patches = self.patch_embed["proj"](image, visible, position[1:])

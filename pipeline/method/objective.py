@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
-from pipeline.method.checks import visible_counts
+from pipeline.method.checks import check_sizes, visible_counts
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import build_measure
 from pipeline.method.teacher import Teacher
@@ -37,6 +37,7 @@ class Objective(nn.Module):
         self.recipe = recipe
         self.encoder = Encoder(recipe)
         visible_counts(recipe.views, math.prod(self.encoder.grid))  # none visible: an error
+        check_sizes(recipe, self.encoder.patch)
         self.measure: Any = build_measure(recipe, self.encoder)
 
     @property

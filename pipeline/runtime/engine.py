@@ -10,7 +10,7 @@ import copy
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from pipeline.distributed import (
     prepare_deepspeed,
     unlink_buffer,
 )
+from pipeline.method.positions import SmallerTables
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm
@@ -50,6 +51,9 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+
+# A learning rate, or what gives it for a group of parameters.
+Rate = float | Callable[[dict[str, Any]], float]
 
 
 def init_ranks() -> Ranks:
@@ -159,11 +163,17 @@ class Engine:
         if self.plan.compile:
             compile_blocks(teacher, may_fail="compile" in self.plan.may_fail)
 
-    def micro_step(self, lr: float, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def resize(self) -> None:
+        """Between two steps: the micro-batches to come have images of another size."""
+        if self.graph is not None:
+            self.graph.forget()
+
+    def micro_step(self, lr: Rate, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights.
 
-        lr: of groups without `lr_scale`, which multiplies it. A step whose gradient is not finite
-        on any rank leaves the weights as they are and sets `step_skipped`, under every stage.
+        lr: of groups without `lr_scale`, which multiplies it; or a function of the group. A step
+        whose gradient is not finite on any rank leaves the weights as they are and sets
+        `step_skipped`, under every stage.
         """
         found = self._replay(*inputs)
         if found is None:
@@ -195,7 +205,7 @@ class Engine:
         with deepspeed.runtime.torch_autocast.autocast_if_enabled(self.engine):
             return self.module(*inputs)
 
-    def update(self, lr: float) -> None:
+    def update(self, lr: Rate) -> None:
         """After a backward pass: count the micro-batch; after the last of a step, take the step."""
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
             # DeepSpeed tells no norm under stage 0 in fp32.
@@ -210,7 +220,7 @@ class Engine:
                 self.engine.skipped_steps += 1
                 return
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr(group) if callable(lr) else lr * group.get("lr_scale", 1.0)
         self.engine.step()
         if self.stage > 0:
             # DeepSpeed reads the norm in every step itself and leaves out what is not finite.
@@ -267,8 +277,14 @@ class Engine:
             if self.rank == 0:
                 state[name] = whole.float().cpu()
         if self.rank == 0 and kind == "model":
-            state |= {k: b.float().cpu().clone() for k, b in self.module.named_buffers()}
+            state |= {k: b.float().cpu().clone() for k, b in self.buffers().items()}
         return state
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of a checkpoint, by name: all but tables that each start makes again."""
+        tables = [part for part in self.module.modules() if isinstance(part, SmallerTables)]
+        made = {id(buffer) for part in tables for buffer in part.buffers()}
+        return {k: b for k, b in self.module.named_buffers() if id(b) not in made}
 
     def parameters(self, kind: str) -> dict[str, nn.Parameter]:
         """The parameters of the model, or those that have a moment, by name."""

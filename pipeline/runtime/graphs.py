@@ -3,7 +3,8 @@
 A step of ViT-B has more than a thousand launches, and on many hosts they take longer than the GPU's
 work. A graph is captured at the first micro-batch and replayed from then on. Baked into it are all
 Python numbers, so it is captured once for each epoch, of which masks and jitter are a function, and
-for one shape. Gradients are in the graph's own memory and hold until the next micro-batch.
+for one shape: where the images change their size (data.sizes) it begins from scratch. Gradients are
+in the graph's own memory and hold until the next micro-batch.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ class MicroStepGraph:
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._found: tuple[Tensor, dict[str, Tensor]] = (torch.empty(0), {})
         self.captured = 0  # graphs so far
+
+    def forget(self) -> None:
+        """Let the next micro-batch be as the first one, of any shape; the memory is freed."""
+        self._graph, self._inputs = None, []
+        self._gradients, self._found = [], (torch.empty(0), {})
 
     def run(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and terms of a micro-batch; captures where there is no graph of its numbers.

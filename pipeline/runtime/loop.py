@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
+from pipeline.data.crops import side_at
 from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.distributed import StopSignal, any_rank, lost_contact
 from pipeline.errors import PREEMPTED, UserError, refuse
@@ -67,8 +68,9 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     shown = first_images(run.data, recipe)
     batches, begun, saving = iter(run.loader), time.perf_counter(), 0.0
     for step in range(steps.first, steps.last):
-        lr = learning_rate(recipe, step, steps.per_epoch)
-        patience = 4 if step == steps.first else 1  # kernels and blocks are compiled
+        rate = partial(learning_rate, recipe, step, steps.per_epoch)
+        resized = resize(run, step)
+        patience = 4 if step == steps.first or resized else 1  # kernels and blocks are compiled
         for micro in range(run.plan.accumulation):
             watchdog.note(f"step {step + 1}, waiting for data", patience)
             waiting = time.perf_counter()
@@ -78,7 +80,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             # Whatever draws from global generators (dropout, say) is a function of the step too.
             seed_step(recipe.seed, step, micro, run.ranks.rank)
             loss, terms = engine.micro_step(
-                lr,
+                rate if recipe.optimizer.by_layer else rate(),
                 batch.image.to(device, non_blocking=True),
                 batch.key.to(device, non_blocking=True),
                 batch.epoch,
@@ -88,12 +90,16 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             monitor.add(loss, terms, 1.0 / run.plan.accumulation)
         run.watch.nonfinite.note(step, engine.step_skipped)
         values: dict[str, Any] = {
-            "lr": lr,
+            "lr": rate(),
             "epoch": (step + 1) / steps.per_epoch,
             "grad_norm": engine.gradient_norm,
             "bad_samples": run.loader.bad_samples,
             "nonfinite_steps": run.watch.nonfinite.total,
         }
+        if recipe.optimizer.by_layer:
+            values["lr_first_layer"] = engine.optimizer.param_groups[0]["lr"]
+        if steps.sizes:
+            values["image_size"] = batch.image.shape[1]
         if teacher is not None:
             values["ema"] = ema_momentum(recipe, step, steps.total)
             teacher.update(objective, values["ema"], engine.masters)
@@ -118,6 +124,22 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     monitor.say(f"done: step {steps.last}; encoder in {run.folder.path / 'encoder'}")
     monitor.say(f"checkpointing took {saving:.1f} s ({share:.1f} % of wall time)")
     return 0
+
+
+def resize(run: TrainState, step: int) -> bool:
+    """Before a step: whether its images have another size than those of the step before, which the
+    engine and the monitor are then told."""
+    sizes, first = run.steps.sizes, run.steps.first
+    if not sizes:
+        return False
+    side = side_at(sizes, step)
+    run.watch.monitor.sized(side)
+    if step > first and side == side_at(sizes, step - 1):
+        return False
+    run.watch.monitor.say(f"step {step + 1}: images of {side} × {side} pixels from here on")
+    if step > first:
+        run.model.engine.resize()
+    return True
 
 
 def save(run: TrainState, step: int, must: bool) -> float:
@@ -169,7 +191,8 @@ def picture(run: TrainState, step: int, fixed: Fixed) -> None:
 
 
 def first_images(data: str, recipe: Recipe) -> Fixed:
-    """The first eight samples, centre-cropped: the same in every picture of a run."""
+    """The first eight samples, centre-cropped to encoder.image_size: the same in every picture of a
+    run, also while it trains on smaller ones (data.sizes)."""
     manifest = read_manifest(data)
     first = range(min(8, manifest.samples))
     return fixed_images(manifest, first, recipe.encoder.image_size, recipe.data.on_error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pipeline
@@ -33,6 +34,7 @@ class Mfu:
         self.peak = peak
         self.problem = ""  # why there is no count
         self._per_image: float | None = None
+        self._of_size: dict[int, float] = {}  # where a recipe has images of several
         alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._counting: subprocess.Popen[str] | None = subprocess.Popen(
             [sys.executable, ESTIMATE, "--flops", "--recipe", recipe],
@@ -40,21 +42,31 @@ class Mfu:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def flops_per_image(self, wait: bool = False) -> float | None:
-        """Forward and backward, by estimate's count; None until it is there."""
+    def flops_per_image(
+        self, sizes: Mapping[int, int] | None = None, wait: bool = False
+    ) -> float | None:
+        """Forward and backward, by estimate's count; None until it is there.
+
+        sizes: side of the images → steps that had it, whose mean is taken, under data.sizes; else
+        the mean of the whole run.
+        """
         if self._counting is not None and (wait or self._counting.poll() is not None):
             out, errors = self._counting.communicate()
             try:
-                self._per_image = float(out)
+                first, *others = out.splitlines() or [""]
+                self._per_image = float(first)
+                self._of_size = {int(s): float(n) for s, n in map(str.split, others)}
             except ValueError:
                 why = (errors.strip() or f"exit code {self._counting.returncode}").splitlines()[-1]
                 self.problem = f"MFU: not shown, counting the FLOPs failed ({why})"
             self._counting = None
-        return self._per_image
+        if not sizes or not self._of_size:
+            return self._per_image
+        return sum(self._of_size[s] * n for s, n in sizes.items()) / sum(sizes.values())
 
-    def of(self, images_per_second: float) -> float | None:
+    def of(self, images_per_second: float, sizes: Mapping[int, int] | None = None) -> float | None:
         """The share of the peak at this speed (images of all ranks); None while not known."""
-        flops = self.flops_per_image()
+        flops = self.flops_per_image(sizes)
         return None if flops is None else flops * images_per_second / self.peak
 
     def close(self) -> None:

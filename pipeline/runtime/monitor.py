@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -69,11 +70,14 @@ class Monitor:
 
     def __init__(
         self, output: Path, *, rank: int, first: int, total: int, images: int, log_steps: int,
-        trackers: Trackers,
+        trackers: Trackers, sizes: tuple[tuple[int, int], ...] = (),
     ) -> None:  # fmt: skip
+        """sizes: of the images, see schedules.size_steps."""
         self.rank, self.total, self.images, self.log_steps = rank, total, images, log_steps
         self.output, self.first = output, first
         self.mfu: Mfu | None = None
+        self.sizes, self._side = sizes, 0
+        self._sides: Counter[int] = Counter()  # of the steps since the last report
         self._sums: dict[str, Tensor] = {}
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
         self._pace, self._newest = Pace(self._since), NewestLoss()
@@ -115,6 +119,10 @@ class Monitor:
                 print(f"warning: {self.output}: logs are incomplete: {error}", flush=True)
             self._unwritable = True
 
+    def sized(self, side: int) -> None:
+        """The side of the images of the next step."""
+        self._side = side
+
     def waited(self, seconds: float) -> None:
         """Time that the device waited for data."""
         self._waited += seconds
@@ -135,6 +143,7 @@ class Monitor:
         `values`: floats or functions without arguments, read only when reporting.
         """
         self._steps += 1
+        self._sides[self._side] += bool(self.sizes)
         now = time.perf_counter()
         self._pace.step(now)
         if self.rank == 0 and self._line.shown:
@@ -157,13 +166,14 @@ class Monitor:
         self._sums, self._steps, self._waited, self._since = {}, 0, 0.0, now
         if self.rank == 0:
             self._report(row)
+        self._sides.clear()
         return row
 
     def _utilisation(self, images_per_second: float) -> float | None:
         """The MFU at this speed, where it is known; what went wrong with it is said once."""
         if self.mfu is None:
             return None
-        share = self.mfu.of(images_per_second)
+        share = self.mfu.of(images_per_second, self._sides)
         if self.mfu.problem:
             problem, self.mfu = self.mfu.problem, None
             self.say(problem)
@@ -177,8 +187,18 @@ class Monitor:
             (0, f"loss {loss:#.4g}"),
             (1, images_per_second(speed)),
             (3, "" if mfu is None else f"MFU {mfu:.1%}"),
-            (2, f"ETA {clock(self._pace.left(self.total - step))}"),
+            (2, f"ETA {clock(self._pace.left(self._left(step)))}"),
         ]
+
+    def _left(self, step: int) -> float:
+        """Steps that are left after `step`; of images of another size, as many as have as many
+        pixels."""
+        left, before = 0.0, step
+        for until, side in self.sizes or ((self.total, 1),):
+            here = max(min(until, self.total) - before, 0)
+            left += here * (side / (self._side or side)) ** 2
+            before = max(before, until)
+        return left
 
     def _report(self, row: dict[str, float]) -> None:
         step = int(row["step"])
@@ -270,4 +290,5 @@ def _group(name: str) -> str:
         return f"speed/{name}"
     if name in ("feature_std", "teacher_distance", "nonfinite_steps"):
         return f"health/{name}"
-    return f"optimizer/{name}" if name in ("lr", "grad_norm", "ema", "epoch") else f"loss/{name}"
+    schedule = ("lr", "lr_first_layer", "grad_norm", "ema", "epoch", "image_size")
+    return f"optimizer/{name}" if name in schedule else f"loss/{name}"

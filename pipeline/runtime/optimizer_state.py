@@ -65,7 +65,7 @@ def _read(engine: Engine, folder: Path, kind: str) -> int:
     path = folder / f"{kind}.safetensors"
     targets: dict[str, Tensor] = {**engine.parameters(kind)}
     if kind == MODEL:
-        targets |= dict(engine.module.named_buffers())
+        targets |= engine.buffers()
     try:
         with safe_open(path, "pt") as file:
             odd = sorted(targets.keys() ^ set(file.keys()))

@@ -16,6 +16,7 @@ from pipeline.config.ds_config import open_ds_config, split_batch
 from pipeline.config.installed import source
 from pipeline.config.plan import check_stage
 from pipeline.config.recipe import ANY_PIXELS, Recipe, load_recipe
+from pipeline.config.schedules import size_steps
 from pipeline.data.crops import Crop
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
@@ -36,6 +37,7 @@ def preflight(settings: Settings) -> None:
     manifest = read_manifest(settings.data)
     recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
     per_epoch = epoch_steps(settings.data, manifest.samples, recipe)
+    size_steps(recipe, round(recipe.optimizer.epochs * per_epoch))
     check_plan(open_ds_config(settings.ds_config), recipe)
     check_probes(recipe, settings.data)
     found = _checkpoint(settings, recipe, schedule_facts(manifest, recipe, per_epoch))

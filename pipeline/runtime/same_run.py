@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.recipe import Recipe, RecipeError, differences, load_recipe
-from pipeline.config.schedules import learning_rate
+from pipeline.config.schedules import learning_rate, size_steps
+from pipeline.data.crops import side_at
 from pipeline.errors import UserError
 from pipeline.runtime.checkpoint import read_state
 from shard_tools.manifest import Manifest
@@ -72,8 +73,15 @@ def check_same(
         )
     step, then, now = int(state["step"]), before["steps_per_epoch"], facts["steps_per_epoch"]
     rates = learning_rate(theirs, step, then), learning_rate(recipe, step, now)
+    sizes = _size(theirs, step, then), _size(recipe, step, now)
     return [
         f"warning: a checkpoint {fault}; continuing all the same ({ANYWAY})",
-        f"warning: step {step} was epoch {step / then:.2f} at lr {rates[0]:.2e}, "
-        f"now epoch {step / now:.2f} at lr {rates[1]:.2e}",
+        f"warning: step {step} was epoch {step / then:.2f} at lr {rates[0]:.2e}{sizes[0]}, "
+        f"now epoch {step / now:.2f} at lr {rates[1]:.2e}{sizes[1]}",
     ]
+
+
+def _size(recipe: Recipe, step: int, per_epoch: int) -> str:
+    """The size of the images of a step, where it changes in the run."""
+    sizes = size_steps(recipe, round(recipe.optimizer.epochs * per_epoch))
+    return f" and {side_at(sizes, step)} pixels" if sizes else ""

@@ -12,12 +12,14 @@ from pipeline import kernels
 from pipeline.config.ds_config import read_ds_config
 from pipeline.config.plan import RunPlan, for_steps
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
+from pipeline.config.schedules import size_steps
+from pipeline.config.schema import OptimizerRecipe
 from pipeline.data.loader import Loader, LoaderConfig, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree, untried_device
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
-from pipeline.method.parameter_groups import parameter_groups
+from pipeline.method.parameter_groups import layer_scale, parameter_groups
 from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
 from pipeline.processor import processor
@@ -43,12 +45,14 @@ from shard_tools.manifest import read_manifest
 
 @dataclass(frozen=True)
 class Steps:
-    """Optimizer steps of this start, [first, last); `total` is the recipe's length."""
+    """Optimizer steps of this start, [first, last); `total` is the recipe's length. sizes: of its
+    images, see schedules.size_steps."""
 
     first: int
     last: int
     total: int
     per_epoch: int
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
     total = round(recipe.optimizer.epochs * per_epoch)
+    sizes = size_steps(recipe, total)
     plan = for_steps(plan, total)
     last = min(total, settings.max_steps or total)
     kernel_line = kernels.use(recipe.kernels, ranks.device)
@@ -155,12 +160,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         monitor = Monitor(
             path, rank=ranks.rank, first=first, total=last, images=recipe.batch_size,
             log_steps=recipe.monitor.log_steps, trackers=_open_trackers(path, recipe, first),
+            sizes=sizes,
         )  # fmt: skip
     state = TrainState(
-        recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch),
+        recipe, plan, ranks, settings.data, schedule, Steps(first, last, total, per_epoch, sizes),
         Model(objective, teacher, engine),
         train_loader(
-            loader_config(recipe, plan, settings.data, ranks), ranks.rank, ranks.world,
+            loader_config(recipe, plan, settings.data, ranks, sizes), ranks.rank, ranks.world,
             range(min(first, last), last),
         ),
         RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock),
@@ -238,8 +244,10 @@ def _saved_by(saved: dict, negatives: int) -> str:
     return text
 
 
-def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> LoaderConfig:
-    """The training batches of a recipe on these ranks."""
+def loader_config(
+    recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks, sizes: tuple[tuple[int, int], ...] = ()
+) -> LoaderConfig:
+    """The training batches of a recipe on these ranks. sizes: see schedules.size_steps."""
     d, size = recipe.data, recipe.encoder.image_size
     return LoaderConfig(
         data,
@@ -251,6 +259,7 @@ def loader_config(recipe: Recipe, plan: RunPlan, data: str, ranks: Ranks) -> Loa
         window=d.window,
         on_error=d.on_error,
         samples_per_epoch=d.samples_per_epoch,
+        sizes=sizes,
         second_crop=recipe.views.second == "crop",
         augment=RandAugment(d.randaugment, size, d.mean, recipe.seed) if d.randaugment else None,
         workers=_workers(d.workers, ranks.cores),
@@ -288,10 +297,36 @@ def _announce(state: TrainState, kernel_line: str, failure: str, resumed: list[s
         kernel_line,
         f"image decoder: {state.loader.decoder}",
         f"data: {samples} images in {state.data}, {state.steps.per_epoch} steps per epoch",
+        _sizes_line(state.steps),
+        *_layer_lines(recipe.optimizer, len(state.model.objective.encoder.blocks)),
         *resumed,
     ]
     for line in filter(None, lines):
         state.watch.monitor.say(line)
+
+
+def _sizes_line(steps: Steps) -> str:
+    """The sizes of the images that a run trains on; nothing where they stay the same."""
+    phases = [f"{side} pixels up to step {until}" for until, side in steps.sizes]
+    return f"image sizes: {', '.join(phases)}" if phases else ""
+
+
+def _layer_lines(optimizer: OptimizerRecipe, depth: int) -> list[str]:
+    """How the learning rates of layers differ."""
+    lines = []
+    if optimizer.layer_decay < 1:
+        first = layer_scale(optimizer.layer_decay, 0, depth)
+        lines.append(
+            f"layer_decay {optimizer.layer_decay:g}: the embeddings have {first:.3g} of the "
+            "learning rate, each block more, what follows the blocks all of it"
+        )
+    if optimizer.layer_anneal < 1:
+        lines.append(
+            f"layer_anneal {optimizer.layer_anneal:g}: the embeddings begin at "
+            f"{1 / optimizer.layer_anneal:.3g} of the learning rate and are at min_lr after "
+            f"{optimizer.layer_anneal:.0%} of the steps behind the warm-up"
+        )
+    return lines
 
 
 def _device_name(device: torch.device) -> str:

@@ -67,7 +67,7 @@ def test_every_claim_is_on_rows_that_are_made_and_the_miniatures_come_first():
     wanted = wanted_metrics(ALL, NAMES)
     assert {d.better for c in ALL for d in c.differences} <= set(wanted)
     assert {d.worse for c in ALL for d in c.differences} <= set(wanted)
-    assert sorted(c.number for c in ALL) == list(range(1, 15))
+    assert sorted(c.number for c in ALL) == list(range(1, 16))
     assert {c.number for c in CLAIMS} < {c.number for c in ALL}
     assert [c.number for c in claims_of([5, 1, 14])] == [1, 5, 14]
     for name in wanted:
@@ -267,6 +267,21 @@ def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     assert names
     assert names == [j.name for j in whole.kept if j.name != "look"][-len(names) :]
     assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
+
+
+def test_later_claims_change_no_job_and_come_last(data, tmp_path):
+    def planned(last):
+        workspace = settings(data, tmp_path).workspace
+        study = cifar_plan.study_of(workspace, range(1, last + 1), 2, 1.5)
+        return [(job.name, job.command) for job in unique(cifar_plan.jobs_of_rows(study))]
+
+    before, now = planned(14), planned(15)
+    assert now[: len(before)] == before
+    assert before[-1][0] == "look"
+    later = " ".join(name for name, _ in now[len(before) :])
+    assert len(now) - len(before) == 2 * 2 * 3  # rows, seeds; pretraining, finetune, linprobe
+    assert "data sizes" in later.replace("-", " ")
+    assert "layer anneal" in later.replace("-", " ")
 
 
 def test_a_study_keeps_its_compute_when_later_code_counts_otherwise(data, tmp_path, monkeypatch):

@@ -268,6 +268,33 @@ def test_runs_that_differ_by_more_than_the_seed_are_told_apart(runs: list[Path])
     assert labels == ["mae (epochs 3)", "rmae", "cmae", "mae (epochs 9)"]
 
 
+def test_runs_of_a_version_before_a_key_stay_with_those_after_it(tmp_path: Path) -> None:
+    """As where a study continues with later code; a value of the key makes another method."""
+    recipes = [load_recipe(RECIPES_DIR / "mae.yaml", [f"seed={seed}"]) for seed in (0, 1)]
+    whole = [yaml.safe_load(dump_recipe(recipe)) for recipe in recipes]
+    for section, key in (
+        ("data", "sizes"), ("optimizer", "layer_decay"), ("views", "predicted"),
+        ("measure", "norm_pix"),
+    ):  # fmt: skip
+        del whole[0][section][key]
+    del whole[0]["measure"]["decoder"]["attention"]
+    growing = load_recipe(RECIPES_DIR / "mae.yaml", ["data.sizes=[[0.5, 160], [1, 224]]"])
+    whole.append(yaml.safe_load(dump_recipe(growing)))
+    for number, recipe in enumerate(whole):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    groups = group_runs([read_run(tmp_path / str(number)) for number in range(3)])
+    assert [[run.name for run in group.runs] for group in groups] == [["0", "1"], ["2"]]
+    assert [g.label for g in groups] == ["mae (sizes [])", "mae (sizes [[0.5, 160], [1.0, 224]])"]
+
+
+def test_what_describes_a_run_is_no_term_of_its_loss(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: mae\n")
+    row = {"step": 1, "loss": 2.0, "similarity": 1.0, "mfu": 0.4, "image_size": 160}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"lr_first_layer": 0.1}) + "\n")
+    assert read_run(tmp_path).terms == ("similarity",)
+
+
 def test_text_is_escaped_and_markdown_has_the_same_numbers(page: Path) -> None:
     text = page.read_text()
     assert "2.9 &lt;x&amp;y&gt;" in text

@@ -180,8 +180,8 @@ class Muon:
     """Muon for the matrices of the blocks (q, k and v apart), AdamW for the rest, name by name."""
 
     def __init__(self, module, groups, betas):
-        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-        self.param_groups = [{"lr": 0.0}]
+        self.param_groups = [{**group, "lr": 0.0} for group in groups]
+        of = {id(p): group for group in self.param_groups for p in group["params"]}
         self.parts, rest = [], []
         for name, p in module.named_parameters():
             if not p.requires_grad:
@@ -189,10 +189,12 @@ class Muon:
             if "blocks." in name and p.ndim == 2:
                 rows = len(p) // 3 if "qkv" in name else len(p)
                 pieces = [slice(start, start + rows) for start in range(0, len(p), rows)]
-                self.parts.append((p, pieces, decay[id(p)], torch.zeros_like(p)))
+                self.parts.append((p, pieces, of[id(p)], torch.zeros_like(p)))
             else:
-                rest.append({"params": [p], "weight_decay": decay[id(p)]})
-        self.adamw = torch.optim.AdamW(rest, lr=0.0, betas=betas, eps=1e-8)
+                rest.append((p, of[id(p)]))
+        params = [{"params": [p], "weight_decay": group["weight_decay"]} for p, group in rest]
+        self.adamw = torch.optim.AdamW(params, lr=0.0, betas=betas, eps=1e-8)
+        self.rest = [group for _, group in rest]
 
     def zero_grad(self):
         self.adamw.zero_grad()
@@ -201,11 +203,11 @@ class Muon:
 
     @torch.no_grad()
     def step(self):
-        lr = self.param_groups[0]["lr"]
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        for group, of in zip(self.adamw.param_groups, self.rest, strict=True):
+            group["lr"] = of["lr"]
         self.adamw.step()
-        for p, pieces, decay, momentum in self.parts:
+        for p, pieces, group, momentum in self.parts:
+            lr, decay = group["lr"], group["weight_decay"]
             momentum.copy_(0.95 * momentum + 0.05 * p.grad)
             ahead = 0.05 * p.grad + 0.95 * momentum
             for piece in pieces:

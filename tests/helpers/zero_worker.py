@@ -6,6 +6,7 @@ JSON. The last five steps also resume from a checkpoint of one rank under anothe
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +30,18 @@ ELASTIC = {
     "cmae": {0: 2, 2: 0, 3: 2},
     "muon": {0: 1, 1: 2, 2: 0},
 }
+# Layers with learning rates of their own, under every stage and for both optimizers.
+LAYERS = {
+    "rmae": ("optimizer.layer_decay=0.8", "optimizer.layer_anneal=0.6"),
+    "cmae": (),
+    "muon": ("optimizer.layer_anneal=0.5",),
+}
 SCHEDULE = ("optimizer.base_lr=0.2", "optimizer.epochs=12", "optimizer.warmup_epochs=3")
 
 
 def recipe_of(method: str) -> Recipe:
     more = ("optimizer.kind=muon", "optimizer.base_lr=0.4") if method == "muon" else ()
+    more += LAYERS[method]
     name = "rmae" if method == "muon" else method
     return tiny_recipe(name, *SCHEDULE, "optimizer.gradient_clipping=0.5", *more)
 
@@ -53,7 +61,7 @@ def steps(engine, objective, teacher, recipe, first, last, ranks):
         total = torch.zeros(())
         for micro in MICRO:  # negatives come from the micro-batch of all ranks
             mine = torch.tensor(micro).chunk(ranks.world)[ranks.rank]
-            lr = learning_rate(recipe, step, 1)
+            lr = partial(learning_rate, recipe, step, 1)
             loss, _ = engine.micro_step(lr, image[mine], mine, step, teacher)
             total += loss / len(MICRO)
         if teacher is not None:

@@ -322,7 +322,7 @@ def plain_loop(method):
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, 1)
+            group["lr"] = learning_rate(recipe, step, 1, group)
         optimizer.zero_grad()
         image, sample = images(BATCH, seed=step), torch.arange(BATCH)
         total = 0.0

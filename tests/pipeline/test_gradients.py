@@ -142,6 +142,28 @@ def test_the_step_is_few_launches_and_one_read(way, stage):
     assert deep.launches == shallow.launches <= 15
 
 
+@pytest.mark.parametrize("way", ["autocast", "bf16"])
+def test_a_layers_own_rate_is_one_group_more_and_no_read(way):
+    """Of its gradients one copy, and under bf16 one of its weights. No dispatch mode sees
+    DeepSpeed's fused AdamW, which is one launch more (with it 62 for ViT-B, docs/step.md)."""
+    found = []
+    for decay in (1.0, 0.8):
+        objective, _ = build_objective(tiny_recipe("mae", f"optimizer.layer_decay={decay}"))
+        groups = parameter_groups(objective)
+        engine = Engine(objective, groups, plan_of(way, 1))
+        for _ in range(4):
+            loss, _ = engine.engine(images(4), torch.arange(4), 0)
+            engine.engine.backward(loss)
+            with CountLaunches() as step:
+                engine.update(lambda group: 1e-4 * group.get("lr_scale", 1.0))
+        found.append((len(groups), step.launches, step.count))
+        engine.destroy()
+    (two, plain, reads), (more, layered, others) = found
+    assert (two, more) == (2, 8)  # embeddings, two blocks, what is behind them
+    assert reads == others == 1
+    assert layered - plain == (more - two) * (2 if way == "bf16" else 1)
+
+
 def test_a_norm_is_exact_over_chunks_and_names_what_is_not_finite():
     torch.manual_seed(0)
     big, small = torch.randn(3 * gradients.CHUNK + 5), torch.randn(2, 3).bfloat16()

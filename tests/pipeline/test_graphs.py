@@ -168,7 +168,7 @@ kernels.use("auto", "cuda")
 found = {}
 for name, precision, stage in (("mae fp32", None, 0), ("mae", "torch_autocast", 2),
                                ("rmae", "bf16", 2), ("cmae", "torch_autocast", 2)):
-    recipe = tiny_recipe(name.split()[0])
+    recipe = tiny_recipe(name.split()[0], "data.sizes=[[0.5, 8], [1, 16]]")
     config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage},
               "cuda_graphs": True} | ({precision: {"enabled": True}} if precision else {})
     objective, teacher = build_objective(recipe)
@@ -193,6 +193,13 @@ for name, precision, stage in (("mae fp32", None, 0), ("mae", "torch_autocast", 
     except UserError as error:
         found["shape"] = str(error)
     found[name] = rows
+    engine.resize()
+    small = images(4, 8).cuda()
+    for _ in range(2):
+        before = null_gpu.counts()[0]
+        engine.micro_step(1e-3, small, sample, 1, teacher)
+        launches = null_gpu.counts()[0] - before
+        found.setdefault("resized", []).append([launches, engine.graph.captured])
     engine.destroy()
 # A forward pass that reads the device cannot be captured.
 for graphs, since in (("auto", 0), ("auto", 1), (True, 0)):
@@ -257,6 +264,10 @@ def test_a_micro_batch_is_one_launch_and_few_around_it(stand_in):
     )
     assert "not permitted when stream is capturing" in found["failed, True, 0"]
     assert "a micro-batch has shapes [(2, 16, 16, 3), (2,)], the first had" in found["shape"]
+    for first, second in (found["resized"][at : at + 2] for at in range(0, 8, 2)):
+        assert first[0] > 300  # kernels and blocks are warmed up for the new size
+        assert second[0] <= 30
+        assert first[1] == second[1] == 3
     for name in ("mae fp32", "mae", "rmae", "cmae"):
         rows = found[name]
         assert [row["graphs"] for row in rows] == [1, 1, 1, 1, 2, 2]  # one for each epoch

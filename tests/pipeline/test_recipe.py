@@ -45,6 +45,15 @@ def test_paper_settings():
     assert (jitter.probability, jitter.grayscale, jitter.where) == (0.8, 0.0, "visible")
 
 
+def test_another_optimizer_keeps_the_recipes_settings_in_any_order():
+    """Only a measure has keys of its own kind."""
+    changes = ["optimizer.layer_anneal=0.5", "optimizer.kind=muon", "optimizer.epochs=30"]
+    for words in (changes, changes[::-1]):
+        recipe = load_recipe(RECIPES / "rmae.yaml", words).optimizer
+        assert (recipe.kind, recipe.layer_anneal, recipe.epochs) == ("muon", 0.5, 30)
+        assert recipe.base_lr == 3.0e-4  # the recipe's, not the default
+
+
 def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
     recipe = load_recipe(
         RECIPES / "cmae.yaml",

@@ -33,7 +33,11 @@ class Reconstruction(nn.Module):
         self.recipe, self.data, self.patch = recipe.measure, recipe.data, encoder.patch
         kind = CrossDecoder if self.recipe.decoder.attention == "cross" else Decoder
         self.decoder = kind(
-            self.recipe.decoder, width=encoder.width, patch=encoder.patch, grid=encoder.grid
+            self.recipe.decoder,
+            width=encoder.width,
+            patch=encoder.patch,
+            grid=encoder.grid,
+            smaller=encoder.smaller_grids,
         )
 
     def forward(
