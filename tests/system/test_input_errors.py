@@ -100,7 +100,7 @@ CASES = {
         ("--set measure.kind=x", "'x' is none of reconstruction, infonce, byol"),
         ("--set views.mask=blok", "input should be random or block, got 'blok'"),
         ("--set views.mask_ratio=0.99", "leaves none of the 16 patches visible"),
-        ("--set data.sizes=[[0.5,8],[1,16]] --set views.mask_ratio=0.8", "images of 8 pixels views"),
+        ("--set data.sizes=[[0.5,8],[1,16]] --set views.mask_ratio=0.8", "of 8 pixels views"),
         ("--set data.sizes=[[1e-9,8],[1,16]]", "the images of 8 pixels have none of the"),
         ("--set data.crop.scale=[0.9,0.1]", "crop scale (0.9, 0.1): needs 0 < low"),
         ("--set data.randaugment=x", "a policy of timm such as rand-m9-mstd0.5-inc1, got 'x'"),
