@@ -51,6 +51,7 @@ PHOTOGRAPHS = {
 STRIPS = {"train": ((0.0, 0.35), (0.52, 0.83)), "val": ((0.35, 0.52), (0.83, 1.0))}
 SHORTER_SIDE = 400  # photographs are brought to this size, in pixels, before cropping
 CROP_SIDE = (40, 110)  # of a crop in the photograph, in pixels
+SIZE = 120  # of a crop as it is stored, in pixels
 FLATTEST = 0.03  # crops with a smaller deviation (0..1 units) show nothing and are drawn again
 RECORD = "demo.json"
 
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("dest", type=Path, metavar="DEST", help="folder to write")
     parser.add_argument("--train", type=int, default=4096, help="number of training crops")
     parser.add_argument("--val", type=int, default=1024, help="number of validation crops")
-    parser.add_argument("--size", type=int, default=80, help="side of a crop in pixels")
+    parser.add_argument("--size", type=int, default=SIZE, help="side of a crop in pixels")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random draws")
     return run(_command, parse(parser, arguments))
 

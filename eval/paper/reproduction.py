@@ -34,6 +34,9 @@ class Options:
     dry_run: bool = False
 
 
+CROPS = 80  # pixels of the demo's photographs, as the small scales have them
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The command-line options of `Options`."""
     add = parser.add_argument
@@ -84,7 +87,8 @@ def check_rows(workspace: Workspace, rows: Iterable[PaperRow]) -> None:
 def prepare_data(workspace: Workspace) -> None:
     """Build the demo's shards for a small scale that was given no others."""
     if workspace.demo and workspace.scale.name != "full":
-        make_demo_shards(Path(workspace.scale.train).parent.parent, train=4096, val=1024)
+        data = Path(workspace.scale.train).parent.parent
+        make_demo_shards(data, train=4096, val=1024, size=CROPS)
 
 
 @cache

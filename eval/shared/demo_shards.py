@@ -8,18 +8,19 @@ from pathlib import Path
 from eval.shared.processes import call
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_json
-from shard_tools.demo_images import RECORD
+from shard_tools.demo_images import RECORD, SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
+EARLIER_SIZE = 80  # of crops whose record has no size
 
 
-def make_demo_shards(data: Path, train: int, val: int) -> None:
-    """DATA/shards of `train` and `val` crops; nothing to do where they are there already.
+def make_demo_shards(data: Path, train: int, val: int, size: int = SIZE) -> None:
+    """DATA/shards of `train` and `val` crops of `size` pixels; nothing to do where they are there.
 
     UserError names a file that cannot be written, or the tool that failed.
     """
     done = data / "shards" / "done.json"
-    wanted = {"train": train, "val": val}
+    wanted = {"train": train, "val": val, "size": size}
     with naming(done, "cannot be read"):
         found = done.read_text(encoding="utf-8") if done.is_file() else ""
     if found and _same(found, wanted):
@@ -35,10 +36,10 @@ def make_demo_shards(data: Path, train: int, val: int) -> None:
             with naming(data / folder, "cannot be removed"):
                 shutil.rmtree(data / folder)
     tool, python = ROOT / "shard_tools", sys.executable
-    counts = ["--train", str(train), "--val", str(val)]
+    options = ["--train", str(train), "--val", str(val), "--size", str(size)]
     call(
         "photographs from scikit-image and scikit-learn",
-        [python, tool / "demo_images.py", data / "images", *counts],
+        [python, tool / "demo_images.py", data / "images", *options],
         1,
     )
     for part in ("train", "val"):
@@ -51,6 +52,6 @@ def make_demo_shards(data: Path, train: int, val: int) -> None:
 
 def _same(text: str, wanted: dict[str, int]) -> bool:
     try:
-        return bool(json.loads(text) == wanted)
-    except ValueError:  # cut off: build them again
+        return bool({"size": EARLIER_SIZE} | json.loads(text) == wanted)
+    except (ValueError, TypeError):  # cut off: build them again
         return False

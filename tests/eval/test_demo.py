@@ -12,6 +12,7 @@ import pytest
 from eval import demo
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
+from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -76,9 +77,14 @@ def test_the_demo_removes_only_what_a_demo_wrote(tmp_path):
 
 def test_shards_that_are_there_are_left(tmp_path, capsys):
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards/done.json").write_text(json.dumps({"train": 256, "val": 64}))
-    make_demo_shards(tmp_path, 256, 64)
-    assert "demo shards are there" in capsys.readouterr().out
+    done = tmp_path / "shards/done.json"
+    for record, size in (({"size": 120}, 120), ({}, 80)):  # earlier ones had no size
+        done.write_text(json.dumps({"train": 256, "val": 64} | record))
+        make_demo_shards(tmp_path, 256, 64, size)
+        assert "demo shards are there" in capsys.readouterr().out
+    make_demo_shards(tmp_path, 32, 16, 40)
+    assert json.loads(done.read_text()) == {"train": 32, "val": 16, "size": 40}
+    assert set(read_manifest(tmp_path / "shards/train").index["width"]) == {40}
 
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path):
