@@ -162,6 +162,7 @@ def rebuild(archive: Path) -> None:
     """Rebuild the page of an archive, beside it; prints the claims last."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file; `--archive` of a finished run writes it")
+    check_writable(archive.with_name("cifar10.html"))
     with unpacked(archive) as output:
         record = read_record(output / RECORD)
         scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))
