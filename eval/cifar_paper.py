@@ -37,7 +37,7 @@ from eval.paper.job_runner import run_commands
 from eval.paper.study import Study
 from eval.report import write_report
 from eval.reporting.page import markdown_table
-from eval.shared.cifar_shards import make_cifar_shards
+from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
@@ -135,7 +135,10 @@ def check(settings: Settings) -> None:
     """UserError for what would end a sitting after the shards were built, or at its end."""
     for method in METHODS:
         check_objective(row_recipe(settings.workspace, cifar_row(method, {}, {}, 1)))
-    check_writable(settings.data, folder=True, advice="; choose another --data")
+    if not (settings.data / DONE).is_file():
+        check_writable(settings.data, folder=True, advice="; choose another --data")
+    if settings.dry_run:
+        return
     check_writable(settings.output, folder=True, advice="; choose another --output")
     if settings.archive:
         check_writable(settings.archive, advice="; choose another --archive")

@@ -73,9 +73,11 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
 
 
-def check_rows(workspace: Workspace, rows: Iterable[PaperRow]) -> None:
+def check_rows(options: Options, rows: Iterable[PaperRow]) -> None:
     """UserError for what would end a reproduction after its data were built, or its first runs."""
-    check_writable(workspace.output, folder=True, advice="; choose another --output")
+    workspace = options.workspace
+    if not options.dry_run:
+        check_writable(workspace.output, folder=True, advice="; choose another --output")
     chosen = set()
     for row in rows:
         check_objective(row_recipe(workspace, row))

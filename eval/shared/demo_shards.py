@@ -11,6 +11,7 @@ from shard_tools.atomic import write_json
 from shard_tools.demo_images import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
+DONE = "shards/done.json"  # how many crops the shards have, written last
 
 
 def make_demo_shards(data: Path, train: int, val: int) -> None:
@@ -18,7 +19,7 @@ def make_demo_shards(data: Path, train: int, val: int) -> None:
 
     UserError names a file that cannot be written, or the tool that failed.
     """
-    done = data / "shards" / "done.json"
+    done = data / DONE
     wanted = {"train": train, "val": val}
     with naming(done, "cannot be read"):
         found = done.read_text(encoding="utf-8") if done.is_file() else ""

@@ -52,7 +52,8 @@ def check_source(
         folder, info = read_info(path)
         check_file(folder / "encoder.safetensors")
         size = other_size(path, info, arch, options or {})
-        check_divisible(size, patch_of(info["arch"], info["options"]), path)
+        if size != info["options"].get("img_size"):
+            check_divisible(size, patch_of(info["arch"], info["options"]), path)
         if ema:
             teacher_of(path)
         return int(size)
