@@ -62,6 +62,7 @@ MORE_ENCODERS = [
     ("--encoder {weights}", "does not say its architecture"),
     ("--encoder {run}/encoder/encoder.safetensors --arch vit_bose_patch16_224", NO_MODEL),
     ("--encoder {bare}", NO_ENCODER),
+    ("--encoder {bert}", "model_type 'bert' is not vit, vit_mae"),
     ("--encoder {broken}", "broken/encoder/encoder.safetensors: " + NO_WEIGHTS),
     ("--encoder timm:vit_base_patch16_224.nope", "no weights of vit_base_patch16_224 with the tag"),
     ("--encoder {run} --arch vit_base_patch16_224", "says itself that it is vit_tiny_patch16_224"),
@@ -373,6 +374,8 @@ def places(tmp_path_factory):
                  "checkpoints/step-00000001/weights.bin"):  # fmt: skip
         (top / "broken" / name).write_bytes(b"x")
     (top / "bare/recipe.yaml").write_text(dump_recipe(recipe))
+    (top / "bert").mkdir()
+    (top / "bert/config.json").write_text('{"model_type": "bert"}')
     (top / "contrast/recipe.yaml").write_text(dump_recipe(tiny_recipe("cmae")))
     for name in ("text", "bad.pth", "bad.safetensors", "cue/cat/cat1-dog2.png"):
         (top / name).write_text("hello, this is no file of weights")
@@ -393,7 +396,7 @@ def places(tmp_path_factory):
     for name, config in CONFIGS.items():
         (top / f"ds-{name}.json").write_text(json.dumps(config))
     names = ("none", "empty", "text", "run", "broken", "bare", "contrast", "images", "cue", "bad",
-             "classifier", "embeddings", "cut", "new", "ds")  # fmt: skip
+             "classifier", "embeddings", "cut", "new", "ds", "bert")  # fmt: skip
     found = {name: str(top / name) for name in names} | {"shards": str(top / "data/shards")}
     return found | {
         "list": f"{top}/list.txt",
