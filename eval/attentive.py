@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
 
 
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
-    early(build_parser().parse_args, prepare)
+    early(build_parser().parse_args, prepare, ranks=True)
 
 import torch
 import torch.nn.functional as F

@@ -37,7 +37,7 @@ from eval.paper.job_runner import run_commands
 from eval.paper.study import Study
 from eval.report import write_report
 from eval.reporting.page import markdown_table
-from eval.shared.cifar_shards import make_cifar_shards
+from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
@@ -135,7 +135,10 @@ def check(settings: Settings) -> None:
     """UserError for what would end a sitting after the shards were built, or at its end."""
     for method in METHODS:
         check_objective(row_recipe(settings.workspace, cifar_row(method, {}, {}, 1)))
-    check_writable(settings.data, folder=True, advice="; choose another --data")
+    if not (settings.data / DONE).is_file():
+        check_writable(settings.data, folder=True, advice="; choose another --data")
+    if settings.dry_run:
+        return
     check_writable(settings.output, folder=True, advice="; choose another --output")
     if settings.archive:
         check_writable(settings.archive, advice="; choose another --archive")
@@ -162,6 +165,7 @@ def rebuild(archive: Path) -> None:
     """Rebuild the page of an archive, beside it; prints the claims last."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file; `--archive` of a finished run writes it")
+    check_writable(archive.with_name("cifar10.html"))
     with unpacked(archive) as output:
         record = read_record(output / RECORD)
         scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))

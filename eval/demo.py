@@ -20,7 +20,7 @@ from eval.protocols import metric_of
 from eval.report import write_report
 from eval.reporting.run_records import read_result, with_beside
 from eval.shared.command import run_command
-from eval.shared.demo_shards import make_demo_shards
+from eval.shared.demo_shards import DONE, make_demo_shards
 from eval.shared.processes import call
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError, naming
@@ -94,7 +94,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     for recipe in RECIPES:
         check_objective(load_recipe(recipe, args.set))
     check_writable(args.output, folder=True, advice="; choose another --output")
-    check_writable(args.data, folder=True, advice="; choose another --data")
+    if not (args.data / DONE).is_file():
+        check_writable(args.data, folder=True, advice="; choose another --data")
     return Settings(
         args.seeds,
         args.output,

@@ -129,7 +129,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
 
 
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
-    early(build_parser().parse_args, prepare)
+    early(build_parser().parse_args, prepare, ranks=True)
 
 import torch
 from torch import Tensor, nn

@@ -119,7 +119,7 @@ def chapters(study: Study, cpu: float) -> list[Chapter]:
 def mini_paper(settings: Settings) -> None:
     """Plan, run, judge, write; prints the claims last."""
     options, workspace = settings.options, settings.options.workspace
-    check_rows(workspace, [*(paper_row(name) for name in ROWS), SUPERVISED])
+    check_rows(options, [*(paper_row(name) for name in ROWS), SUPERVISED])
     prepare_data(workspace)
     study = study_of(workspace, settings.claims, options.seeds)
     jobs = study.jobs()

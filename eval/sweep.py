@@ -39,7 +39,7 @@ from eval.shared.command import run_command
 from eval.shared.processes import environment, stop_on_sigterm
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cores import cores
 
 TASK = "SLURM_ARRAY_TASK_ID"
@@ -198,6 +198,7 @@ def run_sweep(settings: Settings) -> None:
     if settings.dry_run:
         print("\n".join(show_plan(everything)), flush=True)
         return
+    check_writable(sweep.output, folder=True, advice="; choose another --output")
     if not settings.report:
         check_evals(sweep)
     claim_output(sweep)

@@ -42,16 +42,18 @@ def _number(name: str) -> bool:
     return value.isascii() and value.isdecimal()
 
 
-def early(parse: Callable[[], T], check: Callable[[T], object]) -> None:
+def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool = False) -> None:
     """Parse the command line; the process ends where that is all, or where `check` refuses what it
-    says. Several ranks look at their input together, later.
+    says. Several ranks look at their input together, later. ranks: whether the command may be one
+    of several, as a launcher's environment says.
 
     Until `imported` nobody looks for garbage (late.uncollected).
     """
     try:
         sys.argv[1:] = expand_words(sys.argv[1:])
         args = parse()
-        check_environment()
+        if ranks:
+            check_environment()
         if alone():
             check(args)
     except UserError as error:

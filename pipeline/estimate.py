@@ -99,9 +99,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+class PlanError(UserError):
+    """A plan that cannot be made; the message says why."""
+
+
+def split(recipe: Recipe, ranks: int) -> list[int]:
+    """Micro-batches that divide a rank's images of a step, the largest first."""
+    per_rank, left = divmod(recipe.batch_size, ranks)
+    if left or not per_rank or recipe.data.partitions % ranks:
+        raise PlanError(
+            f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
+            f"{recipe.data.partitions} must be multiples of the number of GPUs"
+        )
+    return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
+
+
+def check_split(recipe: Recipe, args: argparse.Namespace) -> None:
+    """UserError where a batch cannot be split as the command line says."""
+    sizes = split(recipe, args.gpus)
+    if args.micro_batch and args.micro_batch not in sizes:
+        raise PlanError(f"--micro-batch {args.micro_batch}: must be one of {sizes}")
+
+
 def check(args: argparse.Namespace) -> None:
     """UserError for what is seen to be wrong before anything is built."""
-    check_objective(load_recipe(args.recipe, args.overrides))
+    recipe = load_recipe(args.recipe, args.overrides)
+    check_objective(recipe)
+    if not args.flops:
+        check_split(recipe, args)
     if args.json:
         check_writable(args.json)
 
@@ -134,10 +159,6 @@ GRAPH_LAUNCHES = 20
 SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of the full size"
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
 BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
-
-
-class PlanError(UserError):
-    """A plan that cannot be made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -403,17 +424,6 @@ def traffic(
     return round(share * sent + (ranks - 1) * work.keys * accumulation)
 
 
-def split(recipe: Recipe, ranks: int) -> list[int]:
-    """Micro-batches that divide a rank's images of a step, the largest first."""
-    per_rank, left = divmod(recipe.batch_size, ranks)
-    if left or not per_rank or recipe.data.partitions % ranks:
-        raise PlanError(
-            f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
-            f"{recipe.data.partitions} must be multiples of the number of GPUs"
-        )
-    return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
-
-
 def scaled(recipe: Recipe, precision: str, checkpointing: bool) -> Callable[[int], Work]:
     """The work of a micro-batch of any size, from two dry runs."""
     one, more = (dry_run(recipe, n, precision, checkpointing) for n in (2, 4))
@@ -449,10 +459,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     most = MOST_IMAGES if recipe.measure.batch_negatives else recipe.batch_size
     auto = [n for n in split(recipe, args.gpus) if n <= most]
     sizes = [args.micro_batch] if args.micro_batch else auto
-    if args.micro_batch and args.micro_batch not in split(recipe, args.gpus):
-        raise PlanError(
-            f"--micro-batch {args.micro_batch}: must be one of {split(recipe, args.gpus)}"
-        )
+    check_split(recipe, args)
     work_of = scaled(recipe, args.precision, args.checkpointing)
     further_groups = len(parameter_groups(objective)) - 2
     launch_ms = args.launch_ms or measured_launch_ms()

@@ -20,6 +20,8 @@ from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
 from shard_tools.atomic import check_writable
 from shard_tools.cores import cores
+from shard_tools.manifest import read_manifest
+from shard_tools.subset import Choice, choose_samples
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,30 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
 
 
-def check_rows(workspace: Workspace, rows: Iterable[PaperRow]) -> None:
+def check_rows(options: Options, rows: Iterable[PaperRow]) -> None:
     """UserError for what would end a reproduction after its data were built, or its first runs."""
-    check_writable(workspace.output, folder=True, advice="; choose another --output")
+    workspace = options.workspace
+    if not options.dry_run:
+        check_writable(workspace.output, folder=True, advice="; choose another --output")
+    chosen = set()
     for row in rows:
         check_objective(row_recipe(workspace, row))
-        listed = Path(workspace.classes)
-        if row.classes is not None and workspace.scale.name == "full" and not listed.is_file():
-            raise UserError(f"--classes {listed}: no such file")
+        if row.classes is not None and workspace.scale.name == "full":
+            chosen.add(Choice(classes=Path(workspace.classes)))
+    if workspace.few_labels:
+        chosen.add(Choice(names=Path(workspace.few_labels)))
+    for choice in chosen if not builds_data(workspace) else ():
+        choose_samples(read_manifest(workspace.scale.train), choice)
+
+
+def builds_data(workspace: Workspace) -> bool:
+    """Whether the data are the demo's, of a small scale that was given no others."""
+    return workspace.demo and workspace.scale.name != "full"
 
 
 def prepare_data(workspace: Workspace) -> None:
     """Build the demo's shards for a small scale that was given no others."""
-    if workspace.demo and workspace.scale.name != "full":
+    if builds_data(workspace):
         data = Path(workspace.scale.train).parent.parent
         make_demo_shards(data, train=4096, val=1024, size=CROPS)
 

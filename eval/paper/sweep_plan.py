@@ -16,7 +16,7 @@ from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming
 from pipeline.method.checks import check_objective
-from shard_tools.atomic import check_writable, write_json
+from shard_tools.atomic import write_json
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,6 @@ def recipe_of(sweep: Sweep, cell: Cell) -> Recipe:
 def plan(sweep: Sweep) -> dict[Cell, list[Command]]:
     """Cell → its commands, pretraining first. UserError for what could not run to its end."""
     samples, held_out = (read_manifest(shards).samples for shards in (sweep.train, sweep.val))
-    check_writable(sweep.output, folder=True, advice="; choose another --output")
     if sweep.pretrain_args:
         open_ds_config(sweep.pretrain_args[-1])
     names: dict[str, Cell] = {}

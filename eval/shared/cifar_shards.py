@@ -11,6 +11,7 @@ from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
+DONE = "shards/done.json"  # what the shards were made of, written last
 HELD_OUT = 0.1  # of the training images, for choosing learning rates
 SEED = 1000  # of which ones
 PARTS = ("train", "val", "tune-train", "tune-val")
@@ -22,7 +23,7 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
     tune-val is a tenth of the training images, tune-train the others. UserError where there is no
     source to make them of, or where they were made of another one.
     """
-    done = data / "shards" / "done.json"
+    done = data / DONE
     with naming(done, "cannot be read"):
         found = done.read_text(encoding="utf-8") if done.is_file() else ""
     if found:

@@ -11,7 +11,8 @@ from shard_tools.atomic import write_json
 from shard_tools.demo_images import RECORD, SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
-EARLIER_SIZE = 80  # of crops whose record has no size
+DONE = "shards/done.json"  # how many crops the shards have, and of which size; written last
+EARLIER_SIZE = 80  # where it has none
 
 
 def make_demo_shards(data: Path, train: int, val: int, size: int = SIZE) -> None:
@@ -19,7 +20,7 @@ def make_demo_shards(data: Path, train: int, val: int, size: int = SIZE) -> None
 
     UserError names a file that cannot be written, or the tool that failed.
     """
-    done = data / "shards" / "done.json"
+    done = data / DONE
     wanted = {"train": train, "val": val, "size": size}
     with naming(done, "cannot be read"):
         found = done.read_text(encoding="utf-8") if done.is_file() else ""

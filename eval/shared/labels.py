@@ -11,6 +11,7 @@ from shard_tools.sharding.archives import is_archive
 from shard_tools.sharding.found import is_image
 
 LIST = ".txt"  # of paths, one a line
+GLANCE = 1000  # folders that are looked into for a first image
 
 
 def with_images(folder: str | Path) -> Manifest:
@@ -53,14 +54,18 @@ def check_images(where: str | Path, root: str | Path | None = None) -> None:
         check_files([Path(root or path.parent) / listed_in(path)[0]])
     elif path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
-    elif path.is_dir() and not any(_is_image_or_archive(*found) for found in os.walk(path)):
+    elif path.is_dir() and not _may_hold_images(path):
         raise UserError(f"{path}: holds no images")
     elif is_image(path.name):
         raise UserError(f"{path}: is one image; give its folder, or a table of paths")
 
 
-def _is_image_or_archive(_: str, __: list[str], names: list[str]) -> bool:
-    return any(is_image(name) or is_archive(name) for name in names)
+def _may_hold_images(folder: Path) -> bool:
+    """Whether an image, or a tar, is in the first folders below this one, or there are more."""
+    for number, (_, _, names) in enumerate(os.walk(folder, followlinks=True)):
+        if number == GLANCE or any(is_image(name) or is_archive(name) for name in names):
+            return True
+    return False
 
 
 def listed_in(path: Path) -> list[str]:

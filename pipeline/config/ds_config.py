@@ -99,6 +99,8 @@ def open_ds_config(path: str | Path) -> dict[str, Any]:
         )
     try:
         config = expand_values(json.loads(path.read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -32,7 +32,7 @@ from pipeline.method.layouts import (
     refuse_stem,
 )
 from pipeline.method.positions import resize_positions, square
-from pipeline.method.source import check_divisible, need_arch, other_size
+from pipeline.method.source import check_divisible, need_arch, other_size, read_config
 from pipeline.method.weight_file import METADATA, check_file, written_info
 from pipeline.method.weights import EMA, Found, find_encoder, load_tensors
 
@@ -230,7 +230,7 @@ def from_hugging_face(
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """The encoder of a ViTModel or ViTMAEForPreTraining folder (config.json, model.safetensors)."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         name, own = hf_arch(config)
         state = from_hf(load_tensors(folder / "model.safetensors"), own["depth"])
         pixels = folder / "preprocessor_config.json"

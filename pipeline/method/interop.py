@@ -197,8 +197,6 @@ def hf_arch(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
     UserError for what a plain ViT lacks (another activation, no bias of q, k and v).
     """
-    if config.get("model_type") not in ("vit", "vit_mae"):
-        raise UserError(f"config.json: model_type {config.get('model_type')!r} is not vit, vit_mae")
     for key in ("hidden_act", "qkv_bias", "num_channels"):
         if config.get(key, _HF_COMMON[key]) != _HF_COMMON[key]:
             raise UserError(f"config.json: {key} {config[key]!r} is not that of a plain ViT")

@@ -47,16 +47,31 @@ def check_source(
     elif path.is_file():
         return _check_weights(path, arch, options or {})
     elif (path / "config.json").is_file():
+        read_config(path)
         check_file(path / "model.safetensors")
     else:
         folder, info = read_info(path)
         check_file(folder / "encoder.safetensors")
         size = other_size(path, info, arch, options or {})
-        check_divisible(size, patch_of(info["arch"], info["options"]), path)
+        if size != info["options"].get("img_size"):
+            check_divisible(size, patch_of(info["arch"], info["options"]), path)
         if ema:
             teacher_of(path)
         return int(size)
     return (options or {}).get("img_size")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a ViT of transformers. UserError where it is none."""
+    try:
+        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
+    if config.get("model_type") not in ("vit", "vit_mae"):
+        raise UserError(
+            f"{folder}/config.json: model_type {config.get('model_type')!r} is not vit, vit_mae"
+        )
+    return config
 
 
 def _check_weights(path: Path, arch: str | None, options: Mapping[str, Any]) -> int | None:
@@ -92,6 +107,8 @@ def check_start(weights: str, ema: bool = False) -> None:
     if weights.startswith("timm:"):
         check_hub(weights.removeprefix("timm:"), weights)
     elif path.is_file() or folder:
+        if folder:
+            read_config(path)
         check_file(path / "model.safetensors" if folder else path)
     elif (path / "recipe.yaml").is_file() and (path / "model.safetensors").is_file():
         run_recipe(path)

@@ -36,6 +36,7 @@ from pipeline.method.layouts import fixed_options, layout_of, mae_decoder_heads,
 from pipeline.method.load import teacher_weights
 from pipeline.method.objective import Objective
 from pipeline.method.positions import is_sincos, square
+from pipeline.method.source import read_config
 from pipeline.method.vit import build_vit
 from pipeline.method.weights import find_encoder, load_tensors
 from shard_tools.home import expand_home
@@ -172,7 +173,7 @@ def _file(path: Path, recipe: Recipe, ema: bool) -> Source:
 
 def _hugging_face(folder: Path) -> Source:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         arch, options = hf_arch(config)
         weights = load_tensors(folder / "model.safetensors")
         encoder, rest = from_hf(weights, options["depth"]), from_hf_decoder(weights)

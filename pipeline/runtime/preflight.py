@@ -113,7 +113,7 @@ def _checkpoint(settings: Settings, recipe: Recipe, facts: dict[str, Any]) -> Pa
     the checkpoint is of another run."""
     look, output = ("recipe.yaml", STATE), Path(settings.output or "runs")
     check_output(output)
-    if settings.output is None:  # a new folder
+    if not settings.output:  # a new folder
         here = settings.resume in ("auto", "none")
         found = None if here else find_checkpoint(output, settings.resume, look)
     else:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from eval import embed, retrieve
 from eval.shared import embeddings, image_sets
+from eval.shared.labels import check_images
 from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
@@ -313,3 +314,16 @@ def test_what_cannot_be_searched(home: Path) -> None:
     path.write_text(path.read_text().replace('"weights": "', '"weights": "f'))
     with pytest.raises(UserError, match=r"other weights than those of .*; embed the images again"):
         page(home, "out-search", str(home / "tree/class0/000.png"))
+
+
+def test_a_glance_finds_images_behind_links_and_in_tars(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/notes.csv").write_text("a,b\n")
+    (tmp_path / "set/cats").symlink_to(tmp_path / "far")
+    with pytest.raises(UserError, match="set: holds no images"):
+        check_images(tmp_path / "set")
+    (tmp_path / "far/tom.JPG").write_bytes(b"x")
+    check_images(tmp_path / "set")
+    (tmp_path / "far/tom.JPG").rename(tmp_path / "far/n01440764.tar")
+    check_images(tmp_path / "set")

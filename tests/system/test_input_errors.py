@@ -62,6 +62,7 @@ MORE_ENCODERS = [
     ("--encoder {weights}", "does not say its architecture"),
     ("--encoder {run}/encoder/encoder.safetensors --arch vit_bose_patch16_224", NO_MODEL),
     ("--encoder {bare}", NO_ENCODER),
+    ("--encoder {bert}", "model_type 'bert' is not vit, vit_mae"),
     ("--encoder {broken}", "broken/encoder/encoder.safetensors: " + NO_WEIGHTS),
     ("--encoder timm:vit_base_patch16_224.nope", "no weights of vit_base_patch16_224 with the tag"),
     ("--encoder {run} --arch vit_base_patch16_224", "says itself that it is vit_tiny_patch16_224"),
@@ -242,7 +243,8 @@ CASES = {
         ("--table 4 --rows x", "rows of table 4 are"),
         (f"--table 4 {SETS} --set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         (f"--table 4 {SETS} --set encoder.arh=x", "unknown key 'encoder.arh'"),
-        (f"--table 5 {SETS} --classes {{none}} --output {{new}}", "--classes {none}: no such file"),
+        (f"--table 5 {SETS} --classes {{none}} --output {{new}}", "/none: no such file"),
+        (f"--table 4 {SETS} --few-labels {{list}} --output {{new}}", "no file names were recorded"),
         ("--table 4 --scale mini --output {text}", "text: cannot be written (Not a directory)"),
         (f"--table 4 --scale mini --output {UNWRITABLE}", "cannot be written"),
     ],
@@ -292,6 +294,8 @@ CASES = {
         ("--recipe mea", "did you mean mae?"),
         ("--recipe mae --set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         ("--recipe mae --set encoder.image_size=225", "225 is not divisible by the patch size 16"),
+        ("--recipe mae --gpus 3", "--gpus 3: batch_size 1024 and data.partitions 64 must be multi"),
+        ("--recipe mae --micro-batch 3", "--micro-batch 3: must be one of [128, 64, 32, "),
         ("--gpus 0", "--gpus and --images must be at least 1"),
         (f"--json {UNWRITABLE}", "cannot be written"),
     ],
@@ -370,6 +374,8 @@ def places(tmp_path_factory):
                  "checkpoints/step-00000001/weights.bin"):  # fmt: skip
         (top / "broken" / name).write_bytes(b"x")
     (top / "bare/recipe.yaml").write_text(dump_recipe(recipe))
+    (top / "bert").mkdir()
+    (top / "bert/config.json").write_text('{"model_type": "bert"}')
     (top / "contrast/recipe.yaml").write_text(dump_recipe(tiny_recipe("cmae")))
     for name in ("text", "bad.pth", "bad.safetensors", "cue/cat/cat1-dog2.png"):
         (top / name).write_text("hello, this is no file of weights")
@@ -390,7 +396,7 @@ def places(tmp_path_factory):
     for name, config in CONFIGS.items():
         (top / f"ds-{name}.json").write_text(json.dumps(config))
     names = ("none", "empty", "text", "run", "broken", "bare", "contrast", "images", "cue", "bad",
-             "classifier", "embeddings", "cut", "new", "ds")  # fmt: skip
+             "classifier", "embeddings", "cut", "new", "ds", "bert")  # fmt: skip
     found = {name: str(top / name) for name in names} | {"shards": str(top / "data/shards")}
     return found | {
         "list": f"{top}/list.txt",

@@ -97,6 +97,24 @@ def test_one_node_tells_each_rank_who_it_is_and_forwards_every_word(script, tmp_
     assert len(ports) == 1
 
 
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path, script):
+    code, _, err = finish(start(f"--script=~/{script.name}", tmp_path, "end", HOME=str(tmp_path)))
+    assert (code, err) == (0, "")
+    assert seen(tmp_path, 0)["words"] == []
+    code, _, err = finish(start("--hostfile=~/none", HOME=str(tmp_path)))
+    assert (code, err) == (2, f"error: --hostfile {tmp_path}/none: no such file\n")
+    # Two hosts check that they share the run's folder.
+    words = ("--data", "none", "--output=~/run")
+    two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29444"}
+    process = start(*words, HOME=str(tmp_path), **two)
+    try:
+        wait_for((tmp_path / "run/.launch").is_file)
+    finally:
+        process.terminate()
+        finish(process)
+    assert not (ROOT / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
