@@ -140,13 +140,13 @@ def test_bf16_is_refused_where_it_cannot_run(monkeypatch):
 def test_auto_micro_batch_is_a_function_of_the_recipe():
     """Never of the machine's speed or memory: InfoNCE's negatives come from it."""
     assert auto_micro_batch(512, 196) == 32  # ViT at 224 x 224 with patches of 16
-    assert auto_micro_batch(512, 64) == 128  # CIFAR-10 and the demo
+    assert auto_micro_batch(512, 64) == 128  # CIFAR-10
     assert auto_micro_batch(48, 64) == 48
     assert auto_micro_batch(34, 196) == 34
     assert auto_micro_batch(7 * 11, 400) == 11
     assert auto_micro_batch(5, 10**6) == 1
     demo = load_recipe(RECIPES / "demo_cmae.yaml")
-    assert demo.encoder.patches == 64
+    assert demo.encoder.patches == 144
     assert plan_recipe({}, demo, world=2).micro_batch == 64
     assert load_recipe(RECIPES / "mae.yaml").encoder.patches == 196
 

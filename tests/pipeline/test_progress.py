@@ -129,7 +129,7 @@ class Known:
     def __init__(self, share):
         self.share = share
 
-    def of(self, images_per_second):
+    def of(self, images_per_second, sizes):
         return self.share
 
     def close(self):
