@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
 from pipeline.command import imported
 from pipeline.errors import UserError, refuse
+from shard_tools.cli import Stopped
 from shard_tools.home import expand_words
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
-    running out of memory, on the device, in this process or in a worker."""
+    running out of memory, on the device, in this process or in a worker. Ctrl-C ends it with a
+    sentence and exit code 130; SIGTERM, where stop_on_sigterm was called, with 143."""
     imported()
     joined = _joined()  # before, by whoever calls it in a process of theirs
     try:
@@ -24,6 +27,10 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
+    except KeyboardInterrupt as stop:
+        number = stop.code - 128 if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"error: stopped by {signal.Signals(number).name}", file=sys.stderr)
+        sys.exit(128 + number)
     finally:
         if _joined() and not joined:
             from pipeline.distributed import close

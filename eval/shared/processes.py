@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError, naming
+from shard_tools.cli import Stopped
 
 # A command is a launch of its own, also where this process has joined ranks.
 LAUNCHER = (
@@ -48,5 +49,5 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt(number: int, _frame: object) -> None:
+    raise Stopped(number)

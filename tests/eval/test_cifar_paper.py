@@ -420,7 +420,9 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
         time.sleep(0.2)
     first.send_signal(signal.SIGTERM)
     output = first.communicate(timeout=60)[0].decode()
-    assert first.returncode, output
+    assert first.returncode == 128 + signal.SIGTERM, output
+    assert output.splitlines()[-1] == "error: stopped by SIGTERM"
+    assert "Traceback" not in output
     assert read_manifest(tmp_path / "data/shards/train").classes == tuple(sorted(CLASSES))
     begun = {json.loads(line)["name"] for line in jobs.read_text().splitlines()
              if json.loads(line)["code"] == 0}  # fmt: skip
