@@ -35,7 +35,7 @@ from eval.paper.job_runner import Command, unique
 from eval.paper.reproduction import result_path
 from eval.paper.study import wanted_metrics
 from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
-from eval.shared.cifar_shards import make_cifar_shards
+from eval.shared.cifar_shards import BUILDING, make_cifar_shards
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
@@ -342,9 +342,28 @@ def test_shards_of_another_source_are_refused(tmp_path):
     make_cifar_shards(tmp_path / "a.zip", tmp_path)
     with pytest.raises(UserError, match=r"was made of a\.zip, not of .*b\.zip"):
         make_cifar_shards(tmp_path / "b.zip", tmp_path)
+    (tmp_path / "a.zip").unlink()
+    make_cifar_shards(tmp_path / "a.zip", tmp_path)  # is not needed any more
+    with pytest.raises(UserError, match=r"was made of a\.zip, not of .*absent"):
+        make_cifar_shards(tmp_path / "absent", tmp_path)
     done.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         make_cifar_shards(None, tmp_path)
+
+
+def test_shards_and_images_of_somebody_else_are_left_alone(tmp_path):
+    """--data may name a folder that is in use: data/, say, with ImageNet's shards and images."""
+    theirs = tmp_path / "shards/train/00000.tar", tmp_path / "images/train/cat/1.png"
+    for path in theirs:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"shards: holds no finished shards of CIFAR-10"):
+        make_cifar_shards(tmp_path / "images", tmp_path)
+    theirs[0].unlink()
+    theirs[0].parent.rmdir()
+    with pytest.raises(UserError, match=r"images of .* failed with exit code 2"):
+        make_cifar_shards(tmp_path / "images", tmp_path)  # it has no test images
+    assert theirs[1].read_bytes() == b"theirs"
 
 
 def test_an_archive_keeps_what_a_page_needs(tmp_path):
@@ -414,6 +433,10 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
         tmp_path / "out", "--archive", page,
     ]  # fmt: skip
     words = list(map(str, words))
+    theirs, half = tmp_path / "data/images/1.png", tmp_path / f"data/{BUILDING}/shards/train/0.tar"
+    for path in (theirs, half):  # the latter of a call that was cut off
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
     jobs = tmp_path / "out/jobs.jsonl"
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while first.poll() is None and not (jobs.is_file() and jobs.read_text().count("\n") >= 2):
@@ -424,6 +447,8 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     assert output.splitlines()[-1] == "error: stopped by SIGTERM"
     assert "Traceback" not in output
     assert read_manifest(tmp_path / "data/shards/train").classes == tuple(sorted(CLASSES))
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["images", "shards"]
+    assert theirs.read_bytes() == b"x"
     begun = {json.loads(line)["name"] for line in jobs.read_text().splitlines()
              if json.loads(line)["code"] == 0}  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
