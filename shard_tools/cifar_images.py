@@ -88,7 +88,7 @@ def members(source: Path) -> Iterator[Iterator[Member]]:
                     yield _of_zip(archive)
             else:
                 with tarfile.open(source) as tar:
-                    yield _of_tar(tar)
+                    yield _of_tar(tar, source)
     except DAMAGED as error:
         text = str(error).split("\n")[0] or type(error).__name__
         raise ToolError(f"{source}: is damaged, or no folder, zip or tar ({text})") from error
@@ -122,12 +122,12 @@ def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
             yield Member(name, info.file_size, partial(archive.read, info))
 
 
-def _of_tar(tar: tarfile.TarFile) -> Iterator[Member]:
+def _of_tar(tar: tarfile.TarFile, source: Path) -> Iterator[Member]:
     for info in tar:
         if info.isfile():
             yield Member(info.name, info.size, partial(_read, tar, info))
         elif not info.isdir() and is_wanted(info.name):
-            raise ToolError(f"{tar.name}: {info.name} is no file but a link; pack the files")
+            raise ToolError(f"{source}: {info.name} is no file but a link; pack the files")
     _check_end(tar)
 
 
@@ -267,7 +267,7 @@ class Written(NamedTuple):
     """What write_tars has written: images of train and val, their classes, and the image files of
     the source that are in no class folder."""
 
-    count: dict[str, int]
+    images: dict[str, int]
     classes: int
     left_out: list[str]
 

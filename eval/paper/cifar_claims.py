@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from eval.paper.claims import CLAIMS, Claim, Difference
 from eval.paper.published import PaperRow
-from eval.paper.reproduction import choose_rows, find_table
+from eval.paper.reproduction import choose_rows, find_table, published_anywhere
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
 PUBLISHED = {
@@ -228,12 +228,14 @@ def method_of(name: str) -> str:
 
 def plain_row(name: str) -> PaperRow:
     """The row that a claim names, with the scale's rates."""
-    if name in PUBLISHED:
-        table, called = PUBLISHED[name]
-        return choose_rows(find_table(table), [called])[0]
     if name in LONGER:
         return replace(RANDOM, name=name)
-    return {"random": RANDOM, "supervised": SUPERVISED, **OWN}[name]
+    if name in PUBLISHED:
+        table, called = PUBLISHED[name]
+        row = choose_rows(find_table(table), [called])[0]
+    else:
+        row = {"random": RANDOM, "supervised": SUPERVISED, **OWN}[name]
+    return replace(row, published=published_anywhere(row))
 
 
 def claims_of(numbers: Sequence[int]) -> tuple[Claim, ...]:
