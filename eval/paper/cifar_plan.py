@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from eval.paper.archive import LOOK
-from eval.paper.cifar_claims import LATER, METHODS, NAMES, cifar_row, claims_of, method_of
+from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
 from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
 from eval.paper.job_runner import Command, costs, python, unique
@@ -165,11 +165,9 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
 
 
 def jobs_of_rows(study: Study) -> list[Command]:
-    """Every job of the claims, claim by claim, some several times; those of LATER last of all."""
-    of_claim = {c.number: replace(study, claims=(c,)).jobs() for c in study.claims}
-    jobs = [job for number, found in of_claim.items() if number not in LATER for job in found]
-    jobs += looks(study)
-    return jobs + [job for number in LATER for job in of_claim.get(number, ())]
+    """Every job of the claims, claim by claim, some several times."""
+    jobs = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
+    return jobs + looks(study)
 
 
 def looks(study: Study) -> list[Command]:

@@ -366,19 +366,19 @@ def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
 
 
-def test_later_claims_change_no_job_and_come_last(data, tmp_path):
-    def planned(last):
+def test_cheaper_roads_come_before_the_tables_and_change_no_job(data, tmp_path):
+    def planned(*numbers):
         workspace = settings(data, tmp_path).workspace
-        study = cifar_plan.study_of(workspace, range(1, last + 1), 2, 1.5)
-        return [(job.name, job.command) for job in unique(cifar_plan.jobs_of_rows(study))]
+        study = cifar_plan.study_of(workspace, numbers, 2, 1.5)
+        return {job.name: job.command for job in unique(cifar_plan.jobs_of_rows(study))}
 
-    before, now = planned(14), planned(15)
-    assert now[: len(before)] == before
-    assert before[-1][0] == "look"
-    later = " ".join(name for name, _ in now[len(before) :])
-    assert len(now) - len(before) == 2 * 2 * 3  # rows, seeds; pretraining, finetune, linprobe
-    assert "data sizes" in later.replace("-", " ")
-    assert "layer anneal" in later.replace("-", " ")
+    first, roads = planned(1, 2, 3, 5, 6, 7), planned(14, 15)
+    tables = planned(4, *range(8, 14))
+    now = planned(*range(1, 16))
+    in_order = [name for jobs in (first, roads, tables) for name in jobs if name != "look"]
+    assert list(now) == [*dict.fromkeys(in_order), "look"]
+    assert now == tables | roads | first
+    assert len([name for name in roads if name.endswith("pretrain")]) == 2 * (6 + 2)  # seeds, rows
 
 
 def test_a_study_keeps_its_compute_when_later_code_counts_otherwise(data, tmp_path, monkeypatch):
