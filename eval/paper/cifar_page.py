@@ -97,7 +97,7 @@ def rows_chapter(study: Study) -> Chapter:
 def anchors_chapter() -> Chapter:
     """What others report of MAE on CIFAR-10."""
     rows = tuple(Row(tuple(map(Cell, anchor))) for anchor in ANCHORS)
-    table = Table(("model", "pretraining", "CIFAR-10 test images", "source"), rows)
+    table = Table(("model", "pretraining", "CIFAR-10 test images", "source"), rows, text=True)
     texts = (
         "Of other models, epochs and recipes than ours, each of one run as far as its source says: "
         "no claim is judged by them.",
