@@ -75,6 +75,32 @@ def test_auto_compiles_no_short_schedule(gpu):
     assert for_steps(asked, 1).compile
 
 
+def test_the_log_says_why_auto_is_off(gpu):
+    assert plan_of(1, compiled="auto", graphs="auto").off == ()
+    plan = plan_of(3, world=2, compiled="auto", graphs="auto")
+    compiled, graphs = plan.describe()[-2:]
+    assert compiled == "compile: off (needs zero_optimization.stage 0 to 2)"
+    assert graphs.startswith("cuda_graphs: off (needs zero_optimization.stage 0 to 2 (3 on one")
+    config = {"cuda_graphs": "auto", "zero_optimization": {"stage": 2}}
+    recipe = tiny_recipe("cmae", "measure.negatives=all")
+    assert plan_recipe(config, recipe, 1).off == ()
+    assert plan_recipe(config, recipe, 2).describe()[-1] == (
+        "cuda_graphs: off (excludes what several ranks send each other while the loss is computed: "
+        "negatives, statistics of batch norm)"
+    )
+    config |= {"gradient_checkpointing": True}
+    assert "cuda_graphs: off (excludes gradient_checkpointing)" in (
+        plan_recipe(config, recipe, 1).describe()
+    )
+    short = for_steps(plan_of(1, compiled="auto", graphs="auto"), 1)
+    assert short.off == ("compile: off (a run of 1 step is over before it pays)",)
+    assert plan_of(1, graphs=False, compiled=False).off == ()
+
+
+def test_on_a_cpu_nobody_asks_why_there_are_no_graphs():
+    assert plan_of(2, compiled="auto", graphs="auto").off == ()
+
+
 def test_what_excludes_graphs_is_named(gpu):
     for zero in ({"offload_optimizer": {"device": "cpu"}}, {"overlap_comm": True}):
         with pytest.raises(UserError, match="with nothing offloaded, no overlap_comm and"):
