@@ -195,7 +195,9 @@ class Engine:
             print(f"cuda_graphs: none can be captured here, kernels are launched one by one "
                   f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip
             self.graph = None
+        if self.graph is None:  # and the error, which held the tensors of the failed pass, is gone
             self.module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
             return None
         self.engine.allreduce_gradients()
         return found
