@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.gpu_errors import cuda_fault, nccl_fault
 from pipeline.processor import BF16, processor
 from shard_tools.cores import cores
 from shard_tools.home import expand_home
@@ -225,6 +226,8 @@ def joining() -> Iterator[None]:
                 "host: give another one (deepspeed --master_port, or MASTER_PORT=…); launch.sh on "
                 "one node finds a free one itself where MASTER_PORT is not set"
             ) from None
+        if fault := nccl_fault(error) or cuda_fault(error):
+            raise UserError(fault) from error
         if lost_contact(error):
             raise UserError("lost contact to another rank while the ranks met") from None
         if not isinstance(error, torch.distributed.DistError):
@@ -237,7 +240,8 @@ def joining() -> Iterator[None]:
 
 def lost_contact(error: Exception) -> bool:
     """Whether an error says that another rank is gone."""
-    return isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
+    backend = isinstance(error, torch.distributed.DistBackendError) and not nccl_fault(error)
+    return backend or "gloo" in str(error)
 
 
 def free_port() -> int:
