@@ -11,10 +11,11 @@ _GONE = re.compile(
     "[Tt]imed ?out|[Tt]imeout|[Nn]o route to host|[Nn]etwork is unreachable"
 )
 # Words of NCCL's → what to do.
+_SHARED = "/dev/shm"  # noqa: S108 (Linux's own)
 _OF_NCCL = {
     "Duplicate GPU|the same GPU": "start at most one rank per GPU, and let no two see the same one",
-    "/dev/shm|shared memory": "/dev/shm is too small or not shared: docker run --shm-size 32g, or "
-    "an emptyDir of medium Memory there under Kubernetes",
+    f"{_SHARED}|shared memory": f"{_SHARED} is too small or not shared: docker run --shm-size 32g, "
+    "or an emptyDir of medium Memory there under Kubernetes",
     "socket interface": "NCCL_SOCKET_IFNAME must name an interface of this host",
 }
 # Words of CUDA's → what to do.

@@ -69,8 +69,8 @@ def test_a_fault_of_nccls_is_no_lost_rank(text, advice, address):
         SYSTEM + "socketProgress: Connection closed by remote peer node7<41262>",
         SYSTEM + "Call to recv from 10.0.0.7<41262> failed : Connection reset by peer",
         SYSTEM + "Net : Connect to 10.0.0.7<41262> failed : No route to host",
-        "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value "
-        "store by key '0', but store->get('0') got error: Connection reset by peer",
+        "[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-"
+        "value store by key '0', but store->get('0') got error: Connection reset by peer",
     ],
 )
 def test_a_rank_that_is_gone_stays_one(text, address):
@@ -103,7 +103,7 @@ For debugging consider passing CUDA_LAUNCH_BLOCKING=1"""
     ("told", "advice"),
     [
         ("CUDA error: uncorrectable ECC error encountered", "; the GPU or its link is faulty: le"),
-        ("CUDA error: an illegal memory access was encountered", "; a kernel read or wrote where "),
+        ("CUDA error: an illegal memory access was encountered", "; a kernel read or wrote"),
         ("Triton Error [CUDA]: unspecified launch failure", "; a kernel read or wrote where it mu"),
         (
             "CUDA error: no kernel image is available for execution on the device",
