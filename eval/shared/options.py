@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from pipeline.config.texts import read_yaml
 from pipeline.data.crops import CentreCrop
 from pipeline.errors import UserError
 from pipeline.help_text import HelpFormatter
@@ -165,8 +166,8 @@ def encoder_of(args: argparse.Namespace) -> EncoderChoice:
 def read_options(text: str) -> dict[str, Any]:
     """--options, further keywords of timm.create_model, as a dictionary."""
     try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
+        options = read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
         raise UserError(f"--options {text}: write them as {{img_size: 384, patch_size: 16}}")
