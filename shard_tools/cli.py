@@ -110,16 +110,15 @@ def byte_size(text: str) -> int:
     unit = number[-1:] if number[-1:] in ("K", "M", "G") else ""
     try:
         return int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
 def worker_count(text: str) -> int:
     """A number of processes, 0 for none but this one. argparse turns the error into a sentence."""
-    number = int(text)
-    if number < 0:
+    if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text}: must be 0 (no process of its own) or more")
-    return number
+    return int(text)
 
 
 def read_list(path: Path) -> list[str]:

@@ -40,7 +40,7 @@ class EncoderChoice:
 
 def seed_number(text: str) -> int:
     """A seed that every generator takes. argparse turns the error into a sentence."""
-    number = int(text)
+    number = int(text) if text.isascii() and text.isdecimal() else -1
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
     return number
