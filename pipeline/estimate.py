@@ -25,7 +25,7 @@ from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError, naming, refuse
+from pipeline.errors import UserError, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from shard_tools.atomic import check_writable, write_json
@@ -611,4 +611,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     imported()
-    sys.exit(main())
+    with reader_may_leave():
+        code = main()
+    sys.exit(code)

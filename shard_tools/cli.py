@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError, naming, refuse
+from pipeline.errors import UserError, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 from shard_tools.home import expand_words
@@ -63,7 +63,8 @@ def run(command: Callable[[Any], int], options: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        return command(options)
+        with reader_may_leave():
+            return command(options)
     except UserError as error:
         return refuse(error)
     except Stopped as stopped:

@@ -125,7 +125,10 @@ def test_a_finished_tree_stays_and_another_folder_is_refused(
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--train", "3"], "at least 16, one per class"), (["--size", "4"], "must be 8 to 4096 pixels, not 4")],
+    [
+        (["--train", "3"], "at least 16, one per class"),
+        (["--size", "4"], "must be 8 to 4096 pixels, not 4"),
+    ],
 )
 def test_bad_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str

@@ -174,6 +174,8 @@ CASES = {
         "linprobe", f"--batch-size 8 {SETS}",
         ("--protocol x", "invalid choice: 'x'"),
         ("--also x", "invalid choice: 'x'"),
+        ("--grid 1 2", "--grid does nothing under --protocol mae"),
+        ("--protocol cached --base-lr 1", "--base-lr does nothing under --protocol cached"),
         ("--batch-size 99", "64 samples, too few for --batch-size 99"),
     ),
     **evaluation(
