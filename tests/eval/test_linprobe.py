@@ -39,7 +39,6 @@ from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 
-
 RATE = {"mae": ("--base-lr", "20"), "cached": ()}
 
 
