@@ -119,6 +119,10 @@ def extensions_dir() -> Path:
     kind = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":  # compiled for this processor
         kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    elif torch.cuda.is_available():  # nodes of other GPUs, which share a home, have their own
+        gpus = range(torch.cuda.device_count())
+        found = sorted({torch.cuda.get_device_capability(n) for n in gpus})
+        kind += "".join(f"-sm{major}{minor}" for major, minor in found)
     hip, cuda = torch.version.hip, torch.version.cuda
     built_with = f"rocm{hip}" if hip else f"cu{cuda}" if cuda else "nogpu"
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
@@ -130,7 +134,10 @@ def extensions_dir() -> Path:
     own = own_extensions()
     if sys.prefix != sys.base_prefix and os.access(own if own.exists() else own.parent, os.W_OK):
         return own / name
-    return Path.home() / ".cache" / "torch_extensions" / name
+    try:
+        return Path.home() / ".cache" / "torch_extensions" / name
+    except RuntimeError:  # a user without a name and a home: it will be said that this is read-only
+        return own / name
 
 
 def own_extensions() -> Path:
