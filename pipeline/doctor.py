@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import UserError, reason, refuse
+from pipeline.errors import UserError, reader_may_leave, reason, refuse
 from pipeline.gpu_errors import driver_version, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
@@ -368,4 +368,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reader_may_leave():
+        code = main()
+    sys.exit(code)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from os import PathLike
@@ -55,6 +58,23 @@ def said_by_backend(error: Exception) -> bool:
     a URL means nothing to it. Other exceptions of Python's own are slips."""
     expected = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
     return expected or type(error).__module__ != "builtins"
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Where whoever reads this process's output has left (`… | head`), it ends without a word, with
+    the exit code of SIGPIPE."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        watch = select.poll()
+        watch.register(1, 0)
+        if not any(event & select.POLLERR for _, event in watch.poll(0)):
+            raise  # another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def refuse(error: UserError, who: str = "") -> int:

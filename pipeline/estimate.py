@@ -25,7 +25,7 @@ from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError, naming, refuse
+from pipeline.errors import UserError, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from shard_tools.atomic import check_writable, write_json
@@ -95,7 +95,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
     if not 0 < args.utilisation <= 1 or not 0 < args.gpu_memory < math.inf:
         parser.error("--utilisation must be in (0, 1], --gpu-memory above 0")
-    if not 0 <= args.launch_ms < math.inf or args.cores < 1 or not 0 < args.core_images < math.inf:
+    images, launch = args.core_images, args.launch_ms
+    if args.cores < 1 or not 0 < images < math.inf or not 0 <= launch < math.inf:
         parser.error("--cores must be at least 1, --core-images above 0, --launch-ms not negative")
     return args
 
@@ -636,4 +637,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     imported()
-    sys.exit(main())
+    with reader_may_leave():
+        code = main()
+    sys.exit(code)

@@ -99,6 +99,8 @@ def check_writable(
     there = path if folder else path.parent
     try:
         while not there.exists():
+            if there.is_symlink() and (folder or there != path):  # a file takes the link's place
+                raise OSError(errno.ENOENT, "a link to nothing")
             there = there.parent
         with tempfile.TemporaryFile(dir=there):
             pass

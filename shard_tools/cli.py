@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError, naming, refuse
+from pipeline.errors import UserError, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 from shard_tools.home import expand_words
@@ -63,7 +63,8 @@ def run(command: Callable[[Any], int], options: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        return command(options)
+        with reader_may_leave():
+            return command(options)
     except UserError as error:
         return refuse(error)
     except Stopped as stopped:
@@ -110,16 +111,15 @@ def byte_size(text: str) -> int:
     unit = number[-1:] if number[-1:] in ("K", "M", "G") else ""
     try:
         return int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
 def worker_count(text: str) -> int:
     """A number of processes, 0 for none but this one. argparse turns the error into a sentence."""
-    number = int(text)
-    if number < 0:
+    if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text}: must be 0 (no process of its own) or more")
-    return number
+    return int(text)
 
 
 def read_list(path: Path) -> list[str]:

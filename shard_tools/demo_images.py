@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import naming
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
@@ -121,6 +121,8 @@ def build(dest: Path, *, train: int, val: int, size: int, seed: int) -> None:
         return
     if dest.exists() and any(dest.iterdir()) and not (dest / RECORD).is_file():
         raise ToolError(f"{dest}: is not empty and not a demo tree; choose another folder")
+    check_writable(dest, folder=True)
+    dest = Path(os.path.realpath(dest))  # a name of its own, also of `.` and of a link
     partial = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
     try:
         with progress(train + val, "demo images") as bar:
@@ -159,8 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(options: argparse.Namespace) -> int:
     if min(options.train, options.val) < len(PHOTOGRAPHS):
         raise ToolError(f"--train and --val must be at least {len(PHOTOGRAPHS)}, one per class")
-    if options.size < 8 or options.seed < 0:
-        raise ToolError("--size must be at least 8 pixels and --seed not negative")
+    if not 8 <= options.size <= 4096:
+        raise ToolError(f"--size must be 8 to 4096 pixels, not {options.size}")
+    if options.seed < 0:
+        raise ToolError(f"--seed must be 0 or more, not {options.seed}")
     with naming(options.dest, "cannot be written"):
         build(
             options.dest, train=options.train, val=options.val, size=options.size, seed=options.seed

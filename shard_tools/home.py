@@ -1,7 +1,8 @@
 """`~` where a path is given: in a word of a command line, in a value of a file, in the environment.
 
 Of `--output=~/runs` the shell leaves the tilde, and in a recipe there is no shell: a folder of that
-name would be made. Nothing here imports more than the standard library.
+name would be made. So it is with "$OUT" where OUT is not set: an empty word would be the current
+folder. Nothing here imports more than the standard library.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from pipeline.errors import UserError
 
 _WORD = re.compile(r"([\w.-]+=)?(~.*)", re.DOTALL)
+_EMPTY = re.compile(r"(--[\w-]+)=")
+# Options for which "" is a value: no policy, no options of sbatch.
+_MAY_BE_EMPTY = ("--randaugment", "--slurm")
 
 
 def expand_home(path: str) -> str:
@@ -32,7 +37,14 @@ def expand_home(path: str) -> str:
 
 
 def expand_words(words: Iterable[str]) -> list[str]:
-    """The words of a command line: `~/x`, and `--option=~/x` or `key=~/x`. UserError."""
+    """The words of a command line: `~/x`, and `--option=~/x` or `key=~/x`. UserError, also for an
+    empty word, which names nothing (pathlib would take it for the current folder)."""
+    words = list(words)
+    for before, word in pairwise(("", *words)):
+        match = _EMPTY.fullmatch(word)
+        option = match[1] if match else before if before.startswith("--") else "a path"
+        if (match or not word) and option not in _MAY_BE_EMPTY:
+            raise UserError(f"{option} is given as an empty text; is a shell variable unset?")
     parts = [(word, _WORD.fullmatch(word)) for word in words]
     return [f"{part[1] or ''}{expand_home(part[2])}" if part else word for word, part in parts]
 

@@ -171,6 +171,8 @@ def job_folders(dest: Path) -> list[Path]:
 
 def execution_of(options: argparse.Namespace) -> Execution:
     """Check the options that say how the job runs."""
+    if options.num_tasks < 1:
+        raise ToolError(f"--num-tasks must be at least 1, not {options.num_tasks}")
     if not 0 <= options.task_id < options.num_tasks:
         raise ToolError(
             f"--task-id must be between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
@@ -189,8 +191,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
             raise ToolError(f"{flag} must be at least 1 pixel, not {value}")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise ToolError(f"--quality must be between 1 and 100, not {options.quality}")
-    if options.shard_size < 1 << 10 or options.seed < 0:
-        raise ToolError("--shard-size must be at least 1KiB, --seed 0 or up")
+    if options.shard_size < 1 << 10:
+        raise ToolError(f"--shard-size must be at least 1KiB, not {options.shard_size} bytes")
+    if options.seed < 0:
+        raise ToolError(f"--seed must be 0 or more, not {options.seed}")
     if not options.name or set(options.name) & set("/.\0"):
         raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
     conversion = Conversion(options.gray16, options.alpha)

@@ -46,6 +46,7 @@ from shard_tools.sharding.found import EXTENSIONS
 from shard_tools.texts import Texts
 
 CHOICES = ("random", "first", "one-class", "one-per-class")
+SHARD_SIZE = "256MiB"
 
 
 def ranks(manifest: Manifest, seed: int) -> np.ndarray:
@@ -305,10 +306,20 @@ def check_empty(dest: Path) -> None:
     check_writable(dest, folder=True)
 
 
+def choice_of(options: argparse.Namespace) -> Choice:
+    """What a command line chooses. ToolError for an option that would do nothing."""
+    if options.choose and options.count is None:
+        raise ToolError(f"--choose {options.choose} belongs to --count")
+    if options.shard_size and not options.copy:
+        raise ToolError("--shard-size belongs to --copy: without it no tar is written")
+    given = {field.name: getattr(options, field.name) for field in fields(Choice)}
+    return Choice(**given | {"choose": options.choose or Choice.choose})
+
+
 def subset(options: argparse.Namespace) -> int:
     """The command."""
     manifest = read_manifest(options.source)
-    choice = Choice(**{field.name: getattr(options, field.name) for field in fields(Choice)})
+    choice = choice_of(options)
     dest: Path = options.dest
     check_empty(dest)
     samples = choose_samples(manifest, choice)
@@ -326,7 +337,7 @@ def subset(options: argparse.Namespace) -> int:
         classes=chosen.classes,
         names=chosen.names,
         made=chosen.made,
-        shard_size=options.shard_size,
+        shard_size=options.shard_size or byte_size(SHARD_SIZE),
         workers=options.workers,
     )
     print(f"{dest}: copied {len(samples)} of {manifest.samples} images, {size / 1e6:.1f} MB")
@@ -361,12 +372,17 @@ def parser() -> argparse.ArgumentParser:
     way.add_argument("--names", type=Path, metavar="FILE", help="list of file names")
     way.add_argument("--classes", type=Path, metavar="FILE", help="list of classes; renumbered")
     way.add_argument("--count", type=int, metavar="N", help="this many images, see --choose")
-    a("--choose", choices=CHOICES, default="random", help="how --count chooses")
+    a("--choose", choices=CHOICES, help=f"how --count chooses (default: {Choice.choose})")
     a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
     a("--seed", type=int, default=0, help="seed of every draw")
     a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
-    a("--shard-size", type=byte_size, default="256MiB", help="with --copy: bytes per shard")
+    a(
+        "--shard-size",
+        type=byte_size,
+        metavar="BYTES",
+        help=f"with --copy: bytes of a shard, at most (default: {SHARD_SIZE})",
+    )
     a("--workers", type=worker_count, default=cores(), help="with --copy: processes")
     return p
 

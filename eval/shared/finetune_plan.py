@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Settings:
         folders may be named alike."""
         if self.subset:
             path = Path(self.subset)
-            return f"finetune-{path.stem}-{digest(str(path.resolve()))}"
+            return f"finetune-{path.stem}-{digest(os.path.realpath(path))}"
         return "finetune" if self.fraction == 1.0 else f"finetune-{100 * self.fraction:g}percent"
 
     @property

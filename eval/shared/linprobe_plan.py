@@ -43,6 +43,10 @@ class Settings:
     seed: int = 0
 
 
+# Settings that one of the protocols alone reads.
+ONLY = {"mae": ("base_lr",), "cached": ("grid", "select")}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the settings come to with these data and ranks; of cached the classes alone.
@@ -76,6 +80,10 @@ def make_plan(s: Settings, world: int) -> Plan:
         raise UserError(f"--batch-size {s.batch_size}: the batch norm needs at least 2 images")
     if s.feature in s.also or len(set(s.also)) < len(s.also):
         raise UserError(f"--also {' '.join(s.also)}: each feature once, and not that of --feature")
+    for name in ONLY["mae" if s.protocol == "cached" else "cached"]:
+        if getattr(s, name) != getattr(Settings, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} does nothing under --protocol {s.protocol}; leave it out")
     if s.protocol == "cached":
         check_cached(s, train.samples)
         return Plan(classes, *sets)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from pipeline.config.texts import read_yaml
 from pipeline.data.crops import CentreCrop
 from pipeline.errors import UserError
 from pipeline.help_text import HelpFormatter
@@ -39,7 +40,7 @@ class EncoderChoice:
 
 def seed_number(text: str) -> int:
     """A seed that every generator takes. argparse turns the error into a sentence."""
-    number = int(text)
+    number = int(text) if text.isascii() and text.isdecimal() else -1
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
     return number
@@ -165,8 +166,8 @@ def encoder_of(args: argparse.Namespace) -> EncoderChoice:
 def read_options(text: str) -> dict[str, Any]:
     """--options, further keywords of timm.create_model, as a dictionary."""
     try:
-        options = yaml.safe_load(text)
-    except yaml.YAMLError:
+        options = read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         options = None
     if not isinstance(options, dict):
         raise UserError(f"--options {text}: write them as {{img_size: 384, patch_size: 16}}")

@@ -55,7 +55,7 @@ def output_path(output: str | None, encoder: EncoderChoice, name: str) -> Path:
 def named_json(output: str) -> Path:
     """The path of --output, which ends in .json: the report reads no other results."""
     path = Path(output)
-    if path.name in ("", ".."):
+    if path.name in ("", "..") or output.endswith("/"):
         raise UserError(f"--output {output}: must be a file, such as {path / 'result.json'}")
     return path if path.suffix == ".json" else path.with_name(f"{path.name}.json")
 

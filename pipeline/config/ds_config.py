@@ -7,7 +7,6 @@ error that names the right one.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pipeline.config.plan import RunPlan, settle
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.config.suggest import bundled, choices
+from pipeline.config.texts import read_json
 from pipeline.errors import UserError
 from shard_tools.home import expand_values
 
@@ -98,7 +98,7 @@ def open_ds_config(path: str | Path) -> dict[str, Any]:
             f"{path}: cannot be read (no such file){choices(path, DS_CONFIGS, '.json')}"
         )
     try:
-        config = expand_values(json.loads(path.read_text(encoding="utf-8")))
+        config = expand_values(read_json(path.read_text(encoding="utf-8-sig")))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
@@ -170,7 +170,8 @@ def _number(value: Any) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return _number(value) and float(value).is_integer() and value > 0
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return _number(value) and whole and value > 0
 
 
 def _check_inner(path: str | Path, key: str, value: dict[str, Any], known: set[str]) -> None:
@@ -207,7 +208,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         if not (isinstance(config.get(key, False), bool) or config[key] == "auto"):
             raise UserError(f'{path}: {key!r} must be true, false or "auto", not {config[key]!r}')
     patience = config.get("watchdog_seconds", 0)
-    if isinstance(patience, bool) or not isinstance(patience, int | float) or not patience >= 0:
+    if not (_number(patience) and 0 <= patience <= 10**9):
         raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
     if stage == 3 and config.get("compile") is True:
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")

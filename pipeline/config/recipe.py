@@ -7,12 +7,20 @@ buckets) belongs to ds_configs/, never here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.config.schema import (
     MEASURES,
@@ -36,6 +44,7 @@ from pipeline.config.schema import (
     measure_settings,
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
+from pipeline.config.texts import read_yaml
 from pipeline.errors import UserError
 from shard_tools.home import expand_home
 
@@ -52,10 +61,17 @@ class RecipeError(UserError):
     """A recipe or an override that cannot be used; the message is one sentence."""
 
 
+def folder_name(name: str) -> str:
+    """A recipe's name, which is that of its runs' folders too. ValueError."""
+    if name.strip(". ") == "" or "/" in name or not name.isprintable():
+        raise ValueError("input should be a name for folders: not empty, and without /")
+    return name
+
+
 class Recipe(Section):
     """One pretraining run: min E M( f(T1(x)), f(T2(x)) )."""
 
-    name: str
+    name: Annotated[str, AfterValidator(folder_name)]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch_size: Positive = 1024
     encoder: EncoderRecipe = EncoderRecipe()
@@ -70,12 +86,12 @@ class Recipe(Section):
 
     @property
     def teacher(self) -> bool:
-        """Whether the second view is encoded by an EMA teacher ."""
+        """Whether the second view is encoded by an EMA teacher."""
         return self.measure.needs_teacher
 
     @property
     def lr(self) -> float:
-        """The peak learning rate, base_lr * batch_size / 256 (SPEC §4)."""
+        """The peak learning rate, base_lr * batch_size / 256."""
         return self.optimizer.base_lr * self.batch_size / 256
 
     @property
@@ -125,6 +141,11 @@ class Recipe(Section):
             raise ValueError(
                 f"optimizer.warmup_epochs {self.optimizer.warmup_epochs:g} is not shorter than "
                 f"optimizer.epochs {self.optimizer.epochs:g}"
+            )
+        if self.optimizer.min_lr > self.lr:
+            raise ValueError(
+                f"optimizer.min_lr {self.optimizer.min_lr:g} is above the peak learning rate "
+                f"{self.lr:g} (base_lr * batch_size / 256)"
             )
         if self.views.mask_ratio == 0 and self.views.second == "complement":
             raise ValueError(
@@ -227,11 +248,12 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path in seen:
+def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
+    here = os.path.realpath(path)
+    if here in seen:
         raise RecipeError(f"{path}: base files form a circle")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -246,7 +268,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: base: must be a file name or a list of file names")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _read(path.parent / expand_home(base), (*seen, path)))
+        merged = _merge(merged, _read(path.parent / expand_home(base), (*seen, here)))
     return _merge(merged, values)
 
 
@@ -268,14 +290,24 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {text[:80]!r}: write it as key.subkey=value")
     try:
-        change: Any = yaml.safe_load(raw)
+        change: Any = read_yaml(raw)
         for part in reversed(key.split(".")):
             change = {part: change}
         merged = _merge(values, change)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise RecipeError(f"--set {text[:80]!r}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = getattr(error, "problem", None)  # the line and column would be of the value alone
+        why = f" ({problem})" if problem else ""
+        raise RecipeError(f"--set {text[:80]!r}: the value is not valid YAML{why}") from None
     values.clear()
     values.update(merged)
+
+
+# What pydantic calls by the names of Python.
+_EXPECTED = {
+    "tuple_type": "input should be a list, such as [a, b]",
+    "model_type": "input should be a mapping of keys",
+    "dict_type": "input should be a mapping of keys",
+}
 
 
 def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
@@ -291,7 +323,7 @@ def _sentence(error: ValidationError, values: dict[str, Any]) -> str:
         return f"unknown key {key!r}{suggestion}; valid keys here: {valid}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(first["type"], first["msg"]).removeprefix("Value error, ")
     if not key:
         return message
     message = message[0].lower() + message[1:]

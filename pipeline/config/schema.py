@@ -7,9 +7,18 @@ import re
 import reprlib
 import sys
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pipeline.config.installed import keys_of
@@ -22,6 +31,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Above0 = Annotated[float, Field(gt=0.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Steps = Annotated[int, Field(ge=0)]  # 0: never
 
 
@@ -36,6 +46,26 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false (YAML's yes, no, on and off) as numbers, which are 1 and 0 to
+        Python."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if _holds_bool(value) and _takes_number(kind):
+            raise ValueError("input should be a number, not true or false")
+        return value
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_bool, value))
+    return isinstance(value, bool)
+
+
+def _takes_number(kind: Any) -> bool:
+    return kind in (int, float) or any(map(_takes_number, get_args(kind)))
 
 
 # Keywords of timm.create_model that f can honour, and what their values are.
@@ -395,7 +425,7 @@ class OptimizerRecipe(Section):
 
     kind: Literal["adamw", "muon"] = "adamw"
     base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: WeightDecayRecipe = WeightDecayRecipe()
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 0.0

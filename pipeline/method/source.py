@@ -31,7 +31,7 @@ def check_source(
     pixels, None where that is not known yet."""
     name, path = str(source), Path(source)
     size = (options or {}).get("img_size", 1)
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
     hub = name.startswith("timm:")
     if ema and (name == "random" or hub or (path / "config.json").is_file()):

@@ -12,6 +12,7 @@ LOC_synset_mapping.txt has to confirm where it is there.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -86,13 +87,13 @@ def _check_mapping(layout: Layout, classes: Sequence[str]) -> None:
 def _kaggle(root: Path) -> Layout | None:
     for below in ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC", "."):
         folder = root / below
-        if below == "." and root.resolve().name != "CLS-LOC":
+        if below == "." and os.path.basename(os.path.realpath(root)) != "CLS-LOC":
             return None
         if (folder / "train").is_dir():
             val = folder / "val"
             if not val.is_dir():
                 raise ToolError(f"{val}: is missing beside {folder / 'train'}")
-            beside = [folder, *folder.resolve().parents[:3]]
+            beside = [folder, *Path(os.path.realpath(folder)).parents[:3]]
             return Layout(
                 "ImageNet as Kaggle has it",
                 (folder / "train",),

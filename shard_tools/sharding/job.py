@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ def check_destination(dest: Path, sources: list[Path], how: Execution) -> None:
     if is_finished(dest) and not how.resume:
         raise ToolError(f"{dest}: already holds shards; give another folder or --resume")
     for source in sources:
-        if dest.resolve().is_relative_to(source.resolve()):
+        if Path(os.path.realpath(dest)).is_relative_to(os.path.realpath(source)):
             raise ToolError(f"{dest}: is inside {source} and would become part of it")
     check_writable(dest, folder=True)
 

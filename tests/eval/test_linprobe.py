@@ -39,6 +39,8 @@ from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.method.encoder import read_encoder
 
+RATE = {"mae": ("--base-lr", "20"), "cached": ()}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -252,7 +254,7 @@ def test_cached_and_augmented_runs_learn_something(home: Path, tmp_path: Path) -
 
 def work(ranks: Ranks, home: str) -> None:
     for protocol in ("mae", "cached"):
-        words = ("--protocol", protocol, "--base-lr", "20")
+        words = ("--protocol", protocol, *RATE[protocol])
         result = evaluate(Path(home), Path(home) / f"two-{protocol}", *words, ranks=ranks)
         (Path(home) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
 
@@ -305,7 +307,7 @@ def test_resuming_equals_never_stopping(
 def test_two_ranks_give_the_result_of_one(home: Path) -> None:
     on_two_ranks(work, str(home))
     for protocol in ("mae", "cached"):
-        words = ("--protocol", protocol, "--base-lr", "20")
+        words = ("--protocol", protocol, *RATE[protocol])
         alone = evaluate(home, home / f"one-{protocol}", *words)
         for rank in (0, 1):
             result = json.loads((home / f"{protocol}-{rank}.json").read_text())
@@ -322,7 +324,7 @@ def test_two_ranks_give_the_result_of_one(home: Path) -> None:
 def test_features_probed_beside_are_those_probed_alone(
     home: Path, tmp_path: Path, protocol: str
 ) -> None:
-    words = ("--protocol", protocol, "--base-lr", "20", "--feature", "cls")
+    words = ("--protocol", protocol, *RATE[protocol], "--feature", "cls")
     both = evaluate(home, tmp_path / "both", *words, "--also", "mean_patch")
     cls, mean = (
         evaluate(home, tmp_path / name, *words, "--feature", name) for name in ("cls", "mean_patch")

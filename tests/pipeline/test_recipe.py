@@ -93,6 +93,16 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
         ("measure.tokens=class", ["'class'; it is now cls"]),
         ("measure.tokens=mean", ["'mean'; it is now mean_patch"]),
         ("encoder.masked_tokens=token", ["'token'; it is now replace"]),
+        ("optimizer.betas=[0.9, 1]", ["optimizer.betas.1", "less than 1"]),
+        ("optimizer.betas=0.9", ["optimizer.betas", "should be a list"]),
+        ("optimizer.min_lr=7e-4", ["min_lr 0.0007 is above the peak learning rate 0.0006"]),
+        ("optimizer.epochs=yes", ["optimizer.epochs", "a number, not true or false", "got True"]),
+        ("data.crop.scale=[off, on]", ["data.crop.scale", "a number, not true or false"]),
+        ("optimizer.epochs=1:30", ["optimizer.epochs", "got '1:30'"]),
+        ("views={mask_ratio: 0.5, mask_ratio: 0.6}", ["key 'mask_ratio' is there twice"]),
+        ("views=null", ["'views': input should be a mapping of keys, got None"]),
+        ("name=''", ["'name'", "not empty"]),
+        ("name=../x", ["'name'", "without /", "got '../x'"]),
     ],
 )
 def test_bad_values_are_one_sentence_that_names_the_key(override, words):
@@ -110,6 +120,8 @@ def test_bad_values_are_one_sentence_that_names_the_key(override, words):
         ("a: [\n", "not valid YAML"),
         ("base: other.x.yaml\n", "cannot be read"),
         ("base: x.yaml\nname: x\n", "circle"),
+        ("base: ./here/x.yaml\nname: x\n", "circle"),
+        ("name: x\nname: y\n", "key 'name' is there twice"),
         ("base: 3\n", "base"),
         ("!!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("name: x\n", "measure"),
@@ -118,9 +130,25 @@ def test_bad_values_are_one_sentence_that_names_the_key(override, words):
 def test_bad_files_are_refused(text, words, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(text)
+    (tmp_path / "here").symlink_to(".")
     with pytest.raises(RecipeError, match=words) as error:
         load_recipe(path)
     assert "x.yaml" in str(error.value)
+
+
+def test_numbers_are_read_as_they_are_written(tmp_path):
+    """YAML 1.1 reads 010 as 8; a merge key is no key that is there twice; a file may begin with a
+    byte order mark and end its lines as Windows does."""
+    path = tmp_path / "mine.yaml"
+    text = (
+        f"base: {RECIPES / 'mae.yaml'}\nname: mine\nseed: 010\nviews: &v\n  <<: {{cutmix: 0.25}}\n"
+    )
+    path.write_bytes(b"\xef\xbb\xbf" + f"{text}  cutmix: 1\n".replace("\n", "\r\n").encode())
+    recipe = load_recipe(path, ["batch_size=2_048", "optimizer.base_lr=1e-3", "data.window=0x10"])
+    assert (recipe.seed, recipe.views.cutmix, recipe.batch_size) == (10, 1.0, 2048)
+    assert (recipe.optimizer.base_lr, recipe.data.window) == (1e-3, 16)
+    assert recipe.optimizer.betas == (0.9, 0.95)
+    assert load_recipe("mae", ["measure.norm_pix=no"]).measure.norm_pix is False
 
 
 def test_a_bare_name_is_the_bundled_recipe(tmp_path, monkeypatch):

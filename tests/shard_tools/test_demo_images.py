@@ -125,7 +125,10 @@ def test_a_finished_tree_stays_and_another_folder_is_refused(
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--train", "3"], "at least 16, one per class"), (["--size", "4"], "at least 8 pixels")],
+    [
+        (["--train", "3"], "at least 16, one per class"),
+        (["--size", "4"], "must be 8 to 4096 pixels, not 4"),
+    ],
 )
 def test_bad_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
@@ -141,3 +144,16 @@ def test_a_photograph_that_is_not_in_the_wheel(
     assert main([str(tmp_path / "x"), "--train", "32", "--val", "32", "--size", "16"]) == 2
     assert "ghost.png: this version of skimage does not ship" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_current_folder_and_a_link_are_written_under_their_own_names(tmp_path, monkeypatch):
+    words = ["--train", "16", "--val", "16", "--size", "8"]
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    assert main([".", *words]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["link", *words, "--seed", "1"]) == 0  # another tree in the place of the first
+    assert (tmp_path / "link").is_symlink()
+    assert '"seed": 1' in (tmp_path / "here/demo.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "link"]

@@ -167,3 +167,22 @@ def _on(handle: int):
     from shard_tools.tar import ShardWriter
 
     return lambda _: ShardWriter(handle)
+
+
+@pytest.mark.parametrize("lines", [1, 10**5])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(lines):
+    code = f"""
+from pipeline.errors import reader_may_leave
+with reader_may_leave():
+    for _ in range({lines}):
+        print("x" * 80)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + 13
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as whole:
+        assert len(whole.stdout.read().splitlines()) == lines
+    assert whole.returncode == 0

@@ -26,6 +26,14 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_an_empty_word_is_no_path():
+    for words, what in ((["a", ""], "a path"), (["--x", ""], "--x"), (["--x="], "--x")):
+        with pytest.raises(UserError, match=f"^{what} is given as an empty text"):
+            expand_words(words)
+    fine = ["--slurm", "", "--randaugment=", "--set", "data.randaugment=", "--", "x"]
+    assert expand_words(fine) == fine
+
+
 def test_words_of_a_command_line(home):
     words = ["--output=~/runs", "init.weights=~/x y.pth", "~", "--a=b~/c", "~/d", "e~", "--a=~"]
     words += [

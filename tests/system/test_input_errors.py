@@ -37,6 +37,8 @@ CONFIGS = {
     "profiler": {"flops_profiler": {"enable": True}},
     "micro": {"train_micro_batch_size_per_gpu": 3},
     "text": {"wall_clock_breakdown": "no"},
+    "huge": {"train_micro_batch_size_per_gpu": 10**400},
+    "ever": {"watchdog_seconds": 1e300},
 }
 
 # Of each command (words, what is said).
@@ -52,6 +54,9 @@ ENCODERS = [
     ("--encoder {run} --output {text}/x", "cannot be written"),
     ("--encoder {run} --workers -1", "-1: must be 0 (no process of its own) or more"),
     ("--encoder {run} --seed -1", "-1: must be between 0 and"),
+    ("--encoder {run} --workers x", "x: must be 0 (no process of its own) or more"),
+    ("--encoder ''", "--encoder is given as an empty text"),
+    ("--encoder {run} --output=", "--output is given as an empty text"),
     ("--encoder {run} --nonsense", "unrecognized arguments: --nonsense"),
 ]
 MORE_ENCODERS = [
@@ -69,6 +74,9 @@ MORE_ENCODERS = [
     ("--encoder {run} --options '{{depth: 9}}'", "with depth 2; only img_size may be another"),
     ("--encoder {run} --options '{{img_size: 15}}'", "img_size 15 is no multiple of the patch"),
     ("--encoder {run} --options 3", "--options 3: write them as"),
+    ("--encoder {run} --options '{{img_size: yes}}'", "img_size True is no multiple"),
+    ("--encoder {run} --options '{{a: 1, a: 2}}'", "write them as"),
+    ("--encoder {run} --output {empty}/", "must be a file, such as {empty}/result.json"),
     ("--encoder {run} --ema", "has no checkpoint with an EMA teacher"),
     ("--encoder {run} --precision fp16", "invalid choice: 'fp16'"),
 ]
@@ -120,6 +128,13 @@ CASES = {
         ("--ds_config {ds}-profiler.json", "'flops_profiler.enable'; did you mean enabled?"),
         ("--ds_config {ds}-micro.json", "3 does not divide the 8 images per rank"),
         ("--ds_config {ds}-text.json", "must be true or false, not 'no'"),
+        ("--ds_config {ds}-huge.json", "does not divide the 8 images per rank"),
+        ("--ds_config {ds}-ever.json", "watchdog_seconds must be a number from 0 up"),
+        ("--ds_config {ds}-twice.json", "key 'stage' is there twice"),
+        ("--ds_config {ds}-nan.json", "Infinity is no number of JSON"),
+        ("--output ''", "--output is given as an empty text; is a shell variable unset?"),
+        ("--output {loop}", "a link to nothing"),
+        ("--init ''", "--init is given as an empty text"),
         ("--init {none}", "/none: no such file or folder"),
         ("--init {empty}", NO_ENCODER),
         ("--init {text}", NO_WEIGHTS),
@@ -159,6 +174,8 @@ CASES = {
         "linprobe", f"--batch-size 8 {SETS}",
         ("--protocol x", "invalid choice: 'x'"),
         ("--also x", "invalid choice: 'x'"),
+        ("--grid 1 2", "--grid does nothing under --protocol mae"),
+        ("--protocol cached --base-lr 1", "--base-lr does nothing under --protocol cached"),
         ("--batch-size 99", "64 samples, too few for --batch-size 99"),
     ),
     **evaluation(
@@ -297,6 +314,8 @@ CASES = {
         ("--recipe mae --gpus 3", "--gpus 3: batch_size 1024 and data.partitions 64 must be multi"),
         ("--recipe mae --micro-batch 3", "--micro-batch 3: must be one of [128, 64, 32, "),
         ("--gpus 0", "--gpus and --images must be at least 1"),
+        ("--gpu-memory nan", "--gpu-memory above 0"),
+        ("--launch-ms inf", "--launch-ms not negative"),
         (f"--json {UNWRITABLE}", "cannot be written"),
     ],
     "pipeline/doctor.py": [("--nonsense", "unrecognized arguments: --nonsense")],
@@ -311,10 +330,18 @@ CASES = {
         ("{images} {new} --fields x", "invalid choice: 'x'"),
         ("{images} {new} --workers -1", "must be 0 (no process of its own) or more"),
         ("{images} {new} --shard-size x", "'x' is not a size such as 256MiB"),
+        ("{images} {new} --shard-size inf", "'inf' is not a size such as 256MiB"),
+        ("{images} {new} --shard-size 1", "--shard-size must be at least 1KiB, not 1 bytes"),
+        ("{images} {new} --num-tasks 0", "--num-tasks must be at least 1, not 0"),
+        ("{images} ''", "a path is given as an empty text"),
+        ("{loop} {new}", "{loop}: "),
+        ("{images} {loop}", "{loop}: cannot be written (a link to nothing"),
     ],
     "shard_tools/subset.py": [
         ("{none} {new} --fraction 0.5", "/none: no such folder"),
         ("{shards} {new} --fraction 2", "--fraction must be in (0, 1], not 2.0"),
+        ("{shards} {new} --fraction 0.5 --choose first", "--choose first belongs to --count"),
+        ("{shards} {new} --count 5 --shard-size 1M", "--shard-size belongs to --copy"),
         ("{shards} {new} --names {none}", "/none: no such file"),
         ("{shards} {text} --fraction 0.5", "text: cannot be written (Not a directory)"),
         (f"{{shards}} {UNWRITABLE} --fraction 0.5 --copy", "cannot be written"),
@@ -331,6 +358,8 @@ CASES = {
     "shard_tools/demo_images.py": [
         ("{new} --train 3", "--train and --val must be at least 16"),
         (f"{UNWRITABLE}", "cannot be written"),
+        ("{loop}", "cannot be written (a link to nothing"),
+        ("{new} --size 999999", "--size must be 8 to 4096 pixels"),
     ],
     "shard_tools/cifar_images.py": [
         ("{none} {new}", "/none: no such file or folder"),
@@ -395,8 +424,11 @@ def places(tmp_path_factory):
     (top / "embeddings/embeddings.json").write_text(json.dumps(info))
     for name, config in CONFIGS.items():
         (top / f"ds-{name}.json").write_text(json.dumps(config))
+    (top / "ds-twice.json").write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
+    (top / "ds-nan.json").write_text('{"watchdog_seconds": Infinity}')
+    (top / "loop").symlink_to("loop")
     names = ("none", "empty", "text", "run", "broken", "bare", "contrast", "images", "cue", "bad",
-             "classifier", "embeddings", "cut", "new", "ds", "bert")  # fmt: skip
+             "classifier", "embeddings", "cut", "new", "ds", "bert", "loop")  # fmt: skip
     found = {name: str(top / name) for name in names} | {"shards": str(top / "data/shards")}
     return found | {
         "list": f"{top}/list.txt",
