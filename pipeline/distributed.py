@@ -18,6 +18,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -317,6 +318,14 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
+
+
+def wait_at_most(seconds: float, *groups: Any) -> None:
+    """Let the collectives of these groups (None: of all ranks) wait so long for other ranks."""
+    c10d = torch.distributed.distributed_c10d
+    change = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # until torch 2.13
+    for group in groups:
+        change(timedelta(seconds=seconds), group)
 
 
 _control: list[Any] = []  # the group for `any_rank`, made once
