@@ -134,7 +134,7 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     """Write the encoder of a finetuned classifier to out/encoder/; returns how to use it.
 
     The classifier pools the mean of the patch tokens and normalises it with fc_norm, which becomes
-    the encoder's norm; so evaluate it with the feature `mean`.
+    the encoder's norm; so evaluate it with `--feature mean_patch`.
     """
     info = read_info(folder)
     try:

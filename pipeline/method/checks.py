@@ -76,7 +76,7 @@ def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
 
 
 def visible_count(length: int, ratio: float, key: str = "mask_ratio") -> int:
-    """int(L (1 - ratio)), the same for every sample (SPEC §1); 49 of 196 at 0.75.
+    """int(L (1 - ratio)), the same for every sample; 49 of 196 at 0.75.
 
     UserError, naming the key, where that is none.
     """

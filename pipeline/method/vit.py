@@ -62,7 +62,7 @@ def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = Fals
 
     The first half of the channels encodes the column, the second the row (MoCo v3's table, with
     row_first, the other way round); in each half, sines then cosines of
-    coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
+    coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1.
     Raises UserError where 4 does not divide the width.
     """
     check_table(width)
@@ -79,7 +79,7 @@ def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = Fals
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
     """MAE's initialisation: xavier-uniform linears (the patch embedding as a linear), tokens
-    N(0, 0.02), LayerNorm one and zero, biases zero (SPEC §4).
+    N(0, 0.02), LayerNorm one and zero, biases zero.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
