@@ -15,7 +15,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import made_runs, pack, unpacked
+from eval.paper.archive import laid_out, made_runs, pack, selected, unpacked
 from eval.paper.cifar_claims import ALL, METHODS, cifar_row
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
@@ -71,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--untuned", action="store_true", help="try no learning rates: the rows have the scale's")
+    add("--extend-tuning", action="store_true",
+        help="where a method's best rate is at an end of those tried, try one beyond it; in a "
+        "study that has begun without, it is only reported")  # fmt: skip
     add("--archive", type=Path, nargs="?", const=ARCHIVE, help="write the archive of the page")
     add("--dry-run", action="store_true", help="print the plan and its measured cost, run nothing")
     add("--page", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
@@ -82,6 +85,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that a command line names. UserError for values that cannot be."""
     if args.seeds < 1 or args.jobs < 0 or (args.hours or 0) < 0:
         raise UserError("--seeds must be at least 1, --jobs and --hours not negative")
+    if args.untuned and args.extend_tuning:
+        raise UserError("--extend-tuning: nothing to extend with --untuned; leave one out")
     scale = replace(read_scale(args.scale), last=tuple(args.set))
     if not scale.tune:
         raise UserError(f"--scale {args.scale}: has no rates to tune; take cifar or cifar-gpu")
@@ -97,6 +102,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         archive=args.archive,
         dry_run=args.dry_run,
         tuned=not args.untuned,
+        extended=args.extend_tuning,
     )
 
 
@@ -110,7 +116,7 @@ def cifar_paper(settings: Settings) -> None:
         print("\n".join(show(settings, plan)), flush=True)
         return
     record, tuning = claim_output(settings), tuning_of(settings)
-    for stage in (0, 1):
+    for stage in (0, 0, 1, 1) if tuning.extend else (0, 1):  # the second time beyond the grid
         if len(plan.stage(stage)) < len(plan.stages[stage]):
             raise UserError(
                 f"--hours {settings.hours:g}: too few to tune the learning rates; see --dry-run"
@@ -119,10 +125,14 @@ def cifar_paper(settings: Settings) -> None:
         tuning.write()
         plan = make_plan(settings, rates)  # with what was found
     run_commands(plan.stage(2), settings.jobs, settings.output)
+    if not made_runs(settings.output):
+        raise UserError(f"--hours {settings.hours:g}: too few for any row; see --dry-run")
     study = study_of(settings.workspace, settings.claims, settings.seeds, record["compute"])
-    facts = note_facts(settings, plan)
-    page = write_page(study, facts, settings.output / "report.html")
-    for table in study.tables():
+    tables, facts = study.tables(), note_facts(settings, plan)
+    with laid_out(selected(settings.output)) as kept:
+        shown = replace(study, workspace=replace(study.workspace, output=kept))
+        page = write_page(shown, facts, settings.output / "report.html")
+    for table in tables:
         print("\n".join(markdown_table(table)))
     if settings.archive:
         size = pack(settings.output, settings.archive)

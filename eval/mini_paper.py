@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eval.paper.claims import CLAIMS
-from eval.paper.commands import Workspace, run_name
+from eval.paper.commands import Workspace
 from eval.paper.job_runner import costs, run_commands, show_plan
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import (
@@ -26,12 +26,12 @@ from eval.paper.reproduction import (
     check_rows,
     choose_rows,
     find_table,
-    known_tables,
     prepare_data,
+    published_anywhere,
     read_options,
     run_folders,
 )
-from eval.paper.study import Study, rules, wanted_metrics
+from eval.paper.study import Study, rules, summary, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
 from eval.shared.command import run_command
@@ -86,10 +86,7 @@ def paper_row(name: str) -> PaperRow:
         return SUPERVISED
     table, called = ROWS[name]
     row = choose_rows(find_table(table), [called])[0]
-    others = [other for known in known_tables().values() for other in known.rows]
-    same = [o for o in others if (o.recipe or o.initial) and run_name(o, 0) == run_name(row, 0)]
-    published = {metric: value for o in same for metric, value in o.published.items()}
-    return replace(row, published=published)
+    return replace(row, published=published_anywhere(row))
 
 
 def study_of(workspace: Workspace, numbers: Sequence[int], seeds: int) -> Study:
@@ -102,6 +99,7 @@ def chapters(study: Study, cpu: float) -> list[Chapter]:
     """The report's first chapters: the claims, and the rows beside the paper's."""
     workspace = study.workspace
     texts = (
+        summary(study),
         rules(study),
         f"Scale: {workspace.scale.name} of eval/paper/scales.yaml: a small model, a short "
         "schedule, 16 photographs. What fails here may hold at the paper's scale, and the reverse.",

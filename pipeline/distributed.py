@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.gpu_errors import cuda_fault, nccl_fault, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
 from shard_tools.cores import cores
 from shard_tools.home import expand_home
@@ -188,20 +189,27 @@ def device_of(local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if local_rank >= gpus:
         noun = "GPU" if gpus == 1 else "GPUs"
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        which = "this host has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} leaves"
         raise UserError(
-            f"LOCAL_RANK {local_rank}: this host has {gpus} {noun}; start at most one rank per GPU"
+            f"LOCAL_RANK {local_rank}: {which} {gpus} {noun}; start at most one rank per GPU, each "
+            "of which sees all GPUs of its host, or has LOCAL_RANK 0 where it sees only its own"
         )
+    if problem := no_code(torch, torch.cuda.get_device_capability(local_rank)):
+        raise UserError(f"GPU {local_rank}, {torch.cuda.get_device_name(local_rank)}: {problem}")
     torch.cuda.set_device(local_rank)
     torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions: fp32 is fp32 here
     return torch.device("cuda", local_rank)
 
 
 def untried_device() -> str:
-    """A line about a GPU that is not NVIDIA's, which was never tried; "" where there is none."""
+    """A line about a GPU that is not used, or not NVIDIA's, which was never tried; else ""."""
     if torch.version.hip and torch.cuda.is_available():
         return "device: an AMD GPU (ROCm), which was never tried; its kernels are PyTorch's"
     if not torch.cuda.is_available() and hasattr(torch, "xpu") and torch.xpu.is_available():
         return "device: the CPU; the Intel GPU (XPU) of this machine is not used"
+    if not torch.cuda.is_available() and (why := why_no_gpu(torch)):
+        return f"device: the CPU, though this machine has NVIDIA's driver: {why}"
     return ""
 
 
@@ -225,6 +233,8 @@ def joining() -> Iterator[None]:
                 "host: give another one (deepspeed --master_port, or MASTER_PORT=…); launch.sh on "
                 "one node finds a free one itself where MASTER_PORT is not set"
             ) from None
+        if fault := nccl_fault(error) or cuda_fault(error):
+            raise UserError(fault) from error
         if lost_contact(error):
             raise UserError("lost contact to another rank while the ranks met") from None
         if not isinstance(error, torch.distributed.DistError):
@@ -237,7 +247,8 @@ def joining() -> Iterator[None]:
 
 def lost_contact(error: Exception) -> bool:
     """Whether an error says that another rank is gone."""
-    return isinstance(error, torch.distributed.DistBackendError) or "gloo" in str(error)
+    backend = isinstance(error, torch.distributed.DistBackendError) and not nccl_fault(error)
+    return backend or "gloo" in str(error)
 
 
 def free_port() -> int:

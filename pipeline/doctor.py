@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 
 from pipeline.errors import UserError, reader_may_leave, reason, refuse
+from pipeline.gpu_errors import driver_version, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
 from shard_tools.home import expand_words
@@ -117,36 +118,29 @@ def gpu_findings(torch: ModuleType, proc: Path = Path("/proc")) -> Iterator[Find
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     build = torch.version.cuda
     if not count:
-        slow = "training runs on the CPU, which is enough for the demo"
-        if driver and not build:
-            slow = "this torch is built without CUDA: install the CUDA build (make setup does)"
-        elif driver:
-            slow = (
-                f"the driver is there, but torch's CUDA {build} does not start on it: update the "
-                "driver, or see CUDA_VISIBLE_DEVICES"
-            )
+        slow = why_no_gpu(torch, proc) or "training runs on the CPU, which is enough for the demo"
         yield lack("GPUs", f"none (torch {torch.__version__}, driver {driver or 'none'})", slow)
         yield ok("NCCL", "not needed without GPUs; CPU ranks meet by gloo")
         return
+    kinds = set()
     for number in range(count):
         about = torch.cuda.get_device_properties(number)
         size = f"{about.total_memory / GIB:.0f} GiB, sm_{about.major}{about.minor}"
+        kinds.add((about.name, size))
+        found = f"{about.name}, {size}"
+        problem = no_code(torch, (about.major, about.minor))
+        if problem:
+            yield stop(f"GPU {number}", found, problem)
+            continue
         cost = "no bf16 units (Ampere has them): slower steps, or fp32"
-        yield unless(about.major >= 8, f"GPU {number}", f"{about.name}, {size}", cost)
+        yield unless(about.major >= 8, f"GPU {number}", found, cost)
+    if len(kinds) > 1:
+        yield lack("GPUs", f"{len(kinds)} kinds", "all ranks wait for the slowest and smallest")
     yield ok("driver", f"{driver or 'unknown'}, torch's CUDA {build}")
     if torch.distributed.is_nccl_available():
         yield ok("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         yield lack("NCCL", "not in this torch", "several GPUs cannot train together")
-
-
-def driver_version(proc: Path = Path("/proc")) -> str:
-    """NVIDIA's kernel driver, "" where there is none."""
-    try:
-        words = (proc / "driver/nvidia/version").read_text().split("\n")[0].split()
-    except OSError:
-        return ""
-    return next((word for word in words if word[:1].isdecimal() and "." in word), "")
 
 
 def processor_findings(torch: ModuleType | None, proc: Path = Path("/proc")) -> Iterator[Finding]:
@@ -202,8 +196,18 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
         when = "they cannot be compiled" if missing else "the first run compiles them (minutes)"
         cost = f"{when}; without them a run takes torch's AdamW and gloo's sum, which are slower"
         yield lack("DeepSpeed's ops", "none compiled", cost)
+    if torch is not None and torch.cuda.is_available():
+        yield triton_finding(torch)
     yield decoder_finding()
     yield check_finding()
+
+
+def triton_finding(torch: ModuleType) -> Finding:
+    """Whether a first kernel of Triton's compiles and runs."""
+    backend = importlib.import_module("pipeline.kernels.backend")
+    problem = backend.triton_problem(torch.device("cuda", 0))
+    cost = f"{problem}; PyTorch's references run in the kernels' place, which is slower"
+    return unless(not problem, "Triton", "does not run" if problem else "runs", cost)
 
 
 def decoder_finding() -> Finding:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import lzma
 import os
 import re
+import struct
 import sys
 import tarfile
 import zipfile
@@ -41,11 +43,18 @@ from shard_tools.cli import HelpFormatter, ToolError, parse, run
 from shard_tools.sharding.found import is_image, is_system_file
 from shard_tools.tar import header, padding
 
-SPLITS = {"train": "train", "test": "val", "val": "val", "valid": "val", "validation": "val"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "val"),
+}
 BATCH = re.compile(r"(data_batch_([1-9]\d*)|test_batch)(\.bin)?")
 META = ("batches.meta", "batches.meta.txt")
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, RuntimeError,
-           NotImplementedError)  # fmt: skip
+OFFICIAL = {"train": 50_000, "val": 10_000}  # images
+MOST_CLASSES = 10
+HUNDRED = ({"train", "test", "meta"}, {"fine_label_names.txt"})  # files of CIFAR-100's archives
+# What the libraries raise for damaged archives.
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, ValueError,
+           LookupError, OverflowError, RuntimeError, NotImplementedError, struct.error)  # fmt: skip
 
 
 class Member(NamedTuple):
@@ -79,14 +88,21 @@ def members(source: Path) -> Iterator[Iterator[Member]]:
                     yield _of_zip(archive)
             else:
                 with tarfile.open(source) as tar:
-                    yield _of_tar(tar)
+                    yield _of_tar(tar, source)
     except DAMAGED as error:
         text = str(error).split("\n")[0] or type(error).__name__
         raise ToolError(f"{source}: is damaged, or no folder, zip or tar ({text})") from error
 
 
 def _of_folder(root: Path) -> Iterator[Member]:
-    for folder, folders, names in os.walk(root):
+    """Links are followed, each folder is read once."""
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
@@ -95,16 +111,35 @@ def _of_folder(root: Path) -> Iterator[Member]:
                 yield Member(inside, path.stat().st_size, path.read_bytes)
 
 
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
     for info in archive.infolist():
         if not info.is_dir():
-            yield Member(info.filename, info.file_size, partial(archive.read, info))
+            name = info.filename.replace("\\", "/")  # as some programs of Windows write it
+            yield Member(name, info.file_size, partial(archive.read, info))
 
 
-def _of_tar(tar: tarfile.TarFile) -> Iterator[Member]:
+def _of_tar(tar: tarfile.TarFile, source: Path) -> Iterator[Member]:
     for info in tar:
         if info.isfile():
             yield Member(info.name, info.size, partial(_read, tar, info))
+        elif not info.isdir() and is_wanted(info.name):
+            raise ToolError(f"{source}: {info.name} is no file but a link; pack the files")
+    _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """tarfile takes a damaged header, or none, for the end of an archive, and reads no checksum of
+    a compressed one. EOFError where the end is no block of zeros."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512) != bytes(512):
+        raise EOFError(f"neither a member nor the end is at byte {tar.offset}")
+    while tar.fileobj.read(1 << 20):
+        pass
 
 
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
@@ -115,13 +150,17 @@ def _read(tar: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return data
 
 
-def pictures(source: Path) -> Iterator[Picture]:
-    """Every image of a source, in a fixed order."""
+def pictures(source: Path, left_out: list[str] | None = None) -> Iterator[Picture]:
+    """Every image of a source, in a fixed order; left_out gets the names of image files that are
+    in no class folder. ToolError where two would have one name, or the source is of another kind.
+    """
     batches: dict[str, bytes] = {}
-    images = False
+    others: set[str] = set()
+    seen: set[tuple[str, str, str]] = set()
+    held_out: set[str] = set()
     with members(source) as found:
         for member in found:
-            base = member.name.rsplit("/", 1)[-1]
+            base = member.name.rsplit("/", 1)[-1].lower()
             if is_system_file(member.name):
                 continue
             if BATCH.fullmatch(base) or base in META:
@@ -129,12 +168,50 @@ def pictures(source: Path) -> Iterator[Picture]:
                     raise ToolError(f"{source}: holds {base} more than once")
                 batches[base] = _small(member, source)
             elif place := image_place(member.name):
-                images = True
+                _check_place(member.name, place, source, seen, held_out)
                 yield Picture(*place, _small(member, source))
-    if images and batches:
+            elif is_image(member.name):
+                if ".." in member.name.split("/"):
+                    raise ToolError(f"{source}: {member.name} leads out of the archive")
+                if left_out is not None:
+                    left_out.append(member.name)
+            else:
+                others.add(base)
+    if seen and batches:
         raise ToolError(f"{source}: holds image files and batches of CIFAR-10; give one of them")
+    if not seen and not batches and any(files <= others for files in HUNDRED):
+        raise ToolError(f"{source}: is CIFAR-100; give CIFAR-10")
     if batches:
         yield from official(batches, source)
+
+
+def _check_place(
+    name: str,
+    place: tuple[str, str, str],
+    source: Path,
+    seen: set[tuple[str, str, str]],
+    held_out: set[str],
+) -> None:
+    """ToolError for a second image of one name, and for a second set of held-out images."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ToolError(f"{source}: the name {name!r} is not UTF-8") from error
+    if place[0] == "val":
+        held_out.add(_split(name.split("/")))
+    if len(held_out) > 1:
+        both = " and ".join(sorted(held_out))
+        raise ToolError(f"{source}: holds {both}; give one of them as the test images")
+    if place in seen:
+        raise ToolError(f"{source}: holds {'/'.join(place[1:])} of {place[0]} more than once")
+    seen.add(place)
+
+
+def is_wanted(name: str) -> bool:
+    """Whether a member is an image or a batch by its name, and no leftover of a system."""
+    base = name.rsplit("/", 1)[-1].lower()
+    batch = BATCH.fullmatch(base) is not None or base in META
+    return is_image(name) or (batch and not is_system_file(name))
 
 
 def _small(member: Member, source: Path) -> bytes:
@@ -144,14 +221,21 @@ def _small(member: Member, source: Path) -> bytes:
 
 
 def image_place(name: str) -> tuple[str, str, str] | None:
-    """(split, class, file name) of `…/train/<class>/…/file.jpg`, None for another file."""
+    """(split, class, file name) of `…/train/<class>/…/file.jpg`, None for another file. Of several
+    folders that are called as a split the innermost counts: a copy may be in a folder `test`."""
     if not is_image(name):
         return None
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    at = next((n for n, part in enumerate(parts[:-2]) if part in SPLITS), None)
-    if at is None or ".." in parts:
+    split = _split(parts)
+    if not split or ".." in parts:
         return None
-    return SPLITS[parts[at]], parts[at + 1], "_".join(parts[at + 2 :])
+    at = max(n for n, part in enumerate(parts[:-2]) if part.lower() == split)
+    return SPLITS[split], parts[at + 1], "_".join(parts[at + 2 :])
+
+
+def _split(parts: list[str]) -> str:
+    """The innermost folder that is called as a split, in lower case, or ""."""
+    return next((p.lower() for p in reversed(parts[:-2]) if p.lower() in SPLITS), "")
 
 
 def official(batches: dict[str, bytes], source: Path) -> Iterator[Picture]:
@@ -163,9 +247,10 @@ def official(batches: dict[str, bytes], source: Path) -> Iterator[Picture]:
     binary = kinds.pop()
     meta = META[binary]
     wanted = {"test_batch" + ".bin" * binary, meta}
-    missing = sorted(wanted - batches.keys())
-    if missing or len(names) < 2:
-        raise ToolError(f"{source}: lacks {', '.join(missing) or 'data_batch_1'} of CIFAR-10")
+    for number in range(1, max(2, len(names))):  # one of the names is the test batch's
+        wanted.add(f"data_batch_{number}" + ".bin" * binary)
+    if missing := sorted(wanted - batches.keys()):
+        raise ToolError(f"{source}: lacks {', '.join(missing)} of CIFAR-10")
     classes = (binary_classes if binary else python_classes)(batches[meta], f"{source}, {meta}")
     read = binary_batch if binary else python_batch
     for name in names:
@@ -178,13 +263,22 @@ def official(batches: dict[str, bytes], source: Path) -> Iterator[Picture]:
             yield Picture(split, classes[label], f"{part}-{number:05d}.png", buffer.getvalue())
 
 
-def write_tars(source: Path, dest: Path) -> dict[str, int]:
+class Written(NamedTuple):
+    """What write_tars has written: images of train and val, their classes, and the image files of
+    the source that are in no class folder."""
+
+    images: dict[str, int]
+    classes: int
+    left_out: list[str]
+
+
+def write_tars(source: Path, dest: Path) -> Written:
     """Write DEST/train.tar and DEST/val.tar, each under its name only once both are complete.
 
-    Returns the images of each. ToolError where the source lacks one, or their classes differ.
+    ToolError where the source lacks one, their classes differ, or there are over ten.
     """
     temporary = {split: dest / f".{split}.tar.{os.getpid()}.tmp" for split in ("train", "val")}
-    count = dict.fromkeys(temporary, 0)
+    count, left_out = dict.fromkeys(temporary, 0), list[str]()
     classes: dict[str, set[str]] = {split: set() for split in temporary}
     check_writable(dest, folder=True)
     with naming(dest, "cannot be written"):
@@ -192,7 +286,7 @@ def write_tars(source: Path, dest: Path) -> dict[str, int]:
         try:
             with ExitStack() as stack:
                 files = {s: stack.enter_context(p.open("wb")) for s, p in temporary.items()}
-                for split, label, name, data in pictures(source):
+                for split, label, name, data in pictures(source, left_out):
                     files[split].write(header(f"{label}/{name}".encode(), len(data)))
                     files[split].write(data + padding(len(data)))
                     classes[split].add(label)
@@ -207,7 +301,7 @@ def write_tars(source: Path, dest: Path) -> dict[str, int]:
         finally:
             for path in temporary.values():
                 path.unlink(missing_ok=True)
-    return count
+    return Written(count, len(classes["train"]), left_out)
 
 
 def _check(source: Path, classes: dict[str, set[str]]) -> None:
@@ -223,12 +317,29 @@ def _check(source: Path, classes: dict[str, set[str]]) -> None:
             f"{source}: the training and test images should be of the same two classes or more, "
             + (f"and {odd[0]!r} is in one of them only" if odd else "and there is one class")
         )
+    if len(classes["train"]) > MOST_CLASSES:
+        raise ToolError(
+            f"{source}: has {len(classes['train'])} classes, CIFAR-10 has {MOST_CLASSES}"
+        )
 
 
 def convert(options: argparse.Namespace) -> int:
     """The command."""
-    count = write_tars(options.source, options.dest)
-    print(f"{options.dest}: {count['train']} training and {count['val']} test images")
+    count, classes, left_out = write_tars(options.source, options.dest)
+    if left_out:
+        print(
+            f"warning: {options.source}: {len(left_out)} image files are not in train/<class>/ or "
+            f"test/<class>/ and were left out, such as {left_out[0]}",
+            file=sys.stderr,
+        )
+    found = f"{count['train']} training and {count['val']} test images of {classes} classes"
+    if (count, classes) != (OFFICIAL, MOST_CLASSES):
+        print(
+            f"warning: {options.source}: has {found}; CIFAR-10 has {OFFICIAL['train']} and "
+            f"{OFFICIAL['val']} of {MOST_CLASSES}",
+            file=sys.stderr,
+        )
+    print(f"{options.dest}: {found}")
     return 0
 
 

@@ -1,12 +1,13 @@
 """What a report needs of a folder of runs, in one small file: a tar.xz that a repository can hold.
 
-Kept are the settings, the results, the logged steps (thinned) and the last pictures of the runs;
-not their weights. Equal runs give equal bytes.
+Kept are the settings, the results, the logs (thinned) and the last pictures of the runs' first
+seed; not their weights. Equal runs give equal bytes.
 """
 
 import io
 import json
 import lzma
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -20,25 +21,19 @@ from shard_tools.atomic import write_atomic
 
 LARGEST = 1_000_000  # bytes
 STEPS = 60  # logged steps of a run that are kept, evenly spread
-DIGITS = 5  # significant ones of a number
+DIGITS = 5  # significant ones of a logged number; results keep theirs, since claims hang on them
 PICTURE = 60_000  # bytes of a picture, at most
 TOP = ("study.json", "facts.json", "tuning.json", "rates.json", "jobs.jsonl")
 LOOK = "look"  # folder of eval/visualise.py's pictures
 PCA = "pca.png"
-SETTINGS = ("recipe.yaml", "ds_config.json", "versions.json")
+STEP = re.compile(rb"\S+ \S+ step \d+/")  # of a line of log.txt
+SETTINGS = ("recipe.yaml", "ds_config.json", "versions.json", "failure.txt")
 
 
 def pack(output: Path, archive: Path) -> int:
     """Write the archive of a folder of runs, with as many pictures as there is room for; its bytes.
     UserError where it is over 1 MB without any."""
-    files = dict(sorted(kept(output)))
-    chosen = {name: data for name, data in files.items() if not name.endswith(".png")}
-    data = compressed(chosen)
-    room = 0.97 * LARGEST - len(data)
-    for name, picture in files.items():
-        if name.endswith(".png") and len(picture) + 1024 <= room:
-            chosen[name], room = picture, room - len(picture) - 1024
-    data = compressed(chosen)
+    data = compressed(selected(output))
     if len(data) > LARGEST:
         raise UserError(
             f"{archive}: {len(data):,} bytes of {output} are over {LARGEST:,}; judge fewer claims"
@@ -46,6 +41,29 @@ def pack(output: Path, archive: Path) -> int:
     with naming(archive, "cannot be written"):
         write_atomic(archive, data)
     return len(data)
+
+
+def selected(output: Path) -> dict[str, bytes]:
+    """Name → bytes of what an archive of a folder of runs holds."""
+    files = dict(sorted(kept(output)))
+    chosen = {name: data for name, data in files.items() if not name.endswith(".png")}
+    room = 0.97 * LARGEST - len(compressed(chosen))
+    for name, picture in files.items():
+        if name.endswith(".png") and len(picture) + 1024 <= room:
+            chosen[name], room = picture, room - len(picture) - 1024
+    return chosen
+
+
+@contextmanager
+def laid_out(files: dict[str, bytes]) -> Iterator[Path]:
+    """A folder of what an archive holds, for as long as it is used: of which a page is drawn, so
+    that one from the runs is the same as one from their archive."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        yield Path(folder)
 
 
 def compressed(files: dict[str, bytes]) -> bytes:
@@ -71,6 +89,8 @@ def kept(output: Path) -> Iterator[tuple[str, bytes]]:
             for name in SETTINGS:
                 if (run / name).is_file():
                     yield f"{run.name}/{name}", (run / name).read_bytes()
+            if (run / "log.txt").is_file():
+                yield f"{run.name}/log.txt", short_log((run / "log.txt").read_bytes())
             steps = thinned(read_lines(run / "metrics.jsonl"), STEPS)
             if steps:
                 lines = "".join(json.dumps(short(step)) + "\n" for step in steps)
@@ -78,8 +98,8 @@ def kept(output: Path) -> Iterator[tuple[str, bytes]]:
             for path in sorted((run / "eval").glob("*.json")):
                 result = read_json(path)
                 if isinstance(result.get("history"), list):
-                    result["history"] = thinned(result["history"], STEPS)
-                yield f"{run.name}/eval/{path.name}", json.dumps(short(result)).encode()
+                    result["history"] = short(thinned(result["history"], STEPS))
+                yield f"{run.name}/eval/{path.name}", json.dumps(result).encode()
             last = sorted((run / "pictures").glob("*.png"))[-1:]
             if last and run.name.endswith("-0") and last[0].stat().st_size <= PICTURE:
                 yield f"{run.name}/pictures/{last[0].name}", last[0].read_bytes()
@@ -100,6 +120,15 @@ def thinned(rows: list[Any], most: int) -> list[Any]:
     if len(rows) <= most:
         return rows
     return [rows[round(n * (len(rows) - 1) / (most - 1))] for n in range(most)]
+
+
+def short_log(log: bytes) -> bytes:
+    """A log without its steps, but for the last before each other line: metrics.jsonl has them."""
+    lines = log.splitlines(keepends=True)
+    steps = [STEP.match(line) is not None for line in lines]
+    following = [*steps[1:], False]
+    pairs = zip(lines, steps, following, strict=True)
+    return b"".join(line for line, step, then in pairs if not (step and then))
 
 
 def short(value: Any) -> Any:

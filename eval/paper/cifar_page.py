@@ -6,11 +6,11 @@ from pathlib import Path
 
 from eval.paper.archive import LOOK, PCA
 from eval.paper.reproduction import beside
-from eval.paper.study import Study, rules, wanted_metrics
-from eval.paper.tuning import Trial, at_edge, best, read_trials
+from eval.paper.study import Study, rules, summary, wanted_metrics
+from eval.paper.tuning import Trial, at_edge, best, outdone, read_trials
 from eval.protocols import headings
 from eval.reporting.chapters import picture_of
-from eval.reporting.page import Chapter
+from eval.reporting.page import Chapter, Detail
 from eval.reporting.run_records import read_json
 from eval.reporting.tables import NONE, Cell, Row, Table
 from pipeline.errors import UserError
@@ -26,8 +26,8 @@ ANCHORS = (
      "github.com/ariG23498/mae-scalable-vision-learners, README"),
 )  # fmt: skip
 
-
 FACTS = "facts.json"
+STAGES = {"pretrain": "pretraining", "finetune": "finetuning"}  # of the tuning, in words
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,41 @@ def read_facts(path: Path) -> Facts:
 
 def chapters(study: Study, facts: Facts) -> list[Chapter]:
     """The first chapters; those of the runs follow."""
-    found = [claims_chapter(study, facts), rows_chapter(study), anchors_chapter()]
+    trials = read_trials(study.workspace.output / "tuning.json")
+    found = [claims_chapter(study, facts, trials), rows_chapter(study), anchors_chapter()]
     pca = study.workspace.output / LOOK / PCA
     if pca.is_file():
         found.append(look_chapter(pca))
-    trials = read_trials(study.workspace.output / "tuning.json")
     return [*found, tuning_chapter(trials)] if trials else found
 
 
-def claims_chapter(study: Study, facts: Facts) -> Chapter:
+def claims_chapter(study: Study, facts: Facts, trials: Sequence[Trial]) -> Chapter:
     """The claims; what contradicts the paper first."""
     scale = study.workspace.scale
     texts = [
+        summary(study),
+        *rate_warnings(trials),
         rules(study),
         f"Scale: {scale.name} of eval/paper/scales.yaml. What fails here may hold at the paper's "
         "scale, and the reverse.",
         scale.tried,
         f"Cost so far: {facts.seconds / 3600:.2f} {facts.unit}-hours.",
     ]
+    details = []
     if facts.left:
-        texts.append(f"Not run, for want of time: {', '.join(facts.left)}.")
-    shown = tuple(filter(None, texts))
-    return Chapter("claims", "The paper's claims", shown, tuple(study.tables()))
+        texts.append(f"Not run, for want of time: {len(facts.left)} commands, named below.")
+        details.append(Detail("Not run, for want of time", (("commands", "\n".join(facts.left)),)))
+    return Chapter(
+        "claims", "The paper's claims", tuple(filter(None, texts)), tuple(study.tables()),
+        details=tuple(details),
+    )  # fmt: skip
 
 
 def rows_chapter(study: Study) -> Chapter:
     """The rows with all that was measured of them, beside the paper's."""
     wanted = wanted_metrics(study.claims, study.names)
-    rows = [(study.row(name), metrics) for name, metrics in wanted.items()]
+    shown = {name: metrics for name, metrics in wanted.items() if set(metrics) & set(headings())}
+    rows = [(study.row(name), metrics) for name, metrics in shown.items()]
     texts = ("The paper's numbers are of ViT-B/16 on ImageNet; rows that are ours have none.",)
     table = beside("", rows, study.workspace, study.seeds)
     return Chapter("reproduced", "Beside the paper", texts, (table,))
@@ -90,8 +97,11 @@ def rows_chapter(study: Study) -> Chapter:
 def anchors_chapter() -> Chapter:
     """What others report of MAE on CIFAR-10."""
     rows = tuple(Row(tuple(map(Cell, anchor))) for anchor in ANCHORS)
-    table = Table(("model", "pretraining", "CIFAR-10 test images", "source"), rows)
-    texts = ("Their models and epochs are larger than those of two cores.",)
+    table = Table(("model", "pretraining", "CIFAR-10 test images", "source"), rows, text=True)
+    texts = (
+        "Of other models, epochs and recipes than ours, each of one run as far as its source says: "
+        "no claim is judged by them.",
+    )
     return Chapter("anchors", "What others report", texts, (table,))
 
 
@@ -107,12 +117,19 @@ def look_chapter(pca: Path) -> Chapter:
 
 def tuning_chapter(trials: Sequence[Trial]) -> Chapter:
     """Every learning rate that was tried, on held-out training images; the chosen ones marked."""
-    tables = [tuning_table(trials, stage) for stage in ("pretrain", "finetune")]
+    tables = [tuning_table(trials, stage) for stage in STAGES]
     texts = [
         "Chosen on a tenth of the training images, held out, with as many trials and as many "
         "images seen for every method, and one seed that no claim uses."
     ]
-    for stage, what in (("pretrain", "pretraining"), ("finetune", "finetuning")):
+    if any(trial.beyond for trial in trials):
+        late = any(trial.late for trial in trials)
+        texts.append(
+            "Beyond the grid: one more trial of each method whose best rate was at an end of it, "
+            + ("made after the rates had been chosen, which stay." if late else "as the rest.")
+        )
+    texts += rate_warnings(trials)
+    for stage, what in STAGES.items():
         if methods := at_edge(trials, stage):
             texts.append(
                 f"At an end of the rates tried, so that a better one may be beyond it: {what} of "
@@ -121,21 +138,33 @@ def tuning_chapter(trials: Sequence[Trial]) -> Chapter:
     return Chapter("tuning", "Learning rates", tuple(texts), tuple(t for t in tables if t.rows))
 
 
+def rate_warnings(trials: Sequence[Trial]) -> list[str]:
+    """A sentence for each method whose rows have a worse rate than one that was tried later."""
+    return [
+        f"Warning: {what} of {chosen.method} has base_lr {chosen.base_lr:g} "
+        f"({chosen.value:.2f} % on the held-out images) in every row; {better.base_lr:g}, tried "
+        f"later, is better ({better.value:.2f} %). What these rows lose or win by may be the rate."
+        for stage, what in STAGES.items()
+        for chosen, better in outdone(trials, stage)
+    ]
+
+
 def tuning_table(trials: Sequence[Trial], stage: str) -> Table:
     """A row per method, a column per rate."""
     mine = [trial for trial in trials if trial.stage == stage]
     rates = sorted({trial.base_lr for trial in mine})
     chosen = best(trials, stage)
-    found = {(trial.method, trial.base_lr): trial.value for trial in mine}
+    found = {(trial.method, trial.base_lr): trial for trial in mine}
     rows = []
     for method in dict.fromkeys(trial.method for trial in mine):
         cells = [Cell(method)]
         for rate in rates:
-            value = found.get((method, rate))
-            text = NONE if value is None else f"{value:.2f}"
-            cells.append(Cell(text, "chosen" if chosen[method] == rate else ""))
+            trial = found.get((method, rate))
+            notes = ["chosen"] if chosen[method] == rate else []
+            notes += ["beyond the grid"] if trial and trial.beyond else []
+            cells.append(Cell(f"{trial.value:.2f}" if trial else NONE, ", ".join(notes)))
         rows.append(Row(tuple(cells)))
     metric = headings()[mine[0].metric] if mine else ""
-    what = "Pretraining" if stage == "pretrain" else "Finetuning"
+    what = STAGES[stage].capitalize()
     head = ("method", *(f"{rate:g}" for rate in rates))
     return Table(head, tuple(rows), f"{what}: {metric} by base_lr")

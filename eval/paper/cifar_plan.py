@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from eval.paper.archive import LOOK
-from eval.paper.cifar_claims import LATER, METHODS, NAMES, cifar_row, claims_of, method_of
+from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
 from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
 from eval.paper.job_runner import Command, costs, python, unique
@@ -28,7 +28,7 @@ class Settings:
     """What to do: claims to judge, on seeds 0 … seeds - 1, at a scale, on the shards in `data`, of
     a source of CIFAR-10 (None: they are there); jobs: commands side by side; hours: of this machine
     in all (0: no limit); archive: where to write it (None: nowhere); tuned: learning rates are
-    chosen first."""
+    chosen first; extended: also among rates beyond the grid, see tuning."""
 
     claims: tuple[int, ...]
     scale: Scale
@@ -41,6 +41,7 @@ class Settings:
     archive: Path | None = None
     dry_run: bool = False
     tuned: bool = True
+    extended: bool = False
 
     @property
     def workspace(self) -> Workspace:
@@ -73,7 +74,12 @@ def tuning_of(settings: Settings) -> Tuning:
     needed = {method_of(name) for name in wanted_metrics(claims, NAMES)}
     tuned = METHODS if settings.tuned else ()
     rows = {method: cifar_row(method, {}, {}, 1) for method in tuned if method in needed}
-    return Tuning(settings.workspace, str(shards / "tune-train"), str(shards / "tune-val"), rows)
+    path = settings.output / RECORD
+    begun = read_record(path).get("extended", False) if path.is_file() else None
+    return Tuning(
+        settings.workspace, str(shards / "tune-train"), str(shards / "tune-val"), rows,
+        extend=settings.extended or bool(begun), late=begun is False,
+    )  # fmt: skip
 
 
 def study_of(workspace: Workspace, numbers: Sequence[int], seeds: int, compute: float) -> Study:
@@ -116,6 +122,8 @@ def claim_output(settings: Settings) -> dict[str, Any]:
             )
         return before
     record["compute"] = compute_of(settings.workspace)
+    if settings.extended:  # from the beginning, so that rates beyond the grid may be chosen
+        record["extended"] = True
     with naming(path, "cannot be written"):
         write_json(path, record)
     return record
@@ -157,11 +165,9 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
 
 
 def jobs_of_rows(study: Study) -> list[Command]:
-    """Every job of the claims, claim by claim, some several times; those of LATER last of all."""
-    of_claim = {c.number: replace(study, claims=(c,)).jobs() for c in study.claims}
-    jobs = [job for number, found in of_claim.items() if number not in LATER for job in found]
-    jobs += looks(study)
-    return jobs + [job for number in LATER for job in of_claim.get(number, ())]
+    """Every job of the claims, claim by claim, some several times."""
+    jobs = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
+    return jobs + looks(study)
 
 
 def looks(study: Study) -> list[Command]:
@@ -206,6 +212,8 @@ def show(settings: Settings, plan: Plan) -> list[str]:
             state = "done" if job.done else "no room" if job.name in left else cost
             lines.append(f"{state:>12}  {job.images:>9,} images  {job.name}")
             lines.append(f"{'':>14}{' '.join(map(quote, job.command))}")
+    if settings.extended:
+        lines.append("(--extend-tuning: rates beyond the grid follow once its own are tried)")
     todo = sum(plan.seconds[job.name] for job in plan.kept) / 3600
     lines.append(
         f"{spent(settings) / 3600:.2f} {what}-hours used, {todo:.2f} to do: "

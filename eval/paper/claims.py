@@ -14,6 +14,7 @@ from eval.paper.statistics import (
 )
 
 REFUTED = "the opposite holds"
+DIGITS = 9  # behind the point, of a difference
 
 # (row, metric) → our values by seed, None where one is missing.
 Values = Callable[[str, str], Sequence[float | None]]
@@ -23,7 +24,7 @@ Values = Callable[[str, str], Sequence[float | None]]
 class Difference:
     """`better` should exceed `worse` in a metric; the same seeds make pairs.
 
-    margin: it may fall short by as much (`at most this much worse`).
+    margin: it may fall short by as much (`at most this much worse`): a test of non-inferiority.
     """
 
     better: str
@@ -44,11 +45,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A difference as found: values, mean, its 95 % interval, p-value and verdict.
+    """A difference as found: the pairs' values, mean, its 95 % interval, p-value and verdict.
 
-    corrected: the p-value that decides, corrected for the number of differences where `correct` has
-    been called. level: what p had to be below. holds: the mean plus the margin is surely above 0
-    (surely below: refuted; else undecided).
+    p: of the mean against minus the margin, two-sided. corrected: the p-value that decides,
+    corrected for the number of differences where `correct` has been called. level: what p would
+    have to be below. holds: the mean plus the margin is surely above 0 (surely below: refuted;
+    else undecided).
     """
 
     difference: Difference
@@ -64,7 +66,7 @@ class Judged:
     @property
     def apart(self) -> tuple[float, ...]:
         """The paired differences."""
-        return tuple(a - b for a, b in zip(self.better, self.worse, strict=True))
+        return differences(self.better, self.worse)
 
     @property
     def bootstrap(self) -> tuple[float, float]:
@@ -88,8 +90,18 @@ class Judged:
     @property
     def seeds_needed(self) -> int | None:
         """Seeds that would decide it, if mean and deviation are as found; see statistics."""
-        margin = self.difference.margin
-        return seeds_needed([value + margin for value in self.apart], self.level)
+        return seeds_needed(above(self.apart, self.difference.margin), self.level)
+
+
+def differences(better: Sequence[float], worse: Sequence[float]) -> tuple[float, ...]:
+    """Paired differences, without the last digits of floating point, which would be a deviation of
+    differences that are equal."""
+    return tuple(round(a - b, DIGITS) for a, b in zip(better, worse, strict=True))
+
+
+def above(apart: Sequence[float], margin: float) -> list[float]:
+    """What differences are above minus the margin."""
+    return [round(value + margin, DIGITS) for value in apart]
 
 
 def judge(difference: Difference, values: Values) -> Judged:
@@ -104,9 +116,9 @@ def judge(difference: Difference, values: Values) -> Judged:
         if a is not None and b is not None
     ]
     better, worse = tuple(a for a, _ in both), tuple(b for _, b in both)
-    apart = [a - b for a, b in both]
+    apart = differences(better, worse)
     middle = mean(apart) if apart else float("nan")
-    p = p_value([value + difference.margin for value in apart])
+    p = p_value(above(apart, difference.margin))
     return Judged(difference, better, worse, middle, *interval(apart), p, p)
 
 

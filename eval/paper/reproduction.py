@@ -14,7 +14,7 @@ from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.protocols import by_key, headings, keys
 from eval.reporting.run_records import read_result, with_beside
-from eval.reporting.tables import FEATURE_NAMES, NONE, Cell, Row, Table
+from eval.reporting.tables import FEATURE_NAMES, NONE, UNMEASURED, Cell, Row, Table
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
@@ -128,6 +128,13 @@ def choose_rows(table: PaperTable, names: Sequence[str] | None) -> list[PaperRow
     return [known[name] for name in names or known]
 
 
+def published_anywhere(row: PaperRow) -> dict[str, float]:
+    """The metrics that the paper gives a row, those of its other tables too."""
+    others = [other for known in known_tables().values() for other in known.rows]
+    same = [o for o in others if (o.recipe or o.initial) and run_name(o, 0) == run_name(row, 0)]
+    return {metric: value for o in same for metric, value in o.published.items()}
+
+
 def columns_of(table: PaperTable, row: PaperRow) -> list[str]:
     """The metrics that a row is given: the published ones."""
     return [name for name in table.columns if name in row.published]
@@ -172,7 +179,8 @@ def spread_text(values: Sequence[float]) -> str:
 def beside(
     title: str, rows: Sequence[tuple[PaperRow, Sequence[str]]], workspace: Workspace, seeds: int
 ) -> Table:
-    """Rows with some of their metrics: the paper's, and ours as mean ± deviation over seeds."""
+    """Rows with some of their metrics: the paper's, and ours as mean ± deviation over seeds; how
+    many of them, where it is not all."""
     titles = headings()
     columns = [c for c in titles if any(c in wanted for _, wanted in rows)]
     head = ["row"] + [text for c in columns for text in (f"{titles[c]}: paper", "ours")]
@@ -180,15 +188,23 @@ def beside(
     for row, wanted in rows:
         cells = [Cell(row.name)]
         for column in columns:
-            found = [our_result(workspace, row, seed, column) for seed in range(seeds)]
-            ours = spread_text([value for value in found if value is not None])
-            shown = ours if column in wanted else NONE
+            published = Cell(str(row.published.get(column, NONE)))
+            if column not in wanted:
+                cells += [published, Cell(NONE)]
+                continue
+            results = [our_result(workspace, row, seed, column) for seed in range(seeds)]
+            found = [value for value in results if value is not None]
             _, *others = by_feature(workspace, row, seeds, column).items() or [("", [])]
-            note = ", ".join(f"{FEATURE_NAMES[f]} {spread_text(v)}" for f, v in others)
-            cells += [Cell(str(row.published.get(column, NONE))), Cell(shown, note)]
+            small = [f"{FEATURE_NAMES[f]} {spread_text(v)}" for f, v in others]
+            small += [f"{len(found)} of {seeds} seeds"] if 0 < len(found) < seeds else []
+            ours = spread_text(found) if found else UNMEASURED
+            cells += [published, Cell(ours, "; ".join(small))]
         lines.append(Row(tuple(cells), baseline=row.initial == "random"))
     facts = f"scale {workspace.scale.name}, {seeds} seed{'s' if seeds > 1 else ''}"
-    notes = [f"Ours: {facts}; ± is the sample standard deviation over seeds."]
+    notes = [
+        f"Ours: {facts}; ± is the sample standard deviation over seeds, and a number without it is "
+        f"of one seed. {NONE}: not of this row."
+    ]
     if any(c == "psnr" for c in columns):
         notes.append(
             "PSNR: with the true mean and deviation of each patch where the recipe predicts "

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
-from math import sqrt
+from math import isfinite, sqrt
 from statistics import mean, stdev
 from types import ModuleType
 
@@ -21,9 +21,15 @@ def _distributions() -> ModuleType:
     return scipy.stats
 
 
+def unusable(values: Sequence[float]) -> bool:
+    """Whether values tell no deviation."""
+    return len(values) < 2 or not all(map(isfinite, values))
+
+
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Student's interval of the mean; without bounds for fewer than two values."""
-    if len(values) < 2:
+    """Student's interval of the mean; without bounds for fewer than two values, and for values
+    that are not finite."""
+    if unusable(values):
         return float("-inf"), float("inf")
     quantile = float(_distributions().t.ppf((1 + confidence) / 2, len(values) - 1))
     half = quantile * stdev(values) / sqrt(len(values))
@@ -33,12 +39,12 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 def bootstrap_interval(
     values: Sequence[float], confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
-    """The bootstrap's percentile interval of the mean (Efron 1979); without bounds for fewer than
-    two values. Of up to six values every resample is listed; of three it is hardly ever wider than
-    their range, so Student's is the one that decides.
+    """The bootstrap's percentile interval of the mean (Efron 1979); without bounds where Student's
+    is. Of up to six values every resample is listed. It is never wider than the range of
+    the values, so of few it is too narrow, and Student's is the one that decides.
     """
     n = len(values)
-    if n < 2:
+    if unusable(values):
         return float("-inf"), float("inf")
     means = np.asarray(values, np.float64)[_resamples(n)].mean(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -54,8 +60,9 @@ def _resamples(n: int) -> np.ndarray:
 
 
 def p_value(values: Sequence[float]) -> float:
-    """Of Student's two-sided test that the mean is 0; 1 for fewer than two values."""
-    if len(values) < 2:
+    """Of Student's two-sided test that the mean is 0; 1, which decides nothing, for fewer than two
+    values and for values that are not finite."""
+    if unusable(values):
         return 1.0
     middle, deviation = mean(values), stdev(values)
     if not deviation:
@@ -79,9 +86,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def seeds_needed(values: Sequence[float], level: float = 1 - CONFIDENCE) -> int | None:
     """Pairs that Student's two-sided test at `level` needs to find a mean as found, with this
     deviation, in 80 % of studies (noncentral t). None where it is over a thousand, or fewer than
-    two values tell no deviation.
+    two values, or values that are not finite, tell no deviation.
     """
-    if len(values) < 2:
+    if unusable(values):
         return None
     middle, deviation = abs(mean(values)), stdev(values)
     if not middle:

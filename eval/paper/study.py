@@ -6,6 +6,7 @@ What eval/mini_paper.py and eval/cifar_paper.py share.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import isfinite
 
 from eval.paper.claims import CONFIDENCE, REFUTED, Claim, Judged, correct, judge, verdict
 from eval.paper.commands import Workspace, row_jobs
@@ -15,7 +16,7 @@ from eval.paper.reproduction import our_result, result_path
 from eval.protocols import headings, keys
 from eval.reporting.cka_charts import cka_table
 from eval.reporting.run_records import read_result
-from eval.reporting.tables import Cell, Row, Table
+from eval.reporting.tables import NONE, UNMEASURED, Cell, Row, Table
 from pipeline.errors import UserError
 
 LARGE = 0.7  # share of dropped patches from which a CKA counts as of a large one
@@ -59,7 +60,10 @@ class Study:
         try:
             by_ratio = zip(result["ratios"], cka_table(result, what.split()[1]) or (), strict=True)
             rows = [values for ratio, values in by_ratio if ratio > LARGE - 1e-6]
-            return sum(map(sum, rows)) / sum(map(len, rows))
+            value = sum(map(sum, rows)) / sum(map(len, rows))
+            if not isfinite(value):
+                raise ValueError(f"a CKA of {value}")
+            return value
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(
                 f"{path}: not a result of today's eval/cka.py with {LARGE:.0%} dropped and more; "
@@ -90,9 +94,9 @@ class Study:
     def tables(self) -> list[Table]:
         """A table per claim: those that contradict the paper first, then those that hold."""
         judged = self.judged()
-        order = {REFUTED: 0, "holds": 1, "undecided": 2}
-        first = sorted(self.claims, key=lambda claim: order[word(judged[claim.number])])
-        return [claim_table(claim, judged[claim.number]) for claim in first]
+        order = (REFUTED, "holds", "undecided", UNMEASURED)
+        first = sorted(self.claims, key=lambda claim: order.index(word(judged[claim.number])))
+        return [claim_table(claim, judged[claim.number], self.seeds) for claim in first]
 
 
 def wanted_metrics(claims: Sequence[Claim], names: Sequence[str]) -> dict[str, list[str]]:
@@ -113,32 +117,55 @@ def protocol_of(metric: str) -> str:
 
 
 def word(judged: Sequence[Judged]) -> str:
-    """A claim's verdict in a word."""
+    """A claim's verdict in a word: it holds where all its differences do, and the opposite where
+    that of one does, whether or not the others are measured."""
     if verdict(judged):
         return "holds"
-    return REFUTED if any(one.verdict == REFUTED for one in judged) else "undecided"
+    if any(one.verdict == REFUTED for one in judged):
+        return REFUTED
+    return "undecided" if any(one.apart for one in judged) else UNMEASURED
 
 
-def claim_table(claim: Claim, judged: Sequence[Judged]) -> Table:
+def summary(study: Study) -> str:
+    """The verdicts in a sentence or a few, what contradicts a claim first."""
+    judged = study.judged()
+    found: dict[str, list[str]] = {}
+    for number in sorted(judged):
+        found.setdefault(word(judged[number]), []).append(str(number))
+    names = ((REFUTED, "Refuted here"), ("holds", "Hold"), ("undecided", "Undecided"),
+             (UNMEASURED, "Not measured yet"))  # fmt: skip
+    return " ".join(
+        f"{name}: {', '.join(found[what]) if what in found else 'none'}."
+        for what, name in names
+        if what in found or what == REFUTED
+    )
+
+
+def claim_table(claim: Claim, judged: Sequence[Judged], seeds: int) -> Table:
     """A claim's differences: both means, the difference with its intervals, p, the verdict."""
     head = ("difference", "metric", "first", "second", "difference (95 % interval)", "bootstrap",
             "p", "verdict")  # fmt: skip
-    marks = {"holds": "holds", REFUTED: "does not hold", "undecided": "is undecided"}
-    rows = tuple(Row(tuple(claim_cells(one))) for one in judged)
+    marks = {"holds": "holds", REFUTED: "does not hold", "undecided": "is undecided",
+             UNMEASURED: "is not measured"}  # fmt: skip
+    rows = tuple(Row(tuple(claim_cells(one, seeds))) for one in judged)
     return Table(head, rows, f"Claim {claim.number} {marks[word(judged)]} here: {claim.text}")
 
 
-def claim_cells(one: Judged) -> list[Cell]:
-    """A difference as a row of `claim_table`."""
+def claim_cells(one: Judged, seeds: int) -> list[Cell]:
+    """A difference as a row of `claim_table`; seeds: as many pairs as there should be."""
     d, digits = one.difference, 3 if protocol_of(one.difference.metric) == "cka" else 2
-    means = [f"{sum(v) / len(v):.{digits}f}" if v else "-" for v in (one.better, one.worse)]
+    means = [f"{sum(v) / len(v):.{digits}f}" if v else NONE for v in (one.better, one.worse)]
     names = f"{d.better} - {d.worse}"
     metric = titles().get(d.metric, d.metric.replace("cka ", "CKA, "))
     allowed = f"may be {d.margin:g} {d.unit} less" if d.margin else ""
-    cells = [Cell(names, allowed), Cell(metric), *map(Cell, means)]
-    if len(one.apart) < 2:
-        apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip() if one.apart else "-"
-        cells += [Cell(apart, "no interval: fewer than two seeds"), Cell("-"), Cell("-")]
+    pairs = len(one.apart)
+    partly = f"{pairs} of {seeds} seeds" if 0 < pairs < seeds else ""
+    cells = [Cell(names, allowed), Cell(metric, partly), *map(Cell, means)]
+    if not pairs:
+        return [*cells, *[Cell(NONE)] * 3, Cell(one.verdict, UNMEASURED)]
+    if pairs < 2:
+        apart = f"{one.mean:+.{digits}f} {d.unit}".rstrip()
+        cells += [Cell(apart, "no interval: fewer than two seeds"), Cell(NONE), Cell(NONE)]
         return [*cells, Cell(one.verdict)]
     between = [
         f"{a:+.{digits}f} … {b:+.{digits}f}" for a, b in ((one.low, one.high), one.bootstrap)
@@ -168,7 +195,9 @@ def rules(study: Study) -> str:
     text = (
         f"{seeds} seed{'s' if seeds > 1 else ''}; each seed has its own pretraining, its own "
         "finetuning and its own 10 % of the labels, and pairs are of one seed. A claim holds where "
-        f"Student's test finds each paired difference above 0 at {1 - CONFIDENCE:.0%}; "
+        f"Student's two-sided test at {1 - CONFIDENCE:.0%} finds each paired difference above 0 "
+        "(or above minus what its row may be less: then p is of that), and is refuted where it "
+        "finds one below; intervals are over seeds, on one set of test images; "
     )
     if study.corrected:
         return text + (

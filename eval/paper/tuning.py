@@ -4,10 +4,13 @@ First each method is pretrained with every base_lr of the scale's `tune` for its
 evaluated by its `metric`; then the best encoder of each, and a random one, is finetuned with every
 finetune_lr for `finetune_epochs` percent of the usual. Every method has the same number of trials
 and of images seen. What was tried is in OUTPUT/tuning.json, and the report shows it.
+
+Where it is wanted (--extend-tuning), a method whose best rate of a stage is at an end of the grid
+has one more trial, as far beyond the end as the grid's next rate is inside it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,23 +36,29 @@ SEED = 1000  # of every trial: none of a study's
 @dataclass(frozen=True)
 class Trial:
     """What one learning rate of a method came to on the held-out images. stage: pretrain, and
-    the base_lr of a recipe, or finetune, and that of finetuning."""
+    the base_lr of a recipe, or finetune, and that of finetuning. beyond: whether it is one beyond
+    the grid; late: tried when rates had been chosen already, so it is never chosen."""
 
     method: str
     stage: str
     base_lr: float
     metric: str
     value: float
+    beyond: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a workspace's methods are tuned; train, held_out: shards; rows: method → its row."""
+    """How a workspace's methods are tuned; train, held_out: shards; rows: method → its row;
+    extend: rates beyond the ends of the grid are tried; late: the study has begun without them."""
 
     workspace: Workspace
     train: str
     held_out: str
     rows: dict[str, PaperRow]
+    extend: bool = False
+    late: bool = False
 
     @property
     def grid(self) -> dict[str, Any]:
@@ -78,11 +87,13 @@ class Tuning:
         chosen, since both grids have one rate: then the rows have the scale's."""
         if max(len(self.grid["base_lr"]), len(self.grid["finetune_lr"])) < 2:
             return []
+        pairs = [(rate, m) for rate in self.grid["base_lr"] for m in self.pretrained()]
+        if self.extend:
+            pairs += [(rate, m) for m, rate in beyond(self.first(), "pretrain").items()]
         return [
             renamed(job, f"tune {base_lr:g}")
-            for base_lr in self.grid["base_lr"]
-            for row in self.pretrained().values()
-            for job in row_jobs(self.trial(base_lr), row, SEED, [self.grid["metric"]])
+            for base_lr, method in pairs
+            for job in row_jobs(self.trial(base_lr), self.rows[method], SEED, [self.grid["metric"]])
         ]
 
     def pretrained(self) -> dict[str, PaperRow]:
@@ -90,24 +101,22 @@ class Tuning:
 
     def first(self) -> list[Trial]:
         """What the first stage has found so far."""
-        metric, found = str(self.grid["metric"]), []
-        for method, row in self.pretrained().items():
-            for base_lr in self.grid["base_lr"]:
-                value = our_result(self.trial(base_lr), row, SEED, metric)
-                if value is not None:
-                    found.append(Trial(method, "pretrain", float(base_lr), metric, value))
-        return found
+        metric, pretrained = str(self.grid["metric"]), self.pretrained()
+
+        def value(method: str, base_lr: float) -> float | None:
+            return our_result(self.trial(base_lr), pretrained[method], SEED, metric)
+
+        return self.found(pretrained, "pretrain", self.grid["base_lr"], metric, value)
 
     def finetunings(self, best: dict[str, float]) -> list[Command]:
         """The trials of the second stage, none where the grid has one rate; best: method → its
         pretraining rate."""
         if len(self.grid["finetune_lr"]) < 2:
             return []
-        return [
-            self.finetuning(method, row, best, float(base_lr))
-            for base_lr in self.grid["finetune_lr"]
-            for method, row in self.rows.items()
-        ]
+        pairs = [(float(rate), m) for rate in self.grid["finetune_lr"] for m in self.rows]
+        if self.extend:
+            pairs += [(rate, m) for m, rate in beyond(self.second(), "finetune").items()]
+        return [self.finetuning(m, self.rows[m], best, base_lr) for base_lr, m in pairs]
 
     def finetuning(
         self, method: str, row: PaperRow, best: dict[str, float], base_lr: float
@@ -130,20 +139,44 @@ class Tuning:
 
     def second(self) -> list[Trial]:
         """What the second stage has found so far."""
-        metric, found = by_key("finetune").metric, []
-        for method in self.rows:
-            for base_lr in self.grid["finetune_lr"]:
-                path = self.finetuned(method, float(base_lr))
-                if path.is_file():
-                    value = float(read_result(path)[metric])
-                    found.append(Trial(method, "finetune", float(base_lr), "finetune", value))
-        return found
+        metric = by_key("finetune").metric
+
+        def value(method: str, base_lr: float) -> float | None:
+            path = self.finetuned(method, base_lr)
+            return float(read_result(path)[metric]) if path.is_file() else None
+
+        return self.found(self.rows, "finetune", self.grid["finetune_lr"], "finetune", value)
+
+    def found(
+        self,
+        methods: Iterable[str],
+        stage: str,
+        rates: Sequence[float],
+        metric: str,
+        value: Callable[[str, float], float | None],
+    ) -> list[Trial]:
+        """The trials of a stage that have a value, also those beyond the grid of an earlier call
+        that was told to extend it."""
+        trials = []
+        for method in methods:
+            mine = [(float(rate), value(method, float(rate))) for rate in rates]
+            grid = [Trial(method, stage, rate, metric, v) for rate, v in mine if v is not None]
+            trials += grid
+            for rate in beyond(grid, stage).values() if len(grid) == len(rates) else ():
+                if (more := value(method, rate)) is not None:
+                    trials.append(Trial(method, stage, rate, metric, more, True, self.late))
+        return trials
 
     def write(self) -> None:
         """Note every trial in OUTPUT/tuning.json."""
-        trials = [asdict(trial) for trial in (*self.first(), *self.second())]
+        trials = [noted(trial) for trial in (*self.first(), *self.second())]
         with naming(self.record, "cannot be written"):
             write_json(self.record, {"grid": self.grid, "trials": trials})
+
+
+def noted(trial: Trial) -> dict[str, Any]:
+    """A trial as tuning.json has it: of one in the grid not that it is."""
+    return {key: value for key, value in asdict(trial).items() if value is not False}
 
 
 def renamed(job: Command, prefix: str) -> Command:
@@ -159,18 +192,47 @@ def renamed(job: Command, prefix: str) -> Command:
 def best(trials: Sequence[Trial], stage: str) -> dict[str, float]:
     """Method → the learning rate of its best trial of a stage; of equals the lowest."""
     found: dict[str, Trial] = {}
-    for trial in sorted((t for t in trials if t.stage == stage), key=lambda t: t.base_lr):
+    chosen_from = (t for t in trials if t.stage == stage and not t.late)
+    for trial in sorted(chosen_from, key=lambda t: t.base_lr):
         if trial.method not in found or trial.value > found[trial.method].value:
             found[trial.method] = trial
     return {method: trial.base_lr for method, trial in found.items()}
 
 
+def rates_of(trials: Sequence[Trial], method: str, stage: str) -> list[float]:
+    """The rates that were tried, from the lowest up."""
+    return sorted(t.base_lr for t in trials if (t.method, t.stage) == (method, stage))
+
+
 def at_edge(trials: Sequence[Trial], stage: str) -> list[str]:
     """Methods whose best rate is the lowest or the highest that was tried: a better one may lie
     beyond it."""
-    rates = {trial.base_lr for trial in trials if trial.stage == stage}
-    ends = {min(rates), max(rates)} if len(rates) > 1 else set()
-    return [method for method, rate in best(trials, stage).items() if rate in ends]
+    found = []
+    for method, rate in best(trials, stage).items():
+        rates = rates_of(trials, method, stage)
+        if len(rates) > 1 and rate in (rates[0], rates[-1]):
+            found.append(method)
+    return found
+
+
+def beyond(trials: Sequence[Trial], stage: str) -> dict[str, float]:
+    """Method → the rate to try beyond the grid, for those whose best is at an end of it: as many
+    times the end as the end is the rate beside it. Trials beyond the grid do not count."""
+    grid = [trial for trial in trials if not trial.beyond]
+    chosen, found = best(grid, stage), {}
+    for method in at_edge(grid, stage):
+        rates = rates_of(grid, method, stage)
+        end, next_one = rates[:2] if chosen[method] == rates[0] else rates[:-3:-1]
+        found[method] = float(f"{end * end / next_one:.3g}")
+    return found
+
+
+def outdone(trials: Sequence[Trial], stage: str) -> list[tuple[Trial, Trial]]:
+    """(chosen, better) of each method of which a late trial is better than the chosen one."""
+    rates = best(trials, stage)
+    chosen = {t.method: t for t in trials if t.stage == stage and rates[t.method] == t.base_lr}
+    late = [t for t in trials if t.stage == stage and t.late]
+    return [(chosen[t.method], t) for t in late if t.value > chosen[t.method].value]
 
 
 def read_trials(path: Path) -> list[Trial]:

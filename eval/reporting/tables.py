@@ -53,6 +53,7 @@ class Column:
 
 FEATURE_NAMES = {"cls": "cls token", "mean_patch": "mean of patches", "own": "own pooling"}
 NONE = "-"  # what a table shows where there is no number
+UNMEASURED = "not measured"  # and where one is still to come
 
 
 def column_of(result: dict[str, Any]) -> Column | None:

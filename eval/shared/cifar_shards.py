@@ -1,6 +1,7 @@
 """Shards of CIFAR-10, made by the shard tools where they are not there yet."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DONE = "shards/done.json"  # what the shards were made of, written last
 HELD_OUT = 0.1  # of the training images, for choosing learning rates
 SEED = 1000  # of which ones
-PARTS = ("train", "val", "tune-train", "tune-val")
+BUILDING = ".cifar10-building"  # folder of what is not finished, of this command alone
 
 
 def make_cifar_shards(source: Path | None, data: Path) -> None:
@@ -23,12 +24,18 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
     tune-val is a tenth of the training images, tune-train the others. UserError where there is no
     source to make them of, or where they were made of another one.
     """
-    done = data / DONE
+    done, building = data / DONE, data / BUILDING
     with naming(done, "cannot be read"):
         found = done.read_text(encoding="utf-8") if done.is_file() else ""
+        others = not found and done.parent.exists() and any(done.parent.iterdir())
     if found:
         check_source(found, source, done)
         return
+    if others:
+        raise UserError(
+            f"{done.parent}: holds no finished shards of CIFAR-10, and was not left by this "
+            "command; remove it, or choose another --data"
+        )
     if source is None:
         raise UserError(
             f"{data / 'shards'}: has no shards of CIFAR-10 yet; name your copy: CIFAR10=PATH, an "
@@ -36,19 +43,19 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
         )
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    for folder in ("images", "shards"):  # what a call that was cut off left
-        if (data / folder).exists():
-            with naming(data / folder, "cannot be removed"):
-                shutil.rmtree(data / folder)
-    build(source, data)
-    with naming(done, "cannot be written"):
-        write_json(done, record_of(source))
-    with naming(data / "images", "cannot be removed"):
-        shutil.rmtree(data / "images")
+    if building.exists():  # of a call that was cut off
+        with naming(building, "cannot be removed"):
+            shutil.rmtree(building)
+    build(source, building)
+    with naming(done.parent, "cannot be written"):
+        write_json(building / DONE, record_of(source))
+        os.replace(building / done.parent.name, done.parent)
+    with naming(building, "cannot be removed"):
+        shutil.rmtree(building)
 
 
 def build(source: Path, data: Path) -> None:
-    """Run the shard tools."""
+    """Run the shard tools: DATA/images, then DATA/shards of them."""
     tool, shards = ROOT / "shard_tools", data / "shards"
 
     def step(what: str, name: str, *words: object) -> None:
@@ -77,8 +84,10 @@ def check_source(found: str, source: Path | None, done: Path) -> None:
         known = json.loads(found)
     except ValueError as error:
         raise UserError(f"{done}: is damaged; remove {done.parent} to build it again") from error
-    if source is not None and source.exists() and record_of(source) != known:
-        name = known.get("source") if isinstance(known, dict) else known
+    if source is None:
+        return
+    here, name = record_of(source), known.get("source") if isinstance(known, dict) else known
+    if here != known and (source.exists() or here["source"] != name):
         raise UserError(
             f"{done.parent}: was made of {name}, not of {source}; choose another --data, or leave "
             "CIFAR10 out to use them"

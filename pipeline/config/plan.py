@@ -18,7 +18,8 @@ class RunPlan:
     config: all of it but the optimizer, which the engine adds (runtime/optimizers). lr: the peak.
     negatives: whether they come from the micro-batch of all ranks. exchanges: whether ranks send
     each other anything while the loss is computed. may_fail: which of compile and cuda_graphs are
-    "auto": what cannot be compiled or captured is then run without.
+    "auto": what cannot be compiled or captured is then run without. off: which of them is off on a
+    GPU though it is "auto", and why.
     """
 
     config: dict[str, Any]
@@ -37,6 +38,7 @@ class RunPlan:
     watchdog_seconds: float
     exchanges: bool = False
     may_fail: Set[str] = frozenset()
+    off: tuple[str, ...] = ()
 
     def describe(self) -> list[str]:
         """The plan as lines of a log."""
@@ -59,7 +61,7 @@ class RunPlan:
             lines.append("compile: the first steps compile the blocks")
         if self.cuda_graphs:
             lines.append("cuda_graphs: forward and backward of a micro-batch are one CUDA graph")
-        return lines
+        return [*lines, *self.off]
 
 
 def _count(number: int, noun: str) -> str:
@@ -119,7 +121,7 @@ def why_no_graphs(plan: RunPlan) -> str:
     if not torch.cuda.is_available():
         return "needs a CUDA device"
     if plan.checkpointing:
-        return "and gradient_checkpointing exclude each other"
+        return "excludes gradient_checkpointing"
     if not takes_flat(dataclasses.replace(plan, cuda_graphs=True)):
         return (
             "needs zero_optimization.stage 0 to 2 (3 on one rank), with nothing offloaded, no "
@@ -149,17 +151,25 @@ def settle(plan: RunPlan, compiled: bool | str, graphs: bool | str) -> RunPlan:
     import torch
 
     may_fail = {k for k, v in (("compile", compiled), ("cuda_graphs", graphs)) if v == "auto"}
+    gpu, off = torch.cuda.is_available(), []
     if compiled == "auto":
-        compiled = torch.cuda.is_available() and deepspeed_stage(plan) < 3
+        compiled = gpu and deepspeed_stage(plan) < 3
+        if gpu and not compiled:
+            off.append("compile: off (needs zero_optimization.stage 0 to 2)")
     problem = why_no_graphs(plan) if graphs else ""
     if graphs is True and problem:
         raise UserError(f"cuda_graphs of the ds_config {problem}: leave it out")
+    if gpu and problem:
+        off.append(f"cuda_graphs: off ({problem})")
     return dataclasses.replace(
-        plan, compile=bool(compiled), cuda_graphs=bool(graphs and not problem), may_fail=may_fail
-    )
+        plan, compile=bool(compiled), cuda_graphs=bool(graphs and not problem), may_fail=may_fail,
+        off=tuple(off),
+    )  # fmt: skip
 
 
 def for_steps(plan: RunPlan, steps: int) -> RunPlan:
     """The plan for a schedule of so many steps: a short one is over before compiling pays."""
-    short = "compile" in plan.may_fail and steps < SHORT
-    return dataclasses.replace(plan, compile=False) if short else plan
+    if not plan.compile or "compile" not in plan.may_fail or steps >= SHORT:
+        return plan
+    why = f"compile: off (a run of {_count(steps, 'step')} is over before it pays)"
+    return dataclasses.replace(plan, compile=False, off=(*plan.off, why))

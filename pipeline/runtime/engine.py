@@ -85,12 +85,12 @@ def init_ranks() -> Ranks:
         deepspeed.init_distributed(verbose=False)
         # Made here, where all ranks have just met: later it would wait for one that has died.
         groups._clone_world_group()
+        cores = cores_per_rank()  # the first thing that NCCL does
     if any_rank(bool(ops.problem())):
         ops.give_up("another rank has none")
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:
         unlink_buffer(rank)
-    cores = cores_per_rank()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
     return Ranks(rank, world, local_rank, local_world, device, cores)
@@ -195,7 +195,9 @@ class Engine:
             print(f"cuda_graphs: none can be captured here, kernels are launched one by one "
                   f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip
             self.graph = None
+        if self.graph is None:  # and the error, which held the tensors of the failed pass, is gone
             self.module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
             return None
         self.engine.allreduce_gradients()
         return found

@@ -9,7 +9,8 @@ in the graph's own memory and hold until the next micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ WARM = 3  # passes before the first capture: they compile kernels and blocks
 
 
 class CaptureError(RuntimeError):
-    """No graph can be captured; what CUDA or torch says."""
+    """No graph can be captured; what CUDA or torch says, also that memory ran out."""
 
 
 class MicroStepGraph:
@@ -96,8 +97,6 @@ class MicroStepGraph:
         held = _State([self._module, *(m for m in self._inputs if isinstance(m, nn.Module))])
         try:
             self._record(self._graph)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
         finally:
@@ -116,7 +115,7 @@ class MicroStepGraph:
             torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Threads of the loader and of NCCL may call CUDA meanwhile.
-        with torch.cuda.graph(
+        with _recording(
             graph, pool=None if before is None else before.pool(), stream=self._stream,
             capture_error_mode="thread_local",
         ):  # fmt: skip
@@ -136,6 +135,24 @@ class MicroStepGraph:
         for parameter, _ in found:
             parameter.grad = None
         return found
+
+
+@contextlib.contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
+    """torch.cuda.graph, but what fails inside is raised: at the end of a capture that has failed
+    torch raises that it has, over the cause."""
+    cause: BaseException | None = None
+    try:
+        with torch.cuda.graph(graph, **how):
+            try:
+                yield
+            except BaseException as error:
+                cause = error
+                raise
+    except RuntimeError:
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def _numbers(inputs: Any) -> list[Any]:

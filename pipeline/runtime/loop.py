@@ -14,6 +14,7 @@ from pipeline.data.crops import side_at
 from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.distributed import StopSignal, any_rank, lost_contact
 from pipeline.errors import PREEMPTED, UserError, refuse
+from pipeline.gpu_errors import cuda_fault, nccl_fault
 from pipeline.method.pictures import draw
 from pipeline.runtime import startup
 from pipeline.runtime.checkpoint import SaveError
@@ -41,9 +42,11 @@ def pretrain(settings: Settings) -> int:
         who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
         return refuse(error, who) if ranks.local_rank == 0 else 2
     except RuntimeError as error:
-        if not lost_contact(error):
+        fault = nccl_fault(error) or cuda_fault(error)
+        if not fault and not lost_contact(error):
             raise
-        print(f"error (rank {ranks.rank}): lost contact to another rank", file=sys.stderr)
+        who = f"rank {ranks.rank} on {socket.gethostname()}"
+        print(f"error ({who}): {fault or 'lost contact to another rank'}", file=sys.stderr)
         return 1
     try:
         size = run.recipe.encoder.image_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,8 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     plan = for_steps(plan, total)
     last = min(total, settings.max_steps or total)
     kernel_line = kernels.use(recipe.kernels, ranks.device)
+    if agree(lambda: kernel_line) != kernel_line:  # all wait for the slowest
+        print(f"rank {ranks.rank} on {socket.gethostname()}: {kernel_line}", file=sys.stderr)
     objective, teacher = build_objective(recipe)
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
     lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)

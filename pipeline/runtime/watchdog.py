@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pipeline.distributed import Ranks, lost_contact
 from pipeline.errors import UserError
+from pipeline.gpu_errors import cuda_fault, nccl_fault, one_line
 
 FAILURE = "failure.txt"
 STUCK = 75  # exit code: no progress for `watchdog_seconds`
@@ -49,7 +50,12 @@ def last_failure(output: Path, *, clear: bool = False) -> str:
 def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> int:
     """Say why this rank ends, unless another one said the same; the exit code."""
     gone = lost_contact(error)
-    reason = "lost contact to another rank" if gone else str(error) or type(error).__name__
+    if gone:
+        reason = "lost contact to another rank"
+    elif isinstance(error, UserError):
+        reason = str(error)
+    else:
+        reason = nccl_fault(error) or cuda_fault(error) or one_line(error)
     if note_failure(output, ranks.rank, where, reason):
         who = f" (rank {ranks.rank}, {where})" if ranks.world > 1 else ""
         print(f"error{who}: {reason}", file=sys.stderr, flush=True)

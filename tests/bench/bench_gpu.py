@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline import kernels
+from pipeline.gpu_errors import one_line
 from pipeline.kernels.cases import Sizes, all_cases, ops
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -144,12 +146,13 @@ def timings(
     every: int = 1,
     left: Callable[[], float] = lambda: float("inf"),
     note: Callable[[dict[str, Row]], None] = lambda rows: None,
+    failed: list[str] | None = None,
 ) -> dict[str, Row]:
     """Microseconds of each call by way, and of a copy of its least bytes.
 
     backend: torch.compile's. every: time one of so many calls. left: seconds that remain; without
     any, the compiled references, which take longest and come last, are left out. note: is told of
-    the rows as they grow.
+    the rows as they grow. failed: gets what fails, and why; without it that is raised.
     """
     least, device = least_bytes(replace(sizes, device="cpu")), sizes.device
     rows: dict[str, Row] = {}
@@ -158,7 +161,14 @@ def timings(
             row = rows.setdefault(name, {})
             if way == "compiled" and left() < 15:
                 continue
-            row[way] = time_way(way, function, backward, device, backend)
+            try:
+                row[way] = time_way(way, function, backward, device, backend)
+            except Exception as error:
+                if failed is None:
+                    raise
+                traceback.print_exc()
+                failed.append(f"{name}, {way}: {one_line(error)}")
+                continue
             if way == "triton" and name in least:
                 row["copy"] = time_copy(least[name], device)
                 row["of copy"] = row["copy"] / row["triton"]

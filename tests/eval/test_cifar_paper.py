@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from eval_helpers import coloured_images, write_shards
 from fake_cifar import CLASSES, write_archive
 
-from eval.cifar_paper import build_parser, rebuild, settings_of
+from eval.cifar_paper import build_parser, rebuild, settings_of, write_page
 from eval.paper import archive, cifar_plan
 from eval.paper.cifar_claims import (
     ALL,
@@ -27,7 +28,13 @@ from eval.paper.cifar_claims import (
     cifar_row,
     claims_of,
 )
-from eval.paper.cifar_page import tuning_chapter, tuning_table
+from eval.paper.cifar_page import (
+    Facts,
+    claims_chapter,
+    rate_warnings,
+    tuning_chapter,
+    tuning_table,
+)
 from eval.paper.claims import CLAIMS
 from eval.paper.commands import Workspace, read_scale, row_jobs, row_recipe, run_name
 from eval.paper.cost import START, Rates, read_rates, recipe_of, within
@@ -35,7 +42,8 @@ from eval.paper.job_runner import Command, unique
 from eval.paper.reproduction import result_path
 from eval.paper.study import wanted_metrics
 from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
-from eval.shared.cifar_shards import make_cifar_shards
+from eval.shared.cifar_shards import BUILDING, make_cifar_shards
+from pipeline.config.recipe import dump_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
@@ -215,6 +223,95 @@ def test_the_best_rate_is_taken_and_every_trial_recorded(data, tmp_path):
         read_trials(tmp_path / "tuning.json")
 
 
+def test_a_rate_beyond_the_grid_is_tried_where_the_best_is_at_its_end(data, tmp_path):
+    """The grid of cifar is 5e-4, 1.5e-3, 4.5e-3."""
+    plain = settings(data, tmp_path, "--scale", "cifar", "--claims", "3", "5")
+    words = ("--scale", "cifar", "--claims", "3", "5", "--extend-tuning")
+    chosen = settings(data, tmp_path, *words)
+    tuning = cifar_plan.tuning_of(chosen)
+    before = [job.name for job in cifar_plan.tuning_of(plain).pretrainings()]
+    assert [job.name for job in tuning.pretrainings()] == before  # nothing is known yet
+    grid = {"MAE": (30, 40, 50), "R-MAE": (30, 50, 40), "C-MAE": (50, 40, 30)}
+    values = {(m, rate): v for m, row in grid.items()
+              for rate, v in zip((5e-4, 1.5e-3, 4.5e-3), row, strict=True)}  # fmt: skip
+    fill(tuning, values)
+    more = [job for job in tuning.pretrainings() if job.name not in before]
+    assert [job.name for job in more if recipe_of(job)] == [
+        "tune 0.0135 mae-1000 pretrain", "tune 0.000167 cmae-1000 pretrain",
+    ]  # fmt: skip
+    first = tuning.pretrainings()[0]
+    assert {job.images for job in more if recipe_of(job)} == {first.images}
+    assert [recipe_of(j).optimizer.base_lr for j in more if recipe_of(j)] == [0.0135, 0.000167]
+    assert [job.name for job in cifar_plan.tuning_of(plain).pretrainings()] == before
+    assert more[1].needs == (more[0].name,)
+    fill(tuning, {("MAE", 0.0135): 60.0, ("C-MAE", 0.000167): 45.0})
+    assert len(tuning.pretrainings()) == len(before) + len(more)  # one more, no further one
+    tuning.write()
+    trials = read_trials(tmp_path / "tuning.json")
+    assert [(t.method, t.base_lr, t.late) for t in trials if t.beyond] == [
+        ("MAE", 0.0135, False), ("C-MAE", 0.000167, False),
+    ]  # fmt: skip
+    assert best(trials, "pretrain") == {"MAE": 0.0135, "R-MAE": 1.5e-3, "C-MAE": 5e-4}
+    assert at_edge(trials, "pretrain") == ["MAE"]
+    assert rate_warnings(trials) == []
+    cells = tuning_table(trials, "pretrain").rows[0].cells
+    assert [(c.value, c.note) for c in cells[1:]] == [
+        ("-", ""), ("30.00", ""), ("40.00", ""), ("50.00", ""),
+        ("60.00", "chosen, beyond the grid"),
+    ]  # fmt: skip
+
+
+def test_finetuning_is_extended_alike(data, tmp_path):
+    tuning = cifar_plan.tuning_of(
+        settings(data, tmp_path, "--scale", "cifar", "--claims", "6", "--extend-tuning")
+    )
+    before = [job.name for job in tuning.finetunings({"MAE": 1.5e-3})]
+    for rate, value in zip((1e-3, 2e-3, 4e-3, 8e-3), (10, 20, 30, 40), strict=True):
+        path = tuning.finetuned("MAE", rate)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"protocol": "finetune", "top1": value}))
+    more = [job for job in tuning.finetunings({"MAE": 1.5e-3}) if job.name not in before]
+    assert [job.name for job in more] == ["tune finetune 0.016 MAE"]
+    assert more[0].command[-2:] == ("--base-lr", "0.016")
+
+
+def test_a_study_that_has_begun_keeps_its_rates_and_warns(data, tmp_path):
+    words = ("--claims", "5", "--seeds", "1")
+    plain = settings(data, tmp_path, *words)
+    record = cifar_plan.claim_output(plain)
+    grid = {("MAE", 5e-4): 30.0, ("MAE", 2e-3): 40.0, ("R-MAE", 5e-4): 35.0, ("R-MAE", 2e-3): 30.0}
+    fill(cifar_plan.tuning_of(plain), grid)
+    cifar_plan.tuning_of(plain).write()
+    text = (tmp_path / "tuning.json").read_text()
+    assert "beyond" not in text
+    study = cifar_plan.study_of(plain.workspace, [5], 1, 1.0)
+    rows = [(j.name, j.command) for j in cifar_plan.jobs_of_rows(study)]
+    extended = settings(data, tmp_path, *words, "--extend-tuning")
+    assert cifar_plan.claim_output(extended) == record
+    tuning = cifar_plan.tuning_of(extended)
+    names = [job.name for job in tuning.pretrainings() if recipe_of(job)]
+    assert names[4:] == ["tune 0.008 mae-1000 pretrain", "tune 0.000125 rmae-1000 pretrain"]
+    fill(tuning, {("MAE", 8e-3): 55.0, ("R-MAE", 1.25e-4): 20.0})
+    for again in (tuning, cifar_plan.tuning_of(plain)):  # what was tried stays on record
+        again.write()
+        trials = read_trials(tmp_path / "tuning.json")
+        assert [(t.method, t.late) for t in trials if t.beyond] == [("MAE", True), ("R-MAE", True)]
+        assert best(trials, "pretrain") == {"MAE": 2e-3, "R-MAE": 5e-4}
+        assert at_edge(trials, "pretrain") == []
+    study = cifar_plan.study_of(plain.workspace, [5], 1, 1.0)
+    assert [(j.name, j.command) for j in cifar_plan.jobs_of_rows(study)] == rows
+    (warning,) = rate_warnings(trials)
+    assert warning.startswith("Warning: pretraining of MAE has base_lr 0.002 (40.00 %")
+    assert "0.008, tried later, is better (55.00 %)" in warning
+    shown = claims_chapter(study, Facts((5,), 1, 0.0, "core"), trials)
+    assert shown.texts[1] == warning
+    assert warning in tuning_chapter(trials).texts
+    other = settings(data, tmp_path / "new", *words, "--extend-tuning")
+    assert cifar_plan.claim_output(other)["extended"] is True
+    resumed = cifar_plan.tuning_of(settings(data, tmp_path / "new", *words))
+    assert (resumed.extend, resumed.late) == (True, False)  # as it was begun
+
+
 # ------------------------------------------------------------------ plan
 
 
@@ -269,19 +366,19 @@ def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
 
 
-def test_later_claims_change_no_job_and_come_last(data, tmp_path):
-    def planned(last):
+def test_cheaper_roads_come_before_the_tables_and_change_no_job(data, tmp_path):
+    def planned(*numbers):
         workspace = settings(data, tmp_path).workspace
-        study = cifar_plan.study_of(workspace, range(1, last + 1), 2, 1.5)
-        return [(job.name, job.command) for job in unique(cifar_plan.jobs_of_rows(study))]
+        study = cifar_plan.study_of(workspace, numbers, 2, 1.5)
+        return {job.name: job.command for job in unique(cifar_plan.jobs_of_rows(study))}
 
-    before, now = planned(14), planned(15)
-    assert now[: len(before)] == before
-    assert before[-1][0] == "look"
-    later = " ".join(name for name, _ in now[len(before) :])
-    assert len(now) - len(before) == 2 * 2 * 3  # rows, seeds; pretraining, finetune, linprobe
-    assert "data sizes" in later.replace("-", " ")
-    assert "layer anneal" in later.replace("-", " ")
+    first, roads = planned(1, 2, 3, 5, 6, 7), planned(14, 15)
+    tables = planned(4, *range(8, 14))
+    now = planned(*range(1, 16))
+    in_order = [name for jobs in (first, roads, tables) for name in jobs if name != "look"]
+    assert list(now) == [*dict.fromkeys(in_order), "look"]
+    assert now == tables | roads | first
+    assert len([name for name in roads if name.endswith("pretrain")]) == 2 * (6 + 2)  # seeds, rows
 
 
 def test_a_study_keeps_its_compute_when_later_code_counts_otherwise(data, tmp_path, monkeypatch):
@@ -316,6 +413,7 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--hours", "-1"], "--jobs and --hours not negative"),
+        (["--untuned", "--extend-tuning"], "nothing to extend with --untuned"),
         (["--scale", "mini"], "--scale mini: has no rates to tune; take cifar or cifar-gpu"),
         (["--scale", "cifer"], "knows full, mini, cifar"),
     ],
@@ -342,9 +440,28 @@ def test_shards_of_another_source_are_refused(tmp_path):
     make_cifar_shards(tmp_path / "a.zip", tmp_path)
     with pytest.raises(UserError, match=r"was made of a\.zip, not of .*b\.zip"):
         make_cifar_shards(tmp_path / "b.zip", tmp_path)
+    (tmp_path / "a.zip").unlink()
+    make_cifar_shards(tmp_path / "a.zip", tmp_path)  # is not needed any more
+    with pytest.raises(UserError, match=r"was made of a\.zip, not of .*absent"):
+        make_cifar_shards(tmp_path / "absent", tmp_path)
     done.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         make_cifar_shards(None, tmp_path)
+
+
+def test_shards_and_images_of_somebody_else_are_left_alone(tmp_path):
+    """--data may name a folder that is in use: data/, say, with ImageNet's shards and images."""
+    theirs = tmp_path / "shards/train/00000.tar", tmp_path / "images/train/cat/1.png"
+    for path in theirs:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"shards: holds no finished shards of CIFAR-10"):
+        make_cifar_shards(tmp_path / "images", tmp_path)
+    theirs[0].unlink()
+    theirs[0].parent.rmdir()
+    with pytest.raises(UserError, match=r"images of .* failed with exit code 2"):
+        make_cifar_shards(tmp_path / "images", tmp_path)  # it has no test images
+    assert theirs[1].read_bytes() == b"theirs"
 
 
 def test_an_archive_keeps_what_a_page_needs(tmp_path):
@@ -355,6 +472,9 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
     (run / "recipe.yaml").write_text("name: mae\n")
     steps = [{"step": n, "loss": 1 / 3 + n} for n in range(1, 1001)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    said = ("run: x", *(f"step {n}/9  loss" for n in range(4)), "step 3: knn 4.0",
+            *(f"step {n}/9  loss" for n in range(4, 10)), "done: step 9")  # fmt: skip
+    (run / "log.txt").write_text("".join(f"2026-11-26 15:18:30 {line}\n" for line in said))
     (run / "eval/knn.json").write_text(json.dumps({"protocol": "knn", "top1": 12.3456789}))
     (run / "pictures").mkdir()
     (run / "pictures/a.png").write_bytes(b"first")
@@ -367,18 +487,108 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
     assert size == (tmp_path / "a.tar.xz").stat().st_size < 10_000
     with archive.unpacked(tmp_path / "a.tar.xz") as folder:
         names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-        assert names == {"study.json", *(f"mae-0/{n}" for n in (
-            "recipe.yaml", "metrics.jsonl", "eval/knn.json", "pictures/b.png"))}  # fmt: skip
+        made = ("recipe.yaml", "metrics.jsonl", "log.txt", "eval/knn.json", "pictures/b.png")
+        assert names == {"study.json", *(f"mae-0/{name}" for name in made)}
+        log = (folder / "mae-0/log.txt").read_text().splitlines()
+        assert [line[20:].split("/")[0] for line in log] == [
+            "run: x", "step 3", "step 3: knn 4.0", "step 9", "done: step 9",
+        ]  # fmt: skip
         lines = (folder / "mae-0/metrics.jsonl").read_text().splitlines()
         kept = [json.loads(line) for line in lines]
         assert len(kept) == archive.STEPS
         assert (kept[0], kept[-1]) == ({"step": 1, "loss": 1.3333}, {"step": 1000, "loss": 1000.3})
-        assert json.loads((folder / "mae-0/eval/knn.json").read_text())["top1"] == 12.346
+        knn = json.loads((folder / "mae-0/eval/knn.json").read_text())
+        assert knn["top1"] == 12.3456789  # claims hang on the digits of results
     (tmp_path / "a.tar.xz").write_bytes(b"no tar")
     with pytest.raises(UserError, match=r"a\.tar\.xz: no archive of runs"):
         rebuild(tmp_path / "a.tar.xz")
     with pytest.raises(UserError, match="absent: no such file"):
         rebuild(tmp_path / "absent")
+
+
+def begun_study(output):
+    """Claims 3, 5 and 9 of two seeds: C-MAE is complete, R-MAE has one seed, claim 9 nothing but
+    MAE; runs as pretraining leaves them, without their weights."""
+    output.mkdir()
+    scale = read_scale("cifar")
+    made = json.loads(json.dumps(asdict(replace(scale, train="", val="", hours=None, tried=""))))
+    record = {"scale": made, "images": "", "tuned": True, "compute": 2.3}
+    (output / "study.json").write_text(json.dumps(record))
+    trials = [vars(Trial("MAE", "pretrain", rate, "linprobe", 40.0)) for rate in (5e-4, 2e-3)]
+    (output / "tuning.json").write_text(json.dumps({"trials": trials}))
+    study = cifar_plan.study_of(Workspace(output, scale), (3, 5, 9), 2, 2.3)
+    for number, (name, metrics) in enumerate(wanted_metrics(study.claims, study.names).items()):
+        row = study.row(name)
+        for seed in range(0 if "nothing" in name or "jitter" in name else 2 - (name == "R-MAE")):
+            run = output / run_name(row, seed)
+            (run / "eval").mkdir(parents=True)
+            recipe = row_recipe(study.workspace, row).model_copy(update={"seed": seed})
+            (run / "recipe.yaml").write_text(dump_recipe(recipe))
+            steps = [{"step": n, "loss": 2 / (n + seed), "images_per_second": 300 + n % 7}
+                     for n in range(25, 3141, 25)]  # fmt: skip
+            (run / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+            lines = ("run: x", *(f"step {s['step']}/3125  loss" for s in steps), "done: step 3125")
+            said = (f"2026-11-26 15:{n // 60:02}:{n % 60:02} {x}\n" for n, x in enumerate(lines))
+            (run / "log.txt").write_text("".join(said))
+            value = 40.123456 + 10 * number + seed / 7
+            for metric in metrics:
+                result = {"protocol": metric, "image" if metric == "psnr" else "top1": value}
+                if metric == "linprobe":
+                    result |= {"protocol": "linprobe-cached", "feature": "cls"}
+                (run / f"eval/{metric}.json").write_text(json.dumps(result))
+    return study
+
+
+class Tables(HTMLParser):
+    """The numbers of cells of each row of each table."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append(0)
+        elif tag in ("td", "th"):
+            self.tables[-1][-1] += 1
+
+
+def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path):
+    study = begun_study(tmp_path / "out")
+    facts = Facts((3, 5, 9), 2, 7200.0, "core", ("mae-nothing-0 pretrain", "look"))
+    (tmp_path / "out/facts.json").write_text(json.dumps(asdict(facts)))
+    tables = study.tables()
+    with archive.laid_out(archive.selected(tmp_path / "out")) as folder:
+        kept = replace(study, workspace=replace(study.workspace, output=folder))
+        assert kept.tables() == tables  # to the last digit
+        write_page(kept, facts, tmp_path / "out/report.html")
+    archive.pack(tmp_path / "out", tmp_path / "a.tar.xz")
+    rebuild(tmp_path / "a.tar.xz")
+    for suffix in ("html", "md"):
+        text = (tmp_path / f"out/report.{suffix}").read_text()
+        assert (tmp_path / f"cifar10.{suffix}").read_text() == text
+        assert "Refuted here: none. Hold: 3. Undecided: 5. Not measured yet: 9." in text
+        assert text.index("Claim 3 holds here") < text.index("Claim 5 is undecided here")
+        assert text.index("5 is undecided here") < text.index("Claim 9 is not measured here")
+        assert "Not run, for want of time: 2 commands, named below." in text
+        assert "mae-nothing-0 pretrain\nlook" in text
+        assert "4 of 5 runs" not in text
+        assert text.count("finished") >= 5  # each run's status, of its log
+    lines = (tmp_path / "cifar10.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| R-MAE - MAE"))
+    assert "| PSNR (dB) (1 of 2 seeds) |" in row
+    assert "no interval: fewer than two seeds" in row
+    row = next(line for line in lines if line.startswith("| MAE, nothing masked"))
+    assert row.split(" | ")[1:] == ["-", "-", "-", "not measured", "-", "- |"]
+    row = next(line for line in lines if line.startswith("| R-MAE |"))
+    assert row.split(" | ")[-2:] == ["23.7", f"{50.123456:.2f} (1 of 2 seeds) |"]
+    parser = Tables()
+    parser.feed((tmp_path / "cifar10.html").read_text())
+    assert len(parser.tables) > 6
+    for table in parser.tables:
+        assert len(set(table)) == 1, table  # no cell is missing
 
 
 def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch):
@@ -414,6 +624,10 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
         tmp_path / "out", "--archive", page,
     ]  # fmt: skip
     words = list(map(str, words))
+    theirs, half = tmp_path / "data/images/1.png", tmp_path / f"data/{BUILDING}/shards/train/0.tar"
+    for path in (theirs, half):  # the latter of a call that was cut off
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
     jobs = tmp_path / "out/jobs.jsonl"
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while first.poll() is None and not (jobs.is_file() and jobs.read_text().count("\n") >= 2):
@@ -424,6 +638,8 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     assert output.splitlines()[-1] == "error: stopped by SIGTERM"
     assert "Traceback" not in output
     assert read_manifest(tmp_path / "data/shards/train").classes == tuple(sorted(CLASSES))
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["images", "shards"]
+    assert theirs.read_bytes() == b"x"
     begun = {json.loads(line)["name"] for line in jobs.read_text().splitlines()
              if json.loads(line)["code"] == 0}  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True, timeout=600)
@@ -444,7 +660,8 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
-    rebuilt = (page.parent / "cifar10.md").read_text()
-    claims = report.split("## Overview")[0]
-    assert rebuilt.startswith(claims)
-    assert "## Learning rates" in claims
+    assert (page.parent / "cifar10.md").read_text() == report
+    html = (tmp_path / "out/report.html").read_bytes()
+    assert (page.parent / "cifar10.html").read_bytes() == html
+    assert "finished" in report.split("## Overview")[1]
+    assert "## Learning rates" in report

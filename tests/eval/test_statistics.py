@@ -58,6 +58,63 @@ def test_no_p_from_too_little():
     assert p_value([2.0, 2.0]) == 0.0
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_decide_nothing(odd):
+    values = [1.0, odd, 2.0]
+    assert p_value(values) == 1.0
+    assert seeds_needed(values) is None
+    assert interval(values) == bootstrap_interval(values) == (float("-inf"), float("inf"))
+    broken, fine = judged((values, [0.0] * 3), ([3.0, 3.1, 2.9], [0.0] * 3))
+    assert [one.verdict for one in correct([broken, fine])] == ["undecided", "holds"]
+
+
+def test_equal_differences_have_no_deviation_of_the_last_digits():
+    """0.3 - 0.1 and 0.5 - 0.3 differ by 3e-17 and 70.1 - 70.6 + 0.5 is no more than 0."""
+    (equal,) = judged(([0.3, 0.5, 70.4], [0.1, 0.3, 70.2]))
+    assert (equal.p, equal.verdict) == (0.0, "holds")
+    assert equal.low == equal.high == equal.mean == 0.2
+    (at_margin,) = judged(([70.1, 60.2, 0.7], [70.6, 60.7, 1.2]), margin=0.5)
+    assert (at_margin.p, at_margin.verdict, at_margin.seeds_needed) == (1.0, "undecided", None)
+
+
+def test_the_bootstrap_is_never_wider_than_the_values():
+    for values in SETS:
+        low, high = bootstrap_interval(values)
+        assert min(values) <= low < high <= max(values)
+
+
+@pytest.mark.parametrize(("true", "share"), [(-0.5, 0.025), (0.0, 0.0), (-2.0, 0.0)])
+def test_a_claim_with_a_margin_is_rarely_true_by_chance(true, share):
+    """At the margin itself one side of the two-sided test: 2.5 % of studies. And 0 of the truth
+    far below it; where the truth is far above nearly all hold."""
+    draws = np.random.default_rng(6).normal(true, 0.1, (600, 4))
+    found = [judged((list(row), [0.0] * 4), margin=0.5)[0] for row in draws]
+    holds = np.mean([one.verdict == "holds" for one in found])
+    refuted = np.mean([one.verdict == "the opposite holds" for one in found])
+    if true == -0.5:
+        assert (holds, refuted) == pytest.approx((share, share), abs=0.015)
+    else:
+        assert (holds > 0.95, refuted > 0.95) == (true == 0.0, true == -2.0)
+    one = found[0]
+    expected = ttest_1samp([v + 0.5 for v in draws[0]], 0)
+    assert one.p == pytest.approx(expected.pvalue, rel=1e-5)
+    low, high = expected.confidence_interval(0.95)
+    assert (one.low, one.high) == pytest.approx((low - 0.5, high - 0.5))
+    assert (one.p < 0.05) == (one.low > -0.5 or one.high < -0.5)  # both say the same
+
+
+def test_two_one_sided_margins_make_rows_equal_or_not():
+    """Claim 10 has both directions: within half a point both hold, two points apart one fails."""
+    close, apart = [60.1, 60.0, 60.2], [62.1, 62.0, 62.2]
+    base = [60.0, 60.0, 60.0]
+    assert [one.verdict for one in judged((close, base), (base, close), margin=0.5)] == [
+        "holds", "holds",
+    ]  # fmt: skip
+    assert [one.verdict for one in judged((apart, base), (base, apart), margin=0.5)] == [
+        "holds", "the opposite holds",
+    ]  # fmt: skip
+
+
 def test_holms_correction():
     """By hand: sorted .005 .01 .03 .04 times 4 3 2 1, never falling."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

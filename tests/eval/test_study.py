@@ -2,13 +2,15 @@
 that would decide what is open."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from eval.paper.claims import Claim, Difference
 from eval.paper.commands import Workspace, read_scale
 from eval.paper.published import PaperRow
-from eval.paper.study import Study, rules, wanted_metrics
+from eval.paper.study import Study, rules, summary, wanted_metrics
+from pipeline.errors import UserError
 
 ROWS = {
     "good": PaperRow("good", {}, recipe="mae"),
@@ -79,6 +81,43 @@ def test_values_that_are_not_there_yet_are_a_dash(study, tmp_path):
         "-", "-", "-", "-", "-", "undecided",
     ]  # fmt: skip
     assert study.judged()[2][0].corrected == pytest.approx(2 * study.judged()[2][0].p)
+
+
+def test_a_study_that_has_begun_says_what_is_missing(study, tmp_path):
+    assert summary(study) == "Refuted here: 3. Hold: 2. Undecided: 1."
+    (tmp_path / "rmae-2/eval/knn.json").unlink()
+    table = study.tables()[0]
+    assert table.rows[0].cells[1].note == "2 of 3 seeds"
+    assert table.rows[0].cells[2].value == "50.55"  # of the pairs, and so is the other
+    assert table.rows[0].cells[3].value == "60.50"
+    assert len(study.judged()[2][0].apart) == 2
+    for path in tmp_path.glob("rmae-*/eval/knn.json"):
+        path.unlink()
+    for path in tmp_path.glob("cmae-[12]/eval/knn.json"):
+        path.unlink()
+    assert summary(study) == "Refuted here: none. Undecided: 1. Not measured yet: 2, 3."
+    titles = [table.title for table in study.tables()]
+    assert titles[0] == "Claim 1 is undecided here: good is above open"
+    assert titles[1] == "Claim 2 is not measured here: good is above bad"
+    assert study.tables()[1].rows[0].cells[-1].note == "not measured"
+
+
+def test_one_refuted_difference_refutes_a_claim_of_which_others_are_missing(study, tmp_path):
+    both = Claim(4, "x", (Difference("bad", "good", "knn"), Difference("open", "good", "psnr")))
+    one = Claim(5, "x", (Difference("good", "bad", "knn"), Difference("open", "good", "psnr")))
+    part = replace(study, claims=(both, one))
+    assert summary(part) == "Refuted here: 4. Undecided: 5."
+    assert part.verdicts() == {"4": False, "5": False}
+
+
+def test_a_cka_that_is_no_number_is_named(study, tmp_path):
+    claim = Claim(1, "x", (Difference("good", "bad", "cka all-kept"),))
+    variants = [{"pool": "all-kept", "hsic": "unbiased", "cka": [[0.5], [float("nan")]]}]
+    (tmp_path / "mae-0/eval/cka.json").write_text(
+        json.dumps({"ratios": [0.1, 0.9], "variants": variants})
+    )
+    with pytest.raises(UserError, match=r"mae-0/eval/cka\.json: not a result of"):
+        replace(study, claims=(claim,)).judged()
 
 
 def test_rows_are_made_in_the_given_order():

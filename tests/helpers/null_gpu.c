@@ -20,6 +20,7 @@
 enum { LAUNCH, COPY, WAIT, READ, COUNTERS };
 static long counts[COUNTERS];
 static cudaStream_t capturing; /* the stream of a graph that is being captured */
+static int spoilt;             /* the capture, by what it does not permit */
 static void count(int what) {
     if (capturing && (what == LAUNCH || what == COPY)) return; /* into the graph */
     __atomic_add_fetch(&counts[what], 1, __ATOMIC_RELAXED);
@@ -218,7 +219,9 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
 /* The host must not wait while a graph is captured. */
 static cudaError_t waited(void) {
     count(WAIT);
-    return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+    if (!capturing) return cudaSuccess;
+    spoilt = 1;
+    return cudaErrorStreamCaptureUnsupported;
 }
 cudaError_t cudaDeviceSynchronize(void) { return waited(); }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { return waited(); }
@@ -255,12 +258,12 @@ int capture_info_v2(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsign
     return capture_info(s, status, id);
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
-    capturing = s;
+    capturing = s, spoilt = 0;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
-    capturing = NULL, *graph = malloc(8);
-    return cudaSuccess;
+    capturing = NULL, *graph = spoilt ? NULL : malloc(8);
+    return spoilt ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *n) {
     *n = 1;

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,56 @@ def test_auto_takes_the_reference_on_a_cpu():
 def test_auto_takes_triton_on_cuda():
     assert kernels.use("auto", "cuda:0") == "kernels: triton (auto on cuda)"
     assert kernels.implementation() == "triton"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As if there were a GPU of sm_90, on which the first kernel runs."""
+    backend.triton_problem.cache_clear()
+    backend.capability.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    trial = SimpleNamespace(run=lambda device: None)
+    monkeypatch.setitem(sys.modules, "pipeline.kernels.trial_triton", trial)
+    monkeypatch.setattr(kernels, "trial_triton", trial, raising=False)
+    yield trial
+    backend.triton_problem.cache_clear()
+    backend.capability.cache_clear()
+
+
+def test_a_first_kernel_that_runs_is_enough(gpu):
+    assert kernels.use("auto", "cuda") == "kernels: triton (auto on cuda)"
+    assert kernels.use("triton", "cuda") == "kernels: triton (triton on cuda)"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Failed to find C compiler. Please\nmore"), "Failed to find C compiler."),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x'; TRITON_CACHE"),
+        (ImportError("/c/launcher.so: failed to map segment from shared object"), "failed to map"),
+        (subprocess.CalledProcessError(1, ["gcc"]), "'gcc' ended with exit code 1"),
+    ],
+)
+def test_triton_that_does_not_run_is_said_and_the_reference_taken(error, said, gpu):
+    def run(device):
+        raise error
+
+    gpu.run = run
+    line = kernels.use("auto", "cuda")
+    assert line.startswith("kernels: reference (auto on cuda: Triton does not run here: ")
+    assert said in line
+    assert kernels.implementation() == "reference"
+    with pytest.raises(UserError, match=r"triton on cuda: .*; or choose kernels: reference"):
+        kernels.use("triton", "cuda")
+
+
+def test_a_gpu_before_sm_80_gets_the_reference(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    said = "it needs sm_80 or newer, this GPU is sm_75"
+    assert kernels.use("auto", "cuda") == f"kernels: reference (auto on cuda: {said})"
+    with pytest.raises(UserError, match=said):
+        kernels.use("triton", "cuda")
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from pipeline import doctor
+from pipeline.gpu_errors import why_no_gpu
+from pipeline.kernels import backend
 from pipeline.processor import Processor, processor
 
 ROOT = Path(__file__).parents[2]
@@ -20,16 +22,26 @@ def grades(findings):
     return {finding.what: finding.grade for finding in findings}
 
 
-def cuda(count, build="13.0", major=8):
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040). Please update"
+
+
+def cuda(count, build="13.0", major=8, name="NVIDIA A100", told=TOO_OLD):
     """What the doctor reads of torch, on a machine that this one is not."""
-    about = SimpleNamespace(name="NVIDIA A100", total_memory=80 << 30, major=major, minor=0)
+    about = SimpleNamespace(name=name, total_memory=80 << 30, major=major, minor=0)
+
+    def init():
+        if told:
+            raise RuntimeError(told + "\nmore")
+
     return SimpleNamespace(
         __version__="2.14.1",
         version=SimpleNamespace(cuda=build),
         cuda=SimpleNamespace(
             is_available=lambda: count > 0,
             device_count=lambda: count,
-            get_device_properties=lambda _: about,
+            get_device_properties=lambda number: about,
+            get_arch_list=lambda: ["sm_70", "sm_80", "sm_90", "compute_90"],
+            init=init,
             nccl=SimpleNamespace(version=lambda: (2, 27, 7)),
         ),
         distributed=SimpleNamespace(is_nccl_available=lambda: True),
@@ -57,7 +69,7 @@ def test_gpus_driver_and_nccl(tmp_path):
     ("build", "has_driver", "cost"),
     [
         (None, True, "built without CUDA: install the CUDA build"),
-        ("13.0", True, "does not start on it: update the driver"),
+        ("13.0", True, f"does not start on its driver ({TOO_OLD}): update the driver, or"),
         (None, False, "training runs on the CPU"),
         ("13.0", False, "training runs on the CPU"),
     ],
@@ -67,6 +79,40 @@ def test_why_no_gpu_is_used(build, has_driver, cost, tmp_path):
     finding = next(iter(doctor.gpu_findings(cuda(0, build), proc)))
     assert finding.grade == "lack"  # a run starts without one
     assert cost in finding.cost
+
+
+def test_what_hides_the_gpus_is_named(tmp_path, monkeypatch):
+    torch, proc = cuda(0, told="No CUDA GPUs are available"), driver(tmp_path)
+    assert why_no_gpu(torch, proc).endswith("(No CUDA GPUs are available): see nvidia-smi")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-7f")
+    assert why_no_gpu(torch, proc).endswith(
+        "(No CUDA GPUs are available): see nvidia-smi, and CUDA_VISIBLE_DEVICES, which is 'GPU-7f'"
+    )
+    fabric = "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"
+    assert "): nvidia-fabricmanager does not run on" in why_no_gpu(cuda(0, told=fabric), proc)
+    assert "(it finds none)" in why_no_gpu(cuda(0, told=""), proc)
+    assert why_no_gpu(cuda(0), tmp_path / "nowhere") == ""
+
+
+def test_gpus_of_two_kinds_and_one_that_torch_has_no_code_for(tmp_path):
+    torch, two = cuda(2), [("NVIDIA A100", 8), ("NVIDIA H100", 9)]
+    abouts = [cuda(1, name=name, major=major).cuda.get_device_properties(0) for name, major in two]
+    torch.cuda.get_device_properties = abouts.__getitem__
+    findings = list(doctor.gpu_findings(torch, driver(tmp_path)))
+    assert [f.grade for f in findings[:3]] == ["ok", "ok", "lack"]
+    assert findings[2].found == "2 kinds"
+    finding = next(iter(doctor.gpu_findings(cuda(1, major=6), tmp_path)))
+    assert finding.grade == "STOP"
+    assert "has no code for sm_60 (but for sm_70, sm_80, sm_90, compute_90)" in finding.cost
+
+
+def test_triton_that_does_not_run_costs_speed(monkeypatch):
+    monkeypatch.setattr(backend, "triton_problem", lambda device: "no C compiler")
+    finding = doctor.triton_finding(torch)
+    assert finding.grade == "lack"
+    assert finding.cost.startswith("no C compiler; PyTorch's references run in")
+    monkeypatch.setattr(backend, "triton_problem", lambda device: "")
+    assert doctor.triton_finding(torch) == doctor.ok("Triton", "runs")
 
 
 def test_processor(tmp_path):

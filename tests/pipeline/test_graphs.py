@@ -75,6 +75,32 @@ def test_auto_compiles_no_short_schedule(gpu):
     assert for_steps(asked, 1).compile
 
 
+def test_the_log_says_why_auto_is_off(gpu):
+    assert plan_of(1, compiled="auto", graphs="auto").off == ()
+    plan = plan_of(3, world=2, compiled="auto", graphs="auto")
+    compiled, graphs = plan.describe()[-2:]
+    assert compiled == "compile: off (needs zero_optimization.stage 0 to 2)"
+    assert graphs.startswith("cuda_graphs: off (needs zero_optimization.stage 0 to 2 (3 on one")
+    config = {"cuda_graphs": "auto", "zero_optimization": {"stage": 2}}
+    recipe = tiny_recipe("cmae", "measure.negatives=all")
+    assert plan_recipe(config, recipe, 1).off == ()
+    assert plan_recipe(config, recipe, 2).describe()[-1] == (
+        "cuda_graphs: off (excludes what several ranks send each other while the loss is computed: "
+        "negatives, statistics of batch norm)"
+    )
+    config |= {"gradient_checkpointing": True}
+    assert "cuda_graphs: off (excludes gradient_checkpointing)" in (
+        plan_recipe(config, recipe, 1).describe()
+    )
+    short = for_steps(plan_of(1, compiled="auto", graphs="auto"), 1)
+    assert short.off == ("compile: off (a run of 1 step is over before it pays)",)
+    assert plan_of(1, graphs=False, compiled=False).off == ()
+
+
+def test_on_a_cpu_nobody_asks_why_there_are_no_graphs():
+    assert plan_of(2, compiled="auto", graphs="auto").off == ()
+
+
 def test_what_excludes_graphs_is_named(gpu):
     for zero in ({"offload_optimizer": {"device": "cpu"}}, {"overlap_comm": True}):
         with pytest.raises(UserError, match="with nothing offloaded, no overlap_comm and"):
@@ -201,14 +227,28 @@ for name, precision, stage in (("mae fp32", None, 0), ("mae", "torch_autocast", 
         launches = null_gpu.counts()[0] - before
         found.setdefault("resized", []).append([launches, engine.graph.captured])
     engine.destroy()
-# A forward pass that reads the device cannot be captured.
-for graphs, since in (("auto", 0), ("auto", 1), (True, 0)):
+# A forward pass that reads the device cannot be captured, nor one for which memory runs out there;
+# another error is none of the capture's.
+def read(inputs, result):
+    result[0].detach().item()
+def read_later(inputs, result):
+    if inputs[2]:
+        result[0].detach().item()
+def fill(inputs, result):
+    if torch.cuda.is_current_stream_capturing():
+        torch.empty(1 << 40, device="cuda")
+def refuse(inputs, result):
+    if torch.cuda.is_current_stream_capturing():
+        with __import__("contextlib").suppress(RuntimeError):
+            result[0].detach().item()
+        raise UserError("no such thing")
+for graphs, spoil in (("auto", read), ("auto", read_later), ("auto", fill), (True, read),
+                      (True, fill), ("auto", refuse)):
     objective, _ = build_objective(recipe := tiny_recipe("mae"))
     inner = objective.forward
     def forward(*inputs):
         result = inner(*inputs)
-        if inputs[2] >= since:
-            result[0].detach().item()
+        spoil(inputs, result)
         return result
     objective.forward = forward
     plan = plan_recipe(config | {"cuda_graphs": graphs}, recipe, 1)
@@ -218,9 +258,11 @@ for graphs, since in (("auto", 0), ("auto", 1), (True, 0)):
         for micro in range(4):
             engine.micro_step(1e-3, image, sample, micro // 2, None)
             given_up.append(engine.graph is None)
-        found[f"failed, {graphs}, {since}"] = given_up
-    except RuntimeError as error:
-        found[f"failed, {graphs}, {since}"] = str(error)
+        found[f"failed, {graphs}, {spoil.__name__}"] = given_up
+        torch.cuda.empty_cache()  # the failed capture is over
+        torch.rand(3, device="cuda")
+    except (RuntimeError, UserError) as error:
+        found[f"failed, {graphs}, {spoil.__name__}"] = f"{type(error).__name__}: {error}"
 # Which attention a block takes for sequences of two lengths.
 wide = "measure.decoder={width: 16, depth: 1, heads: 2}"  # of 8 channels a head
 objective, _ = build_objective(tiny_recipe("mae", wide))
@@ -257,12 +299,17 @@ def test_a_micro_batch_is_one_launch_and_few_around_it(stand_in):
     assert "AccumulateGrad" not in done.stderr  # its node would be of another stream
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["attention"] == 2 * [[64, True, False], [65, False, True]]
-    assert found["failed, auto, 0"] == [True] * 4
-    assert found["failed, auto, 1"] == [False, False, True, True]
-    assert (
-        "cuda_graphs: none can be captured here, kernels are launched one by one (" in done.stderr
-    )
-    assert "not permitted when stream is capturing" in found["failed, True, 0"]
+    assert found["failed, auto, read"] == found["failed, auto, fill"] == [True] * 4
+    assert found["failed, auto, read_later"] == [False, False, True, True]
+    told = "cuda_graphs: none can be captured here, kernels are launched one by one ("
+    reasons = [line.removeprefix(told) for line in done.stderr.splitlines() if told in line]
+    assert len(reasons) == 3
+    assert "operation not permitted when stream is capturing" in reasons[0]  # not its aftermath
+    assert reasons[2].startswith("CUDA out of memory.")
+    assert "CaptureError: " in found["failed, True, read"]
+    assert "not permitted when stream is capturing" in found["failed, True, read"]
+    assert "CaptureError: CUDA out of memory." in found["failed, True, fill"]
+    assert found["failed, auto, refuse"] == "UserError: no such thing"
     assert "a micro-batch has shapes [(2, 16, 16, 3), (2,)], the first had" in found["shape"]
     for first, second in (found["resized"][at : at + 2] for at in range(0, 8, 2)):
         assert first[0] > 300  # kernels and blocks are warmed up for the new size

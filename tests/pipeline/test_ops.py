@@ -20,8 +20,15 @@ from torch.utils.file_baton import FileBaton
 from eval.shared.cli import join_ranks
 from eval.shared.processes import LAUNCHER
 from pipeline import distributed
-from pipeline.distributed import can_build, cannot_build, extensions_dir, untried_device
+from pipeline.distributed import (
+    can_build,
+    cannot_build,
+    device_of,
+    extensions_dir,
+    untried_device,
+)
 from pipeline.errors import UserError
+from pipeline.gpu_errors import no_code
 from pipeline.kernels import backend
 from pipeline.runtime import ops
 from pipeline.runtime.engine import init_ranks
@@ -269,6 +276,9 @@ def test_rocm_takes_torchs_adamw(monkeypatch):
 
 def test_gpus_of_others_are_a_line_and_no_crash(monkeypatch):
     assert untried_device() == ""
+    monkeypatch.setattr(distributed, "why_no_gpu", lambda torch: "CUDA does not start")
+    told = "device: the CPU, though this machine has NVIDIA's driver: CUDA does not start"
+    assert untried_device() == told
     monkeypatch.setattr(torch, "xpu", SimpleNamespace(is_available=lambda: True))
     assert untried_device() == "device: the CPU; the Intel GPU (XPU) of this machine is not used"
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -281,16 +291,59 @@ def test_gpus_of_others_are_a_line_and_no_crash(monkeypatch):
         backend.use(before)
 
 
-@pytest.mark.parametrize(("gpus", "count"), [(1, "1 GPU;"), (2, "2 GPUs;")])
-def test_a_rank_beyond_the_gpus_is_a_sentence(gpus, count, monkeypatch):
+@pytest.mark.parametrize(
+    ("gpus", "visible", "count"),
+    [
+        (1, None, "this host has 1 GPU;"),
+        (2, None, "this host has 2 GPUs;"),
+        (1, "MIG-5c9a", "CUDA_VISIBLE_DEVICES=MIG-5c9a leaves 1 GPU;"),
+    ],
+)
+def test_a_rank_beyond_the_gpus_is_a_sentence(gpus, visible, count, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for name, value in {"LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     for join in (join_ranks, init_ranks):  # evaluations, training
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        with pytest.raises(UserError, match=f"LOCAL_RANK 2: this host has {count}"):
+        with pytest.raises(UserError, match=f"LOCAL_RANK 2: {count}"):
             join()
+
+
+OF_TORCH = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "runs"),
+    [
+        ((7, 0), OF_TORCH, False),
+        ((7, 5), OF_TORCH, True),
+        ((8, 9), OF_TORCH, True),  # by the code of 8.6
+        ((10, 3), OF_TORCH, True),
+        ((11, 0), OF_TORCH, False),
+        ((13, 0), OF_TORCH, True),  # by PTX
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100a", "compute_100a"], False),
+        ((10, 3), ["sm_100f"], True),
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["gfx90a"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_a_torch_without_code_for_a_gpu_is_a_sentence(capability, architectures, runs, monkeypatch):
+    for name, found in {
+        "is_available": lambda: True, "device_count": lambda: 1,
+        "get_device_capability": lambda number: capability, "get_device_name": lambda number: "V",
+        "get_arch_list": lambda: architectures,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, found)
+    assert (no_code(torch, capability) == "") == runs
+    if not runs:
+        with pytest.raises(UserError, match=r"GPU 0, V: torch \S+ has no code for sm_\d+ \(but "):
+            device_of(0)
 
 
 def test_ranks_of_an_evaluation_that_cannot_meet_are_a_sentence(monkeypatch):

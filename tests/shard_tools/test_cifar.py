@@ -57,7 +57,7 @@ def binary(pixels, labels):
 def tar_gz(path, files):
     with tarfile.open(path, "w:gz") as tar:
         for name, data in files.items():
-            info = tarfile.TarInfo(f"cifar-10-batches/{name}")
+            info = tarfile.TarInfo(name if "/" in name else f"cifar-10-batches/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
@@ -190,6 +190,11 @@ def without(files, name):
     return {key: value for key, value in files.items() if key != name}
 
 
+def tree(*splits, classes=2):
+    """An ImageFolder of empty image files."""
+    return {f"{split}/c{n}/1.png": b"" for split in splits for n in range(classes)}
+
+
 def bad_sources():
     binary_files, python_files = batches(*WAYS["binary"]), batches(*WAYS["python2"])
     label = bytes([3]) + bytes(3072)
@@ -206,7 +211,19 @@ def bad_sources():
         (binary_files | {"train/cat/1.png": b""}, "image files and batches"),
         (python_files | {"data_batch_1": cifar100}, "is of CIFAR-100"),
         (python_files | {"data_batch_1": python2(PIXELS[:3], [0, 1])}, "3072] and 2 labels"),
+        (without(python_files, "data_batch_1"), "lacks data_batch_1 of CIFAR-10"),
+        (
+            binary_files | {"data_batch_4.bin": binary_files["data_batch_1.bin"]},
+            "lacks data_batch_3.bin of CIFAR-10",
+        ),
         ({"readme.html": b""}, "holds no training images"),
+        ({"train": b"", "test": b"", "meta": b"", "file.txt~": b""}, "is CIFAR-100; give"),
+        ({"train.bin": b"", "test.bin": b"", "fine_label_names.txt": b""}, "is CIFAR-100; give"),
+        (tree("train", "test", classes=11), "has 11 classes, CIFAR-10 has 10"),
+        (tree("train", "test", "valid"), "holds test and valid; give one of them"),
+        (tree("train") | {"train/cat/a/b.png": b"", "train/cat/a_b.png": b""}, "cat/a_b.png of"),
+        (tree("train", "test") | {"../train/cat/9.png": b""}, "train/cat/9.png leads out"),
+        ({"train/cat/\udce9.png": b""}, "is not UTF-8"),
         ({"train/cat/1.png": b"", "test/dog/1.png": b""}, "'cat' is in one of them only"),
     ]
 
@@ -232,7 +249,105 @@ def test_damaged_archives_are_one_sentence(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def written(source, dest):
+    assert main([str(source), str(dest)]) == 0
+    return {split: set(content(dest / f"{split}.tar")) for split in ("train", "val")}
+
+
+def test_odd_names_of_folders_and_files(tmp_path, capsys):
+    """From Windows, in capitals, with a system's leftovers."""
+    names = [f"{split}/{n}/{base}" for split, base in (("Train", "1.PNG"), ("VALID", "1.Jpg"))
+             for n in ("cat", "dog")]  # fmt: skip
+    with zipfile.ZipFile(tmp_path / "c.tar.gz", "w") as archive:
+        for name in [*names, "Thumbs.db", "__MACOSX/train/cat/._1.png", ".DS_Store", "look.png"]:
+            info = zipfile.ZipInfo("x")
+            info.filename = f"mine\\{name}".replace("/", "\\")
+            archive.writestr(info, b"x")
+    found = written(tmp_path / "c.tar.gz", tmp_path / "out")
+    assert found == {"train": {"cat/1.PNG", "dog/1.PNG"}, "val": {"cat/1.Jpg", "dog/1.Jpg"}}
+    output = capsys.readouterr()
+    assert output.out.endswith("out: 2 training and 2 test images of 2 classes\n")
+    first, second = output.err.splitlines()
+    assert first.endswith("1 image files are not in train/<class>/ or test/<class>/ and were left "
+                          "out, such as mine/look.png")  # fmt: skip
+    assert second.endswith("has 2 training and 2 test images of 2 classes; CIFAR-10 has 50000 and "
+                           "10000 of 10")  # fmt: skip
+
+
+def test_batches_in_capitals_and_twice_are_known(tmp_path, capsys):
+    files = {name.upper(): data for name, data in batches(*WAYS["binary"]).items()}
+    source = tar_gz(tmp_path / "c.tar.gz", files)
+    assert len(written(source, tmp_path / "out")["train"]) == 6
+    files |= {name.lower(): data for name, data in files.items()}
+    assert main([str(tar_gz(tmp_path / "d.tar.gz", files)), str(tmp_path / "again")]) == 2
+    assert "holds data_batch_1.bin more than once" in capsys.readouterr().err
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    for name in tree("train", "test"):
+        path = tmp_path / "disk" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+    (tmp_path / "c").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "c" / split).symlink_to(tmp_path / "disk" / split)
+    (tmp_path / "disk/train/c0/loop").symlink_to(tmp_path / "disk/train")
+    found = written(tmp_path / "c", tmp_path / "out")
+    assert found == {split: {"c0/1.png", "c1/1.png"} for split in ("train", "val")}
+
+
+def test_a_link_in_a_tar_is_not_lost_in_silence(tmp_path, capsys):
+    with tarfile.open(tmp_path / "c.tar", "w") as tar:
+        for name in [*tree("train", "test"), "train/c0/2.png"]:
+            info = tarfile.TarInfo(name)
+            if name.endswith("2.png"):
+                info.type, info.linkname = tarfile.LNKTYPE, "train/c0/1.png"
+            tar.addfile(info, io.BytesIO())
+    assert main([str(tmp_path / "c.tar"), str(tmp_path / "out")]) == 2
+    assert "train/c0/2.png is no file but a link" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tar.bz2"])
+def test_a_tar_is_cut_or_damaged_between_its_members(suffix, tmp_path, capsys):
+    """tarfile alone takes such a place for the end."""
+    mode = f"w:{suffix[4:]}"
+    for number, bad in enumerate((bytes(range(256)) * 2, b"", b"x" * 100)):
+        path = tmp_path / f"{number}.{suffix}"
+        with tarfile.open(path, mode) as tar:
+            for name in tree("train", "test"):
+                info = tarfile.TarInfo(name)
+                tar.addfile(info, io.BytesIO())
+            tar.fileobj.write(bad)
+            tar.closed = True  # without its end
+            tar.fileobj.close()
+        assert main([str(path), str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert "neither a member nor the end is at byte 2048" in error
+        assert error.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_pictures_of_any_kind_become_shards(tmp_path):
+    """Grey, with transparency, of a palette, of another size."""
+    rgb = Image.fromarray(image_of(0))
+    kinds = {"L.png": rgb.convert("L"), "RGBA.png": rgb.convert("RGBA"),
+             "P.png": rgb.convert("P"), "large.png": rgb.resize((64, 64)),
+             "cmyk.jpg": rgb.convert("CMYK")}  # fmt: skip
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "c" / split / label).mkdir(parents=True)
+            for name, image in kinds.items():
+                image.save(tmp_path / "c" / split / label / name)
+    assert main([str(tmp_path / "c"), str(tmp_path / "images")]) == 0
+    for split in ("train", "val"):
+        words = [str(tmp_path / f"images/{split}.tar"), str(tmp_path / split), "--workers", "0"]
+        assert make_shards(words) == 0
+        assert read_manifest(tmp_path / split).samples == 10
+
+
 def test_where_an_image_belongs():
+    assert image_place("test/cifar10/TRAIN/cat/1.jpg") == ("train", "cat", "1.jpg")
+    assert image_place("testing/train/1.jpg") == ("val", "train", "1.jpg")
     assert image_place("cifar10/train/cat/1.jpg") == ("train", "cat", "1.jpg")
     assert image_place("./test/cat/a/1.jpg") == ("val", "cat", "a_1.jpg")
     assert image_place("train/1.jpg") is None  # no class

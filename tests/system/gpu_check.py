@@ -7,8 +7,8 @@ Runs the stages of gpu_stages, each in a process of its own with a time box, wit
 seconds together. After every stage its result, result.json and page.md are in --output, and all
 that the stages print is in log.txt there; a stage that fails or hangs does not stop the others.
 --rehearse: on the CPU, smallest sizes, figures that mean nothing. --write: put the page of a
-finished check into a document. Exit code 0 where no stage failed, 1 where one did, 2 without a GPU.
-The last line is JSON.
+finished check into a document. Exit code 0 where no stage failed, 1 where one did, 2 without a GPU,
+128 and its number for a signal that ended the check. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +54,7 @@ BOXES: dict[str, tuple[int, bool]] = {
     "ncu": (40, False),
 }
 LEAST = 5  # seconds under which a stage is not begun
+KILLED = 10  # seconds in which a killed process ends, unless the driver holds it
 DEVICE = "device"
 # Ranks of whoever started this one: the stages have their own.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
@@ -87,16 +89,29 @@ class Check:
             shutil.rmtree(self.folder / old, ignore_errors=True)
         self.log = open(self.folder / "log.txt", "wb", buffering=0)  # noqa: SIM115
 
-    def run(self) -> dict[str, Any]:
-        """Every stage in order; the result. Whatever ends it ends the stages that run."""
+    def run(self) -> int:
+        """Every stage in order, then the result on the last line; the exit code. Whatever ends it
+        ends the stages that run."""
+        stopped = 0
         try:
-            return self.run_stages()
+            self.run_stages()
+        except Stopped as signalled:
+            stopped = 128 + signalled.number
+            for name in self.stages:
+                if name not in self.results:
+                    told = {"status": f"failed: the check was ended by {signalled}"}
+                    self.results[name] = self.found(name) | told
+            self.write()
         finally:
             for running in self.alive.values():
                 end_group(running.process)
+        result = self.result()
+        print(json.dumps(result), flush=True)
+        failed = any(status.startswith("failed") for status in result["stages"].values())
+        return stopped or int(failed)
 
-    def run_stages(self) -> dict[str, Any]:
-        """Every stage in order; the result."""
+    def run_stages(self) -> None:
+        """Every stage in order."""
         for name in self.stages:
             beside = BOXES[name][1] and not self.args.rehearse
             if not beside:
@@ -111,7 +126,6 @@ class Check:
             else:
                 self.finish(running)
         self.end_beside()
-        return self.result()
 
     def box(self, name: str) -> float:
         """Seconds that the stage may take now."""
@@ -157,20 +171,29 @@ class Check:
         except subprocess.TimeoutExpired:
             late = True
         end_group(process)  # children that it has left, too
-        code = process.wait()
+        try:
+            code: int | None = process.wait(KILLED)
+        except subprocess.TimeoutExpired:
+            code = None
         del self.alive[name]
         running.log.close()
         text = (self.folder / f"{name}.log").read_bytes()
         self.log.write(b"== %s\n%s\n" % (name.encode(), text))
-        path = self.folder / f"{name}.json"
-        found = json.loads(path.read_text()) if path.is_file() else {}
+        found = self.found(name)
         if late:
             found["status"] = f"failed: not done within {running.ends - running.begun:.0f} s"
+            if code is None:
+                found["status"] += ", and cannot be killed: the driver holds it (dmesg)"
         elif "status" not in found:
             last = (text.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
-            found["status"] = f"failed: exit code {code}: {last[:300]}"
+            found["status"] = f"failed: {ending(code)}: {last[:300]}"
         found["seconds"] = round(time.monotonic() - running.begun, 1)
         self.keep(name, found)
+
+    def found(self, name: str) -> dict[str, Any]:
+        """What a stage has noted so far."""
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def end_beside(self) -> None:
         """Wait for the stages that run beside each other, those that end first before others."""
@@ -187,9 +210,18 @@ class Check:
         self.results[name] = found
         write_json(self.folder / f"{name}.json", found)
         print(f"   {name}: {found['status']} ({found.get('seconds', 0)} s)", flush=True)
-        result = self.result()
-        write_json(self.folder / "result.json", result | {"results": self.results})
-        write_atomic(self.folder / "page.md", page(result | {"results": self.results}))
+        self.write()
+
+    def write(self) -> None:
+        """result.json and page.md; a page that cannot be made is said, and ends nothing."""
+        everything = self.result() | {"results": self.results}
+        write_json(self.folder / "result.json", everything)
+        try:
+            text = page(everything)
+        except Exception:
+            traceback.print_exc()
+            text = "The page could not be made; result.json has the figures.\n"
+        write_atomic(self.folder / "page.md", text)
 
     def result(self) -> dict[str, Any]:
         """The last line: device, what became of each stage, where the rest is."""
@@ -205,6 +237,15 @@ class Check:
             "seconds": round(self.args.budget - (self.ends - time.monotonic()), 1),
             "output": str(self.folder),
         }
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, by its return code."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        return f"ended by {signal.Signals(-code).name}"
+    return f"ended by signal {-code}"
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -284,17 +325,54 @@ def main(argv: list[str] | None = None) -> int:
         return write_into(args.write, args.output if named else args.output / "result.json")
     if args.stage:
         return run_stages(args)
-    if not args.rehearse and subprocess.run([sys.executable, "-c", SEES_CUDA]).returncode:
-        print("error: gpu-check measures on a CUDA device, and there is none here; make gpu-check "
-              "REHEARSE=1 runs the same on the CPU, without figures", file=sys.stderr)  # fmt: skip
+    if not args.rehearse and (why := why_no_cuda()):
+        print(f"error: gpu-check measures on a CUDA device, and {why}; make gpu-check REHEARSE=1 "
+              "runs the same on the CPU, without figures", file=sys.stderr)  # fmt: skip
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    result = Check(args, args.stages).run()
-    print(json.dumps(result), flush=True)
-    return int(any(status.startswith("failed") for status in result["stages"].values()))
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # what compilers say
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    try:
+        return Check(args, args.stages).run()
+    except OSError as error:
+        print(f"error: {error.filename or args.output}: cannot be written ({error.strerror})",
+              file=sys.stderr)  # fmt: skip
+        return 2
 
 
-SEES_CUDA = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+SEES_CUDA = """
+import sys, torch
+if not torch.cuda.is_available():
+    from pipeline.gpu_errors import why_no_gpu
+    print(why_no_gpu(torch) or "there is none here")
+"""
+
+
+def why_no_cuda() -> str:
+    """Why nothing can be measured here; "" where torch finds a device."""
+    found = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
+    command = [sys.executable, "-W", "ignore", "-c", SEES_CUDA]
+    done = subprocess.run(command, env=found, capture_output=True, text=True)
+    last = (done.stderr.strip().splitlines() or [ending(done.returncode)])[-1]
+    if done.returncode:
+        return f"torch cannot say whether there is one ({last})"
+    return done.stdout.strip()
+
+
+class Stopped(Exception):
+    """A signal ends the check."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def stop(number: int, frame: object) -> None:
+    """Raise Stopped, once."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise Stopped(number)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def bars(values: dict[str, float], unit: str) -> list[str]:
     """A bar per value, the longest WIDTH blocks."""
-    longest, wide = max(values.values()), max(map(len, values))
+    longest, wide = max((*values.values(), 1e-12)), max(map(len, values))
     lines = [
         f"{name:{wide}} {'█' * max(1, round(WIDTH * value / longest)):{WIDTH}} {number(value)}"
         for name, value in values.items()
@@ -43,9 +43,14 @@ def bars(values: dict[str, float], unit: str) -> list[str]:
     return ["```", f"{unit}", *lines, "```"]
 
 
+def measured(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that have a speed: some are left out, some failed, and of some it is no number."""
+    return {title: row for title, row in rows.items() if row.get("images_per_second")}
+
+
 def step_lines(found: dict[str, Any]) -> list[str]:
     """images/s, MFU, memory and launches; then milliseconds and launches by phase."""
-    rows = {t: r for t, r in found.get("steps", {}).items() if "images_per_second" in r}
+    rows = measured(found.get("steps", {}))
     if not rows:
         return []
     lines = [f"## A step, {found['batch']} images of ViT-B/16", ""]
@@ -63,7 +68,7 @@ def step_lines(found: dict[str, Any]) -> list[str]:
     if any("host_ms" in row for row in rows.values()):
         lines += ["GPU busy: a step's kernels together, ms. host: ms of a step of 8 images, which "
                   "the host bounds.", ""]  # fmt: skip
-    usual = {t: r for t, r in found.get("usual_steps", {}).items() if "images_per_second" in r}
+    usual = measured(found.get("usual_steps", {}))
     if usual:
         body = [
             [title, number(row["images_per_second"]), number(row["ms"]), percent(row.get("mfu"))]
@@ -74,13 +79,13 @@ def step_lines(found: dict[str, Any]) -> list[str]:
     if found.get("ratios"):
         told = (f"{name} {number(value)}" for name, value in found["ratios"].items())
         lines += [f"Ratios: {'; '.join(told)}.", ""]
-    ours = {title: row for title, row in rows.items() if row["ms_by_phase"].keys() - {"rest"}}
+    ours = {t: row for t, row in rows.items() if row.get("ms_by_phase", {}).keys() - {"rest"}}
     if ours:
         body = []
         for phase in PHASES:
             cells = (
                 f"{number(row['ms_by_phase'].get(phase))} / "
-                f"{number(row['launches_by_phase'].get(phase))}"
+                f"{number(row.get('launches_by_phase', {}).get(phase))}"
                 for row in ours.values()
             )
             body.append([phase, *cells])
@@ -94,7 +99,7 @@ def busy_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
     if not busy:
         return []
     kinds = sorted({k for row in busy.values() for k in row},
-                   key=lambda kind: -sum(row.get(kind, 0) for row in busy.values()))  # fmt: skip
+                   key=lambda kind: -sum(row.get(kind) or 0 for row in busy.values()))  # fmt: skip
     body = [[kind, *(number(row.get(kind)) for row in busy.values())] for kind in kinds]
     return ["ms by kind of kernel:", "", *table(["kernels", *busy], body), ""]
 
@@ -105,7 +110,7 @@ def kernel_lines(found: dict[str, Any]) -> list[str]:
     if not rows:
         return []
     lines = ["## Kernels, microseconds", ""]
-    near = {name: 100 * row["of copy"] for name, row in rows.items() if "of copy" in row}
+    near = {name: 100 * row["of copy"] for name, row in rows.items() if row.get("of copy")}
     if near:
         lines += bars(near, "% of a device copy's bandwidth")
     columns = ["eager", "compiled", "triton", "copy"]
@@ -165,7 +170,7 @@ def evaluation_lines(found: dict[str, Any]) -> list[str]:
         return []
     told = ", ".join(f"{title} {number(value)}" for title, value in found["top1"].items())
     return ["## Evaluation", "", f"Top-1 of four colours, %: {told}; features "
-            f"{found['features_apart']:.1g} off the CPU's.", ""]  # fmt: skip
+            f"{number(found['features_apart'], 1)} off the CPU's.", ""]  # fmt: skip
 
 
 # Those of Nsight Compute's figures that are on the page; all are in result.json.
@@ -218,9 +223,12 @@ def write_into(document: Path, source: Path) -> int:
     """Put the page of a result between the marks of a document; the exit code."""
     try:
         result = json.loads(source.read_text())
-        text = document.read_text()
+        text = document.read_text(encoding="utf-8")
     except OSError as error:
         print(f"error: {error.filename}: cannot be read ({error.strerror})", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"error: {source}: is no result of a check ({error})", file=sys.stderr)
         return 2
     if result["rehearsal"] or result.get("null"):
         print(f"error: {source}: is a rehearsal on {result['device']}; its figures mean nothing "

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,8 +132,12 @@ if name == "numerics":     # dies without a word of its own
     print("CUDA error: an illegal memory access", flush=True); import os; os._exit(134)
 if name == "recipes":      # says what is wrong
     note(status="failed: mae under ZeRO-3 is 7 % off fp32")
-if name == "step":
-    note(status="passed", batch=8)
+if name == "step":         # finds what no page can be made of
+    note(status="passed", batch=8, steps={"mae": {"images_per_second": "quick"}})
+if name == "loader":
+    print("about to go", flush=True); import os, signal; os.kill(os.getpid(), signal.SIGSEGV)
+if name == "ncu":          # ends the check
+    import os, signal; os.kill(os.getppid(), signal.SIGHUP); time.sleep(60)
 """
 
 
@@ -143,23 +148,76 @@ class Staged(gpu_check.Check):
         return [sys.executable, "-c", STAGE, str(self.folder), name]
 
 
-def test_a_stage_that_hangs_or_dies_hides_nothing(tmp_path):
+def test_a_stage_that_hangs_or_dies_hides_nothing(tmp_path, capsys):
     args = argparse.Namespace(
         output=tmp_path, budget=60, limit=6, rehearse=False, batch=1, mae=None
     )
-    result = Staged(args, ["kernels", "numerics", "recipes", "step"]).run()
+    assert Staged(args, ["kernels", "numerics", "recipes", "step", "loader"]).run() == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["device"] == "some GPU"
     assert result["stages"] == {
         "kernels": "failed: not done within 6 s",
         "numerics": "failed: exit code 134: CUDA error: an illegal memory access",
         "recipes": "failed: mae under ZeRO-3 is 7 % off fp32",
         "step": "passed",
+        "loader": "failed: ended by SIGSEGV: about to go",
     }
     written = json.loads((tmp_path / "result.json").read_text())
     assert written["stages"] == result["stages"]
     assert written["results"]["kernels"]["curves"] == 1  # what it had found before it hung
     assert "waits" in (tmp_path / "log.txt").read_text()
+    assert "The page could not be made" in (tmp_path / "page.md").read_text()
     assert child_has_ended(tmp_path)
+
+
+CHECK = """
+import sys
+import gpu_check
+class Staged(gpu_check.Check):
+    def command(self, name, box):
+        return [sys.executable, "-c", sys.argv[1], str(self.folder), name]
+gpu_check.why_no_cuda = lambda: ""
+gpu_check.Check = Staged
+sys.exit(gpu_check.main(["--output", sys.argv[2], "--limit", "60", "--stages", *sys.argv[3:]]))
+"""
+
+
+def test_a_signal_leaves_what_was_found_and_the_last_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, STAGE, tmp_path, "recipes", "ncu", "step"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(gpu_check.PATHS)}, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 128 + signal.SIGHUP
+    result = json.loads(done.stdout.splitlines()[-1])
+    ended = "failed: the check was ended by SIGHUP"
+    assert result["stages"]["ncu"] == result["stages"]["step"] == ended
+    assert result["device"] == "some GPU"
+    written = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert written["ncu"] == {"device": "some GPU", "curves": 1, "status": ended}
+
+
+def test_a_process_that_the_driver_holds_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "KILLED", 0.2)
+    monkeypatch.setattr(gpu_check, "end_group", lambda process: None)
+    args = argparse.Namespace(
+        output=tmp_path, budget=60, limit=6, rehearse=False, batch=1, mae=None
+    )
+    check = Staged(args, ["kernels", "recipes"])
+    check.box = lambda name: 5.0 if name == "recipes" else 0.5
+    monkeypatch.setattr(gpu_check, "LEAST", 0.1)
+    check.run()
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    stages = check.result()["stages"]
+    assert stages["kernels"].endswith(", and cannot be killed: the driver holds it (dmesg)")
+    assert stages["recipes"].startswith("failed: mae under")
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(gpu_check, "why_no_cuda", lambda: "")
+    assert gpu_check.main(["--output", str(tmp_path / "file/out")]) == 2
+    assert "file/out: cannot be written (Not a directory)" in capsys.readouterr().err
 
 
 def child_has_ended(folder):
@@ -189,16 +247,27 @@ def test_what_ends_the_check_ends_its_stages(tmp_path):
 
 def test_stages_that_find_no_time_are_skipped(tmp_path):
     args = argparse.Namespace(output=tmp_path, budget=4, limit=0, rehearse=False, batch=1, mae=None)
-    result = Staged(args, ["step", "loader"]).run()
+    check = Staged(args, ["step", "loader"])
+    assert check.run() == 0
+    result = check.result()
     assert result["stages"] == dict.fromkeys(("step", "loader"), "skipped: no time left of 4 s")
     assert result["device"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
 def test_without_a_gpu_it_says_so():
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "there is none here; make gpu-check REHEARSE=1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_torch_that_is_broken_is_no_missing_gpu(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open')\n")
+    monkeypatch.setattr(gpu_check, "PATHS", [str(tmp_path), *gpu_check.PATHS])
+    assert gpu_check.why_no_cuda() == (
+        "torch cannot say whether there is one (ImportError: libcudart.so.13: cannot open)"
+    )
 
 
 # ---- what the figures rest on --------------------------------------------------------------------
@@ -292,6 +361,39 @@ def test_the_page_goes_between_the_marks_and_replaces_the_one_before(tmp_path):
     document.write_text("no marks\n")
     assert gpu_page.write_into(document, source) == 2
     assert document.read_text() == "no marks\n"
+
+
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_a_page_is_made_of_figures_that_are_none(value):
+    step = dict.fromkeys(STEP, value) | {"images_per_second": 5.0}
+    step |= {
+        "ms_by_phase": {"encoder": value},
+        "launches_by_phase": {},
+        "busy_by_kind": {"a": value},
+    }
+    results = {
+        "step": {"batch": 8, "steps": {"mae": step, "lost": {"images_per_second": value}},
+                 "ratios": {"a / b": value}, "usual": 64,
+                 "usual_steps": {"mae": {"images_per_second": value}}},
+        "pretrain": {"images_per_second": value, "batch": 8, "waiting": value, "of_step": value},
+        "loader": {"cores": 2, "images_per_second": {"1": value},
+                   "bound": {"mae": {"by": "loader", "cores_needed": value}}},
+        "kernel_speed": {"microseconds": {"a": {"triton": value, "copy": value, "of copy": value}}},
+        "recipes": {"curves": {"mae": {"fp32": [value], "columns": {"a": {"distance": value}}}}},
+        "numerics": {"agreement": {"a": {"distance": value, "allowed": value}}},
+        "evaluation": {"top1": {"knn": value}, "features_apart": value},
+        "ncu": {"call": "a", "kernels": {"b": {}}},
+    }  # fmt: skip
+    page = gpu_page.page(result_of(**results))
+    for head in (
+        "## A step",
+        "## The loader",
+        "## Kernels",
+        "## Loss",
+        "## Evaluation",
+        "## Nsight",
+    ):
+        assert head in page
 
 
 def test_docs_gpu_has_the_marks():

@@ -64,6 +64,7 @@ def circle(graph):
 FLOORS = (
     (
         "pipeline.errors",
+        "pipeline.gpu_errors",
         "pipeline.help_text",
         "pipeline.late",
         "pipeline.processor",

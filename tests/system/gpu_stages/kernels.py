@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import traceback
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from gpu_stages.common import ROOT, Fault, Skip, Where
 from pipeline import kernels
+from pipeline.gpu_errors import one_line
 from pipeline.kernels.cases import Sizes, all_cases
 
 Agreement = dict[str, float]
@@ -100,6 +102,19 @@ def allowed(got: Tensor) -> float:
     return 4 * TOLERANCE[got.dtype] if got.is_floating_point() else 0.0
 
 
+def both_ways(case: Any, where: Where, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Results of a case by its kernels and by its reference, on the same inputs."""
+    torch.manual_seed(0)
+    call = case.inputs(where.sizes(64, dtype))
+    kernels.use("reference", where.device)
+    leaves = leaves_of(first_tensor(call())) if case.gradient else None
+    pair = []
+    for way in ("triton", "reference"):
+        kernels.use(way, where.device)
+        pair.append(results(call, leaves))
+    return pair
+
+
 def numerics(where: Where) -> dict[str, Any]:
     """Kernel against reference on the same inputs: every case in bf16 and fp32, real sizes."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -109,14 +124,12 @@ def numerics(where: Where) -> dict[str, Any]:
         for case in all_cases().values():
             if not case.typed and name == "bf16":
                 continue
-            torch.manual_seed(0)
-            call = case.inputs(where.sizes(64, dtype))
-            kernels.use("reference", where.device)
-            leaves = leaves_of(first_tensor(call())) if case.gradient else None
-            pair = []
-            for way in ("triton", "reference"):
-                kernels.use(way, where.device)
-                pair.append(results(call, leaves))
+            try:
+                pair = both_ways(case, where, dtype)
+            except Exception as error:  # the other cases are tried all the same
+                traceback.print_exc()
+                wrong.append(f"{case.name} in {name}: {one_line(error)}")
+                continue
             rows = list(zip(*pair, strict=True))
             worst = max(distance(*row) for row in rows)
             most = max(allowed(got) for got, _ in rows)
@@ -140,10 +153,13 @@ def timed(where: Where) -> dict[str, Any]:
 def kernel_speed(where: Where) -> dict[str, Any]:
     """Every call eager, by its kernel, by torch.compile, beside a copy of its bytes."""
     backend = "inductor" if where.gpu else "eager"
+    failed: list[str] = []
     rows = timings(
         where.sizes(256), backend=backend, every=4 if where.tiny else 1, left=where.left,
-        note=lambda rows: where.note({"microseconds": rows}),
+        note=lambda rows: where.note({"microseconds": rows}), failed=failed,
     )  # fmt: skip
+    if failed:
+        raise Fault("; ".join(failed))
     return {"microseconds": rows}
 
 

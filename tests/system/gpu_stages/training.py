@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import traceback
 from typing import Any
 
 from gpu_stages.common import Fault, Where, join, release, workers
@@ -10,6 +11,7 @@ from pipeline import kernels
 from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import RECIPES, Recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
+from pipeline.gpu_errors import one_line
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import engine as engines
@@ -113,7 +115,12 @@ def recipes(where: Where) -> dict[str, Any]:
             for number, name in enumerate(table())
         }
         for name, future in waiting.items():
-            row = found[name] = future.result()
+            try:
+                row = found[name] = future.result()
+            except Exception as error:  # the other recipes are run all the same
+                traceback.print_exception(error)
+                wrong.append(f"{name}: {one_line(error)}")
+                continue
             for column, one in row["columns"].items():
                 losses, distance = one["loss"], one["distance"]
                 if not distance <= COLUMNS[column][1]:  # nan too
