@@ -10,7 +10,7 @@
                              folder for the protocols of eval/ (supervised pretraining)
 
 In place of the run, one of its checkpoints may be named (RUN/checkpoints/step-…). Both hold
-model.safetensors, whole and fp32 whatever the ZeRO stage: each save consolidates it.
+the full fp32 model.safetensors whatever the ZeRO stage: each save consolidates it.
 """
 
 from __future__ import annotations

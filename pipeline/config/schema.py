@@ -108,7 +108,7 @@ class EncoderRecipe(Section):
     """f: a timm ViT. `options` are further keywords of timm.create_model, see ENCODER_OPTIONS.
 
     init: initial weights and position table as in `mae`, or as in `mocov3` (table with the row
-    first, q, k and v initialised apart, class token N(0, 1e-6)). freeze_patch: the patch
+    first, q, k and v initialised apart, cls token N(0, 1e-6)). freeze_patch: the patch
     embedding keeps its random weights (MoCo v3).
     """
 
@@ -418,7 +418,7 @@ class EMARecipe(Section):
 
 
 class WeightDecayRecipe(Section):
-    """Weight decay of matrices; `tokens` says whether class and mask tokens decay too (as MAE)."""
+    """Weight decay of matrices; `tokens` says whether cls and mask tokens decay too (as MAE)."""
 
     value: Annotated[float, Field(ge=0.0)] = 0.05
     tokens: bool = True

@@ -76,7 +76,7 @@ def _mean_of_all(x: Tensor) -> Tensor:
 
 
 def choose_tokens(z: Tensor, tokens: str) -> Tensor:
-    """Tab. 3's choices: z [B, 1 + N, D], class token first → [B, T, D]."""
+    """Tab. 3's choices: z [B, 1 + N, D], cls token first → [B, T, D]."""
     if tokens == "cls":
         return z[:, :1]
     if tokens == "mean_patch":

@@ -211,6 +211,8 @@ CASES = {
         ("--encoder {text} --val {shards}", "a checkpoint file needs --recipe"),
         ("--encoder {text} --recipe mae --val {shards}", NO_WEIGHTS),
         ("--encoder {text} --recipe cmae --val {shards}", "no decoder, so no reconstructions"),
+        ("--encoder {run} --val {shards} --recipe mae", "--recipe mae: {run} is a run, which has"),
+        ("--encoder {run} --val {shards} --set seed=1", "--set seed=1: {run} is a run, which has"),
         ("--encoder {run} --val {shards} --mask-ratio 1", "must be between 0 and 1"),
         ("--encoder {run} --val {shards} --mask-ratio 0.99", "some of 16 patches hidden and shown"),
         ("--encoder {run} --val {shards} --resize 2", "resize 2 is smaller than image_size 16"),
