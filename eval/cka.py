@@ -77,10 +77,11 @@ def check(s: Settings) -> int:
     if s.batch_size < 4:  # a result has both estimators
         raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
     if s.images < 0 or images < s.batch_size:
-        which = f"--images {s.images}: are" if s.images else f"{s.val} has {samples} images,"
+        which = f"--images {s.images} are" if s.images else f"{s.val} has {samples} images,"
         raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
     if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
-        raise UserError("--mask-ratios: each must be between 0 and 1")
+        given = " ".join(f"{ratio:g}" for ratio in s.mask_ratios)
+        raise UserError(f"--mask-ratios {given}: each must be between 0 and 1")
     return images // s.batch_size * s.batch_size
 
 

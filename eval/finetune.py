@@ -39,7 +39,7 @@ from pipeline.errors import PREEMPTED, UserError
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are SPEC's finetuning."""
+    """The command line; its defaults are MAE's finetuning of ViT-B."""
     result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     add = result.add_argument
     add("--train", required=True, help="training shards")

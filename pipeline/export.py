@@ -10,7 +10,7 @@
                              folder for the protocols of eval/ (supervised pretraining)
 
 In place of the run, one of its checkpoints may be named (RUN/checkpoints/step-…). Both hold
-model.safetensors, whole and fp32 whatever the ZeRO stage: each save consolidates it.
+the full fp32 model.safetensors whatever the ZeRO stage: each save consolidates it.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     """Write the encoder of a finetuned classifier to out/encoder/; returns how to use it.
 
     The classifier pools the mean of the patch tokens and normalises it with fc_norm, which becomes
-    the encoder's norm; so evaluate it with the feature `mean`.
+    the encoder's norm; so evaluate it with `--feature mean_patch`.
     """
     info = read_info(folder)
     try:

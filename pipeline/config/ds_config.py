@@ -355,8 +355,11 @@ def make_plan(
 def plan_recipe(
     ds_config: dict[str, Any], recipe: Recipe, world: int, patches: int | None = None
 ) -> RunPlan:
-    """The plan of a pretraining. patches: where the recipe's encoder does not say how many."""
-    return make_plan(
+    """The plan of a pretraining. patches: where the recipe's encoder does not say how many.
+
+    UserError also for micro-batches that are too small for the measure.
+    """
+    plan = make_plan(
         ds_config,
         recipe.optimizer,
         batch_size=recipe.batch_size,
@@ -367,3 +370,11 @@ def plan_recipe(
         exchanges=recipe.measure.exchanges,
         auto=True,
     )
+    images, least = world * plan.micro_batch, recipe.measure.least_images
+    if images < least:
+        raise UserError(
+            f"measure {recipe.measure.kind} compares the images of a micro-batch, and those of all "
+            f"ranks are {images}: at least {least} are needed, see batch_size and "
+            "train_micro_batch_size_per_gpu"
+        )
+    return plan

@@ -30,7 +30,7 @@ def warmup_cosine(
 def learning_rate(
     recipe: Recipe, step: int, steps_per_epoch: int, group: Mapping[str, Any] = MappingProxyType({})
 ) -> float:
-    """The learning rate of a pretraining's optimizer step `step` (0-based), per step (SPEC §4).
+    """The learning rate of a pretraining's optimizer step `step` (0-based).
 
     group: of parameters, with the `lr_scale` c and `anneal` a of its layer (1 where it has none).
     Its rate is

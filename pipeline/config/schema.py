@@ -108,7 +108,7 @@ class EncoderRecipe(Section):
     """f: a timm ViT. `options` are further keywords of timm.create_model, see ENCODER_OPTIONS.
 
     init: initial weights and position table as in `mae`, or as in `mocov3` (table with the row
-    first, q, k and v initialised apart, class token N(0, 1e-6)). freeze_patch: the patch
+    first, q, k and v initialised apart, cls token N(0, 1e-6)). freeze_patch: the patch
     embedding keeps its random weights (MoCo v3).
     """
 
@@ -230,6 +230,11 @@ class MeasureRecipe(Section):
         """Whether ranks send each other anything while the loss is computed."""
         return self.batch_negatives
 
+    @property
+    def least_images(self) -> int:
+        """Images of a micro-batch, of all ranks, with fewer than which the loss is a constant."""
+        return 1
+
     if TYPE_CHECKING:  # each kind has its own further settings
 
         def __getattr__(self, name: str) -> Any: ...
@@ -299,6 +304,11 @@ class ContrastRecipe(MeasureRecipe):
         return self.batch_negatives or self.heads.batch_norm
 
     @property
+    def least_images(self) -> int:
+        """Batch norm needs two rows."""
+        return 2 if self.heads.batch_norm else 1
+
+    @property
     def contrasts_patches(self) -> bool:
         """Whether patch tokens are compared position by position (mean_patch is one token)."""
         return self.tokens.startswith("patch")
@@ -335,6 +345,21 @@ class InfoNCERecipe(ContrastRecipe):
     negatives: Literal["all", "position", "image"] = "position"
     temperature: Annotated[float, Field(gt=0.0)] = 0.2
     scale_2tau: bool = False
+
+    @property
+    def least_images(self) -> int:
+        """A query needs a negative: other patches of its own image, or another image."""
+        alone = self.contrasts_patches and self.negatives != "position"
+        return super().least_images if alone else 2
+
+    def check(self, encoder: EncoderRecipe, views: ViewsRecipe) -> None:
+        """One token per image has no other token of the image for a negative."""
+        super().check(encoder, views)
+        if self.negatives == "image" and not self.contrasts_patches:
+            raise ValueError(
+                f"measure.tokens {self.tokens} is one token per image, which leaves no negative "
+                "for measure.negatives: image; set it to position or all"
+            )
 
 
 class BYOLRecipe(ContrastRecipe):
@@ -393,7 +418,7 @@ class EMARecipe(Section):
 
 
 class WeightDecayRecipe(Section):
-    """Weight decay of matrices; `tokens` says whether class and mask tokens decay too (as MAE)."""
+    """Weight decay of matrices; `tokens` says whether cls and mask tokens decay too (as MAE)."""
 
     value: Annotated[float, Field(ge=0.0)] = 0.05
     tokens: bool = True

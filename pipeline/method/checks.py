@@ -76,7 +76,7 @@ def vit_options(recipe: EncoderRecipe) -> dict[str, Any]:
 
 
 def visible_count(length: int, ratio: float, key: str = "mask_ratio") -> int:
-    """int(L (1 - ratio)), the same for every sample (SPEC §1); 49 of 196 at 0.75.
+    """int(L (1 - ratio)), the same for every sample; 49 of 196 at 0.75.
 
     UserError, naming the key, where that is none.
     """
@@ -88,6 +88,8 @@ def visible_count(length: int, ratio: float, key: str = "mask_ratio") -> int:
 
 def visible_counts(views: ViewsRecipe, length: int) -> tuple[int, int]:
     """Visible patches in T1 and T2, 0 where T2 leads to pixels; UserError where there are none."""
+    if length >= 2**16:  # positions are 16 bits of a key that is sorted (kernels/select_visible)
+        raise UserError(f"an image has {length} patches; at most {2**16 - 1} can be masked")
     first = visible_count(length, views.mask_ratio, "views.mask_ratio")
     if views.second == "pixels":
         return first, 0

@@ -54,7 +54,7 @@ class CrossDecoder(PixelDecoder):
     def _predict(self, tokens: Tensor, view: View, x: Tensor, query: Tensor) -> Tensor:
         """x [B, R, D], the mask tokens of a region, and the first block's queries of it → what the
         tokens of a view say of the region."""
-        own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
+        own = F.pad(view.visible + 1, (1, 0))  # rows of the cls token and the visible patches
         memory = self.embed(tokens)
         memory = self.memory_norm(memory + self.positions(view)[own.long()].to(memory.dtype))
         for number, block in enumerate(self.blocks):

@@ -2,11 +2,11 @@
 
 Exact, since in a transformer only attention mixes tokens:
 
-- The tokens of hidden places enter the first block as mask token + position, the same in every
-  image: their norm and their queries, keys and values are computed once per position.
+- Masked patches enter the first block as mask token + position, the same in every image: their
+  norm and their queries, keys and values are computed once per position.
 - The loss reads the region only: the last block computes keys and values of all tokens, but
   queries, projection and MLP of the region alone, and so do the last norm and the head.
-- Backward makes the normed tensors again from their norms' inputs, which it keeps in any case.
+- Backward recomputes the normed tensors from the norms' inputs, which it keeps in any case.
 
 Weights have the names of plain timm blocks. Shape suffixes: B batch, K visible, L all patches,
 R region, N tokens, D width.
@@ -93,7 +93,7 @@ class Decoder(PixelDecoder):
         x = kernels.place_tokens(
             self.embed(tokens), view.inverse, self.mask_token, position, prefix=1
         )
-        own = F.pad(view.visible + 1, (1, 0))  # rows of the class token and the visible patches
+        own = F.pad(view.visible + 1, (1, 0))  # rows of the cls token and the visible patches
         hidden = (self.mask_token + position[1:]).to(x.dtype)
         return self._block(0, x, (own, view.inverse, hidden), region)
 
@@ -174,11 +174,11 @@ def _apply(layer: Callable, norm: nn.Module, x: Tensor) -> Any:
 
 
 def _apply_to_normed(layer: Callable, norm: nn.Module, x: Tensor) -> Any:
-    """layer(norm(x)), which keeps x for backward but not norm(x): that is made from x again there.
+    """layer(norm(x)), keeping x for backward but not norm(x), which is recomputed from x there.
 
-    x is kept in any case, by the norm. `layer` applies linears only.
+    x is kept in any case, by the norm. `layer` must consist of linears.
     """
-    if torch.compiler.is_compiling():  # inductor makes norms again of its own accord
+    if torch.compiler.is_compiling():  # inductor recomputes norms by itself
         return layer(norm(x))
     normed, kept = norm(x), x.detach()
     whole = normed.untyped_storage()._cdata, normed.numel()
@@ -214,7 +214,7 @@ def take_rows(x: Tensor, rows: Tensor, *, once: bool = False) -> Tensor:
     """x [B, N, D], rows int [B, R] → [B, R, D] with row rows[b, r] of sample b.
 
     One index per row (index_select), so no index is materialised over the channels. once: no row
-    is taken twice, so that backward copies where it would add, atom by atom on a GPU.
+    is taken twice, so that backward copies rows instead of adding them atomically.
     """
     batch, n, width = x.shape
     start = torch.arange(batch, device=x.device, dtype=rows.dtype)[:, None] * n
@@ -239,7 +239,7 @@ class _TakeOnce(torch.autograd.Function):
 
 
 def place_rows(own: Tensor, hidden: Tensor, inverse: Tensor, places: Tensor) -> Tensor:
-    """own [B, 1 + K, D], hidden [L, D], inverse int32 [B, L] → [B, 1 + L, D]: the class token's
+    """own [B, 1 + K, D], hidden [L, D], inverse int32 [B, L] → [B, 1 + L, D]: the cls token's
     row, then for each place l the row 1 + inverse[b, l] of own, or hidden[l] where that is past K.
 
     places: int [B, 1 + K], where the rows of own come.

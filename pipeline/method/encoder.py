@@ -94,10 +94,10 @@ class EncoderBlock(Block):
 
 
 class Encoder(nn.Module):
-    """f(*view) → tokens [B, 1 + K, D] (hidden dropped) or [B, 1 + L, D] (mask tokens).
+    """f(*view) → tokens [B, 1 + K, D] (masked patches dropped) or [B, 1 + L, D] (mask tokens).
 
     The state dict has the names of timm's VisionTransformer (plus `mask_token` where there is
-    one). Positions are fixed sin-cos, zero for the class token.
+    one). Positions are fixed sin-cos, zero for the cls token.
     """
 
     pos_embed: Tensor
@@ -148,10 +148,10 @@ class Encoder(nn.Module):
         drop: bool = False,
         second: View | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The fields of a View → tokens, class token first, after the final norm.
+        """The fields of a View → tokens, cls token first, after the final norm.
 
-        image: uint8 [B, H, W, 3]; visible: int32 [B, K]; inverse: int32 [B, L]. drop: leave hidden
-        patches out, also where the recipe has mask tokens (as evaluation does). second: another
+        image: uint8 [B, H, W, 3]; visible: int32 [B, K]; inverse: int32 [B, L]. drop: leave masked
+        patches out even if the recipe has mask tokens (as evaluation does). second: another
         view; the tokens of both, whose weights are then read, and under ZeRO-3 gathered, once.
         """
         x = self._embed(image, visible, inverse, drop)
@@ -202,7 +202,7 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool, *mor
 
 
 def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """Weights of an encoder (its state dict, whole) under timm's names: no mask token, positions
+    """An encoder's weights (its full state dict) under timm's names: no mask token, positions
     from the exact table, fp32 on the CPU.
     """
     state = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}

@@ -233,8 +233,7 @@ def from_hugging_face(
         config = read_config(folder)
         name, own = hf_arch(config)
         state = from_hf(load_tensors(folder / "model.safetensors"), own["depth"])
-        pixels = folder / "preprocessor_config.json"
-        about = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
+        statistics, said = hugging_face_statistics(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
     written = exported_info(folder / "model.safetensors", {})
@@ -244,14 +243,24 @@ def from_hugging_face(
     for part in vit.modules():
         if isinstance(part, nn.LayerNorm):
             part.eps = float(config.get("layer_norm_eps", 1e-12))
-    info, note = named(name, folder.name), ""
-    if {"image_mean", "image_std"} <= about.keys():
-        info |= {"mean": about["image_mean"], "std": about["image_std"]}
-    else:
-        if config["model_type"] == "vit":  # the default of transformers' ViTImageProcessor
-            info |= {"mean": [0.5] * 3, "std": [0.5] * 3}
-        note = f"no preprocessor_config.json: mean and std {_short(info)}"
+    info = named(name, folder.name) | statistics
+    note = "" if said else f"no preprocessor_config.json: mean and std {_short(info)}"
     return vit, finish(info, vit, own) | {"note": note}
+
+
+def hugging_face_statistics(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[dict[str, list[float]], bool]:
+    """(mean and std of the pixels, whether the folder says them); else those of transformers'
+    ViTImageProcessor for a ViT, and ImageNet's for a ViTMAE. OSError, ValueError."""
+    pixels = folder / "preprocessor_config.json"
+    about = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
+    if {"image_mean", "image_std"} <= about.keys():
+        return {"mean": about["image_mean"], "std": about["image_std"]}, True
+    if config["model_type"] == "vit":
+        return {"mean": [0.5] * 3, "std": [0.5] * 3}, False
+    data = DataRecipe()
+    return {"mean": list(data.mean), "std": list(data.std)}, False
 
 
 def timm_statistics(vit: nn.Module) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pipeline.method.vit import init_weights
 
 
 def mlp(width: int, recipe: HeadsRecipe, layers: int) -> nn.Sequential:
-    """A projector or predictor of `layers` linears, GELU between them (SPEC §3.1); with
+    """A projector or predictor of `layers` linears, GELU between them; with
     batch_norm as MoCo v3's: no biases, norm and ReLU between, a norm without scale at the end,
     weights U(±1 / sqrt(in)) as torch's linears have them.
     """
@@ -76,7 +76,7 @@ def _mean_of_all(x: Tensor) -> Tensor:
 
 
 def choose_tokens(z: Tensor, tokens: str) -> Tensor:
-    """Tab. 3's choices: z [B, 1 + N, D], class token first → [B, T, D]."""
+    """Tab. 3's choices: z [B, 1 + N, D], cls token first → [B, T, D]."""
     if tokens == "cls":
         return z[:, :1]
     if tokens == "mean_patch":

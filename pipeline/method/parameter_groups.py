@@ -14,7 +14,7 @@ EMBEDDINGS = (
 
 
 def parameter_groups(objective: Objective) -> list[dict[str, Any]]:
-    """Decayed and undecayed parameters (SPEC §4): biases and 1-D parameters do not decay; cls
+    """Parameters with and without weight decay: biases and 1-D parameters do not decay; cls
     and mask tokens do if `weight_decay.tokens`.
 
     Where the layers have learning rates of their own (`layer_decay`, `layer_anneal`), two groups

@@ -208,7 +208,11 @@ def recipe_of_model(path: str | Path, recipe: str = "", set_: Sequence[str] = ()
     """The recipe of a model with its decoder: of a run's folder its own, of a FILE the one that is
     named and changed by set_. UserError where it cannot be read."""
     if not Path(path).is_file():
-        return run_recipe(path)
+        found = run_recipe(path)
+        if recipe or set_:
+            flag = f"--recipe {recipe}" if recipe else f"--set {set_[0]}"
+            raise UserError(f"{flag}: {path} is a run, which has a recipe of its own; leave it out")
+        return found
     if not recipe:
         raise UserError(
             f"{path}: a checkpoint file needs --recipe, such as pipeline/recipes/mae.yaml"

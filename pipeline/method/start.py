@@ -14,7 +14,6 @@ one is left out, which is said.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +29,13 @@ from torch import Tensor
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import Encoder, encoder_info, read_encoder
-from pipeline.method.foreign import LEFT_OUT, exported_info, from_hub, named
+from pipeline.method.foreign import (
+    LEFT_OUT,
+    exported_info,
+    from_hub,
+    hugging_face_statistics,
+    named,
+)
 from pipeline.method.interop import from_hf, from_hf_decoder, hf_arch, mae_decoder
 from pipeline.method.layouts import fixed_options, layout_of, mae_decoder_heads, refuse_stem
 from pipeline.method.load import teacher_weights
@@ -177,14 +182,10 @@ def _hugging_face(folder: Path) -> Source:
         arch, options = hf_arch(config)
         weights = load_tensors(folder / "model.safetensors")
         encoder, rest = from_hf(weights, options["depth"]), from_hf_decoder(weights)
+        statistics, _ = hugging_face_statistics(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
-    info: dict[str, Any] = {"arch": arch, "options": options}
-    pixels = folder / "preprocessor_config.json"
-    if pixels.is_file():
-        about = json.loads(pixels.read_text(encoding="utf-8"))
-        if {"image_mean", "image_std"} <= about.keys():
-            info |= {"mean": about["image_mean"], "std": about["image_std"]}
+    info: dict[str, Any] = {"arch": arch, "options": options, **statistics}
     return Source(encoder, rest, info, int(config.get("decoder_num_attention_heads", 0)))
 
 

@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.method.heads import choose_tokens
 from pipeline.method.views import View
 
-# A context with the fp32 values of the given parameters, whole (engine.Engine.masters); None: they
-# are whole and fp32 themselves.
+# A context with the unsharded fp32 values of the given parameters (engine.Engine.masters); None:
+# they are unsharded and fp32 themselves.
 Masters = Callable[[list[nn.Parameter]], AbstractContextManager[list[Tensor]]] | None
 SLICE = 24  # parameters, two blocks of a ViT
 
@@ -34,8 +34,8 @@ class Teacher(nn.Module):
     It is outside the DeepSpeed module: not cast, not partitioned, not optimised. A measure
     without a projector gets the tokens of f'. Beside a 16-bit student it keeps a 16-bit copy of
     the weights of its linears, made once per update instead of in every forward pass; the rest of
-    that copy is the fp32 state itself, and no checkpoint has it. Its blocks are compiled where the
-    teacher's are.
+    that copy is the fp32 state itself, and no checkpoint has it. The copy's blocks are compiled if
+    the teacher's are.
     """
 
     def __init__(self, objective: Online) -> None:

@@ -48,7 +48,7 @@ class Views:
     second is None where T2 leads to pixels (MAE). target: uint8 [B, H, W, 3], the image the
     predictions are held against. region: int32 [B, R], the positions where the loss is taken,
     those masked by T1 (all where it masks none) or a share of them; weight: float32 [B, R] of 0 and
-    1, or None for all: visible in T2 (SPEC §2).
+    1, or None for all: visible in T2.
     """
 
     first: View
@@ -164,7 +164,7 @@ def jitter(
     visible: Tensor | None = None,
     patch: int | None = None,
 ) -> Tensor:
-    """Colour jitter with SimSiam's operations, drawn per image and view (SPEC §3.5).
+    """Colour jitter with SimSiam's operations, drawn per image and view.
 
     image and result: uint8 [B, H, W, 3]. With visible int32 [B, K], only those patches are
     jittered (contrast is taken about *their* mean grey, so nothing hidden leaks) and the others

@@ -19,7 +19,7 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     """A timm ViT without a head, with its options checked.
 
     Raises UserError for an unknown name, an image size that the patch does not
-    divide, or a variant whose extra parts (registers, pre-norm, no class token) f does not have.
+    divide, or a variant whose extra parts (registers, pre-norm, no cls token) f does not have.
     """
     if arch not in timm.list_models(arch):
         raise no_model(arch, f"encoder.arch {arch!r}")
@@ -31,7 +31,7 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
     if not is_plain(vit):
         raise UserError(
-            f"encoder.arch {arch!r} is not a plain ViT (patches by one convolution, class token, "
+            f"encoder.arch {arch!r} is not a plain ViT (patches by one convolution, cls token, "
             "no registers, no pre-norm)"
         )
     assert isinstance(vit, VisionTransformer)
@@ -39,7 +39,7 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
 
 
 def is_plain(vit: nn.Module) -> bool:
-    """Whether it is a ViT such as f: patches of RGB by one convolution, one class token, learned
+    """Whether it is a ViT such as f: patches of RGB by one convolution, one cls token, learned
     or fixed positions, no more.
     """
     return (
@@ -58,11 +58,11 @@ def is_plain(vit: nn.Module) -> bool:
 
 
 def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = False) -> Tensor:
-    """Fixed sin-cos positions of MAE: float32 [1 + L, D], zero for the class token.
+    """Fixed sin-cos positions of MAE: float32 [1 + L, D], zero for the cls token.
 
     The first half of the channels encodes the column, the second the row (MoCo v3's table, with
     row_first, the other way round); in each half, sines then cosines of
-    coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1 (SPEC §4).
+    coordinate / 10000^(2i / (D / 2)), i = 0 … D / 4 - 1.
     Raises UserError where 4 does not divide the width.
     """
     check_table(width)
@@ -79,7 +79,7 @@ def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = Fals
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
     """MAE's initialisation: xavier-uniform linears (the patch embedding as a linear), tokens
-    N(0, 0.02), LayerNorm one and zero, biases zero (SPEC §4).
+    N(0, 0.02), LayerNorm one and zero, biases zero.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -100,7 +100,7 @@ def init_weights(module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_as_mocov3(encoder: Any) -> None:
-    """Where MoCo v3's initial weights differ: q, k and v as three linears, a small class token."""
+    """Where MoCo v3's initial weights differ: q, k and v as three linears, a small cls token."""
     nn.init.normal_(encoder.cls_token, std=1e-6)
     for block in encoder.blocks:
         for part in block.attn.qkv.weight.chunk(3):

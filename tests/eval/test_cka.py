@@ -192,7 +192,7 @@ def test_bad_input_is_one_sentence(home: Path) -> None:
         evaluate(home, "--batch-size", 3)
     with pytest.raises(UserError, match="has 48 images, fewer than --batch-size 64"):
         evaluate(home, "--batch-size", 64)
-    with pytest.raises(UserError, match="--images 8: are fewer than --batch-size 16"):
+    with pytest.raises(UserError, match="--images 8 are fewer than --batch-size 16"):
         evaluate(home, "--batch-size", 16, "--images", 8)
     with pytest.raises(UserError, match=r"--mask-ratios 0.99: leaves none of 16 patches"):
         evaluate(home, "--batch-size", 16, "--mask-ratios", 0.5, 0.99)

@@ -79,7 +79,7 @@ def encode(
     w: dict[str, Tensor], image: Tensor, visible: list[int], *, patch: int, heads: int,
     tokens: bool = False,
 ) -> Tensor:  # fmt: skip
-    """f on one image: class token and visible patches (or all positions with mask tokens)."""
+    """f on one image: cls token and visible patches (or all positions with mask tokens)."""
     rows, columns = image.shape[0] // patch, image.shape[1] // patch
     kernel = w["encoder.patch_embed.proj.weight"]
     position = sincos(rows, columns, kernel.shape[0])

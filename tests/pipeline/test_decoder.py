@@ -29,7 +29,7 @@ def test_take_rows_is_plain_indexing_with_its_gradient(once):
 
 
 def test_place_rows_is_plain_indexing_with_its_gradients():
-    own = torch.randn(2, 3, 4, requires_grad=True)  # class token and two visible patches
+    own = torch.randn(2, 3, 4, requires_grad=True)  # cls token and two visible patches
     hidden = torch.randn(5, 4, requires_grad=True)
     inverse = torch.tensor([[0, 2, 3, 1, 4], [4, 1, 2, 3, 0]], dtype=torch.int32)
     places = torch.tensor([[0, 1, 4], [0, 5, 2]], dtype=torch.int32)

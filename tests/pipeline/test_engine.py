@@ -251,6 +251,29 @@ def test_a_batch_that_cannot_be_split(micro, world, words):
         plan_recipe({"train_micro_batch_size_per_gpu": micro}, tiny_recipe("mae"), world)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "least"),
+    [
+        ("cmae", (), 2),
+        ("cmae", ("measure.negatives=all",), 1),
+        ("cmae", ("measure.negatives=image",), 1),
+        ("cmae", ("measure.tokens=cls",), 2),
+        ("cmae", ("measure={kind: byol}",), 1),
+        ("cmae", ("measure={kind: byol}", "measure.heads.batch_norm=true"), 2),
+        ("mae", (), 1),
+    ],
+)
+def test_a_micro_batch_that_leaves_no_negative_is_refused(name, changes, least):
+    config, recipe = {"train_micro_batch_size_per_gpu": 1}, tiny_recipe(name, *changes)
+    assert recipe.measure.least_images == least
+    if least == 1:
+        assert plan_recipe(config, recipe, world=1).micro_batch == 1
+        return
+    with pytest.raises(UserError, match="those of all ranks are 1: at least 2 are needed"):
+        plan_recipe(config, recipe, world=1)
+    assert plan_recipe(config, recipe, world=2).micro_batch == 1
+
+
 def test_split_of_the_batch_and_its_negatives():
     recipe = load_recipe(RECIPES / "cmae.yaml")
     plan = plan_recipe({"train_micro_batch_size_per_gpu": 64}, recipe, world=4)

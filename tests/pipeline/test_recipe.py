@@ -101,6 +101,7 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
         ("optimizer.epochs=1:30", ["optimizer.epochs", "got '1:30'"]),
         ("views={mask_ratio: 0.5, mask_ratio: 0.6}", ["key 'mask_ratio' is there twice"]),
         ("views=null", ["'views': input should be a mapping of keys, got None"]),
+        ("measure={tokens: cls, negatives: image}", ["tokens cls is one token", "position or all"]),
         ("name=''", ["'name'", "not empty"]),
         ("name=../x", ["'name'", "without /", "got '../x'"]),
     ],

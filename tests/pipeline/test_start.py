@@ -93,6 +93,19 @@ def test_our_runs_and_exports(kind, tmp_path):
     assert ("left fresh: measure.decoder" in "".join(lines)) != with_decoder
 
 
+def test_a_hugging_face_vit_that_does_not_say_its_pixels_has_those_of_transformers(tmp_path):
+    """As load_encoder takes it: mean and std 0.5, folded into the patch embedding."""
+    theirs = objective_of("mae", "seed=4")
+    run, source = write_run(tmp_path / "run", theirs), tmp_path / "vit"
+    assert export([str(run), "--format", "hf", str(source)]) == 0
+    (source / "preprocessor_config.json").unlink()
+    mine = objective_of()
+    start_from(mine, str(source))
+    std = torch.tensor(mine.recipe.data.std)[:, None, None]
+    found, expected = (o.encoder.patch_embed["proj"].weight for o in (mine, theirs))
+    torch.testing.assert_close(found, expected * std / 0.5)
+
+
 def test_another_image_size_makes_the_positions_again(tmp_path):
     run = write_run(tmp_path / "run", objective_of("mae", "seed=4"))
     mine = objective_of("mae", "encoder.image_size=24")

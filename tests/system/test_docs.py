@@ -37,6 +37,20 @@ def test_the_readme_takes_a_minute():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
 
+def test_the_readme_has_the_miniatures_results():
+    """Mean ± deviation of finetuning, to one decimal, as docs/mini_paper.md has them."""
+    mini, readme = ((ROOT / n).read_text() for n in ("docs/mini_paper.md", "README.md"))
+    rows = {"MAE": "`mae`", "R-MAE": "`rmae`", "C-MAE": "`cmae`",
+            "random, 100 epochs": "*random initialisation*"}  # fmt: skip
+    for name, shown in rows.items():
+        cells = re.search(rf"^\| {name} \|.*$", mini, re.MULTILINE)[0].split(" | ")
+        theirs = [float(number) for number in cells[4].split(" ± ")]
+        line = re.search(rf"^\| {re.escape(shown)} \|.*$", readme, re.MULTILINE)[0]
+        ours = re.search(r"([\d.]+) ± ([\d.]+) % \|$", line)
+        for a, b in zip(ours.groups(), theirs, strict=True):
+            assert abs(float(a) - b) < 0.0501, line
+
+
 @each_page
 def test_relative_links_resolve(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):

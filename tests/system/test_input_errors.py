@@ -101,6 +101,7 @@ CASES = {
     **pretraining(
         ("--set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         ("--set encoder.image_size=17", "17 is not divisible by the patch size 4"),
+        ("--set encoder.image_size=1028", "an image has 66049 patches; at most 65535"),
         ("--set encoder.image_size=5000", "must be between 1 and 4096 pixels"),
         ("--set encoder.options.num_heads=3", "embed_dim 16 is not divisible by num_heads 3"),
         ("--set encoder.options.embed_dim=18", "needs a width divisible by 4, not 18"),
@@ -210,6 +211,8 @@ CASES = {
         ("--encoder {text} --val {shards}", "a checkpoint file needs --recipe"),
         ("--encoder {text} --recipe mae --val {shards}", NO_WEIGHTS),
         ("--encoder {text} --recipe cmae --val {shards}", "no decoder, so no reconstructions"),
+        ("--encoder {run} --val {shards} --recipe mae", "--recipe mae: {run} is a run, which has"),
+        ("--encoder {run} --val {shards} --set seed=1", "--set seed=1: {run} is a run, which has"),
         ("--encoder {run} --val {shards} --mask-ratio 1", "must be between 0 and 1"),
         ("--encoder {run} --val {shards} --mask-ratio 0.99", "some of 16 patches hidden and shown"),
         ("--encoder {run} --val {shards} --resize 2", "resize 2 is smaller than image_size 16"),

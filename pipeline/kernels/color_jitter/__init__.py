@@ -43,7 +43,8 @@ def jitter_parameters(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw the parameters of `color_jitter`; the defaults are SimSiam's, without its grayscale.
 
-    sample: int64 [B]; view: 0 for T1, 1 for T2. A strength s draws from [max(0, 1-s), 1+s], hue
+    sample: int64 [B]; view: 0 for T1, 1 for T2, 2 for the image of
+    both. A strength s draws from [max(0, 1-s), 1+s], hue
     from [-hue, hue] turns. Returns (factors float32 [B,4], order int32 [B], apply bool [B],
     gray bool [B]). Raises ValueError for a hue above 0.5 or a negative strength.
     """

@@ -21,7 +21,7 @@ def place_tokens(
     """Place tokens among mask tokens and add the position embedding.
 
     tokens: [B,P+K,D]; inverse: int32 [B,L], inverse[b,l] < K is visible token number
-    inverse[b,l]; mask_token: [D]; position: [P+L,D]; prefix: P leading tokens (class token).
+    inverse[b,l]; mask_token: [D]; position: [P+L,D]; prefix: P leading tokens (cls token).
     Returns [B,P+L,D] in tokens' dtype. Gradients: tokens, mask_token, position.
     Raises ValueError for shapes that do not fit.
     """

@@ -43,7 +43,7 @@ class Reconstruction(nn.Module):
     def forward(
         self, encoder: Encoder, views: Views, teacher: Teacher | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both branches (one for MAE) → fp32 loss and its terms (SPEC §2)."""
+        """Both branches (one for MAE) → fp32 loss and its terms."""
         if views.second is None:
             z1, z2 = encoder(*views.first), None
         else:
