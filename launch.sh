@@ -77,7 +77,11 @@ find_python() {
 
 count_gpus() { # that this process may use; the deepspeed launcher numbers devices on a CPU too
   local all
-  all=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+  if type -P nvidia-smi >/dev/null; then
+    all=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+  else # a container may have the devices without the tool
+    all=$(compgen -G '/dev/nvidia[0-9]*' | wc -l)
+  fi
   [[ ${DS_ACCELERATOR:-} != cpu ]] || all=0
   if [[ $all == 0 || -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
     echo "$all"

@@ -36,22 +36,22 @@ while plan != "end":
 """
 
 
-def start(*words, **env):
-    """launch.sh in an environment without a trace of another launcher."""
+def start(*words, inside=(), **env):
+    """launch.sh in an environment without a trace of another launcher. inside: what runs it."""
     foreign = ("SLURM", "PET_", "CUDA", "OMP_", "NCCL", "GLOO", "RELAXMIM", *NAMES)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     clean |= {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"} | env
     # Where the suite runs in the background Ctrl-C is ignored, which children would inherit.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return popen(words, clean)
+        return popen(words, clean, inside)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def popen(words, clean):
+def popen(words, clean, inside=()):
     return subprocess.Popen(
-        [LAUNCH, *map(str, words)], env=clean, cwd=ROOT, text=True, start_new_session=True,
+        [*inside, LAUNCH, *map(str, words)], env=clean, cwd=ROOT, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

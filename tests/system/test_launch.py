@@ -174,6 +174,26 @@ def test_one_rank_per_device(script, tmp_path, four_gpus, env, count):
     assert environment(tmp_path, count - 1)[2:] == [str(count)] * 2
 
 
+# A /dev of its own for a command, in the folder $0, with two GPUs.
+DEVICES = """
+mount -t tmpfs dev "$0" && cp -a /dev/null /dev/zero /dev/urandom /dev/fd /dev/std* "$0" || exit 77
+cd "$0" && touch nvidia0 nvidia1 nvidiactl nvidia-uvm && mount --rbind . /dev || exit 77
+exec "$@"
+"""
+
+
+def test_a_container_may_have_gpus_without_nvidia_smi(script, tmp_path):
+    dev = tmp_path / "dev"
+    dev.mkdir()
+    inside = ("unshare", "-m", "sh", "-c", DEVICES, str(dev))
+    words = ("--script", script, tmp_path, "end")
+    code, _, err = finish(start(*words, inside=inside, DS_ACCELERATOR=""))
+    if code == 77 or "unshare" in err:
+        pytest.skip("no mounts of its own for a process here")
+    assert (code, err) == (0, "")
+    assert len(list(tmp_path.glob("rank-*"))) == 2
+
+
 def test_more_ranks_than_devices(four_gpus):
     code, _, err = finish(start("--ranks", 5, **four_gpus))
     assert (code, err.count("\n")) == (2, 1)
