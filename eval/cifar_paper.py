@@ -83,8 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that a command line names. UserError for values that cannot be."""
-    if args.seeds < 1 or args.jobs < 0 or (args.hours or 0) < 0:
-        raise UserError("--seeds must be at least 1, --jobs and --hours not negative")
+    if args.seeds < 1 or args.jobs < 0 or not 0 <= (args.hours or 0) < float("inf"):
+        raise UserError("--seeds must be at least 1, --jobs and --hours not negative (0: no limit)")
     if args.untuned and args.extend_tuning:
         raise UserError("--extend-tuning: nothing to extend with --untuned; leave one out")
     scale = replace(read_scale(args.scale), last=tuple(args.set))

@@ -18,6 +18,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,10 @@ def extensions_dir() -> Path:
     kind = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cpu":  # compiled for this processor
         kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
+    elif torch.cuda.is_available():  # nodes of other GPUs, which share a home, have their own
+        gpus = range(torch.cuda.device_count())
+        found = sorted({torch.cuda.get_device_capability(n) for n in gpus})
+        kind += "".join(f"-sm{major}{minor}" for major, minor in found)
     hip, cuda = torch.version.hip, torch.version.cuda
     built_with = f"rocm{hip}" if hip else f"cu{cuda}" if cuda else "nogpu"
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
@@ -130,7 +135,10 @@ def extensions_dir() -> Path:
     own = own_extensions()
     if sys.prefix != sys.base_prefix and os.access(own if own.exists() else own.parent, os.W_OK):
         return own / name
-    return Path.home() / ".cache" / "torch_extensions" / name
+    try:
+        return Path.home() / ".cache" / "torch_extensions" / name
+    except RuntimeError:  # a user without a name and a home: it will be said that this is read-only
+        return own / name
 
 
 def own_extensions() -> Path:
@@ -310,6 +318,14 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         self.name = signal.Signals(number).name
+
+
+def wait_at_most(seconds: float, *groups: Any) -> None:
+    """Let the collectives of these groups (None: of all ranks) wait so long for other ranks."""
+    c10d = torch.distributed.distributed_c10d
+    change = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # until torch 2.13
+    for group in groups:
+        change(timedelta(seconds=seconds), group)
 
 
 _control: list[Any] = []  # the group for `any_rank`, made once

@@ -362,13 +362,15 @@ def memory(
     stage: int,
     ranks: int,
     precision: str,
+    copies: int = 0,
 ) -> Memory:
     """Bytes on the fullest rank. Stage 1 shares the optimizer's state, 2 also gradients (each rank
     keeps whole those that reach into its part; just its part where bf16's are kept in fp32), 3
     also weights.
 
     Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; fp32 exp_avg and
-    exp_avg_sq; from stage 1 on an fp32 weight beside it.
+    exp_avg_sq; from stage 1 on an fp32 weight beside it. copies: of all gradients, beside them
+    while the activations' memory is held (graph_copies).
     """
     groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]
     size = 2 if precision in BF16_WEIGHTS else 4
@@ -381,7 +383,7 @@ def memory(
         kept = max(stage2_gradients(groups, ranks)) if stage == 2 else trained
     return Memory(
         weights=((part if stage == 3 else trained) + sum(here)) * size,
-        gradients=kept * (2 if precision == "bf16" else 4),
+        gradients=(kept + copies * trained) * (2 if precision == "bf16" else 4),
         optimizer=part * (12 if stage else 8),
         teacher=teacher_bytes(teacher, precision) if teacher else 0,
         activations=work.activations,
@@ -441,14 +443,30 @@ def scaled(recipe: Recipe, precision: str, checkpointing: bool) -> Callable[[int
 
 def fitting_micro_batch(
     recipe: Recipe, ranks: int, stage: int, precision: str, memory_bytes: float,
-    checkpointing: bool = False,
+    checkpointing: bool = False, captured: bool = False,
 ) -> int:  # fmt: skip
     """The most images of a micro-batch that fit in a device's memory less MARGIN, of those that
-    divide a rank's images of a step."""
+    divide a rank's images of a step. captured: whether micro-batches are CUDA graphs."""
     objective, teacher = meta_objective(recipe)
     work_of, sizes = scaled(recipe, precision, checkpointing), split(recipe, ranks)
-    need = {n: memory(objective, teacher, work_of(n), stage, ranks, precision).total for n in sizes}
-    return largest_that_fits(sizes, need, memory_bytes)
+    stage = stage_with_graphs(stage, ranks) if captured else stage
+
+    def need(n: int) -> int:
+        copies = graph_copies(sizes[0] // n) if captured else 0
+        return memory(objective, teacher, work_of(n), stage, ranks, precision, copies).total
+
+    return largest_that_fits(sizes, {n: need(n) for n in sizes}, memory_bytes)
+
+
+def graph_copies(accumulation: int) -> int:
+    """Copies of all gradients beside those of a CUDA graph, whose memory holds the activations'
+    too: the joined ones, and the sum of the micro-batches before."""
+    return 1 if accumulation == 1 else 2
+
+
+def stage_with_graphs(stage: int, ranks: int) -> int:
+    """The stage under which DeepSpeed runs CUDA graphs (config/plan.py)."""
+    return 1 if stage == 0 or (stage == 2 and ranks > 1) else stage
 
 
 def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
@@ -475,18 +493,22 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         if args.precision in BF16_WEIGHTS[stage:]:
             continue  # the engine refuses them: DeepSpeed's stage 0, and 1 with fp32 gradients
 
-        def need(micro: int, stage: int = stage) -> Memory:
-            return memory(objective, teacher, work_of(micro), stage, args.gpus, args.precision)
+        captured = graphs(stage, args, recipe)
+        run_as = stage_with_graphs(stage, args.gpus) if captured else stage
+
+        def need(micro: int, run_as: int = run_as, captured: bool = captured) -> Memory:
+            copies = graph_copies(per_rank // micro) if captured else 0
+            work = work_of(micro)
+            return memory(objective, teacher, work, run_as, args.gpus, args.precision, copies)
 
         bytes_of = {n: need(n).total for n in sizes}
         micro = largest_that_fits(sizes, bytes_of, args.gpu_memory * 1e9)
         accumulation = per_rank // micro
         work = work_of(micro)
-        sent = traffic(objective, teacher, work, stage, args.gpus, accumulation, args.precision)
+        sent = traffic(objective, teacher, work, run_as, args.gpus, accumulation, args.precision)
         feeding = Feeding(
             gpu=mean * work.flops * accumulation / speed,
-            launches=(GRAPH_LAUNCHES if graphs(stage, args, recipe) else work.launches)
-            * accumulation
+            launches=(GRAPH_LAUNCHES if captured else work.launches) * accumulation
             + OPTIMIZER_LAUNCHES
             + GROUP_LAUNCHES * further_groups,
             launch_ms=launch_ms,
@@ -495,7 +517,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
             cores=args.cores,
         )
         rows.append(
-            {"stage": stage, "micro_batch": micro, "accumulation": accumulation}
+            {"stage": stage, "run_as": run_as, "micro_batch": micro, "accumulation": accumulation}
             | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need(micro)).items()}
             | {
                 "memory_gb": round(bytes_of[micro] / 1e9, 3),
@@ -570,7 +592,11 @@ def show(plan: dict[str, Any]) -> str:
             f"{row['memory_gb']:9.2f}{row['sent_gb_per_step']:14.3f}{fits}"
         )
     stage = plan["recommended_stage"]
-    advice = "no stage fits: more GPUs, a smaller micro-batch or --checkpointing"
+    others = [row["stage"] for row in plan["stages"] if row["run_as"] != row["stage"]]
+    if others:
+        listed = " and ".join(map(str, others))
+        lines.append(f"with CUDA graphs ZeRO {listed} run as 1 (--no-graphs: cuda_graphs false)")
+    advice = "no stage fits: more GPUs, a smaller micro-batch, --no-graphs or --checkpointing"
     lines.append(advice if stage is None else f"recommended: ZeRO {stage} (the lowest that fits)")
     lines += [
         "",
@@ -595,9 +621,9 @@ def main(argv: list[str] | None = None) -> int:
             print(flops_lines(recipe))
             return 0
         if args.fit is not None:
-            room = args.gpu_memory * 1e9
+            room, captured = args.gpu_memory * 1e9, graphs(args.fit, args, recipe)
             print(fitting_micro_batch(recipe, args.gpus, args.fit, args.precision, room,
-                                      args.checkpointing))  # fmt: skip
+                                      args.checkpointing, captured))  # fmt: skip
             return 0
         plan = predict(recipe, args)
         print(show(plan))

@@ -1,4 +1,4 @@
-"""What eval/reproduce.py and eval/mini_paper.py share: options, rows, and results beside the
+"""What the commands that make the paper's rows share: options, rows, and results beside the
 paper's."""
 
 import argparse

@@ -28,6 +28,7 @@ from pipeline.distributed import (
     joining,
     prepare_deepspeed,
     unlink_buffer,
+    wait_at_most,
 )
 from pipeline.method.positions import SmallerTables
 from pipeline.runtime import ops
@@ -35,6 +36,7 @@ from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm
 from pipeline.runtime.graphs import CaptureError, MicroStepGraph
 from pipeline.runtime.optimizers import optimizer_of
+from pipeline.runtime.watchdog import FIRST_PATIENCE
 
 prepare_deepspeed()
 
@@ -145,6 +147,11 @@ class Engine:
             model_parameters=None if client else groups,
             config=copy.deepcopy(self.config),
         )
+        if plan.watchdog_seconds:
+            # NCCL ends a process that waits for ten minutes and says neither rank nor step; the
+            # watchdog does, also in the first step (loop.py).
+            longest = 2 * FIRST_PATIENCE * plan.watchdog_seconds
+            wait_at_most(longest, None, deepspeed.utils.groups._clone_world_group())
         self.flat = FlatGradients(self.engine, plan.cuda_graphs) if takes_flat(plan) else None
         self.graph = None
         if plan.cuda_graphs:

@@ -24,7 +24,7 @@ from pipeline.runtime.run_folder import export, save_checkpoint, versions
 from pipeline.runtime.seeding import seed_step
 from pipeline.runtime.settings import Settings
 from pipeline.runtime.train_state import TrainState, setup
-from pipeline.runtime.watchdog import report_failure
+from pipeline.runtime.watchdog import FIRST_PATIENCE, report_failure
 from shard_tools.manifest import read_manifest
 
 
@@ -73,7 +73,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     for step in range(steps.first, steps.last):
         rate = partial(learning_rate, recipe, step, steps.per_epoch)
         resized = resize(run, step)
-        patience = 4 if step == steps.first or resized else 1  # kernels and blocks are compiled
+        patience = FIRST_PATIENCE if step == steps.first or resized else 1
         for micro in range(run.plan.accumulation):
             watchdog.note(f"step {step + 1}, waiting for data", patience)
             waiting = time.perf_counter()

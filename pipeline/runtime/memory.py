@@ -10,6 +10,8 @@ import torch
 from pipeline.config.plan import RunPlan
 from pipeline.errors import UserError
 
+GIB = 2**30
+CONTEXT = 1.0  # GiB, about, of CUDA and NCCL in this process
 # Allocators that raise a RuntimeError without a class of its own.
 _WORDS = (
     "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory",
@@ -52,9 +54,11 @@ def _where() -> str:
     if not torch.cuda.is_available():
         return "the CPU"
     device = torch.cuda.current_device()
-    used = torch.cuda.max_memory_allocated(device) / 2**30
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return f"cuda:{device} ({used:.1f} of {total:.1f} GiB were in use)"
+    used = torch.cuda.max_memory_allocated(device) / GIB
+    free, total = (count / GIB for count in torch.cuda.mem_get_info(device))
+    others = total - free - torch.cuda.memory_reserved(device) / GIB - CONTEXT
+    more = f", {others:.1f} by other processes" if others > CONTEXT else ""
+    return f"cuda:{device} ({used:.1f} of {total:.1f} GiB were in use{more})"
 
 
 def _advice(plan: RunPlan, image_size: int) -> str:
@@ -69,6 +73,8 @@ def _advice(plan: RunPlan, image_size: int) -> str:
         )
     if not plan.checkpointing:
         remedies.append("set gradient_checkpointing there to true")
+    if plan.cuda_graphs:
+        remedies.append("set cuda_graphs there to false, since they hold all gradients")
     if plan.stage < 3 and plan.world > 1:
         remedies.append(f"use a zero_optimization.stage above {plan.stage}")
     remedies.append("use smaller images or a smaller encoder")

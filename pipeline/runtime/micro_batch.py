@@ -59,6 +59,7 @@ def images_that_fit(plan: RunPlan, recipe: Recipe, memory: int) -> int:
             "--gpu-memory", str(memory / 1e9), "--precision", precision,
         ]  # fmt: skip
         command += ["--checkpointing"] if plan.checkpointing else []
+        command += [] if plan.cuda_graphs else ["--no-graphs"]
         alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, env=os.environ | alone, text=True, capture_output=True, check=False

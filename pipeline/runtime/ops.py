@@ -180,10 +180,13 @@ def _load_compiled(folder: Path, builder: Any, made_of: dict[str, Any]) -> bool:
 
 
 def _take_over(folder: Path, name: str) -> None:
-    """Copy an op that set-up has compiled into an environment that is read-only here, or that was
-    compiled when the folders had no such names; ninja knows by commands and times whether it is of
-    this torch, and compiles it again where it is not."""
-    for before in (own_extensions() / folder.name / name, folder.parent / name):
+    """Copy an op that set-up has compiled into an environment that is read-only here, or where no
+    GPU was visible, or when the folders had no such names; ninja knows by commands and times
+    whether it is of this torch, and compiles it again where it is not."""
+    anywhere = re.sub(r"(-sm\d+)+$", "", folder.name)
+    kept = [own_extensions() / kind for kind in dict.fromkeys((folder.name, anywhere))]
+    for before in (*(place / name for place in kept), folder.parent / anywhere / name,
+                   folder.parent / name):  # fmt: skip
         if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
             shutil.copytree(before, folder / name, dirs_exist_ok=True)
 

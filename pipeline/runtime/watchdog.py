@@ -22,6 +22,7 @@ from pipeline.gpu_errors import cuda_fault, nccl_fault, one_line
 
 FAILURE = "failure.txt"
 STUCK = 75  # exit code: no progress for `watchdog_seconds`
+FIRST_PATIENCE = 4  # times as long until kernels and blocks are compiled
 
 
 def note_failure(output: Path, rank: int, where: str, reason: str) -> bool:
@@ -78,7 +79,7 @@ class Watchdog:
         """seconds: without progress; 0 is off."""
         self.seconds, self.rank, self.output = seconds, rank, output
         self._closed = threading.Event()
-        self.note("start", patience=4)
+        self.note("start", FIRST_PATIENCE)
         if seconds:
             self._arm()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()

@@ -413,6 +413,8 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
     [
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--hours", "-1"], "--jobs and --hours not negative"),
+        (["--hours", "nan"], "--jobs and --hours not negative"),
+        (["--hours", "inf"], r"--hours not negative \(0: no limit\)"),
         (["--untuned", "--extend-tuning"], "nothing to extend with --untuned"),
         (["--scale", "mini"], "--scale mini: has no rates to tune; take cifar or cifar-gpu"),
         (["--scale", "cifer"], "knows full, mini, cifar"),

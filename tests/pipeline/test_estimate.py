@@ -200,6 +200,44 @@ def test_the_lowest_stage_that_fits_is_recommended():
     assert plan.recommended(rows[:2]) is None
 
 
+def test_graphs_hold_copies_of_the_gradients_and_run_stage_2_as_1():
+    recipe = load_recipe(RECIPES / "demo_mae.yaml")
+    objective, _ = plan.meta_objective(recipe)
+    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    options = ["--recipe", "x", "--gpus", "2", "--launch-ms", "1"]
+    per_rank = recipe.batch_size // 2
+    rows = {}
+    for micro in (per_rank, per_rank // 2):
+        for more in ([], ["--no-graphs"]):
+            args = plan.parse_args([*options, "--micro-batch", str(micro), *more])
+            rows[micro, bool(more)] = plan.predict(recipe, args)["stages"]
+    once, eager = rows[per_rank, False], rows[per_rank, True]
+    assert [row["run_as"] for row in once] == [1, 1, 1, 3]
+    assert [row["run_as"] for row in eager] == [0, 1, 2, 3]
+    assert once[1]["gradients_gb"] == pytest.approx(2 * eager[1]["gradients_gb"], abs=2e-3)
+    twice = rows[per_rank // 2, False]
+    assert twice[1]["gradients_gb"] == pytest.approx(3 * 4 * trained / 1e9, abs=1e-3)
+    for name in ("gradients_gb", "optimizer_gb", "sent_gb_per_step"):
+        assert once[2][name] == once[1][name] == once[0][name]
+    assert once[3] == eager[3]  # where there are no graphs
+    # Of a memory that the largest micro-batch just fills without graphs.
+    need = {n: rows[n, True][1]["memory_gb"] for n in (per_rank, per_rank // 2)}
+    args = (recipe, 2, 1, "autocast", (need[per_rank] + 1e-3) * 1e9 / 0.9)
+    assert plan.fitting_micro_batch(*args) == per_rank
+    assert plan.fitting_micro_batch(*args, captured=True) < per_rank
+
+
+@pytest.mark.parametrize(
+    "option", ["--gpu-memory", "--launch-ms", "--core-images", "--utilisation"]
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_what_is_no_number_of_a_machine_is_refused(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        plan.parse_args([option, value])
+    assert ended.value.code == 2
+    assert option in capsys.readouterr().err
+
+
 def test_command_line(capsys, tmp_path):
     path = tmp_path / "plan.json"
     recipe = str(RECIPES / "demo_rmae.yaml")

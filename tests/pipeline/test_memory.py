@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,25 @@ def test_negatives_are_said_to_shrink_with_the_micro_batch():
         explaining_memory(plan, 16),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("free", "more"), [(1, ", 68.0 by other processes"), (68.5, "")]
+)  # GiB, of 80 of which this process has 10
+def test_a_gpu_that_others_fill_and_graphs_are_said(free, more, monkeypatch):
+    plan = replace(plan_recipe({}, tiny_recipe("mae"), 1), cuda_graphs=True)
+    gib = 2**30
+    for name, found in {
+        "is_available": lambda: True, "current_device": lambda: 0,
+        "max_memory_allocated": lambda device: 9.5 * gib,
+        "memory_reserved": lambda device: 10 * gib,
+        "mem_get_info": lambda device: (free * gib, 80 * gib),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, found)
+    with pytest.raises(UserError) as error, explaining_memory(plan, 16):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert f"out of memory on cuda:0 (9.5 of 80.0 GiB were in use{more}) with" in str(error.value)
+    assert "set cuda_graphs there to false" in str(error.value)
 
 
 LIMITED = """

@@ -102,6 +102,36 @@ def test_the_folder_names_what_the_ops_depend_on(monkeypatch, tmp_path):
     assert len(names) == 4
 
 
+def test_nodes_of_other_gpus_that_share_a_folder_do_not_overwrite_each_others(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    anywhere = extensions_dir()
+    found = [(9, 0), (8, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: found[number])
+    mixed = extensions_dir()
+    assert mixed.name == f"{anywhere.name}-sm80-sm90"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(mixed))  # a child process
+    assert extensions_dir() == mixed
+    found[1] = (9, 0)
+    assert extensions_dir().name == f"{anywhere.name}-sm90"
+    # What a build node without a GPU has compiled is taken over.
+    (anywhere / "op").mkdir(parents=True)
+    (anywhere / "op/op.so").touch()
+    ops._take_over(mixed, "op")
+    assert (mixed / "op/op.so").exists()
+
+
+def test_a_user_without_a_home_is_no_crash(monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert extensions_dir().parent == distributed.own_extensions()
+
+
 def test_a_stale_lock_does_not_hang(folder):
     (folder / "fake_op").mkdir(parents=True)
     (folder / "fake_op/lock").touch()

@@ -3,10 +3,25 @@
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
+import torch
+from deepspeed.utils import groups
+from tiny import tiny_recipe
 
-from pipeline.runtime.watchdog import FAILURE, STUCK, Watchdog, last_failure, note_failure
+from pipeline.config.ds_config import plan_recipe
+from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.engine import Engine, init_ranks
+from pipeline.runtime.watchdog import (
+    FAILURE,
+    FIRST_PATIENCE,
+    STUCK,
+    Watchdog,
+    last_failure,
+    note_failure,
+)
 
 START = (
     "import ctypes, sys, time; from pathlib import Path; "
@@ -58,3 +73,21 @@ def test_progress_or_nothing_to_watch_keeps_it_quiet(seconds, tmp_path):
         time.sleep(0.1)
     dog.close()
     assert last_failure(tmp_path) == ""
+
+
+@pytest.mark.parametrize("seconds", [1000, 0])
+def test_collectives_wait_longer_than_the_watchdog(seconds):
+    ranks = init_ranks()
+    before = [timeout(group) for group in (None, groups._clone_world_group())]
+    objective, _ = build_objective(recipe := tiny_recipe("mae"))
+    plan = plan_recipe({"watchdog_seconds": seconds}, recipe, ranks.world)
+    Engine(objective, parameter_groups(objective), plan).destroy()
+    for group, earlier in zip((None, groups._clone_world_group()), before, strict=True):
+        found = timeout(group)
+        assert found == (timedelta(seconds=2 * FIRST_PATIENCE * seconds) if seconds else earlier)
+        assert not seconds or found > timedelta(seconds=FIRST_PATIENCE * seconds)
+
+
+def timeout(group):
+    group = group or torch.distributed.group.WORLD
+    return group._get_backend(torch.device("cpu")).options._timeout
