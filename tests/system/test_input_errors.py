@@ -102,7 +102,7 @@ CASES = {
         ("--set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         ("--set encoder.image_size=17", "17 is not divisible by the patch size 4"),
         ("--set encoder.image_size=1028", "an image has 66049 patches; at most 65535"),
-        ("--set encoder.image_size=5000", "must be between 1 and 4096 pixels"),
+        ("--set encoder.image_size=5000 --set encoder.options.patch_size=40", "must be between 1 and 4096 pixels"),
         ("--set encoder.options.num_heads=3", "embed_dim 16 is not divisible by num_heads 3"),
         ("--set encoder.options.embed_dim=18", "needs a width divisible by 4, not 18"),
         ("--set measure.decoder.heads=3", "width 8 is not divisible by its heads 3"),
