@@ -103,12 +103,13 @@ def within(
     jobs: Sequence[Command], seconds: Sequence[float], budget: float
 ) -> tuple[list[Command], list[Command]]:
     """(jobs that fit, jobs that are left out): in order, each whose seconds still fit into the
-    budget and whose needs are not left out; what is done costs nothing."""
+    budget and whose needs are not left out; what is done costs nothing and always fits."""
     kept, left = list[Command](), list[Command]()
     spent, missing = 0.0, set[str]()
     for job, cost in zip(jobs, seconds, strict=True):
-        cost = 0.0 if job.done else cost
-        if spent + cost > budget or missing & set(job.needs):
+        if job.done:
+            kept.append(job)
+        elif spent + cost > budget or missing & set(job.needs):
             missing.add(job.name)
             left.append(job)
         else:

@@ -92,11 +92,18 @@ class Study:
         return {str(number): verdict(judged) for number, judged in self.judged().items()}
 
     def tables(self) -> list[Table]:
-        """A table per claim: those that contradict the paper first, then those that hold."""
+        """A table per claim: those that contradict the paper first, then those that hold; last
+        one of all claims that are not measured."""
         judged = self.judged()
-        order = (REFUTED, "holds", "undecided", UNMEASURED)
-        first = sorted(self.claims, key=lambda claim: order.index(word(judged[claim.number])))
-        return [claim_table(claim, judged[claim.number], self.seeds) for claim in first]
+        said = {claim: word(judged[claim.number]) for claim in self.claims}
+        tables = [
+            claim_table(claim, judged[claim.number], self.seeds)
+            for what in (REFUTED, "holds", "undecided")
+            for claim in self.claims
+            if said[claim] == what
+        ]
+        missing = [claim for claim in self.claims if said[claim] == UNMEASURED]
+        return [*tables, unmeasured_table(missing)] if missing else tables
 
 
 def wanted_metrics(claims: Sequence[Claim], names: Sequence[str]) -> dict[str, list[str]]:
@@ -145,10 +152,15 @@ def claim_table(claim: Claim, judged: Sequence[Judged], seeds: int) -> Table:
     """A claim's differences: both means, the difference with its intervals, p, the verdict."""
     head = ("difference", "metric", "first", "second", "difference (95 % interval)", "bootstrap",
             "p", "verdict")  # fmt: skip
-    marks = {"holds": "holds", REFUTED: "does not hold", "undecided": "is undecided",
-             UNMEASURED: "is not measured"}  # fmt: skip
+    marks = {"holds": "holds", REFUTED: "does not hold", "undecided": "is undecided"}
     rows = tuple(Row(tuple(claim_cells(one, seeds))) for one in judged)
     return Table(head, rows, f"Claim {claim.number} {marks[word(judged)]} here: {claim.text}")
+
+
+def unmeasured_table(claims: Sequence[Claim]) -> Table:
+    """Claims of which nothing is measured."""
+    rows = tuple(Row((Cell(f"Claim {c.number}"), Cell(c.text))) for c in claims)
+    return Table(("claim", "what it says"), rows, "Not measured yet", text=True)
 
 
 def claim_cells(one: Judged, seeds: int) -> list[Cell]:

@@ -58,9 +58,10 @@ class Section(BaseModel):
         return value
 
 
-def _holds_bool(value: Any) -> bool:
+def _holds_bool(value: Any, depth: int = 2) -> bool:
+    """Down to lists in lists, the deepest that a field has: aliases of YAML can nest far."""
     if isinstance(value, list | tuple):
-        return any(map(_holds_bool, value))
+        return depth > 0 and any(_holds_bool(one, depth - 1) for one in value)
     return isinstance(value, bool)
 
 

@@ -125,7 +125,7 @@ def test_what_an_evaluation_would_refuse_is_said_before_the_first_pretraining(da
         (("linprobe",), {}, "--eval linprobe: .*too few for --batch-size 16384"),
         (("knn",), {"knn": ("--k", "0")}, "--eval-args knn=--k 0: --k 0: must be between 1 and"),
         (("knn",), {"knn": ("--kk", "3")}, "--eval-args knn=--kk 3: unrecognized arguments: --kk"),
-        (("psnr",), {"psnr": ("--seed", "x")}, "--eval-args psnr=--seed x: argument --seed: inv"),
+        (("psnr",), {"psnr": ("--seed", "x")}, "--eval-args psnr=--seed x: argument --seed: x: m"),
     ):
         with pytest.raises(UserError, match=words):
             command.check_evals(sweep_of(data, tmp_path, evals=evals, eval_args=args))
