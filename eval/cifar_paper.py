@@ -171,17 +171,21 @@ def note_facts(settings: Settings, plan: Plan) -> Facts:
     return facts
 
 
+def archived_study(output: Path) -> tuple[Study, Facts]:
+    """The study of an unpacked archive, and what was done of it. UserError where it is none."""
+    record, facts = read_record(output / RECORD), read_facts(output / FACTS)
+    scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))
+    workspace = Workspace(output, scale)
+    return study_of(workspace, facts.claims, facts.seeds, record["compute"]), facts
+
+
 def rebuild(archive: Path) -> None:
     """Rebuild the page of an archive, beside it; prints the claims last."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file; `--archive` of a finished run writes it")
     check_writable(archive.with_name("cifar10.html"))
     with unpacked(archive) as output:
-        record = read_record(output / RECORD)
-        scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))
-        facts = read_facts(output / FACTS)
-        workspace = Workspace(output, scale)
-        study = study_of(workspace, facts.claims, facts.seeds, record["compute"])
+        study, facts = archived_study(output)
         page = write_page(study, facts, archive.with_name("cifar10.html"))
         print(f"report: {page}")
         print(json.dumps({"claims": study.verdicts()}), flush=True)

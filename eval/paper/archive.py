@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from eval.paper.commands import ROOT
 from eval.reporting.run_records import read_json, read_lines
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
@@ -44,8 +45,12 @@ def pack(output: Path, archive: Path) -> int:
 
 
 def selected(output: Path) -> dict[str, bytes]:
-    """Name → bytes of what an archive of a folder of runs holds."""
-    files = dict(sorted(kept(output)))
+    """Name → bytes of what an archive of a folder of runs holds, without this checkout's path."""
+    here = f"{ROOT}/".encode()
+    files = {
+        name: data if name.endswith(".png") else data.replace(here, b"")
+        for name, data in sorted(kept(output))
+    }
     chosen = {name: data for name, data in files.items() if not name.endswith(".png")}
     room = 0.97 * LARGEST - len(compressed(chosen))
     for name, picture in files.items():

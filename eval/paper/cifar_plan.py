@@ -108,13 +108,13 @@ def claim_output(settings: Settings) -> dict[str, Any]:
     path, scale = settings.output / RECORD, settings.workspace.scale
     made = asdict(replace(scale, train="", val="", hours=None, tried=""))
     record = {
-        "scale": json.loads(json.dumps(made)),
+        "scale": portable(made),
         "images": read_manifest(scale.train).index_sha256,
         "tuned": settings.tuned,
     }
     if path.is_file():
         before = read_record(path)
-        differs = [key for key, value in record.items() if before.get(key) != value]
+        differs = [key for key, value in record.items() if portable(before.get(key)) != value]
         if differs:
             raise UserError(
                 f"{settings.output}: was made with another {', '.join(differs)}; choose another "
@@ -127,6 +127,11 @@ def claim_output(settings: Settings) -> dict[str, Any]:
     with naming(path, "cannot be written"):
         write_json(path, record)
     return record
+
+
+def portable(value: Any) -> Any:
+    """A value as JSON has it, without the path of this checkout, which may be moved."""
+    return json.loads(json.dumps(value).replace(f"{ROOT}/", ""))
 
 
 def compute_kept(settings: Settings) -> float:

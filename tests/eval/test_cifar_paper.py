@@ -16,7 +16,7 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 from fake_cifar import CLASSES, write_archive
 
-from eval.cifar_paper import build_parser, rebuild, settings_of, write_page
+from eval.cifar_paper import archived_study, build_parser, rebuild, settings_of, write_page
 from eval.paper import archive, cifar_plan
 from eval.paper.cifar_claims import (
     ALL,
@@ -414,6 +414,16 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
         cifar_plan.claim_output(settings(data, tmp_path))
 
 
+def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
+    record = cifar_plan.claim_output(settings(data, tmp_path))
+    assert '"ds_configs/zero0.json"' in json.dumps(record)
+    whole = json.dumps(record).replace('"ds_configs/', f'"{ROOT}/ds_configs/')
+    (tmp_path / "study.json").write_text(whole)
+    assert cifar_plan.claim_output(settings(data, tmp_path)) == json.loads(whole)
+    chosen = archive.selected(tmp_path)
+    assert json.loads(chosen["study.json"]) == record  # nor is it in an archive
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -673,3 +683,22 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     assert (page.parent / "cifar10.html").read_bytes() == html
     assert "finished" in report.split("## Overview")[1]
     assert "## Learning rates" in report
+
+
+def test_the_docs_have_the_archives_results():
+    """Means over seeds, and how many of the differences hold."""
+    text = (ROOT / "docs/cifar10.md").read_text()
+    with archive.unpacked(ROOT / "docs/page/cifar10.tar.xz") as output:
+        study, _ = archived_study(output)
+        for name in ("MAE", "R-MAE", "C-MAE", "C-MAE without mask tokens", "random"):
+            line = next(s for s in text.splitlines() if s.startswith(f"| {name} | "))
+            metrics = ("finetune", "fewshot", "linprobe", "psnr")
+            for metric, cell in zip(metrics, line.split("|")[2:-1], strict=True):
+                if cell.strip():
+                    values = [study.value(name, seed, metric) for seed in range(3)]
+                    digits = 2 if metric == "psnr" else 1
+                    assert cell.split()[0] == f"{sum(values) / 3:.{digits}f}", (name, metric)
+        judged = [one for found in study.judged().values() for one in found if one.apart]
+    holds = sum(one.verdict == "holds" for one in judged)
+    assert f"of {len(judged)} paired differences, {holds} hold" in text
+    assert all(one.verdict in ("holds", "undecided") for one in judged)
