@@ -7,7 +7,7 @@ launched=${EPOCHREALTIME/,/.}
 PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished and saved"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 host=$(hostname)
-ranks='' hostfile='' script=$root/pipeline/pretrain.py grace=300 output='' stopping='' mode=node
+ranks='' hostfile='' script=$root/pipeline/pretrain.py grace=300 output='' stopping='' started='' mode=node
 requeue=yes job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 job=${job:-${SLURM_JOB_ID:-}} # of an array its task: the number alone may mean the whole array
 arguments=() pids=() hosts=() ssh_options=()
@@ -147,6 +147,7 @@ run_node() { # NODE NODES: start the ranks of one node and watch over them
   [[ $2 != 1 ]] || MASTER_ADDR=127.0.0.1 MASTER_PORT=${MASTER_PORT:-$(free_port)}
   export MASTER_ADDR MASTER_PORT WORLD_SIZE=$((ranks * $2))
   prepare "$ranks" "$1"
+  started=yes
   for ((i = 0; i < ranks; i++)); do
     RANK=$(($1 * ranks + i)) LOCAL_RANK=$i setsid "${command[@]}" &
     pids[i]=$!
@@ -165,7 +166,10 @@ send() { # SIGNAL: to every rank
 }
 
 stop() { # SIGNAL REASON
-  if [[ -n $stopping && $2 == SIGINT ]]; then
+  if [[ -z $started ]]; then
+    printf '%s: stopped before the ranks were started\n' "$2" >&2
+    exit "$PREEMPTED"
+  elif [[ -n $stopping && $2 == SIGINT ]]; then
     send KILL >/dev/null
   else
     [[ -n $stopping ]] || printf '%s: the ranks finish their step and save\n' "$2" >&2
@@ -176,7 +180,10 @@ stop() { # SIGNAL REASON
 }
 
 watch_over() { # wait for all of pids; the first failure ends the others in bounded time
-  local i code=0 rc ending='' deadline='' links most=0 late=''
+  local i code=0 rc ending='' deadline='' links most=0 late='' again
+  sleep 0.3 # a signal while they were being started may have missed some
+  [[ -z $stopping ]] || send "$stopping" >/dev/null
+  again=$((SECONDS + 10))
   while ((${#pids[@]})); do
     for i in "${!pids[@]}"; do
       kill -0 "${pids[i]}" 2>/dev/null && continue
@@ -201,6 +208,10 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       links=$(pgrep -c -x -P "$(pgrep -d, -s "${pids[0]:-0}" || echo 0)" ssh)
       ((links < most)) && deadline=${deadline:-$((SECONDS + 60))}
       ((most = links > most ? links : most))
+      if [[ -n $stopping ]] && ((SECONDS >= again)); then # a host may have started its ranks since
+        send "$stopping" >/dev/null
+        again=$((SECONDS + 10))
+      fi
       sleep 1
     fi
     [[ -z $deadline ]] && [[ -n $stopping || $code != 0 ]] && deadline=$((SECONDS + grace))
@@ -276,6 +287,7 @@ run_hosts() { # the deepspeed launcher: pdsh, one launcher per host, this script
   mapfile -t words < <(env | grep -E '^((NCCL|GLOO|TORCH|FI|UCX)_[A-Z0-9_]*|OMP_NUM_THREADS|DS_ACCELERATOR)=')
   words+=("RELAXMIM_RUN=$run" "$root/launch.sh" --script "$script" -- "${arguments[@]}")
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu # for the launcher here; each host looks for itself
+  started=yes
   # pdsh and ssh each let a shell read the words again, so they travel as one.
   setsid deepspeed -q --hostfile "$hostfile" --launcher pdsh --force_multi \
     --no_ssh_check --no_python --no_local_rank --master_addr "${MASTER_ADDR:-${hosts[0]}}" \
@@ -291,6 +303,7 @@ run_hosts() { # the deepspeed launcher: pdsh, one launcher per host, this script
 
 run_sbatch() { # on the first node of the job: one srun for all; requeue when preempted
   local code
+  started=yes # a signal from now on requeues
   [[ $script != */pipeline/pretrain.py || -n $output ]] ||
     fail "give --output FOLDER: a requeued job finds its checkpoints there"
   setsid srun --wait=60 "$root/launch.sh" ${ranks:+--ranks "$ranks"} --grace "$grace" \

@@ -283,6 +283,26 @@ def test_stopped_before_the_trainer_listens_counts_as_preempted(script, tmp_path
     assert not any(map(alive, pids))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("env", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}])
+def test_a_signal_before_the_ranks_are_started_is_not_lost(script, tmp_path, env, name):
+    slow = tmp_path / "bin" / "python"
+    slow.parent.mkdir()
+    slow.write_text(
+        f"""#!/bin/sh
+case "$*" in *cores.py*) touch "{tmp_path}/counting"; sleep 1;; esac
+exec "{sys.executable}" "$@"
+"""
+    )
+    slow.chmod(0o755)
+    process = start("--script", script, tmp_path, "wait", **env, VIRTUAL_ENV=str(tmp_path))
+    wait_for((tmp_path / "counting").is_file)
+    process.send_signal(getattr(signal, name))
+    code, _, err = finish(process)
+    assert (code, err) == (85, f"{name}: stopped before the ranks were started\n")
+    assert not list(tmp_path.glob("rank-*"))
+
+
 def test_a_rank_that_does_not_stop_is_killed_after_the_grace(script, tmp_path):
     process = start("--ranks", 2, "--grace", 1, "--script", script, tmp_path, "stubborn")
     pids = ranks_started(tmp_path, 2)
