@@ -5,9 +5,10 @@
     make paper-cifar-page                             the page from the archive, without the runs
 
 Every command is skipped where its result is there, and resumes where it was cut off: Ctrl-C ends a
-sitting, the same command begins the next. What does not fit into --hours on this machine's cores is
-left out, and said. Writes OUTPUT/report.html and report.md and, with --archive, the file of which
-the page can be rebuilt; the last line printed is {"claims": {"1": true, …}}.
+sitting, the same command begins the next; on another machine CIFAR=--restore begins it, from the
+archive. What does not fit into --hours on this machine's cores is left out, and said. Writes
+OUTPUT/report.html and report.md and, with --archive, the file of which the page can be rebuilt; the
+last line printed is {"claims": {"1": true, …}}.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import laid_out, made_runs, pack, selected, unpacked
+from eval.paper.archive import laid_out, made_runs, pack, restore, selected, unpacked
 from eval.paper.cifar_claims import ALL, METHODS, cifar_row
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
@@ -75,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="where a method's best rate is at an end of those tried, try one beyond it; in a "
         "study that has begun without, it is only reported")  # fmt: skip
     add("--archive", type=Path, nargs="?", const=ARCHIVE, help="write the archive of the page")
+    add("--restore", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
+        help="first make OUTPUT of an archive, whose results count; what a missing result needs is "
+        "pretrained from the start")  # fmt: skip
     add("--dry-run", action="store_true", help="print the plan and its measured cost, run nothing")
     add("--page", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
         help="rebuild the page of an archive, beside it, and run nothing")  # fmt: skip
@@ -103,12 +107,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         dry_run=args.dry_run,
         tuned=not args.untuned,
         extended=args.extend_tuning,
+        restored=args.restore,
     )
 
 
 def cifar_paper(settings: Settings) -> None:
     """Plan, tune, run, judge, write; prints the claims last."""
     check(settings)
+    if settings.restored:
+        restore(settings.restored, settings.output)
     make_cifar_shards(settings.source, settings.data)
     rates = Rates(settings.output / "rates.json", str(settings.data / "shards" / "train"))
     plan = make_plan(settings, rates)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from eval.paper.claims import CLAIMS
 from eval.paper.commands import Workspace
-from eval.paper.job_runner import costs, run_commands, show_plan
+from eval.paper.job_runner import costs, needed, run_commands, show_plan
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import (
     Options,
@@ -122,9 +122,9 @@ def mini_paper(settings: Settings) -> None:
     study = study_of(workspace, settings.claims, options.seeds)
     jobs = study.jobs()
     if options.dry_run:
-        print("\n".join(show_plan(jobs)), flush=True)
+        print("\n".join(show_plan(needed(jobs))), flush=True)
         return
-    run_commands(jobs, options.jobs, workspace.output)
+    run_commands(needed(jobs), options.jobs, workspace.output)
     names = {job.name for job in jobs}
     cpu = sum(seconds for name, seconds in costs(workspace.output).items() if name in names)
     first = chapters(study, cpu)

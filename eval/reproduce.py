@@ -13,7 +13,7 @@ import argparse
 from dataclasses import dataclass
 
 from eval.paper.commands import row_jobs
-from eval.paper.job_runner import run_commands, show_plan
+from eval.paper.job_runner import needed, run_commands, show_plan
 from eval.paper.reproduction import (
     Options,
     add_options,
@@ -74,9 +74,9 @@ def reproduce(settings: Settings) -> None:
         for job in row_jobs(workspace, row, seed, wanted)
     ]
     if options.dry_run:
-        print("\n".join(show_plan(jobs)), flush=True)
+        print("\n".join(show_plan(needed(jobs))), flush=True)
         return
-    run_commands(jobs, options.jobs, workspace.output)
+    run_commands(needed(jobs), options.jobs, workspace.output)
     ours = beside(f"Tab. {table.number}: {table.title}", rows, workspace, options.seeds)
     texts = (table.note,) if table.note else ()
     chapter = Chapter("reproduced", "Beside the paper", texts, (ours,))

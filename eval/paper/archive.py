@@ -1,12 +1,13 @@
 """What a report needs of a folder of runs, in one small file: a tar.xz that a repository can hold.
 
 Kept are the settings, the results, the logs (thinned) and the last pictures of the runs' first
-seed; not their weights. Equal runs give equal bytes.
+seed; not their weights. Equal runs give equal bytes. A study can be continued from it elsewhere.
 """
 
 import io
 import json
 import lzma
+import os
 import re
 import tarfile
 import tempfile
@@ -25,6 +26,7 @@ STEPS = 60  # logged steps of a run that are kept, evenly spread
 DIGITS = 5  # significant ones of a logged number; results keep theirs, since claims hang on them
 PICTURE = 60_000  # bytes of a picture, at most
 TOP = ("study.json", "facts.json", "tuning.json", "rates.json", "jobs.jsonl")
+TRIALS = ("tune/lr-*/*/eval/*.json", "tune/finetune-*/*.json")  # see tuning.py
 LOOK = "look"  # folder of eval/visualise.py's pictures
 PCA = "pca.png"
 STEP = re.compile(rb"\S+ \S+ step \d+/")  # of a line of log.txt
@@ -90,6 +92,8 @@ def kept(output: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, (output / name).read_bytes()
         if (output / LOOK / PCA).is_file():
             yield f"{LOOK}/{PCA}", (output / LOOK / PCA).read_bytes()
+        for path in sorted(path for pattern in TRIALS for path in output.glob(pattern)):
+            yield str(path.relative_to(output)), short_result(path)
         for run in made_runs(output):
             for name in SETTINGS:
                 if (run / name).is_file():
@@ -101,13 +105,18 @@ def kept(output: Path) -> Iterator[tuple[str, bytes]]:
                 lines = "".join(json.dumps(short(step)) + "\n" for step in steps)
                 yield f"{run.name}/metrics.jsonl", lines.encode()
             for path in sorted((run / "eval").glob("*.json")):
-                result = read_json(path)
-                if isinstance(result.get("history"), list):
-                    result["history"] = short(thinned(result["history"], STEPS))
-                yield f"{run.name}/eval/{path.name}", json.dumps(result).encode()
+                yield f"{run.name}/eval/{path.name}", short_result(path)
             last = sorted((run / "pictures").glob("*.png"))[-1:]
             if last and run.name.endswith("-0") and last[0].stat().st_size <= PICTURE:
                 yield f"{run.name}/pictures/{last[0].name}", last[0].read_bytes()
+
+
+def short_result(path: Path) -> bytes:
+    """A result file with a thinned history."""
+    result = read_json(path)
+    if isinstance(result.get("history"), list):
+        result["history"] = short(thinned(result["history"], STEPS))
+    return json.dumps(result).encode()
 
 
 def made_runs(output: Path) -> list[Path]:
@@ -148,12 +157,32 @@ def short(value: Any) -> Any:
 @contextmanager
 def unpacked(archive: Path) -> Iterator[Path]:
     """The folder of runs that an archive keeps, for as long as it is used."""
+    with tempfile.TemporaryDirectory() as folder:
+        extract(archive, Path(folder))
+        yield Path(folder)
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Lay out what an archive keeps in a folder. UserError where it is none."""
     with naming(archive, "cannot be read"):
         data = archive.read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar:
-                tar.extractall(folder, filter="data")
-        except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-            raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error
-        yield Path(folder)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error
+
+
+def restore(archive: Path, output: Path) -> None:
+    """Make OUTPUT of what an archive keeps, so that its study is continued. UserError where OUTPUT
+    holds something."""
+    with naming(output, "cannot be written"):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(
+                f"--restore {archive}: {output} holds something already; name another --output, or "
+                "leave --restore out to continue what is there"
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".restore-") as folder:
+            extract(archive, Path(folder, "runs"))
+            os.replace(Path(folder, "runs"), output)

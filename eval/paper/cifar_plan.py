@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -11,7 +12,7 @@ from eval.paper.archive import LOOK
 from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
 from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
-from eval.paper.job_runner import Command, costs, python, unique
+from eval.paper.job_runner import Command, costs, needed, python, unique
 from eval.paper.study import Study, wanted_metrics
 from eval.paper.tuning import Tuning, best, read_trials
 from pipeline.config.schema import EncoderRecipe
@@ -28,7 +29,8 @@ class Settings:
     """What to do: claims to judge, on seeds 0 … seeds - 1, at a scale, on the shards in `data`, of
     a source of CIFAR-10 (None: they are there); jobs: commands side by side; hours: of this machine
     in all (0: no limit); archive: where to write it (None: nowhere); tuned: learning rates are
-    chosen first; extended: also among rates beyond the grid, see tuning."""
+    chosen first; extended: also among rates beyond the grid, see tuning; restored: the archive that
+    OUTPUT is made of first."""
 
     claims: tuple[int, ...]
     scale: Scale
@@ -42,6 +44,7 @@ class Settings:
     dry_run: bool = False
     tuned: bool = True
     extended: bool = False
+    restored: Path | None = None
 
     @property
     def workspace(self) -> Workspace:
@@ -71,9 +74,9 @@ def tuning_of(settings: Settings) -> Tuning:
     """How the methods of the claims are tuned; none of them where rates are not to be chosen."""
     shards = settings.data / "shards"
     claims = claims_of(settings.claims)
-    needed = {method_of(name) for name in wanted_metrics(claims, NAMES)}
+    methods = {method_of(name) for name in wanted_metrics(claims, NAMES)}
     tuned = METHODS if settings.tuned else ()
-    rows = {method: cifar_row(method, {}, {}, 1) for method in tuned if method in needed}
+    rows = {method: cifar_row(method, {}, {}, 1) for method in tuned if method in methods}
     path = settings.output / RECORD
     begun = read_record(path).get("extended", False) if path.is_file() else None
     return Tuning(
@@ -158,30 +161,37 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     trials = [*tuning.first(), *tuning.second()]
     study = study_of(workspace, settings.claims, settings.seeds, compute_kept(settings))
     finetunings = tuning.finetunings(best(trials, "pretrain"))
-    stages = (tuning.pretrainings(), finetunings, jobs_of_rows(study))
+    tried = needed([*tuning.pretrainings(), *finetunings])
+    second = {job.name for job in finetunings}
+    stages = (
+        [job for job in tried if job.name not in second],
+        [job for job in tried if job.name in second],
+        jobs_of_rows(study),
+    )
     jobs = unique([job for stage in stages for job in stage])
     encoder = architecture(settings)
     seconds = {job.name: 0.0 if job.done else rates.seconds(job, encoder) for job in jobs}
     budget = settings.hours * 3600 * settings.jobs
     room = budget - spent(settings) if settings.hours else float("inf")
     kept, left = within(jobs, [seconds[job.name] for job in jobs], room)
-    unique_stages = tuple(tuple(unique(stage)) for stage in stages)
-    return Plan(unique_stages, seconds, tuple(kept), tuple(left))
+    return Plan(tuple(map(tuple, stages)), seconds, tuple(kept), tuple(left))
 
 
 def jobs_of_rows(study: Study) -> list[Command]:
-    """Every job of the claims, claim by claim, some several times."""
+    """Every job of the claims that is done or to do, claim by claim, and then the pictures."""
     jobs = [job for claim in study.claims for job in replace(study, claims=(claim,)).jobs()]
-    return jobs + looks(study)
+    rows = needed(jobs)
+    return rows + looks(study, {job.name for job in rows})
 
 
-def looks(study: Study) -> list[Command]:
-    """What draws the principal components of the patches of seed 0's encoders; none without any."""
-    names = [name for name in SHOWN if name in wanted_metrics(study.claims, study.names)]
-    if not names:
-        return []
+def looks(study: Study, planned: AbstractSet[str]) -> list[Command]:
+    """What draws the principal components of the patches of seed 0's encoders, of those that are
+    there or whose pretraining is planned; none without any."""
     output, val = study.workspace.output, study.workspace.scale.val
-    runs = [output / run_name(study.row(name), 0) for name in names]
+    shown = [output / run_name(study.row(name), 0) for name in SHOWN]
+    runs = [run for run in shown if f"{run.name} pretrain" in planned]
+    if not runs:
+        return []
     words = ["--encoder", *runs, "random", "--images", val, "--count", 4, "--output"]
     command = python(ROOT / "eval/visualise.py", *words, output / LOOK)
     needs = tuple(f"{run.name} pretrain" for run in runs)

@@ -133,7 +133,7 @@ def subset_job(workspace: Workspace, source: str, name: str, *words: object) -> 
     """A subset of shards as an index in OUTPUT/data."""
     dest = workspace.output / "data" / name
     command = python(ROOT / "shard_tools/subset.py", source, dest, *words)
-    return Command(f"data {name}", command, dest / "manifest.json")
+    return Command(f"data {name}", command, dest / "manifest.json", for_others=True)
 
 
 def row_data(workspace: Workspace, row: PaperRow, part: str) -> tuple[str, list[Command]]:
@@ -202,6 +202,7 @@ def pretrain_job(workspace: Workspace, row: PaperRow, seed: int) -> list[Command
         tuple(j.name for j in jobs),
         step=total,
         images=images,
+        for_others=True,
         count=lambda: images * pretrain_flops(recipe),
     )
     return [*jobs, job]
@@ -221,21 +222,24 @@ def supervised_jobs(workspace: Workspace, row: PaperRow, seed: int) -> list[Comm
         samples = read_manifest(workspace.scale.train).samples
         words += ["--samples-per-epoch", str(samples)]
     train = eval_job(workspace, scratch, seed, "finetune", words, result, data, val, jobs)
-    return [*jobs, train, export_job(run, train)]
+    return [*jobs, *exported(run, train)]
 
 
 def finetuned_jobs(workspace: Workspace, row: PaperRow, seed: int) -> list[Command]:
     """The finetuning of a row, with what it needs; then its classifier's encoder as a run."""
     jobs = row_jobs(workspace, replace(row, finetuned=False), seed, ["finetune"])
-    return [*jobs, export_job(workspace.output / run_name(row, seed), jobs[-1])]
+    return [*jobs[:-1], *exported(workspace.output / run_name(row, seed), jobs[-1])]
 
 
-def export_job(run: Path, train: Command) -> Command:
-    """The encoder of a finetuned classifier as a run."""
+def exported(run: Path, train: Command) -> list[Command]:
+    """A finetuning, and what makes a run of its classifier's encoder."""
     folder = train.makes.with_suffix("")
     export = python(ROOT / "pipeline/export.py", folder, "--format", "run", run)
-    made = run / "encoder" / "encoder.json"
-    return Command(f"{run.name} pretrain", export, made, (train.name,))
+    made, name = run / "encoder" / "encoder.json", f"{run.name} pretrain"
+    return [
+        replace(train, weights=folder / "classifier.json"),
+        Command(name, export, made, (train.name,), for_others=True),
+    ]
 
 
 def random_words(workspace: Workspace, row: PaperRow, seed: int) -> list[str]:
@@ -277,7 +281,7 @@ def eval_job(
     images, count = cost(how, row_recipe(workspace, row), samples, held_out, work)
     name = f"{run_name(row, seed)} {protocol}"
     command = scale.command(f"eval/{how.script}.py", *words, *chosen)
-    return Command(name, command, result, tuple(j.name for j in needs), 0, images, count)
+    return Command(name, command, result, tuple(j.name for j in needs), 0, images, count=count)
 
 
 def option(words: Sequence[object], name: str, default: Any) -> Any:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,6 +23,8 @@ class Command:
     """A command line, the file that it leaves, and the commands whose files it reads.
 
     step: the file must be an encoder.json of that step (a pretraining exports earlier ones too).
+    weights: what a command that needs this one reads beside the file. for_others: the file is made
+    for other commands only.
     images: how many it trains on or encodes. count: its floating-point operations, counted when a
     plan asks, since a dry run of a large model takes a second.
     """
@@ -33,6 +35,8 @@ class Command:
     needs: tuple[str, ...] = ()
     step: int = 0
     images: int = 0
+    weights: Path | None = None
+    for_others: bool = False
     count: Callable[[], float] = field(default=float, compare=False, repr=False)
 
     @property
@@ -42,10 +46,18 @@ class Command:
 
     @property
     def done(self) -> bool:
-        """Whether the file is there; each of our commands writes it last, under a temporary name.
+        """Whether its files are there; each of our commands writes `makes` last, under a temporary
+        name.
 
         UserError where an encoder.json cannot be read.
         """
+        if self.weights is not None and not self.weights.is_file():
+            return False
+        return self.has_result
+
+    @property
+    def has_result(self) -> bool:
+        """Whether the file is there, with or without the weights."""
         if not self.makes.is_file():
             return False
         if not self.step:
@@ -59,12 +71,30 @@ class Command:
 
 
 def unique(jobs: Sequence[Command]) -> list[Command]:
-    """Commands in order, each name once; UserError where one name has two command lines."""
+    """Commands in order, each name once, with the weights that one of that name has; UserError
+    where one name has two command lines."""
     found: dict[str, Command] = {}
     for job in jobs:
-        if found.setdefault(job.name, job).command != job.command:
+        before = found.setdefault(job.name, job)
+        if before.command != job.command:
             raise UserError(f"two different commands are called {job.name}")
+        found[job.name] = replace(before, weights=before.weights or job.weights)
     return list(found.values())
+
+
+def needed(jobs: Sequence[Command]) -> list[Command]:
+    """Commands in order, each name once, without those that nothing needs any more: the pretraining
+    of an encoder whose results are all there while its weights are gone."""
+    jobs, wanted = unique(jobs), set[str]()
+    used = {name for job in jobs for name in job.needs}
+    for job in reversed(jobs):  # what a command needs comes before it
+        if job.name in wanted:
+            missing = not job.done
+        else:
+            missing = not job.has_result and not (job.for_others and job.name in used)
+        if missing:
+            wanted |= {job.name, *job.needs}
+    return [job for job in jobs if job.done or job.name in wanted]
 
 
 def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str, float]:

@@ -176,7 +176,7 @@ def cell_commands(sweep: Sweep, cell: Cell, samples: int, held_out: int) -> list
         seen, count = cost(how, recipe, samples, held_out, tuple(map(str, own)))
         line = launched(f"eval/{how.script}.py", *own)
         name = f"{cell.name} {protocol}"
-        commands.append(Command(name, line, made, (pretrain.name,), 0, seen, count))
+        commands.append(Command(name, line, made, (pretrain.name,), 0, seen, count=count))
     return commands
 
 

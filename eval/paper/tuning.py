@@ -122,15 +122,17 @@ class Tuning:
         self, method: str, row: PaperRow, best: dict[str, float], base_lr: float
     ) -> Command:
         """A method's finetuning with a rate."""
-        workspace = self.trial(best.get(method, 0.0) or float(self.grid["base_lr"][0]))
-        encoder: list[object] = ["--encoder", workspace.output / run_name(row, SEED)]
+        pretrained = best.get(method, 0.0) or float(self.grid["base_lr"][0])
+        workspace, run = self.trial(pretrained), run_name(row, SEED)
+        encoder: list[object] = ["--encoder", workspace.output / run]
+        needs: tuple[str, ...] = (f"tune {pretrained:g} {run} pretrain",)
         if row.initial:
-            encoder = list(random_words(workspace, row, SEED))
+            encoder, needs = list(random_words(workspace, row, SEED)), ()
         row = replace(row, finetune={"epochs": self.grid["finetune_epochs"], "base_lr": base_lr})
         scale = workspace.scale
         made = self.finetuned(method, base_lr)
         job = eval_job(workspace, row, SEED, "finetune", encoder, made, scale.train, scale.val, ())
-        return replace(job, name=f"tune finetune {base_lr:g} {method}")
+        return replace(job, name=f"tune finetune {base_lr:g} {method}", needs=needs)
 
     def finetuned(self, method: str, base_lr: float) -> Path:
         """The result of a finetuning of the second stage."""

@@ -39,7 +39,7 @@ from eval.paper.cifar_page import (
 from eval.paper.claims import CLAIMS
 from eval.paper.commands import Workspace, read_scale, row_jobs, row_recipe, run_name
 from eval.paper.cost import START, Rates, read_rates, recipe_of, within
-from eval.paper.job_runner import Command, unique
+from eval.paper.job_runner import Command, needed, unique
 from eval.paper.reproduction import result_path
 from eval.paper.study import wanted_metrics
 from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
@@ -139,7 +139,8 @@ def test_a_finetuned_row_is_exported_from_the_classifier_of_its_own(data, tmp_pa
     assert export.command[2] == str(tmp_path / "mae-1/eval/finetune")
     assert cka.command[-1] == export.command[-1] == str(tmp_path / "mae-finetuned-0-002-1")
     own = row_jobs(workspace, replace(row, finetuned=False), 1, ["finetune"])
-    assert own == [pretrain, finetune]  # shared with the row itself
+    assert [pretrain, replace(finetune, weights=None)] == own  # shared with the row itself
+    assert finetune.weights == tmp_path / "mae-1/eval/finetune/classifier.json"
 
 
 def test_the_compute_of_mae_is_counted_in_finetunings(data, tmp_path):
@@ -332,6 +333,41 @@ def test_what_is_done_fits_into_hours_that_are_used_up(tmp_path):
     (tmp_path / "a").touch()
     done = Command("a", ("true",), tmp_path / "a", ("b",))
     assert within([job("b"), done], [5, 5], -1) == ([done], [job("b")])
+
+
+def test_what_nothing_needs_any_more_is_not_made_again(tmp_path):
+    """Results stay, weights may be gone: an archive's study, or a disk that was full."""
+
+    def made(name, *needs, **more):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        return Command(name, ("true",), tmp_path / "there" / name, needs, **more)
+
+    weights = tmp_path / "there/classifier"
+    jobs = [
+        made("data", for_others=True),
+        made("pretrain", "data", for_others=True),
+        made("finetune", "pretrain"),
+        made("finetune", "pretrain", weights=weights),  # of the row whose classifier is read
+        made("export", "finetune", for_others=True),
+        made("cka", "export"),
+    ]
+
+    def planned():
+        return [job.name for job in needed(jobs)]
+
+    everything = ["data", "pretrain", "finetune", "export", "cka"]
+    assert planned() == everything
+    assert [job.name for job in needed(jobs[:2])] == everything[:2]  # wanted for itself
+    (tmp_path / "there/finetune").touch()
+    assert planned() == everything  # the classifier is missing
+    assert not next(job for job in needed(jobs) if job.name == "finetune").done
+    (tmp_path / "there/cka").touch()
+    assert planned() == ["cka"]
+    assert [job.name for job in needed(jobs[:3])] == ["finetune"]
+    weights.touch()
+    assert planned() == ["finetune", "cka"]
+    (tmp_path / "there/finetune").unlink()
+    assert planned() == ["data", "pretrain", "finetune", "cka"]  # its number is missing
 
 
 def test_the_plan_is_billed_by_what_was_measured_here(data, tmp_path):
@@ -608,6 +644,51 @@ def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path
     assert len(parser.tables) > 6
     for table in parser.tables:
         assert len(set(table)) == 1, table  # no cell is missing
+
+
+def test_a_study_continues_from_its_archive(data, tmp_path):
+    """Elsewhere, without the weights: trials and results count, and what is missing is made, with
+    the pretrainings that it needs."""
+    words = ("--claims", "5", "6", "--seeds", "1")
+    begun = settings(data, tmp_path / "out", *words)
+    record = cifar_plan.claim_output(begun)
+    tuning = cifar_plan.tuning_of(begun)
+    rates = {(m, r): 40.0 + r for m in ("MAE", "R-MAE") for r in (5e-4, 2e-3)}
+    fill(tuning, rates)
+    tuning.write()
+    study = cifar_plan.study_of(begun.workspace, begun.claims, 1, record["compute"])
+    for name, what, protocol in (("MAE", "psnr", "psnr"), ("MAE", "finetune", "finetune"),
+                                 ("R-MAE", "psnr", "psnr")):  # fmt: skip
+        path = result_path(begun.workspace, study.row(name), 0, what)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"protocol": protocol, "top1": 40.0, "image": 20.0}))
+    archive.pack(tmp_path / "out", tmp_path / "a.tar.xz")
+    words = (*words, "--restore", tmp_path / "a.tar.xz")
+    chosen = settings(data, tmp_path / "elsewhere" / "new", *words)
+    archive.restore(chosen.restored, chosen.output)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["new"]
+    assert cifar_plan.claim_output(chosen) == record
+    bill = Rates(tmp_path / "rates.json", str(data / "shards/train"))
+    plan = cifar_plan.make_plan(chosen, bill)
+    stages = [[job.name for job in stage if not job.done] for stage in plan.stages]
+    longer = [f"{run_name(study.row(name), 0)} finetune" for name in LONGER]
+    assert stages == [[], [], longer]
+    cifar_plan.tuning_of(chosen).write()
+    trials = read_trials(chosen.output / "tuning.json")
+    assert {(t.method, t.base_lr): t.value for t in trials} == rates
+    more = replace(chosen, claims=(5, 14))  # MAE's and R-MAE's linear probe
+    names = [job.name for job in cifar_plan.make_plan(more, bill).stages[2] if not job.done]
+    mae = "mae-optimizer-base-lr-0-002-0"
+    again = {f"{r}{mae} {what}" for r in ("", "r") for what in ("pretrain", "linprobe")}
+    new = {f"r{mae} finetune"}  # MAE's is there
+    assert {name for name in names if name.split()[0].endswith(mae)} == again | new
+    assert names[-1] == "look"
+    with pytest.raises(UserError, match=r"new holds something already; name another --output"):
+        archive.restore(chosen.restored, chosen.output)
+    (tmp_path / "bad").write_bytes(b"no tar")
+    with pytest.raises(UserError, match="bad: no archive of runs"):
+        archive.restore(tmp_path / "bad", tmp_path / "else/new")
+    assert list((tmp_path / "else").iterdir()) == []
 
 
 def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch):
