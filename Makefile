@@ -103,10 +103,13 @@ report: .venv/ready   ## one page about RUNS="runs/a runs/b" → runs/report.htm
 tensorboard: .venv/ready   ## the curves of every run below RUNS=runs at http://localhost:6006 (PORT=6006)
 	.venv/bin/tensorboard --logdir $(or $(RUNS),runs) --port $(or $(PORT),6006)
 
-.PHONY: bench-step bench-memory roofline
+.PHONY: bench-step bench-roads bench-memory roofline
 bench-step: .venv/ready   ## time, memory and FLOPs of the training step against MAE's; our loop (MAE=checkout of facebookresearch/mae)
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
 	$(PY) tests/bench/bench_step.py $(if $(MAE),--mae $(MAE))
+
+bench-roads: .venv/ready   ## time and FLOPs of the cheaper roads' steps beside MAE's
+	$(PY) tests/bench/bench_step.py --parts roads --rounds 3
 
 bench-memory: .venv/ready   ## bytes per rank by ZeRO stage on 1, 2 and 4 ranks against the planner's formula
 	$(PY) tests/bench/bench_memory.py

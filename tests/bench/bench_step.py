@@ -10,6 +10,9 @@ facebookresearch/mae, whose own model is then a third party.
 mae_vs_reference, memory_vs_reference: ours / the plain writing's (tests/bench/peer_mae.py).
 rmae_flops_vs_mae, cmae_flops_vs_mae: FLOP per second of their steps / those of our MAE step.
 loop_overhead: our training loop / a bare DeepSpeed loop - 1 (tests/bench/bench_loop.py).
+
+--parts roads, behind `make bench-roads`: the steps of the cheaper roads; in JSON the time of each
+over MAE's.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,16 @@ from pipeline.method.teacher import Teacher
 from pipeline.method.views import make_views
 
 METHODS = ("mae", "rmae", "cmae")
+CROSS = ("measure.decoder.attention=cross", "views.predicted=0.3333")
+ROADS = {
+    "mae": ("mae", ()),
+    "mae, cross": ("mae", CROSS),
+    "mae, cross, 4 blocks": ("mae", (*CROSS, "measure.decoder.depth=4")),
+    "mae, 1 block": ("mae", ("measure.decoder.depth=1",)),
+    "mae, 90 % masked": ("mae", ("views.mask_ratio=0.9",)),
+    "rmae": ("rmae", ()),
+    "rmae, cross": ("rmae", CROSS),
+}
 Step = Callable[[], Tensor]
 
 
@@ -51,9 +64,11 @@ def optimizer(groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
 
 
-def our_step(name: str, batch: int) -> tuple[Step, Objective, Teacher | None]:
-    """One optimizer step of a recipe, EMA included, on a fixed batch."""
-    objective, teacher = build_objective(load_recipe(RECIPES / f"{name}.yaml", []))
+def our_step(
+    name: str, batch: int, sets: Sequence[str] = ()
+) -> tuple[Step, Objective, Teacher | None]:
+    """One optimizer step of a recipe with overrides, EMA included, on a fixed batch."""
+    objective, teacher = build_objective(load_recipe(RECIPES / f"{name}.yaml", sets))
     update = optimizer(parameter_groups(objective))
     image, sample = images(batch, objective.recipe.encoder.image_size), torch.arange(batch)
 
@@ -280,6 +295,27 @@ def compare_methods(args: argparse.Namespace) -> dict[str, float]:
     return result
 
 
+def compare_roads(args: argparse.Namespace) -> dict[str, float]:
+    """Time and FLOPs of the cheaper roads over MAE's."""
+    steps = {road: our_step(name, args.batch, sets)[0] for road, (name, sets) in ROADS.items()}
+    work = {road: flops(step) for road, step in steps.items()}
+    times: dict[str, list[float]] = {road: [] for road in ROADS}
+    for _ in range(args.rounds):
+        for road, step in steps.items():
+            times[road].append(seconds(step))
+    head = f"{f'batch {args.batch}':22}{'seconds':>9}{'TFLOP':>8}{'x MAE':>8}"
+    print(f"{head}   time / MAE's (least-most)")
+    result = {}
+    for road in ROADS:
+        ratio = sorted(a / b for a, b in zip(times[road], times["mae"], strict=True))
+        result[road] = round(statistics.median(ratio), 3)
+        print(
+            f"{road:22}{statistics.median(times[road]):9.2f}{work[road] / 1e12:8.3f}"
+            f"{work[road] / work['mae']:8.2f}   {result[road]:.3f} ({ratio[0]:.3f}-{ratio[-1]:.3f})"
+        )
+    return result
+
+
 def loop(args: argparse.Namespace) -> dict[str, float]:
     """Our loop over a bare one, and a table of phases on two ranks (tests/bench/bench_loop.py)."""
     here, script = Path(sys.executable).parent, str(Path(__file__).with_name("bench_loop.py"))
@@ -302,7 +338,7 @@ def loop(args: argparse.Namespace) -> dict[str, float]:
     return last_object(sys.executable, script, "overhead", "--rounds", "3")
 
 
-PARTS = {"mae": compare_mae, "methods": compare_methods, "loop": loop}
+PARTS = {"mae": compare_mae, "methods": compare_methods, "loop": loop, "roads": compare_roads}
 
 
 def main() -> None:
@@ -310,7 +346,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mae", type=Path, help="a checkout of facebookresearch/mae")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:3])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
