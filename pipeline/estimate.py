@@ -469,59 +469,77 @@ def stage_with_graphs(stage: int, ranks: int) -> int:
     return 1 if stage == 0 or (stage == 2 and ranks > 1) else stage
 
 
-def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time.
+@dataclass(frozen=True)
+class Planner:
+    """What the rows of all ZeRO stages share: the recipe and command line, its objective and
+    teacher on the meta device, the work by micro-batch, FLOP/s and host ms per launch.
 
-    Under data.sizes memory and launches are of the full size, FLOPs and times of the mean step.
+    mean: FLOPs of the mean step over those of the full image size (data.sizes).
     """
-    objective, teacher = meta_objective(recipe)
-    # What "auto" takes: with negatives from the micro-batch it does not follow the device.
-    most = MOST_IMAGES if recipe.measure.batch_negatives else recipe.batch_size
-    auto = [n for n in split(recipe, args.gpus) if n <= most]
-    sizes = [args.micro_batch] if args.micro_batch else auto
-    check_split(recipe, args)
-    work_of = scaled(recipe, args.precision, args.checkpointing)
-    further_groups = len(parameter_groups(objective)) - 2
-    launch_ms = args.launch_ms or measured_launch_ms()
-    peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
-    speed = peak * args.utilisation
-    found = flops_of_phases(recipe) if recipe.data.sizes else [(1.0, 1.0)]
-    mean = sum(share * flops for share, flops in found) / found[-1][1]  # of the full size's FLOPs
-    per_rank = recipe.batch_size // args.gpus
-    rows = []
-    for stage in (0, 1, 2, 3):
-        if args.precision in BF16_WEIGHTS[stage:]:
-            continue  # the engine refuses them: DeepSpeed's stage 0, and 1 with fp32 gradients
 
-        captured = graphs(stage, args, recipe)
-        run_as = stage_with_graphs(stage, args.gpus) if captured else stage
+    recipe: Recipe
+    args: argparse.Namespace
+    objective: Objective
+    teacher: Teacher | None
+    work_of: Callable[[int], Work]
+    speed: float
+    launch_ms: float
+    mean: float
 
-        def need(micro: int, run_as: int = run_as, captured: bool = captured) -> Memory:
-            copies = graph_copies(per_rank // micro) if captured else 0
-            work = work_of(micro)
-            return memory(objective, teacher, work, run_as, args.gpus, args.precision, copies)
+    @property
+    def per_rank(self) -> int:
+        return self.recipe.batch_size // self.args.gpus
 
-        bytes_of = {n: need(n).total for n in sizes}
-        micro = largest_that_fits(sizes, bytes_of, args.gpu_memory * 1e9)
-        accumulation = per_rank // micro
-        work = work_of(micro)
-        sent = traffic(objective, teacher, work, run_as, args.gpus, accumulation, args.precision)
-        feeding = Feeding(
-            gpu=mean * work.flops * accumulation / speed,
+    def micro_batches(self) -> list[int]:
+        """Those to choose from: the one of the command line, or what "auto" takes."""
+        if self.args.micro_batch:
+            return [self.args.micro_batch]
+        # With negatives from the micro-batch it does not follow the device.
+        negatives = self.recipe.measure.batch_negatives
+        most = MOST_IMAGES if negatives else self.recipe.batch_size
+        return [n for n in split(self.recipe, self.args.gpus) if n <= most]
+
+    def need(self, micro: int, run_as: int, captured: bool) -> Memory:
+        """Bytes per rank under a stage."""
+        copies = graph_copies(self.per_rank // micro) if captured else 0
+        work, args = self.work_of(micro), self.args
+        return memory(self.objective, self.teacher, work, run_as, args.gpus, args.precision, copies)
+
+    def feeding(self, micro: int, captured: bool) -> Feeding:
+        """What a step asks of GPU, host and loader."""
+        work, accumulation = self.work_of(micro), self.per_rank // micro
+        further_groups = len(parameter_groups(self.objective)) - 2
+        return Feeding(
+            gpu=self.mean * work.flops * accumulation / self.speed,
             launches=(GRAPH_LAUNCHES if captured else work.launches) * accumulation
             + OPTIMIZER_LAUNCHES
             + GROUP_LAUNCHES * further_groups,
-            launch_ms=launch_ms,
-            images=per_rank * (2 if recipe.views.second == "crop" else 1),
-            core_images=args.core_images,
-            cores=args.cores,
+            launch_ms=self.launch_ms,
+            images=self.per_rank * (2 if self.recipe.views.second == "crop" else 1),
+            core_images=self.args.core_images,
+            cores=self.args.cores,
         )
-        rows.append(
+
+    def row(self, stage: int) -> dict[str, Any]:
+        """The plan under a stage, with the largest micro-batch that fits."""
+        args, gpus = self.args, self.args.gpus
+        captured = graphs(stage, args, self.recipe)
+        run_as = stage_with_graphs(stage, gpus) if captured else stage
+        room, sizes = args.gpu_memory * 1e9, self.micro_batches()
+        needs = {n: self.need(n, run_as, captured) for n in sizes}
+        micro = largest_that_fits(sizes, {n: need.total for n, need in needs.items()}, room)
+        accumulation = self.per_rank // micro
+        sent = traffic(
+            self.objective, self.teacher, self.work_of(micro), run_as, gpus, accumulation,
+            args.precision,
+        )  # fmt: skip
+        feeding, need = self.feeding(micro, captured), needs[micro]
+        return (
             {"stage": stage, "run_as": run_as, "micro_batch": micro, "accumulation": accumulation}
-            | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need(micro)).items()}
+            | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need).items()}
             | {
-                "memory_gb": round(bytes_of[micro] / 1e9, 3),
-                "fits": bytes_of[micro] <= (1 - MARGIN) * args.gpu_memory * 1e9,
+                "memory_gb": round(need.total / 1e9, 3),
+                "fits": need.total <= (1 - MARGIN) * room,
                 "sent_gb_per_step": round(sent / 1e9, 3),
                 "launches": feeding.launches,
                 "gpu_ms": round(1e3 * feeding.gpu, 3),
@@ -531,22 +549,51 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
                 "cores_needed": feeding.cores_needed,
             }
         )
+
+
+def make_planner(recipe: Recipe, args: argparse.Namespace) -> Planner:
+    """The planner of a recipe and a command line. UserError where they do not go together."""
+    objective, teacher = meta_objective(recipe)
+    check_split(recipe, args)
+    peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
+    found = flops_of_phases(recipe) if recipe.data.sizes else [(1.0, 1.0)]
+    return Planner(
+        recipe,
+        args,
+        objective,
+        teacher,
+        work_of=scaled(recipe, args.precision, args.checkpointing),
+        speed=peak * args.utilisation,
+        launch_ms=args.launch_ms or measured_launch_ms(),
+        mean=sum(share * flops for share, flops in found) / found[-1][1],
+    )
+
+
+def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time.
+
+    Under data.sizes memory and launches are of the full size, FLOPs and times of the mean step.
+    """
+    planner = make_planner(recipe, args)
+    # The engine refuses DeepSpeed's stage 0 in bf16, and 1 with fp32 gradients.
+    rows = [planner.row(stage) for stage in range(4) if args.precision not in BF16_WEIGHTS[stage:]]
     images = recipe.data.samples_per_epoch or args.images
     steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
     total = round(steps * recipe.optimizer.epochs)
-    flops = round(mean * work_of(recipe.batch_size).flops)
+    flops = round(planner.mean * planner.work_of(recipe.batch_size).flops)
+    trained = (p.numel() for p in planner.objective.parameters() if p.requires_grad)
     return {
         "recipe": recipe.name,
         "sizes": recipe.data.sizes,
-        "trained_parameters": sum(p.numel() for p in objective.parameters() if p.requires_grad),
+        "trained_parameters": sum(trained),
         "gpus": args.gpus,
         "gpu": args.gpu,
         "precision": args.precision,
         "flops_per_step": flops,
         "steps": total,
-        "hours": round(total * flops / (args.gpus * speed) / 3600, 2),
+        "hours": round(total * flops / (args.gpus * planner.speed) / 3600, 2),
         "utilisation": args.utilisation,
-        "launch_ms": round(launch_ms, 5),
+        "launch_ms": round(planner.launch_ms, 5),
         "cores": args.cores,
         "core_images": args.core_images,
         "stages": rows,
