@@ -16,16 +16,25 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import laid_out, made_runs, pack, restore, selected, unpacked
+from eval.paper.archive import (
+    check_empty,
+    laid_out,
+    made_runs,
+    pack,
+    selected,
+    unpacked,
+)
 from eval.paper.cifar_claims import ALL, METHODS, cifar_row
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
     RECORD,
     Plan,
     Settings,
+    archived_record,
     claim_output,
     make_plan,
     read_record,
+    restore_output,
     show,
     spent,
     study_of,
@@ -114,9 +123,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
 def cifar_paper(settings: Settings) -> None:
     """Plan, tune, run, judge, write; prints the claims last."""
     check(settings)
-    if settings.restored:
-        restore(settings.restored, settings.output)
     make_cifar_shards(settings.source, settings.data)
+    if settings.restored:
+        restore_output(settings, settings.restored)
     rates = Rates(settings.output / "rates.json", str(settings.data / "shards" / "train"))
     plan = make_plan(settings, rates)
     if settings.dry_run:
@@ -154,6 +163,9 @@ def check(settings: Settings) -> None:
         check_objective(row_recipe(settings.workspace, cifar_row(method, {}, {}, 1)))
     if not (settings.data / DONE).is_file():
         check_writable(settings.data, folder=True, advice="; choose another --data")
+    if settings.restored:
+        check_empty(settings.output)
+        archived_record(settings.restored)
     if settings.dry_run:
         return
     check_writable(settings.output, folder=True, advice="; choose another --output")

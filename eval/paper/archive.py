@@ -173,15 +173,21 @@ def extract(archive: Path, folder: Path) -> None:
         raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error
 
 
+def check_empty(output: Path) -> None:
+    """UserError where OUTPUT, to be made of an archive, holds something."""
+    with naming(output, "cannot be read"):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(
+                f"--restore: {output} holds something already; name another --output, or leave "
+                "--restore out to continue what is there"
+            )
+
+
 def restore(archive: Path, output: Path) -> None:
     """Make OUTPUT of what an archive keeps, so that its study is continued. UserError where OUTPUT
     holds something."""
+    check_empty(output)
     with naming(output, "cannot be written"):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(
-                f"--restore {archive}: {output} holds something already; name another --output, or "
-                "leave --restore out to continue what is there"
-            )
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".restore-") as folder:
             extract(archive, Path(folder, "runs"))

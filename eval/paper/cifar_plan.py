@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from eval.paper.archive import LOOK
+from eval.paper.archive import LOOK, restore, unpacked
 from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
 from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
@@ -108,28 +108,49 @@ def claim_output(settings: Settings) -> dict[str, Any]:
 
     UserError where it was made with other settings, whose runs would pass for these.
     """
-    path, scale = settings.output / RECORD, settings.workspace.scale
-    made = asdict(replace(scale, train="", val="", hours=None, tried=""))
-    record = {
-        "scale": portable(made),
-        "images": read_manifest(scale.train).index_sha256,
-        "tuned": settings.tuned,
-    }
+    path = settings.output / RECORD
     if path.is_file():
         before = read_record(path)
-        differs = [key for key, value in record.items() if portable(before.get(key)) != value]
-        if differs:
+        if others := differences(before, settings):
             raise UserError(
-                f"{settings.output}: was made with another {', '.join(differs)}; choose another "
+                f"{settings.output}: was made with another {', '.join(others)}; choose another "
                 "--output"
             )
         return before
-    record["compute"] = compute_of(settings.workspace)
+    record = made_with(settings) | {"compute": compute_of(settings.workspace)}
     if settings.extended:  # from the beginning, so that rates beyond the grid may be chosen
         record["extended"] = True
     with naming(path, "cannot be written"):
         write_json(path, record)
     return record
+
+
+def made_with(settings: Settings) -> dict[str, Any]:
+    """What a study's runs are made with."""
+    scale = settings.workspace.scale
+    made = asdict(replace(scale, train="", val="", hours=None, tried=""))
+    images = read_manifest(scale.train).index_sha256
+    return {"scale": portable(made), "images": images, "tuned": settings.tuned}
+
+
+def differences(record: dict[str, Any], settings: Settings) -> list[str]:
+    """What a study of this record was made with otherwise."""
+    return [key for key, value in made_with(settings).items() if portable(record.get(key)) != value]
+
+
+def archived_record(archive: Path) -> dict[str, Any]:
+    """The study.json in an archive. UserError where it is of no study."""
+    with unpacked(archive) as folder:
+        if (folder / RECORD).is_file():
+            return read_record(folder / RECORD)
+    raise UserError(f"{archive}: has no {RECORD}, so it is not of eval/cifar_paper.py")
+
+
+def restore_output(settings: Settings, archive: Path) -> None:
+    """Make OUTPUT of an archive. UserError where its study was made with other settings."""
+    if others := differences(archived_record(archive), settings):
+        raise UserError(f"--restore {archive}: was made with another {', '.join(others)}")
+    restore(archive, settings.output)
 
 
 def portable(value: Any) -> Any:

@@ -665,7 +665,7 @@ def test_a_study_continues_from_its_archive(data, tmp_path):
     archive.pack(tmp_path / "out", tmp_path / "a.tar.xz")
     words = (*words, "--restore", tmp_path / "a.tar.xz")
     chosen = settings(data, tmp_path / "elsewhere" / "new", *words)
-    archive.restore(chosen.restored, chosen.output)
+    cifar_plan.restore_output(chosen, chosen.restored)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["new"]
     assert cifar_plan.claim_output(chosen) == record
     bill = Rates(tmp_path / "rates.json", str(data / "shards/train"))
@@ -684,11 +684,27 @@ def test_a_study_continues_from_its_archive(data, tmp_path):
     assert {name for name in names if name.split()[0].endswith(mae)} == again | new
     assert names[-1] == "look"
     with pytest.raises(UserError, match=r"new holds something already; name another --output"):
-        archive.restore(chosen.restored, chosen.output)
-    (tmp_path / "bad").write_bytes(b"no tar")
-    with pytest.raises(UserError, match="bad: no archive of runs"):
-        archive.restore(tmp_path / "bad", tmp_path / "else/new")
-    assert list((tmp_path / "else").iterdir()) == []
+        cifar_plan.restore_output(chosen, chosen.restored)
+
+
+def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
+    (tmp_path / "out/mae-0/eval").mkdir(parents=True)
+    (tmp_path / "out/mae-0/eval/knn.json").write_text(json.dumps({"protocol": "knn", "top1": 1.0}))
+    archive.pack(tmp_path / "out", tmp_path / "nothing.tar.xz")
+    cifar_plan.claim_output(settings(data, tmp_path / "out", "--untuned"))
+    archive.pack(tmp_path / "out", tmp_path / "other.tar.xz")
+    (tmp_path / "bad.tar.xz").write_bytes(b"no tar")
+    for name, sentence in (
+        ("bad", "bad.tar.xz: no archive of runs"),
+        ("absent", "absent.tar.xz: cannot be read"),
+        ("nothing", "nothing.tar.xz: has no study.json, so it is not of eval/cifar_paper.py"),
+        ("other", "other.tar.xz: was made with another tuned"),
+    ):
+        path = tmp_path / f"{name}.tar.xz"
+        chosen = settings(data, tmp_path / "else/new", "--restore", path)
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            cifar_plan.restore_output(chosen, path)
+    assert not (tmp_path / "else").exists()
 
 
 def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch):
