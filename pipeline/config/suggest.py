@@ -69,6 +69,11 @@ def meant(key: str, model: Any, kinds: Kinds) -> str:
     """`; did you mean …?` for an unknown key of a settings class, or "" where nothing is near."""
     if key in RENAMED:
         return f"; it is now {RENAMED[key]}"
+    if (section := key.split(".", 1)[0]) in kinds:
+        owners = [k for k, m in kinds[section].items() if key in all_keys(m, kinds, f"{section}.")]
+        if owners:
+            verb = "has" if len(owners) == 1 else "have"
+            return f"; only {section}.kind {' and '.join(owners)} {verb} it"
     known = all_keys(model, kinds)
     last = key.rsplit(".", 1)[-1]
     full = [ALIASES[last]] if ALIASES.get(last) in known else []

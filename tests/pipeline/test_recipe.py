@@ -85,6 +85,7 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
         ("mask_ratio=0.6", ["'mask_ratio'", "did you mean views.mask_ratio?"]),
         ("batch=8", ["'batch'", "did you mean batch_size?"]),
         ("data.epochs=8", ["'data.epochs'", "did you mean optimizer.epochs?"]),
+        ("measure.lambda=1", ["'measure.lambda'; only measure.kind reconstruction has it;"]),
         ("jitter.hue=0.1", ["'jitter'", "did you mean views.jitter?"]),
         ("weight_decay=0.1", ["'weight_decay'", "did you mean optimizer.weight_decay.value?"]),
         ("views.hide=0.75", ["'views.hide'", "it is now views.mask_ratio"]),
@@ -112,6 +113,13 @@ def test_bad_values_are_one_sentence_that_names_the_key(override, words):
     message = str(error.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_a_key_of_other_measures_names_them():
+    with pytest.raises(
+        RecipeError, match=r"'measure\.heads'; only measure\.kind infonce and byol have"
+    ):
+        load_recipe(RECIPES / "mae.yaml", ["measure.heads.out=8"])
 
 
 @pytest.mark.parametrize(
