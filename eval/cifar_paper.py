@@ -210,10 +210,21 @@ def rebuild(archive: Path) -> None:
         print(json.dumps({"claims": study.verdicts()}), flush=True)
 
 
+def check_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """UserError where another option than --page is given, which would do nothing."""
+    plain = vars(parser.parse_args([]))
+    given = [name for name, value in vars(args).items() if value != plain[name] and name != "page"]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(f"--page: shows what is in the archive; leave {names} out")
+
+
 def main() -> None:
     stop_on_sigterm()
-    args = build_parser().parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
     if args.page:
+        check_alone(parser, args)
         rebuild(args.page)
     else:
         cifar_paper(settings_of(args))
