@@ -50,6 +50,7 @@ from eval.reporting.page import markdown_table
 from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
+from pipeline.command import check_unused
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
@@ -210,21 +211,12 @@ def rebuild(archive: Path) -> None:
         print(json.dumps({"claims": study.verdicts()}), flush=True)
 
 
-def check_alone(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """UserError where another option than --page is given, which would do nothing."""
-    plain = vars(parser.parse_args([]))
-    given = [name for name, value in vars(args).items() if value != plain[name] and name != "page"]
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"--page: shows what is in the archive; leave {names} out")
-
-
 def main() -> None:
     stop_on_sigterm()
     parser = build_parser()
     args = parser.parse_args()
     if args.page:
-        check_alone(parser, args)
+        check_unused(parser, args, vars(args).keys() - {"page"}, "with --page")
         rebuild(args.page)
     else:
         cifar_paper(settings_of(args))

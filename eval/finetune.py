@@ -34,7 +34,7 @@ from eval.shared.finetune_plan import (
 )
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
-from pipeline.command import early
+from pipeline.command import check_unused, early
 from pipeline.errors import PREEMPTED, UserError
 
 
@@ -77,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings = settings_of(Settings, args)
+    if settings.fraction == 1 or settings.subset:
+        check_unused(build_parser(), args, ["subset_seed"], "without --fraction")
     output = result_of(args, settings.name, folder=True)
     check_input(settings, world, args.precision)
     return settings, output

@@ -17,7 +17,7 @@ from eval.shared.command import run_command
 from eval.shared.labels import check_files, with_images
 from eval.shared.options import add_model, base_parser, check_model
 from eval.shared.results import check_output
-from pipeline.command import early
+from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
 
@@ -43,6 +43,8 @@ def prepare(args: argparse.Namespace) -> None:
     """UserError for a command line that cannot be followed."""
     if args.images < 1 or not str(args.output).endswith(".png"):
         raise UserError("--images must be at least 1 and --output must end in .png")
+    if args.files:
+        check_unused(build_parser(), args, ["images"], "with --files")
     check_output(Path(args.output))
     check_model(args.encoder, args.recipe, args.overrides, args.mask_ratio)
     check_files(args.files or ())

@@ -19,7 +19,7 @@ import numpy as np
 from eval.shared.command import run_command
 from eval.shared.embeddings import Embeddings, read_embeddings
 from eval.shared.labels import check_files, check_images
-from pipeline.command import early
+from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
@@ -103,6 +103,8 @@ def prepare(args: argparse.Namespace) -> Settings:
     """The settings of a command line. UserError."""
     if args.k < 1 or args.random < 1:
         raise UserError("--k and --random must be at least 1")
+    if args.queries:
+        check_unused(build_parser(), args, ("random", "seed"), "with a QUERY")
     output = args.output or args.embeddings / "neighbours.html"
     s = Settings(tuple(args.queries), args.embeddings, output, args.k, args.random, args.seed)
     check_writable(output, advice="; choose another --output")

@@ -23,7 +23,7 @@ from pathlib import Path
 from eval.shared.command import run_command
 from eval.shared.labels import check_files, check_images
 from eval.shared.options import EncoderChoice, base_parser, check_encoder, read_options
-from pipeline.command import early
+from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.manifest import Manifest
@@ -105,7 +105,11 @@ def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
             raise UserError(f"--point {x:g} {y:g}: must be shares from 0 to 1")
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
+    if args.files:
+        check_unused(build_parser(), args, ["count"], "with --files")
     needed = sum(name == "random" or Path(name).is_file() for name in args.encoder)
+    if not needed:
+        check_unused(build_parser(), args, ["arch"], "without a checkpoint file or random")
     if len(args.arch) > 1 and len(args.arch) != needed:
         raise UserError(
             f"--arch: {len(args.arch)} names for {needed} files and random encoders; give one for "

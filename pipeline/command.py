@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from pipeline.errors import UserError, refuse
@@ -40,6 +41,15 @@ def check_environment() -> None:
 def _number(name: str) -> bool:
     value = os.environ.get(name, "")
     return value.isascii() and value.isdecimal()
+
+
+def check_unused(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], where: str
+) -> None:
+    """UserError where one of these options is given, though it does nothing there."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} does nothing {where}; leave it out")
 
 
 def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool = False) -> None:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import early, imported
+from pipeline.command import check_unused, early, imported
 from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
@@ -39,7 +39,7 @@ UTILISATION = 0.29  # of the peak: MAE's as shipped, 256 images, on an H100 (doc
 PRECISIONS = ("autocast", "bf16", "bf16-fp32-grads", "fp32")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Predict memory, communication, FLOPs and hours of a pretraining run.",
@@ -90,6 +90,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="print the FLOPs of an image, and under data.sizes of each size, no more",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
         parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
@@ -98,6 +104,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     images, launch = args.core_images, args.launch_ms
     if args.cores < 1 or not 0 < images < math.inf or not 0 <= launch < math.inf:
         parser.error("--cores must be at least 1, --core-images above 0, --launch-ms not negative")
+    plan_only = ("gpu", "micro_batch", "launch_ms", "cores", "core_images", "utilisation", "images",
+                 "json")  # fmt: skip
+    fit_too = ("fit", "gpus", "gpu_memory", "precision", "checkpointing", "no_graphs")
+    try:
+        if args.flops:
+            check_unused(parser, args, (*plan_only, *fit_too), "with --flops")
+        elif args.fit is not None:
+            check_unused(parser, args, plan_only, "with --fit")
+    except UserError as error:
+        parser.error(str(error))
     return args
 
 

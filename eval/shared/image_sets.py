@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from eval.shared.labels import LIST, listed_in
+from eval.shared.labels import LIST, TABLES, listed_in
 from pipeline.data.crops import CentreCrop
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.reader import Reader, SampleError
@@ -64,7 +64,7 @@ def open_images(where: str | Path, root: Path | None = None, skip: bool = False)
         return _listed(path, root or path.parent)
     if path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
-    table = path.suffix in (".csv", ".jsonl", ".ndjson")
+    table = path.suffix in TABLES
     source = open_source(path, Listing(unlabelled=not table, root=root, skip=skip))
     return _as_manifest(source if table else _by_folder(source))
 

@@ -11,6 +11,7 @@ from shard_tools.sharding.archives import is_archive
 from shard_tools.sharding.found import is_image
 
 LIST = ".txt"  # of paths, one a line
+TABLES = (".csv", ".jsonl", ".ndjson")
 GLANCE = 1000  # folders that are looked into for a first image
 
 
@@ -44,6 +45,11 @@ def class_count(train: Manifest, val: Manifest) -> int:
 def check_images(where: str | Path, root: str | Path | None = None) -> None:
     """UserError where `image_sets.open_images` would find nothing, as far as a glance shows."""
     path = Path(where)
+    if root and path.suffix not in (LIST, *TABLES):
+        raise UserError(
+            f"--root {root} does nothing with {where}, which is no list and no table of paths; "
+            "leave it out"
+        )
     if is_remote(str(where)) or (path / MANIFEST).is_file():
         with_images(where)
     elif not path.exists():

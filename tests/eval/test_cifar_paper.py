@@ -17,14 +17,7 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 from fake_cifar import CLASSES, write_archive
 
-from eval.cifar_paper import (
-    archived_study,
-    build_parser,
-    check_alone,
-    rebuild,
-    settings_of,
-    write_page,
-)
+from eval.cifar_paper import archived_study, build_parser, rebuild, settings_of, write_page
 from eval.paper import archive, cifar_plan
 from eval.paper.cifar_claims import (
     ALL,
@@ -483,14 +476,6 @@ def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
 def test_bad_options_are_one_sentence(data, tmp_path, words, sentence):
     with pytest.raises(UserError, match=sentence):
         settings(data, tmp_path, *words)
-
-
-def test_a_page_takes_no_other_option():
-    parser = build_parser()
-    check_alone(parser, parser.parse_args(["--page", "a.tar.xz"]))
-    args = parser.parse_args(["--page", "a.tar.xz", "--claims", "3", "--dry-run"])
-    with pytest.raises(UserError, match="leave --claims, --dry-run out"):
-        check_alone(parser, args)
 
 
 # ------------------------------------------------------------------ data and archive

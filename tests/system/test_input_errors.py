@@ -190,6 +190,7 @@ CASES = {
         ("--randaugment x", "--randaugment 'x' is not a policy of timm"),
         ("--subset {none}", "/none: no such file"),
         ("--fraction 2", "--fraction must be in (0, 1]"),
+        ("--subset-seed 1", "--subset-seed does nothing without --fraction"),
     ),
     **evaluation("attentive", f"--batch-size 8 {SETS}", ("--rates 0", "--rates must be above 0")),
     **evaluation(
@@ -204,7 +205,8 @@ CASES = {
         (f"{RANDOM} --images {{list}}", "/none: cannot be read"),
         (f"{RANDOM} --images {{shards}} --feature x", "--feature x: must be cls, mean_patch"),
         (f"{RANDOM} --images {{shards}} --format parquet", "needs pyarrow"),
-        (f"{RANDOM} --images {{images}} --root {{none}}", "--root {none}: no such folder"),
+        (f"{RANDOM} --images {{list}} --root {{none}}", "--root {none}: no such folder"),
+        (f"{RANDOM} --images {{images}} --root {{images}}", "--root {images} does nothing with"),
     ],
     "eval/psnr.py": [
         ("--encoder {none} --val {shards}", "/none: no such file or folder"),
@@ -226,6 +228,7 @@ CASES = {
         ("--encoder {run} --data {none} --output {new}.png", "/none: no such folder"),
         ("--encoder {run} --files {none} --output {new}.png", "/none: cannot be read"),
         ("--encoder {run} --data {shards} --output {new}.jpg", "--output must end in .png"),
+        ("--encoder {run} --files {text} --images 3 --output {new}.png", "--images does nothing"),
         (f"--encoder {{run}} --data {{shards}} --output {UNWRITABLE}.png", "cannot be written"),
     ],
     "eval/visualise.py": [
@@ -233,6 +236,8 @@ CASES = {
         ("--encoder {run} timm:vit_bose_patch16_224 --images {shards}", NO_MODEL),
         ("--encoder {bad}.pth --arch vit_tiny_patch16_224 --images {shards}", NO_WEIGHTS),
         ("--encoder {run} --images {empty}", "empty: holds no images"),
+        ("--encoder {run} --files {text} --count 3", "--count does nothing with --files"),
+        ("--encoder {run} --images {shards} --arch vit_tiny_patch16_224", "--arch does nothing wi"),
         ("--encoder {run} --images {shards} --point 2 2", "--point 2 2: must be shares"),
         ("--encoder {run} --images {shards} --output {text}", "text: cannot be written (Not a"),
         (f"--encoder {{run}} --images {{shards}} --output {UNWRITABLE}", "cannot be written"),
@@ -249,6 +254,7 @@ CASES = {
         ("--embeddings {empty}", "no embeddings there"),
         ("--embeddings {embeddings}", "/none: no such file or folder"),
         ("{none} --embeddings {embeddings}", "no image file, no key of"),
+        ("{none} --embeddings {embeddings} --random 3", "--random does nothing with a QUERY"),
         (f"--embeddings {{embeddings}} --output {UNWRITABLE}", "cannot be written"),
     ],
     "eval/report.py": [
@@ -295,6 +301,9 @@ CASES = {
     "eval/cifar_paper.py": [
         ("--cifar10 {none} --output {new} --data {new}", "/none: no such file or folder"),
         ("--output {new} --data {new}", "name your copy: CIFAR10=PATH"),
+        ("--page {text} --claims 3", "--claims does nothing with --page"),
+        ("--restore {text} --output {new} --data {new}", "text: no archive of runs, or damaged"),
+        ("--restore --output {run} --data {new}", "--restore: {run} holds something already"),
         ("--set encoder.arh=x --cifar10 {empty} --output {new}", "unknown key 'encoder.arh'"),
         (f"--cifar10 {{empty}} --data {{new}} --output {UNWRITABLE}", "cannot be written"),
         (f"--cifar10 {{empty}} --data {{new}} --archive {UNWRITABLE}", "another --archive"),
@@ -320,6 +329,9 @@ CASES = {
         ("--gpus 0", "--gpus and --images must be at least 1"),
         ("--gpu-memory nan", "--gpu-memory above 0"),
         ("--launch-ms inf", "--launch-ms not negative"),
+        ("--flops --gpus 4", "--gpus does nothing with --flops"),
+        ("--flops --json {new}", "--json does nothing with --flops"),
+        ("--fit 2 --micro-batch 8", "--micro-batch does nothing with --fit"),
         (f"--json {UNWRITABLE}", "cannot be written"),
     ],
     "pipeline/doctor.py": [("--nonsense", "unrecognized arguments: --nonsense")],
