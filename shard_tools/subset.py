@@ -312,8 +312,16 @@ def choice_of(options: argparse.Namespace) -> Choice:
         raise ToolError(f"--choose {options.choose} belongs to --count")
     if options.shard_size and not options.copy:
         raise ToolError("--shard-size belongs to --copy: without it no tar is written")
+    if options.workers is not None and not options.copy:
+        raise ToolError("--workers belongs to --copy: an index is written by this process")
+    drawn = options.fraction is not None or (
+        options.count is not None and options.choose != "first"
+    )
+    if options.seed is not None and not drawn:
+        raise ToolError("--seed belongs to --fraction and --count: nothing else is drawn")
     given = {field.name: getattr(options, field.name) for field in fields(Choice)}
-    return Choice(**given | {"choose": options.choose or Choice.choose})
+    chosen = {"choose": options.choose or Choice.choose, "seed": options.seed or Choice.seed}
+    return Choice(**given | chosen)
 
 
 def subset(options: argparse.Namespace) -> int:
@@ -338,7 +346,7 @@ def subset(options: argparse.Namespace) -> int:
         names=chosen.names,
         made=chosen.made,
         shard_size=options.shard_size or byte_size(SHARD_SIZE),
-        workers=options.workers,
+        workers=cores() if options.workers is None else options.workers,
     )
     print(f"{dest}: copied {len(samples)} of {manifest.samples} images, {size / 1e6:.1f} MB")
     return 0
@@ -374,7 +382,7 @@ def parser() -> argparse.ArgumentParser:
     way.add_argument("--count", type=int, metavar="N", help="this many images, see --choose")
     a("--choose", choices=CHOICES, help=f"how --count chooses (default: {Choice.choose})")
     a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
-    a("--seed", type=int, default=0, help="seed of every draw")
+    a("--seed", type=int, help="seed of every draw (default: 0)")
     a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
     a(
@@ -383,7 +391,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help=f"with --copy: bytes of a shard, at most (default: {SHARD_SIZE})",
     )
-    a("--workers", type=worker_count, default=cores(), help="with --copy: processes")
+    a("--workers", type=worker_count, help=f"with --copy: processes (default: {cores()})")
     return p
 
 

@@ -35,7 +35,8 @@ def parent(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def take(parent: Path, dest: Path, *options: str) -> Manifest:
-    assert main([str(parent), str(dest), *options, "--workers", "1"]) == 0
+    workers = ["--workers", "1"] if "--copy" in options else []
+    assert main([str(parent), str(dest), *options, *workers]) == 0
     assert verify(str(dest), decode=True, workers=1) == ([], [])
     return read_manifest(dest)
 
@@ -234,6 +235,9 @@ def test_a_subset_of_adopted_shards(tmp_path: Path) -> None:
         (["--count", "41", "--choose", "one-class"], "largest class has 40 images, not 41"),
         (["--count", "1", "--class", "n1"], "--class belongs to --choose one-class"),
         (["--count", "1", "--choose", "one-class", "--class", "x"], "not a class of"),
+        (["--count", "1", "--choose", "first", "--seed", "0"], "--seed belongs to --fraction"),
+        (["--names", "nowhere.txt", "--seed", "1"], "--seed belongs to --fraction and --count"),
+        (["--count", "1", "--workers", "2"], "--workers belongs to --copy"),
         (["--names", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--classes", "nowhere.txt"], "nowhere.txt: no such file"),
     ],
