@@ -25,9 +25,12 @@ run_command(main)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_a_command_with_a_sentence(name: str) -> None:
     command = [sys.executable, "-c", WAIT]
+    # Where the suite runs in the background Ctrl-C is ignored, which the child would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        signal.signal(signal.SIGINT, before)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.Signals[name])

@@ -23,6 +23,8 @@ from shard_tools.tar import read_samples
 from shard_tools.verify_shards import main as verify_main
 from shard_tools.verify_shards import verify
 
+COPY = ("--copy", "--workers", "0")  # of subset.py, in this process
+
 
 def adopt(*arguments: object) -> int:
     return main([*map(str, arguments), "--workers", "0"])
@@ -192,9 +194,9 @@ def test_links_are_followed_and_what_leads_nowhere_is_reported(
     manifest = adopted(folder)
     assert stored(manifest) == [jpeg(0), jpeg(1), jpeg(0), jpeg(1)]
     assert manifest.index["label"].tolist() == [0, 1, 2, 0]
-    for number, choice in enumerate((["--fraction", "1"], ["--fraction", "1", "--copy"])):
+    for number, choice in enumerate((["--fraction", "1"], ["--fraction", "1", *COPY])):
         few = tmp_path / f"few{number}"
-        assert subset([str(folder), str(few), *choice, "--workers", "0"]) == 0
+        assert subset([str(folder), str(few), *choice]) == 0
         assert verify(str(few), decode=True, workers=0)[0] == []
         assert read_manifest(few).index["label"].tolist() == [0, 1, 2, 0]
     (folder / "manifest.json").unlink()
@@ -229,7 +231,7 @@ def test_samples_that_share_an_image_keep_their_own_fields(tmp_path: Path) -> No
         few, index = tmp_path / f"few{number}", tmp_path / f"index{number}"
         assert subset([str(tmp_path), str(index), *choice]) == 0
         assert verify(str(index), decode=True, workers=0)[0] == []
-        assert subset([str(tmp_path), str(few), *choice, "--copy", "--workers", "0"]) == 0
+        assert subset([str(tmp_path), str(few), *choice, *COPY]) == 0
         copies = webdataset.WebDataset(read_manifest(few).path(0), shardshuffle=False)
         assert [sample["txt"] for sample in copies] == texts
 
@@ -296,9 +298,9 @@ def test_tars_without_their_end_blocks(
     theirs = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert stored(adopted(tmp_path, "--lenient")) == [sample["jpg"] for sample in theirs]
     assert len(theirs) == 4
-    for number, choice in enumerate((["--count", "2"], ["--count", "2", "--copy"])):
+    for number, choice in enumerate((["--count", "2"], ["--count", "2", *COPY])):
         few = tmp_path / f"few{number}"
-        assert subset([str(tmp_path), str(few), *choice, "--workers", "0"]) == 0
+        assert subset([str(tmp_path), str(few), *choice]) == 0
         assert verify(str(few), decode=True, workers=0)[0] == []
     path.write_bytes(path.read_bytes()[: end_of(path) - 600])  # also then a cut is a cut
     assert "x.tar: cut inside member" in refused(
@@ -524,9 +526,9 @@ def test_without_labels_by_request(tmp_path: Path) -> None:
     manifest = adopted(tmp_path, "--unlabelled")
     assert manifest.classes == ()
     assert manifest.index["label"].tolist() == [-1] * 6
-    for number, choice in enumerate((["--count", "2"], ["--count", "2", "--copy"])):
+    for number, choice in enumerate((["--count", "2"], ["--count", "2", *COPY])):
         few = tmp_path / f"few{number}"
-        assert subset([str(tmp_path), str(few), *choice, "--workers", "0"]) == 0
+        assert subset([str(tmp_path), str(few), *choice]) == 0
         assert verify(str(few), decode=True, workers=0)[0] == []
 
 
@@ -609,9 +611,9 @@ def test_a_renumbered_copy_says_the_new_labels_everywhere(tmp_path: Path) -> Non
     tar_of(tmp_path / "x.tar", timm([(0, "n0"), (1, "n1"), (2, "n2"), (2, "n2")]))
     adopted(tmp_path)
     (tmp_path / "classes.txt").write_text("n2\n")
-    for number, copy in enumerate(([], ["--copy"])):
+    for number, copy in enumerate(([], COPY)):
         few = tmp_path / f"few{number}"
-        choice = ["--classes", str(tmp_path / "classes.txt"), *copy, "--workers", "0"]
+        choice = ["--classes", str(tmp_path / "classes.txt"), *copy]
         assert subset([str(tmp_path), str(few), *choice]) == 0
         assert read_manifest(few).classes == ("n2",)
         assert verify(str(few), decode=True, workers=0)[0] == []

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 
@@ -24,6 +23,7 @@ UNUSED = {
     "boto3", "matplotlib", "scipy", "sklearn", "sympy", "torch._dynamo", "torch._inductor",
     "torchvision.models", "torchvision.ops",
 }  # fmt: skip
+MOST = 550  # modules that a help text may import; torch alone is 1200
 DECODERS = {"PIL"}  # quick, and what the shard tools are for
 CHILD = """
 import atexit, json, sys
@@ -36,18 +36,17 @@ PRETRAIN = CHILD + "from pipeline import pretrain; sys.exit(pretrain.main())"
 
 
 def run(code, *arguments, names=HEAVY):
-    """(exit code, output, which of these modules were imported, CPU seconds) of a fresh process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """(exit code, output, which of these modules were imported, how many in all) of a fresh
+    process."""
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(["command", *map(str, arguments)])],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env={name: value for name, value in os.environ.items() if name not in LAUNCHER},
     )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     lines = done.stdout.splitlines()
     output = "\n".join(lines[:-1]) + done.stderr
-    return done.returncode, output, names & set(json.loads(lines[-1])), seconds
+    modules = set(json.loads(lines[-1]))
+    return done.returncode, output, names & modules, len(modules)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +63,11 @@ def test_the_package_is_a_door_that_imports_nothing():
 
 
 def test_the_help_is_there_at_once():
-    runs = [run(PRETRAIN, "--help") for _ in range(3)]
-    for code, output, heavy, _ in runs:
-        assert code == 0
-        assert "--ds_config" in output
-        assert not heavy
-    assert min(seconds for *_, seconds in runs) < 0.6
+    code, output, heavy, modules = run(PRETRAIN, "--help")
+    assert code == 0
+    assert "--ds_config" in output
+    assert not heavy
+    assert modules < MOST
 
 
 @pytest.mark.parametrize(
@@ -110,11 +108,11 @@ def command(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_the_help_of_every_command_needs_no_torch(file):
-    code, output, heavy, seconds = run(command(file), "--help", names=HEAVY - DECODERS)
+    code, output, heavy, modules = run(command(file), "--help", names=HEAVY - DECODERS)
     assert code == 0, output
     assert output.startswith("usage: ")
     assert not heavy
-    assert seconds < 0.6
+    assert modules < MOST
 
 
 def test_no_command_is_forgotten():
