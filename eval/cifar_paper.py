@@ -16,14 +16,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import (
-    check_empty,
-    laid_out,
-    made_runs,
-    pack,
-    selected,
-    unpacked,
-)
+from eval.paper.archive import check_empty, laid_out, made_runs, pack, selected, unpacked
 from eval.paper.cifar_claims import ALL, METHODS, cifar_row
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (

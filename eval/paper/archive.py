@@ -19,7 +19,7 @@ from typing import Any
 from eval.paper.commands import ROOT
 from eval.reporting.run_records import read_json, read_lines
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import fsync, write_atomic
 
 LARGEST = 1_000_000  # bytes
 STEPS = 60  # logged steps of a run that are kept, evenly spread
@@ -190,5 +190,9 @@ def restore(archive: Path, output: Path) -> None:
     with naming(output, "cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".restore-") as folder:
-            extract(archive, Path(folder, "runs"))
-            os.replace(Path(folder, "runs"), output)
+            runs = Path(folder, "runs")
+            extract(archive, runs)
+            for path in (*runs.rglob("*"), runs):
+                fsync(path)
+            os.replace(runs, output)
+        fsync(output.parent)
