@@ -26,11 +26,13 @@ from eval.paper.cifar_plan import (
     archived_record,
     claim_output,
     make_plan,
+    note_times,
     read_record,
     restore_output,
     show,
     spent,
     study_of,
+    times_kept,
     tuning_of,
     unit,
 )
@@ -134,10 +136,13 @@ def cifar_paper(settings: Settings) -> None:
         run_commands(plan.stage(stage), settings.jobs, settings.output)
         tuning.write()
         plan = make_plan(settings, rates)  # with what was found
+    times = times_kept(settings, rates)
+    note_times(settings, times)
     run_commands(plan.stage(2), settings.jobs, settings.output)
     if not made_runs(settings.output):
         raise UserError(f"--hours {settings.hours:g}: too few for any row; see --dry-run")
-    study = study_of(settings.workspace, settings.claims, settings.seeds, record["compute"])
+    compute = record["compute"]
+    study = study_of(settings.workspace, settings.claims, settings.seeds, compute, times)
     tables, facts = study.tables(), note_facts(settings, plan)
     with laid_out(selected(settings.output)) as kept:
         shown = replace(study, workspace=replace(study.workspace, output=kept))
@@ -189,7 +194,8 @@ def archived_study(output: Path) -> tuple[Study, Facts]:
     record, facts = read_record(output / RECORD), read_facts(output / FACTS)
     scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))
     workspace = Workspace(output, scale)
-    return study_of(workspace, facts.claims, facts.seeds, record["compute"]), facts
+    compute, times = record["compute"], record["times"]
+    return study_of(workspace, facts.claims, facts.seeds, compute, times), facts
 
 
 def rebuild(archive: Path) -> None:

@@ -1,6 +1,6 @@
 """What eval/cifar_paper.py makes on CIFAR-10 and claims of it: rows, claims, and their order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from eval.paper.claims import CLAIMS, Claim, Difference
@@ -74,6 +74,7 @@ SUPERVISED = PaperRow("supervised", {}, recipe="supervised")
 # Trained from scratch for as much compute as MAE's pretraining and finetuning, or for twice that.
 LONGER = {"random, as much compute": 1.0, "random, twice the compute": 2.0}
 FINETUNED = ", finetuned"  # ends the name of a row after its finetuning
+AS_LONG = ", as long"  # ends that of a cheaper road with the time of its method, so more epochs
 CLOSE = 0.5  # points that a cheaper road may lose, and within which two rows are as good
 
 # Row → the method whose tuned rates it has, where that is not of its own name.
@@ -94,6 +95,14 @@ METHODS = ("MAE", "R-MAE", "C-MAE", "C-MAE without mask tokens", "MoCo v3", "ran
 CHEAPER = ("MAE, cross decoder", "R-MAE, cross decoder", "MAE, decoder of 1 block",
            "MAE, 90 % masked")  # fmt: skip
 LATER_ROADS = ("MAE, growing images", "MAE, early layers first")
+QUICKER = (*CHEAPER, LATER_ROADS[0])  # those whose step is shorter than their method's
+
+
+def plain(road: str) -> str:
+    """The method of a cheaper road, without what makes it cheaper."""
+    return road.split(",", 1)[0]
+
+
 FEW = tuple(f"MAE, {number} image{'s' * (number > 1)}" for number in (10, 100, 1000))
 POOLS = ("kept-in-both", "all-kept")
 
@@ -171,7 +180,7 @@ OTHERS = (
         "Our question: a decoder of one block, one of cross-attention on a third of the masked "
         f"patches, and a mask ratio of 0.9 lose at most {CLOSE:g} points",
         tuple(
-            Difference(name, name.split(",")[0], metric, margin=CLOSE)
+            Difference(name, plain(name), metric, margin=CLOSE)
             for name in CHEAPER
             for metric in ("finetune", "linprobe")
         ),
@@ -187,24 +196,45 @@ OTHERS = (
             for metric in ("finetune", "linprobe")
         ),
     ),
+    Claim(
+        16,
+        "Our question: given the time of their method, and so more images, the cheaper roads are "
+        "better",
+        tuple(
+            Difference(f"{name}{AS_LONG}", plain(name), metric)
+            for name in QUICKER
+            for metric in ("finetune", "linprobe")
+        ),
+    ),
 )  # fmt: skip
 # In the order in which they are made, since a budget may end before the last: the cheaper roads
 # before those of Tab. 3 to 8.
 _BY_NUMBER = {claim.number: claim for claim in (*CLAIMS, *OTHERS)}
-ALL = tuple(_BY_NUMBER[n] for n in (1, 2, 3, 5, 6, 7, 14, 15, 4, 8, 9, 10, 11, 12, 13))
-NAMES = (*PUBLISHED, *OWN, "random", "supervised", *LONGER, f"MAE{FINETUNED}")
+ALL = tuple(_BY_NUMBER[n] for n in (1, 2, 3, 5, 6, 7, 14, 15, 16, 4, 8, 9, 10, 11, 12, 13))
+NAMES = (*PUBLISHED, *OWN, *(f"{name}{AS_LONG}" for name in QUICKER), "random", "supervised",
+         *LONGER, f"MAE{FINETUNED}")  # fmt: skip
 
 
 def cifar_row(
-    name: str, base_lr: dict[str, float], finetune_lr: dict[str, float], compute: float
+    name: str,
+    base_lr: dict[str, float],
+    finetune_lr: dict[str, float],
+    compute: float,
+    times: Mapping[str, float] | None = None,
 ) -> PaperRow:
     """The row that a claim names, with its method's tuned rates (METHOD → rate; none: the scale's).
 
-    compute: what MAE's pretraining and finetuning cost, in finetunings.
+    compute: what MAE's pretraining and finetuning cost, in finetunings; times: how many of a
+    cheaper road's steps take as long as one of its method (ROAD → number; none: 1).
     """
     if name.endswith(FINETUNED):
         base = cifar_row(name.removesuffix(FINETUNED), base_lr, finetune_lr, compute)
         return replace(base, name=name, finetuned=True)
+    if name.endswith(AS_LONG):
+        road = name.removesuffix(AS_LONG)
+        base = cifar_row(road, base_lr, finetune_lr, compute)
+        epochs = round(100 * (times or {}).get(road, 1.0))
+        return replace(base, name=name, set=(*base.set, f"optimizer.epochs={epochs}"))
     method = method_of(name)
     row = plain_row(name)
     finetune = dict(row.finetune)
@@ -220,7 +250,7 @@ def cifar_row(
 
 def method_of(name: str) -> str:
     """The method whose tuned rates a row has."""
-    name = name.removesuffix(FINETUNED)
+    name = name.removesuffix(FINETUNED).removesuffix(AS_LONG)
     return METHOD_OF.get(name, name)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.paper.archive import LOOK, PCA
+from eval.paper.cheaper import cheaper_chapter
 from eval.paper.reproduction import beside
 from eval.paper.study import Study, rules, summary, wanted_metrics
 from eval.paper.tuning import Trial, at_edge, best, outdone, read_trials
@@ -55,11 +56,13 @@ def read_facts(path: Path) -> Facts:
 def chapters(study: Study, facts: Facts) -> list[Chapter]:
     """The first chapters; those of the runs follow."""
     trials = read_trials(study.workspace.output / "tuning.json")
-    found = [claims_chapter(study, facts, trials), rows_chapter(study), anchors_chapter()]
+    found = [claims_chapter(study, facts, trials), rows_chapter(study)]
+    found += [cheaper_chapter(study), anchors_chapter()]
     pca = study.workspace.output / LOOK / PCA
     if pca.is_file():
         found.append(look_chapter(pca))
-    return [*found, tuning_chapter(trials)] if trials else found
+    found += [tuning_chapter(trials)] if trials else []
+    return [chapter for chapter in found if not chapter.empty]
 
 
 def claims_chapter(study: Study, facts: Facts, trials: Sequence[Trial]) -> Chapter:

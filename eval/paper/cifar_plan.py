@@ -1,7 +1,7 @@
 """The plan of eval/cifar_paper.py: tuning, rows, what they cost, and what fits into the hours."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,7 +9,16 @@ from shlex import quote
 from typing import Any
 
 from eval.paper.archive import LOOK, restore, unpacked
-from eval.paper.cifar_claims import METHODS, NAMES, cifar_row, claims_of, method_of
+from eval.paper.cifar_claims import (
+    AS_LONG,
+    METHODS,
+    NAMES,
+    QUICKER,
+    cifar_row,
+    claims_of,
+    method_of,
+    plain,
+)
 from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
 from eval.paper.cost import Rates, within
 from eval.paper.job_runner import Command, costs, needed, python, unique
@@ -85,13 +94,20 @@ def tuning_of(settings: Settings) -> Tuning:
     )  # fmt: skip
 
 
-def study_of(workspace: Workspace, numbers: Sequence[int], seeds: int, compute: float) -> Study:
-    """The claims of these numbers, with the rates that OUTPUT/tuning.json has chosen."""
+def study_of(
+    workspace: Workspace,
+    numbers: Sequence[int],
+    seeds: int,
+    compute: float,
+    times: Mapping[str, float] | None = None,
+) -> Study:
+    """The claims of these numbers, with the rates that OUTPUT/tuning.json has chosen. compute,
+    times: see cifar_row."""
     trials = read_trials(workspace.output / "tuning.json")
     base_lr, finetune_lr = best(trials, "pretrain"), best(trials, "finetune")
 
     def row(name: str) -> Any:
-        return cifar_row(name, base_lr, finetune_lr, compute)
+        return cifar_row(name, base_lr, finetune_lr, compute, times)
 
     return Study(workspace, claims_of(numbers), seeds, NAMES, row, corrected=True)
 
@@ -117,7 +133,7 @@ def claim_output(settings: Settings) -> dict[str, Any]:
                 "--output"
             )
         return before
-    record = made_with(settings) | {"compute": compute_of(settings.workspace)}
+    record = made_with(settings) | {"compute": compute_of(settings.workspace), "times": {}}
     if settings.extended:  # from the beginning, so that rates beyond the grid may be chosen
         record["extended"] = True
     with naming(path, "cannot be written"):
@@ -165,14 +181,43 @@ def compute_kept(settings: Settings) -> float:
     return read_record(path)["compute"] if path.is_file() else compute_of(settings.workspace)
 
 
+def times_kept(settings: Settings, rates: Rates) -> dict[str, float]:
+    """ROAD → how many of its steps take as long as one of its method: OUTPUT/study.json's where
+    they are there, else as measured on this machine; none where no claim needs them."""
+    path = settings.output / RECORD
+    if path.is_file() and (times := read_record(path)["times"]):
+        return dict(times)
+    wanted = wanted_metrics(claims_of(settings.claims), NAMES)
+
+    def seconds(name: str) -> float:
+        row = cifar_row(name, {}, {}, 1)
+        return rates.of_pretraining(row_recipe(settings.workspace, row))
+
+    return {
+        road: max(1.0, round(seconds(plain(road)) / seconds(road), 2))
+        for road in QUICKER
+        if f"{road}{AS_LONG}" in wanted
+    }
+
+
+def note_times(settings: Settings, times: Mapping[str, float]) -> None:
+    """Keep times in OUTPUT/study.json, where they stay."""
+    path = settings.output / RECORD
+    record = read_record(path)
+    if times and times != record["times"]:
+        with naming(path, "cannot be written"):
+            write_json(path, record | {"times": dict(times)})
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """An OUTPUT/study.json. UserError where it is none."""
     with naming(path, "cannot be read"):
         text = path.read_text(encoding="utf-8")
     try:
         record = json.loads(text)
-        return {**record, "compute": float(record["compute"])}
-    except (ValueError, KeyError, TypeError) as error:
+        times = {str(road): float(n) for road, n in record.get("times", {}).items()}
+        return {**record, "compute": float(record["compute"]), "times": times}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no record of a study; choose another --output") from error
 
 
@@ -180,7 +225,8 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     """What there is to do, with what is known of the best rates so far."""
     workspace, tuning = settings.workspace, tuning_of(settings)
     trials = [*tuning.first(), *tuning.second()]
-    study = study_of(workspace, settings.claims, settings.seeds, compute_kept(settings))
+    compute, times = compute_kept(settings), times_kept(settings, rates)
+    study = study_of(workspace, settings.claims, settings.seeds, compute, times)
     finetunings = tuning.finetunings(best(trials, "pretrain"))
     tried = needed([*tuning.pretrainings(), *finetunings])
     second = {job.name for job in finetunings}

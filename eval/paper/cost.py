@@ -6,7 +6,7 @@ or the GPU. Loading is measured on the training shards.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -34,8 +34,7 @@ class Rates:
         if not command.images:
             return START
         if recipe := recipe_of(command):
-            phases = [share * self.of_pretraining(phase) for share, phase in recipe.phases]
-            return START + command.images * sum(phases)
+            return START + command.images * self.of_pretraining(recipe)
         forward = forward_flops(encoder)
         training = Path(command.command[1]).stem == "finetune"
         kind = "finetune" if training else "encode"
@@ -47,8 +46,12 @@ class Rates:
         return START + passes * (per_image + self.loading(encoder.image_size))
 
     def of_pretraining(self, recipe: Recipe) -> float:
+        """Of an image in a recipe's pretraining; under data.sizes the mean over the run."""
+        return sum(share * self.of_phase(phase) for share, phase in recipe.phases)
+
+    def of_phase(self, recipe: Recipe) -> float:
         """Of an image of a recipe whose images stay of one size."""
-        per_image = self.rate(_key(recipe), lambda: measuring().pretraining(recipe))
+        per_image = self.rate(step_key(recipe), lambda: measuring().pretraining(recipe))
         crops = 2 if recipe.views.second == "crop" else 1
         return per_image + crops * self.loading(recipe.encoder.image_size)
 
@@ -94,7 +97,18 @@ def recipe_of(command: Command) -> Recipe | None:
     return load_recipe(words[words.index("--recipe") + 1], sets)
 
 
-def _key(recipe: Recipe) -> str:
+def step_seconds(known: Mapping[str, float], recipe: Recipe) -> float | None:
+    """What is known of a recipe's step, in seconds of an image, without loading; None without.
+    known: the measurements of read_rates, of whichever device."""
+    found = {key.split(": ", 1)[-1]: value for key, value in known.items()}
+    phases = [(share, found.get(step_key(phase))) for share, phase in recipe.phases]
+    if any(seconds is None for _, seconds in phases):
+        return None
+    return sum(share * seconds for share, seconds in phases if seconds is not None)
+
+
+def step_key(recipe: Recipe) -> str:
+    """Under which a step of a recipe whose images stay of one size is measured."""
     parts = recipe.model_dump_json(include={"encoder", "views", "measure"})
     return f"pretrain {recipe.batch_size} {parts}"
 

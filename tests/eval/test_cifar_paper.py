@@ -19,15 +19,18 @@ from fake_cifar import CLASSES, write_archive
 
 from eval.cifar_paper import archived_study, build_parser, rebuild, settings_of, write_page
 from eval.paper import archive, cifar_plan
+from eval.paper.cheaper import cheaper_chapter
 from eval.paper.cifar_claims import (
     ALL,
+    AS_LONG,
     FINETUNED,
     LONGER,
-    METHOD_OF,
     METHODS,
     NAMES,
+    QUICKER,
     cifar_row,
     claims_of,
+    method_of,
 )
 from eval.paper.cifar_page import (
     Facts,
@@ -37,12 +40,21 @@ from eval.paper.cifar_page import (
     tuning_table,
 )
 from eval.paper.claims import CLAIMS
-from eval.paper.commands import Workspace, read_scale, row_jobs, row_recipe, run_name
-from eval.paper.cost import START, Rates, read_rates, recipe_of, within
+from eval.paper.commands import (
+    Workspace,
+    pretrain_flops,
+    read_scale,
+    row_jobs,
+    row_recipe,
+    run_name,
+)
+from eval.paper.cost import START, Rates, read_rates, recipe_of, step_key, within
 from eval.paper.job_runner import Command, needed, unique
 from eval.paper.reproduction import result_path
+from eval.paper.statistics import interval
 from eval.paper.study import wanted_metrics
 from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
+from eval.reporting.tables import Cell
 from eval.shared.cifar_shards import BUILDING, make_cifar_shards
 from pipeline.config.recipe import dump_recipe
 from pipeline.data.order import steps_per_epoch
@@ -76,11 +88,10 @@ def test_every_claim_is_on_rows_that_are_made_and_the_miniatures_come_first():
     wanted = wanted_metrics(ALL, NAMES)
     assert {d.better for c in ALL for d in c.differences} <= set(wanted)
     assert {d.worse for c in ALL for d in c.differences} <= set(wanted)
-    assert sorted(c.number for c in ALL) == list(range(1, 16))
+    assert sorted(c.number for c in ALL) == list(range(1, 17))
     assert {c.number for c in CLAIMS} < {c.number for c in ALL}
     assert [c.number for c in claims_of([5, 1, 14])] == [1, 5, 14]
-    for name in wanted:
-        assert METHOD_OF.get(name.removesuffix(FINETUNED), name.removesuffix(FINETUNED)) in METHODS
+    assert {method_of(name) for name in wanted} == set(METHODS)
 
 
 def test_every_row_has_commands_of_its_own(data, tmp_path):
@@ -103,10 +114,12 @@ def test_every_row_has_commands_of_its_own(data, tmp_path):
 @pytest.mark.parametrize("name", ["cifar", "cifar-gpu"])
 def test_every_row_has_a_recipe_of_32_pixels_and_as_many_images(tmp_path, name):
     scale = read_scale(name)
-    for row in (cifar_row(name, {}, {}, 1.5) for name in NAMES):
+    times = dict.fromkeys(QUICKER, 1.5)
+    for row in (cifar_row(name, {}, {}, 1.5, times) for name in NAMES):
         recipe = row_recipe(Workspace(tmp_path, scale), row)
         assert (recipe.encoder.image_size, recipe.encoder.patches) == (32, 64)
-        assert recipe.optimizer.epochs == scale.epochs, row.name
+        epochs = scale.epochs * (1.5 if row.name.endswith(AS_LONG) else 1)
+        assert recipe.optimizer.epochs == pytest.approx(epochs, rel=1e-5), row.name
         steps = steps_per_epoch(50_000, recipe.batch_size, recipe.data.partitions)
         assert round(scale.epochs * steps) * recipe.batch_size >= 400_000
 
@@ -415,13 +428,85 @@ def test_cheaper_roads_come_before_the_tables_and_change_no_job(data, tmp_path):
         study = cifar_plan.study_of(workspace, numbers, 2, 1.5)
         return {job.name: job.command for job in unique(cifar_plan.jobs_of_rows(study))}
 
-    first, roads = planned(1, 2, 3, 5, 6, 7), planned(14, 15)
+    first, roads = planned(1, 2, 3, 5, 6, 7), planned(14, 15, 16)
     tables = planned(4, *range(8, 14))
-    now = planned(*range(1, 16))
+    now = planned(*range(1, 17))
     in_order = [name for jobs in (first, roads, tables) for name in jobs if name != "look"]
     assert list(now) == [*dict.fromkeys(in_order), "look"]
     assert now == tables | roads | first
-    assert len([name for name in roads if name.endswith("pretrain")]) == 2 * (6 + 2)  # seeds, rows
+    rows = 6 + 2 + len(QUICKER)
+    assert len([name for name in roads if name.endswith("pretrain")]) == 2 * rows  # seeds
+
+
+def known_rates(workspace, path, seconds):
+    """A rates.json with the steps of rows {name: seconds}, without loading."""
+    known = {}
+    for name, value in seconds.items():
+        for _, phase in row_recipe(workspace, cifar_row(name, {}, {}, 1)).phases:
+            known[f"core: {step_key(phase)}"] = value
+            known[f"core: load {phase.encoder.image_size}"] = 0.0
+    path.write_text(json.dumps(known))
+
+
+def test_a_cheaper_road_is_given_the_time_of_its_method(data, tmp_path):
+    """Claim 16: more epochs by what was measured first; later measurements change no row."""
+    chosen = settings(data, tmp_path, "--claims", "16", "--seeds", "1")
+    names = (*QUICKER, "MAE", "R-MAE")  # a quarter of growing images is of MAE's size
+    seconds = dict(zip(names, (2.5e-3, 6e-3, 2e-3, 5e-3, 1e-3, 4e-3, 9e-3), strict=True))
+    path = tmp_path / "rates.json"
+    known_rates(chosen.workspace, path, seconds)
+    cifar_plan.claim_output(chosen)
+
+    def times():
+        return cifar_plan.times_kept(chosen, Rates(path, ""))
+
+    # The tiny decoder has one block as it is, and none is given fewer epochs.
+    expected = dict(zip(QUICKER, (1.6, 1.5, 1.0, 1.0, 2.29), strict=True))
+    assert times() == expected
+    study = cifar_plan.study_of(chosen.workspace, (16,), 1, 1.0, times())
+    recipe = row_recipe(chosen.workspace, study.row(f"MAE, cross decoder{AS_LONG}"))
+    assert recipe.optimizer.epochs == pytest.approx(1.6 * chosen.scale.epochs)
+    assert recipe.measure.decoder.attention == "cross"
+    known_rates(chosen.workspace, path, seconds | {"MAE": 8e-3})
+    assert times()["MAE, cross decoder"] == 3.2
+    cifar_plan.note_times(chosen, expected)
+    assert times() == expected
+    assert cifar_plan.claim_output(chosen)["times"] == expected
+    others = settings(data, tmp_path, "--claims", "5")
+    assert cifar_plan.times_kept(others, Rates(path, "")) == expected
+    new = settings(data, tmp_path / "new", "--claims", "5")
+    assert cifar_plan.times_kept(new, Rates(path, "")) == {}
+
+
+def test_the_cheaper_roads_have_costs_and_what_they_lose_in_a_table(data, tmp_path):
+    workspace = settings(data, tmp_path).workspace
+    road, longer = "MAE, cross decoder", f"MAE, cross decoder{AS_LONG}"
+    times = {road: 1.6}
+    study = cifar_plan.study_of(workspace, (5, 14, 16), 2, 1.0, times)
+    results = {("MAE", 0): 60.0, ("MAE", 1): 62.0, (road, 0): 59.0, (road, 1): 62.0,
+               ("R-MAE", 0): 50.0, (longer, 0): 61.0}  # fmt: skip
+    for (name, seed), value in results.items():
+        path = result_path(workspace, study.row(name), seed, "finetune")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"protocol": "finetune", "top1": value}))
+    known_rates(workspace, tmp_path / "rates.json", {"MAE": 4e-3, road: 2.5e-3})
+    (table,) = cheaper_chapter(study).tables
+    rows = {row.cells[0].value: row.cells[1:] for row in table.rows}
+    assert list(rows) == ["MAE", road, longer, "MAE, decoder of 1 block", "MAE, 90 % masked",
+                          "MAE, growing images", "R-MAE", "R-MAE, cross decoder"]  # fmt: skip
+    recipes = [row_recipe(workspace, study.row(name)) for name in ("MAE", road)]
+    mae, cross = map(pretrain_flops, recipes)
+    assert cross < mae
+    assert rows[road][0] == Cell(f"{cross / 1e6:.1f}", f"{cross / mae:.2f} of MAE's")
+    assert rows[road][1] == Cell("2.50", "0.62 of MAE's")  # to even
+    assert rows["R-MAE"][1] == Cell("-")  # not measured here
+    assert [rows[name][2].value for name in ("MAE", road, longer)] == ["1.00 ×", "1.00 ×", "1.60 ×"]
+    assert rows["MAE"][3:5] == (Cell("61.00 ± 1.41"), Cell("-"))
+    low, high = interval([-1.0, 0.0])
+    assert rows[road][4] == Cell("-0.50", f"{low:+.2f} … {high:+.2f}")
+    assert rows[longer][3:5] == (Cell("61.00", "1 of 2 seeds"), Cell("+1.00", "one seed"))
+    assert rows[road][5:] == (Cell("not measured"), Cell("-"))
+    assert cheaper_chapter(replace(study, claims=claims_of([5]))).empty
 
 
 def test_a_study_keeps_its_compute_when_later_code_counts_otherwise(data, tmp_path, monkeypatch):
