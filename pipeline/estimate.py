@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.command import check_unused, early, imported
-from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
 from pipeline.config.peaks import PEAKS
-from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
+from pipeline.config.recipe import RECIPES, Recipe, load_recipe
+from pipeline.cost.feeding import Feeding
+from pipeline.cost.micro_batch import MARGIN, PlanError, largest_that_fits, split
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter
@@ -117,21 +117,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class PlanError(UserError):
-    """A plan that cannot be made; the message says why."""
-
-
-def split(recipe: Recipe, ranks: int) -> list[int]:
-    """Micro-batches that divide a rank's images of a step, the largest first."""
-    per_rank, left = divmod(recipe.batch_size, ranks)
-    if left or not per_rank or recipe.data.partitions % ranks:
-        raise PlanError(
-            f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
-            f"{recipe.data.partitions} must be multiples of the number of GPUs"
-        )
-    return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
-
-
 def check_split(recipe: Recipe, args: argparse.Namespace) -> None:
     """UserError where a batch cannot be split as the command line says."""
     sizes = split(recipe, args.gpus)
@@ -152,112 +137,27 @@ def check(args: argparse.Namespace) -> None:
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
     early(parse_args, check)
 
-import torch
-from timm.models.vision_transformer import Block
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-
-from pipeline import kernels
 from pipeline.config.ds_config import MOST_IMAGES
-from pipeline.method.checks import vit_options
+from pipeline.cost.dry_run import BF16_WEIGHTS, Work, flops_of_phases, meta_objective, scaled
+from pipeline.cost.launches import (
+    GRAPH_LAUNCHES,
+    GROUP_LAUNCHES,
+    OPTIMIZER_LAUNCHES,
+    measured_launch_ms,
+)
+from pipeline.cost.zero import (
+    Memory,
+    fitting_micro_batch,
+    graph_copies,
+    memory,
+    stage_with_graphs,
+    traffic,
+)
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
-from pipeline.method.teacher import Teacher, linear_weights
-from pipeline.method.vit import build_vit
+from pipeline.method.teacher import Teacher
 
-# Of an optimizer step on one rank (make bench-launches), and of each further group of parameters,
-# where layers have learning rates of their own.
-OPTIMIZER_LAUNCHES, GROUP_LAUNCHES = 10, 2
-# Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'
-# copy (tests/pipeline/test_graphs.py).
-GRAPH_LAUNCHES = 20
 SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of the full size"
-ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
-BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")
-
-
-@dataclass(frozen=True)
-class Work:
-    """A micro-batch of `images` on one rank: FLOPs of forward and backward (2 per multiply-add,
-    matrix products and attention), bytes of activations kept for backward, bytes of keys that
-    a contrastive measure gathers, ops that launch something on a device (with the kernels'
-    references, so a few more than with the kernels)."""
-
-    images: int
-    flops: int
-    activations: int
-    keys: int
-    launches: int = 0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    teacher: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
-
-
-def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
-    """The objective and its teacher without data."""
-    with torch.device("meta"):
-        objective = Objective(recipe)
-        return objective, Teacher(objective) if recipe.teacher else None
-
-
-def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = False) -> Work:
-    """One micro-batch of the recipe's step on tensors without data, at encoder.image_size. Colour
-    jitter, which has neither matrix products nor a backward, is left out."""
-    still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
-    recipe = recipe.model_copy(update={"views": still})
-    objective, teacher = meta_objective(recipe)
-    if precision in BF16_WEIGHTS:
-        objective.bfloat16()
-    for part in objective.modules():
-        if checkpointing and hasattr(part, "grad_checkpointing"):
-            part.grad_checkpointing = True  # type: ignore[assignment]
-    kernels.use("reference")
-    side, keys = recipe.encoder.image_size, []
-    # As if on the CPU: the meta device knows neither autocast nor fused attention.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        objective.to_empty(device="cpu")
-        if teacher is not None:
-            teacher.to_empty(device="cpu")
-            teacher.register_forward_hook(lambda module, given, key: keys.extend(tree_leaves(key)))
-        image = torch.empty(images, side, side, 3, dtype=torch.uint8)
-        sample = torch.empty(images, dtype=torch.int64)
-        crop = image if recipe.views.second == "crop" else None
-        kept = _Kept(objective)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with counter as work, _Launches() as launches:
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
-            saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
-            with autocast, saved:
-                loss, _ = objective(image, sample, 0, teacher, crop)
-            loss.backward()
-    gathered = sum(key.numel() * key.element_size() for key in keys)
-    return Work(images, work.get_total_flops(), kept.bytes, gathered, launches.count)
-
-
-def flops_per_image(recipe: Recipe) -> float:
-    """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
-    again under gradient checkpointing does not count. Under data.sizes the mean over the run."""
-    return sum(share * flops for share, flops in flops_of_phases(recipe))
-
-
-def flops_of_phases(recipe: Recipe) -> list[tuple[float, float]]:
-    """(share of the steps, FLOPs of an image) of every phase of data.sizes."""
-    return [(share, dry_run(phase, 2, "fp32").flops / 2) for share, phase in recipe.phases]
 
 
 def flops_lines(recipe: Recipe) -> str:
@@ -267,222 +167,6 @@ def flops_lines(recipe: Recipe) -> str:
     sizes = dict(zip((side for _, side in recipe.data.sizes), (n for _, n in found), strict=False))
     mean = sum(share * flops for share, flops in found)
     return "\n".join([f"{mean}", *(f"{side} {flops}" for side, flops in sizes.items())])
-
-
-def encoder_flops(encoder: EncoderRecipe) -> int:
-    """FLOPs of one full image's forward pass through the encoder, by a dry run."""
-    with torch.device("meta"):
-        vit = build_vit(encoder.arch, vit_options(encoder)).eval()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        vit.to_empty(device="cpu")
-        image = torch.empty(1, 3, encoder.image_size, encoder.image_size)
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as work:
-            vit(image)
-    return int(work.get_total_flops())
-
-
-def _attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """FLOPs of q k' and of their product with v, from the shapes [B, heads, N, d]."""
-    return int(4 * q[0] * q[1] * q[2] * k[2] * q[3])
-
-
-def _attention_backward(gradient: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """Twice the forward: what a kernel computes again is not counted."""
-    return 2 * _attention(q, k)
-
-
-# torch's counter does not know the CPU's fused attention.
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
-
-
-class _Launches(TorchDispatchMode):
-    """Counts the ops that would launch something on a device."""
-
-    FREE = ("empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        free = func.is_view or func.overloadpacket.__name__ in self.FREE
-        self.count += func.namespace == "aten" and not free
-        return func(*args, **(kwargs or {}))
-
-
-def measured_launch_ms(rounds: int = 20) -> float:
-    """Host milliseconds per launch on this machine: forward and backward of a ViT block so narrow
-    that its arithmetic is next to nothing, on one thread; the least of the rounds.
-
-    A lower bound for CUDA, whose launches take some microseconds themselves.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    block, x = Block(8, 2), torch.zeros(1, 4, 8, requires_grad=True)
-    with _Launches() as launches:
-        block(x).sum().backward()
-    taken = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        block(x).sum().backward()
-        taken.append(time.perf_counter() - start)
-    torch.set_num_threads(threads)
-    return 1e3 * min(taken) / launches.count
-
-
-class _Kept:
-    """Sums the storages that autograd keeps, the weights apart."""
-
-    def __init__(self, module: nn.Module) -> None:
-        held = [*module.parameters(), *module.buffers()]
-        self._seen = {t.untyped_storage()._cdata: t for t in held}
-        self.bytes = 0
-
-    def add(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
-            self._seen[storage._cdata] = tensor  # held, so that no other takes its address
-            self.bytes += storage.nbytes()
-        return tensor
-
-
-def shard(groups: list[list[int]], stage: int, ranks: int) -> int:
-    """Elements of the optimizer's part on one rank; groups: the parameters' sizes per group."""
-    if stage == 0:
-        return sum(map(sum, groups))
-    if stage == 3:  # every parameter is cut by itself
-        return sum(-(-n // ranks) for group in groups for n in group)
-    return sum(-(-sum(group) // (ALIGN * ranks)) * ALIGN for group in groups)
-
-
-def stage2_gradients(groups: list[list[int]], ranks: int) -> list[int]:
-    """Elements of gradients that each rank keeps between micro-batches under stage 2: DeepSpeed
-    keeps every parameter that overlaps the rank's part, unsharded."""
-    kept = [0] * ranks
-    for group in groups:
-        part, first = shard([group], 2, ranks), 0
-        for size in group:
-            for rank in range(first // part, (first + size - 1) // part + 1):
-                kept[rank] += size
-            first += size
-    return kept
-
-
-def memory(
-    objective: Objective,
-    teacher: Teacher | None,
-    work: Work,
-    stage: int,
-    ranks: int,
-    precision: str,
-    copies: int = 0,
-) -> Memory:
-    """Bytes on the fullest rank. Stage 1 shares the optimizer's state, 2 also gradients (each rank
-    keeps whole those that reach into its part; just its part where bf16's are kept in fp32), 3
-    also weights.
-
-    Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; fp32 exp_avg and
-    exp_avg_sq; from stage 1 on an fp32 weight beside it. copies: of all gradients, beside them
-    while the activations' memory is held (graph_copies).
-    """
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]
-    size = 2 if precision in BF16_WEIGHTS else 4
-    trained, part = sum(map(sum, groups)), shard(groups, stage, ranks)
-    frozen = [p.numel() for p in objective.parameters() if not p.requires_grad]
-    here = [-(-n // ranks) for n in frozen] if stage == 3 else frozen
-    if stage == 3 or (stage == 2 and precision == "bf16-fp32-grads"):
-        kept = part
-    else:
-        kept = max(stage2_gradients(groups, ranks)) if stage == 2 else trained
-    return Memory(
-        weights=((part if stage == 3 else trained) + sum(here)) * size,
-        gradients=(kept + copies * trained) * (2 if precision == "bf16" else 4),
-        optimizer=part * (12 if stage else 8),
-        teacher=teacher_bytes(teacher, precision) if teacher else 0,
-        activations=work.activations,
-    )
-
-
-def teacher_bytes(teacher: Teacher, precision: str) -> int:
-    """Bytes of a teacher: fp32, and of its linears a copy in the type of their products."""
-    copied = [] if precision == "fp32" else linear_weights(teacher)
-    return sum(p.numel() * 4 for p in teacher.parameters()) + sum(p.numel() * 2 for p in copied)
-
-
-def traffic(
-    objective: Objective,
-    teacher: Teacher | None,
-    work: Work,
-    stage: int,
-    ranks: int,
-    accumulation: int,
-    precision: str,
-) -> int:
-    """Bytes that one rank sends per optimizer step: ring collectives, each part to every rank.
-
-    Gradients: all-reduced at stage 0, scattered at 1 (once a step) and at 2 and 3 (every
-    micro-batch). Weights: gathered after the step at 1 and 2; at 3 in every forward and backward,
-    and once more for a teacher, in fp32; so that it sees the fp32 weights of a bf16 run, these are
-    summed over the ranks at 1 and 2. Keys: gathered in every micro-batch.
-    """
-    full = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    followed = sum(p.numel() for p in teacher.parameters()) if teacher else 0
-    gradient = full * (2 if precision == "bf16" else 4)
-    weight = full * (2 if precision in BF16_WEIGHTS else 4)
-    sent = {
-        0: 2 * gradient,
-        1: gradient + weight,
-        2: accumulation * gradient + weight,
-        3: accumulation * (gradient + 2 * weight) + 4 * followed,
-    }[stage]
-    if precision in BF16_WEIGHTS and stage < 3:
-        sent += 2 * 4 * followed
-    share = (ranks - 1) / ranks
-    return round(share * sent + (ranks - 1) * work.keys * accumulation)
-
-
-def scaled(recipe: Recipe, precision: str, checkpointing: bool) -> Callable[[int], Work]:
-    """The work of a micro-batch of any size, from two dry runs."""
-    one, more = (dry_run(recipe, n, precision, checkpointing) for n in (2, 4))
-    per_image = (more.activations - one.activations) // 2
-    fixed = one.activations - 2 * per_image  # autocast's copies of the weights
-
-    def work(images: int) -> Work:
-        kept = fixed + images * per_image
-        return Work(images, one.flops * images // 2, kept, one.keys * images // 2, one.launches)
-
-    return work
-
-
-def fitting_micro_batch(
-    recipe: Recipe, ranks: int, stage: int, precision: str, memory_bytes: float,
-    checkpointing: bool = False, captured: bool = False,
-) -> int:  # fmt: skip
-    """The most images of a micro-batch that fit in a device's memory less MARGIN, of those that
-    divide a rank's images of a step. captured: whether micro-batches are CUDA graphs."""
-    objective, teacher = meta_objective(recipe)
-    work_of, sizes = scaled(recipe, precision, checkpointing), split(recipe, ranks)
-    stage = stage_with_graphs(stage, ranks) if captured else stage
-
-    def need(n: int) -> int:
-        copies = graph_copies(sizes[0] // n) if captured else 0
-        return memory(objective, teacher, work_of(n), stage, ranks, precision, copies).total
-
-    return largest_that_fits(sizes, {n: need(n) for n in sizes}, memory_bytes)
-
-
-def graph_copies(accumulation: int) -> int:
-    """Copies of all gradients beside those of a CUDA graph, whose memory holds the activations'
-    too: the joined ones, and the sum of the micro-batches before."""
-    return 1 if accumulation == 1 else 2
-
-
-def stage_with_graphs(stage: int, ranks: int) -> int:
-    """The stage under which DeepSpeed runs CUDA graphs (config/plan.py)."""
-    return 1 if stage == 0 or (stage == 2 and ranks > 1) else stage
 
 
 @dataclass(frozen=True)

@@ -343,9 +343,9 @@ def forward_flops(encoder: EncoderRecipe) -> float:
 
 @cache
 def _forward_flops(encoder: str) -> float:
-    from pipeline import estimate  # torch and timm: seconds
+    from pipeline.cost import dry_run  # torch and timm: seconds
 
-    return estimate.encoder_flops(EncoderRecipe.model_validate_json(encoder))
+    return dry_run.encoder_flops(EncoderRecipe.model_validate_json(encoder))
 
 
 def pretrain_flops(recipe: Recipe) -> float:
@@ -362,6 +362,6 @@ def pretrain_flops(recipe: Recipe) -> float:
 @cache
 def _step_flops(parts: str) -> float:
     recipe = Recipe.model_validate({"name": "parts"} | json.loads(parts))
-    from pipeline import estimate
+    from pipeline.cost.dry_run import dry_run
 
-    return estimate.dry_run(recipe, 2, "fp32").flops
+    return dry_run(recipe, 2, "fp32").flops

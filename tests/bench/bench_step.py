@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.estimate import ATTENTION
+from pipeline.cost.dry_run import ATTENTION
 from pipeline.method.interop import _ours, to_mae
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups

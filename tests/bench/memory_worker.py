@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pipeline.config.ds_config import plan_recipe
 from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.cost.dry_run import Work
+from pipeline.cost.zero import memory
 from pipeline.distributed import barrier, close
-from pipeline.estimate import Work, memory
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from pipeline import kernels
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.estimate import ATTENTION, OPTIMIZER_LAUNCHES, measured_launch_ms, meta_objective
+from pipeline.cost.dry_run import ATTENTION, meta_objective
+from pipeline.cost.launches import OPTIMIZER_LAUNCHES, measured_launch_ms
 from pipeline.kernels.cases import ops
 from pipeline.method import objective
 

@@ -25,8 +25,8 @@ from eval.paper.reproduction import (
     result_path,
 )
 from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.cost.dry_run import dry_run
 from pipeline.errors import UserError
-from pipeline.estimate import dry_run
 
 README = RECIPES / "README.md"
 

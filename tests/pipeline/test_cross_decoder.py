@@ -9,8 +9,8 @@ import torch
 from tiny import PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, DecoderRecipe, load_recipe
+from pipeline.cost.dry_run import dry_run
 from pipeline.errors import UserError
-from pipeline.estimate import dry_run
 from pipeline.kernels import philox
 from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.interop import to_hf_mae, to_mae

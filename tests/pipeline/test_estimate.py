@@ -13,10 +13,20 @@ import roofline
 import torch
 from launches import CountLaunches
 from tiny import images, tiny_recipe
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import estimate as plan
 from pipeline.config.recipe import RECIPES, load_recipe
-from pipeline.estimate import PlanError, Work, dry_run, memory, shard, split, stage2_gradients
+from pipeline.cost.dry_run import (
+    ATTENTION,
+    KeptForBackward,
+    Work,
+    dry_run,
+    flops_per_image,
+    meta_objective,
+)
+from pipeline.cost.micro_batch import PlanError, split
+from pipeline.cost.zero import fitting_micro_batch, memory, shard, stage2_gradients, traffic
 from pipeline.method.objective import build_objective
 
 ROOT = Path(__file__).parents[2]
@@ -55,8 +65,8 @@ def test_flops_are_those_of_the_closed_formula(name, second):
 def test_the_dry_run_counts_what_a_real_step_does(name):
     recipe = tiny_recipe(name, "views.jitter.where=none")
     objective, teacher = build_objective(recipe)
-    kept = plan._Kept(objective)
-    counting = plan.FlopCounterMode(display=False, custom_mapping=plan.ATTENTION)
+    kept = KeptForBackward(objective)
+    counting = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with counting as counter, CountLaunches() as launched:
         with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
             loss, _ = objective(images(6), torch.arange(6), 0, teacher)
@@ -93,7 +103,7 @@ def test_the_table_of_cheaper_roads_is_what_is_counted():
         assert share == pytest.approx(flops / whole, abs=0.006), (name, keys)
     for name, keys, flops, _ in table[2::4]:  # one of each kind; each takes a second
         recipe = load_recipe(RECIPES / f"{name}.yaml", keys)
-        counted = plan.flops_per_image(recipe) / 1e9
+        counted = flops_per_image(recipe) / 1e9
         assert counted == pytest.approx(flops, abs=0.051), (name, keys)
 
 
@@ -132,14 +142,14 @@ def in_linears(teacher):
 
 
 def test_what_each_precision_sends_and_keeps_per_parameter():
-    objective, teacher = plan.meta_objective(load_recipe(RECIPES / "cmae.yaml"))
+    objective, teacher = meta_objective(load_recipe(RECIPES / "cmae.yaml"))
     n, t = (sum(p.numel() for p in module.parameters()) for module in (objective, teacher))
     work = Work(1, 0, 0, 0)
     # stage 2, two micro-batches: gradients twice, weights once, a bf16 run's fp32 for the teacher
     sent = {"autocast": 12 * n, "bf16": 6 * n + 8 * t, "bf16-fp32-grads": 10 * n + 8 * t}
     kept = {"autocast": 20 * n, "bf16": 16 * n, "bf16-fp32-grads": 18 * n, "fp32": 20 * n}
     for precision, size in (sent | {"fp32": 12 * n}).items():
-        found = plan.traffic(objective, teacher, work, 2, 2, 2, precision)
+        found = traffic(objective, teacher, work, 2, 2, 2, precision)
         assert found == pytest.approx(size / 2, abs=2), precision
         need = memory(objective, teacher, work, 2, 1, precision)
         held = 4 * t + (0 if precision == "fp32" else 2 * in_linears(teacher))
@@ -147,7 +157,7 @@ def test_what_each_precision_sends_and_keeps_per_parameter():
 
 
 def test_memory_of_one_gpu_in_bf16_is_the_formula_of_the_paper():
-    objective, teacher = plan.meta_objective(load_recipe(RECIPES / "cmae.yaml"))
+    objective, teacher = meta_objective(load_recipe(RECIPES / "cmae.yaml"))
     assert teacher is not None
     trained = sum(p.numel() for p in objective.parameters())
     held = sum(p.numel() for p in teacher.parameters())
@@ -202,7 +212,7 @@ def test_the_lowest_stage_that_fits_is_recommended():
 
 def test_graphs_hold_copies_of_the_gradients_and_run_stage_2_as_1():
     recipe = load_recipe(RECIPES / "demo_mae.yaml")
-    objective, _ = plan.meta_objective(recipe)
+    objective, _ = meta_objective(recipe)
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     options = ["--recipe", "x", "--gpus", "2", "--launch-ms", "1"]
     per_rank = recipe.batch_size // 2
@@ -223,8 +233,8 @@ def test_graphs_hold_copies_of_the_gradients_and_run_stage_2_as_1():
     # Of a memory that the largest micro-batch just fills without graphs.
     need = {n: rows[n, True][1]["memory_gb"] for n in (per_rank, per_rank // 2)}
     args = (recipe, 2, 1, "autocast", (need[per_rank] + 1e-3) * 1e9 / 0.9)
-    assert plan.fitting_micro_batch(*args) == per_rank
-    assert plan.fitting_micro_batch(*args, captured=True) < per_rank
+    assert fitting_micro_batch(*args) == per_rank
+    assert fitting_micro_batch(*args, captured=True) < per_rank
 
 
 @pytest.mark.parametrize(

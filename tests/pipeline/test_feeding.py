@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from pipeline import estimate
 from pipeline.config.ds_config import plan_recipe
-from pipeline.config.feeding import MARGIN, Feeding, largest_that_fits
+from pipeline.cost.dry_run import meta_objective, scaled
+from pipeline.cost.feeding import Feeding
+from pipeline.cost.micro_batch import MARGIN, largest_that_fits
+from pipeline.cost.zero import memory
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.runtime import micro_batch
@@ -55,9 +57,9 @@ def room():
     """(recipe, plan, bytes of the micro-batch of 4 of 8)."""
     recipe = tiny_recipe("mae")
     plan = plan_recipe({"zero_optimization": {"stage": 2}}, recipe, 1)
-    objective, teacher = estimate.meta_objective(recipe)
-    work = estimate.scaled(recipe, "fp32", False)(4)
-    return recipe, plan, estimate.memory(objective, teacher, work, 2, 1, "fp32").total
+    objective, teacher = meta_objective(recipe)
+    work = scaled(recipe, "fp32", False)(4)
+    return recipe, plan, memory(objective, teacher, work, 2, 1, "fp32").total
 
 
 def test_the_planner_is_asked_by_its_command(room):

@@ -17,6 +17,7 @@ from eval.shared.processes import LAUNCHER
 from pipeline import estimate
 from pipeline.config.ds_config import DS_CONFIGS, plan_recipe, read_ds_config
 from pipeline.config.plan import SHORT, deepspeed_stage, for_steps, takes_flat
+from pipeline.cost.zero import stage_with_graphs
 from pipeline.errors import UserError
 from pipeline.runtime.compiled import RECOMPILES, compile_blocks
 
@@ -147,7 +148,7 @@ def test_the_planner_knows_where_graphs_are(precision, world, gpu):
             plan = plan_recipe(asked, recipe, world)
             assert estimate.graphs(stage, args, recipe) == plan.cuda_graphs, stage
             if plan.cuda_graphs and (stage, world) != (3, 1):  # 3 and 2 of one rank are alike
-                assert estimate.stage_with_graphs(stage, world) == deepspeed_stage(plan)
+                assert stage_with_graphs(stage, world) == deepspeed_stage(plan)
 
 
 def test_every_bundled_config_asks_for_both_where_they_can_be(gpu):

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.peaks import PEAKS, peak_flops
 from pipeline.config.recipe import dump_recipe, load_recipe
-from pipeline.estimate import flops_per_image
+from pipeline.cost.dry_run import flops_per_image
 from pipeline.runtime.mfu import Mfu, peak_of
 
 

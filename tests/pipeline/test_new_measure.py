@@ -63,7 +63,7 @@ import torch
 from pipeline.config.recipe import dump_recipe, parse_recipe
 import yaml
 assert parse_recipe(yaml.safe_load(dump_recipe(recipe)), "dump") == recipe
-from pipeline.estimate import dry_run
+from pipeline.cost.dry_run import dry_run
 from pipeline.method.objective import build_objective
 from pipeline.method.pictures import draw
 assert dry_run(recipe, 2, "fp32").flops > 0

@@ -16,10 +16,11 @@ from tiny import images, tiny_overrides, tiny_recipe
 from pipeline import pretrain
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe, parse_recipe
 from pipeline.config.schedules import size_steps
+from pipeline.cost.dry_run import dry_run, flops_per_image
 from pipeline.data.crops import Crop, side_at
 from pipeline.data.randaugment import RandAugment
 from pipeline.errors import UserError
-from pipeline.estimate import dry_run, flops_lines, flops_per_image, predict
+from pipeline.estimate import flops_lines, predict
 from pipeline.estimate import parse_args as estimate_args
 from pipeline.method.objective import build_objective
 from pipeline.runtime.mfu import Mfu

@@ -86,7 +86,7 @@ FLOORS = (
     ("shard_tools.shuffle_quality",),
     ("shard_tools.class_list",),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
-    ("pipeline.runtime", "pipeline"),
+    ("pipeline.runtime", "pipeline.cost", "pipeline"),
 )
 
 GROUND = {"pipeline.errors", "pipeline.help_text"}  # what shard_tools has of the pipeline

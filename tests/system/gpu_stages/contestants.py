@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gpu_stages.common import ROOT, Fault, Where
 from pipeline import kernels
 from pipeline.config.ds_config import plan_recipe, read_ds_config
-from pipeline.estimate import dry_run
+from pipeline.cost.dry_run import dry_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher

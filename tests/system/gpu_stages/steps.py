@@ -15,7 +15,7 @@ from phases import Phases
 
 from gpu_stages.common import Fault, Where, join, release, seconds_of, synchronise
 from gpu_stages.contestants import FACEBOOK, OURS, PEERS, Contestant, contestant
-from pipeline.estimate import PEAKS
+from pipeline.config.peaks import peak_flops
 
 # What matters most comes first, what is compiled last.
 ORDER = (
@@ -32,13 +32,6 @@ USUAL, OF_USUAL = 64, ("mae", FACEBOOK, "mae, graphs", "mae, compiled, graphs")
 def compiled_titles() -> list[str]:
     """Contestants whose first steps compile."""
     return [title for title in ORDER if "compiled" in title]
-
-
-def peak_flops(name: str) -> float | None:
-    """FLOP/s of dense bf16 products by a device's name (estimate.PEAKS); None where unknown."""
-    known = {"A100": "a100", "H100": "h100", "H200": "h100", "B200": "b200"}
-    key = next((known[word] for word in known if word in name), None)
-    return None if key is None else PEAKS[key]["bf16"] * 1e12
 
 
 def phase_milliseconds(one: Contestant, device: str, steps: int) -> dict[str, float]:
@@ -71,7 +64,7 @@ def speed(one: Contestant, where: Where, batch: int) -> dict[str, Any]:
     found: dict[str, Any] = {"images_per_second": batch / seconds, "ms": 1e3 * seconds}
     if where.device == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    peak = peak_flops(where.facts["device"])
+    peak = peak_flops(where.facts["device"], "bf16")
     if peak:
         found["mfu"] = one.flops * batch / seconds / peak
     return found

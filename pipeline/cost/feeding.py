@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MARGIN = 0.1  # of a device's memory, left for the CUDA context, momentary tensors, fragments
-
 
 @dataclass(frozen=True)
 class Feeding:
@@ -48,12 +46,3 @@ class Feeding:
     def cores_needed(self) -> int:
         """Cores per GPU with which the loader is no slower than the rest."""
         return max(1, math.ceil(self.images / (self.core_images * max(self.gpu, self.host))))
-
-
-def largest_that_fits(sizes: list[int], bytes_of: dict[int, int], memory: float) -> int:
-    """The largest micro-batch whose bytes fit in a device's memory less MARGIN, else the smallest.
-
-    sizes: to choose from; bytes_of: what each needs.
-    """
-    fitting = [n for n in sizes if bytes_of[n] <= (1 - MARGIN) * memory]
-    return max(fitting, default=min(sizes))

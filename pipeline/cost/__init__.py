@@ -1,0 +1,1 @@
+"""What a recipe costs, counted without a GPU and without data."""

@@ -1,0 +1,148 @@
+"""What a recipe's step computes, by a dry run on tensors without data: FLOPs, what is kept for
+backward, launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline import kernels
+from pipeline.config.recipe import EncoderRecipe, Recipe
+from pipeline.cost.launches import LaunchCounter
+from pipeline.method.checks import vit_options
+from pipeline.method.objective import Objective
+from pipeline.method.teacher import Teacher
+from pipeline.method.vit import build_vit
+
+BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")  # of the precisions, see estimate.py
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of `images` on one rank: FLOPs of forward and backward (2 per multiply-add,
+    matrix products and attention), bytes of activations kept for backward, bytes of keys that
+    a contrastive measure gathers, ops that launch something on a device (with the kernels'
+    references, so a few more than with the kernels)."""
+
+    images: int
+    flops: int
+    activations: int
+    keys: int
+    launches: int = 0
+
+
+def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
+    """The objective and its teacher without data."""
+    with torch.device("meta"):
+        objective = Objective(recipe)
+        return objective, Teacher(objective) if recipe.teacher else None
+
+
+def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = False) -> Work:
+    """One micro-batch of the recipe's step on tensors without data, at encoder.image_size. Colour
+    jitter, which has neither matrix products nor a backward, is left out."""
+    still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
+    recipe = recipe.model_copy(update={"views": still})
+    objective, teacher = meta_objective(recipe)
+    if precision in BF16_WEIGHTS:
+        objective.bfloat16()
+    for part in objective.modules():
+        if checkpointing and hasattr(part, "grad_checkpointing"):
+            part.grad_checkpointing = True  # type: ignore[assignment]
+    kernels.use("reference")
+    side, keys = recipe.encoder.image_size, []
+    # As if on the CPU: the meta device knows neither autocast nor fused attention.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        objective.to_empty(device="cpu")
+        if teacher is not None:
+            teacher.to_empty(device="cpu")
+            teacher.register_forward_hook(lambda module, given, key: keys.extend(tree_leaves(key)))
+        image = torch.empty(images, side, side, 3, dtype=torch.uint8)
+        sample = torch.empty(images, dtype=torch.int64)
+        crop = image if recipe.views.second == "crop" else None
+        kept = KeptForBackward(objective)
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        with counter as work, LaunchCounter() as launches:
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+            saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
+            with autocast, saved:
+                loss, _ = objective(image, sample, 0, teacher, crop)
+            loss.backward()
+    gathered = sum(key.numel() * key.element_size() for key in keys)
+    return Work(images, work.get_total_flops(), kept.bytes, gathered, launches.count)
+
+
+def scaled(recipe: Recipe, precision: str, checkpointing: bool) -> Callable[[int], Work]:
+    """The work of a micro-batch of any size, from two dry runs."""
+    one, more = (dry_run(recipe, n, precision, checkpointing) for n in (2, 4))
+    per_image = (more.activations - one.activations) // 2
+    fixed = one.activations - 2 * per_image  # autocast's copies of the weights
+
+    def work(images: int) -> Work:
+        kept = fixed + images * per_image
+        return Work(images, one.flops * images // 2, kept, one.keys * images // 2, one.launches)
+
+    return work
+
+
+def flops_per_image(recipe: Recipe) -> float:
+    """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
+    again under gradient checkpointing does not count. Under data.sizes the mean over the run."""
+    return sum(share * flops for share, flops in flops_of_phases(recipe))
+
+
+def flops_of_phases(recipe: Recipe) -> list[tuple[float, float]]:
+    """(share of the steps, FLOPs of an image) of every phase of data.sizes."""
+    return [(share, dry_run(phase, 2, "fp32").flops / 2) for share, phase in recipe.phases]
+
+
+def encoder_flops(encoder: EncoderRecipe) -> int:
+    """FLOPs of one full image's forward pass through the encoder, by a dry run."""
+    with torch.device("meta"):
+        vit = build_vit(encoder.arch, vit_options(encoder)).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        vit.to_empty(device="cpu")
+        image = torch.empty(1, 3, encoder.image_size, encoder.image_size)
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as work:
+            vit(image)
+    return int(work.get_total_flops())
+
+
+def _attention(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """FLOPs of q k' and of their product with v, from the shapes [B, heads, N, d]."""
+    return int(4 * q[0] * q[1] * q[2] * k[2] * q[3])
+
+
+def _attention_backward(gradient: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
+    """Twice the forward: what a kernel computes again is not counted."""
+    return 2 * _attention(q, k)
+
+
+# torch's counter does not know the CPU's fused attention.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class KeptForBackward:
+    """Sums the storages that autograd keeps, the weights apart."""
+
+    def __init__(self, module: nn.Module) -> None:
+        held = [*module.parameters(), *module.buffers()]
+        self._seen = {t.untyped_storage()._cdata: t for t in held}
+        self.bytes = 0
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = tensor  # held, so that no other takes its address
+            self.bytes += storage.nbytes()
+        return tensor

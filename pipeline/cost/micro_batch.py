@@ -1,0 +1,32 @@
+"""Micro-batches that a step can be made of, and the largest that fits."""
+
+from __future__ import annotations
+
+from pipeline.config.recipe import Recipe
+from pipeline.errors import UserError
+
+MARGIN = 0.1  # of a device's memory, left for the CUDA context, momentary tensors, fragments
+
+
+class PlanError(UserError):
+    """A plan that cannot be made; the message says why."""
+
+
+def split(recipe: Recipe, ranks: int) -> list[int]:
+    """Micro-batches that divide a rank's images of a step, the largest first."""
+    per_rank, left = divmod(recipe.batch_size, ranks)
+    if left or not per_rank or recipe.data.partitions % ranks:
+        raise PlanError(
+            f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
+            f"{recipe.data.partitions} must be multiples of the number of GPUs"
+        )
+    return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
+
+
+def largest_that_fits(sizes: list[int], bytes_of: dict[int, int], memory: float) -> int:
+    """The largest micro-batch whose bytes fit in a device's memory less MARGIN, else the smallest.
+
+    sizes: to choose from; bytes_of: what each needs.
+    """
+    fitting = [n for n in sizes if bytes_of[n] <= (1 - MARGIN) * memory]
+    return max(fitting, default=min(sizes))
