@@ -28,7 +28,7 @@ from shard_tools.home import expand_words
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def parse_args(argv: list[str] | None = None) -> Settings:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Pretrain a masked-image model (MAE, R-MAE, C-MAE) from shards with DeepSpeed.",
@@ -92,6 +92,12 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         help="log what the time until the first step went to",
     )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Settings:
+    """The settings that a command line names."""
+    parser = build_parser()
     args = vars(parser.parse_args(expand_words(sys.argv[1:] if argv is None else argv)))
     args.pop("local_rank")  # of the launcher
     if "init" in args:

@@ -138,14 +138,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     path: Path = agree(lambda: Path(settings.output or default_output(recipe)))
     lock, checkpoint, failure, warnings = _claim(path, recipe, schedule, settings)
     started: list[str] = []
-    if recipe.init.weights and checkpoint is None:
+    if checkpoint is None and recipe.init.weights:
         started = start_from(objective, recipe.init.weights, recipe.init.ema).lines(
             recipe.init.weights
         )
         teacher = Teacher(objective) if recipe.teacher else None
-    elif checkpoint is not None and not recipe.init.weights:  # what the run once started from
-        before = load_recipe(checkpoint / "recipe.yaml").init
-        recipe = recipe.model_copy(update={"init": before})
+    elif checkpoint is not None:
+        recipe = _with_init_of(checkpoint, recipe)
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
     with explaining_memory(plan, recipe.encoder.image_size):
         engine = Engine(objective, parameter_groups(objective), plan)
@@ -154,10 +153,8 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     first, resumed = 0, ""
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)
-        first = int(saved["step"])
-        negatives = ranks.world * plan.micro_batch if plan.negatives else 0
-        resumed = f"resumes from {checkpoint}, at step {first} of {last} "
-        resumed += f"({_saved_by(saved, negatives)})"
+        first, by = int(saved["step"]), _saved_by(saved, plan, ranks)
+        resumed = f"resumes from {checkpoint}, at step {first} of {last} ({by})"
         if first >= last:  # killed before the encoder was written, perhaps
             export(path, checkpoint, objective, recipe, first)
     with naming(path, UNWRITABLE):
@@ -184,6 +181,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         _announce(state, kernel_line, failure, [*warnings, *started, resumed])
         _show_mfu(state, settings.peak_tflops)
     return state
+
+
+def _with_init_of(checkpoint: Path, recipe: Recipe) -> Recipe:
+    """The recipe with what a resumed run once started from, where it names nothing itself."""
+    if recipe.init.weights:
+        return recipe
+    return recipe.model_copy(update={"init": load_recipe(checkpoint / "recipe.yaml").init})
 
 
 def _open_trackers(output: Path, recipe: Recipe, first: int) -> Trackers:
@@ -238,12 +242,12 @@ def _claim(
     return (held[0] if held else None), checkpoint, failure, warnings
 
 
-def _saved_by(saved: dict, negatives: int) -> str:
+def _saved_by(saved: dict, plan: RunPlan, ranks: Ranks) -> str:
     """Which ranks saved a state; and its negatives where they came from another number."""
-    ranks = f"{saved['ranks']} rank{'s' * (saved['ranks'] != 1)}"
-    text = f"saved by {ranks} under ZeRO stage {saved['zero_stage']}"
-    before = saved["negatives_batch"]
-    if negatives and before != negatives:
+    several = f"{saved['ranks']} rank{'s' * (saved['ranks'] != 1)}"
+    text = f"saved by {several} under ZeRO stage {saved['zero_stage']}"
+    before, negatives = saved["negatives_batch"], ranks.world * plan.micro_batch
+    if plan.negatives and before != negatives:
         text += f"; negatives came from {before} images, now from {negatives}"
     return text
 
