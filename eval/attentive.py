@@ -124,8 +124,9 @@ from torch import Tensor, nn
 from eval.shared.cli import join_ranks, progress
 from eval.shared.metrics import as_percent, count_correct
 from eval.shared.session import EvalSession, session_of
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from pipeline.distributed import Ranks
 
 

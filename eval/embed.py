@@ -139,7 +139,8 @@ from eval.shared.cli import join_ranks, progress
 from eval.shared.features import autocast
 from eval.shared.image_sets import FileManifest
 from eval.shared.session import EvalSession, session_of
-from pipeline.data.loader import Batch, Loader
+from pipeline.data.batch import Batch
+from pipeline.data.loader import Loader
 from pipeline.data.reader import SampleError
 
 

@@ -98,8 +98,9 @@ from eval.shared.classifier import build_classifier, layer_groups, write_classif
 from eval.shared.cli import progress
 from eval.shared.metrics import accuracy, count_correct
 from eval.shared.session import EvalSession, session_of
+from pipeline.data.batch import Batch, LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import Batch, Loader, LoaderConfig, train_loader
+from pipeline.data.loader import Loader, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import StopSignal
 from pipeline.runtime.engine import Engine, init_ranks

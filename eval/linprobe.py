@@ -99,8 +99,9 @@ from eval.shared.encoders import check_feature
 from eval.shared.lars_probe import Probe, Training, read_all, write_all
 from eval.shared.metrics import accuracy, as_percent, count_correct
 from eval.shared.session import EvalSession, session_of
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Box, Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from pipeline.distributed import Ranks, StopSignal
 
 

@@ -8,8 +8,9 @@ import torch
 
 from pipeline.config.ds_config import auto_micro_batch
 from pipeline.config.recipe import EncoderRecipe, Recipe
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from pipeline.method.checks import vit_options
 from pipeline.method.objective import build_objective
 from pipeline.method.vit import build_vit

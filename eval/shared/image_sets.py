@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import Dataset
 
 from eval.shared.labels import LIST, TABLES, listed_in
+from pipeline.data.batch import Batch
 from pipeline.data.crops import CentreCrop
-from pipeline.data.loader import Batch, Loader
+from pipeline.data.loader import Loader
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import UserError, naming

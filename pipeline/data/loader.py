@@ -1,7 +1,6 @@
-"""Shards → uint8 batches, in the order of pipeline/data/order.py.
+"""Shards → uint8 batches, in the order of pipeline/data/order.py, made by worker processes.
 
-A worker process reads a sample's bytes at its offset, decodes, crops and flips it into a uint8
-batch; normalisation belongs to the device. The state of the data is one integer, the step.
+Normalisation belongs to the device. The state of the data is one integer, the step.
 """
 
 from __future__ import annotations
@@ -10,252 +9,36 @@ import atexit
 import contextlib
 import gc
 import logging
-import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
-from pipeline.data.crops import CentreCrop, Crop, Interpolation, shorter_side, side_at
-from pipeline.data.jpeg import Choose
-from pipeline.data.order import (
-    CROPS,
-    SECOND_CROPS,
-    Order,
-    random_bits,
-)
-from pipeline.data.reader import Reader, SampleError
+from pipeline.data.batch import Batch, LoaderConfig, StartMethod
+from pipeline.data.crops import CentreCrop, Interpolation, shorter_side
+from pipeline.data.datasets import EvalBatches, TrainBatches
+from pipeline.data.order import Order
+from pipeline.data.reader import Reader
 from pipeline.data.shard_cache import GIB, ShardCache
 from pipeline.data.shared import share
-from pipeline.data.slots import Slots, lent
+from pipeline.data.slots import Slots
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
 from shard_tools import shuffle_quality
-from shard_tools.manifest import Manifest, ManifestError, is_remote, read_manifest
-
-# Changes a crop, uint8 [S, S, 3], in place: (pixels, epoch, key, number of the view).
-Augment = Callable[[np.ndarray, int, int, int], None]
-
-StartMethod = Literal["fork", "forkserver", "spawn"]
+from shard_tools.manifest import Manifest, is_remote, read_manifest
 
 log = logging.getLogger(__name__)
-_REPLACEMENTS = 16  # samples tried in place of one that will not decode
-_NUMBERS = ("label", "sample", "key")  # the small tensors of a batch
-_AHEAD = 32  # steps ahead of which a remote shard is fetched at least
-
-
-@dataclass
-class Batch:
-    """One micro-batch of one rank.
-
-    image uint8 [b, H, W, 3]; label int64 [b] (-1 = none); sample int64 [b], numbers in the
-    manifest; key int64 [b], what keys each sample's randomness within the epoch (= sample, but
-    the number of the draw where an epoch is drawn with replacement); epoch and step, the
-    optimizer step counted from 0 over the whole run; bad_samples: how many samples of this
-    micro-batch would not decode and were replaced; faults: a sentence for each of them; second
-    uint8 [b, H, W, 3], another crop of each image, where it was asked for.
-    """
-
-    image: torch.Tensor
-    label: torch.Tensor
-    sample: torch.Tensor
-    key: torch.Tensor
-    epoch: int = 0
-    step: int = 0
-    bad_samples: int = 0
-    faults: tuple[str, ...] = ()
-    second: torch.Tensor | None = None
-    slot: tuple[int, int] | None = None  # between processes: where the images are
-
-    def pin_memory(self) -> Batch:
-        """The batch in page-locked memory (called by the DataLoader's pinning thread)."""
-        names = ("image", *_NUMBERS) + (() if self.second is None else ("second",))
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
-
-    def __getstate__(self) -> dict[str, Any]:
-        # From worker to main process: only the image is worth a piece of shared memory.
-        state = self.__dict__ | {name: getattr(self, name).numpy() for name in _NUMBERS}
-        if self.slot is not None:
-            state |= {"image": tuple(self.image.shape), "second": self.second is not None}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {name: torch.from_numpy(state[name]) for name in _NUMBERS}
-        if self.slot is not None:
-            shape = 1 + state["second"], *state["image"]
-            self.image, *others = lent(*self.slot, shape)
-            self.second, self.slot = (others or [None])[0], None
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """What training batches are made of, the same on every rank.
-
-    folder: shards (a path, URL, or their manifest). batch_size is global; a step has
-    batch_size / (world · micro_batch) micro-batches per rank. window: shards that are shuffled
-    together. on_error: `skip` replaces a sample that will not decode by the next one of its
-    partition, counts and logs it. samples_per_epoch: > 0 makes an epoch of that many draws with
-    replacement. sizes: (step before which a phase ends, side of its crops) of a run whose crops
-    change their size; none: all have the crop's, which no phase exceeds. second_crop: fill
-    Batch.second. augment: applied to each crop in the worker. workers: processes per rank. cache,
-    cache_bytes: where remote shards are kept on this node (default $RELAXMIM_CACHE) and how many
-    bytes of them. start_method: of the workers, by default Python's own; the batches and the memory
-    are the same (spawn: see `_context`).
-    """
-
-    folder: str | Path | Manifest
-    batch_size: int
-    micro_batch: int
-    crop: Crop
-    seed: int = 0
-    partitions: int = 64
-    window: int = 8
-    on_error: Literal["fail", "skip"] = "fail"
-    samples_per_epoch: int = 0
-    sizes: tuple[tuple[int, int], ...] = ()
-    second_crop: bool = False
-    augment: Augment | None = None
-    workers: int = 0
-    decode: str = "auto"
-    cache: str | Path | None = None
-    cache_bytes: int = 100 * GIB
-    pin_memory: bool = False
-    start_method: StartMethod | None = None
-
-
-class _Train(Dataset):
-    """Micro-batch number t of a rank: step t // micro-batches per step."""
-
-    def __init__(
-        self, reader: Reader, order: Order, config: LoaderConfig, rank: int, world: int, until: int
-    ) -> None:
-        self.until, self.ahead = until, _steps_ahead(order, reader.manifest, config, world)
-        self.begun = False
-        self.reader, self.order, self.crop = reader, order, config.crop
-        self.sizes = config.sizes or ((until, config.crop.image_size),)
-        self.micro_batch, self.first = config.micro_batch, rank * order.batch_size // world
-        self.per_step = order.batch_size // (world * config.micro_batch)
-        self.on_error, self.augment = config.on_error, config.augment
-        self.streams = (CROPS, SECOND_CROPS) if config.second_crop else (CROPS,)
-        self.images = config.micro_batch * len(self.streams)  # in a batch
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"order": self.order.numbers}  # its sizes are in the manifest
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self.order = Order.of(self.reader.manifest.table, *state["order"])
-
-    def __getitem__(self, task: int) -> Batch | Exception:
-        try:
-            return self._batch(task)
-        except (SampleError, ManifestError) as error:
-            return error  # raised again by the Loader, so that it stays one sentence
-
-    def _batch(self, task: int) -> Batch:
-        step, micro = divmod(task, self.per_step)
-        epoch, within = divmod(step, self.order.steps)
-        first = self.first + micro * self.micro_batch
-        samples, keys = self.order.samples(epoch, within, first, first + self.micro_batch)
-        self._fetch_ahead(step, first, samples)
-        shape = len(self.streams), self.micro_batch
-        room, slot = self.reader.room(*shape, side=side_at(self.sizes, step))
-        images, faults = list(room), []
-        pixels = [image.numpy() for image in images]
-        chosen = [[self._choose(epoch, s, key) for s in self.streams] for key in keys.tolist()]
-        for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, pixels)).tolist():
-            try:
-                self._decode(epoch, samples[place], keys[place], [p[place] for p in pixels])
-            except SampleError as error:
-                if self.on_error == "fail":
-                    raise
-                faults.append(str(error))
-                samples[place], keys[place] = self._replace(
-                    epoch, within, first + place, [p[place] for p in pixels], error
-                )
-        if self.augment is not None:
-            for place, key in enumerate(keys.tolist()):
-                for view in range(len(self.streams)):
-                    self.augment(pixels[view][place], epoch, key, view)
-        return Batch(
-            images[0], self.reader.labels(samples), torch.from_numpy(samples),
-            torch.from_numpy(keys), epoch, step, len(faults), tuple(faults),
-            images[1] if len(images) > 1 else None, slot,
-        )  # fmt: skip
-
-    def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:
-        """Remote shards: begin to fetch what will be read in some steps, and at the start of a
-        process before it what `samples`, the first batch, lie in."""
-        cache = self.reader.cache
-        if cache is None:
-            return
-        later = divmod(min(step + self.ahead, self.until - 1), self.order.steps)
-        soon, _ = self.order.samples(*later, first, first + self.micro_batch)
-        for batch in (soon,) if self.begun else (samples, soon):
-            for shard in dict.fromkeys(self.reader.shard(sample) for sample in batch.tolist()):
-                cache.fetch_ahead(shard)
-        self.begun = True
-
-    def _decode(self, epoch: int, sample: int, key: int, outs: list[np.ndarray]) -> None:
-        """Write the crops of a sample, one per stream of random numbers."""
-        for stream, out in zip(self.streams, outs, strict=True):
-            self.reader.decode(int(sample), self._choose(epoch, stream, int(key)), out)
-
-    def _choose(self, epoch: int, stream: int, key: int) -> Choose:
-        bits = random_bits(self.order.seed, epoch, stream, key, Crop.UNIFORMS)
-        return self.crop.choose(((bits >> np.uint64(11)) * 2.0**-53).tolist())
-
-    def _replace(
-        self, epoch: int, step: int, place: int, outs: list[np.ndarray], error: SampleError
-    ) -> tuple[int, int]:
-        """Decode the next good sample of the same partition instead: the same one for any world
-        size, and one whose shard this rank reads anyway."""
-        number, inside = divmod(place, self.order.batch_size // self.order.partitions)
-        inside += step * (self.order.batch_size // self.order.partitions)
-        for offset in range(1, _REPLACEMENTS + 1):
-            sample, key = self.order.places(epoch, number, np.array([inside + offset]))
-            try:
-                self._decode(epoch, sample[0], key[0], outs)
-                return sample[0], key[0]
-            except SampleError:
-                continue
-        raise SampleError(f"{error}, nor will the {_REPLACEMENTS} samples after it") from error
-
-
-class _Eval(Dataset):
-    """Batch number t of a rank's contiguous share of the samples."""
-
-    def __init__(
-        self, reader: Reader, crop: CentreCrop, batch_size: int, low: int, high: int
-    ) -> None:
-        self.reader, self.crop, self.batch_size = reader, crop, batch_size
-        self.low, self.high, self.images = low, high, batch_size
-
-    def __getitem__(self, task: int) -> Batch | Exception:
-        first = self.low + task * self.batch_size
-        samples = np.arange(first, min(first + self.batch_size, self.high))
-        image, slot = self.reader.room(len(samples), side=self.crop.image_size)
-        pixels = image.numpy()
-        try:
-            chosen = [[self.crop]] * len(samples)
-            for place in np.flatnonzero(~self.reader.decode_all(samples, chosen, [pixels])):
-                self.reader.decode(int(samples[place]), self.crop, pixels[place])
-        except (SampleError, ManifestError) as error:
-            return error
-        numbers = torch.from_numpy(samples)
-        return Batch(image, self.reader.labels(samples), numbers, numbers, slot=slot)
 
 
 def _context(start_method: StartMethod | None) -> str:
@@ -440,7 +223,7 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
         if text := shuffle_quality.warning(manifest, *numbers):
             log.warning("%s", text)
     reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
-    dataset = _Train(reader, order, config, rank, world, steps.stop)
+    dataset = TrainBatches(reader, order, config, rank, world, steps.stop)
     tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
     return Loader(dataset, tasks, config.workers, config.pin_memory, reader, config.start_method)
 
@@ -498,7 +281,7 @@ def eval_loader(
     low, high = (manifest.samples * r // world for r in (rank, rank + 1))
     if interleave:
         low, high = 0, manifest.samples
-    dataset = _Eval(reader, crop, batch_size, low, high)
+    dataset = EvalBatches(reader, crop, batch_size, low, high)
     tasks = range(-(-(high - low) // batch_size))
     tasks = tasks[rank::world] if interleave else tasks
     return Loader(dataset, tasks, workers, pin_memory, reader, start_method)
@@ -520,20 +303,6 @@ def _open(
 
 def _cache(manifest: Manifest, folder: str | Path | None, limit: int) -> ShardCache | None:
     return ShardCache(manifest, folder, limit) if is_remote(manifest.folder) else None
-
-
-def _steps_ahead(order: Order, manifest: Manifest, config: LoaderConfig, world: int) -> int:
-    """How many steps before they are read remote shards are fetched: a window of them, if the cache
-    holds two windows of each partition that this node's ranks serve. All shards of a window are
-    needed as it begins; so the store can send them evenly over the window before."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    partitions = -(-order.partitions * min(local, world) // world)
-    sizes = manifest.table.bytes
-    shards = min(partitions * (2 * order.window + 1), len(sizes))
-    if order.draws or shards * int(sizes.max()) > config.cache_bytes:
-        return _AHEAD
-    in_window = order.window * order.total / len(sizes)
-    return max(_AHEAD, math.ceil(in_window / (order.batch_size // order.partitions)))
 
 
 def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: int) -> None:

@@ -16,7 +16,8 @@ from pipeline.config.plan import RunPlan, for_steps
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.config.schedules import size_steps
 from pipeline.config.schema import OptimizerRecipe
-from pipeline.data.loader import Loader, LoaderConfig, train_loader
+from pipeline.data.batch import LoaderConfig
+from pipeline.data.loader import Loader, train_loader
 from pipeline.data.randaugment import RandAugment
 from pipeline.distributed import Ranks, agree, untried_device
 from pipeline.errors import UserError, naming

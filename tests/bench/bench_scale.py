@@ -25,8 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
 from shard_tools.index_file import BLOCK, SAMPLE, IndexHeader, header_bytes

@@ -26,8 +26,9 @@ import numpy as np
 from loader_helpers import jpeg
 from slow_store import SlowStore
 
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from shard_tools.index_shards import main as index_shards
 
 PARTITIONS, WINDOW, SHARE = 4, 4, 4  # shards shuffled together, samples of a partition in a batch

@@ -45,8 +45,9 @@ def draw_box(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def ours(folder: Path, workers: int, decode: str = "auto", shards: str = "shards") -> Iterator[int]:
+    from pipeline.data.batch import LoaderConfig
     from pipeline.data.crops import Crop
-    from pipeline.data.loader import LoaderConfig, train_loader
+    from pipeline.data.loader import train_loader
 
     config = LoaderConfig(
         folder / shards, batch_size=BATCH, micro_batch=BATCH, crop=Crop(SIZE, SCALE, RATIO),

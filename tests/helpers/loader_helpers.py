@@ -9,7 +9,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from pipeline.data.loader import Loader, LoaderConfig, train_loader
+from pipeline.data.batch import LoaderConfig
+from pipeline.data.loader import Loader, train_loader
 from shard_tools.manifest import SAMPLE, Shard, write_manifest
 
 

@@ -397,7 +397,8 @@ def test_bad_crops_and_folders(tmp_path: Path) -> None:
 SCRIPT = """
 import os, signal, sys, time
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.batch import LoaderConfig
+from pipeline.data.loader import train_loader
 config = LoaderConfig(sys.argv[1], batch_size=8, micro_batch=8, crop=Crop(16), workers=2,
                       partitions=4)
 loader = train_loader(config, 0, 1, range(1000))

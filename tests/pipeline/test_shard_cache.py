@@ -18,8 +18,9 @@ from http_server import Server
 from loader_helpers import jpeg, open_loader, write_shards
 
 from pipeline.data import shard_cache as cache_module
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, _steps_ahead
+from pipeline.data.datasets import steps_ahead
 from pipeline.data.order import Order
 from pipeline.data.shard_cache import CacheError, ShardCache
 from shard_tools.manifest import Manifest, Shard
@@ -268,7 +269,7 @@ def test_a_window_is_fetched_ahead_where_two_fit(monkeypatch, local, held, steps
     shards = tuple(Shard(f"{n}.tar", 20, 1000, "0" * 64) for n in range(40))
     manifest, order = Manifest("x", shards, home="x"), Order(np.full(40, 20), 0, 8, 4, 5)
     config = LoaderConfig("x", 8, 8, Crop(16), cache_bytes=held * 1000)
-    assert _steps_ahead(order, manifest, config, 2) == steps
+    assert steps_ahead(order, manifest, config, 2) == steps
 
 
 def test_a_small_cache_still_serves_everything(server, shards, tmp_path, caplog) -> None:

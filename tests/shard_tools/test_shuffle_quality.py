@@ -5,8 +5,9 @@ import logging
 import numpy as np
 import pytest
 
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from pipeline.data.order import Order
 from shard_tools import shuffle_quality
 from shard_tools.manifest import SAMPLE, Shard, read_manifest, write_manifest

@@ -16,8 +16,9 @@ from PIL import Image
 
 from eval.shared.processes import LAUNCHER
 from gpu_stages.common import ROOT, Fault, Where
+from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop
-from pipeline.data.loader import LoaderConfig, train_loader
+from pipeline.data.loader import train_loader
 from shard_tools.cores import cores
 
 NEAR = 1e-3  # relative, of a loss on a GPU, whose sums are not ordered; a CPU's is exact
