@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from eval.paper.archive import check_empty, laid_out, made_runs, pack, selected, unpacked
-from eval.paper.cifar_claims import ALL, METHODS, cifar_row
+from eval.paper.cifar_claims import ALL, NAMES, cifar_row, claims_of
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
     RECORD,
@@ -39,7 +39,7 @@ from eval.paper.cifar_plan import (
 from eval.paper.commands import Workspace, read_scale, row_recipe
 from eval.paper.cost import Rates
 from eval.paper.job_runner import run_commands
-from eval.paper.study import Study
+from eval.paper.study import Study, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import markdown_table
 from eval.shared.cifar_shards import DONE, make_cifar_shards
@@ -158,8 +158,8 @@ def cifar_paper(settings: Settings) -> None:
 
 def check(settings: Settings) -> None:
     """UserError for what would end a sitting after the shards were built, or at its end."""
-    for method in METHODS:
-        check_objective(row_recipe(settings.workspace, cifar_row(method, {}, {}, 1)))
+    for name in wanted_metrics(claims_of(settings.claims), NAMES):
+        check_objective(row_recipe(settings.workspace, cifar_row(name, {}, {}, 1)))
     if not (settings.data / DONE).is_file():
         check_writable(settings.data, folder=True, advice="; choose another --data")
     if settings.restored:

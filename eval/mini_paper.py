@@ -117,9 +117,9 @@ def chapters(study: Study, cpu: float) -> list[Chapter]:
 def mini_paper(settings: Settings) -> None:
     """Plan, run, judge, write; prints the claims last."""
     options, workspace = settings.options, settings.options.workspace
-    check_rows(options, [*(paper_row(name) for name in ROWS), SUPERVISED])
-    prepare_data(workspace)
     study = study_of(workspace, settings.claims, options.seeds)
+    check_rows(options, map(paper_row, wanted_metrics(study.claims, study.names)))
+    prepare_data(workspace)
     jobs = study.jobs()
     if options.dry_run:
         print("\n".join(show_plan(needed(jobs))), flush=True)

@@ -17,7 +17,14 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 from fake_cifar import CLASSES, write_archive
 
-from eval.cifar_paper import archived_study, build_parser, rebuild, settings_of, write_page
+from eval.cifar_paper import (
+    archived_study,
+    build_parser,
+    check,
+    rebuild,
+    settings_of,
+    write_page,
+)
 from eval.paper import archive, cifar_plan
 from eval.paper.cheaper import cheaper_chapter
 from eval.paper.cifar_claims import (
@@ -520,6 +527,12 @@ def test_a_study_keeps_its_compute_when_later_code_counts_otherwise(data, tmp_pa
     assert [job.name for job in again] == names
     other = settings(data, tmp_path / "other", "--claims", "6", "--seeds", "1")
     assert cifar_plan.claim_output(other)["compute"] == 7.0
+
+
+def test_a_key_that_the_rows_of_the_claims_have_may_be_changed(data, tmp_path):
+    check(settings(data, tmp_path, "--set", "measure.lambda=3", "--claims", "5", "13"))
+    with pytest.raises(UserError, match=r"cmae\.yaml: unknown key 'measure\.lambda'"):
+        check(settings(data, tmp_path, "--set", "measure.lambda=3", "--claims", "3", "5"))
 
 
 def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):

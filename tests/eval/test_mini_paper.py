@@ -14,6 +14,7 @@ from eval.paper.commands import read_scale
 from eval.paper.statistics import interval
 from eval.paper.study import wanted_metrics
 from eval.reproduce import parse_args
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,21 @@ def test_cka_counts_all_blocks_where_most_is_dropped(tmp_path):
     assert study.value("MAE", 0, "cka kept-in-both") == 0.5
     assert study.value("MAE", 0, "cka all-kept") == 1
     assert study.value("MAE", 1, "cka all-kept") is None
+
+
+def test_a_key_that_the_rows_of_the_claims_have_may_be_changed(shards, tmp_path, capsys):
+    """measure.lambda is of MAE and R-MAE (claim 5), not of C-MAE (claim 3)."""
+    words = [
+        "--seeds", "1", "--train", shards / "train", "--val", shards / "val", "--output",
+        tmp_path / "mini", "--set", "measure.lambda=3", "--dry-run", "--claims",
+    ]  # fmt: skip
+    words = list(map(str, words))
+    mini_paper.mini_paper(mini_paper.parse_args([*words, "5"]))
+    out = capsys.readouterr().out
+    assert "rmae-0 pretrain" in out
+    assert "cmae" not in out
+    with pytest.raises(UserError, match=r"cmae\.yaml: unknown key 'measure\.lambda'"):
+        mini_paper.mini_paper(mini_paper.parse_args([*words, "3", "5"]))
 
 
 @pytest.mark.slow
