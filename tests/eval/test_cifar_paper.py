@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from eval_helpers import coloured_images, write_shards
@@ -887,7 +888,7 @@ def test_the_docs_have_the_archives_results():
     with archive.unpacked(ROOT / "docs/page/cifar10.tar.xz") as output:
         study, _ = archived_study(output)
         for name in ("MAE", "R-MAE", "C-MAE", "C-MAE without mask tokens", "MAE, cross decoder",
-                     "random", *LONGER):  # fmt: skip
+                     "MAE, decoder of 1 block", "random", *LONGER):  # fmt: skip
             line = next(s for s in text.splitlines() if re.match(rf"\| {name}[^,|]* \|", s))
             metrics = ("finetune", "fewshot", "linprobe", "psnr")
             for metric, cell in zip(metrics, line.split("|")[2:-1], strict=True):
@@ -896,6 +897,18 @@ def test_the_docs_have_the_archives_results():
                     digits = 2 if metric == "psnr" else 1
                     assert cell.split()[0] == f"{sum(values) / 3:.{digits}f}", (name, metric)
         judged = [one for found in study.judged().values() for one in found if one.apart]
+        block, mae = ([mean(study.value(name, seed, metric) for seed in range(3))
+                       for metric in ("finetune", "linprobe")]
+                      for name in ("MAE, decoder of 1 block", "MAE"))  # fmt: skip
+        roads = {row.cells[0].value: row.cells for row in cheaper_chapter(study).tables[0].rows}
+    said = f"{block[0]:.1f} %, MAE {mae[0]:.1f} % (three seeds; linear probe {block[1]:.1f} and"
+    assert f"{said} {mae[1]:.1f} %)" in " ".join((ROOT / "README.md").read_text().split())
+    for name, shown in (("MAE, decoder of 1 block", "decoder of 1 block"), ("MAE, 90 % masked",
+                        "90 % masked"), ("MAE, cross decoder", "cross decoder")):  # fmt: skip
+        line = next(s for s in text.splitlines() if s.startswith(f"| {shown}"))
+        shares = [cell.note.split()[0] for cell in roads[name][1:3]]
+        apart = [f"{cell.value} ({cell.note})" for cell in (roads[name][5], roads[name][7])]
+        assert line.split("|")[2:-1] == [f" {cell} " for cell in (*shares, *apart)]
     holds = sum(one.verdict == "holds" for one in judged)
     assert f"of {len(judged)} paired differences, {holds} hold" in text
     assert all(one.verdict in ("holds", "undecided") for one in judged)
