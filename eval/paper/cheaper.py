@@ -39,8 +39,9 @@ def roads_of(study: Study) -> list[str]:
         found.append(method)
         for road in (road for road in roads if plain(road) == method):
             longer = f"{road}{AS_LONG}"
-            measured = longer in wanted and any(any(values(study, longer, m)) for m in METRICS)
-            found += [road, longer] if measured else [road]
+            found.append(road)
+            if any(value is not None for m in METRICS for value in values(study, longer, m)):
+                found.append(longer)
     return found
 
 
@@ -53,8 +54,8 @@ def cheaper_table(study: Study, names: list[str]) -> Table:
     """A row per road."""
     path = study.workspace.output / "rates.json"
     known = read_rates(path) if path.is_file() else {}
-    heads = [head for m in METRICS for head in (f"{titles()[m]}", "against its method")]
-    head = ("", "MFLOP per image", "ms per image", "images seen", *heads)
+    heads = [head for m in METRICS for head in (titles()[m], "against its method")]
+    head = ("road", "MFLOP per image", "ms per image", "images seen", *heads)
     return Table(head, tuple(cheaper_row(study, name, known) for name in names))
 
 
