@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from eval.protocols import by_name
+from pipeline.config.measure_schema import measure_class
 from pipeline.config.recipe import Recipe, check_run
-from pipeline.config.schema import measure_class
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.

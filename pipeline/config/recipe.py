@@ -22,26 +22,28 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.config.schema import (
+from pipeline.config.measure_schema import (
     MEASURES,
-    SHORT,
     BYOLRecipe,
-    DataRecipe,
     DecoderRecipe,
-    EMARecipe,
-    EncoderRecipe,
     HeadsRecipe,
     InfoNCERecipe,
+    MeasureRecipe,
+    ReconstructionRecipe,
+    measure_settings,
+)
+from pipeline.config.schema import (
+    SHORT,
+    DataRecipe,
+    EMARecipe,
+    EncoderRecipe,
     InitRecipe,
     JitterRecipe,
-    MeasureRecipe,
     MonitorRecipe,
     OptimizerRecipe,
     Positive,
-    ReconstructionRecipe,
     Section,
     ViewsRecipe,
-    measure_settings,
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
 from pipeline.config.texts import read_yaml

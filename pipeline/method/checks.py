@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from pipeline.config.measure_schema import DecoderRecipe
 from pipeline.config.recipe import Recipe
-from pipeline.config.schema import DecoderRecipe, EncoderRecipe, ViewsRecipe
+from pipeline.config.schema import EncoderRecipe, ViewsRecipe
 from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError
 

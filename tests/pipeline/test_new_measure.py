@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import kernels
-from pipeline.config.schema import MeasureRecipe, ReconstructionRecipe
+from pipeline.config.measure_schema import MeasureRecipe, ReconstructionRecipe
 from pipeline.method.measures.reconstruction import Reconstruction
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from pipeline.config import schema
+from pipeline.config import measure_schema
 from pipeline.config.recipe import Recipe
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures.contrast import BYOL, InfoNCE, gather_keys
@@ -30,7 +30,7 @@ class Measure(Protocol):
     averages too; one that says `reconstructs` has a `decoder` and `reconstruct(z, view)`.
     """
 
-    settings: ClassVar[type[schema.MeasureRecipe]]
+    settings: ClassVar[type[measure_schema.MeasureRecipe]]
 
     def __init__(self, recipe: Recipe, encoder: Encoder) -> None: ...
 
@@ -45,7 +45,7 @@ MEASURES: dict[str, type[Measure]] = {
     "infonce": InfoNCE,
     "byol": BYOL,
 }
-schema.MEASURES.update({kind: measure.settings for kind, measure in MEASURES.items()})
+measure_schema.MEASURES.update({kind: measure.settings for kind, measure in MEASURES.items()})
 
 
 def build_measure(recipe: Recipe, encoder: Encoder) -> nn.Module:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import kernels
+from pipeline.config.measure_schema import MeasureRecipe
 from pipeline.config.recipe import BYOLRecipe, InfoNCERecipe, Recipe
-from pipeline.config.schema import MeasureRecipe
 from pipeline.errors import UserError
 from pipeline.method.decoder import take_rows
 from pipeline.method.encoder import Encoder

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import kernels
+from pipeline.config.measure_schema import MeasureRecipe
 from pipeline.config.recipe import Recipe, ReconstructionRecipe
-from pipeline.config.schema import MeasureRecipe
 from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.decoder import Decoder
 from pipeline.method.encoder import Encoder
