@@ -211,6 +211,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = argparse.ArgumentParser(
         description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
         "tree; a folder of images without labels; a tar of class folders, of class tars as "
@@ -221,64 +222,75 @@ def parser() -> argparse.ArgumentParser:
         "(add --resume to requeue), then once --merge.",
         formatter_class=HelpFormatter,
     )
-    a = p.add_argument
-    a("source", type=Path, metavar="SOURCE", help="folder, tar, CSV or JSONL, see above")
-    a("dest", type=Path, metavar="DEST", help="folder for the shards")
+    p.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder, tar, CSV or JSONL, see above"
+    )
+    p.add_argument("dest", type=Path, metavar="DEST", help="folder for the shards")
+    _shard_options(p.add_argument_group("shards"))
+    _image_options(p.add_argument_group("images"))
+    _label_options(p.add_argument_group("labels and splits"))
+    _job_options(p.add_argument_group("the job"))
+    return p
+
+
+def _shard_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
     a("--name", default="shard", help="shards are called NAME-000000.tar")
     a(
-        "--shard-size",
-        type=byte_size,
-        metavar="BYTES",
-        default="256MiB",
+        "--shard-size", type=byte_size, metavar="BYTES", default="256MiB",
         help="of a shard, at most, such as 64MiB",
-    )
+    )  # fmt: skip
     a("--seed", type=int, default=0, help="seed of the shuffle")
     a(
-        "--fields",
-        choices=tuple(FIELDS),
-        default=ALL_FIELDS,
-        metavar="FIELDS",
+        "--fields", choices=tuple(FIELDS), default=ALL_FIELDS, metavar="FIELDS",
         help="what a sample has: jpg,cls,json, or jpg,cls or jpg,json (the label is in the json); "
         "each field takes 1 KiB of the tar, its header and padding, which counts for small images "
         "(CIFAR-10's 46 MB of JPEGs make tars of 180 MB, 128 MB without one of the two)",
-    )
-    a("--workers", type=worker_count, default=cores(), help="processes; 0 = no process of its own")
-    a(
-        "--resume",
-        action="store_true",
-        help="resume an unfinished job; do nothing for a finished one",
-    )
+    )  # fmt: skip
+
+
+def _image_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
     a("--on-error", choices=("fail", "skip"), default="fail", help="images that cannot be used")
     a("--check", choices=("decode", "headers"), default="decode", help="how each image is tested")
+    a("--drop-duplicates", action="store_true", help="of files with equal bytes take the first")
     a("--resize-shorter", type=int, metavar="PX", help="shrink to this shorter side")
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
     a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or own range")
     a("--alpha", choices=("drop", "white", "black"), help="what shows where pixels are transparent")
     a(
-        "--restart-markers",
-        action="store_true",
+        "--restart-markers", action="store_true",
         help="put restart markers into the rows of baseline JPEGs, by which training reads only "
         "what a crop needs: 1 %% larger (3 %% at most), the same pixels in every decoder; others "
         "stay as they are",
-    )
+    )  # fmt: skip
+
+
+def _label_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
     a("--classes-from", type=Path, metavar="PATH", help="class order: a shard folder or a list")
     a(
-        "--synsets",
-        type=Path,
-        metavar="FILE",
+        "--synsets", type=Path, metavar="FILE",
         help="labels of a flat folder or tar (val): `synset` lines in name order, `name synset` "
         "lines, or LOC_val_solution.csv",
-    )
+    )  # fmt: skip
     a("--devkit", type=Path, metavar="PATH", help="labels of a flat val: ILSVRC2012_devkit_t12")
     a("--unlabelled", action="store_true", help="every image below SOURCE, without labels")
-    a("--drop-duplicates", action="store_true", help="of files with equal bytes take the first")
     a("--splits", action="store_true", help="write DEST/train also where SOURCE has no val")
     a("--root", type=Path, metavar="DIR", help="where relative paths of a CSV or JSONL start")
+
+
+def _job_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
+    a("--workers", type=worker_count, default=cores(), help="processes; 0 = no process of its own")
+    a(
+        "--resume", action="store_true",
+        help="resume an unfinished job; do nothing for a finished one",
+    )  # fmt: skip
     a("--num-tasks", type=int, default=1, metavar="N", help="split the job over N tasks")
     a("--task-id", type=int, default=0, metavar="I", help="this task, from 0")
     a("--merge", action="store_true", help="write the manifest once all tasks are done")
-    return p
 
 
 def main(arguments: list[str] | None = None) -> int:
