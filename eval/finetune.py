@@ -42,15 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; its defaults are MAE's finetuning of ViT-B."""
     result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     add = result.add_argument
-    add("--train", required=True, help="training shards")
-    add("--val", required=True, help="validation shards")
     add("--ds_config", default=d.ds_config,
         help="how it runs: a file, or zero0, zero1 or zero2 (default: zero2)")  # fmt: skip
+    add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
+    add("--stop-epoch", type=float, help="stop here; rerun to resume")
+    add("--max-steps", type=int, help="shorten the run: a trial")
+
+    add = result.add_argument_group("images and labels").add_argument
+    add("--train", required=True, help="training shards")
+    add("--val", required=True, help="validation shards")
     add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
     add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
     add("--subset-seed", type=int, default=d.subset_seed, help="of the draw of --fraction")
     add("--samples-per-epoch", type=int,
         help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
+
+    add = result.add_argument_group("schedule and optimizer").add_argument
     add("--epochs", type=float, default=d.epochs, help="over the training set")
     add("--warmup-epochs", type=float, default=d.warmup_epochs, help="below --epochs")
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
@@ -61,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--layer-decay", type=float, default=d.layer_decay, help="factor of the rate per layer down"
     )
     add("--drop-path", type=float, default=d.drop_path, help="stochastic depth of the last block")
+
+    add = result.add_argument_group("augmentation").add_argument
     add("--randaugment", default=d.randaugment, help="timm's policy; '' = none")
     add("--erasing", type=float, default=d.erasing, help="probability of random erasing")
     add("--mixup", type=float, default=d.mixup, help="alpha; 0 = off")
@@ -68,9 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=float, default=d.smoothing, help="of the labels")
     add("--crop-area", type=float, default=d.crop_area,
         help="smallest share of the image that a training crop shows")  # fmt: skip
-    add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
-    add("--stop-epoch", type=float, help="stop here; rerun to resume")
-    add("--max-steps", type=int, help="shorten the run: a trial")
     return result
 
 

@@ -6,10 +6,14 @@ import argparse
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds `(default: …)` to the help of an option, as it would be typed.
+    """Adds `(default: …)` to the help of an option, as it would be typed; a number is N.
 
     Not to that of a switch, nor where the default is nothing or the text names it.
     """
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        number = action.type in (int, float)
+        return "N" if number else super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default

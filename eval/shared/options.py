@@ -63,28 +63,29 @@ def base_parser(description: str) -> argparse.ArgumentParser:
 def parser(description: str) -> argparse.ArgumentParser:
     """Argument parser of an evaluation of encoders, ours or others'."""
     result = base_parser(description)
-    result.add_argument(
+    encoder = result.add_argument_group("encoder")
+    encoder.add_argument(
         "--encoder",
         required=True,
         help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO, I-JEPA or BEiT, with "
         "--arch; timm:NAME; or random, with --arch",
     )
-    result.add_argument("--arch", help="timm's name of what a FILE or random is")
-    result.add_argument(
+    encoder.add_argument("--arch", help="timm's name of what a FILE or random is")
+    encoder.add_argument(
         "--options", default="{}", help="further keywords of that timm model, {img_size: 384}"
     )
-    result.add_argument(
+    encoder.add_argument(
         "--random",
         action="store_true",
         help="take a randomly initialised encoder of the same architecture: the baseline",
     )
-    result.add_argument(
+    encoder.add_argument(
         "--ema",
         action="store_true",
         help="take the average that a FILE keeps beside its weights (state_dict_ema, model_ema), "
         "or the EMA teacher of a run",
     )
-    result.add_argument(
+    encoder.add_argument(
         "--resize",
         type=int,
         default=0,

@@ -62,7 +62,7 @@ def test_defaults_are_shown_as_they_are_typed():
     parser.add_argument("--output", help="folder (default: beside the run)")
     options = " ".join(parser.format_help().split("options:")[1].split())
     assert options == (
-        "-h, --help show this help message and exit --seed SEED of the draw (default: 0) "
+        "-h, --help show this help message and exit --seed N of the draw (default: 0) "
         "--grid GRID [GRID ...] values (default: 0.1 'a b' 5%) --off turn it off "
         "--output OUTPUT folder (default: beside the run)"
     )
