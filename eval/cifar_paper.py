@@ -16,7 +16,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import check_empty, laid_out, made_runs, pack, selected, unpacked
+from eval.paper.archive import laid_out, made_runs, pack, selected, unpacked
 from eval.paper.cifar_claims import ALL, NAMES, cifar_row, claims_of
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
@@ -24,7 +24,10 @@ from eval.paper.cifar_plan import (
     Plan,
     Settings,
     archived_record,
+    check_recipes,
+    check_restored,
     claim_output,
+    is_restored,
     make_plan,
     note_times,
     read_record,
@@ -49,11 +52,13 @@ from pipeline.command import check_unused
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
+from pipeline.runtime.run_lock import RunLock
 from shard_tools.atomic import check_writable, write_json
 from shard_tools.cores import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = ROOT / "docs" / "page" / "cifar10.tar.xz"
+CHOSEN = ("optimizer.epochs", "seed")  # keys of a recipe that every row has its own values of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,6 +101,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UserError("--seeds must be at least 1, --jobs and --hours not negative (0: no limit)")
     if args.untuned and args.extend_tuning:
         raise UserError("--extend-tuning: nothing to extend with --untuned; leave one out")
+    for text in args.set:
+        key = text.split("=", 1)[0].strip()
+        if key in CHOSEN or (key == "optimizer.base_lr" and not args.untuned):
+            raise UserError(
+                f"--set {text}: the study chooses {key} itself, for each method or row"
+                + (" (with --untuned it does not)" if key not in CHOSEN else "")
+            )
     scale = replace(read_scale(args.scale), last=tuple(args.set))
     if not scale.tune:
         raise UserError(f"--scale {args.scale}: has no rates to tune; take cifar or cifar-gpu")
@@ -120,29 +132,74 @@ def cifar_paper(settings: Settings) -> None:
     """Plan, tune, run, judge, write; prints the claims last."""
     check(settings)
     make_cifar_shards(settings.source, settings.data)
+    if settings.dry_run:
+        dry_run(settings)
+        return
     if settings.restored:
         restore_output(settings, settings.restored)
-    rates = Rates(settings.output / "rates.json", str(settings.data / "shards" / "train"))
-    plan = make_plan(settings, rates)
-    if settings.dry_run:
-        print("\n".join(show(settings, plan)), flush=True)
-        return
-    record, tuning = claim_output(settings), tuning_of(settings)
+    record = claim_output(settings)
+    lock = RunLock(settings.output, needed=False)
+    try:
+        study, plan = make_rows(settings, record["compute"])
+        report(settings, study, plan)
+    finally:
+        lock.release()
+
+
+def dry_run(settings: Settings) -> None:
+    """Print the plan. Of a study that an archive would begin, without making OUTPUT of it."""
+    if settings.restored and not is_restored(settings, settings.restored):
+        check_restored(settings, settings.restored)
+        with unpacked(settings.restored) as folder:
+            lines = planned(replace(settings, output=folder))
+        print(lines.replace(str(folder), str(settings.output)), flush=True)
+    else:
+        print(planned(settings), flush=True)
+
+
+def planned(settings: Settings) -> str:
+    """The plan in lines."""
+    plan = make_plan(settings, rates_of(settings))
+    check_recipes([job for stage in plan.stages for job in stage])
+    return "\n".join(show(settings, plan))
+
+
+def rates_of(settings: Settings) -> Rates:
+    """What commands cost here, kept in OUTPUT."""
+    return Rates(settings.output / "rates.json", str(settings.data / "shards" / "train"))
+
+
+def make_rows(settings: Settings, compute: float) -> tuple[Study, Plan]:
+    """Tune and run what fits into the hours; the study and what was planned last.
+
+    UserError where there is no result at all; where the rates of some methods are not tuned, no row
+    is made, and it is said.
+    """
+    rates, tuning = rates_of(settings), tuning_of(settings)
+    plan, tuned = make_plan(settings, rates), True
+    check_recipes([job for stage in plan.stages for job in stage])
     for stage in (0, 0, 1, 1) if tuning.extend else (0, 1):  # the second time beyond the grid
-        if len(plan.stage(stage)) < len(plan.stages[stage]):
-            raise UserError(
-                f"--hours {settings.hours:g}: too few to tune the learning rates; see --dry-run"
-            )
+        tuned = len(plan.stage(stage)) == len(plan.stages[stage])
+        if not tuned:
+            break
         run_commands(plan.stage(stage), settings.jobs, settings.output)
         tuning.write()
         plan = make_plan(settings, rates)  # with what was found
     times = times_kept(settings, rates)
-    note_times(settings, times)
-    run_commands(plan.stage(2), settings.jobs, settings.output)
+    if tuned:
+        note_times(settings, times)
+        run_commands(plan.stage(2), settings.jobs, settings.output)
+    too_few = f"--hours {settings.hours:g}: too few"
     if not made_runs(settings.output):
-        raise UserError(f"--hours {settings.hours:g}: too few for any row; see --dry-run")
-    compute = record["compute"]
-    study = study_of(settings.workspace, settings.claims, settings.seeds, compute, times)
+        what = "for any row" if tuned else "to tune the learning rates"
+        raise UserError(f"{too_few} {what}; see --dry-run")
+    if not tuned:
+        print(f"{too_few} to tune the learning rates, so the report has what is there", flush=True)
+    return study_of(settings.workspace, settings.claims, settings.seeds, compute, times), plan
+
+
+def report(settings: Settings, study: Study, plan: Plan) -> None:
+    """Write the page and, where it is asked for, the archive; prints the claims last."""
     tables, facts = study.tables(), note_facts(settings, plan)
     with laid_out(selected(settings.output)) as kept:
         shown = replace(study, workspace=replace(study.workspace, output=kept))
@@ -163,9 +220,10 @@ def check(settings: Settings) -> None:
     if not (settings.data / DONE).is_file():
         check_writable(settings.data, folder=True, advice="; choose another --data")
     if settings.restored:
-        check_empty(settings.output)
-        archived_record(settings.restored)
+        is_restored(settings, settings.restored)
     if settings.dry_run:
+        if settings.archive:
+            raise UserError("--archive: --dry-run writes nothing; leave one of them out")
         return
     check_writable(settings.output, folder=True, advice="; choose another --output")
     if settings.archive:
@@ -192,6 +250,9 @@ def note_facts(settings: Settings, plan: Plan) -> Facts:
 def archived_study(output: Path) -> tuple[Study, Facts]:
     """The study of an unpacked archive, and what was done of it. UserError where it is none."""
     record, facts = read_record(output / RECORD), read_facts(output / FACTS)
+    known = {claim.number for claim in ALL}
+    if not set(facts.claims) <= known or facts.seeds < 1:
+        raise UserError(f"{FACTS}: names claims that there are not, or no seeds")
     scale = replace(read_scale(record["scale"]["name"]), last=tuple(record["scale"]["last"]))
     workspace = Workspace(output, scale)
     compute, times = record["compute"], record["times"]
@@ -202,10 +263,12 @@ def rebuild(archive: Path) -> None:
     """Rebuild the page of an archive, beside it; prints the claims last."""
     if not archive.is_file():
         raise UserError(f"{archive}: no such file; `--archive` of a finished run writes it")
-    check_writable(archive.with_name("cifar10.html"))
+    page = archive.with_name(f"{archive.name.split('.tar', 1)[0]}.html")
+    check_writable(page)
+    archived_record(archive)
     with unpacked(archive) as output:
         study, facts = archived_study(output)
-        page = write_page(study, facts, archive.with_name("cifar10.html"))
+        write_page(study, facts, page)
         print(f"report: {page}")
         print(json.dumps({"claims": study.verdicts()}), flush=True)
 

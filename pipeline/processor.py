@@ -10,10 +10,12 @@ BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # units that multiply it
 
 @dataclass(frozen=True)
 class Processor:
-    """The first processor: its maker's name and what it can do (`avx2`, …), empty where unknown."""
+    """The first processor: its maker's name, what it can do (`avx2`, …), and its number (family,
+    model and stepping), empty where unknown."""
 
     name: str
     flags: frozenset[str]
+    number: str = ""
 
 
 def processor(proc: Path = Path("/proc")) -> Processor:
@@ -27,4 +29,9 @@ def processor(proc: Path = Path("/proc")) -> Processor:
     def first(*titles: str) -> str:
         return next((text.strip() for key, text in rows if key.strip() in titles), "")
 
-    return Processor(first("model name"), frozenset(first("flags", "Features").split()))
+    numbers = (first(title) for title in ("cpu family", "model", "stepping"))
+    return Processor(
+        first("model name"),
+        frozenset(first("flags", "Features").split()),
+        "-".join(filter(None, numbers)),
+    )

@@ -178,7 +178,7 @@ def python_classes(data: bytes, name: str) -> list[str]:
     if not isinstance(names, list) or not names:
         raise ToolError(f"{name}: has no label_names as CIFAR-10's does")
     try:
-        return [_text(value) for value in names]
+        return check_classes([_text(value) for value in names], name)
     except (ValueError, pickle.UnpicklingError) as error:
         raise ToolError(f"{name}: label_names are not text") from error
 
@@ -186,9 +186,21 @@ def python_classes(data: bytes, name: str) -> list[str]:
 def binary_classes(data: bytes, name: str) -> list[str]:
     """The names of the classes, of batches.meta.txt: a line each."""
     try:
-        names = data.decode("utf-8").split()
+        names = [line.strip() for line in data.decode("utf-8").splitlines()]
     except UnicodeDecodeError as error:
         raise ToolError(f"{name}: not text") from error
+    names = [line for line in names if line]  # the official file ends with empty ones
     if not names:
         raise ToolError(f"{name}: names no classes")
+    return check_classes(names, name)
+
+
+def check_classes(names: list[str], file: str) -> list[str]:
+    """Names of classes, which become folders. ToolError for two that are the same, and for one that
+    is no name of a folder."""
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise ToolError(f"{file}: names the class {name!r} twice")
+        if not name.isprintable() or "/" in name or name.strip(". ") == "":
+            raise ToolError(f"{file}: a class is called {name!r}, which is no name of a folder")
     return names

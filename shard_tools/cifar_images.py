@@ -51,6 +51,7 @@ BATCH = re.compile(r"(data_batch_([1-9]\d*)|test_batch)(\.bin)?")
 META = ("batches.meta", "batches.meta.txt")
 OFFICIAL = {"train": 50_000, "val": 10_000}  # images
 MOST_CLASSES = 10
+MOST_BYTES = 6 * LARGEST  # of all batches together, which are held in memory
 HUNDRED = ({"train", "test", "meta"}, {"fine_label_names.txt"})  # files of CIFAR-100's archives
 # What the libraries raise for damaged archives.
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, ValueError,
@@ -106,9 +107,11 @@ def _of_folder(root: Path) -> Iterator[Member]:
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
+            inside = path.relative_to(root).as_posix()
             if path.is_file():
-                inside = path.relative_to(root).as_posix()
                 yield Member(inside, path.stat().st_size, path.read_bytes)
+            elif not path.exists():
+                raise ToolError(f"{root}: {inside} is a link to nothing; mend or remove it")
 
 
 def _raise(error: OSError) -> None:
@@ -167,6 +170,10 @@ def pictures(source: Path, left_out: list[str] | None = None) -> Iterator[Pictur
                 if base in batches:
                     raise ToolError(f"{source}: holds {base} more than once")
                 batches[base] = _small(member, source)
+                if sum(map(len, batches.values())) > MOST_BYTES:
+                    raise ToolError(
+                        f"{source}: has over {MOST_BYTES} bytes of batches; CIFAR-10 has 184 MB"
+                    )
             elif place := image_place(member.name):
                 _check_place(member.name, place, source, seen, held_out)
                 yield Picture(*place, _small(member, source))
@@ -251,6 +258,10 @@ def official(batches: dict[str, bytes], source: Path) -> Iterator[Picture]:
         wanted.add(f"data_batch_{number}" + ".bin" * binary)
     if missing := sorted(wanted - batches.keys()):
         raise ToolError(f"{source}: lacks {', '.join(missing)} of CIFAR-10")
+    first: dict[bytes, str] = {}
+    for name in names:
+        if (other := first.setdefault(batches[name], name)) != name:
+            raise ToolError(f"{source}: {name} is the same as {other}")
     classes = (binary_classes if binary else python_classes)(batches[meta], f"{source}, {meta}")
     read = binary_batch if binary else python_batch
     for name in names:

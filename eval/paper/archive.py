@@ -90,8 +90,9 @@ def kept(output: Path) -> Iterator[tuple[str, bytes]]:
         for name in TOP:
             if (output / name).is_file():
                 yield name, (output / name).read_bytes()
-        if (output / LOOK / PCA).is_file():
-            yield f"{LOOK}/{PCA}", (output / LOOK / PCA).read_bytes()
+        drawn = [output / LOOK / PCA, *sorted(output.glob(f"{LOOK}/*/{PCA}"), reverse=True)]
+        for path in [path for path in drawn if path.is_file()][:1]:  # an archive's, or of most runs
+            yield f"{LOOK}/{PCA}", path.read_bytes()
         for path in sorted(path for pattern in TRIALS for path in output.glob(pattern)):
             yield str(path.relative_to(output)), short_result(path)
         for run in made_runs(output):

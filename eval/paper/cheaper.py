@@ -6,7 +6,7 @@ from statistics import mean
 from eval.paper.cifar_claims import AS_LONG, QUICKER, plain
 from eval.paper.claims import Difference, Judged, judge
 from eval.paper.commands import pretrain_flops, row_recipe
-from eval.paper.cost import read_rates, step_seconds
+from eval.paper.cost import of_one_device, read_rates, step_seconds
 from eval.paper.reproduction import spread_text
 from eval.paper.study import Study, titles, wanted_metrics
 from eval.reporting.page import Chapter
@@ -53,7 +53,8 @@ def values(study: Study, name: str, metric: str) -> list[float | None]:
 def cheaper_table(study: Study, names: list[str]) -> Table:
     """A row per road."""
     path = study.workspace.output / "rates.json"
-    known = read_rates(path) if path.is_file() else {}
+    recipes = [row_recipe(study.workspace, study.row(name)) for name in names]
+    known = of_one_device(read_rates(path), recipes) if path.is_file() else {}
     heads = [head for m in METRICS for head in (titles()[m], "against its method")]
     head = ("road", "MFLOP per image", "ms per image", "images seen", *heads)
     return Table(head, tuple(cheaper_row(study, name, known) for name in names))

@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from eval.paper.archive import LOOK, restore, unpacked
+from eval.paper.archive import LOOK, PCA, check_empty, restore, unpacked
 from eval.paper.cifar_claims import (
     AS_LONG,
     METHODS,
@@ -19,17 +19,21 @@ from eval.paper.cifar_claims import (
     method_of,
     plain,
 )
-from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
-from eval.paper.cost import Rates, within
+from eval.paper.commands import ROOT, Scale, Workspace, option, row_jobs, row_recipe, run_name
+from eval.paper.cost import Rates, recipe_of, within
 from eval.paper.job_runner import Command, costs, needed, python, unique
 from eval.paper.study import Study, wanted_metrics
 from eval.paper.tuning import Tuning, best, read_trials
+from pipeline.config.recipe import differences as changed_keys
+from pipeline.config.recipe import load_recipe
 from pipeline.config.schema import EncoderRecipe
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_json
+from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 
 RECORD = "study.json"
+TESTED = "test_images"  # key of RECORD that earlier ones have not
 SHOWN = ("MAE", "R-MAE", "C-MAE")  # whose patches are drawn
 
 
@@ -142,16 +146,34 @@ def claim_output(settings: Settings) -> dict[str, Any]:
 
 
 def made_with(settings: Settings) -> dict[str, Any]:
-    """What a study's runs are made with."""
+    """What a study's runs are made with, but for their recipes, see check_recipes."""
     scale = settings.workspace.scale
     made = asdict(replace(scale, train="", val="", hours=None, tried=""))
-    images = read_manifest(scale.train).index_sha256
-    return {"scale": portable(made), "images": images, "tuned": settings.tuned}
+    images, tested = (read_manifest(part).index_sha256 for part in (scale.train, scale.val))
+    return {"scale": portable(made), "images": images, TESTED: tested, "tuned": settings.tuned}
 
 
 def differences(record: dict[str, Any], settings: Settings) -> list[str]:
     """What a study of this record was made with otherwise."""
-    return [key for key, value in made_with(settings).items() if portable(record.get(key)) != value]
+    return [
+        key
+        for key, value in made_with(settings).items()
+        if portable(record.get(key)) != value and (key != TESTED or key in record)
+    ]
+
+
+def check_recipes(jobs: Sequence[Command]) -> None:
+    """UserError where a run that is there, or its results, is of another recipe than the one that
+    would be trained now."""
+    for job in jobs:
+        recipe, run = recipe_of(job), Path(option(job.command, "--output", ""))
+        if recipe is None or not (run / "recipe.yaml").is_file():
+            continue
+        if changed := changed_keys(load_recipe(run / "recipe.yaml"), recipe):
+            raise UserError(
+                f"{run}: was made with another recipe ({'; '.join(changed)}); choose another "
+                "--output"
+            )
 
 
 def archived_record(archive: Path) -> dict[str, Any]:
@@ -162,11 +184,32 @@ def archived_record(archive: Path) -> dict[str, Any]:
     raise UserError(f"{archive}: has no {RECORD}, so it is not of eval/cifar_paper.py")
 
 
-def restore_output(settings: Settings, archive: Path) -> None:
-    """Make OUTPUT of an archive. UserError where its study was made with other settings."""
+def check_restored(settings: Settings, archive: Path) -> None:
+    """UserError where an archive's study was made with other settings."""
     if others := differences(archived_record(archive), settings):
         raise UserError(f"--restore {archive}: was made with another {', '.join(others)}")
-    restore(archive, settings.output)
+
+
+def is_restored(settings: Settings, archive: Path) -> bool:
+    """Whether OUTPUT has the study of an archive already. UserError where it has another, or
+    something else."""
+    path = settings.output / RECORD
+    if path.is_file():
+        ours, theirs = read_record(path), archived_record(archive)
+        if all(ours.get(key) == theirs.get(key) for key in ("scale", "images", "tuned", "compute")):
+            return True
+    check_empty(settings.output)
+    return False
+
+
+def restore_output(settings: Settings, archive: Path) -> None:
+    """Make OUTPUT of an archive, where it has not its study already. UserError where the study was
+    made with other settings."""
+    check_restored(settings, archive)
+    if is_restored(settings, archive):
+        print(f"{settings.output}: has the study of {archive} already, and continues it")
+    else:
+        restore(archive, settings.output)
 
 
 def portable(value: Any) -> Any:
@@ -216,7 +259,13 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(text)
         times = {str(road): float(n) for road, n in record.get("times", {}).items()}
-        return {**record, "compute": float(record["compute"]), "times": times}
+        scale = {"name": str(record["scale"]["name"]), "last": list(record["scale"]["last"])}
+        return {
+            **record,
+            "scale": record["scale"] | scale,
+            "compute": float(record["compute"]),
+            "times": times,
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no record of a study; choose another --output") from error
 
@@ -238,7 +287,7 @@ def make_plan(settings: Settings, rates: Rates) -> Plan:
     jobs = unique([job for stage in stages for job in stage])
     encoder = architecture(settings)
     seconds = {job.name: 0.0 if job.done else rates.seconds(job, encoder) for job in jobs}
-    budget = settings.hours * 3600 * settings.jobs
+    budget = settings.hours * 3600 * side_by_side(settings)
     room = budget - spent(settings) if settings.hours else float("inf")
     kept, left = within(jobs, [seconds[job.name] for job in jobs], room)
     return Plan(tuple(map(tuple, stages)), seconds, tuple(kept), tuple(left))
@@ -253,16 +302,20 @@ def jobs_of_rows(study: Study) -> list[Command]:
 
 def looks(study: Study, planned: AbstractSet[str]) -> list[Command]:
     """What draws the principal components of the patches of seed 0's encoders, of those that are
-    there or whose pretraining is planned; none without any."""
+    there or whose pretraining is planned, into a folder for their number; none without any, and
+    where an archive's picture is there."""
     output, val = study.workspace.output, study.workspace.scale.val
+    if (output / LOOK / PCA).is_file():
+        return []
     shown = [output / run_name(study.row(name), 0) for name in SHOWN]
     runs = [run for run in shown if f"{run.name} pretrain" in planned]
     if not runs:
         return []
     words = ["--encoder", *runs, "random", "--images", val, "--count", 4, "--output"]
-    command = python(ROOT / "eval/visualise.py", *words, output / LOOK)
+    folder = output / LOOK / str(len(runs))
+    command = python(ROOT / "eval/visualise.py", *words, folder)
     needs = tuple(f"{run.name} pretrain" for run in runs)
-    return [Command("look", command, output / LOOK / "index.html", needs)]
+    return [Command("look", command, folder / "index.html", needs)]
 
 
 def architecture(settings: Settings) -> EncoderRecipe:
@@ -273,6 +326,12 @@ def architecture(settings: Settings) -> EncoderRecipe:
 def unit(scale: Scale) -> str:
     """What a scale's commands take one of each."""
     return "core" if scale.launch == "python" else "GPU"
+
+
+def side_by_side(settings: Settings) -> int:
+    """Cores or GPUs that work at the same time: fewer commands than cores have several each, and
+    more take turns."""
+    return cores() if unit(settings.scale) == "core" else settings.jobs
 
 
 def spent(settings: Settings) -> float:
@@ -299,8 +358,8 @@ def show(settings: Settings, plan: Plan) -> list[str]:
     todo = sum(plan.seconds[job.name] for job in plan.kept) / 3600
     lines.append(
         f"{spent(settings) / 3600:.2f} {what}-hours used, {todo:.2f} to do: "
-        f"{todo / settings.jobs:.2f} hours with {settings.jobs} side by side, by what was measured "
-        f"on this machine ({settings.output / 'rates.json'})"
+        f"{todo / side_by_side(settings):.2f} hours with {settings.jobs} side by side, by what was "
+        f"measured on this machine ({settings.output / 'rates.json'})"
     )
     if plan.left:
         out = sum(plan.seconds[job.name] for job in plan.left) / 3600

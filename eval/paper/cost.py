@@ -23,7 +23,7 @@ START = 6.0  # CPU seconds until a command has imported torch and DeepSpeed and 
 
 @dataclass
 class Rates:
-    """Measured seconds per image by what is measured, kept in a file; a machine has its own."""
+    """Measured seconds per image by device and by what is measured, kept in a file."""
 
     path: Path
     train: str
@@ -97,11 +97,24 @@ def recipe_of(command: Command) -> Recipe | None:
     return load_recipe(words[words.index("--recipe") + 1], sets)
 
 
-def step_seconds(known: Mapping[str, float], recipe: Recipe) -> float | None:
+def of_one_device(known: Mapping[str, float], recipes: Sequence[Recipe]) -> dict[str, float]:
+    """What → seconds per image, of the device that has measured the steps of most of the recipes;
+    of several the first. known: as read_rates has it, by device and what."""
+    devices: dict[str, dict[str, float]] = {}
+    for key, value in known.items():
+        device, _, what = key.partition(": ")
+        devices.setdefault(device, {})[what] = value
+
+    def measured(rates: dict[str, float]) -> int:
+        return sum(step_seconds(rates, recipe) is not None for recipe in recipes)
+
+    return max(devices.values(), key=measured, default={})
+
+
+def step_seconds(rates: Mapping[str, float], recipe: Recipe) -> float | None:
     """What is known of a recipe's step, in seconds of an image, without loading; None without.
-    known: the measurements of read_rates, of whichever device."""
-    found = {key.split(": ", 1)[-1]: value for key, value in known.items()}
-    phases = [(share, found.get(step_key(phase))) for share, phase in recipe.phases]
+    rates: of one device."""
+    phases = [(share, rates.get(step_key(phase))) for share, phase in recipe.phases]
     if any(seconds is None for _, seconds in phases):
         return None
     return sum(share * seconds for share, seconds in phases if seconds is not None)

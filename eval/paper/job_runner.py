@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, BinaryIO
 
 from eval.shared.processes import environment
 from pipeline.errors import UserError, naming
@@ -163,9 +163,16 @@ def run_one(job: Command, folder: Path, threads: int, children: set) -> dict[str
         "log": str(log),
     }
     path = folder / "jobs.jsonl"
-    with _writing, naming(path, "cannot be written"), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with _writing, naming(path, "cannot be written"), path.open("ab+") as file:
+        file.truncate(whole_lines(file))
+        file.write(json.dumps(record).encode() + b"\n")
     return record
+
+
+def whole_lines(file: BinaryIO) -> int:
+    """Bytes of a file up to the end of its last line that has one: a power cut may leave half."""
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def costs(folder: Path, what: str = "cpu_seconds") -> dict[str, float]:
@@ -175,8 +182,8 @@ def costs(folder: Path, what: str = "cpu_seconds") -> dict[str, float]:
     if not path.is_file():
         return total
     with naming(path, "cannot be read"):
-        lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
+        text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.split("\n")[:-1], 1):  # a power cut may leave half a line
         try:
             record = json.loads(line)
             name, seconds = str(record["name"]), float(record[what])

@@ -14,13 +14,18 @@ from pipeline.data.loader import train_loader
 from pipeline.method.checks import vit_options
 from pipeline.method.objective import build_objective
 from pipeline.method.vit import build_vit
+from pipeline.processor import processor
 
 LOADED = 256  # images
 
 
 def device_name() -> str:
-    """What the seconds are of: a GPU's name, or a core."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "core"
+    """What the seconds are of: a GPU, or a core of a processor whose kernels are torch's for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    found = processor()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return " ".join(filter(None, (found.name, found.number, capability, "core"))).replace(": ", " ")
 
 
 def pretraining(recipe: Recipe) -> float:

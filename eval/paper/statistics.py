@@ -106,7 +106,7 @@ def power(effect: float, n: int, level: float) -> float:
     deviations."""
     quantile = float(_distributions().t.ppf(1 - level / 2, n - 1))
     shift = effect * sqrt(n)
-    if shift > 50:  # sure; the noncentral t loses its digits there
-        return 1.0
+    if shift > 50:  # the noncentral t loses its digits there; only the deviation still varies
+        return float(_distributions().chi2.cdf((n - 1) * (shift / quantile) ** 2, n - 1))
     found = float(_distributions().nct.sf(quantile, n - 1, shift))
     return found if found == found else 0.0  # nan where quantile and shift are both far out

@@ -4,6 +4,7 @@ the page again; and a slice of it from the archive of images to the verdicts, in
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from eval.cifar_paper import (
     archived_study,
     build_parser,
     check,
+    cifar_paper,
     rebuild,
     settings_of,
     write_page,
@@ -58,6 +60,7 @@ from eval.paper.commands import (
 )
 from eval.paper.cost import START, Rates, read_rates, recipe_of, step_key, within
 from eval.paper.job_runner import Command, needed, unique
+from eval.paper.measuring import device_name
 from eval.paper.reproduction import result_path
 from eval.paper.statistics import interval
 from eval.paper.study import wanted_metrics
@@ -67,6 +70,7 @@ from eval.shared.cifar_shards import BUILDING, make_cifar_shards
 from pipeline.config.recipe import dump_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
+from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -350,6 +354,27 @@ def test_what_does_not_fit_is_left_out_with_what_needs_it():
     assert within(jobs, [10, 50, 1, 20], 81) == (jobs, [])
 
 
+def test_with_few_hours_the_report_has_what_there_is(data, tmp_path, capsys):
+    """MAE's and R-MAE's rates are tuned, C-MAE's are not, for which nothing is left."""
+    chosen = settings(data, tmp_path, "--claims", "5", "--seeds", "1", "--hours", "1e-9")
+    cifar_plan.claim_output(chosen)
+    bill = Rates(tmp_path / "rates.json", str(data / "shards/train"))
+    for stage in range(3):
+        for job in cifar_plan.make_plan(chosen, bill).stages[stage]:
+            if job.makes.parent.name == "eval" or job.makes.parent.parent.name == "tune":
+                job.makes.parent.mkdir(parents=True, exist_ok=True)
+                value = {"protocol": "finetune", "top1": 40.0, "image": 20.0}
+                job.makes.write_text(json.dumps(value))
+        cifar_plan.tuning_of(chosen).write()
+    for claims in (5,), (3, 5):
+        cifar_paper(replace(chosen, claims=claims))
+        output = capsys.readouterr().out
+        assert json.loads(output.splitlines()[-1])["claims"].keys() == set(map(str, claims))
+        few = "--hours 1e-09: too few to tune the learning rates, so the report has what is there"
+        assert (few in output) == (3 in claims)
+    assert not list(tmp_path.glob("cmae*"))
+
+
 def test_what_is_done_fits_into_hours_that_are_used_up(tmp_path):
     (tmp_path / "a").touch()
     done = Command("a", ("true",), tmp_path / "a", ("b",))
@@ -422,12 +447,14 @@ def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     chosen = settings(data, tmp_path, *words, "--hours", "0")
     rates = Rates(tmp_path / "rates.json", str(data / "shards/train"))
     whole = cifar_plan.make_plan(chosen, rates)
-    hours = 0.8 * sum(whole.seconds.values()) / 3600 / chosen.jobs
+    hours = 0.8 * sum(whole.seconds.values()) / 3600 / cores()
     plan = cifar_plan.make_plan(replace(chosen, hours=hours), rates)
     names = [j.name for j in plan.left if j.name != "look"]  # which costs little, and may fit
     assert names
     assert names == [j.name for j in whole.kept if j.name != "look"][-len(names) :]
     assert "do not fit into" in cifar_plan.show(replace(chosen, hours=hours), plan)[-1]
+    many = replace(chosen, hours=hours, jobs=64)  # are no more cores
+    assert cifar_plan.make_plan(many, rates).left == plan.left
 
 
 def test_cheaper_roads_come_before_the_tables_and_change_no_job(data, tmp_path):
@@ -447,12 +474,13 @@ def test_cheaper_roads_come_before_the_tables_and_change_no_job(data, tmp_path):
 
 
 def known_rates(workspace, path, seconds):
-    """A rates.json with the steps of rows {name: seconds}, without loading."""
+    """A rates.json with the steps of rows {name: seconds} on this device, without loading."""
+    device = device_name()
     known = {}
     for name, value in seconds.items():
         for _, phase in row_recipe(workspace, cifar_row(name, {}, {}, 1)).phases:
-            known[f"core: {step_key(phase)}"] = value
-            known[f"core: load {phase.encoder.image_size}"] = 0.0
+            known[f"{device}: {step_key(phase)}"] = value
+            known[f"{device}: load {phase.encoder.image_size}"] = 0.0
     path.write_text(json.dumps(known))
 
 
@@ -497,7 +525,8 @@ def test_the_cheaper_roads_have_costs_and_what_they_lose_in_a_table(data, tmp_pa
         path = result_path(workspace, study.row(name), seed, "finetune")
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"protocol": "finetune", "top1": value}))
-    known_rates(workspace, tmp_path / "rates.json", {"MAE": 4e-3, road: 2.5e-3})
+    path_of_rates = tmp_path / "rates.json"
+    known_rates(workspace, path_of_rates, {"MAE": 4e-3, road: 2.5e-3})
     (table,) = cheaper_chapter(study).tables
     rows = {row.cells[0].value: row.cells[1:] for row in table.rows}
     assert list(rows) == ["MAE", road, longer, "MAE, decoder of 1 block", "MAE, 90 % masked",
@@ -514,6 +543,12 @@ def test_the_cheaper_roads_have_costs_and_what_they_lose_in_a_table(data, tmp_pa
     assert rows[road][4] == Cell("-0.50", f"{low:+.2f} … {high:+.2f}")
     assert rows[longer][3:5] == (Cell("61.00", "1 of 2 seeds"), Cell("+1.00", "one seed"))
     assert rows[road][5:] == (Cell("not measured"), Cell("-"))
+    both = read_rates(path_of_rates)
+    known_rates(workspace, path_of_rates, {road: 1e-5})  # on a device without MAE's
+    only = {key.replace("core", "some GPU", 1): v for key, v in read_rates(path_of_rates).items()}
+    path_of_rates.write_text(json.dumps(only | both))
+    (table,) = cheaper_chapter(study).tables
+    assert {row.cells[0].value: row.cells[2] for row in table.rows}[road] == rows[road][1]
     assert cheaper_chapter(replace(study, claims=claims_of([5]))).empty
 
 
@@ -534,6 +569,36 @@ def test_a_key_that_the_rows_of_the_claims_have_may_be_changed(data, tmp_path):
     check(settings(data, tmp_path, "--set", "measure.lambda=3", "--claims", "5", "13"))
     with pytest.raises(UserError, match=r"cmae\.yaml: unknown key 'measure\.lambda'"):
         check(settings(data, tmp_path, "--set", "measure.lambda=3", "--claims", "3", "5"))
+
+
+def test_other_test_images_and_recipes_do_not_mix_in_one_folder(data, tmp_path):
+    record = cifar_plan.claim_output(settings(data, tmp_path / "o", "--claims", "5"))
+    others = tmp_path / "other"
+    for part in ("train", "val"):
+        shutil.copytree(data / "shards" / part, others / "shards" / part)
+    assert cifar_plan.claim_output(settings(others, tmp_path / "o")) == record
+    shutil.rmtree(others / "shards/val")
+    write_shards(others / "shards/val", *coloured_images(24, 4, seed=9))
+    with pytest.raises(UserError, match="was made with another test_images; choose another"):
+        cifar_plan.claim_output(settings(others, tmp_path / "o"))
+    del record["test_images"]  # as earlier ones have none
+    (tmp_path / "o/study.json").write_text(json.dumps(record))
+    assert cifar_plan.claim_output(settings(others, tmp_path / "o")) == record
+
+    chosen = settings(data, tmp_path / "o", "--claims", "5", "--seeds", "1")
+    bill = Rates(tmp_path / "rates.json", str(data / "shards/train"))
+    jobs = cifar_plan.make_plan(chosen, bill).stages[2]
+    mae = next(job for job in jobs if job.name == "mae-0 pretrain")
+    run = chosen.output / "mae-0"
+    run.mkdir()
+    recipe = recipe_of(mae)
+    assert recipe.seed == 0
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    cifar_plan.check_recipes(jobs)
+    sparser = recipe.model_copy(update={"views": recipe.views.model_copy(update={"cutmix": 0.5})})
+    (run / "recipe.yaml").write_text(dump_recipe(sparser))
+    with pytest.raises(UserError, match=r"mae-0: was made with another recipe \(views.cutmix: 0.5"):
+        cifar_plan.check_recipes(jobs)
 
 
 def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
@@ -570,6 +635,9 @@ def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
         (["--untuned", "--extend-tuning"], "nothing to extend with --untuned"),
         (["--scale", "mini"], "--scale mini: has no rates to tune; take cifar or cifar-gpu"),
         (["--scale", "cifer"], "knows full, mini, cifar"),
+        (["--set", "optimizer.epochs=2"], "the study chooses optimizer.epochs itself"),
+        (["--set", "optimizer.base_lr = 1"], r"chooses optimizer.base_lr itself.*--untuned it do"),
+        (["--untuned", "--set", "seed=1"], "--set seed=1: the study chooses seed itself"),
     ],
 )
 def test_bad_options_are_one_sentence(data, tmp_path, words, sentence):
@@ -660,6 +728,53 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
         rebuild(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("study.json", {"scale": None}, "study.json: no record of a study"),
+        ("facts.json", {"claims": [99]}, "facts.json: names claims that there are not"),
+        ("facts.json", {"seeds": 0}, "facts.json: names claims that there are not, or no seeds"),
+        ("study.json", None, r"b\.tar\.xz: has no study\.json"),
+    ],
+)
+def test_an_archive_of_something_else_is_one_sentence(name, change, sentence, tmp_path):
+    output = tmp_path / "out"
+    begun_study(output)
+    facts = asdict(Facts((5,), 2, 7200.0, "core"))
+    (output / "facts.json").write_text(json.dumps(facts))
+    if change is None:
+        (output / name).unlink()
+    else:
+        (output / name).write_text(json.dumps(json.loads((output / name).read_text()) | change))
+    archive.pack(output, tmp_path / "b.tar.xz")
+    with pytest.raises(UserError, match=sentence):
+        rebuild(tmp_path / "b.tar.xz")
+    assert not (tmp_path / "b.html").exists()
+
+
+def test_the_pictures_of_most_encoders_are_kept(data, tmp_path):
+    """Drawn again where another method is there, and an archive's where the weights are gone."""
+    chosen = settings(data, tmp_path, "--claims", "5", "--seeds", "1")
+    study = cifar_plan.study_of(chosen.workspace, (5,), 1, 2.0)
+
+    def look():
+        return [job.makes.parent for job in cifar_plan.jobs_of_rows(study) if job.name == "look"]
+
+    (two,) = look()
+    two.mkdir(parents=True)
+    (two / "index.html").write_text("")
+    (two / "pca.png").write_bytes(b"two")
+    study = replace(study, claims=claims_of([3, 5]))
+    (three,) = look()
+    assert three != two
+    three.mkdir()
+    (three / "pca.png").write_bytes(b"three")
+    assert archive.selected(tmp_path)["look/pca.png"] == b"three"
+    (tmp_path / "look/pca.png").write_bytes(b"archived")
+    assert look() == []
+    assert archive.selected(tmp_path)["look/pca.png"] == b"archived"
+
+
 def begun_study(output):
     """Claims 3, 5 and 9 of two seeds: C-MAE is complete, R-MAE has one seed, claim 9 nothing but
     MAE; runs as pretraining leaves them, without their weights."""
@@ -722,7 +837,7 @@ def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path
     rebuild(tmp_path / "a.tar.xz")
     for suffix in ("html", "md"):
         text = (tmp_path / f"out/report.{suffix}").read_text()
-        assert (tmp_path / f"cifar10.{suffix}").read_text() == text
+        assert (tmp_path / f"a.{suffix}").read_text() == text
         assert "Refuted here: none. Hold: 3. Undecided: 5. Not measured yet: 9." in text
         assert text.index("Claim 3 holds here") < text.index("Claim 5 is undecided here")
         assert "Claim 9" in text[text.index("5 is undecided here") :]
@@ -730,7 +845,7 @@ def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path
         assert "mae-nothing-0 pretrain\nlook" in text
         assert "4 of 5 runs" not in text
         assert text.count("finished") >= 5  # each run's status, of its log
-    lines = (tmp_path / "cifar10.md").read_text().splitlines()
+    lines = (tmp_path / "a.md").read_text().splitlines()
     row = next(line for line in lines if line.startswith("| R-MAE - MAE"))
     assert "| PSNR (dB) (1 of 2 seeds) |" in row
     assert "no interval: fewer than two seeds" in row
@@ -739,13 +854,13 @@ def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path
     row = next(line for line in lines if line.startswith("| R-MAE |"))
     assert row.split(" | ")[-2:] == ["23.7", f"{50.123456:.2f} (1 of 2 seeds) |"]
     parser = Tables()
-    parser.feed((tmp_path / "cifar10.html").read_text())
+    parser.feed((tmp_path / "a.html").read_text())
     assert len(parser.tables) > 6
     for table in parser.tables:
         assert len(set(table)) == 1, table  # no cell is missing
 
 
-def test_a_study_continues_from_its_archive(data, tmp_path):
+def test_a_study_continues_from_its_archive(data, tmp_path, capsys):
     """Elsewhere, without the weights: trials and results count, and what is missing is made, with
     the pretrainings that it needs."""
     words = ("--claims", "5", "6", "--seeds", "1")
@@ -764,6 +879,9 @@ def test_a_study_continues_from_its_archive(data, tmp_path):
     archive.pack(tmp_path / "out", tmp_path / "a.tar.xz")
     words = (*words, "--restore", tmp_path / "a.tar.xz")
     chosen = settings(data, tmp_path / "elsewhere" / "new", *words)
+    cifar_paper(replace(chosen, dry_run=True))
+    assert f"{chosen.output}/" in capsys.readouterr().out
+    assert not chosen.output.parent.exists()
     cifar_plan.restore_output(chosen, chosen.restored)
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["new"]
     assert cifar_plan.claim_output(chosen) == record
@@ -782,8 +900,14 @@ def test_a_study_continues_from_its_archive(data, tmp_path):
     new = {f"r{mae} finetune"}  # MAE's is there
     assert {name for name in names if name.split()[0].endswith(mae)} == again | new
     assert names[-1] == "look"
-    with pytest.raises(UserError, match=r"new holds something already; name another --output"):
-        cifar_plan.restore_output(chosen, chosen.restored)
+    cifar_plan.restore_output(chosen, chosen.restored)  # the next sitting's command is the same
+    assert "has the study of" in capsys.readouterr().out
+    assert (chosen.output / "tuning.json").is_file()
+    for other in ({**record, "compute": 9.0}, None):
+        path = chosen.output / "study.json"
+        path.write_text(json.dumps(other)) if other else path.unlink()
+        with pytest.raises(UserError, match=r"new holds something already; name another --output"):
+            cifar_plan.restore_output(chosen, chosen.restored)
 
 
 def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
@@ -875,9 +999,9 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
-    assert (page.parent / "cifar10.md").read_text() == report
+    assert (page.parent / "cifar.md").read_text() == report  # as the archive is called
     html = (tmp_path / "out/report.html").read_bytes()
-    assert (page.parent / "cifar10.html").read_bytes() == html
+    assert (page.parent / "cifar.html").read_bytes() == html
     assert "finished" in report.split("## Overview")[1]
     assert "## Learning rates" in report
 

@@ -274,7 +274,7 @@ def test_the_plan_can_be_pasted_into_a_shell(tmp_path):
 
 def lines_of_jobs(folder, *lines):
     folder.mkdir(exist_ok=True)
-    (folder / "jobs.jsonl").write_text("\n".join(lines))
+    (folder / "jobs.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return folder
 
 
@@ -294,6 +294,17 @@ def test_what_cannot_be_read_written_or_started_is_named(tmp_path):
     with pytest.raises(UserError, match=r"jobs\.jsonl, line 2: not a record"):
         costs(folder)
     assert not (tmp_path / "b").exists()
+
+
+def test_half_a_line_of_a_power_cut_is_no_record(tmp_path):
+    first = '{"name": "a", "cpu_seconds": 1}'
+    jobs = lines_of_jobs(tmp_path / "out", first) / "jobs.jsonl"
+    with jobs.open("a") as file:
+        file.write('{"name": "lost", "cpu_sec')
+    assert costs(tmp_path / "out") == {"a": 1.0}
+    run_commands([touch(tmp_path / "b")], 1, tmp_path / "out")
+    assert costs(tmp_path / "out").keys() == {"a", "b"}
+    assert jobs.read_text().splitlines()[0] == first
 
 
 def test_a_log_that_cannot_be_opened_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """The statistics of paired differences against scipy's tests, published values and simulation."""
 
+import math
 from itertools import product
 from statistics import mean
 
@@ -142,6 +143,17 @@ def test_power_is_that_of_simulated_studies(effect, n):
     draws = np.random.default_rng(5).normal(effect, 1, (20_000, n))
     found = np.mean(ttest_1samp(draws, 0, axis=1).pvalue < 0.05)
     assert power(effect, n, 0.05) == pytest.approx(found, abs=0.012)
+
+
+def test_two_values_far_from_0_are_not_sure_at_a_small_level():
+    """One degree of freedom: Student's t is Cauchy's, and the deviation half normal."""
+    shift, level = 200 * math.sqrt(2), 0.05 / 28
+    quantile = 1 / math.tan(math.pi * level / 2)
+    assert power(200, 2, level) == pytest.approx(
+        math.erf(shift / quantile / math.sqrt(2)), rel=0.01
+    )
+    assert power(200, 2, level) < 0.8
+    assert seeds_needed([10.0, 10.1], level) == 3
 
 
 def test_seeds_needed():

@@ -195,6 +195,11 @@ def tree(*splits, classes=2):
     return {f"{split}/c{n}/1.png": b"" for split in splits for n in range(classes)}
 
 
+def meta_of(names):
+    """The python version with these classes."""
+    return batches(*WAYS["python2"]) | {"batches.meta": pickle.dumps({"label_names": names}, 2)}
+
+
 def bad_sources():
     binary_files, python_files = batches(*WAYS["binary"]), batches(*WAYS["python2"])
     label = bytes([3]) + bytes(3072)
@@ -207,6 +212,15 @@ def bad_sources():
         (binary_files | {"data_batch_1.bin": b""}, "data_batch_1.bin: 0 bytes"),
         (binary_files | {"data_batch_1.bin": label}, "label that is not from 0 to 2"),
         (binary_files | {"batches.meta.txt": b"\n"}, "names no classes"),
+        (binary_files | {"batches.meta.txt": b"cat\ncat\nship"}, "names the class 'cat' twice"),
+        (binary_files | {"batches.meta.txt": b"cat\n..\na/b"}, "'..', which is no name of a"),
+        (meta_of(["cat", "a/b", "ship"]), "'a/b', which is no name of a folder"),
+        (meta_of(["cat", "\ud800", "ship"]), "which is no name of a folder"),
+        (meta_of(["cat", "a\nb", "ship"]), "which is no name of a folder"),
+        (
+            binary_files | {"data_batch_2.bin": binary_files["test_batch.bin"]},
+            "test_batch.bin is the same as data_batch_2.bin",
+        ),
         (binary_files | python_files, "python or of the binary version"),
         (binary_files | {"train/cat/1.png": b""}, "image files and batches"),
         (python_files | {"data_batch_1": cifar100}, "is of CIFAR-100"),
@@ -294,6 +308,31 @@ def test_linked_folders_are_followed_once(tmp_path):
     (tmp_path / "disk/train/c0/loop").symlink_to(tmp_path / "disk/train")
     found = written(tmp_path / "c", tmp_path / "out")
     assert found == {split: {"c0/1.png", "c1/1.png"} for split in ("train", "val")}
+
+
+@pytest.mark.parametrize("name", ["train/c0/2.png", "train/c2"])
+def test_a_link_to_nothing_is_not_lost_in_silence(name, tmp_path, capsys):
+    for file in tree("train", "test"):
+        path = tmp_path / "c" / file
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"x")
+    (tmp_path / "c" / name).symlink_to(tmp_path / "gone")
+    assert main([str(tmp_path / "c"), str(tmp_path / "out")]) == 2
+    assert f"{name} is a link to nothing; mend or remove it" in capsys.readouterr().err
+
+
+def test_class_names_are_whole_lines(tmp_path):
+    files = batches(*WAYS["binary"]) | {"batches.meta.txt": b"sports car\ndog\r\nship\n\n"}
+    source = tar_gz(tmp_path / "c.tar.gz", files)
+    found = written(source, tmp_path / "out")["train"]
+    assert {name.split("/")[0] for name in found} == {"sports car", "dog", "ship"}
+
+
+def test_batches_are_not_held_without_limit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shard_tools.cifar_images.MOST_BYTES", 20_000)
+    source = tar_gz(tmp_path / "c.tar.gz", batches(*WAYS["binary"]))
+    assert main([str(source), str(tmp_path / "out")]) == 2
+    assert "has over 20000 bytes of batches" in capsys.readouterr().err
 
 
 def test_a_link_in_a_tar_is_not_lost_in_silence(tmp_path, capsys):
