@@ -971,6 +971,9 @@ def test_from_an_archive_of_images_to_verdicts_in_two_sittings(tmp_path):
     first = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while first.poll() is None and not (jobs.is_file() and jobs.read_text().count("\n") >= 2):
         time.sleep(0.2)
+    beside = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    assert beside.returncode == 2, beside.stdout + beside.stderr
+    assert "another run holds this folder" in beside.stderr
     first.send_signal(signal.SIGTERM)
     output = first.communicate(timeout=60)[0].decode()
     assert first.returncode == 128 + signal.SIGTERM, output
