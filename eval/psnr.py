@@ -60,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--resize", type=int, default=0,
         help="pixels of the shorter side before the centre crop (0: as in the other evaluations)",
     )  # fmt: skip
-    result.add_argument("--output", help="result file (default: RUN/eval/psnr.json)")
+    result.add_argument(
+        "--output",
+        help="result file (default: RUN/eval/psnr.json; --mask-ratio and --resize are in its name)",
+    )
     return result
 
 
@@ -74,7 +77,8 @@ def check(s: Settings) -> None:
 def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings = settings_of(Settings, args)
-    output = output_path(args.output, EncoderChoice(args.encoder), "psnr")
+    name = "psnr" if args.mask_ratio is None else f"psnr-mask{args.mask_ratio:g}"
+    output = output_path(args.output, EncoderChoice(args.encoder, resize=args.resize), name)
     check_output(output)
     s = settings
     check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)

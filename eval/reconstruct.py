@@ -16,10 +16,9 @@ from pathlib import Path
 from eval.shared.command import run_command
 from eval.shared.labels import check_files, with_images
 from eval.shared.options import add_model, base_parser, check_model
-from eval.shared.results import check_output
 from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import check_writable, write_atomic
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 
@@ -45,7 +44,11 @@ def prepare(args: argparse.Namespace) -> None:
         raise UserError("--images must be at least 1 and --output must end in .png")
     if args.files:
         check_unused(build_parser(), args, ["images"], "with --files")
-    check_output(Path(args.output))
+    if Path(args.output).resolve() in [Path(file).resolve() for file in args.files or ()]:
+        raise UserError(f"--output {args.output}: is one of --files; choose another")
+    if len(set(args.columns)) < len(args.columns):
+        raise UserError(f"--columns {' '.join(args.columns)}: names one twice")
+    check_writable(Path(args.output), advice="; choose another --output")
     check_model(args.encoder, args.recipe, args.overrides, args.mask_ratio)
     check_files(args.files or ())
     if args.data:

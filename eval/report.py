@@ -27,6 +27,7 @@ from eval.reporting.overview import cards
 from eval.reporting.page import Chapter, overview_chapter, render_html, render_markdown
 from eval.reporting.run_records import Group, group_runs, read_run
 from eval.reporting.run_status import read_status
+from eval.reporting.variants import with_variants
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.errors import UserError, naming
@@ -58,15 +59,33 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     )
     parser.add_argument("--title", default=Settings.title, help="heading of the page")
     parser.add_argument(
-        "--watch", type=float, nargs="?", const=30.0, default=0.0, metavar="SECONDS",
+        "--watch", type=float, nargs="?", const=30.0, metavar="SECONDS",
         help="write the page again whenever a run has changed, until Ctrl-C; the page reloads "
         "itself (default: every 30 seconds)",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    if args.watch and not 1 <= args.watch < float("inf"):
+    if args.watch is not None and not 1 <= args.watch < float("inf"):
         parser.error(f"--watch {args.watch:g}: at least 1 second")
     output = args.output or args.runs[0] / "report.html"
-    return Settings(tuple(args.runs), output, args.title, args.watch)
+    return Settings(once(args.runs), output, args.title, args.watch or 0.0)
+
+
+def once(folders: Sequence[Path]) -> tuple[Path, ...]:
+    """Run folders without those that are another's by a link or another way of writing: a run is
+    one seed. What is left out is said."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        first = found.setdefault(folder.resolve(), folder)
+        if first is not folder:
+            print(f"{folder}: is {first}, and counts once", file=sys.stderr)
+    return tuple(found.values())
+
+
+def page_of(output: str | Path) -> Path:
+    """The page that --output names, whose .html or .md may be left out."""
+    path = Path(output)
+    named = path.suffix in (".html", ".md")
+    return path.with_suffix(".html") if named else path.with_name(f"{path.name}.html")
 
 
 def build_chapters(groups: Sequence[Group]) -> list[Chapter]:
@@ -99,10 +118,10 @@ def write_report(
     those of the runs; one that has the title of theirs replaces it. refresh: seconds after which
     the page loads itself again, 0: never."""
     with naming(folders[0], "cannot be read"):
-        groups = group_runs([read_run(folder) for folder in folders])
+        groups = with_variants(group_runs([read_run(folder) for folder in folders]))
     own = {chapter.title for chapter in first}
     chapters = [*first, *(s for s in build_chapters(groups) if s.title not in own)]
-    page = Path(output).with_suffix(".html")
+    page = page_of(output)
     markdown = page.with_suffix(".md")
     with naming(page, "cannot be written"):
         write_atomic(page, render_html(title, groups, chapters, refresh))
@@ -130,7 +149,7 @@ def watch(settings: Settings) -> None:
     A fault in the first page ends it; a later one is said, and the next change tries again.
     """
     seen: list[object] = []
-    page = settings.output.with_suffix(".html")
+    page = page_of(settings.output)
     try:
         while True:
             now = state_of(settings.runs)

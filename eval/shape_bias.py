@@ -32,9 +32,10 @@ from eval.shared.results import (
     named_json,
     write_result,
 )
-from pipeline.command import early
+from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
+from shard_tools.sharding.found import is_image, is_system_file
 
 # category → its classes among ImageNet's 1000, as ranges (first, last). Source: model-vs-human,
 # human_categories.py, after Geirhos et al. 2018, Tab. of the 16 entry-level categories.
@@ -108,13 +109,17 @@ def read_decisions(paths: Sequence[str | Path]) -> list[tuple[str, str, str]]:
     for path in paths:
         with naming(path, "cannot be read"):
             try:
-                rows = list(csv.DictReader(Path(path).read_text("utf-8").splitlines()))
+                rows = list(csv.DictReader(Path(path).read_text("utf-8-sig").splitlines()))
             except (UnicodeDecodeError, csv.Error) as error:
                 raise UserError(f"{path}: cannot be read as a CSV file ({error})") from error
         for number, row in enumerate(rows, start=2):
             missing = [name for name in COLUMNS if row.get(name) is None]
             if missing:
                 raise UserError(f"{path}, line {number}: the column {missing[0]} is missing")
+            if row["category"] not in CATEGORIES:
+                raise UserError(
+                    f"{path}, line {number}: category {row['category']!r} is none of the 16"
+                )
             texture = texture_of(row["imagename"])
             trials.append((row["object_response"], row["category"], texture))
     if not trials:
@@ -126,7 +131,7 @@ def find_images(folder: str | Path) -> list[tuple[Path, str, str]]:
     """(path, shape, texture) of the images in FOLDER/<shape>/, sorted."""
     found = []
     for path in sorted(Path(folder).glob("*/*")):
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        if is_image(path.name) and not is_system_file(path.name):
             if path.parent.name not in CATEGORIES:
                 raise UserError(f"{path.parent}: not one of the 16 categories")
             found.append((path, path.parent.name, texture_of(path.name)))
@@ -146,6 +151,8 @@ def check(s: Settings) -> None:
 def prepare(args: argparse.Namespace) -> tuple[Settings, Path | None]:
     """The settings and the path of the result, if it is written. UserError."""
     settings = settings_of(Settings, args)
+    if args.decisions:
+        check_unused(build_parser(), args, ["batch_size"], "with --decisions")
     output = named_json(args.output) if args.output else None
     if output is None and args.classifier and not args.classifier.startswith("timm:"):
         folder = Path(args.classifier)
@@ -167,15 +174,16 @@ if __name__ == "__main__":  # the help, and what is seen to be wrong without tor
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from eval.shared.classifier import classify, read_classifier
 from eval.shared.cli import join_ranks, progress
 from eval.shared.features import normalise
 from eval.shared.metrics import as_percent
-from pipeline.data.crops import shorter_side
+from pipeline.data.crops import CentreCrop, shorter_side
+from pipeline.data.jpeg import decoder
 from pipeline.distributed import Ranks
+from shard_tools.image_file import ImageFault
 
 
 def classes_of(category: str) -> list[int]:
@@ -227,17 +235,15 @@ def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
 
 
 def evaluation_crop(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: shorter side resized as shorter_side says, bicubic, centre crop."""
+    """uint8 [size, size, 3]: the centre crop of every evaluation, of what training would take."""
+    with naming(path, "cannot be read"):
+        data = path.read_bytes()
+    pixels = np.empty((size, size, 3), np.uint8)
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as a picture ({error})") from error
-    scale = shorter_side(size) / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.array(picture.crop((left, top, left + size, top + size)))
+        decoder()[1](data, CentreCrop(size, shorter_side(size)), pixels, "bicubic")
+    except ImageFault as error:
+        raise UserError(f"{path} will not decode: {error}") from None
+    return pixels
 
 
 def classifier_trials(

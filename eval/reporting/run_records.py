@@ -107,7 +107,7 @@ def read_run(folder: str | Path) -> Run:
         return Run(folder.resolve(), recipe, {}, {}, (), (), results, recipe)
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{folder / 'recipe.yaml'} has no keys")
@@ -126,6 +126,13 @@ def read_run(folder: str | Path) -> Run:
 def read_result(path: Path) -> dict[str, Any]:
     """The result of an evaluation and its `file`. UserError names a metric that is no number."""
     result = read_json(path) | {"file": str(path)}
+    also = result.get("also", [])
+    if not (
+        all(isinstance(result.get(key, {}), dict) for key in ("settings", "encoder"))
+        and isinstance(also, list)
+        and all(isinstance(row, dict) for row in also)
+    ):
+        raise UserError(f"{path}: no result of an evaluation of ours; move it out of eval/")
     protocol = by_name(result.get("protocol"))
     if protocol is not None and protocol.metric:
         value = result.get(protocol.metric)
@@ -163,7 +170,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except ValueError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

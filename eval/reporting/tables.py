@@ -53,6 +53,7 @@ class Column:
 
 FEATURE_NAMES = {"cls": "cls token", "mean_patch": "mean of patches", "own": "own pooling"}
 NONE = "-"  # what a table shows where there is no number
+VARIANT = "variant"  # of a result: what distinguishes it from others of its column
 UNMEASURED = "not measured"  # and where one is still to come
 
 
@@ -70,6 +71,7 @@ def column_of(result: dict[str, Any]) -> Column | None:
         title += f", {100 * fraction:g} % of the labels"
     feature = result.get("feature")
     title += f", {FEATURE_NAMES[feature]}" if feature in ("mean_patch", "own") else ""
+    title += "".join(f", {words}" for words in result.get(VARIANT, ()))
     epochs = settings.get("epochs")
     length = f"{epochs:g} epochs" if epochs else ""
     return Column(title, length, protocol.metric, protocol.unit)

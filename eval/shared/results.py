@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from eval.reporting.run_records import read_json
 from eval.shared.options import EncoderChoice, check_encoder, encoder_of
 from pipeline.config.timm_names import check_hub
 from pipeline.errors import UserError, naming
@@ -66,6 +67,8 @@ def check_output(path: Path, folder: Path | None = None) -> None:
     if folder and (folder / "recipe.yaml").is_file():
         raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
     check_writable(path, advice="; choose another --output")
+    if path.suffix == ".json" and path.is_file() and "protocol" not in read_json(path):
+        raise UserError(f"{path}: is no result of an evaluation; choose another --output")
     if folder and folder.exists() and not folder.is_dir():
         reason = f"{folder}: Not a directory"
         raise UserError(f"{path}: cannot be written ({reason}); choose another --output")

@@ -191,9 +191,41 @@ def test_pictures_from_files(home, tmp_path):
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    for name in ("a.png", "none.png"):
-        with pytest.raises(UserError, match=f"{name}: cannot be read as a picture"):
+    for name, fault in (("a.png", "a.png will not decode"), ("none.png", "none.png: cannot be r")):
+        with pytest.raises(UserError, match=fault):
             reconstruct.read_files([str(tmp_path / name)], 16)
+
+
+def test_files_are_read_as_training_reads_them(tmp_path):
+    """16 bits and floats have no scale; transparency none either."""
+    gray = np.full((20, 20), 40_000, np.uint16)
+    Image.fromarray(gray).save(tmp_path / "deep.png")
+    Image.fromarray(gray.astype(np.float32)).save(tmp_path / "float.tiff")
+    Image.new("RGBA", (20, 20), (9, 9, 9, 99)).save(tmp_path / "glass.png")
+    for name in ("deep.png", "float.tiff", "glass.png"):
+        with pytest.raises(UserError, match=f"{name} will not decode"):
+            reconstruct.read_files([str(tmp_path / name)], 16)
+
+
+def test_no_input_is_written_over(tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (20, 20)).save(picture)
+    for words, fault in (
+        (["--output", f"{tmp_path}/../{tmp_path.name}/a.png"], "a.png: is one of --files"),
+        (["--output", "b.png", "--columns", "original", "original"], "names one twice"),
+    ):
+        words = ["--encoder", "x", "--files", str(picture), *words]
+        with pytest.raises(UserError, match=fault):
+            reconstruct.prepare(reconstruct.build_parser().parse_args(words))
+
+
+def test_other_masks_and_sizes_have_results_of_their_own(home):
+    names = {}
+    for words in ((), ("--mask-ratio", "0.25"), ("--resize", "20")):
+        words = ["--encoder", str(home / "plain"), "--val", str(home / "val"), *words]
+        names[words[-1]] = psnr.prepare(psnr.build_parser().parse_args(words))[1].name
+    expected = ["psnr.json", "psnr-mask0.25.json", "psnr-resize20.json"]
+    assert list(names.values()) == expected
 
 
 @pytest.mark.parametrize(

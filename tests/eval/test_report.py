@@ -19,10 +19,12 @@ import pytest
 import yaml
 
 from eval import report
+from eval.paper.beside import metrics
 from eval.protocols import PROTOCOLS, Work, by_key
 from eval.reporting import cka_charts
 from eval.reporting.run_records import group_runs, read_lines, read_run
 from eval.reporting.tables import accuracy_table
+from eval.reporting.variants import with_variants
 from pipeline.config.recipe import RECIPES as RECIPES_DIR
 from pipeline.config.recipe import dump_recipe, load_recipe
 from pipeline.errors import UserError
@@ -196,6 +198,78 @@ def test_another_number_of_epochs_is_another_column(runs: list[Path]) -> None:
     assert any(note.startswith("linear probe, cached, 270 epochs: 37 val") for note in table.notes)
 
 
+def knn(run: Path, name: str, top1: float, **more: object) -> None:
+    """A result of k-NN in a run; more: settings, and the note of its encoder."""
+    found = result(top1, "knn", note=more.pop("note", ""))
+    found["settings"] = {"k": 20, "temperature": 0.07, "train": "t", "val": "v"} | more
+    (run / f"eval/{name}.json").write_text(json.dumps(found))
+
+
+def table_of(runs: list[Path]) -> dict[str, dict[str, str]]:
+    """Row → column → value."""
+    table = accuracy_table(with_variants(group_runs([read_run(run) for run in runs])))
+    assert table is not None
+    return {row.cells[0].value: {head: cell.value for head, cell in
+            zip(table.head[1:], row.cells[1:], strict=True)} for row in table.rows}  # fmt: skip
+
+
+def test_results_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path, "rmae", seed, 40.0) for seed in (0, 1))
+    for run, top1 in ((first, 10.0), (second, 14.0)):
+        knn(run, "knn", top1, seed=int(top1))
+    cells = table_of([first, second])["rmae"]
+    assert cells["k-NN (%)"] == "12.00 ± 2.83"  # a seed of its own and no more
+    knn(first, "knn-ema", 30.0, note="weights of the EMA teacher", seed=10)
+    cells = table_of([first, second])["rmae"]
+    assert cells["k-NN, as trained (%)"] == "12.00 ± 2.83"
+    assert cells["k-NN, weights of the EMA teacher (%)"] == "30.00"
+    knn(second, "knn", 14.0, k=5, seed=14)
+    cells = table_of([first, second])["rmae"]
+    assert cells["k-NN, k 20, as trained (%)"] == "10.00"
+    assert cells["k-NN, k 5, as trained (%)"] == "14.00"
+    assert cells["k-NN, k 20, weights of the EMA teacher (%)"] == "30.00"
+
+
+@pytest.mark.parametrize("key", ["val", "seed", "resize"])
+def test_two_results_of_one_run_are_two_columns(key: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mae", 0, 40.0)
+    for number, value in enumerate((1, 2)):
+        knn(run, f"knn-{number}", 10.0 * value, **{key: value})
+    cells = table_of([run])["mae"]
+    assert (cells[f"k-NN, {key} 1 (%)"], cells[f"k-NN, {key} 2 (%)"]) == ("10.00", "20.00")
+
+
+def test_one_result_in_two_files_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mae", 0, 40.0)
+    for name in ("a", "b"):
+        knn(run, name, 10.0)
+    with pytest.raises(UserError, match=r"a\.json and .*eval/b\.json: two results of one eval"):
+        report.write_report([run], tmp_path / "r.html", "T")
+
+
+def test_a_run_counts_once_however_it_is_called(tmp_path: Path, capsys) -> None:
+    run = write_run(tmp_path, "mae", 0, 40.0)
+    (tmp_path / "latest").symlink_to(run)
+    words = [str(run), f"{run}/", str(tmp_path / "latest"), f"{run}/../{run.name}"]
+    assert report.parse_args(words).runs == (run,)
+    assert f"latest: is {run}, and counts once" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("output", "page"), [
+    ("rp.v1.2", "rp.v1.2.html"), ("a.md", "a.html"), ("a.html", "a.html"), ("a", "a.html"),
+])  # fmt: skip
+def test_the_page_is_called_as_asked(output: str, page: str) -> None:
+    assert report.page_of(f"x.y/{output}") == Path("x.y") / page
+
+
+def test_the_papers_tables_have_the_result_of_the_usual_settings(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mae", 0, 40.0)
+    found = result(70.0) | {"resize": 64}
+    (run / "eval/linprobe-cached-resize64.json").write_text(json.dumps(found))
+    groups = with_variants(group_runs([read_run(run)]))
+    assert metrics(groups[0].runs, "linprobe") == [40.0]
+
+
 def test_a_feature_that_was_probed_beside_has_its_own_column(
     runs: list[Path], tmp_path: Path
 ) -> None:
@@ -323,6 +397,19 @@ def test_bad_input_is_one_sentence(tmp_path: Path, runs: list[Path]) -> None:
     shutil.copytree(runs[0], broken)
     (broken / "metrics.jsonl").write_text('{"step"\n{"step": 1}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 1, is not a logged step"):
+        read_run(broken)
+    (broken / "metrics.jsonl").write_bytes(b'{"step": 1, "x": "\xff"}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl is not UTF-8"):
+        read_run(broken)
+    (broken / "metrics.jsonl").unlink()
+    for key, value in (("encoder", "x"), ("settings", []), ("also", {"a": 1}), ("also", ["x"])):
+        path = broken / "eval/knn.json"
+        path.write_text(json.dumps(result(1.0, "knn") | {key: value}))
+        with pytest.raises(UserError, match=r"knn\.json: no result of an evaluation of ours"):
+            read_run(broken)
+    path.unlink()
+    (broken / "recipe.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml is not YAML"):
         read_run(broken)
     done = subprocess.run(
         [sys.executable, report.__file__, tmp_path], capture_output=True, text=True, timeout=120

@@ -8,7 +8,8 @@ from eval_helpers import write_encoder
 
 from eval.finetune import Settings
 from eval.shared.options import EncoderChoice
-from eval.shared.results import in_a_name, output_path
+from eval.shared.results import check_output, in_a_name, output_path
+from pipeline.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,17 @@ def test_runs_keep_their_results_and_options_have_their_own(tmp_path):
     ]
     assert len(set(paths)) == 20
     assert paths[0] == Path("runs/random-vit_tiny/eval/knn-random-0.json")
+
+
+@pytest.mark.parametrize("text", ['{"images": 3}', "[1]", "{"])
+def test_what_is_no_result_is_not_overwritten(text, tmp_path):
+    """A manifest, say, or a recipe's record."""
+    path = tmp_path / "manifest.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        check_output(path)
+    path.write_text('{"protocol": "knn"}')
+    check_output(path)
 
 
 def test_lists_of_labels_named_alike_have_two_results(tmp_path):

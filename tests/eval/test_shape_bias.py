@@ -125,6 +125,20 @@ def test_classifier_decides_alike_on_two_ranks(home: Path) -> None:
         assert [tuple(trial) for trial in other] == trials
 
 
+HEAD = "object_response,category,imagename\n"
+
+
+def test_a_spreadsheets_mark_and_every_kind_of_image_are_read(tmp_path: Path) -> None:
+    """Of Excel's UTF-8, and WebP."""
+    (tmp_path / "a.csv").write_text(f"{HEAD}cat,cat,x_cat1-dog2.png\n", encoding="utf-8-sig")
+    assert shape_bias.read_decisions([tmp_path / "a.csv"]) == [("cat", "cat", "dog")]
+    (tmp_path / "cat").mkdir()
+    for name in ("cat1-dog1.webp", "cat2-dog1.JPG", "cat3-dog1.png", "._cat4-dog1.png", "a.txt"):
+        (tmp_path / "cat" / name).touch()
+    found = [path.name for path, _, _ in shape_bias.find_images(tmp_path)]
+    assert found == ["cat1-dog1.webp", "cat2-dog1.JPG", "cat3-dog1.png"]
+
+
 def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     cases = [
         (parse(), "give either --classifier with --images, or --decisions"),
@@ -150,7 +164,9 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures/cat").mkdir(parents=True)
     (tmp_path / "pictures/cat/cat1-dog1.png").write_text("no picture")
     broken = ("--classifier", home / "model", "--images", tmp_path / "pictures")
-    cases.append((parse(*broken), "cat1-dog1.png: cannot be read as a picture"))
+    cases.append((parse(*broken), "cat1-dog1.png will not decode"))
+    (tmp_path / "zebra.csv").write_text(f"{HEAD}zebra,zebra,x_zebra1-cat2.png\n")
+    cases.append((parse("--decisions", tmp_path / "zebra.csv"), "2: category 'zebra' is none of"))
     for settings, words in cases:
         with pytest.raises(UserError, match=words):
             shape_bias.evaluate(settings, ALONE)
