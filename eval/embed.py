@@ -216,10 +216,10 @@ def to_rows(feature: Tensor, dtype: str, damaged: Tensor, where: str) -> np.ndar
 
 def write_rows(s: Settings, session: EvalSession, manifest: Manifest, writer: Writer) -> int:
     """Embed this rank's share of the batches that are not there; their number on all ranks."""
-    ranks, size = session.ranks, session.image_size
+    ranks = session.ranks
     todo = ranks.agree(writer.todo)
     loader = image_sets.load_batches(
-        manifest, size, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
+        manifest, session.crop, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
         skip=s.on_error == "skip", pin_memory=ranks.pins_memory,
     )  # fmt: skip
     text = f"embeddings of {s.images}"
@@ -255,8 +255,8 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     settings = {
         "feature": s.feature, "dtype": s.dtype, "format": s.format,
         "precision": session.facts(timer)["precision"], "micro_batch": s.micro_batch,
-        "on_error": s.on_error, "image size": size, "weights": weights_digest(session),
-        "list of images": images_digest(manifest),
+        "on_error": s.on_error, "image size": size, "resize": session.crop.resize,
+        "weights": weights_digest(session), "list of images": images_digest(manifest),
     }  # fmt: skip
     if not ranks.agree(lambda: prepare_folder(output, settings, shape, s.dtype)):
         return {}

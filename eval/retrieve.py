@@ -185,6 +185,7 @@ def open_encoder_of(store: Embeddings) -> EvalSession:
     choice = EncoderChoice(
         source, None if own or source.startswith("timm:") else record["arch"], options,
         record["random"] and source != "random", record.get("random_seed", 0),
+        resize=settings["resize"],
     )  # fmt: skip
     session = open_session(choice, Ranks.alone(), precision=settings["precision"])
     if weights_digest(session) != settings["weights"]:
@@ -202,7 +203,7 @@ def _embed_files(store: Embeddings, files: Sequence[str]) -> list[np.ndarray]:
         with naming(file, "cannot be read"):
             data = Path(file).read_bytes()
         try:
-            decoder()[1](data, image_sets.centre_crop(size), pixels, "bicubic")
+            decoder()[1](data, session.crop, pixels, "bicubic")
         except ImageFault as error:
             raise UserError(f"{file} will not decode: {error}") from None
         images.append(torch.from_numpy(pixels))

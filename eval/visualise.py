@@ -137,6 +137,7 @@ from eval.reporting.gallery import Section, render_gallery, sheet
 from eval.shared import image_sets
 from eval.shared.inside import cosine_map, foreground, last_attention, pca_colours
 from eval.shared.session import EvalSession, open_session
+from pipeline.data.crops import CentreCrop
 from pipeline.distributed import Ranks
 
 CELL, MARGIN, LINE, FONT = 224, 6, 22, 14  # pixels: a picture, between them, a line of text
@@ -173,10 +174,11 @@ def numbers(s: Settings) -> list[int]:
 
 
 def crops(s: Settings, size: int) -> Tensor:
-    """The images that are shown, uint8 [n, size, size, 3]: the same part of each at any size."""
+    """The images that are shown, uint8 [n, size, size, 3]: the same part of each at any size,
+    unlike the crop of the other evaluations."""
     source, crop, chosen = (
         image_sets.reader(s.images, size),
-        image_sets.centre_crop(size),
+        CentreCrop(size, round(size * 256 / 224)),
         numbers(s),
     )
     image = source.empty(len(chosen))

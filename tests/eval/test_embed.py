@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,29 @@ def test_a_finished_run_is_left_alone_and_other_weights_refused(home: Path) -> N
     shutil.copytree(home / "tree", home / "tree2")
     with pytest.raises(UserError, match="embeddings with another list of images"):
         run(home, "tree2", "out-done")
+
+
+@pytest.mark.parametrize("resize", [0, 400])
+@pytest.mark.parametrize("size", [32, 224, 256, 384])
+def test_the_crop_is_that_of_every_evaluation(home: Path, size: int, resize: int) -> None:
+    vit = SimpleNamespace(patch_embed=SimpleNamespace(img_size=(size, size)))
+    opened = EvalSession(vit, None, ALONE, resize=resize)  # type: ignore[arg-type]
+    manifest = image_sets.open_images(home / "shards")
+    batches = image_sets.load_batches(manifest, opened.crop, [1], 4, 0, skip=False)
+    theirs = opened.loader(home / "shards", 4)
+    assert torch.equal(next(iter(batches)).image, list(theirs)[1].image)
+
+
+def test_a_resize_is_followed_and_another_one_refused(home: Path) -> None:
+    plain, wide = run(home, "tree", "out-plain"), run(home, "tree", "out-wide", "--resize", "22")
+    assert not np.allclose(plain, wide)
+    store = embeddings.read_embeddings(home / "out-wide")
+    (query,) = retrieve.find_queries(
+        retrieve.Settings((str(home / "tree/class1/010.png"),), store.folder, Path("page")), store
+    )
+    np.testing.assert_allclose(query.feature, wide[10], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="embeddings with another resize; remove it or choose"):
+        run(home, "tree", "out-wide", "--resize", "20")
 
 
 def work(ranks: Ranks, home: str) -> None:
