@@ -263,6 +263,7 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     writer = Writer(output)
     ranks.agree(writer.hold if ranks.first else lambda: None)
     written = write_rows(s, session, manifest, writer)
+    writer.close()  # before they are moved and removed, which NFS does not do with open files
     ranks.sum(torch.zeros(1, device=ranks.device))  # every rank has written
     info = {
         "settings": settings, "images": image_sets.absolute(s.images),
@@ -274,7 +275,6 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     source = info["encoder"]["source"]
     info["encoder_path"] = image_sets.absolute(source) if Path(source).exists() else source
     result: dict[str, Any] = ranks.agree(lambda: _complete(output, names, info, arrow))
-    writer.close()
     return result
 
 
