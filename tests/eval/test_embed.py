@@ -13,6 +13,7 @@ import pytest
 import torch
 from eval_helpers import (
     ALONE,
+    OPTIONS,
     coloured_images,
     on_two_ranks,
     spoil_encoder,
@@ -20,6 +21,7 @@ from eval_helpers import (
     write_shards,
 )  # fmt: skip
 from PIL import Image
+from safetensors.torch import load_file
 
 from eval import embed, retrieve
 from eval.shared import embeddings, image_sets
@@ -469,6 +471,44 @@ def test_what_cannot_be_searched(home: Path) -> None:
     path.write_text(path.read_text().replace('"weights": "', '"weights": "f'))
     with pytest.raises(UserError, match=r"other weights than those of .*; embed the images again"):
         page(home, "out-search", str(home / "tree/class0/000.png"))
+
+
+def test_a_query_of_embeddings_with_the_average_of_the_weights(home: Path) -> None:
+    plain, average = ({k: v + n for k, v in load_file(
+        home / "run/encoder/encoder.safetensors").items()} for n in (0, 0.01))  # fmt: skip
+    torch.save({"model": plain, "state_dict_ema": average}, home / "both.pth")
+    words = ["--encoder", str(home / "both.pth"), "--arch", "vit_base_patch16_224",
+             "--options", json.dumps(OPTIONS)]  # fmt: skip
+    rows = run(home, "tree", "out-average", *words, "--ema")
+    assert not np.allclose(rows, run(home, "tree", "out-weights", *words))
+    query = str(home / "tree/class1/010.png")
+    (found,) = retrieve.find_queries(
+        retrieve.Settings((query,), home / "out-average", Path("page.html")),
+        embeddings.read_embeddings(home / "out-average"),
+    )
+    np.testing.assert_allclose(found.feature, rows[10], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_are_not_finite_are_refused(done: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(done, tmp_path / "copy")
+    rows = np.load(folder / "embeddings.npy")
+    rows[0, 1] = np.inf
+    np.save(folder / "embeddings.npy", rows)
+    store = retrieve.read_store(folder)
+    with pytest.raises(UserError, match=r"class0/000\.png: its row is not finite"):
+        retrieve.rows_of(retrieve.Settings(("0",), folder, Path("page.html")), store)
+    np.save(folder / "embeddings.npy", np.full_like(rows, np.nan))
+    with pytest.raises(UserError, match=r"embeddings\.npy: no row is finite, so none can be"):
+        retrieve.read_store(folder)
+
+
+@pytest.mark.parametrize("words", [("--seed", "-1"), ("--k", "0"), ("--random", "0")])
+def test_numbers_that_are_none(done: Path, capsys, words: tuple[str, str]) -> None:
+    with pytest.raises((UserError, SystemExit)) as caught:
+        retrieve.prepare(retrieve.build_parser().parse_args(["--embeddings", str(done), *words]))
+    said = f"{caught.value} {capsys.readouterr().err}"
+    assert words[0] in said
+    assert f"{words[1]}: must be" in said
 
 
 def test_a_glance_finds_images_behind_links_and_in_tars(tmp_path: Path) -> None:
