@@ -83,8 +83,10 @@ def choices(
     archs = list(names)
     for source in encoders:
         options = read_options(options_text)
-        if size is not None:
-            options["img_size"] = size
+        if size is not None and options.setdefault("img_size", size) != size:
+            raise UserError(
+                f"--size {size}: --options say img_size {options['img_size']}; give one of them"
+            )
         needs = source == "random" or Path(source).is_file()
         arch = (archs.pop(0) if len(archs) > 1 else archs[0]) if needs and archs else None
         if source == "random" and arch is None:
@@ -194,6 +196,7 @@ def look(s: Settings, session: EvalSession, name: str) -> Look:
     for piece in crops(s, session.image_size).split(BATCH):
         pixels = session.normalise(piece)
         tokens.append(session.patch_tokens(pixels))
+        session.check_finite(tokens[-1])
         weights, from_cls = last_attention(session.vit, pixels)
         attention.append(weights)
     height, width = session.vit.patch_embed.grid_size

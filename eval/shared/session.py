@@ -77,6 +77,14 @@ class EvalSession:
         """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
         return image_features(self.vit, pixels, feature, self.precision)
 
+    def check_finite(self, feature: Tensor) -> None:
+        """UserError where a feature of the encoder is not finite."""
+        if not bool(feature.isfinite().all()):
+            raise UserError(
+                f"{self.info.record['source']}: the encoder gives features that are not finite; "
+                "its weights are damaged"
+            )
+
     @torch.no_grad()
     def all_features(self, pixels: Tensor, names: Sequence[str]) -> list[Tensor]:
         """Several features of the same pixels, from one forward pass."""
