@@ -192,7 +192,7 @@ CASES = {
         ("--fraction 2", "--fraction must be in (0, 1]"),
         ("--subset-seed 1", "--subset-seed does nothing without --fraction"),
     ),
-    **evaluation("attentive", f"--batch-size 8 {SETS}", ("--rates 0", "--rates must be above 0")),
+    **evaluation("attentive", f"--batch-size 8 {SETS}", ("--rates 0", "--rates 0: must be above")),
     **evaluation(
         "cka", "--batch-size 8 --val {shards}",
         ("--hsic x", "invalid choice: 'x'"),
