@@ -35,13 +35,14 @@ from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
+from eval.shared.subsets import keep_subset
 from pipeline.command import early
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, read_manifest
-from shard_tools.subset import write_subset
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 DECAYS = (5e-4, 1e-3, 5e-2)
+LARGEST_RATE, LARGEST_DECAY = 1e30, 1e6  # whose product, times 10, a float32 still holds
 HELD_OUT = 0.1  # share of the training images on which the pair is chosen
 
 
@@ -91,10 +92,18 @@ def held_out_count(samples: int) -> int:
 def check(s: Settings, world: int = 1) -> int:
     """Everything that can be wrong with the settings, before the first step; the classes."""
     train, val = labelled(s.train), labelled(s.val)
-    if min(s.steps, s.batch_size, s.micro_batch) < 1 or not 0 <= s.warmup < 1:
-        raise UserError("--steps and --batch-size must be at least 1, --warmup in [0, 1)")
-    if min(s.rates) <= 0 or min(s.decays) < 0:
-        raise UserError("--rates must be above 0, --decays at least 0")
+    for name in ("steps", "batch_size", "micro_batch"):
+        if getattr(s, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {getattr(s, name)}: must be at least 1")
+    if not 0 <= s.warmup < 1:
+        raise UserError(f"--warmup {s.warmup:g}: must be a share in [0, 1)")
+    for rate in s.rates:
+        if not 0 < rate <= LARGEST_RATE:
+            raise UserError(f"--rates {rate:g}: must be above 0 and at most {LARGEST_RATE:g}")
+    for decay in s.decays:
+        if not 0 <= decay <= LARGEST_DECAY:
+            raise UserError(f"--decays {decay:g}: must be from 0 to {LARGEST_DECAY:g}")
     check_batch(s.batch_size, world)
     kept = train.samples
     if s.select == "held-out":
@@ -253,9 +262,8 @@ def split(manifest: Manifest, folder: Path, seed: int, ranks: Ranks) -> tuple[st
 
     def write() -> None:
         for name, samples in parts.items():
-            path = folder / f"{name}-{tag}"
-            if not (path / "manifest.json").is_file():
-                write_subset(manifest, path, np.sort(samples), {"part": name, "seed": seed})
+            record = {"part": name, "seed": seed}
+            keep_subset(manifest, folder / f"{name}-{tag}", np.sort(samples), record)
 
     ranks.agree(write)
     kept, held_out = (str(folder / f"{name}-{tag}") for name in parts)
@@ -278,11 +286,16 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     stream = enumerate(training_tokens(session, s, train))
     images = s.batch_size // ranks.world
     for step, micro in progress(stream, ranks, "attentive probe", s.steps, images):
+        if step == 0 and ranks.any(not all(bool(x.isfinite().all()) for x, _ in micro)):
+            raise UserError(f"{s.train}: the encoder's features of it are not finite")
         losses = heads.step(step, micro, ranks)
     losses = ranks.sum(losses)
     finite = heads.finite(losses)
     if not any(finite):
-        raise UserError("no head of the attentive probe has a finite loss: lower --rates")
+        raise UserError(
+            "no head of the attentive probe has a finite loss: lower --rates, or take an encoder "
+            "with finite features"
+        )
     selection, count = accuracies(heads, chosen_on, session, s.micro_batch)
     best = max(range(len(selection)), key=lambda n: selection[n][0] if finite[n] else -1)
     final, images = selection, count

@@ -200,31 +200,28 @@ def images_digest(manifest: Manifest) -> str:
 
 
 def to_rows(feature: Tensor, dtype: str, damaged: Tensor, where: str) -> np.ndarray:
-    """Features as numpy; rows of damaged images (bool [b]) NaN. UserError for one not finite."""
+    """Finite features as numpy; rows of damaged images (bool [b]) NaN. UserError for one that is
+    too large."""
     with np.errstate(over="ignore"):  # said below
         rows = feature.cpu().numpy().astype(dtype)
     if not np.isfinite(rows).all():
-        finite = bool(feature.isfinite().all())
-        raise UserError(
-            f"{where}: features beyond the range of float16; take --dtype float32"
-            if finite
-            else f"{where}: the encoder gives features that are not finite; its weights are damaged"
-        )
+        raise UserError(f"{where}: features beyond the range of float16; take --dtype float32")
     rows[damaged.numpy()] = np.nan
     return rows
 
 
 def write_rows(s: Settings, session: EvalSession, manifest: Manifest, writer: Writer) -> int:
     """Embed this rank's share of the batches that are not there; their number on all ranks."""
-    ranks, size = session.ranks, session.image_size
+    ranks = session.ranks
     todo = ranks.agree(writer.todo)
     loader = image_sets.load_batches(
-        manifest, size, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
+        manifest, session.crop, todo[ranks.rank :: ranks.world], s.micro_batch, session.workers,
         skip=s.on_error == "skip", pin_memory=ranks.pins_memory,
     )  # fmt: skip
     text = f"embeddings of {s.images}"
     for batch in progress(_hinted(loader), ranks, text, len(loader), images=s.micro_batch):
         feature = embed(session, session.normalise(batch.image), s.feature)
+        session.check_finite(feature)
         damaged = batch.key < 0
         rows = to_rows(feature, s.dtype, damaged, str(session.info.record["source"]))
         with naming(writer.folder, "cannot be written"):
@@ -255,14 +252,15 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     settings = {
         "feature": s.feature, "dtype": s.dtype, "format": s.format,
         "precision": session.facts(timer)["precision"], "micro_batch": s.micro_batch,
-        "on_error": s.on_error, "image size": size, "weights": weights_digest(session),
-        "list of images": images_digest(manifest),
+        "on_error": s.on_error, "image size": size, "resize": session.crop.resize,
+        "weights": weights_digest(session), "list of images": images_digest(manifest),
     }  # fmt: skip
     if not ranks.agree(lambda: prepare_folder(output, settings, shape, s.dtype)):
         return {}
     writer = Writer(output)
     ranks.agree(writer.hold if ranks.first else lambda: None)
     written = write_rows(s, session, manifest, writer)
+    writer.close()  # before they are moved and removed, which NFS does not do with open files
     ranks.sum(torch.zeros(1, device=ranks.device))  # every rank has written
     info = {
         "settings": settings, "images": image_sets.absolute(s.images),
@@ -274,7 +272,6 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     source = info["encoder"]["source"]
     info["encoder_path"] = image_sets.absolute(source) if Path(source).exists() else source
     result: dict[str, Any] = ranks.agree(lambda: _complete(output, names, info, arrow))
-    writer.close()
     return result
 
 

@@ -23,6 +23,7 @@ from eval.shared.labels import with_images
 from eval.shared.options import (
     EncoderChoice,
     add_model,
+    add_workers,
     base_parser,
     check_model,
     check_ratio,
@@ -53,6 +54,7 @@ class Settings:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     result = base_parser(str(__doc__).split("\n", 1)[0])
+    add_workers(result)
     add_model(result)
     result.add_argument("--val", required=True, help="shards with the images")
     result.add_argument("--micro-batch", type=int, default=64, help="images per forward pass")

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from eval.shared.command import run_command
-from eval.shared.embeddings import Embeddings, read_embeddings
+from eval.shared.embeddings import AGAIN, ROWS, Embeddings, read_embeddings
 from eval.shared.labels import check_files, check_images
+from eval.shared.options import EncoderChoice, seed_number
 from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
@@ -61,15 +62,17 @@ def build_parser() -> argparse.ArgumentParser:
         default=d.random,
         help="rows drawn where no QUERY is given",
     )
-    result.add_argument("--seed", type=int, default=d.seed, help="of that draw")
+    result.add_argument("--seed", type=seed_number, default=d.seed, help="of that draw")
     return result
 
 
 def read_store(folder: Path) -> Embeddings:
-    """The embeddings. UserError where they are not one row per image."""
+    """The embeddings. UserError where they are not one row per image, or no row can be searched."""
     store = read_embeddings(folder)
     if store.rows.ndim != 2:
         raise UserError(f"{folder}: holds a row per patch; embed with --feature mean_patch")
+    if not any(np.isfinite(row).all() for row in store.rows):
+        raise UserError(f"{folder / ROWS}: no row is finite, so none can be searched{AGAIN}")
     return store
 
 
@@ -80,14 +83,17 @@ def rows_of(s: Settings, store: Embeddings) -> list[tuple[str, int]]:
     total, words = len(store.keys), s.queries
     if not words:
         order = np.random.default_rng(s.seed).permutation(total)
-        usable = (row for row in order.tolist() if not np.isnan(store.rows[row]).any())
-        words = tuple(store.keys[row] for row in sorted(islice(usable, s.random)))
+        usable = (row for row in order.tolist() if np.isfinite(store.rows[row]).all())
+        words = tuple(store.keys[row] for row in sorted(islice(usable, min(s.random, total))))
     found = []
     for word in words:
         row = numbers.get(word, int(word) if word.isascii() and word.isdecimal() else -1)
         if 0 <= row < total:
-            if np.isnan(store.rows[row]).any():
-                raise UserError(f"{store.keys[row]}: would not decode, so it has no embedding")
+            if not np.isfinite(store.rows[row]).all():
+                raise UserError(
+                    f"{store.keys[row]}: its row is not finite, as of an image that would not "
+                    "decode, so it has no neighbours; give another QUERY"
+                )
             found.append((word, row))
         elif Path(word).is_file():
             found.append((word, -1))
@@ -101,8 +107,9 @@ def rows_of(s: Settings, store: Embeddings) -> list[tuple[str, int]]:
 
 def prepare(args: argparse.Namespace) -> Settings:
     """The settings of a command line. UserError."""
-    if args.k < 1 or args.random < 1:
-        raise UserError("--k and --random must be at least 1")
+    for name in ("k", "random"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.queries:
         check_unused(build_parser(), args, ("random", "seed"), "with a QUERY")
     output = args.output or args.embeddings / "neighbours.html"
@@ -124,7 +131,6 @@ from torch import Tensor
 from eval.embed import embed, weights_digest
 from eval.reporting.gallery import Section, render_gallery, tile
 from eval.shared import image_sets
-from eval.shared.options import EncoderChoice
 from eval.shared.session import EvalSession, open_session
 from pipeline.data.crops import Box
 from pipeline.data.jpeg import decoder
@@ -185,6 +191,7 @@ def open_encoder_of(store: Embeddings) -> EvalSession:
     choice = EncoderChoice(
         source, None if own or source.startswith("timm:") else record["arch"], options,
         record["random"] and source != "random", record.get("random_seed", 0),
+        record.get("ema", False), settings["resize"],
     )  # fmt: skip
     session = open_session(choice, Ranks.alone(), precision=settings["precision"])
     if weights_digest(session) != settings["weights"]:
@@ -202,7 +209,7 @@ def _embed_files(store: Embeddings, files: Sequence[str]) -> list[np.ndarray]:
         with naming(file, "cannot be read"):
             data = Path(file).read_bytes()
         try:
-            decoder()[1](data, image_sets.centre_crop(size), pixels, "bicubic")
+            decoder()[1](data, session.crop, pixels, "bicubic")
         except ImageFault as error:
             raise UserError(f"{file} will not decode: {error}") from None
         images.append(torch.from_numpy(pixels))

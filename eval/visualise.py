@@ -83,8 +83,10 @@ def choices(
     archs = list(names)
     for source in encoders:
         options = read_options(options_text)
-        if size is not None:
-            options["img_size"] = size
+        if size is not None and options.setdefault("img_size", size) != size:
+            raise UserError(
+                f"--size {size}: --options say img_size {options['img_size']}; give one of them"
+            )
         needs = source == "random" or Path(source).is_file()
         arch = (archs.pop(0) if len(archs) > 1 else archs[0]) if needs and archs else None
         if source == "random" and arch is None:
@@ -137,6 +139,7 @@ from eval.reporting.gallery import Section, render_gallery, sheet
 from eval.shared import image_sets
 from eval.shared.inside import cosine_map, foreground, last_attention, pca_colours
 from eval.shared.session import EvalSession, open_session
+from pipeline.data.crops import CentreCrop
 from pipeline.distributed import Ranks
 
 CELL, MARGIN, LINE, FONT = 224, 6, 22, 14  # pixels: a picture, between them, a line of text
@@ -173,10 +176,11 @@ def numbers(s: Settings) -> list[int]:
 
 
 def crops(s: Settings, size: int) -> Tensor:
-    """The images that are shown, uint8 [n, size, size, 3]: the same part of each at any size."""
+    """The images that are shown, uint8 [n, size, size, 3]: the same part of each at any size,
+    unlike the crop of the other evaluations."""
     source, crop, chosen = (
         image_sets.reader(s.images, size),
-        image_sets.centre_crop(size),
+        CentreCrop(size, round(size * 256 / 224)),
         numbers(s),
     )
     image = source.empty(len(chosen))
@@ -192,6 +196,7 @@ def look(s: Settings, session: EvalSession, name: str) -> Look:
     for piece in crops(s, session.image_size).split(BATCH):
         pixels = session.normalise(piece)
         tokens.append(session.patch_tokens(pixels))
+        session.check_finite(tokens[-1])
         weights, from_cls = last_attention(session.vit, pixels)
         attention.append(weights)
     height, width = session.vit.patch_embed.grid_size

@@ -68,6 +68,26 @@ def seal(temporary: Path, final: Path) -> None:
     fsync(final.parent)
 
 
+def own_files(folder: Path, names: Collection[str], advice: str = "") -> list[Path]:
+    """What is in a folder. UserError where that is anything but files of these names, whole or half
+    written by `write_atomic`."""
+    found = sorted(folder.iterdir())
+    for path in found:
+        name = re.sub(r"\A\.(.+)\.\d+\.tmp\Z", r"\1", path.name)
+        if name not in names or path.is_dir():
+            raise UserError(f"{path}: relaxmim writes no such file there{advice}")
+    return found
+
+
+def remove_own(folder: Path, names: Collection[str], advice: str = "") -> None:
+    """Remove a folder of `own_files`, if there is one. UserError where it holds anything else; then
+    nothing is removed."""
+    if folder.exists():
+        for path in own_files(folder, names, advice):
+            path.unlink()
+        folder.rmdir()
+
+
 def verify(folder: Path, content: Collection[str] | None = None) -> None:
     """Compare every file of a sealed folder with its list. UserError names the first bad one.
 

@@ -16,7 +16,7 @@ from pipeline.method.load import load_encoder
 class EncoderInfo:
     """What is known of an encoder: how timm builds it, and the statistics of its pixels (0 … 1).
 
-    record: all of load_encoder's info, as result files have it.
+    record: all of load_encoder's info, as result files have it, and whether it is with `ema`.
     """
 
     arch: str
@@ -44,6 +44,8 @@ def open_encoder(
         seed=choice.seed,
         ema=choice.ema,
     )
+    if choice.ema:
+        record = {**record, "ema": True}
     check_feature(vit, feature)
     vit.requires_grad_(False).eval().to(device)
     return vit, EncoderInfo.of(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eval.shared.batches import check_batch, partitions_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import digest
+from eval.shared.subsets import keep_subset
 from pipeline.config.ds_config import (
     DS_CONFIGS,
     RunPlan,
@@ -25,7 +25,7 @@ from pipeline.config.schema import OptimizerRecipe, augmentation
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
-from shard_tools.subset import Choice, choose_samples, write_subset
+from shard_tools.subset import Choice, choose_samples
 
 if TYPE_CHECKING:
     from eval.shared.session import EvalSession
@@ -204,13 +204,7 @@ def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
     def write() -> None:
         choice, manifest = s.choice, read_manifest(s.train)
         samples = choose_samples(manifest, choice)
-        if (path / "manifest.json").is_file():
-            known = read_manifest(path)
-            same = known.made["of"] == manifest.index_sha256
-            if same and known.made["options"] == choice.record() and known.samples == len(samples):
-                return
-            shutil.rmtree(path)
-        write_subset(manifest, path, samples, choice.record())
+        keep_subset(manifest, path, samples, choice.record())
 
     ranks.agree(write)
     return str(path)

@@ -94,22 +94,17 @@ def reader(manifest: Manifest, size: int) -> Reader:
     return Reader(manifest, size, "bicubic", "auto", ShardCache(manifest) if remote else None)
 
 
-def centre_crop(size: int) -> CentreCrop:
-    """The evaluation crop: the shorter side to size · 256 / 224 pixels, then the centre."""
-    return CentreCrop(size, round(size * 256 / 224))
-
-
 def load_batches(
-    manifest: Manifest, size: int, tasks: list[int], batch_size: int, workers: int, *, skip: bool,
-    pin_memory: bool = False,
+    manifest: Manifest, crop: CentreCrop, tasks: list[int], batch_size: int, workers: int, *,
+    skip: bool, pin_memory: bool = False,
 ) -> Loader:  # fmt: skip
-    """Batches number `tasks` of `batch_size` centre crops each, in manifest order.
+    """Batches number `tasks` of `batch_size` crops each, in manifest order.
 
     An image that will not decode raises SampleError; with `skip` it is a black one, and its
     number is in Batch.key as -1 - sample.
     """
-    source = reader(manifest, size)
-    dataset = _Batches(source, centre_crop(size), batch_size, skip)
+    source = reader(manifest, crop.image_size)
+    dataset = _Batches(source, crop, batch_size, skip)
     return Loader(dataset, tasks, workers, pin_memory, source)  # type: ignore[arg-type]
 
 

@@ -50,19 +50,24 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
     result = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return result
+
+
+def add_workers(result: argparse.ArgumentParser) -> None:
+    """The option of an evaluation whose images are decoded beside it."""
     result.add_argument(
         "--workers",
         type=worker_count,
         default=min(8, cores()),
         help="processes of a rank that decode images",
     )
-    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return result
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Argument parser of an evaluation of encoders, ours or others'."""
     result = base_parser(description)
+    add_workers(result)
     encoder = result.add_argument_group("encoder")
     encoder.add_argument(
         "--encoder",

@@ -59,6 +59,12 @@ class EvalSession:
         """Side of the (square) images that the encoder takes, in pixels."""
         return image_size(self.vit)
 
+    @property
+    def crop(self) -> CentreCrop:
+        """The evaluation crop."""
+        size = self.image_size
+        return CentreCrop(size, self.resize or shorter_side(size))
+
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [b, H, W, 3] → float32 [b, 3, H, W] on the device, as the encoder expects it."""
         return normalise(image, self.info.mean, self.info.std, self.device)
@@ -70,6 +76,14 @@ class EvalSession:
     def features(self, pixels: Tensor, feature: str) -> Tensor:
         """Features float32 [b, D] of normalised pixels [b, 3, H, W]."""
         return image_features(self.vit, pixels, feature, self.precision)
+
+    def check_finite(self, feature: Tensor) -> None:
+        """UserError where a feature of the encoder is not finite."""
+        if not bool(feature.isfinite().all()):
+            raise UserError(
+                f"{self.info.record['source']}: the encoder gives features that are not finite; "
+                "its weights are damaged"
+            )
 
     @torch.no_grad()
     def all_features(self, pixels: Tensor, names: Sequence[str]) -> list[Tensor]:
@@ -91,7 +105,7 @@ class EvalSession:
             image_size=self.image_size,
             workers=self.workers,
             interleave=True,
-            resize=self.resize or None,
+            resize=self.crop.resize,
             pin_memory=self.ranks.pins_memory,
         )
 
@@ -160,7 +174,7 @@ class EvalSession:
         return {
             "precision": used_precision(self.precision, self.device),
             "encoder": self.info.record,
-            "resize": self.resize or shorter_side(self.image_size),
+            "resize": self.crop.resize,
             "seconds": timer.seconds,
             "ranks": self.ranks.world,
         }

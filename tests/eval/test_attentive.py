@@ -2,11 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import ALONE, coloured_images, on_two_ranks, write_encoder, write_shards
+from eval_helpers import (
+    ALONE,
+    coloured_images,
+    on_two_ranks,
+    spoil_encoder,
+    write_encoder,
+    write_shards,
+)
 
 from eval import attentive
 from eval.attentive import AttentiveProbe, Heads, Settings
@@ -14,6 +22,7 @@ from eval.shared.options import settings_of
 from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
+from shard_tools.manifest import read_manifest
 
 SHORT = ("--steps", "30", "--batch-size", "16", "--workers", "0", "--rates", "1e-3", "1e-2",
          "--decays", "0")  # fmt: skip
@@ -145,9 +154,12 @@ def test_two_ranks_give_the_result_of_one(home, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--steps", "0"), "--steps"),
-        (("--warmup", "1"), "--warmup"),
-        (("--rates", "0"), "--rates"),
+        (("--steps", "0"), "^--steps 0: must be at least 1"),
+        (("--micro-batch", "0"), "^--micro-batch 0: must be at least 1"),
+        (("--warmup", "1"), "^--warmup 1: must be"),
+        (("--rates", "0"), "^--rates 0: must be above 0"),
+        (("--rates", "1e38"), r"^--rates 1e\+38: must be above 0 and at most 1e\+30"),
+        (("--decays", "1e7"), r"^--decays 1e\+07: must be from 0 to 1e\+06"),
         (("--batch-size", "64"), "54 training images are fewer than --batch-size"),
         (("--train", "nowhere"), "nowhere: no such folder"),
         (("--rates", "1e30"), "no head of the attentive probe has a finite loss"),
@@ -156,6 +168,43 @@ def test_two_ranks_give_the_result_of_one(home, tmp_path):
 def test_bad_input_is_one_sentence(home, words, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         evaluate(home, tmp_path, *words)
+
+
+def test_the_largest_rate_and_decay_are_no_overflow(home, tmp_path):
+    with pytest.raises(UserError, match="finite loss: lower --rates, or take an encoder with fin"):
+        evaluate(home, tmp_path, "--rates", "1e30", "--decays", "1e6", "--steps", "2")
+
+
+def test_features_that_are_not_finite_are_named_at_once(home, tmp_path, monkeypatch):
+    spoil_encoder(home / "run", tmp_path / "spoilt")
+    monkeypatch.setattr(Heads, "step", lambda *_: pytest.fail("trained on them"))
+    with pytest.raises(UserError, match="train: the encoder's features of it are not finite"):
+        evaluate(home, tmp_path / "out", "--encoder", tmp_path / "spoilt")
+
+
+def parts(train: Path, folder: Path) -> tuple[str, str]:
+    return attentive.split(read_manifest(train), folder, 0, ALONE)
+
+
+def test_what_was_kept_follows_the_data_and_is_made_whole(home, tmp_path):
+    before = Path(shutil.copytree(home / "train", tmp_path / "before"))
+    kept, held_out = parts(before, tmp_path / "out")
+    stamps = [Path(part, "manifest.json").stat().st_mtime_ns for part in (kept, held_out)]
+    assert parts(before, tmp_path / "out") == (kept, held_out)
+    assert stamps == [Path(p, "manifest.json").stat().st_mtime_ns for p in (kept, held_out)]
+    samples = read_manifest(kept).index.tolist()
+    after = before.rename(tmp_path / "after")
+    parts(after, tmp_path / "out")
+    assert read_manifest(kept).folder == str(after)
+    for name in ("manifest.json", "index.bin"):
+        Path(kept, name).unlink()
+        parts(after, tmp_path / "out")
+        assert read_manifest(kept).index.tolist() == samples
+    Path(kept, "manifest.json").unlink()
+    Path(kept, "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.txt: .*; move it, or choose another --output"):
+        parts(after, tmp_path / "out")
+    assert Path(kept, "mine.txt").read_text() == "mine"
 
 
 def test_a_pair_that_diverges_has_no_accuracy_and_the_others_keep_theirs(home, tmp_path):

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from eval_helpers import (
     ALONE,
+    OPTIONS,
     coloured_images,
     on_two_ranks,
     spoil_encoder,
@@ -19,6 +21,7 @@ from eval_helpers import (
     write_shards,
 )  # fmt: skip
 from PIL import Image
+from safetensors.torch import load_file
 
 from eval import embed, retrieve
 from eval.shared import embeddings, image_sets
@@ -139,6 +142,160 @@ def test_a_finished_run_is_left_alone_and_other_weights_refused(home: Path) -> N
     shutil.copytree(home / "tree", home / "tree2")
     with pytest.raises(UserError, match="embeddings with another list of images"):
         run(home, "tree2", "out-done")
+
+
+@pytest.mark.parametrize(
+    "theirs", ["partial/mine.txt", "partial/embeddings.npy/x", "embeddings.npy", "names.txt"]
+)
+def test_what_others_wrote_is_refused_and_stays(home: Path, tmp_path: Path, theirs: str) -> None:
+    path = tmp_path / theirs
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=f"^{tmp_path}/{theirs.removesuffix('/x')}: .*; move it aw"):
+        run(home, "tree", str(tmp_path))
+    assert path.read_text() == "mine"
+
+
+def test_what_others_add_meanwhile_stays(home: Path, monkeypatch) -> None:
+    def put(*_) -> list[int]:
+        (home / "out-added/partial/mine.txt").write_text("mine")
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "damaged_rows", put)
+        with pytest.raises(UserError, match=r"partial/mine\.txt: .*; move it away"):
+            run(home, "tree", "out-added")
+    (home / "out-added/partial/mine.txt").rename(home / "mine.txt")
+    assert embed.run(*session(home, "tree", "out-added")) == {}
+    assert embeddings.read_embeddings(home / "out-added").rows.shape == (COUNT, 32)
+
+
+@pytest.mark.parametrize("lost", ["embeddings.npy", "names.txt"])
+def test_a_file_that_was_removed_is_written_again(home: Path, lost: str) -> None:
+    run(home, "tree", f"out-lost-{lost}")
+    path = home / f"out-lost-{lost}" / lost
+    before = path.read_bytes()
+    path.unlink()
+    run(home, "tree", path.parent.name)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("when", ["write_json", "remove_own"])
+def test_a_run_killed_at_its_end_is_finished(home: Path, monkeypatch, when: str) -> None:
+    def stop(path: Path, *_, **__) -> None:
+        if (
+            path.name in (embeddings.INFO, embeddings.PARTIAL)
+            and (path.parent / "names.txt").exists()
+        ):
+            raise KeyboardInterrupt
+        write(path, *_, **__)
+
+    write, output = getattr(embeddings, when), f"out-end-{when}"
+    with monkeypatch.context() as patch:
+        patch.setattr(embeddings, when, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(home, "tree", output)
+    run(home, "tree", output)
+    assert sorted(p.name for p in (home / output).iterdir()) == [
+        "embeddings.json", "embeddings.npy", "names.txt",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(
+        embeddings.read_embeddings(home / output).rows, run(home, "tree", "out-end")
+    )
+
+
+def cut(path: Path, length: int | None = None) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 if length is None else length])
+
+
+@pytest.fixture(scope="module")
+def done(home: Path) -> Path:
+    run(home, "tree", "out-of-damaged")
+    return home / "out-of-damaged"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("embeddings.json", cut, "is damaged, or no file of eval/embed.py"),
+        ("embeddings.json", lambda p: p.write_text("[1]"), r"\(it says no settings\)"),
+        ("embeddings.json", lambda p: p.write_text("{}"), r"\(it says no settings\)"),
+        ("embeddings.json", lambda p: p.write_text('{"settings": 1}'), "it says no settings"),
+        ("embeddings.json", lambda p: p.write_bytes(b"\xff"), "is damaged, or no file of"),
+        ("embeddings.npy", cut, "is damaged"),
+        ("embeddings.npy", lambda p: cut(p, 0), "is damaged"),
+        ("embeddings.npy", lambda p: cut(p, 30), "is damaged"),
+        ("embeddings.npy", lambda p: np.save(p, np.ones(3)), r"holds float64 \[3\], and not"),
+    ],
+)
+def test_damaged_embeddings_are_named(home, done, tmp_path, name, damage, said) -> None:
+    folder = shutil.copytree(done, tmp_path / "damaged")
+    damage(folder / name)
+    before = (folder / name).read_bytes()
+    with pytest.raises(UserError, match=f"^{folder / name}: .*{said}.*choose another --output$"):
+        run(home, "tree", str(folder))
+    with pytest.raises(UserError, match=f"^{folder / name}: .*{said}.*embed the images again$"):
+        embeddings.read_embeddings(folder)
+    assert (folder / name).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\tb\t/c\n", r"names\.txt, line 1: is no key, label \(a whole number\) and path"),
+        ("a\t0\n", r"names\.txt, line 1: is no key"),
+        ("a\t0\t/c\n", r"names\.txt: 1 names for 21 embeddings"),
+        ("", r"names\.txt: 0 names for 21 embeddings"),
+    ],
+)
+def test_damaged_names_are_named(done: Path, tmp_path: Path, text: str, said: str) -> None:
+    folder = shutil.copytree(done, tmp_path / "damaged")
+    (folder / "names.txt").write_text(text)
+    with pytest.raises(UserError, match=said):
+        embeddings.read_embeddings(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("settings.json", cut),
+        ("settings.json", lambda p: p.write_text("{}")),
+        ("done.bin", Path.unlink),
+        ("done.bin", cut),
+        ("embeddings.npy", Path.unlink),
+        ("embeddings.npy", cut),
+    ],
+)
+def test_a_damaged_start_is_named(home: Path, done: Path, tmp_path: Path, name, damage) -> None:
+    settings = json.loads((done / "embeddings.json").read_text())["settings"]
+    assert embeddings.prepare(tmp_path, settings, (COUNT, 32), "float32")
+    damage(tmp_path / "partial" / name)
+    with pytest.raises(UserError, match=f"^{tmp_path}/partial/{name}: .*; remove {tmp_path}/part"):
+        run(home, "tree", str(tmp_path))
+
+
+@pytest.mark.parametrize("resize", [0, 400])
+@pytest.mark.parametrize("size", [32, 224, 256, 384])
+def test_the_crop_is_that_of_every_evaluation(home: Path, size: int, resize: int) -> None:
+    vit = SimpleNamespace(patch_embed=SimpleNamespace(img_size=(size, size)))
+    opened = EvalSession(vit, None, ALONE, resize=resize)  # type: ignore[arg-type]
+    manifest = image_sets.open_images(home / "shards")
+    batches = image_sets.load_batches(manifest, opened.crop, [1], 4, 0, skip=False)
+    theirs = opened.loader(home / "shards", 4)
+    assert torch.equal(next(iter(batches)).image, list(theirs)[1].image)
+
+
+def test_a_resize_is_followed_and_another_one_refused(home: Path) -> None:
+    plain, wide = run(home, "tree", "out-plain"), run(home, "tree", "out-wide", "--resize", "22")
+    assert not np.allclose(plain, wide)
+    store = embeddings.read_embeddings(home / "out-wide")
+    (query,) = retrieve.find_queries(
+        retrieve.Settings((str(home / "tree/class1/010.png"),), store.folder, Path("page")), store
+    )
+    np.testing.assert_allclose(query.feature, wide[10], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="embeddings with another resize; remove it or choose"):
+        run(home, "tree", "out-wide", "--resize", "20")
 
 
 def work(ranks: Ranks, home: str) -> None:
@@ -314,6 +471,44 @@ def test_what_cannot_be_searched(home: Path) -> None:
     path.write_text(path.read_text().replace('"weights": "', '"weights": "f'))
     with pytest.raises(UserError, match=r"other weights than those of .*; embed the images again"):
         page(home, "out-search", str(home / "tree/class0/000.png"))
+
+
+def test_a_query_of_embeddings_with_the_average_of_the_weights(home: Path) -> None:
+    plain, average = ({k: v + n for k, v in load_file(
+        home / "run/encoder/encoder.safetensors").items()} for n in (0, 0.01))  # fmt: skip
+    torch.save({"model": plain, "state_dict_ema": average}, home / "both.pth")
+    words = ["--encoder", str(home / "both.pth"), "--arch", "vit_base_patch16_224",
+             "--options", json.dumps(OPTIONS)]  # fmt: skip
+    rows = run(home, "tree", "out-average", *words, "--ema")
+    assert not np.allclose(rows, run(home, "tree", "out-weights", *words))
+    query = str(home / "tree/class1/010.png")
+    (found,) = retrieve.find_queries(
+        retrieve.Settings((query,), home / "out-average", Path("page.html")),
+        embeddings.read_embeddings(home / "out-average"),
+    )
+    np.testing.assert_allclose(found.feature, rows[10], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_are_not_finite_are_refused(done: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(done, tmp_path / "copy")
+    rows = np.load(folder / "embeddings.npy")
+    rows[0, 1] = np.inf
+    np.save(folder / "embeddings.npy", rows)
+    store = retrieve.read_store(folder)
+    with pytest.raises(UserError, match=r"class0/000\.png: its row is not finite"):
+        retrieve.rows_of(retrieve.Settings(("0",), folder, Path("page.html")), store)
+    np.save(folder / "embeddings.npy", np.full_like(rows, np.nan))
+    with pytest.raises(UserError, match=r"embeddings\.npy: no row is finite, so none can be"):
+        retrieve.read_store(folder)
+
+
+@pytest.mark.parametrize("words", [("--seed", "-1"), ("--k", "0"), ("--random", "0")])
+def test_numbers_that_are_none(done: Path, capsys, words: tuple[str, str]) -> None:
+    with pytest.raises((UserError, SystemExit)) as caught:
+        retrieve.prepare(retrieve.build_parser().parse_args(["--embeddings", str(done), *words]))
+    said = f"{caught.value} {capsys.readouterr().err}"
+    assert words[0] in said
+    assert f"{words[1]}: must be" in said
 
 
 def test_a_glance_finds_images_behind_links_and_in_tars(tmp_path: Path) -> None:

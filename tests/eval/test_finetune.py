@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +357,19 @@ def test_another_choice_of_labels_replaces_the_one_before(home: Path, tmp_path: 
         finetune_plan.choose_labels(s, tmp_path, ALONE)  # the same one stays
         assert (tmp_path / "subset/manifest.json").stat().st_mtime_ns == before
     assert counts == [22, 36, 36]
+
+
+def test_the_labels_chosen_before_follow_the_data(home: Path, tmp_path: Path) -> None:
+    before = Path(shutil.copytree(home / "train", tmp_path / "before"))
+    s, _ = asked(arguments(home, tmp_path / "x", "--fraction", "0.3"))
+    finetune_plan.choose_labels(replace(s, train=str(before)), tmp_path, ALONE)
+    after = before.rename(tmp_path / "after")
+    path = finetune_plan.choose_labels(replace(s, train=str(after)), tmp_path, ALONE)
+    assert read_manifest(path).folder == str(after)
+    (tmp_path / "subset/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.txt: .*; move it, or choose another --output"):
+        finetune_plan.choose_labels(replace(s, train=str(home / "train")), tmp_path, ALONE)
+    assert (tmp_path / "subset/mine.txt").read_text() == "mine"
 
 
 def test_the_default_configuration_is_found_from_any_folder(

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from eval_helpers import coloured_images, write_encoder, write_shards
+from eval_helpers import coloured_images, spoil_encoder, write_encoder, write_shards
 from PIL import Image
 
-from eval import visualise
+from eval import reconstruct, visualise
 from eval.shared import inside
 from pipeline.errors import UserError
 from pipeline.method.load import load_encoder
@@ -147,3 +147,21 @@ def test_what_cannot_be_shown(home: Path) -> None:
         settings(home, "--count", "0")
     with pytest.raises(UserError, match="2 names for 1 files and random"):
         settings(home, "--arch", "a", "b")
+    with pytest.raises(UserError, match="--size 32: --options say img_size 64; give one of them"):
+        settings(home, "--size", "32", "--options", "{img_size: 64}")
+
+
+def test_damaged_weights_are_named(home: Path) -> None:
+    run = spoil_encoder(home / "run", home / "spoilt")
+    words = ["--encoder", str(run), "--images", str(home / "shards"), "--output", str(home / "no")]
+    s = visualise.settings_of(visualise.build_parser().parse_args(words))
+    with pytest.raises(UserError, match=f"^{run}: the encoder gives features that are not finite;"):
+        visualise.draw(s)
+    assert not (home / "no").exists()
+
+
+@pytest.mark.parametrize("module", [visualise, reconstruct])
+def test_no_option_is_offered_that_does_nothing(module, capsys) -> None:
+    with pytest.raises(SystemExit):
+        module.build_parser().parse_args(["--help"])
+    assert "--workers" not in capsys.readouterr().out

@@ -192,7 +192,7 @@ CASES = {
         ("--fraction 2", "--fraction must be in (0, 1]"),
         ("--subset-seed 1", "--subset-seed does nothing without --fraction"),
     ),
-    **evaluation("attentive", f"--batch-size 8 {SETS}", ("--rates 0", "--rates must be above 0")),
+    **evaluation("attentive", f"--batch-size 8 {SETS}", ("--rates 0", "--rates 0: must be above")),
     **evaluation(
         "cka", "--batch-size 8 --val {shards}",
         ("--hsic x", "invalid choice: 'x'"),
@@ -436,7 +436,14 @@ def places(tmp_path_factory):
     (top / "classifier/classifier.json").write_text(json.dumps(about))
     np.save(top / "embeddings/embeddings.npy", np.ones((2, 3), "f4"))
     (top / "embeddings/names.txt").write_text("a\t0\t/a\nb\t0\t/b\n")
-    info = {"images": str(top / "none"), "root": None, "encoder": {}, "settings": {}}
+    info = {
+        "images": str(top / "none"), "root": None, "shape": [2, 3], "classes": [],
+        "encoder": {"source": "random", "arch": "vit_tiny_patch16_224", "options": {},
+                    "random": True},
+        "settings": {"feature": "cls", "dtype": "float32", "format": "npy", "precision": "fp32",
+                     "micro_batch": 1, "on_error": "fail", "image size": 8, "resize": 9,
+                     "weights": ""},
+    }  # fmt: skip
     (top / "embeddings/embeddings.json").write_text(json.dumps(info))
     for name, config in CONFIGS.items():
         (top / f"ds-{name}.json").write_text(json.dumps(config))
