@@ -20,13 +20,13 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from pipeline.command import early, imported
 from pipeline.config.recipe import run_recipe
 from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.checks import need_mae_decoder
+from pipeline.method.source import no_classifier, read_classifier_info
 from pipeline.method.weight_file import METADATA, check_file
 from shard_tools.atomic import check_writable, write_atomic, write_json
 
@@ -51,7 +51,8 @@ def check(args: argparse.Namespace) -> None:
     """UserError for what is seen to be wrong before any weights are read."""
     _need_suffix(args.out, args.format)
     if args.format == "run":
-        read_info(args.run)
+        arch = read_classifier_info(args.run)["arch"].split(".")[0]
+        check_arch(arch, f"{args.run}/classifier.json: arch {arch!r}")
         check_file(args.run / "classifier.safetensors")
     else:
         recipe = run_recipe(args.run)
@@ -60,14 +61,6 @@ def check(args: argparse.Namespace) -> None:
         check_arch(recipe.encoder.arch, f"encoder.arch {recipe.encoder.arch!r}")
         check_file(args.run / "model.safetensors")
     check_writable(args.out, folder=args.format not in SUFFIXES)
-
-
-def read_info(folder: Path) -> dict[str, Any]:
-    """What eval/finetune.py wrote beside its classifier. UserError."""
-    try:
-        return dict(json.loads((folder / "classifier.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
 
 
 def _need_suffix(out: Path, kind: str) -> None:
@@ -136,15 +129,15 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     The classifier pools the mean of the patch tokens and normalises it with fc_norm, which becomes
     the encoder's norm; so evaluate it with `--feature mean_patch`.
     """
-    info = read_info(folder)
+    info = read_classifier_info(folder)
     try:
         state = load_file(folder / "classifier.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
+        raise no_classifier(folder, error) from None
     weights = {
         k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
     }
-    info.pop("classes", None)
+    del info["classes"]
     name = {"method": "supervised", "recipe": "supervised"}
     with naming(out, "cannot be written"):
         write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
@@ -173,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run it; returns the exit code (0 done, 2 bad input)."""
     args = parse_args(argv)
     try:
+        check(args)
         if args.format == "run":
             line = classifier_encoder(args.run, args.out)
         else:

@@ -13,10 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.encoders import EncoderInfo
-from eval.shared.results import no_classifier, read_classifier_info
 from pipeline.errors import UserError, naming
 from pipeline.method.families import adopt
 from pipeline.method.parameter_groups import layer_of, layer_scale
+from pipeline.method.source import no_classifier, read_classifier_info
 from shard_tools.atomic import write_atomic, write_json
 
 FRESH = ("fc_norm.", "head.")  # what the classifier does not take from the encoder

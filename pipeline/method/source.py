@@ -16,7 +16,7 @@ from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
-from pipeline.method.weight_file import METADATA, check_file, written_info
+from pipeline.method.weight_file import METADATA, check_file, facts, written_info
 
 TEACHER = "teacher.safetensors"
 
@@ -136,14 +136,12 @@ def read_info(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if (path / "encoder").is_dir():
         path = path / "encoder"
     try:
-        info = json.loads((path / "encoder.json").read_text(encoding="utf-8"))
-        if not (isinstance(info["arch"], str) and isinstance(info["options"], dict)):
-            raise TypeError("arch is no name, or options no object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = (path / "encoder.json").read_text(encoding="utf-8")
+        return path, facts(text, "encoder.json")
+    except (OSError, ValueError) as error:
         if not Path(folder).exists():
             raise UserError(f"{folder}: no such file or folder") from None
         raise no_encoder(folder, error) from None
-    return path, info
 
 
 def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
@@ -152,6 +150,25 @@ def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
         f"{folder}: no exported encoder there; give a run, an export or a file of weights"
         + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
     )
+
+
+def read_classifier_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The classifier.json that eval/finetune.py wrote: arch, options, mean, std, classes (their
+    names). UserError."""
+    try:
+        text = (Path(folder) / "classifier.json").read_text(encoding="utf-8")
+        info = facts(text, "classifier.json")
+        if not (isinstance(info.get("classes"), list) and info["classes"]):
+            raise ValueError("classifier.json: classes is no list of names")
+    except (OSError, ValueError) as error:
+        raise no_classifier(folder, error) from None
+    return info
+
+
+def no_classifier(folder: str | os.PathLike[str], error: Exception) -> UserError:
+    """What to say of a folder that no classifier can be read from."""
+    why = " ".join(str(error).split())[:200]
+    return UserError(f"{folder}: no classifier of eval/finetune.py there ({why})")
 
 
 def other_size(

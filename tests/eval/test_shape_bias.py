@@ -151,6 +151,12 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures/cat/cat1-dog1.png").write_text("no picture")
     broken = ("--classifier", home / "model", "--images", tmp_path / "pictures")
     cases.append((parse(*broken), "cat1-dog1.png: cannot be read as a picture"))
+    for change, said in (({"mean": None}, "mean is no list"), ({"options": [16]}, "options is no")):
+        about = json.loads((home / "model/classifier.json").read_text()) | change
+        folder = tmp_path / next(iter(change))
+        folder.mkdir()
+        (folder / "classifier.json").write_text(json.dumps(about))
+        cases.append((parse("--classifier", folder, *images), f"classifier.json: {said}"))
     for settings, words in cases:
         with pytest.raises(UserError, match=words):
             shape_bias.evaluate(settings, ALONE)

@@ -245,6 +245,34 @@ def test_a_classifier_becomes_an_encoder(run, tmp_path):
         torch.testing.assert_close(ours, vit(x), rtol=1e-5, atol=1e-5)
 
 
+ABOUT = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"]}
+ABOUT |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({}, "arch is missing"),
+        ([], "it is no object with arch, options, mean and std"),
+        (ABOUT | {"arch": 5}, "arch is no name"),
+        (ABOUT | {"arch": "vit_tony"}, "classifier.json: arch 'vit_tony' is not a timm model"),
+        (ABOUT | {"options": []}, "options is no object"),
+        (ABOUT | {"options": {}}, "img_size is missing"),
+        (ABOUT | {"options": {"img_size": "16"}}, "img_size '16' is no number of pixels"),
+        ({k: v for k, v in ABOUT.items() if k != "mean"}, "classifier.json: mean is missing"),
+        (ABOUT | {"std": [1, 2]}, "std is no list of three numbers"),
+        (ABOUT | {"classes": 3}, "classes is no list of names"),
+    ],
+)
+def test_a_classifier_that_does_not_say_what_it_is(about, words, tmp_path, capsys):
+    (tmp_path / "classifier.json").write_text(json.dumps(about))
+    save_file({"fc_norm.weight": torch.ones(2)}, tmp_path / "classifier.safetensors")
+    assert main([str(tmp_path), "--format", "run", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "out", "words"),
     [

@@ -432,7 +432,8 @@ def places(tmp_path_factory):
     (top / "list.txt").write_text(f"{top}/none\n")
     for name in ("a/1.png", "b/2.png"):
         Image.new("RGB", (8, 8)).save(top / "images" / name)
-    about = {"arch": "vit_tiny_patch16_224", "options": {}, "classes": ["a"] * 1000}
+    about = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"] * 1000}
+    about |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     (top / "classifier/classifier.json").write_text(json.dumps(about))
     np.save(top / "embeddings/embeddings.npy", np.ones((2, 3), "f4"))
     (top / "embeddings/names.txt").write_text("a\t0\t/a\nb\t0\t/b\n")
