@@ -31,6 +31,9 @@ from pipeline.method.weight_file import METADATA, check_file
 from shard_tools.atomic import check_writable, write_atomic, write_json
 
 SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a file
+# What the folder of a run, a classifier or shards has, and folders in a run that are its own.
+OWNERS = ("recipe.yaml", "encoder.json", "classifier.json", "manifest.json")
+OF_A_RUN = ("encoder", "checkpoints")
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 
 
@@ -61,6 +64,35 @@ def check(args: argparse.Namespace) -> None:
         check_arch(recipe.encoder.arch, f"encoder.arch {recipe.encoder.arch!r}")
         check_file(args.run / "model.safetensors")
     check_writable(args.out, folder=args.format not in SUFFIXES)
+    check_place(args.out, args.format)
+
+
+def check_place(out: Path, kind: str) -> None:
+    """UserError where the export would take the place of a part of a run, of a classifier or of
+    shards, or of any file of weights but an earlier export."""
+    folder = (out.parent if kind in SUFFIXES else out).resolve()
+    for place in (folder, *folder.parents):
+        if place.name in OF_A_RUN and (place.parent / "recipe.yaml").is_file():
+            raise UserError(f"{out}: is in {place.name}/ of a run; choose another output")
+    if kind not in SUFFIXES or out.name == "model.safetensors":
+        names = (*OWNERS, "config.json" if kind == "run" else "encoder/encoder.json")
+        owner = next((name for name in names if (folder / name).is_file()), None)
+        if owner:
+            raise UserError(f"{out}: there is something else ({owner}); choose another output")
+    written = {"run": "encoder/encoder.json", "hf": "model.safetensors"}.get(kind.split("-")[0])
+    old = out / written if written else out
+    if old.is_file() and not _is_export(old):
+        raise UserError(f"{old}: is there, and no earlier export; choose another output")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file that is there is one of ours to replace. Nothing of a run is a .pth."""
+    if path.suffix == ".json":
+        return '"method": "supervised"' in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return path.suffix != ".safetensors" or METADATA in check_file(path)
+    except UserError:
+        return False
 
 
 def _need_suffix(out: Path, kind: str) -> None:
