@@ -65,7 +65,7 @@ def load_encoder(
     """
     name, options = expand_home(str(source)), dict(options or {})
     path = Path(name)
-    check_source(name, arch, options, ema)
+    check_source(name, arch, options, ema, random)
     vit: VisionTransformer | None = None
     if name == "random":
         info = named(known_arch(arch, name), "random encoder") | {"options": options}
@@ -79,7 +79,8 @@ def load_encoder(
         vit, info = from_run(path, arch, options, ema)
     if random or vit is None:
         vit = _random(vit, info, seed)
-        info = {**info, "random_seed": seed}
+        note = str(info.get("note", "")).partition("; weights from ")[0]
+        info = {**info, "random_seed": seed, "note": note}
     return vit, {**info, "random": random or name == "random", "source": name}
 
 
@@ -88,6 +89,8 @@ def _random(vit: VisionTransformer | None, info: dict[str, Any], seed: int) -> V
     arch, options = info["arch"].split(".")[0], info["options"]
     if vit is None:
         vit = build_family(arch, options)
+        if {"img_size", "patch_size"} & options.keys():  # timm's own may be no multiple
+            check_divisible(vit.patch_embed.img_size[0], patch_side(vit), "random")
     if not is_plain(vit):
         return random_family(arch, options, seed)
     return random_encoder({"arch": arch, "options": options}, seed)

@@ -26,6 +26,7 @@ def check_source(
     arch: str | None = None,
     options: Mapping[str, Any] | None = None,
     ema: bool = False,
+    random: bool = False,
 ) -> int | None:
     """UserError where the words of `load_encoder` name no encoder; the side of its images in
     pixels, None where that is not known yet."""
@@ -34,12 +35,14 @@ def check_source(
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
     hub = name.startswith("timm:")
-    if ema and (name == "random" or hub or (path / "config.json").is_file()):
+    if ema and (random or name == "random"):
+        raise UserError("--ema: a random encoder has no average of its weights; leave --ema out")
+    if ema and (hub or (path / "config.json").is_file()):
         raise UserError(f"--ema: {name} is no checkpoint file that keeps an average of its weights")
     if arch:
         check_arch(arch.split(".")[0], f"--arch {arch}")
     if name == "random":
-        need_arch(arch, name)
+        check_random(need_arch(arch, name), options or {})
     elif hub:
         check_hub(name.removeprefix("timm:"), name)
         if arch and arch != name.removeprefix("timm:"):
@@ -59,6 +62,16 @@ def check_source(
             teacher_of(path)
         return int(size)
     return (options or {}).get("img_size")
+
+
+def check_random(arch: str, options: Mapping[str, Any]) -> None:
+    """UserError where timm would build a random encoder that takes no image, or a part of each."""
+    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+        value = options.get(key, 1)
+        if isinstance(value, bool | float) or (isinstance(value, int) and value < 1):
+            raise UserError(f"--options {{{key}: {value}}}: must be a whole number from 1 up")
+    if "img_size" in options and isinstance(options.get("patch_size", 1), int):
+        check_divisible(options["img_size"], patch_of(arch, options), "random")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
