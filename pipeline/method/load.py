@@ -36,6 +36,7 @@ from pipeline.method.objective import Objective, build_objective
 from pipeline.method.source import check_divisible, check_source, other_size, teacher_of
 from pipeline.method.vit import is_plain
 from pipeline.method.weight_file import unreadable
+from pipeline.method.weights import refuse_integers
 from shard_tools.home import expand_home
 
 
@@ -118,6 +119,7 @@ def load_run(run: Path) -> Objective:
         problem = " ".join(str(error).split())[:200]
     if problem:
         raise UserError(f"{path}: does not fit the run's recipe: {problem}")
+    refuse_integers(objective, state, path)
     return objective.eval()
 
 
@@ -131,7 +133,9 @@ def from_run(
         check_divisible(size, patch_side(vit), path)
         vit, info = read_encoder(path, size)
     if ema:
-        vit.load_state_dict(teacher_weights(path) | {"pos_embed": vit.state_dict()["pos_embed"]})
+        state = teacher_weights(path)
+        refuse_integers(vit, state, teacher_of(path))
+        vit.load_state_dict(state | {"pos_embed": vit.state_dict()["pos_embed"]})
         info = {**info, "note": "weights of the EMA teacher"}
     return vit, info
 

@@ -96,6 +96,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = {"arch": "vit_base_patch16_224", "options": OPTIONS, "mean": MEAN, "std": STD}
     names = tuple(str(number) for number in range(1000))
     write_classifier(folder / "model", model.state_dict(), info, names)
+    whole = model.state_dict() | {"cls_token": model.cls_token.long()}
+    write_classifier(folder / "whole", whole, info, names)
     model.reset_classifier(10)
     write_classifier(folder / "small", model.state_dict(), info, names[:10])
     random = np.random.default_rng(0)
@@ -132,6 +134,7 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
         (parse("--classifier", home, "--images", home), "no classifier of eval/finetune.py"),
         (parse("--classifier", home / "model", "--images", tmp_path), "has no images"),
         (parse("--classifier", home / "small", "--images", home), "knows 10 classes"),
+        (parse("--classifier", home / "whole", "--images", home), "cls_token holds int64"),
     ]
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
