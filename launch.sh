@@ -133,10 +133,14 @@ prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_
 }
 
 run_rank() { # become this one rank
+  local here
   need_number WORLD_SIZE "${WORLD_SIZE:-}" 1
   need_number RANK "${RANK:-}" 0 $((WORLD_SIZE - 1))
   need_number LOCAL_RANK "$LOCAL_RANK" 0
-  prepare "${LOCAL_WORLD_SIZE:-${LOCAL_SIZE:-$WORLD_SIZE}}" "$RANK"
+  here=${LOCAL_WORLD_SIZE:-${LOCAL_SIZE:-$WORLD_SIZE}}
+  [[ ${ranks:-$here} == "$here" ]] ||
+    fail "--ranks $ranks: another launcher starts $here on $host (LOCAL_RANK or srun's tasks say so); leave it out"
+  prepare "$here" "$RANK"
   exec "${command[@]}"
 }
 
@@ -355,6 +359,7 @@ while (($#)); do
     --ranks=* | --hostfile=* | --script=* | --grace=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" && continue ;;
     --ranks | --hostfile | --script | --grace)
       (($# > 1)) || fail "$1 needs a value"
+      [[ -n $2 ]] || fail "$1 is given as an empty text; is a shell variable unset?"
       printf -v "${1#--}" %s "$2" && shift ;;
     *) arguments+=("$1") ;;
   esac
@@ -363,6 +368,7 @@ done
 hostfile=$(expand_home "$hostfile") script=$(expand_home "$script")
 [[ -z $ranks ]] || need_number --ranks "$ranks" 1
 need_number --grace "$grace" 0
+[[ -z $hostfile || -z $ranks ]] || fail "--ranks $ranks does nothing with --hostfile, whose slots say how many; leave it out"
 [[ -f $script ]] || script=$root/$script
 [[ -f $script ]] || fail "--script ${script#"$root/"}: no such file"
 if [[ $script == */pipeline/pretrain.py ]]; then

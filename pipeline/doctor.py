@@ -32,6 +32,7 @@ from types import ModuleType
 from pipeline.errors import UserError, reader_may_leave, reason, refuse
 from pipeline.gpu_errors import driver_version, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
+from shard_tools.atomic import check_writable
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
 from shard_tools.home import expand_words
 
@@ -273,18 +274,19 @@ def system_findings(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:  # noqa:
 
 def folder_findings(output: Path) -> Iterator[Finding]:
     """Whether a run can be written to, and what kind of file system that is."""
-    there = output.absolute()
-    while not there.exists():
-        there = there.parent
-    what = f"--output {output}"
+    what, there = f"--output {output}", output.absolute()
     try:
-        if not there.is_dir():
-            raise NotADirectoryError(20, "is no folder", str(there))
+        check_writable(output, folder=True)
+        while not there.exists():
+            there = there.parent
         with tempfile.NamedTemporaryFile(dir=there, prefix=".doctor-") as file:
             file.write(b"x")
             file.flush()
             os.fsync(file.fileno())
             locks = _has_locks(file.fileno())
+    except UserError as error:
+        yield stop(what, str(error).removeprefix(f"{output}: "), "choose another folder")
+        return
     except OSError as error:
         yield stop(what, f"{there} cannot be written ({reason(error)})", "choose another folder")
         return

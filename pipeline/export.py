@@ -20,17 +20,20 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from pipeline.command import early, imported
 from pipeline.config.recipe import run_recipe
 from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.checks import need_mae_decoder
+from pipeline.method.source import no_classifier, read_classifier_info
 from pipeline.method.weight_file import METADATA, check_file
 from shard_tools.atomic import check_writable, write_atomic, write_json
 
 SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a file
+# What the folder of a run, a classifier or shards has, and folders in a run that are its own.
+OWNERS = ("recipe.yaml", "encoder.json", "classifier.json", "manifest.json")
+OF_A_RUN = ("encoder", "checkpoints")
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 
 
@@ -51,7 +54,8 @@ def check(args: argparse.Namespace) -> None:
     """UserError for what is seen to be wrong before any weights are read."""
     _need_suffix(args.out, args.format)
     if args.format == "run":
-        read_info(args.run)
+        arch = read_classifier_info(args.run)["arch"].split(".")[0]
+        check_arch(arch, f"{args.run}/classifier.json: arch {arch!r}")
         check_file(args.run / "classifier.safetensors")
     else:
         recipe = run_recipe(args.run)
@@ -60,14 +64,35 @@ def check(args: argparse.Namespace) -> None:
         check_arch(recipe.encoder.arch, f"encoder.arch {recipe.encoder.arch!r}")
         check_file(args.run / "model.safetensors")
     check_writable(args.out, folder=args.format not in SUFFIXES)
+    check_place(args.out, args.format)
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """What eval/finetune.py wrote beside its classifier. UserError."""
+def check_place(out: Path, kind: str) -> None:
+    """UserError where the export would take the place of a part of a run, of a classifier or of
+    shards, or of any file of weights but an earlier export."""
+    folder = (out.parent if kind in SUFFIXES else out).resolve()
+    for place in (folder, *folder.parents):
+        if place.name in OF_A_RUN and (place.parent / "recipe.yaml").is_file():
+            raise UserError(f"{out}: is in {place.name}/ of a run; choose another output")
+    if kind not in SUFFIXES or out.name == "model.safetensors":
+        names = (*OWNERS, "config.json" if kind == "run" else "encoder/encoder.json")
+        owner = next((name for name in names if (folder / name).is_file()), None)
+        if owner:
+            raise UserError(f"{out}: there is something else ({owner}); choose another output")
+    written = {"run": "encoder/encoder.json", "hf": "model.safetensors"}.get(kind.split("-")[0])
+    old = out / written if written else out
+    if old.is_file() and not _is_export(old):
+        raise UserError(f"{old}: is there, and no earlier export; choose another output")
+
+
+def _is_export(path: Path) -> bool:
+    """Whether a file that is there is one of ours to replace. Nothing of a run is a .pth."""
+    if path.suffix == ".json":
+        return '"method": "supervised"' in path.read_text(encoding="utf-8", errors="replace")
     try:
-        return dict(json.loads((folder / "classifier.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
+        return path.suffix != ".safetensors" or METADATA in check_file(path)
+    except UserError:
+        return False
 
 
 def _need_suffix(out: Path, kind: str) -> None:
@@ -136,15 +161,15 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     The classifier pools the mean of the patch tokens and normalises it with fc_norm, which becomes
     the encoder's norm; so evaluate it with `--feature mean_patch`.
     """
-    info = read_info(folder)
+    info = read_classifier_info(folder)
     try:
         state = load_file(folder / "classifier.safetensors")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: no classifier of eval/finetune.py there ({error})") from None
+        raise no_classifier(folder, error) from None
     weights = {
         k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
     }
-    info.pop("classes", None)
+    del info["classes"]
     name = {"method": "supervised", "recipe": "supervised"}
     with naming(out, "cannot be written"):
         write_atomic(out / "encoder" / "encoder.safetensors", save(weights))
@@ -173,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run it; returns the exit code (0 done, 2 bad input)."""
     args = parse_args(argv)
     try:
+        check(args)
         if args.format == "run":
             line = classifier_encoder(args.run, args.out)
         else:

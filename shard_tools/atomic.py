@@ -113,11 +113,12 @@ def check_writable(
     scheme = re.match(r"[A-Za-z][\w+.-]*:/", str(path))  # of a URL, whose second / a Path drops
     if scheme and not Path(scheme[0]).exists():
         raise UserError(f"{path}: {what} (it is a URL; only local files are written){advice}")
-    if path.exists() and path.is_dir() != folder:
-        reason = os.strerror(errno.ENOTDIR if folder else errno.EISDIR)
-        raise UserError(f"{path}: {what} ({reason}){advice}")
-    there = path if folder else path.parent
+    there = path
     try:
+        if path.exists() and path.is_dir() != folder:
+            code = errno.ENOTDIR if folder else errno.EISDIR
+            raise OSError(code, os.strerror(code))
+        there = path if folder else path.parent
         while not there.exists():
             if there.is_symlink() and (folder or there != path):  # a file takes the link's place
                 raise OSError(errno.ENOENT, "a link to nothing")

@@ -13,10 +13,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.encoders import EncoderInfo
-from eval.shared.results import no_classifier, read_classifier_info
 from pipeline.errors import UserError, naming
 from pipeline.method.families import adopt
 from pipeline.method.parameter_groups import layer_of, layer_scale
+from pipeline.method.source import no_classifier, read_classifier_info
+from pipeline.method.weights import refuse_integers
 from shard_tools.atomic import write_atomic, write_json
 
 FRESH = ("fc_norm.", "head.")  # what the classifier does not take from the encoder
@@ -133,13 +134,15 @@ def read_classifier(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         info |= {"mean": list(config["mean"]), "std": list(config["std"])}
         info["classes"] = [str(number) for number in range(config["num_classes"])]
         return model.eval(), info
-    info = read_classifier_info(folder)
+    info, path = read_classifier_info(folder), Path(folder) / "classifier.safetensors"
     try:
         arch, options = classifier_words(info["arch"], info["options"])
         model = timm.create_model(arch, **options, num_classes=len(info["classes"]))
-        model.load_state_dict(load_file(Path(folder) / "classifier.safetensors"))
+        state = load_file(path)
+        model.load_state_dict(state)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise no_classifier(folder, error) from error
+    refuse_integers(model, state, path)
     return model.eval(), info
 
 

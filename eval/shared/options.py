@@ -154,7 +154,10 @@ def settings_of(kind: type[T], args: argparse.Namespace) -> T:
 
 def check_encoder(choice: EncoderChoice) -> None:
     """UserError where a command line names no encoder, or images that are too small for it."""
-    size = check_source(choice.source, choice.arch, choice.options, choice.ema)
+    size = check_source(choice.source, choice.arch, choice.options, choice.ema, choice.random)
+    channels = choice.options.get("in_chans", 3)
+    if channels != 3:
+        raise UserError(f"--options {{in_chans: {channels}}}: the pictures have 3 channels")
     if choice.resize < 0:
         raise UserError(f"--resize {choice.resize}: must be 0 or more pixels")
     if choice.resize and size:

@@ -11,6 +11,7 @@ from eval.reporting.run_records import read_json
 from eval.shared.options import EncoderChoice, check_encoder, encoder_of
 from pipeline.config.timm_names import check_hub
 from pipeline.errors import UserError, naming
+from pipeline.method.source import read_classifier_info
 from pipeline.method.weight_file import check_file
 from shard_tools.atomic import check_writable, write_json
 
@@ -109,16 +110,6 @@ def write_accuracy(path: Path, result: dict[str, Any]) -> None:
     print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {path}", flush=True)
 
 
-def read_classifier_info(folder: str | Path) -> dict[str, Any]:
-    """The classifier.json of a finetuning: architecture, options, classes. UserError."""
-    try:
-        info = json.loads((Path(folder) / "classifier.json").read_text(encoding="utf-8"))
-        _ = info["arch"], info["options"], info["classes"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise no_classifier(folder, error) from error
-    return dict(info)
-
-
 def check_classifier(name: str) -> None:
     """UserError where a name is no classifier of eval/finetune.py or timm:NAME."""
     if name.startswith("timm:"):
@@ -126,9 +117,3 @@ def check_classifier(name: str) -> None:
         return
     read_classifier_info(name)
     check_file(Path(name) / "classifier.safetensors")
-
-
-def no_classifier(folder: str | Path, error: Exception) -> UserError:
-    """What to say of a folder that no classifier can be read from."""
-    reason = " ".join(str(error).split())[:200]
-    return UserError(f"{folder}: no classifier of eval/finetune.py there ({reason})")

@@ -31,6 +31,7 @@ from pipeline.method.vit import (
     init_weights,
     sincos_position,
 )
+from pipeline.method.weights import refuse_integers
 
 
 class PatchProjection(nn.Conv2d):
@@ -248,6 +249,7 @@ def read_encoder(
         raise UserError(
             f"{path}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"
         ) from None
+    refuse_integers(vit, state, path / "encoder.safetensors")
     return vit.eval(), info
 
 

@@ -34,7 +34,7 @@ from pipeline.method.layouts import (
 from pipeline.method.positions import resize_positions, square
 from pipeline.method.source import check_divisible, need_arch, other_size, read_config
 from pipeline.method.weight_file import METADATA, check_file, written_info
-from pipeline.method.weights import EMA, Found, find_encoder, load_tensors
+from pipeline.method.weights import EMA, Found, find_encoder, load_tensors, refuse_integers
 
 # Heads and decoders are not part of an encoder.
 LEFT_OUT = (
@@ -181,6 +181,7 @@ def fit(
     if missing or unexpected:
         what = f"{missing[0]} is missing" if missing else f"{unexpected[0]} has no place in it"
         raise UserError(f"{path}: the weights do not fit {arch}: {what}")
+    refuse_integers(vit, state, path)
     return vit
 
 

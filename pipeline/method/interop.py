@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.method.checks import need_mae_decoder
 from pipeline.method.encoder import Encoder, encoder_state
 from pipeline.method.objective import Objective
+from pipeline.method.weights import refuse_integers
 
 # facebookresearch/mae's prefix → ours, inside an Objective with a decoder.
 _MAE_DECODER = {
@@ -63,6 +64,7 @@ def from_mae(objective: Objective, state: Mapping[str, Tensor]) -> None:
                 f"weight {name} has shape {list(value.shape)}, the recipe needs "
                 f"{list(mine[name].shape)}"
             )
+    refuse_integers(objective, renamed, "the facebookresearch/mae checkpoint")
     objective.load_state_dict({k: v.reshape(mine[k].shape) for k, v in renamed.items()})
 
 

@@ -36,6 +36,7 @@ from pipeline.method.objective import Objective, build_objective
 from pipeline.method.source import check_divisible, check_source, other_size, teacher_of
 from pipeline.method.vit import is_plain
 from pipeline.method.weight_file import unreadable
+from pipeline.method.weights import refuse_integers
 from shard_tools.home import expand_home
 
 
@@ -65,7 +66,7 @@ def load_encoder(
     """
     name, options = expand_home(str(source)), dict(options or {})
     path = Path(name)
-    check_source(name, arch, options, ema)
+    check_source(name, arch, options, ema, random)
     vit: VisionTransformer | None = None
     if name == "random":
         info = named(known_arch(arch, name), "random encoder") | {"options": options}
@@ -79,7 +80,8 @@ def load_encoder(
         vit, info = from_run(path, arch, options, ema)
     if random or vit is None:
         vit = _random(vit, info, seed)
-        info = {**info, "random_seed": seed}
+        note = str(info.get("note", "")).partition("; weights from ")[0]
+        info = {**info, "random_seed": seed, "note": note}
     return vit, {**info, "random": random or name == "random", "source": name}
 
 
@@ -88,6 +90,8 @@ def _random(vit: VisionTransformer | None, info: dict[str, Any], seed: int) -> V
     arch, options = info["arch"].split(".")[0], info["options"]
     if vit is None:
         vit = build_family(arch, options)
+        if {"img_size", "patch_size"} & options.keys():  # timm's own may be no multiple
+            check_divisible(vit.patch_embed.img_size[0], patch_side(vit), "random")
     if not is_plain(vit):
         return random_family(arch, options, seed)
     return random_encoder({"arch": arch, "options": options}, seed)
@@ -115,6 +119,7 @@ def load_run(run: Path) -> Objective:
         problem = " ".join(str(error).split())[:200]
     if problem:
         raise UserError(f"{path}: does not fit the run's recipe: {problem}")
+    refuse_integers(objective, state, path)
     return objective.eval()
 
 
@@ -128,7 +133,9 @@ def from_run(
         check_divisible(size, patch_side(vit), path)
         vit, info = read_encoder(path, size)
     if ema:
-        vit.load_state_dict(teacher_weights(path) | {"pos_embed": vit.state_dict()["pos_embed"]})
+        state = teacher_weights(path)
+        refuse_integers(vit, state, teacher_of(path))
+        vit.load_state_dict(state | {"pos_embed": vit.state_dict()["pos_embed"]})
         info = {**info, "note": "weights of the EMA teacher"}
     return vit, info
 

@@ -16,7 +16,7 @@ from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
-from pipeline.method.weight_file import METADATA, check_file, written_info
+from pipeline.method.weight_file import METADATA, check_file, facts, written_info
 
 TEACHER = "teacher.safetensors"
 
@@ -26,6 +26,7 @@ def check_source(
     arch: str | None = None,
     options: Mapping[str, Any] | None = None,
     ema: bool = False,
+    random: bool = False,
 ) -> int | None:
     """UserError where the words of `load_encoder` name no encoder; the side of its images in
     pixels, None where that is not known yet."""
@@ -34,12 +35,14 @@ def check_source(
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
     hub = name.startswith("timm:")
-    if ema and (name == "random" or hub or (path / "config.json").is_file()):
+    if ema and (random or name == "random"):
+        raise UserError("--ema: a random encoder has no average of its weights; leave --ema out")
+    if ema and (hub or (path / "config.json").is_file()):
         raise UserError(f"--ema: {name} is no checkpoint file that keeps an average of its weights")
     if arch:
         check_arch(arch.split(".")[0], f"--arch {arch}")
     if name == "random":
-        need_arch(arch, name)
+        check_random(need_arch(arch, name), options or {})
     elif hub:
         check_hub(name.removeprefix("timm:"), name)
         if arch and arch != name.removeprefix("timm:"):
@@ -59,6 +62,16 @@ def check_source(
             teacher_of(path)
         return int(size)
     return (options or {}).get("img_size")
+
+
+def check_random(arch: str, options: Mapping[str, Any]) -> None:
+    """UserError where timm would build a random encoder that takes no image, or a part of each."""
+    for key in ("patch_size", "embed_dim", "depth", "num_heads"):
+        value = options.get(key, 1)
+        if isinstance(value, bool | float) or (isinstance(value, int) and value < 1):
+            raise UserError(f"--options {{{key}: {value}}}: must be a whole number from 1 up")
+    if "img_size" in options and isinstance(options.get("patch_size", 1), int):
+        check_divisible(options["img_size"], patch_of(arch, options), "random")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -136,14 +149,12 @@ def read_info(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     if (path / "encoder").is_dir():
         path = path / "encoder"
     try:
-        info = json.loads((path / "encoder.json").read_text(encoding="utf-8"))
-        if not (isinstance(info["arch"], str) and isinstance(info["options"], dict)):
-            raise TypeError("arch is no name, or options no object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = (path / "encoder.json").read_text(encoding="utf-8")
+        return path, facts(text, "encoder.json")
+    except (OSError, ValueError) as error:
         if not Path(folder).exists():
             raise UserError(f"{folder}: no such file or folder") from None
         raise no_encoder(folder, error) from None
-    return path, info
 
 
 def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
@@ -152,6 +163,25 @@ def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
         f"{folder}: no exported encoder there; give a run, an export or a file of weights"
         + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
     )
+
+
+def read_classifier_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The classifier.json that eval/finetune.py wrote: arch, options, mean, std, classes (their
+    names). UserError."""
+    try:
+        text = (Path(folder) / "classifier.json").read_text(encoding="utf-8")
+        info = facts(text, "classifier.json")
+        if not (isinstance(info.get("classes"), list) and info["classes"]):
+            raise ValueError("classifier.json: classes is no list of names")
+    except (OSError, ValueError) as error:
+        raise no_classifier(folder, error) from None
+    return info
+
+
+def no_classifier(folder: str | os.PathLike[str], error: Exception) -> UserError:
+    """What to say of a folder that no classifier can be read from."""
+    why = " ".join(str(error).split())[:200]
+    return UserError(f"{folder}: no classifier of eval/finetune.py there ({why})")
 
 
 def other_size(

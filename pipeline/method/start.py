@@ -43,7 +43,7 @@ from pipeline.method.objective import Objective
 from pipeline.method.positions import is_sincos, square
 from pipeline.method.source import read_config
 from pipeline.method.vit import build_vit
-from pipeline.method.weights import find_encoder, load_tensors
+from pipeline.method.weights import find_encoder, load_tensors, refuse_integers
 from shard_tools.home import expand_home
 
 POSITIONS, MASK = "encoder.pos_embed", "encoder.mask_token"
@@ -91,6 +91,8 @@ def start_from(objective: Objective, weights: str, ema: bool = False) -> Start:
     weights = expand_home(weights)
     source = read_source(weights, recipe, ema)
     _check_heads(source, f, weights)
+    given = {f"encoder.{name}": value for name, value in source.encoder.items()} | source.rest
+    refuse_integers(objective, given, weights)
     state = dict(source.encoder)
     start, new = Start(), {}
     _take_positions(state, f, start, weights)

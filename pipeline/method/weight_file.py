@@ -38,9 +38,43 @@ def check_file(path: Path) -> dict[str, str]:
 def written_info(path: Path, text: str | None) -> dict[str, Any]:
     """What pipeline/export.py wrote beside the weights (arch, options, mean, std), or {}."""
     try:
-        return dict(json.loads(text or "{}"))
+        return facts(text, METADATA) if text else {}
     except (ValueError, TypeError) as error:
         raise unreadable(path, error) from None
+
+
+def facts(text: str, name: str) -> dict[str, Any]:
+    """What encoder.json, classifier.json or an export (its name) says of an encoder.
+
+    ValueError where that does not build it, or does not say its pixels.
+    """
+    try:
+        info = json.loads(text)
+        _check_facts(info)
+    except KeyError as error:
+        raise ValueError(f"{name}: {error.args[0]} is missing") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from None
+    return dict(info)
+
+
+def _check_facts(info: Any) -> None:
+    if not isinstance(info, dict):
+        raise TypeError("it is no object with arch, options, mean and std")
+    if not isinstance(info["arch"], str):
+        raise TypeError("arch is no name")
+    if not isinstance(info["options"], dict):
+        raise TypeError("options is no object")
+    size = info["options"]["img_size"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise TypeError(f"img_size {size!r} is no number of pixels")
+    for key in ("mean", "std"):
+        if not (isinstance(info[key], list) and [*map(_is_number, info[key])] == [True] * 3):
+            raise TypeError(f"{key} is no list of three numbers")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def unreadable(path: Path, why: object) -> UserError:

@@ -15,7 +15,7 @@ import pathlib
 import pickle
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import UserError
 
@@ -106,6 +106,19 @@ def _refused_objects(path: Path) -> str:
                 "alone in a file"
             )
     return ""
+
+
+def refuse_integers(model: nn.Module, state: Mapping[str, Tensor], path: object) -> None:
+    """UserError where a parameter of a model would take whole numbers, as of a quantised file,
+    which load_state_dict casts without a word. Buffers, such as indices of positions, may."""
+    for name, _ in model.named_parameters():
+        value = state.get(name)
+        if value is not None and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name} holds {kind}, no floating-point numbers; give weights that are "
+                "not quantised (fp32, fp16 or bf16)"
+            )
 
 
 def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:

@@ -17,7 +17,7 @@ from eval import cka, finetune, knn
 from eval.shared.classifier import build_classifier, layer_groups
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import image_features
-from eval.shared.options import encoder_of, parser, settings_of
+from eval.shared.options import check_encoder, encoder_of, parser, settings_of
 from eval.shared.results import output_path
 from eval.shared.session import session_of
 from pipeline.distributed import Ranks
@@ -27,6 +27,7 @@ from pipeline.method.objective import build_objective
 
 ARCH = "vit_base_patch16_224"
 WORDS = ["--arch", ARCH, "--options", json.dumps(OPTIONS)]
+RANDOM = ["--encoder", "random", "--arch", "vit_tiny_patch16_224", "--options"]
 
 
 def parse(*words: object, feature: str = "mean_patch") -> argparse.Namespace:
@@ -179,6 +180,17 @@ def test_every_protocol_takes_a_file(tmp_path):
         (["--encoder", "random"], "give it with --arch"),
         (["--encoder", "random", "--arch", "vit_huge"], "not a timm model"),
         (["--encoder", "random", "--arch", ARCH, "--options", "[1]"], "--options"),
+        (
+            [*RANDOM, "{img_size: 32, patch_size: 64}"],
+            "img_size 32 is no multiple of the patch size",
+        ),
+        ([*RANDOM, "{img_size: 32, patch_size: 7}"], "no multiple of the patch size 7"),
+        ([*RANDOM, "{img_size: 24}"], "img_size 24 is no multiple of the patch size 16"),
+        ([*RANDOM, "{patch_size: 15}"], "img_size 224 is no multiple of the patch size 15"),
+        ([*RANDOM, "{depth: 0}"], "--options {depth: 0}: must be a whole number from 1 up"),
+        ([*RANDOM, "{embed_dim: true}"], "--options {embed_dim: True}: must be a whole number"),
+        (["--encoder", "random", "--ema", *WORDS], "--ema: a random encoder has no average"),
+        (["--encoder", "FILE/whole.pth", "--random", "--ema", *WORDS], "--ema: a random encoder"),
         (["--encoder", "FILE/bad.pth", *WORDS], "cannot be read as a file of weights"),
         (["--encoder", "FILE/evil.pth", *WORDS], "cannot be read as a file of weights"),
         (["--encoder", "FILE/other.pth", *WORDS], r"first entries are conv\.weight"),
@@ -206,6 +218,13 @@ class Evil:
         return os.system, ("exit 1",)
 
 
+def test_pictures_have_three_channels():
+    """Every encoder of an evaluation; load_encoder itself builds others."""
+    with pytest.raises(UserError, match="in_chans: 1}: the pictures have 3 channels"):
+        check_encoder(encoder_of(parse(*RANDOM, "{in_chans: 1}")))
+    check_encoder(encoder_of(parse(*RANDOM, "{in_chans: 3}")))
+
+
 def test_unreachable_hub_is_one_sentence(tmp_path):
     """A process of its own: the hub's client reads its environment when it is imported."""
     command = [sys.executable, knn.__file__, "--encoder", f"timm:{ARCH}.dino"]
@@ -229,6 +248,8 @@ def test_what_was_taken_to_be_so_is_printed_and_kept(tmp_path, capsys):
     assert line.startswith("encoder: a file of DINO: mean and std 0.485,0.456,0.406 0.229")
     assert line.endswith("weights from teacher.backbone; not taken: student.backbone")
     assert session.info.record["note"] == line.removeprefix("encoder: ")
+    drawn = session_of(parse("--encoder", tmp_path / "dino.pth", *WORDS, "--random"), ALONE)
+    assert drawn.info.record["note"] == session.info.record["note"].partition("; weights from")[0]
 
 
 def test_another_image_size_and_resize_reach_the_result(tmp_path):

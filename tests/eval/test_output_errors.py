@@ -93,7 +93,9 @@ def test_export_names_an_output_that_cannot_be_written(kind, trained, below, cap
 
 
 def test_export_names_a_classifiers_output_that_cannot_be_written(below, tmp_path, capsys):
-    (tmp_path / "classifier.json").write_text("{}")
+    info = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"]}
+    info |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (tmp_path / "classifier.json").write_text(json.dumps(info))
     save_file({"fc_norm.weight": torch.ones(2)}, tmp_path / "classifier.safetensors")
     assert export.main([str(tmp_path), "--format", "run", str(below)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {below.parent}")

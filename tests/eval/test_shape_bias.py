@@ -96,6 +96,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     info = {"arch": "vit_base_patch16_224", "options": OPTIONS, "mean": MEAN, "std": STD}
     names = tuple(str(number) for number in range(1000))
     write_classifier(folder / "model", model.state_dict(), info, names)
+    whole = model.state_dict() | {"cls_token": model.cls_token.long()}
+    write_classifier(folder / "whole", whole, info, names)
     model.reset_classifier(10)
     write_classifier(folder / "small", model.state_dict(), info, names[:10])
     random = np.random.default_rng(0)
@@ -146,6 +148,7 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
         (parse("--classifier", home, "--images", home), "no classifier of eval/finetune.py"),
         (parse("--classifier", home / "model", "--images", tmp_path), "has no images"),
         (parse("--classifier", home / "small", "--images", home), "knows 10 classes"),
+        (parse("--classifier", home / "whole", "--images", home), "cls_token holds int64"),
     ]
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("a,b\n1,2\n")
@@ -167,6 +170,12 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     cases.append((parse(*broken), "cat1-dog1.png will not decode"))
     (tmp_path / "zebra.csv").write_text(f"{HEAD}zebra,zebra,x_zebra1-cat2.png\n")
     cases.append((parse("--decisions", tmp_path / "zebra.csv"), "2: category 'zebra' is none of"))
+    for change, said in (({"mean": None}, "mean is no list"), ({"options": [16]}, "options is no")):
+        about = json.loads((home / "model/classifier.json").read_text()) | change
+        folder = tmp_path / next(iter(change))
+        folder.mkdir()
+        (folder / "classifier.json").write_text(json.dumps(about))
+        cases.append((parse("--classifier", folder, *images), f"classifier.json: {said}"))
     for settings, words in cases:
         with pytest.raises(UserError, match=words):
             shape_bias.evaluate(settings, ALONE)

@@ -160,9 +160,18 @@ def test_the_output_folder(tmp_path):
     assert "STOP" not in grades(findings).values()
     assert not list(tmp_path.iterdir())  # nothing is left behind
     (tmp_path / "file").write_text("")
-    for output in (tmp_path / "file", tmp_path / "file/run", Path("/proc/run")):
+    (tmp_path / "link").symlink_to("nowhere")
+    for output, said in (
+        (tmp_path / "file", "cannot be written (Not a directory)"),
+        (tmp_path / "file/run", f"cannot be written ({tmp_path}/file: Not a directory)"),
+        (tmp_path / "link", "cannot be written (a link to nothing)"),
+        (tmp_path / ("a" * 300), "cannot be written (File name too long)"),
+        (Path("/proc/run"), "cannot be written (/proc: "),
+        (Path("s3://a/b"), "it is a URL; only local files are written"),
+    ):
         (finding,) = doctor.folder_findings(output)
         assert finding.grade == "STOP", output
+        assert said in finding.found
 
 
 def test_the_file_system_is_that_of_the_deepest_mount(tmp_path):

@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.export import main as export
 from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.views import full_view
+from pipeline.method.weight_file import METADATA
 
 PIXELS = ((images() / 255 - torch.tensor(oracle.MEAN)) / torch.tensor(oracle.STD)).movedim(-1, 1)
 
@@ -102,6 +103,14 @@ def test_what_is_no_encoder_is_one_sentence(tmp_path):
         pipeline.load_encoder(tmp_path / "x.pth")
     with pytest.raises(UserError, match="no exported encoder"):
         pipeline.load_encoder(tmp_path)
+    about = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "mean": [0.5] * 3}
+    (tmp_path / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"no exported encoder .*\(encoder\.json: std is missing\)"):
+        pipeline.load_encoder(tmp_path)
+    text = json.dumps(about | {"options": {}})
+    save_file({"x": torch.ones(1)}, tmp_path / "y.safetensors", metadata={METADATA: text})
+    with pytest.raises(UserError, match=r"y\.safetensors: .* \(relaxmim: img_size is missing\)"):
+        pipeline.load_encoder(tmp_path / "y.safetensors")
 
 
 def test_the_door_imports_little():

@@ -245,6 +245,106 @@ def test_a_classifier_becomes_an_encoder(run, tmp_path):
         torch.testing.assert_close(ours, vit(x), rtol=1e-5, atol=1e-5)
 
 
+ABOUT = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"]}
+ABOUT |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({}, "arch is missing"),
+        ([], "it is no object with arch, options, mean and std"),
+        (ABOUT | {"arch": 5}, "arch is no name"),
+        (ABOUT | {"arch": "vit_tony"}, "classifier.json: arch 'vit_tony' is not a timm model"),
+        (ABOUT | {"options": []}, "options is no object"),
+        (ABOUT | {"options": {}}, "img_size is missing"),
+        (ABOUT | {"options": {"img_size": "16"}}, "img_size '16' is no number of pixels"),
+        ({k: v for k, v in ABOUT.items() if k != "mean"}, "classifier.json: mean is missing"),
+        (ABOUT | {"std": [1, 2]}, "std is no list of three numbers"),
+        (ABOUT | {"classes": 3}, "classes is no list of names"),
+    ],
+)
+def test_a_classifier_that_does_not_say_what_it_is(about, words, tmp_path, capsys):
+    (tmp_path / "classifier.json").write_text(json.dumps(about))
+    save_file({"fc_norm.weight": torch.ones(2)}, tmp_path / "classifier.safetensors")
+    assert main([str(tmp_path), "--format", "run", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def places(run, tmp_path):
+    """A run with encoder/ and a checkpoint, a classifier, shards, a ViT of somebody else's."""
+    folder, _ = run
+    step, other = folder / "checkpoints/step-1", tmp_path / "other"
+    for place in (folder / "encoder", step, folder / "eval/x", tmp_path / "shards", other):
+        place.mkdir(parents=True)
+    (folder / "encoder/encoder.json").write_text(json.dumps(ABOUT))
+    (folder / "eval/x/classifier.json").write_text(json.dumps(ABOUT))
+    (tmp_path / "shards/manifest.json").write_text("{}")
+    (other / "config.json").write_text("{}")
+    weights = {"fc_norm.weight": torch.ones(2)}
+    for place in (folder / "encoder/encoder", step / "teacher", other / "model"):
+        save_file(weights, place.with_suffix(".safetensors"))
+    save_file(weights, folder / "eval/x/classifier.safetensors")
+    (step / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
+    (tmp_path / "link").symlink_to(folder)
+    return tmp_path
+
+
+def contents(top):
+    return {path: path.read_bytes() for path in top.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "out", "words"),
+    [
+        *(("hf", "run", out, "there is something else (recipe.yaml)") for out in ("run", "link")),
+        ("hf-mae", "run", "run/encoder", "is in encoder/ of a run"),
+        ("hf", "run", "run/checkpoints/step-1", "is in checkpoints/ of a run"),
+        ("hf", "run", "run/checkpoints/new", "is in checkpoints/ of a run"),
+        ("hf", "run", "shards", "there is something else (manifest.json)"),
+        ("hf", "run", "run/eval/x", "there is something else (classifier.json)"),
+        ("hf", "run", "other", "other/model.safetensors: is there, and no earlier export"),
+        ("timm", "run", "run/model.safetensors", "there is something else (recipe.yaml)"),
+        ("timm", "run", "run/encoder/encoder.safetensors", "is in encoder/ of a run"),
+        ("timm", "run", "run/encoder/new.safetensors", "is in encoder/ of a run"),
+        ("timm", "run", "run/checkpoints/step-1/teacher.safetensors", "is in checkpoints/ of"),
+        ("timm", "run", "run/eval/x/classifier.safetensors", "is there, and no earlier export"),
+        ("mae", "run", "run/checkpoints/x.pth", "is in checkpoints/ of a run"),
+        ("run", "run/eval/x", "run", "there is something else (recipe.yaml)"),
+        ("run", "run/eval/x", "run/eval/x", "there is something else (classifier.json)"),
+        ("run", "run/eval/x", "other", "there is something else (config.json)"),
+        ("run", "run/eval/x", "copy", "copy/encoder/encoder.json: is there, and no earlier"),
+        ("hf", "run", "copy", "there is something else (encoder/encoder.json)"),
+    ],
+)
+def test_an_export_takes_the_place_of_nothing_else(kind, source, out, words, places, capsys):
+    (places / "copy").mkdir()
+    (places / "run/encoder").rename(places / "copy/encoder") if out == "copy" else None
+    before = contents(places)
+    assert main([str(places / source), "--format", kind, str(places / out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert contents(places) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "out"),
+    [
+        ("timm", "run", "run/x.safetensors"),
+        ("mae", "run", "run/x.pth"),
+        ("hf", "run", "run/hf"),
+        ("hf-mae", "run", "hf"),
+        ("run", "run/eval/x", "supervised"),
+    ],
+)
+def test_an_export_may_be_repeated(kind, source, out, places):
+    words = [str(places / source), "--format", kind, str(places / out)]
+    assert [main(words), main(words)] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("kind", "out", "words"),
     [

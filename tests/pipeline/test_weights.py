@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from pipeline import build_objective, load_encoder
+from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.method.encoder import encoder_info, encoder_state
+from pipeline.method.load import load_run
+from pipeline.method.start import start_from
 from pipeline.method.weights import find_encoder, load_tensors
 
 ARCH = "vit_tiny_patch16_224"
@@ -132,6 +135,51 @@ def test_ema_of_a_run_is_its_teacher(tmp_path):
         assert all(bool((v == 0.25).all()) for k, v in vit.state_dict().items() if k != "pos_embed")
         assert torch.equal(vit.pos_embed, online["pos_embed"])
         assert not bool((load_encoder(source)[0].cls_token == 0.25).any())
+
+
+def whole(weights, name):
+    """The weights, one of them as whole numbers."""
+    return weights | {name: weights[name].to(torch.int8)}
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path):
+    """Wherever a file gives a model its parameters; load_state_dict casts without a word."""
+    name, path = "blocks.1.mlp.fc1.weight", tmp_path / "x.pth"
+    with pytest.raises(UserError, match=rf"x\.pth: {name} holds int8, no floating-point numbers"):
+        loaded(path, whole(state(), name))
+    for kind in (torch.float16, torch.bfloat16):
+        assert loaded(path, {k: v.to(kind) for k, v in state().items()})[0] == 1
+    objective, teacher = build_objective(tiny_recipe("cmae"))
+    mine = whole(objective.state_dict(), f"encoder.{name}")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(objective.recipe))
+    save_file(mine, tmp_path / "model.safetensors")
+    for read in (lambda: load_run(tmp_path), lambda: start_from(objective, str(tmp_path))):
+        with pytest.raises(UserError, match=f"encoder.{name} holds int8"):
+            read()
+    encoder = encoder_state(objective.encoder.state_dict(), objective.encoder)
+    (tmp_path / "encoder").mkdir()
+    save_file(encoder, tmp_path / "encoder/encoder.safetensors")
+    info = json.dumps(encoder_info(objective.recipe, 1))
+    (tmp_path / "encoder/encoder.json").write_text(info)
+    save_file(whole(teacher.state_dict(), f"encoder.{name}"), tmp_path / "teacher.safetensors")
+    with pytest.raises(UserError, match=rf"teacher\.safetensors: {name} holds int8"):
+        load_encoder(tmp_path, ema=True)
+    save_file(whole(encoder, name), tmp_path / "encoder/encoder.safetensors")
+    with pytest.raises(UserError, match=rf"encoder\.safetensors: {name} holds int8"):
+        load_encoder(tmp_path)
+
+
+def test_buffers_of_whole_numbers_load(tmp_path):
+    """BEiT keeps the indices of its relative positions in a file."""
+    arch, options = "beit_base_patch16_224", OPTIONS
+    beit = timm.create_model(arch, num_classes=0, **options)
+    content = beit.state_dict() | {
+        k: v for k, v in beit.named_buffers() if k.endswith("relative_position_index")
+    }
+    assert any(not v.is_floating_point() for v in content.values())
+    torch.save({"model": content}, tmp_path / "beit.pth")
+    vit, _ = load_encoder(tmp_path / "beit.pth", arch=arch, options=options)
+    assert torch.equal(vit.state_dict()["cls_token"], content["cls_token"])
 
 
 def test_two_encoders_of_the_same_kind_are_refused(tmp_path):

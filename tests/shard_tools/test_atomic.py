@@ -56,6 +56,7 @@ def test_what_cannot_be_written_is_known_before(tmp_path):
         (tmp_path, False, r"cannot be written \(Is a directory\)"),
         (tmp_path / "file", True, r"cannot be written \(Not a directory\)"),
         (tmp_path / "file/x", False, rf"cannot be written \({tmp_path}/file: Not a directory\)"),
+        (tmp_path / ("a" * 300), True, r"cannot be written \(File name too long\)"),
         (Path("/proc/x/y"), True, r"cannot be written \(/proc: "),
         (Path("s3://bucket/x"), True, r"it is a URL; only local files are written"),
         (Path("file:///x"), False, r"it is a URL; only local files are written"),

@@ -78,6 +78,11 @@ MORE_ENCODERS = [
     ("--encoder {run} --options '{{a: 1, a: 2}}'", "write them as"),
     ("--encoder {run} --output {empty}/", "must be a file, such as {empty}/result.json"),
     ("--encoder {run} --ema", "has no checkpoint with an EMA teacher"),
+    ("--encoder {run} --random --ema", "--ema: a random encoder has no average of its weights"),
+    (f"{RANDOM} --ema", "--ema: a random encoder has no average of its weights"),
+    (f"{RANDOM} --options '{{{{img_size: 32, patch_size: 64}}}}'", "img_size 32 is no multiple of"),
+    (f"{RANDOM} --options '{{{{depth: 0}}}}'", "--options {{depth: 0}}: must be a whole number"),
+    (f"{RANDOM} --options '{{{{in_chans: 1}}}}'", "{{in_chans: 1}}: the pictures have 3 channels"),
     ("--encoder {run} --precision fp16", "invalid choice: 'fp16'"),
 ]
 FOLDERS = [("{none}", "/none: no such folder"), ("{empty}", "has no manifest.json"),
@@ -319,6 +324,8 @@ CASES = {
         ("{contrast} --format mae {new}.pth", "only a reconstruction measure has a decoder"),
         ("{run} --format run {new}", "no classifier of eval/finetune.py there"),
         ("{classifier} --format run {new}", NO_WEIGHTS),
+        ("{run} --format hf {run}", "{run}: there is something else (recipe.yaml)"),
+        ("{run} --format timm {run}/encoder/encoder.safetensors", "is in encoder/ of a run"),
     ],
     "pipeline/estimate.py": [
         ("--recipe mea", "did you mean mae?"),
@@ -432,7 +439,8 @@ def places(tmp_path_factory):
     (top / "list.txt").write_text(f"{top}/none\n")
     for name in ("a/1.png", "b/2.png"):
         Image.new("RGB", (8, 8)).save(top / "images" / name)
-    about = {"arch": "vit_tiny_patch16_224", "options": {}, "classes": ["a"] * 1000}
+    about = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"] * 1000}
+    about |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     (top / "classifier/classifier.json").write_text(json.dumps(about))
     np.save(top / "embeddings/embeddings.npy", np.ones((2, 3), "f4"))
     (top / "embeddings/names.txt").write_text("a\t0\t/a\nb\t0\t/b\n")

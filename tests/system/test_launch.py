@@ -201,6 +201,11 @@ def test_more_ranks_than_devices(four_gpus):
 
 
 NODE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+ONE = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+TASK = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "localhost",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -208,6 +213,15 @@ NODE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     [
         (["--ranks", "0"], {}, "--ranks is '0'"),
         (["--ranks"], {}, "--ranks needs a value"),
+        *(
+            (words, {}, f"{option} is given as an empty text")
+            for option in ("--ranks", "--hostfile", "--script", "--grace")
+            for words in ([option, ""], [f"{option}="])
+        ),
+        (["--ranks", "2", "--hostfile", "{bad}"], {}, "--ranks 2 does nothing with --hostfile"),
+        (["--ranks", "4"], ONE, "--ranks 4: another launcher starts 2 on"),
+        (["--ranks", "2"], ONE | {"LOCAL_WORLD_SIZE": "1"}, "--ranks 2: another launcher starts 1"),
+        (["--ranks", "4"], TASK, "--ranks 4: another launcher starts 2 on"),
         (["--grace", "soon"], {}, "--grace is 'soon'"),
         (["--script", "none.py"], {}, "none.py: no such file"),
         (["--hostfile", "none"], {}, "none: no such file"),
