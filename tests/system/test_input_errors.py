@@ -292,7 +292,7 @@ CASES = {
     "eval/sweep.py": [
         (f"mea --grid views.mask_ratio=0.5 {SETS}", "did you mean mae?"),
         (f"mae --grid views.mask=0.5,blok {{tiny}} {SETS}", "input should be"),
-        (f"mae --grid encoder.arch=vit_bose_patch16_224 {{tiny}} {SETS}", NO_MODEL),
+        (f"mae --grid encoder.arch=vit_bose_patch16_224 {SETS}", NO_MODEL),
         (f"mae --grid views.mask_ratio=0.5 {{tiny}} {SETS} --eval x", "--eval x: should be one of"),
         (f"mae --grid views.mask_ratio=0.5 {{tiny}} {SETS} --ds_config zero9", "zero9: cannot be"),
         (f"mae --grid views.mask_ratio=0.5 {{tiny}} {SETS} --output {UNWRITABLE}", "cannot be wri"),
