@@ -19,6 +19,7 @@ from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
 from shard_tools.atomic import check_writable
+from shard_tools.cli import read_list
 from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples
@@ -64,8 +65,11 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
     jobs = args.jobs or (1 if scale.launch != "python" else cores())
     output = args.output or Path(f"runs/reproduce-{scale.name}")
-    if args.few_labels is not None and not args.few_labels.is_file():
-        raise UserError(f"--few-labels {args.few_labels}: no such file")
+    if args.few_labels is not None:
+        if not args.few_labels.is_file():
+            raise UserError(f"--few-labels {args.few_labels}: no such file")
+        if not read_list(args.few_labels):
+            raise UserError(f"--few-labels {args.few_labels}: lists no image")
     workspace = Workspace(
         output,
         scale,
