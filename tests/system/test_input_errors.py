@@ -333,6 +333,8 @@ CASES = {
         ("--launch-ms inf", "--launch-ms not negative"),
         ("--flops --gpus 4", "--gpus does nothing with --flops"),
         ("--flops --json {new}", "--json does nothing with --flops"),
+        ("--fit 0 --precision bf16", "--fit 0: ZeRO 0 does not run in --precision bf16, but 1, 2"),
+        ("--recipe mae --images 1", "--images 1: 1 samples are fewer than one batch of 1024"),
         ("--fit 2 --micro-batch 8", "--micro-batch does nothing with --fit"),
         (f"--json {UNWRITABLE}", "cannot be written"),
     ],
