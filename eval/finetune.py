@@ -54,7 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val", required=True, help="validation shards")
     add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
     add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
-    add("--subset-seed", type=seed_number, default=d.subset_seed, help="of the draw of --fraction")
+    add(
+        "--subset-seed",
+        type=seed_number,
+        metavar="N",
+        default=d.subset_seed,
+        help="of the draw of --fraction",
+    )
     add("--samples-per-epoch", type=int,
         help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
 

@@ -62,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=d.random,
         help="rows drawn where no QUERY is given",
     )
-    result.add_argument("--seed", type=seed_number, default=d.seed, help="of that draw")
+    result.add_argument(
+        "--seed", type=seed_number, metavar="N", default=d.seed, help="of that draw"
+    )
     return result
 
 

@@ -154,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=4096, help="number of training crops")
     parser.add_argument("--val", type=int, default=1024, help="number of validation crops")
     parser.add_argument("--size", type=int, default=SIZE, help="side of a crop in pixels")
-    parser.add_argument("--seed", type=seed_number, default=0, help="seed of all random draws")
+    parser.add_argument(
+        "--seed", type=seed_number, metavar="N", default=0, help="seed of all random draws"
+    )
     return run(_command, parse(parser, arguments))
 
 

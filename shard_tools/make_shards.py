@@ -237,7 +237,7 @@ def _shard_options(group: argparse._ArgumentGroup) -> None:
         "--shard-size", type=shard_bytes, metavar="BYTES", default="256MiB",
         help="of a shard, at most, such as 64MiB",
     )  # fmt: skip
-    a("--seed", type=seed_number, default=0, help="seed of the shuffle")
+    a("--seed", type=seed_number, metavar="N", default=0, help="seed of the shuffle")
     a(
         "--fields", choices=tuple(FIELDS), default=ALL_FIELDS, metavar="FIELDS",
         help="what a sample has: jpg,cls,json, or jpg,cls or jpg,json (the label is in the json); "

@@ -393,7 +393,7 @@ def parser() -> argparse.ArgumentParser:
     way.add_argument("--count", type=int, metavar="N", help="this many images, see --choose")
     a("--choose", choices=CHOICES, help=f"how --count chooses (default: {Choice.choose})")
     a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
-    a("--seed", type=seed_number, help="seed of every draw (default: 0)")
+    a("--seed", type=seed_number, metavar="N", help="seed of every draw (default: 0)")
     a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
     a(

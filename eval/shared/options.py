@@ -41,7 +41,7 @@ class EncoderChoice:
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
     result = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
+    result.add_argument("--seed", type=seed_number, metavar="N", default=0, help="of every draw")
     result.add_argument(
         "--workers",
         type=worker_count,
