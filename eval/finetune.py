@@ -36,6 +36,7 @@ from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from pipeline.command import check_unused, early
 from pipeline.errors import PREEMPTED, UserError
+from shard_tools.cli import seed_number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val", required=True, help="validation shards")
     add("--fraction", type=float, default=d.fraction, help="share of each class's labels")
     add("--subset", help="file of image names to train on (SimCLR's 10percent.txt)")
-    add("--subset-seed", type=int, default=d.subset_seed, help="of the draw of --fraction")
+    add(
+        "--subset-seed",
+        type=seed_number,
+        metavar="N",
+        default=d.subset_seed,
+        help="of the draw of --fraction",
+    )
     add("--samples-per-epoch", type=int,
         help="make an epoch of N draws with replacement (default: each image once)")  # fmt: skip
 

@@ -25,9 +25,14 @@ class Work:
     options: tuple[str, ...] = ()
 
     def option(self, name: str, default: Any) -> Any:
-        """The value after the last `name` on the command line."""
-        found = [n for n, word in enumerate(self.options) if word == name]
-        return self.options[found[-1] + 1] if found else default
+        """The last value of `name` on the command line, in every form that argparse reads: the
+        next word, after `=`, the name abbreviated."""
+        value = default
+        for number, word in enumerate(self.options):
+            given, equals, text = word.partition("=")
+            if len(given) > len("--") and name.startswith(given) and given.startswith("--"):
+                value = text if equals else self.options[number + 1]
+        return value
 
 
 # (images seen, FLOPs) of a protocol.

@@ -24,6 +24,7 @@ from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
+from shard_tools.cli import seed_number
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=d.random,
         help="rows drawn where no QUERY is given",
     )
-    result.add_argument("--seed", type=seed_number, default=d.seed, help="of that draw")
+    result.add_argument(
+        "--seed", type=seed_number, metavar="N", default=d.seed, help="of that draw"
+    )
     return result
 
 

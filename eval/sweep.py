@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import join, quote, split
+from shlex import join, quote
 from typing import NoReturn
 
 from eval.paper.job_runner import run_commands, show_plan
@@ -25,24 +25,30 @@ from eval.paper.sweep_chapter import sweep_chapter
 from eval.paper.sweep_plan import (
     ROOT,
     Sweep,
+    check_cells,
+    check_overrides,
     claim_output,
     plan,
     read_eval_args,
     read_evals,
     read_grid,
     recipe_of,
+    record_of,
+    shell_words,
 )
 from eval.protocols import by_key
 from eval.report import write_report
 from eval.reporting.page import markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import environment, stop_on_sigterm
+from pipeline.command import check_unused
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cores import cores
 
 TASK = "SLURM_ARRAY_TASK_ID"
+CELL = "the encoder of a cell"  # that is not there yet
 
 
 @dataclass(frozen=True)
@@ -91,25 +97,32 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     args = parser.parse_args(words)
     if args.seeds < 1 or args.jobs < 0:
         raise UserError("--seeds must be at least 1 and --jobs not negative")
-    evals = read_evals(args.eval)
+    if args.slurm is not None:
+        check_unused(parser, args, ["jobs"], "with --slurm: every cell is a job")
+    if args.report:
+        check_unused(parser, args, ["jobs", "slurm", "dry_run"], "with --report")
+    evals, grid = read_evals(args.eval), read_grid(args.grid)
+    check_overrides(args.set, tuple(grid))
     output = args.output or Path("runs") / f"sweep-{Path(args.recipe).stem}"
     sweep = Sweep(
-        args.recipe, read_grid(args.grid), args.seeds, evals, output, args.train, args.val,
+        args.recipe, grid, args.seeds, evals, output, args.train, args.val,
         tuple(args.set), read_eval_args(args.eval_args, evals),
         ("--ds_config", args.ds_config) if args.ds_config else (),
     )  # fmt: skip
-    slurm = None if args.slurm is None else tuple(split(args.slurm))
-    again = tuple(without(words, "--slurm", "--jobs"))
+    slurm = None if args.slurm is None else shell_words("--slurm", args.slurm)
+    again = tuple(without_slurm(words))
     return Settings(sweep, args.jobs, args.dry_run, args.report, args.cell, slurm, again)
 
 
-def without(words: Sequence[str], *names: str) -> list[str]:
-    """The words of a command line without some options and their values."""
+def without_slurm(words: Sequence[str]) -> list[str]:
+    """The words of a command line without --slurm, in full or abbreviated, and its value."""
     kept, skip = [], False
     for word in words:
-        if not skip and not any(word.startswith(f"{name}=") for name in names):
-            kept += [] if word in names else [word]
-        skip = not skip and word in names
+        name, equals, _ = word.partition("=")
+        named = not skip and len(name) > len("--s") and "--slurm".startswith(name)
+        if not skip and not named:
+            kept.append(word)
+        skip = named and not equals
     return kept
 
 
@@ -122,8 +135,6 @@ def slots() -> int:
 
 def submit(settings: Settings, cells: int) -> None:
     """A job array with a task per cell, and a job after it that writes the page."""
-    if shutil.which("sbatch") is None:
-        raise UserError("--slurm: sbatch is not on PATH; leave it out to run the grid here")
     assert settings.slurm is not None
     output = settings.sweep.output
     logs = output / "logs"
@@ -153,13 +164,18 @@ def sbatch(path: Path, line: str, options: Sequence[str]) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def write_page(sweep: Sweep) -> None:
-    """OUTPUT/sweep.html and sweep.md from what is done so far; prints the table."""
+def made_runs(sweep: Sweep) -> list[Path]:
+    """The runs that are there. UserError where there is none."""
     runs = [sweep.output / cell.name for cell in sweep.cells]
     made = [run for run in runs if (run / "recipe.yaml").is_file()]
     if not made:
         raise UserError(f"{sweep.output}: has no run of this sweep yet")
-    chapter = sweep_chapter(sweep)
+    return made
+
+
+def write_page(sweep: Sweep) -> None:
+    """OUTPUT/sweep.html and sweep.md from what is done so far; prints the table."""
+    made, chapter = made_runs(sweep), sweep_chapter(sweep)
     title = f"Sweep of {sweep.recipe}: {', '.join(sweep.grid)}"
     page, _ = write_report(made, sweep.output / "sweep.html", title, [chapter])
     for table in chapter.tables:
@@ -179,9 +195,13 @@ def check_evals(sweep: Sweep) -> None:
             raise UserError(f"{text}: {message}")
 
         parser.error = refuse  # type: ignore[method-assign]
-        needed = ["--encoder", "random", "--val", sweep.val]
+        needed = ["--encoder", CELL, "--val", sweep.val]
         needed += ["--train", sweep.train] if how.train else []
         args = parser.parse_args([*needed, *how.words(0), *words])
+        for name, own in (("encoder", CELL), ("output", None)):
+            if getattr(args, name) != own:
+                refuse(f"--{name} is that of the cell; leave it out")
+        args.encoder = "random"
         if hasattr(args, "arch"):  # a random encoder will do for what does not depend on it
             args.arch = args.arch or recipe_of(sweep, sweep.cells[0]).encoder.arch
             try:
@@ -190,29 +210,41 @@ def check_evals(sweep: Sweep) -> None:
                 refuse(str(error))
 
 
+def check_way(settings: Settings, cells: int) -> None:
+    """UserError where a sweep cannot be run the way that was asked for, or not in its folder."""
+    if settings.cell is not None and not 0 <= settings.cell < cells:
+        raise UserError(f"--cell {settings.cell}: the grid has cells 0 to {cells - 1}")
+    if settings.slurm is not None and shutil.which("sbatch") is None:
+        raise UserError("--slurm: sbatch is not on PATH; leave it out to run the grid here")
+    record_of(settings.sweep)
+    if settings.report:
+        made_runs(settings.sweep)
+
+
 def run_sweep(settings: Settings) -> None:
-    """Plan it, then do what the settings say."""
+    """Check it, plan it, then do what the settings say. OUTPUT is this sweep's only then."""
     sweep = settings.sweep
+    check_cells(sweep)
+    if not settings.dry_run:
+        check_writable(sweep.output, folder=True, advice="; choose another --output")
+    check_evals(sweep)
     commands = plan(sweep)
     everything = [command for group in commands.values() for command in group]
     if settings.dry_run:
         print("\n".join(show_plan(everything)), flush=True)
         return
-    check_writable(sweep.output, folder=True, advice="; choose another --output")
-    if not settings.report:
-        check_evals(sweep)
-    claim_output(sweep)
-    if settings.cell is not None:
-        cells = list(commands.items())
-        if not 0 <= settings.cell < len(cells):
-            raise UserError(f"--cell {settings.cell}: the grid has cells 0 to {len(cells) - 1}")
-        cell, own = cells[settings.cell]
-        run_commands(own, 1, sweep.output / "cells" / cell.name)
-    elif settings.report:
+    check_way(settings, len(commands))
+    if settings.report:
         write_page(sweep)
+    elif settings.cell is not None:
+        cell, own = list(commands.items())[settings.cell]
+        claim_output(sweep)
+        run_commands(own, 1, sweep.output / "cells" / cell.name)
     elif settings.slurm is not None:
         submit(settings, len(commands))
+        claim_output(sweep)  # not where sbatch refuses it
     else:
+        claim_output(sweep)
         run_commands(everything, settings.jobs or slots(), sweep.output)
         write_page(sweep)
 

@@ -23,11 +23,18 @@ from pipeline.command import check_unused, early, imported
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.cost.feeding import Feeding
-from pipeline.cost.micro_batch import MARGIN, PlanError, largest_that_fits, split
-from pipeline.data.order import steps_per_epoch
+from pipeline.cost.micro_batch import (
+    MARGIN,
+    PlanError,
+    fits,
+    largest_that_fits,
+    split,
+    stages_under,
+)
 from pipeline.errors import UserError, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
+from pipeline.runtime.settings import total_steps
 from shard_tools.atomic import check_writable, write_json
 
 # Images a second that a core decodes and crops: 200 files of ImageNet (106 KB), processor time on a
@@ -124,12 +131,25 @@ def check_split(recipe: Recipe, args: argparse.Namespace) -> None:
         raise PlanError(f"--micro-batch {args.micro_batch}: must be one of {sizes}")
 
 
+def check_fit(args: argparse.Namespace) -> None:
+    """UserError where the engine refuses the stage of --fit in the precision."""
+    if args.fit not in (stages := stages_under(args.precision)):
+        raise PlanError(
+            f"--fit {args.fit}: ZeRO {args.fit} does not run in --precision {args.precision}, "
+            f"but {', '.join(map(str, stages))} do"
+        )
+
+
 def check(args: argparse.Namespace) -> None:
     """UserError for what is seen to be wrong before anything is built."""
     recipe = load_recipe(args.recipe, args.overrides)
     check_objective(recipe)
     if not args.flops:
         check_split(recipe, args)
+    if args.fit is not None:
+        check_fit(args)
+    elif not args.flops:
+        total_steps(f"--images {args.images}", args.images, recipe)
     if args.json:
         check_writable(args.json)
 
@@ -138,7 +158,7 @@ if __name__ == "__main__":  # the help, and what is seen to be wrong without tor
     early(parse_args, check)
 
 from pipeline.config.ds_config import MOST_IMAGES
-from pipeline.cost.dry_run import BF16_WEIGHTS, Work, flops_of_phases, meta_objective, scaled
+from pipeline.cost.dry_run import Work, flops_of_phases, meta_objective, scaled
 from pipeline.cost.launches import (
     GRAPH_LAUNCHES,
     GROUP_LAUNCHES,
@@ -239,7 +259,7 @@ class Planner:
             | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need).items()}
             | {
                 "memory_gb": round(need.total / 1e9, 3),
-                "fits": need.total <= (1 - MARGIN) * room,
+                "fits": fits(need.total, room),
                 "sent_gb_per_step": round(sent / 1e9, 3),
                 "launches": feeding.launches,
                 "gpu_ms": round(1e3 * feeding.gpu, 3),
@@ -275,11 +295,8 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     Under data.sizes memory and launches are of the full size, FLOPs and times of the mean step.
     """
     planner = make_planner(recipe, args)
-    # The engine refuses DeepSpeed's stage 0 in bf16, and 1 with fp32 gradients.
-    rows = [planner.row(stage) for stage in range(4) if args.precision not in BF16_WEIGHTS[stage:]]
-    images = recipe.data.samples_per_epoch or args.images
-    steps = steps_per_epoch(images, recipe.batch_size, recipe.data.partitions)
-    total = round(steps * recipe.optimizer.epochs)
+    total = total_steps(f"--images {args.images}", args.images, recipe)
+    rows = [planner.row(stage) for stage in stages_under(args.precision)]
     flops = round(planner.mean * planner.work_of(recipe.batch_size).flops)
     trained = (p.numel() for p in planner.objective.parameters() if p.requires_grad)
     return {
@@ -299,6 +316,23 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "stages": rows,
         "recommended_stage": recommended(rows),
     }
+
+
+def fit(recipe: Recipe, args: argparse.Namespace) -> int:
+    """The micro-batch that --fit prints. Where none fits, the smallest, and stderr says so: the run
+    that asked may still have room, since memory offloaded to the host is counted here too."""
+    check_fit(args)
+    room, captured = args.gpu_memory * 1e9, graphs(args.fit, args, recipe)
+    images, need = fitting_micro_batch(
+        recipe, args.gpus, args.fit, args.precision, room, args.checkpointing, captured
+    )
+    if not fits(need, room):
+        print(
+            f"warning: no micro-batch fits --gpu-memory {args.gpu_memory:g} under ZeRO {args.fit}: "
+            f"one of {images} needs {need / 1e9:.2f} GB, and {MARGIN:.0%} must stay free",
+            file=sys.stderr,
+        )
+    return images
 
 
 def graphs(stage: int, args: argparse.Namespace, recipe: Recipe) -> bool:
@@ -368,9 +402,7 @@ def main(argv: list[str] | None = None) -> int:
             print(flops_lines(recipe))
             return 0
         if args.fit is not None:
-            room, captured = args.gpu_memory * 1e9, graphs(args.fit, args, recipe)
-            print(fitting_micro_batch(recipe, args.gpus, args.fit, args.precision, room,
-                                      args.checkpointing, captured))  # fmt: skip
+            print(fit(recipe, args))
             return 0
         plan = predict(recipe, args)
         print(show(plan))

@@ -115,6 +115,22 @@ def byte_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 256MiB") from None
 
 
+def seed_number(text: str) -> int:
+    """A seed that every generator takes. argparse turns the error into a sentence."""
+    number = int(text) if text.isascii() and text.isdecimal() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
+    return number
+
+
+def shard_bytes(text: str) -> int:
+    """The size of a shard in bytes, 1KiB at least. argparse turns the error into a sentence."""
+    size = byte_size(text)
+    if size < _UNITS["K"]:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1KiB")
+    return size
+
+
 def worker_count(text: str) -> int:
     """A number of processes, 0 for none but this one. argparse turns the error into a sentence."""
     if not (text.isascii() and text.isdecimal()):

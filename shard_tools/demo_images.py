@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipeline.errors import naming
 from shard_tools.atomic import check_writable, write_atomic
-from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run
+from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run, seed_number
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
 PHOTOGRAPHS = {
@@ -154,7 +154,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=4096, help="number of training crops")
     parser.add_argument("--val", type=int, default=1024, help="number of validation crops")
     parser.add_argument("--size", type=int, default=SIZE, help="side of a crop in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all random draws")
+    parser.add_argument(
+        "--seed", type=seed_number, metavar="N", default=0, help="seed of all random draws"
+    )
     return run(_command, parse(parser, arguments))
 
 
@@ -163,8 +165,6 @@ def _command(options: argparse.Namespace) -> int:
         raise ToolError(f"--train and --val must be at least {len(PHOTOGRAPHS)}, one per class")
     if not 8 <= options.size <= 4096:
         raise ToolError(f"--size must be 8 to 4096 pixels, not {options.size}")
-    if options.seed < 0:
-        raise ToolError(f"--seed must be 0 or more, not {options.seed}")
     with naming(options.dest, "cannot be written"):
         build(
             options.dest, train=options.train, val=options.val, size=options.size, seed=options.seed

@@ -21,11 +21,12 @@ from shard_tools.class_list import read_classes
 from shard_tools.cli import (
     HelpFormatter,
     ToolError,
-    byte_size,
     cores,
     images_of,
     parse,
     run,
+    seed_number,
+    shard_bytes,
     worker_count,
 )
 from shard_tools.image_file import CAN_CUT, Conversion
@@ -191,10 +192,6 @@ def settings_of(options: argparse.Namespace) -> Settings:
             raise ToolError(f"{flag} must be at least 1 pixel, not {value}")
     if options.quality is not None and not 1 <= options.quality <= 100:
         raise ToolError(f"--quality must be between 1 and 100, not {options.quality}")
-    if options.shard_size < 1 << 10:
-        raise ToolError(f"--shard-size must be at least 1KiB, not {options.shard_size} bytes")
-    if options.seed < 0:
-        raise ToolError(f"--seed must be 0 or more, not {options.seed}")
     if not options.name or set(options.name) & set("/.\0"):
         raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
     conversion = Conversion(options.gray16, options.alpha)
@@ -237,10 +234,10 @@ def _shard_options(group: argparse._ArgumentGroup) -> None:
     a = group.add_argument
     a("--name", default="shard", help="shards are called NAME-000000.tar")
     a(
-        "--shard-size", type=byte_size, metavar="BYTES", default="256MiB",
+        "--shard-size", type=shard_bytes, metavar="BYTES", default="256MiB",
         help="of a shard, at most, such as 64MiB",
     )  # fmt: skip
-    a("--seed", type=int, default=0, help="seed of the shuffle")
+    a("--seed", type=seed_number, metavar="N", default=0, help="seed of the shuffle")
     a(
         "--fields", choices=tuple(FIELDS), default=ALL_FIELDS, metavar="FIELDS",
         help="what a sample has: jpg,cls,json, or jpg,cls or jpg,json (the label is in the json); "

@@ -38,6 +38,8 @@ from shard_tools.cli import (
     parse,
     read_list,
     run,
+    seed_number,
+    shard_bytes,
     worker_count,
 )
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
@@ -74,6 +76,8 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
     """Samples whose file name, without folders, is in the list: the name itself, else its stem (the
     keys of adopted tars have no suffix). Every listed name must be there exactly once."""
     wanted = {os.path.basename(line.strip()) for line in _lines(path)}
+    if not wanted:
+        raise ToolError(f"{path}: lists no image")
     if not manifest.names:
         raise ToolError(f"{manifest.home}: no file names were recorded; --fraction can be used")
     exact, stems = _numbers(manifest.names, wanted)
@@ -203,9 +207,16 @@ class Choice:
 
 
 def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
-    """Sample numbers, ascending. ToolError where the choice cannot be made."""
-    if choice.rest:
-        return _rest(manifest, choice)
+    """Sample numbers, ascending, one at least. ToolError where the choice cannot be made."""
+    if not manifest.samples:
+        raise ToolError(f"{manifest.home}: holds no image to choose from")
+    chosen = _rest(manifest, choice) if choice.rest else _chosen(manifest, choice)
+    if not len(chosen):
+        raise ToolError(f"{manifest.home}: none of its images is chosen")
+    return chosen
+
+
+def _chosen(manifest: Manifest, choice: Choice) -> np.ndarray:
     if choice.class_name is not None and choice.choose != "one-class":
         raise ToolError("--class belongs to --choose one-class")
     if choice.fraction is not None:
@@ -222,7 +233,7 @@ def choose_samples(manifest: Manifest, choice: Choice) -> np.ndarray:
 def _rest(manifest: Manifest, choice: Choice) -> np.ndarray:
     if choice.classes is not None:
         raise ToolError("--rest does not go with --classes: list the other classes")
-    chosen = choose_samples(manifest, replace(choice, rest=False))
+    chosen = _chosen(manifest, replace(choice, rest=False))
     left = np.setdiff1d(np.arange(manifest.samples), chosen)
     if not len(left):
         raise ToolError(f"{manifest.home}: --rest leaves no image, since all of them are chosen")
@@ -310,7 +321,7 @@ def choice_of(options: argparse.Namespace) -> Choice:
     """What a command line chooses. ToolError for an option that would do nothing."""
     if options.choose and options.count is None:
         raise ToolError(f"--choose {options.choose} belongs to --count")
-    if options.shard_size and not options.copy:
+    if options.shard_size is not None and not options.copy:
         raise ToolError("--shard-size belongs to --copy: without it no tar is written")
     if options.workers is not None and not options.copy:
         raise ToolError("--workers belongs to --copy: an index is written by this process")
@@ -345,7 +356,7 @@ def subset(options: argparse.Namespace) -> int:
         classes=chosen.classes,
         names=chosen.names,
         made=chosen.made,
-        shard_size=options.shard_size or byte_size(SHARD_SIZE),
+        shard_size=byte_size(SHARD_SIZE) if options.shard_size is None else options.shard_size,
         workers=cores() if options.workers is None else options.workers,
     )
     print(f"{dest}: copied {len(samples)} of {manifest.samples} images, {size / 1e6:.1f} MB")
@@ -382,12 +393,12 @@ def parser() -> argparse.ArgumentParser:
     way.add_argument("--count", type=int, metavar="N", help="this many images, see --choose")
     a("--choose", choices=CHOICES, help=f"how --count chooses (default: {Choice.choose})")
     a("--class", dest="class_name", metavar="NAME", help="the class of --choose one-class")
-    a("--seed", type=int, help="seed of every draw (default: 0)")
+    a("--seed", type=seed_number, metavar="N", help="seed of every draw (default: 0)")
     a("--rest", action="store_true", help="take the images that are not chosen")
     a("--copy", action="store_true", help="write tars of their own instead of an index")
     a(
         "--shard-size",
-        type=byte_size,
+        type=shard_bytes,
         metavar="BYTES",
         help=f"with --copy: bytes of a shard, at most (default: {SHARD_SIZE})",
     )

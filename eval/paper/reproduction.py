@@ -18,7 +18,9 @@ from eval.reporting.tables import FEATURE_NAMES, NONE, UNMEASURED, Cell, Row, Ta
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
+from pipeline.runtime.settings import total_steps
 from shard_tools.atomic import check_writable
+from shard_tools.cli import read_list
 from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples
@@ -36,6 +38,7 @@ class Options:
     dry_run: bool = False
 
 
+TRAIN, VAL = 4096, 1024  # crops of the demo's photographs
 CROPS = 80  # pixels of the demo's photographs, as the small scales have them
 
 
@@ -61,11 +64,17 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     """The options as values; UserError for one that cannot be."""
     if args.seeds < 1 or args.jobs < 0:
         raise UserError("--seeds must be at least 1 and --jobs not negative")
+    for text in args.set:
+        if text.partition("=")[0] == "seed":
+            raise UserError(f"--set {text}: seeds are what --seeds N says")
     scale = replace(read_scale(scale_name, args.train, args.val), last=tuple(args.set))
     jobs = args.jobs or (1 if scale.launch != "python" else cores())
     output = args.output or Path(f"runs/reproduce-{scale.name}")
-    if args.few_labels is not None and not args.few_labels.is_file():
-        raise UserError(f"--few-labels {args.few_labels}: no such file")
+    if args.few_labels is not None:
+        if not args.few_labels.is_file():
+            raise UserError(f"--few-labels {args.few_labels}: no such file")
+        if not read_list(args.few_labels):
+            raise UserError(f"--few-labels {args.few_labels}: lists no image")
     workspace = Workspace(
         output,
         scale,
@@ -81,15 +90,21 @@ def check_rows(options: Options, rows: Iterable[PaperRow]) -> None:
     workspace = options.workspace
     if not options.dry_run:
         check_writable(workspace.output, folder=True, advice="; choose another --output")
-    chosen = set()
+    chosen, pretrained = set(), []
     for row in rows:
         check_objective(row_recipe(workspace, row))
+        if row.recipe not in (None, "supervised") and row.initial != "random":
+            pretrained.append(row)
         if row.classes is not None and workspace.scale.name == "full":
             chosen.add(Choice(classes=Path(workspace.classes)))
     if workspace.few_labels:
         chosen.add(Choice(names=Path(workspace.few_labels)))
     for choice in chosen if not builds_data(workspace) else ():
         choose_samples(read_manifest(workspace.scale.train), choice)
+    train = workspace.scale.train
+    samples = TRAIN if builds_data(workspace) else read_manifest(train).samples
+    for row in pretrained:
+        total_steps(train, samples, row_recipe(workspace, row))
 
 
 def builds_data(workspace: Workspace) -> bool:
@@ -101,7 +116,7 @@ def prepare_data(workspace: Workspace) -> None:
     """Build the demo's shards for a small scale that was given no others."""
     if builds_data(workspace):
         data = Path(workspace.scale.train).parent.parent
-        make_demo_shards(data, train=4096, val=1024, size=CROPS)
+        make_demo_shards(data, train=TRAIN, val=VAL, size=CROPS)
 
 
 @cache

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from shlex import split
+from typing import Any
 
 from eval.paper.commands import cost, pretrain_flops
 from eval.paper.job_runner import Command
 from eval.protocols import by_key, keys
 from pipeline.config.ds_config import open_ds_config
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
-from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, naming
 from pipeline.method.checks import check_objective
+from pipeline.runtime.settings import total_steps
 from shard_tools.atomic import write_json
 from shard_tools.manifest import read_manifest
 
@@ -90,6 +91,17 @@ def read_grid(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return grid
 
 
+def check_overrides(overrides: Sequence[str], grid: Sequence[str]) -> None:
+    """UserError for a `--set` that every cell would change again."""
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key == "seed":
+            raise UserError(f"--set {text}: seeds are what --seeds N says")
+        for other in grid:
+            if key == other or key.startswith(f"{other}."):
+                raise UserError(f"--set {text}: {other} is what --grid says; leave one of them out")
+
+
 def parts(text: str) -> Iterator[str]:
     """The text cut at its commas outside brackets."""
     depth, start = 0, 0
@@ -108,17 +120,27 @@ def read_evals(text: str) -> tuple[str, ...]:
     for name in found:
         if name not in known:
             raise UserError(f"--eval {name}: should be one of {', '.join(known)}")
+    if not found:
+        raise UserError(f"--eval {text!r}: names no evaluation; there are {', '.join(known)}")
     return found
 
 
+def shell_words(option: str, text: str) -> tuple[str, ...]:
+    """The words of an option's value, parted as by a shell. UserError where a quote is open."""
+    try:
+        return tuple(split(text))
+    except ValueError as error:
+        raise UserError(f"{option} {text!r}: cannot be parted into words ({error})") from None
+
+
 def read_eval_args(words: Sequence[str], evals: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """`PROTOCOL=OPTIONS` → protocol and the words of its options."""
-    found = {}
+    """`PROTOCOL=OPTIONS` → protocol and the words of its options, of all that name it."""
+    found: dict[str, tuple[str, ...]] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or name not in evals:
             raise UserError(f"--eval-args {word!r}: should be PROTOCOL=OPTIONS of one of --eval")
-        found[name] = tuple(split(text))
+        found[name] = found.get(name, ()) + shell_words(f"--eval-args {name}", text)
     return found
 
 
@@ -127,34 +149,38 @@ def recipe_of(sweep: Sweep, cell: Cell) -> Recipe:
     return load_recipe(sweep.recipe, (*sweep.overrides, *cell.sets, f"seed={cell.seed}"))
 
 
-def plan(sweep: Sweep) -> dict[Cell, list[Command]]:
-    """Cell → its commands, pretraining first. UserError for what could not run to its end."""
-    samples, held_out = (read_manifest(shards).samples for shards in (sweep.train, sweep.val))
+def check_cells(sweep: Sweep) -> None:
+    """UserError for a pretraining that could not run to its end, or would be another one's."""
+    samples = read_manifest(sweep.train).samples
+    read_manifest(sweep.val)
     if sweep.pretrain_args:
         open_ds_config(sweep.pretrain_args[-1])
     names: dict[str, Cell] = {}
-    commands = {}
+    recipes: dict[str, Cell] = {}
     for cell in sweep.cells:
+        recipe = recipe_of(sweep, cell)
+        check_objective(recipe)
+        total_steps(sweep.train, samples, recipe)
         other = names.setdefault(cell.name, cell)
         if other != cell:
             raise UserError(f"--grid: {other.sets} and {cell.sets} would share {cell.name}")
-        commands[cell] = cell_commands(sweep, cell, samples, held_out)
-    return commands
+        other = recipes.setdefault(dump_recipe(recipe), cell)
+        if other != cell:
+            raise UserError(
+                f"--grid: {other.label} and {cell.label} are the same settings; leave one out"
+            )
+
+
+def plan(sweep: Sweep) -> dict[Cell, list[Command]]:
+    """Cell → its commands, pretraining first. What check_cells refuses is not looked for again."""
+    samples, held_out = (read_manifest(shards).samples for shards in (sweep.train, sweep.val))
+    return {cell: cell_commands(sweep, cell, samples, held_out) for cell in sweep.cells}
 
 
 def cell_commands(sweep: Sweep, cell: Cell, samples: int, held_out: int) -> list[Command]:
     """Pretraining and evaluations of a cell on `samples` training and `held_out` other images."""
     recipe, run = recipe_of(sweep, cell), sweep.output / cell.name
-    check_objective(recipe)
-    drawn = recipe.data.samples_per_epoch or samples
-    total = round(
-        recipe.optimizer.epochs * steps_per_epoch(drawn, recipe.batch_size, recipe.data.partitions)
-    )
-    if not total:
-        raise UserError(
-            f"{sweep.train}: {drawn} images are fewer than one batch of {recipe.batch_size}; set "
-            "batch_size (and data.partitions) lower"
-        )
+    total = total_steps(sweep.train, samples, recipe)
     words: list[object] = ["--recipe", sweep.recipe, "--data", sweep.train, "--output", run]
     for text in (*sweep.overrides, *cell.sets, f"seed={cell.seed}"):
         words += ["--set", text]
@@ -191,8 +217,16 @@ def result_path(sweep: Sweep, cell: Cell, protocol: str) -> Path:
 
 
 def claim_output(sweep: Sweep) -> None:
-    """Note in OUTPUT/sweep.json what every cell shares. UserError where it was made with other
-    settings, whose runs would pass for this sweep's; grid, seeds and evaluations may grow."""
+    """Note in OUTPUT/sweep.json what every cell shares. UserError of `record_of`."""
+    record, path = record_of(sweep), sweep.output / RECORD
+    with naming(path, "cannot be written"):
+        write_json(path, record)
+
+
+def record_of(sweep: Sweep) -> dict[str, Any]:
+    """What every cell shares, with the evaluations that OUTPUT/sweep.json has already. UserError
+    where that was made with other settings, whose runs would pass for this sweep's; grid, seeds and
+    evaluations may grow."""
     path = sweep.output / RECORD
     record = {
         "recipe": dump_recipe(load_recipe(sweep.recipe, sweep.overrides)),
@@ -223,8 +257,7 @@ def claim_output(sweep: Sweep) -> None:
         evals = list(dict.fromkeys([*before["evals"], *sweep.evals]))
     else:
         evals = list(sweep.evals)
-    with naming(path, "cannot be written"):
-        write_json(path, record | {"evals": evals, "eval_args": args})
+    return record | {"evals": evals, "eval_args": args}
 
 
 def as_number(value: str) -> float | None:

@@ -15,7 +15,7 @@ from pipeline.data.crops import CentreCrop
 from pipeline.errors import UserError
 from pipeline.help_text import HelpFormatter
 from pipeline.method.source import check_reconstructor, check_source
-from shard_tools.cli import worker_count
+from shard_tools.cli import seed_number, worker_count
 from shard_tools.cores import cores
 
 T = TypeVar("T")
@@ -38,18 +38,10 @@ class EncoderChoice:
     resize: int = 0
 
 
-def seed_number(text: str) -> int:
-    """A seed that every generator takes. argparse turns the error into a sentence."""
-    number = int(text) if text.isascii() and text.isdecimal() else -1
-    if not 0 <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"{text}: must be between 0 and {2**32 - 1}")
-    return number
-
-
 def base_parser(description: str) -> argparse.ArgumentParser:
     """Argument parser with the options of every evaluation; DeepSpeed adds `--local_rank`."""
     result = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    result.add_argument("--seed", type=seed_number, default=0, help="of every draw")
+    result.add_argument("--seed", type=seed_number, metavar="N", default=0, help="of every draw")
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return result
 

@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import kernels
 from pipeline.config.recipe import EncoderRecipe, Recipe
 from pipeline.cost.launches import LaunchCounter
+from pipeline.cost.micro_batch import BF16_WEIGHTS
 from pipeline.method.checks import vit_options
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
 from pipeline.method.vit import build_vit
-
-BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")  # of the precisions, see estimate.py
 
 
 @dataclass(frozen=True)

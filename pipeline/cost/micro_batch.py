@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 
+BF16_WEIGHTS = ("bf16", "bf16-fp32-grads")  # of the precisions, see estimate.py
 MARGIN = 0.1  # of a device's memory, left for the CUDA context, momentary tensors, fragments
 
 
@@ -23,10 +24,21 @@ def split(recipe: Recipe, ranks: int) -> list[int]:
     return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
 
 
+def stages_under(precision: str) -> list[int]:
+    """ZeRO stages that run in a precision: the engine refuses DeepSpeed's stage 0 in bf16, and 1
+    with fp32 gradients."""
+    return [stage for stage in range(4) if precision not in BF16_WEIGHTS[stage:]]
+
+
+def fits(need: int, memory: float) -> bool:
+    """Whether bytes fit in a device's memory less MARGIN."""
+    return need <= (1 - MARGIN) * memory
+
+
 def largest_that_fits(sizes: list[int], bytes_of: dict[int, int], memory: float) -> int:
     """The largest micro-batch whose bytes fit in a device's memory less MARGIN, else the smallest.
 
     sizes: to choose from; bytes_of: what each needs.
     """
-    fitting = [n for n in sizes if bytes_of[n] <= (1 - MARGIN) * memory]
+    fitting = [n for n in sizes if fits(bytes_of[n], memory)]
     return max(fitting, default=min(sizes))

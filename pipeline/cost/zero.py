@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from pipeline.config.recipe import Recipe
-from pipeline.cost.dry_run import BF16_WEIGHTS, Work, meta_objective, scaled
-from pipeline.cost.micro_batch import largest_that_fits, split
+from pipeline.cost.dry_run import Work, meta_objective, scaled
+from pipeline.cost.micro_batch import BF16_WEIGHTS, largest_that_fits, split
 from pipeline.method.objective import Objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher, linear_weights
@@ -139,9 +139,10 @@ def graph_copies(accumulation: int) -> int:
 def fitting_micro_batch(
     recipe: Recipe, ranks: int, stage: int, precision: str, memory_bytes: float,
     checkpointing: bool = False, captured: bool = False,
-) -> int:  # fmt: skip
-    """The most images of a micro-batch that fit in a device's memory less MARGIN, of those that
-    divide a rank's images of a step. captured: whether micro-batches are CUDA graphs."""
+) -> tuple[int, int]:  # fmt: skip
+    """The most images of a micro-batch that fit in a device's memory less MARGIN, else the fewest,
+    of those that divide a rank's images of a step; and the bytes that they need. captured: whether
+    micro-batches are CUDA graphs."""
     objective, teacher = meta_objective(recipe)
     work_of, sizes = scaled(recipe, precision, checkpointing), split(recipe, ranks)
     stage = stage_with_graphs(stage, ranks) if captured else stage
@@ -150,4 +151,6 @@ def fitting_micro_batch(
         copies = graph_copies(sizes[0] // n) if captured else 0
         return memory(objective, teacher, work_of(n), stage, ranks, precision, copies).total
 
-    return largest_that_fits(sizes, {n: need(n) for n in sizes}, memory_bytes)
+    needs = {n: need(n) for n in sizes}
+    images = largest_that_fits(sizes, needs, memory_bytes)
+    return images, needs[images]

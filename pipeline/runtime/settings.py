@@ -37,3 +37,15 @@ def epoch_steps(data: str, samples: int, recipe: Recipe) -> int:
             "set batch_size (and data.partitions) lower, or data.samples_per_epoch"
         )
     return steps
+
+
+def total_steps(data: str, samples: int, recipe: Recipe) -> int:
+    """Steps of a whole pretraining on `samples` samples of a folder. UserError where there are
+    none."""
+    steps, epochs = epoch_steps(data, samples, recipe), recipe.optimizer.epochs
+    total = round(epochs * steps)
+    if total == 0:
+        raise UserError(
+            f"optimizer.epochs {epochs:g}: epochs of {steps} steps on {data}, too few for one step"
+        )
+    return total

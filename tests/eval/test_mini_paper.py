@@ -90,7 +90,8 @@ def test_a_key_that_the_rows_of_the_claims_have_may_be_changed(shards, tmp_path,
     """measure.lambda is of MAE and R-MAE (claim 5), not of C-MAE (claim 3)."""
     words = [
         "--seeds", "1", "--train", shards / "train", "--val", shards / "val", "--output",
-        tmp_path / "mini", "--set", "measure.lambda=3", "--dry-run", "--claims",
+        tmp_path / "mini", "--set", "measure.lambda=3", "--set", "batch_size=64", "--dry-run",
+        "--claims",
     ]  # fmt: skip
     words = list(map(str, words))
     mini_paper.mini_paper(mini_paper.parse_args([*words, "5"]))

@@ -358,12 +358,20 @@ def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, ca
         (["--table", "4", "--scale", "huge"], "knows full, mini"),
         (["--table", "4", "--seeds", "0"], "--seeds must be at least 1"),
         (["--table", "4", "--train", "/nowhere"], "/nowhere: no such folder"),
+        (["--table", "4"], "train: 640 samples are fewer than one batch of 1024"),
+        (["--table", "4", "--set", "seed=7"], "--set seed=7: seeds are what --seeds N says"),
     ],
 )
 def test_bad_input_is_one_sentence(shards, words, sentence):
     data = ["--train", str(shards / "train"), "--val", str(shards / "val"), "--dry-run"]
     with pytest.raises(UserError, match=sentence):
         reproduce.reproduce(reproduce.parse_args([*data, *words]))
+
+
+def test_batches_larger_than_the_demos_data_are_refused_before_they_are_built():
+    words = ["--table", "4", "--scale", "mini", "--dry-run", "--set", "batch_size=8192"]
+    with pytest.raises(UserError, match="4096 samples are fewer than one batch of 8192"):
+        reproduce.reproduce(reproduce.parse_args(words))
 
 
 def test_a_list_of_labelled_images_takes_the_place_of_a_drawn_tenth(shards):

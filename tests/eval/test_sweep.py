@@ -17,12 +17,14 @@ from eval.paper.sweep_chapter import ahead, best_text, parameter_chart, sweep_ch
 from eval.paper.sweep_plan import (
     Cell,
     Sweep,
+    check_cells,
     claim_output,
     plan,
     read_eval_args,
     read_evals,
     read_grid,
 )
+from eval.protocols import Work
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -101,12 +103,16 @@ def test_bad_values_are_found_before_anything_runs(data, tmp_path):
         (("optimizer.epochs=2,1", "optimizer.warmup_epochs=1"), "warmup"),
         (("batch_size=32,1024",), "fewer than one batch of 1024"),
         (("monitor.held_out=a/b,a b",), "would share"),
+        (("optimizer.epochs=0.01", "optimizer.warmup_epochs=0"), "too few for one step"),
+        (("views.mask_ratio=0.5,0.50",), "mask_ratio 0.5 and mask_ratio 0.50 are the same sett"),
+        (("measure.norm_pix=true,yes",), "norm_pix true and norm_pix yes are the same settings"),
+        (("encoder.options.depth=1,2", "encoder.options={depth: 1}"), "are the same settings"),
     ):
         with pytest.raises(UserError, match=sentence):
-            plan(sweep_of(data, tmp_path / "out", grid))
+            check_cells(sweep_of(data, tmp_path / "out", grid))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"/nowhere: no such folder"):
-        plan(Sweep("demo_mae", {}, 1, (), tmp_path, "/nowhere", str(data / "val")))
+        check_cells(Sweep("demo_mae", {}, 1, (), tmp_path, "/nowhere", str(data / "val")))
 
 
 def test_evaluations_are_named():
@@ -120,12 +126,51 @@ def test_evaluations_are_named():
         read_eval_args(["knn=--k 3"], ["linprobe"])
 
 
+def test_options_of_an_evaluation_add_up():
+    given = ["knn=--k 3", "psnr=--seed 1", "knn=--temperature 0.1"]
+    assert read_eval_args(given, ["knn", "psnr"]) == {
+        "knn": ("--k", "3", "--temperature", "0.1"), "psnr": ("--seed", "1"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--set", "seed=7"], "--set seed=7: seeds are what --seeds N says"),
+        (["--set", "views.mask_ratio=0.6"], "--set views.mask_ratio=0.6: views.mask_ratio is what"),
+        (["--grid", "ema={momentum: 0.9},{momentum: 0.8}", "--set", "ema.momentum=0"],
+         "--set ema.momentum=0: ema is what --grid says"),
+        (["--eval", ","], "--eval ',': names no evaluation; there are linprobe, "),
+        (["--slurm", "-N 1", "--jobs", "2"], "--jobs does nothing with --slurm: every cell is a"),
+        (["--report", "--jobs", "2"], "--jobs does nothing with --report"),
+        (["--report", "--dry-run"], "--dry-run does nothing with --report"),
+        (["--slurm", '-N "1'], """--slurm '-N "1': cannot be parted into words (No closing"""),
+        (["--eval-args", 'knn=--k "5'], """--eval-args knn '--k "5': cannot be parted into"""),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_do_nothing_is_refused(data, tmp_path, more, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        command.parse_args([*words(data, tmp_path), *more])
+
+
+def test_a_cost_reads_every_form_of_an_option():
+    def epochs(*given):
+        return Work(1.0, 10, 0, given).option("--epochs", 90)
+
+    assert epochs("--k", "3") == 90
+    assert epochs("--epochs", "5") == epochs("--epochs=5") == epochs("--epo=5") == "5"
+    assert epochs("--epochs=5", "--epochs", "6", "--epochs-not", "7") == "6"
+    assert epochs("--", "5") == 90
+
+
 def test_what_an_evaluation_would_refuse_is_said_before_the_first_pretraining(data, tmp_path):
     for evals, args, words in (
         (("linprobe",), {}, "--eval linprobe: .*too few for --batch-size 16384"),
         (("knn",), {"knn": ("--k", "0")}, "--eval-args knn=--k 0: --k 0: must be between 1 and"),
         (("knn",), {"knn": ("--kk", "3")}, "--eval-args knn=--kk 3: unrecognized arguments: --kk"),
         (("psnr",), {"psnr": ("--seed", "x")}, "--eval-args psnr=--seed x: argument --seed: x: m"),
+        (("knn",), {"knn": ("--output", "x")}, "--eval-args knn=--output x: --output is that of"),
+        (("psnr",), {"psnr": ("--encoder=x",)}, "--eval-args psnr=--encoder=x: --encoder is that"),
     ):
         with pytest.raises(UserError, match=words):
             command.check_evals(sweep_of(data, tmp_path, evals=evals, eval_args=args))
@@ -168,6 +213,58 @@ def test_dry_run_prints_the_plan_and_runs_nothing(data, tmp_path, capsys):
     assert "12 of 12 commands to run" in printed
     assert "TFLOP" in printed
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], ["--report"], []])
+def test_options_of_evaluations_are_checked_before_the_plan_and_the_folder(data, tmp_path, more):
+    for protocol, options, sentence in (
+        ("linprobe", "--epochs x", "argument --epochs: invalid int value: 'x'"),
+        ("linprobe", "--epochs", "argument --epochs: expected one argument"),
+        ("knn", "--k nope", "argument --k: invalid int value: 'nope'"),
+    ):
+        given = ["--eval-args", f"{protocol}={options}", *more]
+        line = words(data, tmp_path / "o", *given, evals=protocol)
+        with pytest.raises(UserError, match=re.escape(f"{protocol}={options}: {sentence}")):
+            command.run_sweep(command.parse_args(line))
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_plan_counts_the_epochs_that_are_given(data, tmp_path):
+    def images(*args):
+        sweep = sweep_of(data, tmp_path, evals=("linprobe",), eval_args={"linprobe": args})
+        return next(iter(plan(sweep).values()))[1].images
+
+    assert images("--epochs=5") == images("--epochs", "5") == 5 * 128
+    assert images() == 90 * 128
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--report"], "has no run of this sweep yet"),
+        (["--cell", "4"], "--cell 4: the grid has cells 0 to 1"),
+        (["--slurm", ""], "--slurm: sbatch is not on PATH"),
+    ],
+)
+def test_a_sweep_that_is_refused_claims_no_folder(data, tmp_path, monkeypatch, more, sentence):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=sentence):
+        command.run_sweep(command.parse_args(words(data, tmp_path / "o", *more)))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_page_notes_no_evaluation_that_was_not_made(data, tmp_path, monkeypatch):
+    claim_output(sweep_of(data, tmp_path))
+    before = (tmp_path / "sweep.json").read_text()
+    sweep = sweep_of(data, tmp_path, evals=("knn", "psnr"))
+    run = tmp_path / sweep.cells[0].name
+    run.mkdir()
+    (run / "recipe.yaml").write_text("")
+    pages = []
+    monkeypatch.setattr(command, "write_page", pages.append)
+    command.run_sweep(command.Settings(sweep, 0, report=True))
+    assert pages == [sweep]
+    assert (tmp_path / "sweep.json").read_text() == before
 
 
 def test_other_settings_do_not_mix_in_one_folder(data, tmp_path, monkeypatch):
@@ -232,7 +329,7 @@ def test_slurm_gets_an_array_and_a_job_for_the_page(data, tmp_path, monkeypatch,
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("SUBMITTED", str(tmp_path))
     out = tmp_path / "out dir"
-    more = ("--slurm", "-N 1 --gpus-per-node=8", "--seeds", "2", "--jobs", "7")
+    more = ("--slurm", "-N 1 --gpus-per-node=8", "--seeds", "2")
     command.run_sweep(command.parse_args(words(data, out, *more)))
     assert "job array 1 of 4 cells, then job 2" in capsys.readouterr().out
     array, page = (tmp_path / "calls").read_text().splitlines()
@@ -242,7 +339,6 @@ def test_slurm_gets_an_array_and_a_job_for_the_page(data, tmp_path, monkeypatch,
     script = (out / "array.sbatch").read_text()
     assert script.startswith("#!/bin/bash\n")
     assert "--slurm" not in script
-    assert "--jobs" not in script
     done = subprocess.run(
         ["bash", out / "array.sbatch"], env=os.environ | {"SLURM_ARRAY_TASK_ID": "4"},
         capture_output=True, text=True, timeout=120,
@@ -255,10 +351,19 @@ def test_slurm_gets_an_array_and_a_job_for_the_page(data, tmp_path, monkeypatch,
     assert done.stderr.strip() == f"error: {out}: has no run of this sweep yet"
 
 
-def test_without_slurm_it_says_so(data, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match="sbatch is not on PATH"):
-        command.run_sweep(command.parse_args(words(data, tmp_path / "o", "--slurm", "")))
+def test_an_abbreviated_slurm_is_not_repeated_in_the_jobs():
+    for given in (["--slurm", "-N 1"], ["--slurm=-N 1"], ["--slu", "-N 1"], ["--sl=-N 1"]):
+        line = ["mae", "--seeds", "2", *given, "--set", "a=1"]
+        assert command.without_slurm(line) == ["mae", "--seeds", "2", "--set", "a=1"]
+
+
+def test_what_sbatch_refuses_claims_no_folder(data, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text("#!/bin/bash\necho no such partition >&2; exit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match="no such partition"):
+        command.run_sweep(command.parse_args(words(data, tmp_path / "o", "--slurm", "-p x")))
+    assert not (tmp_path / "o/sweep.json").exists()
 
 
 # ------------------------------------------------------------------ page

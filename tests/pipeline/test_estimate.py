@@ -27,6 +27,7 @@ from pipeline.cost.dry_run import (
 )
 from pipeline.cost.micro_batch import PlanError, split
 from pipeline.cost.zero import fitting_micro_batch, memory, shard, stage2_gradients, traffic
+from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 
 ROOT = Path(__file__).parents[2]
@@ -233,8 +234,8 @@ def test_graphs_hold_copies_of_the_gradients_and_run_stage_2_as_1():
     # Of a memory that the largest micro-batch just fills without graphs.
     need = {n: rows[n, True][1]["memory_gb"] for n in (per_rank, per_rank // 2)}
     args = (recipe, 2, 1, "autocast", (need[per_rank] + 1e-3) * 1e9 / 0.9)
-    assert fitting_micro_batch(*args) == per_rank
-    assert fitting_micro_batch(*args, captured=True) < per_rank
+    assert fitting_micro_batch(*args)[0] == per_rank
+    assert fitting_micro_batch(*args, captured=True)[0] < per_rank
 
 
 @pytest.mark.parametrize(
@@ -246,6 +247,49 @@ def test_what_is_no_number_of_a_machine_is_refused(option, value, capsys):
         plan.parse_args([option, value])
     assert ended.value.code == 2
     assert option in capsys.readouterr().err
+
+
+TINY = ["--recipe", "demo_mae", "--set", "encoder.options={patch_size: 16, depth: 1}"]
+
+
+def test_what_fits_is_printed_and_what_does_not_is_said(capsys):
+    """pretrain's "auto" reads stdout, a person both."""
+    fit = [*TINY, "--gpus", "1", "--fit", "1"]
+    assert plan.main([*fit, "--gpu-memory", "80"]) == 0
+    assert capsys.readouterr() == (f"{load_recipe('demo_mae').batch_size}\n", "")
+    assert plan.main([*fit, "--gpu-memory", "0.001"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "1\n"
+    assert re.fullmatch(r"warning: no micro-batch fits --gpu-memory 0.001 under ZeRO 1: .*\n", err)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stages"),
+    [("autocast", [0, 1, 2, 3]), ("fp32", [0, 1, 2, 3]), ("bf16", [1, 2, 3]),
+     ("bf16-fp32-grads", [2, 3])],
+)  # fmt: skip
+def test_a_stage_that_the_engine_refuses_is_not_fitted(precision, stages, capsys):
+    for stage in range(4):
+        options = ["--gpus", "1", "--precision", precision, "--fit", str(stage)]
+        args = plan.parse_args([*TINY, *options])
+        if stage in stages:
+            plan.check(args)
+            continue
+        with pytest.raises(PlanError, match=f"--fit {stage}: ZeRO {stage} does not run in"):
+            plan.check(args)
+        assert plan.main([*TINY, *options]) == 2  # of a rank, whose command line is not checked
+        assert f"--precision {precision}, but" in capsys.readouterr().err
+
+
+def test_a_plan_of_no_step_is_refused(capsys):
+    for options, sentence in (
+        (["--images", "1"], "--images 1: 1 samples are fewer than one batch of"),
+        (["--set", "optimizer.epochs=1e-9", "--set", "optimizer.warmup_epochs=0"], "one step"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            plan.check(plan.parse_args([*TINY, *options]))
+        assert plan.main([*TINY, *options, "--launch-ms", "1"]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_command_line(capsys, tmp_path):

@@ -15,7 +15,7 @@ from shard_samples import image_tree, jpeg, tar_of, tars_of
 from shard_tools.index_shards import main as index_shards
 from shard_tools.make_shards import main as make_shards
 from shard_tools.manifest import Manifest, read_manifest
-from shard_tools.subset import main
+from shard_tools.subset import main, write_subset
 from shard_tools.verify_shards import verify
 
 COUNTS = {"n1": 40, "n2": 21, "n3": 4, "n4": 10}
@@ -238,6 +238,7 @@ def test_a_subset_of_adopted_shards(tmp_path: Path) -> None:
         (["--count", "1", "--choose", "first", "--seed", "0"], "--seed belongs to --fraction"),
         (["--names", "nowhere.txt", "--seed", "1"], "--seed belongs to --fraction and --count"),
         (["--count", "1", "--workers", "2"], "--workers belongs to --copy"),
+        (["--count", "1", "--shard-size", "1KiB"], "--shard-size belongs to --copy"),
         (["--names", "nowhere.txt"], "nowhere.txt: no such file"),
         (["--classes", "nowhere.txt"], "nowhere.txt: no such file"),
     ],
@@ -254,6 +255,34 @@ def test_bad_options_are_one_sentence(
     assert re.search(sentence, error), error
     assert error.count("\n") == 1
     assert not (tmp_path / "d").exists()
+
+
+def test_no_subset_is_of_no_image(
+    parent: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of an empty list, nor of classes without images, nor of an empty folder."""
+    manifest = read_manifest(parent)
+    empty, one = tmp_path / "empty", tmp_path / "one"
+    write_subset(manifest, empty, np.zeros(0, np.int64), {})
+    write_subset(manifest, one, np.zeros(1, np.int64), {})
+    held = manifest.classes[manifest.index["label"][0]]
+    (tmp_path / "none.txt").write_text("\n")
+    (tmp_path / "others.txt").write_text("\n".join({*COUNTS} - {held}))
+    names, others = (str(tmp_path / name) for name in ("none.txt", "others.txt"))
+    for source, words, sentence in (
+        (parent, ["--names", names], "none.txt: lists no image"),
+        (parent, ["--names", names, "--copy"], "none.txt: lists no image"),
+        (parent, ["--names", names, "--rest"], "none.txt: lists no image"),
+        (one, ["--classes", others], "one: none of its images is chosen"),
+        (empty, ["--fraction", "0.5"], "empty: holds no image to choose from"),
+        (empty, ["--count", "1", "--choose", "one-class"], "empty: holds no image"),
+        (empty, ["--names", names, "--rest"], "empty: holds no image"),
+    ):
+        assert main([str(source), str(tmp_path / "d"), *words]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error
+        assert error.count("\n") == 1
+        assert not (tmp_path / "d").exists()
 
 
 def test_exactly_one_way_and_an_empty_folder(

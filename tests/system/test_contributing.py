@@ -155,7 +155,8 @@ def test_a_protocol_is_one_file_and_one_row(copy, shards):
     assert "not shown" not in page
     shard_words = ("--train", shards / "train", "--val", shards / "val")
     plan = run(copy, "eval/reproduce.py", "--table", 4, "--scale", "mini", "--rows", "MAE",
-               "--dry-run", "--also", "nearest-mean", *shard_words)  # fmt: skip
+               "--dry-run", "--also", "nearest-mean", "--set", "batch_size=64",
+               *shard_words)  # fmt: skip
     assert "eval/nearest_mean.py" in plan
 
 

@@ -259,6 +259,7 @@ CASES = {
         ("--embeddings {empty}", "no embeddings there"),
         ("--embeddings {embeddings}", "/none: no such file or folder"),
         ("{none} --embeddings {embeddings}", "no image file, no key of"),
+        ("--embeddings {embeddings} --seed -1", "--seed: -1: must be between 0 and 4294967295"),
         ("{none} --embeddings {embeddings} --random 3", "--random does nothing with a QUERY"),
         (f"--embeddings {{embeddings}} --output {UNWRITABLE}", "cannot be written"),
     ],
@@ -276,6 +277,7 @@ CASES = {
         (f"--table 4 {SETS} --set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         (f"--table 4 {SETS} --set encoder.arh=x", "unknown key 'encoder.arh'"),
         (f"--table 5 {SETS} --classes {{none}} --output {{new}}", "/none: no such file"),
+        ("--table 4 --scale mini --dry-run --few-labels {blank}", "--few-labels {blank}: lists no"),
         (f"--table 4 {SETS} --few-labels {{list}} --output {{new}}", "no file names were recorded"),
         ("--table 4 --scale mini --output {text}", "text: cannot be written (Not a directory)"),
         (f"--table 4 --scale mini --output {UNWRITABLE}", "cannot be written"),
@@ -297,7 +299,7 @@ CASES = {
     "eval/sweep.py": [
         (f"mea --grid views.mask_ratio=0.5 {SETS}", "did you mean mae?"),
         (f"mae --grid views.mask=0.5,blok {{tiny}} {SETS}", "input should be"),
-        (f"mae --grid encoder.arch=vit_bose_patch16_224 {{tiny}} {SETS}", NO_MODEL),
+        (f"mae --grid encoder.arch=vit_bose_patch16_224 {SETS}", NO_MODEL),
         (f"mae --grid views.mask_ratio=0.5 {{tiny}} {SETS} --eval x", "--eval x: should be one of"),
         (f"mae --grid views.mask_ratio=0.5 {{tiny}} {SETS} --ds_config zero9", "zero9: cannot be"),
         (f"mae --grid views.mask_ratio=0.5 {{tiny}} {SETS} --output {UNWRITABLE}", "cannot be wri"),
@@ -338,6 +340,8 @@ CASES = {
         ("--launch-ms inf", "--launch-ms not negative"),
         ("--flops --gpus 4", "--gpus does nothing with --flops"),
         ("--flops --json {new}", "--json does nothing with --flops"),
+        ("--fit 0 --precision bf16", "--fit 0: ZeRO 0 does not run in --precision bf16, but 1, 2"),
+        ("--recipe mae --images 1", "--images 1: 1 samples are fewer than one batch of 1024"),
         ("--fit 2 --micro-batch 8", "--micro-batch does nothing with --fit"),
         (f"--json {UNWRITABLE}", "cannot be written"),
     ],
@@ -354,7 +358,9 @@ CASES = {
         ("{images} {new} --workers -1", "must be 0 (no process of its own) or more"),
         ("{images} {new} --shard-size x", "'x' is not a size such as 256MiB"),
         ("{images} {new} --shard-size inf", "'inf' is not a size such as 256MiB"),
-        ("{images} {new} --shard-size 1", "--shard-size must be at least 1KiB, not 1 bytes"),
+        ("{images} {new} --shard-size 1", "--shard-size: 1: must be at least 1KiB"),
+        (f"{{images}} {{new}} --seed {'1' * 65}", "1: must be between 0 and 4294967295"),
+        ("{images} {new} --seed -1", "--seed: -1: must be between 0 and 4294967295"),
         ("{images} {new} --num-tasks 0", "--num-tasks must be at least 1, not 0"),
         ("{images} ''", "a path is given as an empty text"),
         ("{loop} {new}", "{loop}: "),
@@ -365,6 +371,11 @@ CASES = {
         ("{shards} {new} --fraction 2", "--fraction must be in (0, 1], not 2.0"),
         ("{shards} {new} --fraction 0.5 --choose first", "--choose first belongs to --count"),
         ("{shards} {new} --count 5 --shard-size 1M", "--shard-size belongs to --copy"),
+        ("{shards} {new} --count 5 --copy --shard-size 0", "--shard-size: 0: must be at least 1K"),
+        ("{shards} {new} --count 5 --copy --shard-size=-5", "--shard-size: -5: must be at least 1"),
+        (f"{{shards}} {{new}} --count 5 --seed {'1' * 65}", "1: must be between 0 and 4294967295"),
+        ("{shards} {new} --names {blank}", "blank: lists no image"),
+        ("{shards} {new} --names {blank} --copy", "blank: lists no image"),
         ("{shards} {new} --names {none}", "/none: no such file"),
         ("{shards} {text} --fraction 0.5", "text: cannot be written (Not a directory)"),
         (f"{{shards}} {UNWRITABLE} --fraction 0.5 --copy", "cannot be written"),
@@ -382,6 +393,7 @@ CASES = {
         ("{new} --train 3", "--train and --val must be at least 16"),
         (f"{UNWRITABLE}", "cannot be written"),
         ("{loop}", "cannot be written (a link to nothing"),
+        ("{new} --seed -1", "--seed: -1: must be between 0 and 4294967295"),
         ("{new} --size 999999", "--size must be 8 to 4096 pixels"),
     ],
     "shard_tools/cifar_images.py": [
@@ -437,6 +449,7 @@ def places(tmp_path_factory):
         archive.writestr("data.pkl", "x" * 99)
     (top / "cut.pth").write_bytes((top / "cut.pth").read_bytes()[:-30])
     (top / "list.txt").write_text(f"{top}/none\n")
+    (top / "blank").write_text("\n \n")
     for name in ("a/1.png", "b/2.png"):
         Image.new("RGB", (8, 8)).save(top / "images" / name)
     about = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"] * 1000}
@@ -459,7 +472,7 @@ def places(tmp_path_factory):
     (top / "ds-nan.json").write_text('{"watchdog_seconds": Infinity}')
     (top / "loop").symlink_to("loop")
     names = ("none", "empty", "text", "run", "broken", "bare", "contrast", "images", "cue", "bad",
-             "classifier", "embeddings", "cut", "new", "ds", "bert", "loop")  # fmt: skip
+             "classifier", "embeddings", "cut", "new", "ds", "bert", "loop", "blank")  # fmt: skip
     found = {name: str(top / name) for name in names} | {"shards": str(top / "data/shards")}
     return found | {
         "list": f"{top}/list.txt",
