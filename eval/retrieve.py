@@ -19,7 +19,7 @@ import numpy as np
 from eval.shared.command import run_command
 from eval.shared.embeddings import AGAIN, ROWS, Embeddings, read_embeddings
 from eval.shared.labels import check_files, check_images
-from eval.shared.options import EncoderChoice, seed_number
+from eval.shared.options import EncoderChoice
 from pipeline.command import check_unused, early
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
