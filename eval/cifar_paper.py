@@ -221,6 +221,7 @@ def check(settings: Settings) -> None:
         check_writable(settings.data, folder=True, advice="; choose another --data")
     if settings.restored:
         is_restored(settings, settings.restored)
+        archived_record(settings.restored)
     if settings.dry_run:
         if settings.archive:
             raise UserError("--archive: --dry-run writes nothing; leave one of them out")

@@ -9,6 +9,7 @@ from eval_helpers import MEAN, STD, coloured_images, write_shards
 from eval import attentive, embed, finetune, linprobe, psnr
 from eval.shared.features import normalise, to_device
 from eval.shared.session import EvalSession
+from pipeline.data.crops import CentreCrop
 from pipeline.data.loader import Loader
 from pipeline.distributed import Ranks
 
@@ -35,7 +36,9 @@ def pinned(monkeypatch, shards):
 
     def ask(use, device):
         ranks = Ranks(0, 1, 0, 1, torch.device(device))
-        session = SimpleNamespace(ranks=ranks, image_size=16, workers=0, resize=0, device=device)
+        session = SimpleNamespace(
+            ranks=ranks, image_size=16, workers=0, crop=CentreCrop(16, 18), device=device
+        )
         with pytest.raises(Asked) as asked:
             use(session, str(shards))
         return asked.value.args[0]
