@@ -37,7 +37,7 @@ from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from eval.shared.subsets import keep_subset
 from pipeline.command import early
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 from shard_tools.manifest import Manifest, read_manifest
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
@@ -93,17 +93,12 @@ def check(s: Settings, world: int = 1) -> int:
     """Everything that can be wrong with the settings, before the first step; the classes."""
     train, val = labelled(s.train), labelled(s.val)
     for name in ("steps", "batch_size", "micro_batch"):
-        if getattr(s, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(s, name)}: must be at least 1")
-    if not 0 <= s.warmup < 1:
-        raise UserError(f"--warmup {s.warmup:g}: must be a share in [0, 1)")
+        check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
+    check_range("--warmup", s.warmup, at_least=0, below=1)
     for rate in s.rates:
-        if not 0 < rate <= LARGEST_RATE:
-            raise UserError(f"--rates {rate:g}: must be above 0 and at most {LARGEST_RATE:g}")
+        check_range("--rates", rate, above=0, at_most=LARGEST_RATE)
     for decay in s.decays:
-        if not 0 <= decay <= LARGEST_DECAY:
-            raise UserError(f"--decays {decay:g}: must be from 0 to {LARGEST_DECAY:g}")
+        check_range("--decays", decay, at_least=0, at_most=LARGEST_DECAY)
     check_batch(s.batch_size, world)
     kept = train.samples
     if s.select == "held-out":

@@ -49,7 +49,7 @@ from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.command import check_unused
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from pipeline.runtime.run_lock import RunLock
@@ -97,8 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """The settings that a command line names. UserError for values that cannot be."""
-    if args.seeds < 1 or args.jobs < 0 or not 0 <= (args.hours or 0) < float("inf"):
-        raise UserError("--seeds must be at least 1, --jobs and --hours not negative (0: no limit)")
+    check_range("--seeds", args.seeds, at_least=1)
+    check_range("--jobs", args.jobs, at_least=0)
+    check_range("--hours", args.hours, at_least=0)
     if args.untuned and args.extend_tuning:
         raise UserError("--extend-tuning: nothing to extend with --untuned; leave one out")
     for text in args.set:
@@ -240,7 +241,7 @@ def write_page(study: Study, facts: Facts, page: Path) -> Path:
 
 def note_facts(settings: Settings, plan: Plan) -> Facts:
     """What was judged, spent and left out; kept in OUTPUT/facts.json for the archive."""
-    left = tuple(job.name for job in plan.left)
+    left = tuple(job.name for job in plan.jobs if not job.done)
     facts = Facts(settings.claims, settings.seeds, spent(settings), unit(settings.scale), left)
     path = settings.output / FACTS
     with naming(path, "cannot be written"):

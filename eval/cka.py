@@ -36,7 +36,7 @@ from eval.shared.labels import with_images
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_result
 from pipeline.command import early
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 
 RATIOS = tuple(n / 10 for n in range(1, 10))
 POOLS = ("kept-in-both", "all-kept", "cls")
@@ -74,8 +74,7 @@ def check(s: Settings) -> int:
     """Refuse what cannot be computed; the number of images that are used."""
     samples = with_images(s.val).samples
     images = min(samples, s.images or samples)
-    if s.batch_size < 4:  # a result has both estimators
-        raise UserError("--batch-size: the unbiased estimator needs at least 4 images")
+    check_range("--batch-size", s.batch_size, at_least=4)  # for the unbiased estimator
     if s.images < 0 or images < s.batch_size:
         which = f"--images {s.images} are" if s.images else f"{s.val} has {samples} images,"
         raise UserError(f"{which} fewer than --batch-size {s.batch_size}")

@@ -23,12 +23,12 @@ from eval.shared.command import run_command
 from eval.shared.demo_shards import DONE, make_demo_shards
 from eval.shared.processes import call
 from pipeline.config.recipe import load_recipe
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from shard_tools.atomic import check_writable
 from shard_tools.cores import cores
-from shard_tools.demo_images import PHOTOGRAPHS
+from shard_tools.demo_images import check_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ("demo_rmae", "demo_cmae")
@@ -87,10 +87,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     )
     args = parser.parse_args(argv)
     ranks = getattr(args, "ranks", 1)
-    if args.seeds < 1 or ranks < 1 or PARTITIONS % ranks:
-        raise UserError(f"--seeds must be at least 1 and --ranks a divisor of {PARTITIONS}")
-    if min(args.train, args.val) < len(PHOTOGRAPHS):
-        raise UserError(f"--train and --val must be at least {len(PHOTOGRAPHS)}, one per class")
+    check_range("--seeds", args.seeds, at_least=1)
+    if ranks < 1 or PARTITIONS % ranks:
+        raise UserError(f"--ranks {ranks}: must be a divisor of {PARTITIONS}")
+    check_counts(args.train, args.val)
     for recipe in RECIPES:
         check_objective(load_recipe(recipe, args.set))
     check_writable(args.output, folder=True, advice="; choose another --output")

@@ -29,7 +29,7 @@ from eval.shared.labels import check_images
 from eval.shared.options import check_encoder, encoder_of, parser, settings_of
 from eval.shared.results import Timer, digest, output_path
 from pipeline.command import early
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import check_writable
 from shard_tools.manifest import Manifest
 from shard_tools.sharding.found import naming_skip
@@ -117,8 +117,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     """The settings and the folder to write. UserError."""
     settings, choice = settings_of(Settings, args), encoder_of(args)
     parse_feature(settings.feature)
-    if settings.micro_batch < 1:
-        raise UserError(f"--micro-batch {settings.micro_batch}: must be at least 1")
+    check_range("--micro-batch", settings.micro_batch, at_least=1)
     if settings.format == "parquet":
         _pyarrow()
     check_encoder(choice)

@@ -16,7 +16,7 @@ from eval.shared.labels import class_count, labelled
 from eval.shared.options import FEATURES, parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from pipeline.command import early
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def check(s: Settings) -> int:
     train, val = labelled(s.train), labelled(s.val)
     if not 1 <= s.k <= train.samples:
         raise UserError(f"--k {s.k}: must be between 1 and {train.samples} training images")
-    if s.temperature <= 0 or s.micro_batch < 1:
-        raise UserError("--temperature must be above 0 and --micro-batch at least 1")
+    check_range("--temperature", s.temperature, above=0)
+    check_range("--micro-batch", s.micro_batch, at_least=1)
     return class_count(train, val)
 
 

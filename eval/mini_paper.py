@@ -118,7 +118,8 @@ def mini_paper(settings: Settings) -> None:
     """Plan, run, judge, write; prints the claims last."""
     options, workspace = settings.options, settings.options.workspace
     study = study_of(workspace, settings.claims, options.seeds)
-    check_rows(options, map(paper_row, wanted_metrics(study.claims, study.names)))
+    wanted = wanted_metrics(study.claims, study.names)
+    check_rows(options, [(paper_row(name), metrics) for name, metrics in wanted.items()])
     prepare_data(workspace)
     jobs = study.jobs()
     if options.dry_run:

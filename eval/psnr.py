@@ -31,7 +31,7 @@ from eval.shared.options import (
 )
 from eval.shared.results import Timer, check_output, output_path, write_result
 from pipeline.command import early
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check(s: Settings) -> None:
     """Refuse what cannot be computed."""
     with_images(s.val)
-    if s.micro_batch < 1:
-        raise UserError("--micro-batch must be at least 1")
+    check_range("--micro-batch", s.micro_batch, at_least=1)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:

@@ -17,7 +17,7 @@ from eval.shared.command import run_command
 from eval.shared.labels import check_files, with_images
 from eval.shared.options import add_model, base_parser, check_model
 from pipeline.command import check_unused, early
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import check_writable, write_atomic
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
@@ -40,8 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def prepare(args: argparse.Namespace) -> None:
     """UserError for a command line that cannot be followed."""
-    if args.images < 1 or not str(args.output).endswith(".png"):
-        raise UserError("--images must be at least 1 and --output must end in .png")
+    check_range("--images", args.images, at_least=1)
+    if not str(args.output).endswith(".png"):
+        raise UserError(f"--output {args.output}: must end in .png")
     if args.files:
         check_unused(build_parser(), args, ["images"], "with --files")
     if Path(args.output).resolve() in [Path(file).resolve() for file in args.files or ()]:

@@ -65,7 +65,7 @@ def reproduce(settings: Settings) -> None:
         (row, list(dict.fromkeys([*columns_of(table, row), *options.also])))
         for row in choose_rows(table, settings.rows)
     ]
-    check_rows(options, [row for row, _ in rows])
+    check_rows(options, rows)
     prepare_data(workspace)
     jobs = [
         job

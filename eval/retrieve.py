@@ -21,7 +21,7 @@ from eval.shared.embeddings import AGAIN, ROWS, Embeddings, read_embeddings
 from eval.shared.labels import check_files, check_images
 from eval.shared.options import EncoderChoice
 from pipeline.command import check_unused, early
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import seed_number
@@ -111,8 +111,7 @@ def rows_of(s: Settings, store: Embeddings) -> list[tuple[str, int]]:
 def prepare(args: argparse.Namespace) -> Settings:
     """The settings of a command line. UserError."""
     for name in ("k", "random"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+        check_range(f"--{name}", getattr(args, name), at_least=1)
     if args.queries:
         check_unused(build_parser(), args, ("random", "seed"), "with a QUERY")
     output = args.output or args.embeddings / "neighbours.html"

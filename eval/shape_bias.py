@@ -33,7 +33,7 @@ from eval.shared.results import (
     write_result,
 )
 from pipeline.command import check_unused, early
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.sharding.found import is_image, is_system_file
 
@@ -144,8 +144,7 @@ def check(s: Settings) -> None:
     """Refuse what cannot be computed."""
     if bool(s.classifier) != bool(s.images) or bool(s.classifier) == bool(s.decisions):
         raise UserError("give either --classifier with --images, or --decisions")
-    if s.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
+    check_range("--batch-size", s.batch_size, at_least=1)
 
 
 def prepare(args: argparse.Namespace) -> tuple[Settings, Path | None]:

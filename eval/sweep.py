@@ -42,7 +42,7 @@ from eval.reporting.page import markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import environment, stop_on_sigterm
 from pipeline.command import check_unused
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cores import cores
@@ -95,8 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     add("--cell", type=int, help=argparse.SUPPRESS)  # one cell, in a task of the array
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
-    if args.seeds < 1 or args.jobs < 0:
-        raise UserError("--seeds must be at least 1 and --jobs not negative")
+    check_range("--seeds", args.seeds, at_least=1)
+    check_range("--jobs", args.jobs, at_least=0)
     if args.slurm is not None:
         check_unused(parser, args, ["jobs"], "with --slurm: every cell is a job")
     if args.report:

@@ -24,7 +24,7 @@ from eval.shared.command import run_command
 from eval.shared.labels import check_files, check_images
 from eval.shared.options import EncoderChoice, base_parser, check_encoder, read_options
 from pipeline.command import check_unused, early
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.manifest import Manifest
 
@@ -105,8 +105,7 @@ def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
     for x, y in points:
         if not (0 <= x <= 1 and 0 <= y <= 1):
             raise UserError(f"--point {x:g} {y:g}: must be shares from 0 to 1")
-    if args.count < 1:
-        raise UserError(f"--count {args.count}: must be at least 1")
+    check_range("--count", args.count, at_least=1)
     if args.files:
         check_unused(build_parser(), args, ["count"], "with --files")
     needed = sum(name == "random" or Path(name).is_file() for name in args.encoder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -19,6 +20,32 @@ class UserError(Exception):
     The sentence says what would be right. Every other exception is a slip in relaxmim: it keeps its
     traceback and ends a command with exit code 1.
     """
+
+
+def check_range(
+    flag: str,
+    value: float | None,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> None:
+    """UserError, which names an option and its value, where that is not a finite number within the
+    bounds; None is an option that was not given."""
+    if value is None:
+        return
+    good = {
+        "at least": at_least is None or value >= at_least,
+        "above": above is None or value > above,
+        "at most": at_most is None or value <= at_most,
+        "below": below is None or value < below,
+    }
+    if not (math.isfinite(value) and all(good.values())):
+        bounds = zip(good, (at_least, above, at_most, below), strict=True)
+        said = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        given = f"{value:g}" if isinstance(value, float) else value
+        raise UserError(f"{flag} {given}: must be {said or 'finite'}")
 
 
 @contextlib.contextmanager

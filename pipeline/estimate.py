@@ -12,7 +12,6 @@ the allocator wastes and what a step needs only for a moment; a margin of 10 % i
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from pipeline.cost.micro_batch import (
     split,
     stages_under,
 )
-from pipeline.errors import UserError, naming, reader_may_leave, refuse
+from pipeline.errors import UserError, check_range, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from pipeline.runtime.settings import total_steps
@@ -104,17 +103,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.gpus < 1 or args.images < 1 or args.micro_batch < 0:
-        parser.error("--gpus and --images must be at least 1, --micro-batch at least 0")
-    if not 0 < args.utilisation <= 1 or not 0 < args.gpu_memory < math.inf:
-        parser.error("--utilisation must be in (0, 1], --gpu-memory above 0")
-    images, launch = args.core_images, args.launch_ms
-    if args.cores < 1 or not 0 < images < math.inf or not 0 <= launch < math.inf:
-        parser.error("--cores must be at least 1, --core-images above 0, --launch-ms not negative")
     plan_only = ("gpu", "micro_batch", "launch_ms", "cores", "core_images", "utilisation", "images",
                  "json")  # fmt: skip
     fit_too = ("fit", "gpus", "gpu_memory", "precision", "checkpointing", "no_graphs")
     try:
+        for flag in ("gpus", "images", "cores"):
+            check_range(f"--{flag}", getattr(args, flag), at_least=1)
+        check_range("--micro-batch", args.micro_batch, at_least=0)
+        check_range("--utilisation", args.utilisation, above=0, at_most=1)
+        check_range("--gpu-memory", args.gpu_memory, above=0)
+        check_range("--core-images", args.core_images, above=0)
+        check_range("--launch-ms", args.launch_ms, at_least=0)
         if args.flops:
             check_unused(parser, args, (*plan_only, *fit_too), "with --flops")
         elif args.fit is not None:

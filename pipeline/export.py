@@ -34,6 +34,7 @@ SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a 
 # What the folder of a run, a classifier or shards has, and folders in a run that are its own.
 OWNERS = ("recipe.yaml", "encoder.json", "classifier.json", "manifest.json")
 OF_A_RUN = ("encoder", "checkpoints")
+HF_MODELS = {"hf": "ViTModel", "hf-mae": "ViTMAEForPreTraining"}
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")
 
 
@@ -83,6 +84,10 @@ def check_place(out: Path, kind: str) -> None:
     old = out / written if written else out
     if old.is_file() and not _is_export(old):
         raise UserError(f"{old}: is there, and no earlier export; choose another output")
+    if kind in HF_MODELS and (out / "config.json").is_file():
+        config = (out / "config.json").read_text(encoding="utf-8", errors="replace")
+        if f'"{HF_MODELS[kind]}"' not in config:
+            raise UserError(f"{out}: is an export in another format; choose another output")
 
 
 def _is_export(path: Path) -> bool:

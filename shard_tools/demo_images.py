@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import naming
+from pipeline.errors import check_range, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run, seed_number
 
@@ -160,11 +160,15 @@ def main(arguments: list[str] | None = None) -> int:
     return run(_command, parse(parser, arguments))
 
 
+def check_counts(train: int, val: int) -> None:
+    """UserError for fewer crops than photographs, each of which is a class."""
+    check_range("--train", train, at_least=len(PHOTOGRAPHS))
+    check_range("--val", val, at_least=len(PHOTOGRAPHS))
+
+
 def _command(options: argparse.Namespace) -> int:
-    if min(options.train, options.val) < len(PHOTOGRAPHS):
-        raise ToolError(f"--train and --val must be at least {len(PHOTOGRAPHS)}, one per class")
-    if not 8 <= options.size <= 4096:
-        raise ToolError(f"--size must be 8 to 4096 pixels, not {options.size}")
+    check_counts(options.train, options.val)
+    check_range("--size", options.size, at_least=8, at_most=4096)
     with naming(options.dest, "cannot be written"):
         build(
             options.dest, train=options.train, val=options.val, size=options.size, seed=options.seed

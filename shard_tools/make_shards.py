@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.errors import naming
+from pipeline.errors import check_range, naming
 from shard_tools.class_list import read_classes
 from shard_tools.cli import (
     HelpFormatter,
@@ -172,12 +172,11 @@ def job_folders(dest: Path) -> list[Path]:
 
 def execution_of(options: argparse.Namespace) -> Execution:
     """Check the options that say how the job runs."""
-    if options.num_tasks < 1:
-        raise ToolError(f"--num-tasks must be at least 1, not {options.num_tasks}")
+    check_range("--num-tasks", options.num_tasks, at_least=1)
     if not 0 <= options.task_id < options.num_tasks:
         raise ToolError(
-            f"--task-id must be between 0 and --num-tasks - 1 = {options.num_tasks - 1}, "
-            f"not {options.task_id}"
+            f"--task-id {options.task_id}: must be between 0 and --num-tasks - 1 = "
+            f"{options.num_tasks - 1}"
         )
     return Execution(
         options.workers, options.on_error, options.resume, options.num_tasks, options.task_id
@@ -188,12 +187,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """Check the options and gather those that decide the bytes."""
     limits = {"--resize-shorter": options.resize_shorter, "--max-side": options.max_side}
     for flag, value in limits.items():
-        if value is not None and value < 1:
-            raise ToolError(f"{flag} must be at least 1 pixel, not {value}")
-    if options.quality is not None and not 1 <= options.quality <= 100:
-        raise ToolError(f"--quality must be between 1 and 100, not {options.quality}")
+        check_range(flag, value, at_least=1)
+    check_range("--quality", options.quality, at_least=1, at_most=100)
     if not options.name or set(options.name) & set("/.\0"):
-        raise ToolError(f"--name must be a plain word without dots, not {options.name!r}")
+        raise ToolError(f"--name {options.name!r}: must be a plain word without dots")
     conversion = Conversion(options.gray16, options.alpha)
     if options.restart_markers and not CAN_CUT:
         raise ToolError(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.errors import check_range
 from shard_tools import cli
 from shard_tools.manifest import Manifest, read_manifest
 
@@ -140,8 +141,7 @@ def report(options: argparse.Namespace) -> int:
     """Print the ratio for the window given and those around it; 0."""
     b, p, w = options.batch_size, options.partitions, options.window
     for name, value in (("batch-size", b), ("partitions", p), ("window", w)):
-        if value < 1:
-            raise cli.ToolError(f"--{name} {value}: must be at least 1")
+        check_range(f"--{name}", value, at_least=1)
     if b % p:
         raise cli.ToolError(f"--batch-size {b}: must be a multiple of the {p} partitions")
     manifest = read_manifest(options.folder)

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import naming
+from pipeline.errors import check_range, naming
 from shard_tools.atomic import check_writable
 from shard_tools.cli import (
     HelpFormatter,
@@ -63,8 +63,7 @@ def ranks(manifest: Manifest, seed: int) -> np.ndarray:
 
 def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
     """`fraction` of every class, rounded, at least one image; sample numbers, ascending."""
-    if not 0 < fraction <= 1:
-        raise ToolError(f"--fraction must be in (0, 1], not {fraction}")
+    check_range("--fraction", fraction, above=0, at_most=1)
     labels = manifest.index["label"]
     order = np.lexsort((ranks(manifest, seed), labels))  # class by class, shuffled inside
     _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)

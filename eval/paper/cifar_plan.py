@@ -77,6 +77,11 @@ class Plan:
     kept: tuple[Command, ...]
     left: tuple[Command, ...]
 
+    @property
+    def jobs(self) -> list[Command]:
+        """All of them, each once."""
+        return unique([job for stage in self.stages for job in stage])
+
     def stage(self, number: int) -> list[Command]:
         """The jobs of a stage that fit."""
         names = {job.name for job in self.kept}

@@ -2,7 +2,7 @@
 paper's."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from eval.protocols import by_key, headings, keys
 from eval.reporting.run_records import read_result, with_beside
 from eval.reporting.tables import FEATURE_NAMES, NONE, UNMEASURED, Cell, Row, Table
 from eval.shared.demo_shards import make_demo_shards
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 from pipeline.method.checks import check_objective
 from pipeline.runtime.settings import total_steps
 from shard_tools.atomic import check_writable
@@ -62,8 +62,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     """The options as values; UserError for one that cannot be."""
-    if args.seeds < 1 or args.jobs < 0:
-        raise UserError("--seeds must be at least 1 and --jobs not negative")
+    check_range("--seeds", args.seeds, at_least=1)
+    check_range("--jobs", args.jobs, at_least=0)
     for text in args.set:
         if text.partition("=")[0] == "seed":
             raise UserError(f"--set {text}: seeds are what --seeds N says")
@@ -85,13 +85,26 @@ def read_options(args: argparse.Namespace, scale_name: str) -> Options:
     return Options(workspace, args.seeds, jobs, tuple(args.also), args.dry_run)
 
 
-def check_rows(options: Options, rows: Iterable[PaperRow]) -> None:
-    """UserError for what would end a reproduction after its data were built, or its first runs."""
+def check_rows(options: Options, rows: Sequence[tuple[PaperRow, Sequence[str]]]) -> None:
+    """UserError for what would end a reproduction of rows, each with its protocols, after its data
+    were built, or its first runs; and for an option that none of them takes."""
     workspace = options.workspace
+    listed = workspace.scale.name == "full" and any(row.classes is not None for row, _ in rows)
+    if workspace.classes != Workspace.classes and not listed:
+        raise UserError(
+            f"--classes {workspace.classes}: no row here takes a list of classes, only those of "
+            "Tab. 5 at --scale full do; leave it out"
+        )
+    few = any(by_key(protocol).fraction < 1 for _, protocols in rows for protocol in protocols)
+    if workspace.few_labels and not few:
+        raise UserError(
+            f"--few-labels {workspace.few_labels}: no row here is finetuned on few labels "
+            "(--also fewshot); leave it out"
+        )
     if not options.dry_run:
         check_writable(workspace.output, folder=True, advice="; choose another --output")
     chosen, pretrained = set(), []
-    for row in rows:
+    for row, _ in rows:
         check_objective(row_recipe(workspace, row))
         if row.recipe not in (None, "supervised") and row.initial != "random":
             pretrained.append(row)

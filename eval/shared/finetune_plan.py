@@ -23,7 +23,7 @@ from pipeline.config.ds_config import (
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe, augmentation
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples
 
@@ -213,24 +213,21 @@ def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
 def check(s: Settings, world: int) -> None:
     """UserError for a setting that no data could make good; it names the option."""
     check_batch(s.batch_size, world, pairs=bool(s.mixup or s.cutmix))
-    if min(1 if n is None else n for n in (s.max_steps, s.samples_per_epoch)) < 1:
-        raise UserError("--max-steps and --samples-per-epoch must be at least 1")
-    if s.base_lr <= 0:
-        raise UserError(f"--base-lr must be above 0, not {s.base_lr:g}")
+    for name in ("max_steps", "samples_per_epoch", "validate_epochs"):
+        check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
+    for name in ("mixup", "cutmix", "weight_decay", "min_lr"):
+        check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=0)
+    check_range("--base-lr", s.base_lr, above=0)
+    check_range("--stop-epoch", s.stop_epoch, above=0)
+    check_range("--layer-decay", s.layer_decay, above=0, at_most=1)
+    check_range("--drop-path", s.drop_path, at_least=0, below=1)
+    check_range("--erasing", s.erasing, at_least=0, at_most=1)
+    check_range("--smoothing", s.smoothing, at_least=0, below=1)
+    check_range("--crop-area", s.crop_area, above=0, at_most=1)
     if not 0 <= s.warmup_epochs < s.epochs:
         raise UserError(
             f"--warmup-epochs {s.warmup_epochs:g}: must be from 0 to below --epochs {s.epochs:g}"
         )
-    if s.validate_epochs < 1 or (s.stop_epoch is not None and s.stop_epoch <= 0):
-        raise UserError("--validate-epochs must be at least 1, --stop-epoch above 0")
-    if not 0 < s.layer_decay <= 1 or not 0 <= s.drop_path < 1:
-        raise UserError("--layer-decay must be in (0, 1] and --drop-path in [0, 1)")
-    if not 0 <= s.erasing <= 1 or not 0 <= s.smoothing < 1:
-        raise UserError("--erasing must be in [0, 1] and --smoothing in [0, 1)")
-    if not 0 < s.crop_area <= 1:
-        raise UserError(f"--crop-area {s.crop_area:g}: must be above 0 and at most 1")
-    if min(s.mixup, s.cutmix, s.weight_decay, s.min_lr) < 0:
-        raise UserError("--mixup, --cutmix, --weight-decay and --min-lr must be at least 0")
     try:
         augmentation(s.randaugment)
     except ValueError:

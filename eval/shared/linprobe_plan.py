@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.labels import class_count, labelled
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from eval.shared.session import EvalSession
@@ -68,14 +68,12 @@ def make_plan(s: Settings, world: int) -> Plan:
     """Check the settings against the data and the number of ranks; what they come to."""
     train, val = labelled(s.train), labelled(s.val)
     classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
-    if min(s.epochs, s.batch_size, s.micro_batch) < 1:
-        raise UserError("--epochs, --batch-size and --micro-batch must be at least 1")
-    if s.max_steps is not None and s.max_steps < 1:
-        raise UserError("--max-steps must be at least 1")
-    if s.warmup_epochs < 0:
-        raise UserError("--warmup-epochs must be at least 0")
-    if min(s.base_lr, *s.grid) <= 0:
-        raise UserError("--base-lr and every rate of --grid must be above 0")
+    for name in ("epochs", "batch_size", "micro_batch", "max_steps"):
+        check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
+    check_range("--warmup-epochs", s.warmup_epochs, at_least=0)
+    check_range("--base-lr", s.base_lr, above=0)
+    for rate in s.grid:
+        check_range("--grid", rate, above=0)
     if s.batch_size < 2:
         raise UserError(f"--batch-size {s.batch_size}: the batch norm needs at least 2 images")
     if s.feature in s.also or len(set(s.also)) < len(s.also):

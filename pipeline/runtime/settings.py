@@ -42,7 +42,12 @@ def epoch_steps(data: str, samples: int, recipe: Recipe) -> int:
 def total_steps(data: str, samples: int, recipe: Recipe) -> int:
     """Steps of a whole pretraining on `samples` samples of a folder. UserError where there are
     none."""
-    steps, epochs = epoch_steps(data, samples, recipe), recipe.optimizer.epochs
+    return whole_steps(epoch_steps(data, samples, recipe), data, recipe)
+
+
+def whole_steps(steps: int, data: str, recipe: Recipe) -> int:
+    """Steps of a whole pretraining whose epochs have `steps`. UserError where there are none."""
+    epochs = recipe.optimizer.epochs
     total = round(epochs * steps)
     if total == 0:
         raise UserError(

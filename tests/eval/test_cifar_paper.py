@@ -24,6 +24,7 @@ from eval.cifar_paper import (
     build_parser,
     check,
     cifar_paper,
+    note_facts,
     rebuild,
     settings_of,
     write_page,
@@ -375,6 +376,15 @@ def test_with_few_hours_the_report_has_what_there_is(data, tmp_path, capsys):
     assert not list(tmp_path.glob("cmae*"))
 
 
+def test_what_would_fit_and_was_not_run_is_named_too(data, tmp_path):
+    """As where the hours end within the tuning, without which no row is made."""
+    chosen = settings(data, tmp_path, "--claims", "5", "--seeds", "1")
+    (tmp_path / "c").touch()
+    trial, row, done = job("a"), job("b", "a"), Command("c", ("true",), tmp_path / "c")
+    plan = cifar_plan.Plan(((trial,), (), (row, done)), {}, kept=(row, done), left=(trial,))
+    assert note_facts(chosen, plan).left == ("a", "b")
+
+
 def test_what_is_done_fits_into_hours_that_are_used_up(tmp_path):
     (tmp_path / "a").touch()
     done = Command("a", ("true",), tmp_path / "a", ("b",))
@@ -628,7 +638,7 @@ def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--hours", "-1"], "--jobs and --hours not negative"),
         (["--hours", "nan"], "--jobs and --hours not negative"),
         (["--hours", "inf"], r"--hours not negative \(0: no limit\)"),

@@ -188,7 +188,7 @@ def test_minibatches_on_two_ranks_give_the_value_of_one(home: Path) -> None:
 
 
 def test_bad_input_is_one_sentence(home: Path) -> None:
-    with pytest.raises(UserError, match="at least 4 images"):
+    with pytest.raises(UserError, match="--batch-size 3: must be at least 4"):
         evaluate(home, "--batch-size", 3)
     with pytest.raises(UserError, match="has 48 images, fewer than --batch-size 64"):
         evaluate(home, "--batch-size", 64)

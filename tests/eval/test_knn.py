@@ -90,6 +90,6 @@ def test_features_that_are_not_finite_have_no_accuracy(home: Path, tmp_path: Pat
 def test_too_many_neighbours_are_refused(home: Path) -> None:
     with pytest.raises(UserError, match="--k 71: must be between 1 and 70"):
         evaluate(home, "--k", "71")
-    for words in (("--temperature", "0"), ("--micro-batch", "0")):
-        with pytest.raises(UserError, match="--temperature must be above 0 and --micro-batch"):
-            evaluate(home, *words)
+    for words, bound in (("--temperature 0", "above 0"), ("--micro-batch 0", "at least 1")):
+        with pytest.raises(UserError, match=f"{words}: must be {bound}"):
+            evaluate(home, *words.split())

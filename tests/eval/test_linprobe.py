@@ -438,12 +438,12 @@ def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_writte
         (("--batch-size", "128"), "has 70 samples, too few for --batch-size 128"),
         (("--encoder", "nowhere"), "nowhere"),
         (("--val", "nowhere"), "nowhere: no such folder"),
-        (("--epochs", "0"), "--epochs"),
+        (("--epochs", "0"), "--epochs 0: must be at least 1"),
         (("--batch-size", "1"), "--batch-size 1: the batch norm needs"),
         (("--base-lr", "nan"), "--base-lr nan: must be finite"),
-        (("--base-lr", "0"), "--base-lr .* must be above 0"),
+        (("--base-lr", "0"), "--base-lr 0: must be above 0"),
         (("--grid", "1", "inf"), r"--grid \[1.0, inf\]: must be finite"),
-        (("--warmup-epochs", "-1"), "--warmup-epochs must be"),
+        (("--warmup-epochs", "-1"), "--warmup-epochs -1: must be at least 0"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -235,7 +235,7 @@ def test_other_masks_and_sizes_have_results_of_their_own(home):
         ("nowhere", [], "nowhere"),
         ("mae/mae.pth", [], "needs --recipe"),
         ("mae/recipe.yaml", ["--recipe", str(RECIPES / "mae_vits.yaml")], "cannot be read"),
-        ("mae", ["--micro-batch", "0"], "--micro-batch must be at least 1"),
+        ("mae", ["--micro-batch", "0"], "--micro-batch 0: must be at least 1"),
         ("mae", ["--mask-ratio", "1"], "--mask-ratio 1.0: must leave some of 16 patches"),
     ],
 )

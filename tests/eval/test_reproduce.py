@@ -356,7 +356,7 @@ def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, ca
         (["--table", "9"], "--table 9: the paper's tables are 1, 2"),
         (["--table", "4", "--rows", "MEA"], "rows of table 4 are: MAE; MAE, jitter"),
         (["--table", "4", "--scale", "huge"], "knows full, mini"),
-        (["--table", "4", "--seeds", "0"], "--seeds must be at least 1"),
+        (["--table", "4", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (["--table", "4", "--train", "/nowhere"], "/nowhere: no such folder"),
         (["--table", "4"], "train: 640 samples are fewer than one batch of 1024"),
         (["--table", "4", "--set", "seed=7"], "--set seed=7: seeds are what --seeds N says"),

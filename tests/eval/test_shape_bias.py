@@ -162,7 +162,7 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
     cases.append((parse("--decisions", tmp_path / "binary.csv"), "cannot be read as a CSV"))
     small = ("--classifier", home / "model", *images, "--batch-size", 0)
-    cases.append((parse(*small), "--batch-size must be at least 1"))
+    cases.append((parse(*small), "--batch-size 0: must be at least 1"))
     cases.append((parse("--classifier", "timm:no_such_model", *images), "cannot be fetched"))
     (tmp_path / "pictures/cat").mkdir(parents=True)
     (tmp_path / "pictures/cat/cat1-dog1.png").write_text("no picture")

@@ -345,6 +345,15 @@ def test_an_export_may_be_repeated(kind, source, out, places):
     assert [main(words), main(words)] == [0, 0]
 
 
+def test_an_export_for_transformers_does_not_take_the_place_of_its_other_format(places, capsys):
+    for kind, other in (("hf", "hf-mae"), ("hf-mae", "hf")):
+        assert main([str(places / "run"), "--format", kind, str(places / kind)]) == 0
+        before = contents(places / kind)
+        assert main([str(places / "run"), "--format", other, str(places / kind)]) == 2
+        assert "is an export in another format" in capsys.readouterr().err
+        assert contents(places / kind) == before
+
+
 @pytest.mark.parametrize(
     ("kind", "out", "words"),
     [

@@ -228,7 +228,7 @@ def test_a_subset_of_adopted_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--fraction", "0"], r"--fraction must be in \(0, 1\]"),
+        (["--fraction", "0"], "--fraction 0: must be above 0 and at most 1"),
         (["--count", "76"], "offers 1 to 75 images"),
         (["--count", "0"], "offers 1 to 75 images"),
         (["--count", "5", "--choose", "one-per-class"], "offers 1 to 4 images"),
