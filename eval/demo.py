@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the runs")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="folder of the images")
     parser.add_argument("--train", type=int, default=8192, help="training crops")
-    parser.add_argument("--val", type=int, default=2048, help="validation crops")
+    parser.add_argument("--val", type=int, default=4096, help="validation crops")
     parser.add_argument(
         "--ranks", type=int, default=argparse.SUPPRESS,
         help=f"devices to use, a divisor of {PARTITIONS} (default: the most GPUs, or else cores)",

@@ -91,7 +91,7 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path):
     (tmp_path / "file").write_text("")
     for words, sentence in (
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--ranks", "3"], "--ranks a divisor of 8"),
+        (["--ranks", "3"], "--ranks 3: must be a divisor of 8"),
         (["--output", tmp_path / "file"], f"{tmp_path}/file: cannot be written (Not a directory)"),
         (
             ["--output", tmp_path / "o", "--data", tmp_path / "file"],
