@@ -70,7 +70,11 @@ def test_kernel_against_reference(size, dtype):
     assert_implementations_agree(op(inverse, prefix), leaves(*size, dtype))
 
 
-def test_kernel_with_strided_inputs_and_more_samples_than_a_chunk():
+@pytest.mark.parametrize("programs", [1, 30, 10_000])  # chunks of 16, 4 and 1 samples
+def test_kernel_with_strided_inputs_and_samples_in_chunks(programs, monkeypatch):
+    from pipeline.kernels.place_tokens import triton
+
+    monkeypatch.setattr(triton, "PROGRAMS", programs)
     inverse = some_positions(35, 9, 9).repeat_interleave(2, dim=1)[:, ::2]
     inputs = {
         "tokens": noise(4, 35, 24).transpose(0, 1),

@@ -51,12 +51,13 @@ def reference_place(s: Sizes, backward: bool = False) -> None:
 
 def traffic(s: Sizes, prefix: int = 1) -> dict[str, Traffic]:
     """Forward and backward of place_tokens."""
-    from pipeline.kernels.place_tokens.triton import CHUNK, GRAD_ROWS, ROWS
+    from pipeline.kernels.place_tokens.triton import GRAD_ROWS, ROWS, launch_of
 
-    block = min(512, 1 << (s.decoder - 1).bit_length())
     rows = prefix + s.length
-    in_d, in_batch = -(-s.decoder // block), -(-s.batch // CHUNK)
-    tiles, grad_tiles = (-(-rows // of) * in_batch for of in (ROWS, GRAD_ROWS))
+    (in_rows, in_d, in_batch), (in_grad, _, grad_batch) = (
+        launch_of(s.batch, s.length, prefix, s.decoder, of)[0] for of in (ROWS, GRAD_ROWS)
+    )
+    tiles, grad_tiles = in_rows * in_batch, in_grad * grad_batch
     tokens = s.batch * (prefix + s.keep) * s.decoder * s.element
     sequence = s.batch * rows * s.decoder * s.element
     inverse, row = s.batch * s.length * 4, s.decoder * s.element

@@ -15,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 16  # samples per program
+CHUNK = 16  # samples per program, at most
+# Fewer samples each where programs would be fewer than six for each of an H100's 132
+# multiprocessors, which have then too few loads under way to hide how long a load takes.
+PROGRAMS = 6 * 132
 ROWS = 2  # of the sequence
 # Backward leaves a partial sum per program: more rows make fewer of them, with as many loads of 16
 # bytes under way.
@@ -79,17 +82,18 @@ def place_tokens_backward_kernel(
     tl.store(mask_grad_ptr + program * WIDTH + d, tl.sum(total, 0), mask=d < WIDTH)
 
 
-def _launch(
+def launch_of(
     batch: int, length: int, prefix: int, width: int, rows: int
-) -> tuple[Any, dict[str, int]]:
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid, tiles of rows × of channels × chunks of samples, and the kernels' constants."""
     block = min(512, triton.next_power_of_2(width))
-    grid = (
-        triton.cdiv(prefix + length, rows),
-        triton.cdiv(width, block),
-        triton.cdiv(batch, CHUNK),
-    )
+    tiles = triton.cdiv(prefix + length, rows), triton.cdiv(width, block)
+    chunk = CHUNK
+    while chunk > 1 and tiles[0] * tiles[1] * triton.cdiv(batch, chunk) < PROGRAMS:
+        chunk //= 2
     sizes = {"LENGTH": length, "PREFIX": prefix, "WIDTH": width}
-    return grid, {**sizes, "CHUNK": CHUNK, "ROWS": rows, "D": block, "num_warps": 4}
+    settings = {**sizes, "CHUNK": chunk, "ROWS": rows, "D": block, "num_warps": 4}
+    return (*tiles, triton.cdiv(batch, chunk)), settings
 
 
 @torch.library.custom_op("relaxmim::place_tokens", mutates_args=())
@@ -99,7 +103,7 @@ def _place_tokens(
     batch, count, width = tokens.shape
     length = inverse.shape[1]
     out = tokens.new_empty(batch, prefix + length, width)
-    grid, settings = _launch(batch, length, prefix, width, ROWS)
+    grid, settings = launch_of(batch, length, prefix, width, ROWS)
     place_tokens_kernel[grid](
         tokens.contiguous(), inverse.contiguous(), mask_token.contiguous(), position.contiguous(),
         out, batch, count, **settings,
@@ -118,7 +122,7 @@ def _place_tokens_backward(
 ) -> tuple[Tensor, Tensor]:
     """(d tokens, d mask_token in fp32)."""
     batch, _, width = grad.shape
-    grid, settings = _launch(batch, inverse.shape[1], prefix, width, GRAD_ROWS)
+    grid, settings = launch_of(batch, inverse.shape[1], prefix, width, GRAD_ROWS)
     tokens_grad = grad.new_empty(batch, count, width)
     partial = grad.new_empty(grid[0] * grid[2], width, dtype=torch.float32)
     place_tokens_backward_kernel[grid](
