@@ -41,11 +41,13 @@ def check_range(
         "at most": at_most is None or value <= at_most,
         "below": below is None or value < below,
     }
-    if not (math.isfinite(value) and all(good.values())):
+    finite = math.isfinite(value)
+    if not (finite and all(good.values())):
         bounds = zip(good, (at_least, above, at_most, below), strict=True)
-        said = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        said = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]
+        said += [] if finite else ["finite"]
         given = f"{value:g}" if isinstance(value, float) else value
-        raise UserError(f"{flag} {given}: must be {said or 'finite'}")
+        raise UserError(f"{flag} {given}: must be {' and '.join(said)}")
 
 
 @contextlib.contextmanager

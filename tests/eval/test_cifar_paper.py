@@ -639,9 +639,9 @@ def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
     ("words", "sentence"),
     [
         (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--hours", "-1"], "--jobs and --hours not negative"),
-        (["--hours", "nan"], "--jobs and --hours not negative"),
-        (["--hours", "inf"], r"--hours not negative \(0: no limit\)"),
+        (["--hours", "-1"], "--hours -1: must be at least 0"),
+        (["--hours", "nan"], "--hours nan: must be at least 0 and finite"),
+        (["--hours", "inf"], "--hours inf: must be at least 0 and finite"),
         (["--untuned", "--extend-tuning"], "nothing to extend with --untuned"),
         (["--scale", "mini"], "--scale mini: has no rates to tune; take cifar or cifar-gpu"),
         (["--scale", "cifer"], "knows full, mini, cifar"),

@@ -16,8 +16,8 @@ from pipeline.errors import UserError, check_range
         (0.0, {"above": 0, "at_most": 1}, "--n 0: must be above 0 and at most 1"),
         (1.0, {"at_least": 0, "below": 1}, "--n 1: must be at least 0 and below 1"),
         (-1e-9, {"at_least": 0}, "--n -1e-09: must be at least 0"),
-        (math.nan, {"at_least": 0}, "--n nan: must be at least 0"),
-        (math.inf, {"above": 0}, "--n inf: must be above 0"),
+        (math.nan, {"at_least": 0}, "--n nan: must be at least 0 and finite"),
+        (math.inf, {"above": 0}, "--n inf: must be above 0 and finite"),
         (math.nan, {}, "--n nan: must be finite"),
     ],
 )
