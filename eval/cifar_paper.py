@@ -161,7 +161,7 @@ def dry_run(settings: Settings) -> None:
 def planned(settings: Settings) -> str:
     """The plan in lines."""
     plan = make_plan(settings, rates_of(settings))
-    check_recipes([job for stage in plan.stages for job in stage])
+    check_recipes(plan.jobs)
     return "\n".join(show(settings, plan))
 
 
@@ -178,7 +178,7 @@ def make_rows(settings: Settings, compute: float) -> tuple[Study, Plan]:
     """
     rates, tuning = rates_of(settings), tuning_of(settings)
     plan, tuned = make_plan(settings, rates), True
-    check_recipes([job for stage in plan.stages for job in stage])
+    check_recipes(plan.jobs)
     for stage in (0, 0, 1, 1) if tuning.extend else (0, 1):  # the second time beyond the grid
         tuned = len(plan.stage(stage)) == len(plan.stages[stage])
         if not tuned:

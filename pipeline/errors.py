@@ -41,7 +41,7 @@ def check_range(
         "at most": at_most is None or value <= at_most,
         "below": below is None or value < below,
     }
-    finite = math.isfinite(value)
+    finite = isinstance(value, int) or math.isfinite(value)  # an int may be beyond all floats
     if not (finite and all(good.values())):
         bounds = zip(good, (at_least, above, at_most, below), strict=True)
         said = [f"{word} {bound:g}" for word, bound in bounds if bound is not None]

@@ -168,10 +168,14 @@ def differences(record: dict[str, Any], settings: Settings) -> list[str]:
 
 
 def check_recipes(jobs: Sequence[Command]) -> None:
-    """UserError where a run that is there, or its results, is of another recipe than the one that
-    would be trained now."""
+    """UserError where a pretraining would have no step; and where a run that is there, or its
+    results, is of another recipe than the one that would be trained now."""
     for job in jobs:
         recipe, run = recipe_of(job), Path(option(job.command, "--output", ""))
+        if recipe is not None and job.images == 0:
+            raise UserError(
+                f"{job.name}: has no step with batch_size {recipe.batch_size}; set it lower"
+            )
         if recipe is None or not (run / "recipe.yaml").is_file():
             continue
         if changed := changed_keys(load_recipe(run / "recipe.yaml"), recipe):

@@ -452,6 +452,13 @@ def test_the_plan_is_billed_by_what_was_measured_here(data, tmp_path):
     assert "0.00 core-hours used" in lines
 
 
+def test_a_pretraining_of_no_step_is_not_planned(data, tmp_path):
+    chosen = settings(data, tmp_path, "--claims", "5", "--seeds", "1", "--set", "batch_size=8192")
+    plan = cifar_plan.make_plan(chosen, Rates(tmp_path / "r.json", str(data / "shards/train")))
+    with pytest.raises(UserError, match="pretrain: has no step with batch_size 8192; set it lower"):
+        cifar_plan.check_recipes(plan.jobs)
+
+
 def test_hours_leave_out_the_last_claims_first(data, tmp_path):
     words = ("--claims", "1", "14", "--seeds", "2")
     chosen = settings(data, tmp_path, *words, "--hours", "0")

@@ -12,6 +12,7 @@ from pipeline.errors import UserError, check_range
     [
         (0, {"at_least": 1}, "--n 0: must be at least 1"),
         (1234567, {"at_most": 2}, "--n 1234567: must be at most 2"),
+        (-(10**400), {"at_least": 1}, f"--n -1{'0' * 400}: must be at least 1"),
         (1.5, {"above": 0, "at_most": 1}, "--n 1.5: must be above 0 and at most 1"),
         (0.0, {"above": 0, "at_most": 1}, "--n 0: must be above 0 and at most 1"),
         (1.0, {"at_least": 0, "below": 1}, "--n 1: must be at least 0 and below 1"),
@@ -31,3 +32,4 @@ def test_the_ends_belong_to_closed_bounds_and_an_option_not_given_is_in_all():
     check_range("--n", 1, at_least=1, at_most=1)
     check_range("--n", 0.5, above=0, below=1)
     check_range("--n", None, at_least=1)
+    check_range("--n", 10**400, at_least=1)

@@ -174,7 +174,7 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
         (["tree", "--quality", "0"], "--quality 0: must be at least 1 and at most 100"),
         (["tree", "--max-side", "0"], "--max-side 0: must be at least 1"),
         (["tree", "--num-tasks", "3", "--task-id", "3"], "--task-id 3: must be between 0 and"),
-        (["tree", "--name", "a.b"], "must be a plain word"),
+        (["tree", "--name", "a.b"], "--name 'a.b': must be a plain word"),
         (["tree", "--merge"], "nothing to merge"),
         (["."], "dest: is inside . and would become part of it"),
         (["flat.tar", "--synsets", "two.txt"], "1 images, but 2 labels"),
