@@ -126,8 +126,8 @@ def test_a_finished_tree_stays_and_another_folder_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--train", "3"], "at least 16, one per class"),
-        (["--size", "4"], "must be 8 to 4096 pixels, not 4"),
+        (["--train", "3"], "--train 3: must be at least 16"),
+        (["--size", "4"], "--size 4: must be at least 8 and at most 4096"),
     ],
 )
 def test_bad_options(
