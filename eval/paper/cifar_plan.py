@@ -160,11 +160,18 @@ def made_with(settings: Settings) -> dict[str, Any]:
 
 def differences(record: dict[str, Any], settings: Settings) -> list[str]:
     """What a study of this record was made with otherwise."""
+    ours = made_with(settings)
     return [
         key
-        for key, value in made_with(settings).items()
-        if portable(record.get(key)) != value and (key != TESTED or key in record)
+        for key in ours
+        if recorded(record, key) != recorded(ours, key) and (key != TESTED or key in record)
     ]
+
+
+def recorded(record: dict[str, Any], key: str) -> Any:
+    """A value of a record; of a scale what is not empty, since older records lack newer keys."""
+    value = portable(record.get(key))
+    return {k: v for k, v in value.items() if v} if key == "scale" and value else value
 
 
 def check_recipes(jobs: Sequence[Command]) -> None:
@@ -205,7 +212,8 @@ def is_restored(settings: Settings, archive: Path) -> bool:
     path = settings.output / RECORD
     if path.is_file():
         ours, theirs = read_record(path), archived_record(archive)
-        if all(ours.get(key) == theirs.get(key) for key in ("scale", "images", "tuned", "compute")):
+        same = ("scale", "images", "tuned", "compute")
+        if all(recorded(ours, key) == recorded(theirs, key) for key in same):
             return True
     check_empty(settings.output)
     return False

@@ -34,6 +34,7 @@ class Scale:
     epochs: float | None = None
     recipe: tuple[str, ...] = ()
     reconstruction: tuple[str, ...] = ()
+    relaxed: tuple[str, ...] = ()
     contrast: tuple[str, ...] = ()
     last: tuple[str, ...] = ()  # overrides after all others: --set
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -88,8 +89,12 @@ class Workspace:
 def overrides(row: PaperRow, scale: Scale) -> list[str]:
     """The recipe's overrides of a row at a scale, without seed and data."""
     recipe = read_recipe(base_recipe(row), tuple(row.set))
-    kind = "reconstruction" if recipe.measure.reconstructs else "contrast"
-    result = [*row.set, *scale.recipe, *getattr(scale, kind)]
+    result = [*row.set, *scale.recipe]
+    if recipe.measure.reconstructs:
+        relaxed = scale.relaxed if recipe.views.second != "pixels" else ()
+        result += [*scale.reconstruction, *relaxed]
+    else:
+        result += scale.contrast
     if scale.epochs is not None:
         epochs = scale.epochs * max(1.0, recipe.optimizer.epochs / 100)
         result.append(f"optimizer.epochs={epochs:g}")

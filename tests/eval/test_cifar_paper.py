@@ -623,6 +623,9 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
     assert record["compute"] > 1
     same = cifar_plan.claim_output(settings(data, tmp_path, "--seeds", "1", "--hours", "9"))
     assert same == record
+    scale = {key: value for key, value in record["scale"].items() if key != "relaxed"}
+    (tmp_path / "study.json").write_text(json.dumps(record | {"scale": scale}))  # an older one
+    assert cifar_plan.claim_output(settings(data, tmp_path)) == record | {"scale": scale}
     with pytest.raises(UserError, match="was made with another scale; choose another --output"):
         cifar_plan.claim_output(settings(data, tmp_path, "--set", "batch_size=32"))
     with pytest.raises(UserError, match="another scale"):

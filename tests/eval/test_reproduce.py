@@ -135,6 +135,31 @@ def test_evaluations_of_a_row(shards):
 
 
 @pytest.mark.parametrize(
+    ("table", "name", "rate"),
+    [
+        (1, "MAE, 100 epochs", 0.1),
+        (1, "R-MAE", 0.2),
+        (1, "R-MAE†", 0.2),
+        (1, "R-MAE‡", 0.2),
+        (4, "C-MAE without mask tokens", 0.3),
+    ],
+)
+def test_a_scale_changes_recipes_by_what_they_measure(table, name, rate):
+    rates = {
+        "reconstruction": ("optimizer.base_lr=0.1", "views.mask_ratio=0.8"),
+        "relaxed": ("optimizer.base_lr=0.2",),
+        "contrast": ("optimizer.base_lr=0.3",),
+    }
+    scale = rows.Scale("s", "python", "train", "val", **rates)
+    (row,) = choose_rows(find_table(table), [name])
+    recipe = rows.row_recipe(rows.Workspace(Path("out"), scale), row)
+    assert recipe.optimizer.base_lr == rate
+    assert recipe.views.mask_ratio == (0.75 if rate == 0.3 else 0.8)
+    told = replace(scale, last=("optimizer.base_lr=0.4",))
+    assert rows.row_recipe(rows.Workspace(Path("out"), told), row).optimizer.base_lr == 0.4
+
+
+@pytest.mark.parametrize(
     ("scale", "chosen", "other"),
     [("full", "cls", "mean_patch"), ("mini", "mean_patch", "cls")],
 )
