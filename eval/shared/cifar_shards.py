@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.shared.processes import call
 from pipeline.errors import UserError, naming
+from pipeline.runtime.run_lock import RunLock
 from shard_tools.atomic import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
     """
     done, building = data / DONE, data / BUILDING
     with naming(done, "cannot be read"):
-        found = done.read_text(encoding="utf-8") if done.is_file() else ""
+        found = done.read_bytes() if done.is_file() else b""
         others = not found and done.parent.exists() and any(done.parent.iterdir())
     if found:
         check_source(found, source, done)
@@ -43,15 +44,20 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
         )
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    if building.exists():  # of a call that was cut off
+    lock = RunLock(building, needed=False, advice="wait for it, or choose another --data")
+    try:
+        with naming(building, "cannot be removed"):
+            for left in (building / "images", building / "shards"):  # of a call that was cut off
+                if left.exists():
+                    shutil.rmtree(left)
+        build(source, building)
+        with naming(done.parent, "cannot be written"):
+            write_json(building / DONE, record_of(source))
+            os.replace(building / done.parent.name, done.parent)
         with naming(building, "cannot be removed"):
             shutil.rmtree(building)
-    build(source, building)
-    with naming(done.parent, "cannot be written"):
-        write_json(building / DONE, record_of(source))
-        os.replace(building / done.parent.name, done.parent)
-    with naming(building, "cannot be removed"):
-        shutil.rmtree(building)
+    finally:
+        lock.release()
 
 
 def build(source: Path, data: Path) -> None:
@@ -78,7 +84,7 @@ def record_of(source: Path) -> dict[str, Any]:
     return {"source": source.resolve().name, "bytes": size}
 
 
-def check_source(found: str, source: Path | None, done: Path) -> None:
+def check_source(found: bytes, source: Path | None, done: Path) -> None:
     """UserError where the shards are of another source than the one that is named."""
     try:
         known = json.loads(found)

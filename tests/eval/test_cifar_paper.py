@@ -703,6 +703,30 @@ def test_shards_and_images_of_somebody_else_are_left_alone(tmp_path):
     assert theirs[1].read_bytes() == b"theirs"
 
 
+def test_shards_are_built_by_one_command_at_a_time(tmp_path):
+    """A second one would remove what the first has built so far."""
+    building = tmp_path / "data" / BUILDING
+    half = building / "shards/train/0.tar"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"x")
+    (tmp_path / "c").mkdir()
+    hold = (
+        "import sys, pathlib; from pipeline.runtime.run_lock import RunLock\n"
+        "lock = RunLock(pathlib.Path(sys.argv[1])); print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", hold, str(building)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=ROOT, **pipes) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"holds this folder .*; wait for it, or choose anoth"):
+            make_cifar_shards(tmp_path / "c", tmp_path / "data")
+        assert half.is_file()
+        first.communicate(b"\n")
+    with pytest.raises(UserError, match=r"images of .* failed with exit code 2"):
+        make_cifar_shards(tmp_path / "c", tmp_path / "data")  # it is empty
+    assert not half.exists()
+
+
 def test_an_archive_keeps_what_a_page_needs(tmp_path):
     run = tmp_path / "out/mae-0"
     (run / "eval").mkdir(parents=True)
