@@ -60,7 +60,7 @@ from eval.paper.commands import (
     run_name,
 )
 from eval.paper.cost import START, Rates, read_rates, recipe_of, step_key, within
-from eval.paper.job_runner import Command, needed, unique
+from eval.paper.job_runner import Command, costs, needed, unique
 from eval.paper.measuring import device_name
 from eval.paper.reproduction import result_path
 from eval.paper.statistics import interval
@@ -727,6 +727,42 @@ def test_shards_are_built_by_one_command_at_a_time(tmp_path):
     assert not half.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("tuning.json", b"\xff", "no record of a tuning"),
+        ("tuning.json", b"NaN", "value of MAE nan: must be finite"),
+        ("tuning.json", b'"x"', "no record of a tuning"),
+        ("rates.json", b"\xff", "no measured rates"),
+        ("rates.json", b'{"a": NaN}', "a: nan: must be at least 0 and finite"),
+        ("rates.json", b'{"a": -1}', "a: -1: must be at least 0"),
+        ("jobs.jsonl", b"\xff\n", "line 1: not a record of a command"),
+        ("jobs.jsonl", b"NaN", "line 1: cpu_seconds nan: must be at least 0 and finite"),
+        ("study.json", b"\xff", "no record of a study"),
+        ("study.json", b'"compute": NaN', "compute nan: must be above 0 and finite"),
+        ("study.json", b'"compute": 2, "times": {"a": 0}', "a 0: must be above 0"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(name, content, sentence, tmp_path):
+    """Also a number that is none: with NaN spent or to be spent, everything would fit."""
+    shell = {
+        "tuning.json": b'{"trials": [{"method": "MAE", "stage": "finetune", "base_lr": 1e-3, '
+        b'"metric": "finetune", "value": %s}]}',
+        "jobs.jsonl": b'{"name": "a", "cpu_seconds": %s}\n',
+        "study.json": b'{"scale": {"name": "cifar", "last": []}, %s}',
+    }.get(name, b"%s")
+    path = tmp_path / name
+    path.write_bytes(content if b"\xff" in content else shell % content)
+    read = {
+        "tuning.json": read_trials,
+        "rates.json": read_rates,
+        "jobs.jsonl": lambda path: costs(path.parent),
+        "study.json": cifar_plan.read_record,
+    }
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}[:,] {sentence}"):
+        read[name](path)
+
+
 def test_an_archive_keeps_what_a_page_needs(tmp_path):
     run = tmp_path / "out/mae-0"
     (run / "eval").mkdir(parents=True)
@@ -775,6 +811,8 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
         ("study.json", {"scale": None}, "study.json: no record of a study"),
         ("facts.json", {"claims": [99]}, "facts.json: names claims that there are not"),
         ("facts.json", {"seeds": 0}, "facts.json: names claims that there are not, or no seeds"),
+        ("facts.json", {"claims": [[5]]}, "facts.json: is missing from the archive, or damaged"),
+        ("facts.json", {"seconds": float("nan")}, "facts.json: seconds nan: must be at least 0"),
         ("study.json", None, r"b\.tar\.xz: has no study\.json"),
     ],
 )
