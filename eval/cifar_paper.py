@@ -16,7 +16,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import laid_out, made_runs, pack, selected, unpacked
+from eval.paper.archive import laid_out, made_runs, pack, unpacked
 from eval.paper.cifar_claims import ALL, NAMES, cifar_row, claims_of
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
@@ -202,7 +202,7 @@ def make_rows(settings: Settings, compute: float) -> tuple[Study, Plan]:
 def report(settings: Settings, study: Study, plan: Plan) -> None:
     """Write the page and, where it is asked for, the archive; prints the claims last."""
     tables, facts = study.tables(), note_facts(settings, plan)
-    with laid_out(selected(settings.output)) as kept:
+    with laid_out(settings.output) as kept:
         shown = replace(study, workspace=replace(study.workspace, output=kept))
         page = write_page(shown, facts, settings.output / "report.html")
     for table in tables:

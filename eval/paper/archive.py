@@ -62,15 +62,27 @@ def selected(output: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def laid_out(files: dict[str, bytes]) -> Iterator[Path]:
-    """A folder of what an archive holds, for as long as it is used: of which a page is drawn, so
-    that one from the runs is the same as one from their archive."""
+def laid_out(output: Path) -> Iterator[Path]:
+    """A folder of what an archive of OUTPUT holds, for as long as it is used: of which a page is
+    drawn, so that one from the runs is the same as one from their archive."""
+    with standing_for(output) as folder:
+        for name, data in selected(output).items():
+            path = folder / name
+            with naming(path, "cannot be written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        yield folder
+
+
+@contextmanager
+def standing_for(origin: Path) -> Iterator[Path]:
+    """A temporary folder of what is in a folder or an archive. A UserError inside names the file of
+    the origin, since this folder is gone when it is read."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except UserError as error:
+            raise UserError(str(error).replace(folder, str(origin))) from error
 
 
 def compressed(files: dict[str, bytes]) -> bytes:
@@ -158,9 +170,9 @@ def short(value: Any) -> Any:
 @contextmanager
 def unpacked(archive: Path) -> Iterator[Path]:
     """The folder of runs that an archive keeps, for as long as it is used."""
-    with tempfile.TemporaryDirectory() as folder:
-        extract(archive, Path(folder))
-        yield Path(folder)
+    with standing_for(archive) as folder:
+        extract(archive, folder)
+        yield folder
 
 
 def extract(archive: Path, folder: Path) -> None:
@@ -168,7 +180,10 @@ def extract(archive: Path, folder: Path) -> None:
     with naming(archive, "cannot be read"):
         data = archive.read_bytes()
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar:
+        with (
+            naming(archive, "cannot be unpacked"),
+            tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar,
+        ):
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error

@@ -763,6 +763,22 @@ def test_a_damaged_record_is_one_sentence(name, content, sentence, tmp_path):
         read[name](path)
 
 
+def test_errors_name_no_folder_that_is_gone(tmp_path):
+    output = tmp_path / "out"
+    begun_study(output)
+    (output / "facts.json").write_text(json.dumps(asdict(Facts((5,), 2, 7200.0, "core"))))
+    (output / "rates.json").write_text("[")
+    sentence = "/rates.json: no measured rates"
+    with (
+        pytest.raises(UserError, match=f"^{re.escape(str(output))}{sentence}"),
+        archive.laid_out(output) as folder,
+    ):
+        read_rates(folder / "rates.json")
+    archive.pack(output, tmp_path / "a.tar.xz")
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'a.tar.xz'))}{sentence}"):
+        rebuild(tmp_path / "a.tar.xz")
+
+
 def test_an_archive_keeps_what_a_page_needs(tmp_path):
     run = tmp_path / "out/mae-0"
     (run / "eval").mkdir(parents=True)
@@ -908,7 +924,7 @@ def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path
     facts = Facts((3, 5, 9), 2, 7200.0, "core", ("mae-nothing-0 pretrain", "look"))
     (tmp_path / "out/facts.json").write_text(json.dumps(asdict(facts)))
     tables = study.tables()
-    with archive.laid_out(archive.selected(tmp_path / "out")) as folder:
+    with archive.laid_out(tmp_path / "out") as folder:
         kept = replace(study, workspace=replace(study.workspace, output=folder))
         assert kept.tables() == tables  # to the last digit
         write_page(kept, facts, tmp_path / "out/report.html")
@@ -996,7 +1012,10 @@ def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
     cifar_plan.claim_output(settings(data, tmp_path / "out", "--untuned"))
     archive.pack(tmp_path / "out", tmp_path / "other.tar.xz")
     (tmp_path / "bad.tar.xz").write_bytes(b"no tar")
+    odd = archive.compressed({"study.json": b"", "study.json/a": b""})
+    (tmp_path / "odd.tar.xz").write_bytes(odd)
     for name, sentence in (
+        ("odd", "study.json/a: cannot be unpacked (Not a directory)"),
         ("bad", "bad.tar.xz: no archive of runs"),
         ("absent", "absent.tar.xz: cannot be read"),
         ("nothing", "nothing.tar.xz: has no study.json, so it is not of eval/cifar_paper.py"),
