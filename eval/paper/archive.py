@@ -19,13 +19,14 @@ from typing import Any
 from eval.paper.commands import ROOT
 from eval.reporting.run_records import read_json, read_lines
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import fsync, write_atomic
+from shard_tools.atomic import fsync, write_atomic, write_json
 
 LARGEST = 1_000_000  # bytes
 STEPS = 60  # logged steps of a run that are kept, evenly spread
 DIGITS = 5  # significant ones of a logged number; results keep theirs, since claims hang on them
 PICTURE = 60_000  # bytes of a picture, at most
-TOP = ("study.json", "facts.json", "tuning.json", "rates.json", "jobs.jsonl")
+RATES = "rates.json"  # what was measured; a plan alone leaves it too
+TOP = ("study.json", "facts.json", "tuning.json", RATES, "jobs.jsonl")
 TRIALS = ("tune/lr-*/*/eval/*.json", "tune/finetune-*/*.json")  # see tuning.py
 LOOK = "look"  # folder of eval/visualise.py's pictures
 PCA = "pca.png"
@@ -190,9 +191,11 @@ def extract(archive: Path, folder: Path) -> None:
 
 
 def check_empty(output: Path) -> None:
-    """UserError where OUTPUT, to be made of an archive, holds something."""
+    """UserError where OUTPUT, to be made of an archive, holds something but measured rates."""
     with naming(output, "cannot be read"):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (
+            not output.is_dir() or any(path.name != RATES for path in output.iterdir())
+        ):
             raise UserError(
                 f"--restore: {output} holds something already; name another --output, or leave "
                 "--restore out to continue what is there"
@@ -200,15 +203,19 @@ def check_empty(output: Path) -> None:
 
 
 def restore(archive: Path, output: Path) -> None:
-    """Make OUTPUT of what an archive keeps, so that its study is continued. UserError where OUTPUT
-    holds something."""
+    """Make OUTPUT of what an archive keeps, so that its study is continued; rates that a plan has
+    measured here stay beside the archive's. UserError where OUTPUT holds something else."""
     check_empty(output)
+    output = output.resolve()  # where a link leads
     with naming(output, "cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".restore-") as folder:
             runs = Path(folder, "runs")
             extract(archive, runs)
+            if measured := read_json(output / RATES):
+                write_json(runs / RATES, read_json(runs / RATES) | measured)
             for path in (*runs.rglob("*"), runs):
                 fsync(path)
+            (output / RATES).unlink(missing_ok=True)
             os.replace(runs, output)
         fsync(output.parent)

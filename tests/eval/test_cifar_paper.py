@@ -1028,6 +1028,23 @@ def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
     assert not (tmp_path / "else").exists()
 
 
+def test_a_plan_that_was_measured_before_keeps_no_study_from_its_archive(data, tmp_path):
+    """Into a folder that --dry-run has made, by a link to another disk."""
+    begun = settings(data, tmp_path / "out", "--claims", "5", "--seeds", "1")
+    cifar_plan.claim_output(begun)
+    (begun.output / "rates.json").write_text('{"theirs": 1.0, "both": 1.0}')
+    archive.pack(begun.output, tmp_path / "a.tar.xz")
+    disk, link = tmp_path / "disk", tmp_path / "new"
+    disk.mkdir()
+    link.symlink_to(disk)
+    (disk / "rates.json").write_text('{"ours": 2.0, "both": 2.0}')
+    cifar_plan.restore_output(replace(begun, output=link), tmp_path / "a.tar.xz")
+    assert link.is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["rates.json", "study.json"]
+    assert read_rates(disk / "rates.json") == {"theirs": 1.0, "both": 2.0, "ours": 2.0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.xz", "disk", "new", "out"]
+
+
 def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch):
     for number in range(4):
         folder = tmp_path / f"out/run{number}-0/pictures"
