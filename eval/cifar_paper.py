@@ -45,10 +45,12 @@ from eval.paper.job_runner import run_commands
 from eval.paper.study import Study, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import markdown_table
+from eval.reporting.run_records import flatten
 from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.command import check_unused
+from pipeline.config.recipe import read_override
 from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
@@ -103,12 +105,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.untuned and args.extend_tuning:
         raise UserError("--extend-tuning: nothing to extend with --untuned; leave one out")
     for text in args.set:
-        key = text.split("=", 1)[0].strip()
-        if key in CHOSEN or (key == "optimizer.base_lr" and not args.untuned):
-            raise UserError(
-                f"--set {text}: the study chooses {key} itself, for each method or row"
-                + (" (with --untuned it does not)" if key not in CHOSEN else "")
-            )
+        for key in map(str.strip, flatten(read_override(text))):
+            if key in CHOSEN or (key == "optimizer.base_lr" and not args.untuned):
+                raise UserError(
+                    f"--set {text}: the study chooses {key} itself, for each method or row"
+                    + (" (with --untuned it does not)" if key not in CHOSEN else "")
+                )
     scale = replace(read_scale(args.scale), last=tuple(args.set))
     if not scale.tune:
         raise UserError(f"--scale {args.scale}: has no rates to tune; take cifar or cifar-gpu")

@@ -654,6 +654,7 @@ def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
         (["--scale", "cifer"], "knows full, mini, cifar"),
         (["--set", "optimizer.epochs=2"], "the study chooses optimizer.epochs itself"),
         (["--set", "optimizer.base_lr = 1"], r"chooses optimizer.base_lr itself.*--untuned it do"),
+        (["--set", "optimizer={betas: [0.9, 0.9], base_lr: 1}"], "chooses optimizer.base_lr itsel"),
         (["--untuned", "--set", "seed=1"], "--set seed=1: the study chooses seed itself"),
     ],
 )
