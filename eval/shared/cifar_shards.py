@@ -11,6 +11,7 @@ from eval.shared.processes import call
 from pipeline.errors import UserError, naming
 from pipeline.runtime.run_lock import RunLock
 from shard_tools.atomic import write_json
+from shard_tools.cifar_images import is_wanted, members
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE = "shards/done.json"  # what the shards were made of, written last
@@ -80,8 +81,15 @@ def build(source: Path, data: Path) -> None:
 
 def record_of(source: Path) -> dict[str, Any]:
     """What distinguishes one source from another, in whatever folder it is."""
-    size = source.stat().st_size if source.is_file() else 0
-    return {"source": source.resolve().name, "bytes": size}
+    return {"source": source.resolve().name, "bytes": size_of(source)}
+
+
+def size_of(source: Path) -> int:
+    """Bytes of an archive, or of a folder's images and batches; 0 where there is nothing."""
+    if not source.is_dir():
+        return source.stat().st_size if source.is_file() else 0
+    with members(source) as found:
+        return sum(member.size for member in found if is_wanted(member.name))
 
 
 def check_source(found: bytes, source: Path | None, done: Path) -> None:
@@ -93,8 +101,11 @@ def check_source(found: bytes, source: Path | None, done: Path) -> None:
     if source is None:
         return
     here, name = record_of(source), known.get("source") if isinstance(known, dict) else known
+    if source.is_dir() and known == here | {"bytes": 0}:
+        return  # made before those of folders were counted
     if here != known and (source.exists() or here["source"] != name):
+        other = f"another {name}" if here["source"] == name else name
         raise UserError(
-            f"{done.parent}: was made of {name}, not of {source}; choose another --data, or leave "
+            f"{done.parent}: was made of {other}, not of {source}; choose another --data, or leave "
             "CIFAR10 out to use them"
         )

@@ -684,6 +684,18 @@ def test_shards_of_another_source_are_refused(tmp_path):
     make_cifar_shards(tmp_path / "a.zip", tmp_path)  # is not needed any more
     with pytest.raises(UserError, match=r"was made of a\.zip, not of .*absent"):
         make_cifar_shards(tmp_path / "absent", tmp_path)
+    image = tmp_path / "cifar/train/cat/1.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"1234")
+    done.write_text(json.dumps({"source": "cifar", "bytes": 4}))
+    make_cifar_shards(tmp_path / "cifar", tmp_path)
+    (tmp_path / "cifar/.DS_Store").write_bytes(b"x")
+    make_cifar_shards(tmp_path / "cifar", tmp_path)
+    image.with_name("2.png").write_bytes(b"5")  # of a copy that was not complete before
+    with pytest.raises(UserError, match=r"was made of another cifar, not of .*cifar; choo"):
+        make_cifar_shards(tmp_path / "cifar", tmp_path)
+    done.write_text(json.dumps({"source": "cifar", "bytes": 0}))  # as earlier ones have it
+    make_cifar_shards(tmp_path / "cifar", tmp_path)
     done.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         make_cifar_shards(None, tmp_path)
