@@ -16,7 +16,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import laid_out, made_runs, pack, selected, unpacked
+from eval.paper.archive import laid_out, made_runs, pack, unpacked
 from eval.paper.cifar_claims import ALL, NAMES, cifar_row, claims_of
 from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
 from eval.paper.cifar_plan import (
@@ -45,10 +45,12 @@ from eval.paper.job_runner import run_commands
 from eval.paper.study import Study, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import markdown_table
+from eval.reporting.run_records import flatten
 from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
 from pipeline.command import check_unused
+from pipeline.config.recipe import read_override
 from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
@@ -103,12 +105,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.untuned and args.extend_tuning:
         raise UserError("--extend-tuning: nothing to extend with --untuned; leave one out")
     for text in args.set:
-        key = text.split("=", 1)[0].strip()
-        if key in CHOSEN or (key == "optimizer.base_lr" and not args.untuned):
-            raise UserError(
-                f"--set {text}: the study chooses {key} itself, for each method or row"
-                + (" (with --untuned it does not)" if key not in CHOSEN else "")
-            )
+        for key in map(str.strip, flatten(read_override(text))):
+            if key in CHOSEN or (key == "optimizer.base_lr" and not args.untuned):
+                raise UserError(
+                    f"--set {text}: the study chooses {key} itself, for each method or row"
+                    + (" (with --untuned it does not)" if key not in CHOSEN else "")
+                )
     scale = replace(read_scale(args.scale), last=tuple(args.set))
     if not scale.tune:
         raise UserError(f"--scale {args.scale}: has no rates to tune; take cifar or cifar-gpu")
@@ -202,7 +204,7 @@ def make_rows(settings: Settings, compute: float) -> tuple[Study, Plan]:
 def report(settings: Settings, study: Study, plan: Plan) -> None:
     """Write the page and, where it is asked for, the archive; prints the claims last."""
     tables, facts = study.tables(), note_facts(settings, plan)
-    with laid_out(selected(settings.output)) as kept:
+    with laid_out(settings.output) as kept:
         shown = replace(study, workspace=replace(study.workspace, output=kept))
         page = write_page(shown, facts, settings.output / "report.html")
     for table in tables:

@@ -19,13 +19,14 @@ from typing import Any
 from eval.paper.commands import ROOT
 from eval.reporting.run_records import read_json, read_lines
 from pipeline.errors import UserError, naming
-from shard_tools.atomic import fsync, write_atomic
+from shard_tools.atomic import fsync, write_atomic, write_json
 
 LARGEST = 1_000_000  # bytes
 STEPS = 60  # logged steps of a run that are kept, evenly spread
 DIGITS = 5  # significant ones of a logged number; results keep theirs, since claims hang on them
 PICTURE = 60_000  # bytes of a picture, at most
-TOP = ("study.json", "facts.json", "tuning.json", "rates.json", "jobs.jsonl")
+RATES = "rates.json"  # what was measured; a plan alone leaves it too
+TOP = ("study.json", "facts.json", "tuning.json", RATES, "jobs.jsonl")
 TRIALS = ("tune/lr-*/*/eval/*.json", "tune/finetune-*/*.json")  # see tuning.py
 LOOK = "look"  # folder of eval/visualise.py's pictures
 PCA = "pca.png"
@@ -62,15 +63,27 @@ def selected(output: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def laid_out(files: dict[str, bytes]) -> Iterator[Path]:
-    """A folder of what an archive holds, for as long as it is used: of which a page is drawn, so
-    that one from the runs is the same as one from their archive."""
+def laid_out(output: Path) -> Iterator[Path]:
+    """A folder of what an archive of OUTPUT holds, for as long as it is used: of which a page is
+    drawn, so that one from the runs is the same as one from their archive."""
+    with standing_for(output) as folder:
+        for name, data in selected(output).items():
+            path = folder / name
+            with naming(path, "cannot be written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        yield folder
+
+
+@contextmanager
+def standing_for(origin: Path) -> Iterator[Path]:
+    """A temporary folder of what is in a folder or an archive. A UserError inside names the file of
+    the origin, since this folder is gone when it is read."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except UserError as error:
+            raise UserError(str(error).replace(folder, str(origin))) from error
 
 
 def compressed(files: dict[str, bytes]) -> bytes:
@@ -158,9 +171,9 @@ def short(value: Any) -> Any:
 @contextmanager
 def unpacked(archive: Path) -> Iterator[Path]:
     """The folder of runs that an archive keeps, for as long as it is used."""
-    with tempfile.TemporaryDirectory() as folder:
-        extract(archive, Path(folder))
-        yield Path(folder)
+    with standing_for(archive) as folder:
+        extract(archive, folder)
+        yield folder
 
 
 def extract(archive: Path, folder: Path) -> None:
@@ -168,16 +181,21 @@ def extract(archive: Path, folder: Path) -> None:
     with naming(archive, "cannot be read"):
         data = archive.read_bytes()
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar:
+        with (
+            naming(archive, "cannot be unpacked"),
+            tarfile.open(fileobj=io.BytesIO(data), mode="r:xz") as tar,
+        ):
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
         raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error
 
 
 def check_empty(output: Path) -> None:
-    """UserError where OUTPUT, to be made of an archive, holds something."""
+    """UserError where OUTPUT, to be made of an archive, holds something but measured rates."""
     with naming(output, "cannot be read"):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if output.exists() and (
+            not output.is_dir() or any(path.name != RATES for path in output.iterdir())
+        ):
             raise UserError(
                 f"--restore: {output} holds something already; name another --output, or leave "
                 "--restore out to continue what is there"
@@ -185,15 +203,19 @@ def check_empty(output: Path) -> None:
 
 
 def restore(archive: Path, output: Path) -> None:
-    """Make OUTPUT of what an archive keeps, so that its study is continued. UserError where OUTPUT
-    holds something."""
+    """Make OUTPUT of what an archive keeps, so that its study is continued; rates that a plan has
+    measured here stay beside the archive's. UserError where OUTPUT holds something else."""
     check_empty(output)
+    output = output.resolve()  # where a link leads
     with naming(output, "cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=".restore-") as folder:
             runs = Path(folder, "runs")
             extract(archive, runs)
+            if measured := read_json(output / RATES):
+                write_json(runs / RATES, read_json(runs / RATES) | measured)
             for path in (*runs.rglob("*"), runs):
                 fsync(path)
+            (output / RATES).unlink(missing_ok=True)
             os.replace(runs, output)
         fsync(output.parent)

@@ -14,7 +14,7 @@ from eval.reporting.chapters import picture_of
 from eval.reporting.page import Chapter, Detail
 from eval.reporting.run_records import read_json
 from eval.reporting.tables import NONE, Cell, Row, Table
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 
 # MAE on CIFAR-10 as others report it: model, pretraining, figures, source.
 ANCHORS = (
@@ -47,10 +47,13 @@ def read_facts(path: Path) -> Facts:
     """The facts of an archive. UserError where they are none."""
     try:
         found = read_json(path)
-        return Facts(tuple(found["claims"]), int(found["seeds"]), float(found["seconds"]),
-                     str(found["unit"]), tuple(found["left"]))  # fmt: skip
+        facts = Facts(tuple(map(int, found["claims"])), int(found["seeds"]),
+                      float(found["seconds"]), str(found["unit"]),
+                      tuple(map(str, found["left"])))  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path.name}: is missing from the archive, or damaged") from error
+    check_range(f"{path.name}: seconds", facts.seconds, at_least=0)
+    return facts
 
 
 def chapters(study: Study, facts: Facts) -> list[Chapter]:

@@ -27,7 +27,7 @@ from eval.paper.tuning import Tuning, best, read_trials
 from pipeline.config.recipe import differences as changed_keys
 from pipeline.config.recipe import load_recipe
 from pipeline.config.schema import EncoderRecipe
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import write_json
 from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
@@ -272,19 +272,18 @@ def note_times(settings: Settings, times: Mapping[str, float]) -> None:
 def read_record(path: Path) -> dict[str, Any]:
     """An OUTPUT/study.json. UserError where it is none."""
     with naming(path, "cannot be read"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     try:
         record = json.loads(text)
         times = {str(road): float(n) for road, n in record.get("times", {}).items()}
         scale = {"name": str(record["scale"]["name"]), "last": list(record["scale"]["last"])}
-        return {
-            **record,
-            "scale": record["scale"] | scale,
-            "compute": float(record["compute"]),
-            "times": times,
-        }
+        compute = float(record["compute"])
+        record |= {"scale": record["scale"] | scale, "compute": compute, "times": times}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no record of a study; choose another --output") from error
+    for name, value in {"compute": compute, **times}.items():
+        check_range(f"{path}: {name}", value, above=0)
+    return dict(record)
 
 
 def make_plan(settings: Settings, rates: Rates) -> Plan:

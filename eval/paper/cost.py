@@ -15,7 +15,7 @@ from types import ModuleType
 from eval.paper.commands import forward_flops
 from eval.paper.job_runner import Command
 from pipeline.config.recipe import EncoderRecipe, Recipe, load_recipe
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import write_json
 
 START = 6.0  # CPU seconds until a command has imported torch and DeepSpeed and opened its data
@@ -81,11 +81,14 @@ def measuring() -> ModuleType:
 def read_rates(path: Path) -> dict[str, float]:
     """The measurements of an earlier call. UserError where they are none."""
     with naming(path, "cannot be read"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     try:
-        return {str(key): float(value) for key, value in json.loads(text).items()}
+        found = {str(key): float(value) for key, value in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: no measured rates; remove it to measure again") from error
+    for key, value in found.items():
+        check_range(f"{path}: {key}:", value, at_least=0)
+    return found
 
 
 def recipe_of(command: Command) -> Recipe | None:

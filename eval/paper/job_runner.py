@@ -14,7 +14,7 @@ from shlex import quote
 from typing import Any, BinaryIO
 
 from eval.shared.processes import environment
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.cores import cores
 
 
@@ -63,7 +63,7 @@ class Command:
         if not self.step:
             return True
         with naming(self.makes, "cannot be read"):
-            text = self.makes.read_text(encoding="utf-8")
+            text = self.makes.read_bytes()
         try:
             return int(json.loads(text)["step"]) >= self.step
         except (ValueError, KeyError, TypeError) as error:
@@ -182,13 +182,14 @@ def costs(folder: Path, what: str = "cpu_seconds") -> dict[str, float]:
     if not path.is_file():
         return total
     with naming(path, "cannot be read"):
-        text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n")[:-1], 1):  # a power cut may leave half a line
+        text = path.read_bytes()
+    for number, line in enumerate(text.split(b"\n")[:-1], 1):  # a power cut may leave half a line
         try:
             record = json.loads(line)
             name, seconds = str(record["name"]), float(record[what])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a record of a command") from error
+        check_range(f"{path}, line {number}: {what}", seconds, at_least=0)
         total[name] = total.get(name, 0.0) + seconds
     return total
 

@@ -237,7 +237,7 @@ def record_of(sweep: Sweep) -> dict[str, Any]:
     args = {name: list(words) for name, words in sweep.eval_args.items()}
     if path.is_file():
         with naming(path, "cannot be read"):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes()
         try:
             before = json.loads(text)
             former = before["eval_args"]

@@ -27,7 +27,7 @@ from eval.paper.published import PaperRow
 from eval.paper.reproduction import our_result
 from eval.protocols import by_key
 from eval.reporting.run_records import read_result
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import write_json
 
 SEED = 1000  # of every trial: none of a study's
@@ -242,8 +242,13 @@ def read_trials(path: Path) -> list[Trial]:
     if not path.is_file():
         return []
     with naming(path, "cannot be read"):
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     try:
-        return [Trial(**trial) for trial in json.loads(text)["trials"]]
+        found = [Trial(**trial) for trial in json.loads(text)["trials"]]
+        trials = [replace(t, base_lr=float(t.base_lr), value=float(t.value)) for t in found]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no record of a tuning; remove it to tune again") from error
+    for trial in trials:
+        check_range(f"{path}: base_lr of {trial.method}", trial.base_lr, above=0)
+        check_range(f"{path}: value of {trial.method}", trial.value)
+    return trials

@@ -9,7 +9,9 @@ from typing import Any
 
 from eval.shared.processes import call
 from pipeline.errors import UserError, naming
+from pipeline.runtime.run_lock import RunLock
 from shard_tools.atomic import write_json
+from shard_tools.cifar_images import is_wanted, members
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE = "shards/done.json"  # what the shards were made of, written last
@@ -26,7 +28,7 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
     """
     done, building = data / DONE, data / BUILDING
     with naming(done, "cannot be read"):
-        found = done.read_text(encoding="utf-8") if done.is_file() else ""
+        found = done.read_bytes() if done.is_file() else b""
         others = not found and done.parent.exists() and any(done.parent.iterdir())
     if found:
         check_source(found, source, done)
@@ -43,15 +45,20 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
         )
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
-    if building.exists():  # of a call that was cut off
+    lock = RunLock(building, needed=False, advice="wait for it, or choose another --data")
+    try:
+        with naming(building, "cannot be removed"):
+            for left in (building / "images", building / "shards"):  # of a call that was cut off
+                if left.exists():
+                    shutil.rmtree(left)
+        build(source, building)
+        with naming(done.parent, "cannot be written"):
+            write_json(building / DONE, record_of(source))
+            os.replace(building / done.parent.name, done.parent)
         with naming(building, "cannot be removed"):
             shutil.rmtree(building)
-    build(source, building)
-    with naming(done.parent, "cannot be written"):
-        write_json(building / DONE, record_of(source))
-        os.replace(building / done.parent.name, done.parent)
-    with naming(building, "cannot be removed"):
-        shutil.rmtree(building)
+    finally:
+        lock.release()
 
 
 def build(source: Path, data: Path) -> None:
@@ -74,11 +81,18 @@ def build(source: Path, data: Path) -> None:
 
 def record_of(source: Path) -> dict[str, Any]:
     """What distinguishes one source from another, in whatever folder it is."""
-    size = source.stat().st_size if source.is_file() else 0
-    return {"source": source.resolve().name, "bytes": size}
+    return {"source": source.resolve().name, "bytes": size_of(source)}
 
 
-def check_source(found: str, source: Path | None, done: Path) -> None:
+def size_of(source: Path) -> int:
+    """Bytes of an archive, or of a folder's images and batches; 0 where there is nothing."""
+    if not source.is_dir():
+        return source.stat().st_size if source.is_file() else 0
+    with members(source) as found:
+        return sum(member.size for member in found if is_wanted(member.name))
+
+
+def check_source(found: bytes, source: Path | None, done: Path) -> None:
     """UserError where the shards are of another source than the one that is named."""
     try:
         known = json.loads(found)
@@ -87,8 +101,11 @@ def check_source(found: str, source: Path | None, done: Path) -> None:
     if source is None:
         return
     here, name = record_of(source), known.get("source") if isinstance(known, dict) else known
+    if source.is_dir() and known == here | {"bytes": 0}:
+        return  # made before those of folders were counted
     if here != known and (source.exists() or here["source"] != name):
+        other = f"another {name}" if here["source"] == name else name
         raise UserError(
-            f"{done.parent}: was made of {name}, not of {source}; choose another --data, or leave "
+            f"{done.parent}: was made of {other}, not of {source}; choose another --data, or leave "
             "CIFAR10 out to use them"
         )

@@ -288,6 +288,13 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _override(values: dict[str, Any], text: str) -> None:
+    merged = _merge(values, read_override(text))
+    values.clear()
+    values.update(merged)
+
+
+def read_override(text: str) -> dict[str, Any]:
+    """What `key.subkey=value` changes, nested as a recipe is. RecipeError where it is none."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text[:80]!r}: write it as key.subkey=value")
@@ -295,13 +302,11 @@ def _override(values: dict[str, Any], text: str) -> None:
         change: Any = read_yaml(raw)
         for part in reversed(key.split(".")):
             change = {part: change}
-        merged = _merge(values, change)
+        return dict(change)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None)  # the line and column would be of the value alone
         why = f" ({problem})" if problem else ""
         raise RecipeError(f"--set {text[:80]!r}: the value is not valid YAML{why}") from None
-    values.clear()
-    values.update(merged)
 
 
 # What pydantic calls by the names of Python.

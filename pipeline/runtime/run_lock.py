@@ -27,10 +27,13 @@ class RunLock:
     """An exclusive lock on a run folder, held until the process ends.
 
     needed: whether a file system without locks is refused. Raises UserError where the folder
-    cannot be made or written, and naming the holder where another run has it.
+    cannot be made or written, and naming the holder where another run has it; advice: what to do
+    then.
     """
 
-    def __init__(self, folder: Path, needed: bool = True) -> None:
+    def __init__(
+        self, folder: Path, needed: bool = True, advice: str = "choose another --output"
+    ) -> None:
         check_output(folder)
         with naming(folder, UNWRITABLE):
             folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +54,7 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             raise UserError(
-                f"{folder}: another run holds this folder ({holder}); choose another --output"
+                f"{folder}: another run holds this folder ({holder}); {advice}"
             ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -100,6 +100,12 @@ def open_archives(paths: Sequence[Path], how: Listing) -> Source:
     return _labelled(found, paths[0].parent, how, str(paths[0]))
 
 
+def place_of(root: str, item: Item) -> str:
+    """Where an item is, as errors say it: its file, and its name where that is an archive."""
+    path = os.path.join(root, item.file)
+    return f"{path}, {item.name}" if item.offset else path
+
+
 def read_item(root: str, item: Item) -> bytes:
     """The bytes of one item; ToolError where the file is not what it was when it was listed."""
     path = os.path.join(root, item.file)

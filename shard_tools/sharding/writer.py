@@ -22,7 +22,7 @@ from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings,
 from shard_tools.sharding.items import Item
 from shard_tools.sharding.layout import ALL_FIELDS, Part, write_part
 from shard_tools.sharding.plan_file import StoredPlan
-from shard_tools.sharding.sources import read_item
+from shard_tools.sharding.sources import place_of, read_item
 from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
 from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
@@ -108,13 +108,13 @@ def write_shard(job: ShardJob) -> Part:
         writer = ShardWriter(handle)
         walk = job.settings.check == "decode"
         for data, sound, (index, item) in walk_ahead(_read(job), walk):
-            working_on(f"{job.root}/{item.name}")
+            source = place_of(job.root, item)
+            working_on(source)
             report(item.size)
             try:
                 image = check_image(data, job.settings, sound)
             except ImageFault as fault:
                 if job.on_error == "fail":
-                    source = f"{job.root}/{item.name}"
                     raise ToolError(f"{source}: {fault}; --on-error skip leaves it out") from None
                 remarks.append((item.name, "skipped", str(fault)))
                 continue
@@ -148,7 +148,7 @@ def write_shard(job: ShardJob) -> Part:
 def _read(job: ShardJob) -> Iterator[tuple[bytes, tuple[int, Item]]]:
     """Each file of the job, with its number in the plan."""
     for index, item in enumerate(job.items, job.first):
-        working_on(f"{job.root}/{item.name}")
+        working_on(place_of(job.root, item))
         yield read_item(job.root, item), (index, item)
 
 

@@ -60,7 +60,7 @@ from eval.paper.commands import (
     run_name,
 )
 from eval.paper.cost import START, Rates, read_rates, recipe_of, step_key, within
-from eval.paper.job_runner import Command, needed, unique
+from eval.paper.job_runner import Command, costs, needed, unique
 from eval.paper.measuring import device_name
 from eval.paper.reproduction import result_path
 from eval.paper.statistics import interval
@@ -657,6 +657,7 @@ def test_a_record_that_names_this_checkout_is_still_its_own(data, tmp_path):
         (["--scale", "cifer"], "knows full, mini, cifar"),
         (["--set", "optimizer.epochs=2"], "the study chooses optimizer.epochs itself"),
         (["--set", "optimizer.base_lr = 1"], r"chooses optimizer.base_lr itself.*--untuned it do"),
+        (["--set", "optimizer={betas: [0.9, 0.9], base_lr: 1}"], "chooses optimizer.base_lr itsel"),
         (["--untuned", "--set", "seed=1"], "--set seed=1: the study chooses seed itself"),
     ],
 )
@@ -686,6 +687,18 @@ def test_shards_of_another_source_are_refused(tmp_path):
     make_cifar_shards(tmp_path / "a.zip", tmp_path)  # is not needed any more
     with pytest.raises(UserError, match=r"was made of a\.zip, not of .*absent"):
         make_cifar_shards(tmp_path / "absent", tmp_path)
+    image = tmp_path / "cifar/train/cat/1.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(b"1234")
+    done.write_text(json.dumps({"source": "cifar", "bytes": 4}))
+    make_cifar_shards(tmp_path / "cifar", tmp_path)
+    (tmp_path / "cifar/.DS_Store").write_bytes(b"x")
+    make_cifar_shards(tmp_path / "cifar", tmp_path)
+    image.with_name("2.png").write_bytes(b"5")  # of a copy that was not complete before
+    with pytest.raises(UserError, match=r"was made of another cifar, not of .*cifar; choo"):
+        make_cifar_shards(tmp_path / "cifar", tmp_path)
+    done.write_text(json.dumps({"source": "cifar", "bytes": 0}))  # as earlier ones have it
+    make_cifar_shards(tmp_path / "cifar", tmp_path)
     done.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         make_cifar_shards(None, tmp_path)
@@ -704,6 +717,82 @@ def test_shards_and_images_of_somebody_else_are_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"images of .* failed with exit code 2"):
         make_cifar_shards(tmp_path / "images", tmp_path)  # it has no test images
     assert theirs[1].read_bytes() == b"theirs"
+
+
+def test_shards_are_built_by_one_command_at_a_time(tmp_path):
+    """A second one would remove what the first has built so far."""
+    building = tmp_path / "data" / BUILDING
+    half = building / "shards/train/0.tar"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"x")
+    (tmp_path / "c").mkdir()
+    hold = (
+        "import sys, pathlib; from pipeline.runtime.run_lock import RunLock\n"
+        "lock = RunLock(pathlib.Path(sys.argv[1])); print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", hold, str(building)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(words, cwd=ROOT, **pipes) as first:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"holds this folder .*; wait for it, or choose anoth"):
+            make_cifar_shards(tmp_path / "c", tmp_path / "data")
+        assert half.is_file()
+        first.communicate(b"\n")
+    with pytest.raises(UserError, match=r"images of .* failed with exit code 2"):
+        make_cifar_shards(tmp_path / "c", tmp_path / "data")  # it is empty
+    assert not half.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("tuning.json", b"\xff", "no record of a tuning"),
+        ("tuning.json", b"NaN", "value of MAE nan: must be finite"),
+        ("tuning.json", b'"x"', "no record of a tuning"),
+        ("rates.json", b"\xff", "no measured rates"),
+        ("rates.json", b'{"a": NaN}', "a: nan: must be at least 0 and finite"),
+        ("rates.json", b'{"a": -1}', "a: -1: must be at least 0"),
+        ("jobs.jsonl", b"\xff\n", "line 1: not a record of a command"),
+        ("jobs.jsonl", b"NaN", "line 1: cpu_seconds nan: must be at least 0 and finite"),
+        ("study.json", b"\xff", "no record of a study"),
+        ("study.json", b'"compute": NaN', "compute nan: must be above 0 and finite"),
+        ("study.json", b'"compute": 2, "times": {"a": 0}', "a 0: must be above 0"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(name, content, sentence, tmp_path):
+    """Also a number that is none: with NaN spent or to be spent, everything would fit."""
+    shell = {
+        "tuning.json": b'{"trials": [{"method": "MAE", "stage": "finetune", "base_lr": 1e-3, '
+        b'"metric": "finetune", "value": %s}]}',
+        "jobs.jsonl": b'{"name": "a", "cpu_seconds": %s}\n',
+        "study.json": b'{"scale": {"name": "cifar", "last": []}, %s}',
+    }.get(name, b"%s")
+    path = tmp_path / name
+    path.write_bytes(content if b"\xff" in content else shell % content)
+    read = {
+        "tuning.json": read_trials,
+        "rates.json": read_rates,
+        "jobs.jsonl": lambda path: costs(path.parent),
+        "study.json": cifar_plan.read_record,
+    }
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}[:,] {sentence}"):
+        read[name](path)
+
+
+def test_errors_name_no_folder_that_is_gone(tmp_path):
+    output = tmp_path / "out"
+    begun_study(output)
+    (output / "facts.json").write_text(json.dumps(asdict(Facts((5,), 2, 7200.0, "core"))))
+    (output / "rates.json").write_text("[")
+    sentence = "/rates.json: no measured rates"
+    with (
+        pytest.raises(UserError, match=f"^{re.escape(str(output))}{sentence}"),
+        archive.laid_out(output) as folder,
+    ):
+        read_rates(folder / "rates.json")
+    archive.pack(output, tmp_path / "a.tar.xz")
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'a.tar.xz'))}{sentence}"):
+        rebuild(tmp_path / "a.tar.xz")
 
 
 def test_an_archive_keeps_what_a_page_needs(tmp_path):
@@ -754,6 +843,8 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
         ("study.json", {"scale": None}, "study.json: no record of a study"),
         ("facts.json", {"claims": [99]}, "facts.json: names claims that there are not"),
         ("facts.json", {"seeds": 0}, "facts.json: names claims that there are not, or no seeds"),
+        ("facts.json", {"claims": [[5]]}, "facts.json: is missing from the archive, or damaged"),
+        ("facts.json", {"seconds": float("nan")}, "facts.json: seconds nan: must be at least 0"),
         ("study.json", None, r"b\.tar\.xz: has no study\.json"),
     ],
 )
@@ -849,7 +940,7 @@ def test_a_page_of_a_begun_study_is_honest_and_its_archives_is_the_same(tmp_path
     facts = Facts((3, 5, 9), 2, 7200.0, "core", ("mae-nothing-0 pretrain", "look"))
     (tmp_path / "out/facts.json").write_text(json.dumps(asdict(facts)))
     tables = study.tables()
-    with archive.laid_out(archive.selected(tmp_path / "out")) as folder:
+    with archive.laid_out(tmp_path / "out") as folder:
         kept = replace(study, workspace=replace(study.workspace, output=folder))
         assert kept.tables() == tables  # to the last digit
         write_page(kept, facts, tmp_path / "out/report.html")
@@ -937,7 +1028,10 @@ def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
     cifar_plan.claim_output(settings(data, tmp_path / "out", "--untuned"))
     archive.pack(tmp_path / "out", tmp_path / "other.tar.xz")
     (tmp_path / "bad.tar.xz").write_bytes(b"no tar")
+    odd = archive.compressed({"study.json": b"", "study.json/a": b""})
+    (tmp_path / "odd.tar.xz").write_bytes(odd)
     for name, sentence in (
+        ("odd", "study.json/a: cannot be unpacked (Not a directory)"),
         ("bad", "bad.tar.xz: no archive of runs"),
         ("absent", "absent.tar.xz: cannot be read"),
         ("nothing", "nothing.tar.xz: has no study.json, so it is not of eval/cifar_paper.py"),
@@ -948,6 +1042,23 @@ def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
         with pytest.raises(UserError, match=re.escape(sentence)):
             cifar_plan.restore_output(chosen, path)
     assert not (tmp_path / "else").exists()
+
+
+def test_a_plan_that_was_measured_before_keeps_no_study_from_its_archive(data, tmp_path):
+    """Into a folder that --dry-run has made, by a link to another disk."""
+    begun = settings(data, tmp_path / "out", "--claims", "5", "--seeds", "1")
+    cifar_plan.claim_output(begun)
+    (begun.output / "rates.json").write_text('{"theirs": 1.0, "both": 1.0}')
+    archive.pack(begun.output, tmp_path / "a.tar.xz")
+    disk, link = tmp_path / "disk", tmp_path / "new"
+    disk.mkdir()
+    link.symlink_to(disk)
+    (disk / "rates.json").write_text('{"ours": 2.0, "both": 2.0}')
+    cifar_plan.restore_output(replace(begun, output=link), tmp_path / "a.tar.xz")
+    assert link.is_symlink()
+    assert sorted(path.name for path in disk.iterdir()) == ["rates.json", "study.json"]
+    assert read_rates(disk / "rates.json") == {"theirs": 1.0, "both": 2.0, "ours": 2.0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.xz", "disk", "new", "out"]
 
 
 def test_pictures_leave_an_archive_before_it_is_too_large(tmp_path, monkeypatch):

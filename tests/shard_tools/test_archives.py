@@ -54,6 +54,15 @@ def test_a_damaged_outer_header(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert verify([str(dest), "--workers", "1"]) == 0
 
 
+def test_a_bad_image_is_named_with_its_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tar_of(tmp_path / "train.tar", {"cat/1.jpg": jpeg(1), "dog/1.jpg": b"no image"})
+    assert main([str(archive), str(tmp_path / "d"), *SMALL]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {archive}, dog/1.jpg: not an image")
+
+
 def test_a_damaged_inner_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     archive, images = nested(tmp_path / "train.tar")
     data = archive.read_bytes()
