@@ -91,7 +91,7 @@ def members(source: Path) -> Iterator[Iterator[Member]]:
                 with tarfile.open(source) as tar:
                     yield _of_tar(tar, source)
     except DAMAGED as error:
-        text = str(error).split("\n")[0] or type(error).__name__
+        text = str(error).split("\n")[0].rstrip(":") or type(error).__name__
         raise ToolError(f"{source}: is damaged, or no folder, zip or tar ({text})") from error
 
 
