@@ -195,6 +195,19 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
             ["unknown key 'zero_optimization.offload_optimizer.devize'; valid: ", "device"],
         ),
         ({"comms_logger": {"enable": True}}, ["'comms_logger.enable'; valid: ", "enabled"]),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer needs zero_optimization.stage 1, 2 or 3: DeepSpeed ignores it"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["offload_param needs zero_optimization.stage 3", "under stage 2"],
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload needs"]),
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            ["compute_grad_norm must be true: by the norm a step whose gradient is not finite"],
+        ),
         ({"comms_logger": 3}, ["'comms_logger' must be an object"]),
         ({"flops_profiler": {"enable": True}}, ["'flops_profiler.enable'; did you mean enabled?"]),
         ({"aio": {"blocks": 1}}, ["unknown key 'aio.blocks'"]),

@@ -213,3 +213,6 @@ def test_which_plans_go_without_hooks():
         assert not takes_flat(plan_of("fp32", 2, **{key: value}))
     offloaded = plan_of("fp32", 3, offload_param={"device": "cpu"})
     assert deepspeed_stage(offloaded) == 3
+    nowhere = plan_of("fp32", 3, offload_param={"device": "none"}, offload_optimizer={})
+    assert deepspeed_stage(nowhere) == 2
+    assert takes_flat(nowhere)
