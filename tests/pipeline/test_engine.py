@@ -22,7 +22,7 @@ from pipeline.config.ds_config import (
 )
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.config.schedules import learning_rate
-from pipeline.distributed import can_build, free_port
+from pipeline.distributed import can_build, cannot_build, free_port
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -487,3 +487,5 @@ def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monke
     failed.unlink()
     ninja.unlink()
     assert not can_build()
+    monkeypatch.setenv("CXX", "")
+    assert cannot_build() == "there is no CXX (an empty text), ninja"
