@@ -26,6 +26,7 @@ from pipeline.distributed import can_build, cannot_build, free_port
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime import engine as engines
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import muon, optimizer_of
 
@@ -194,7 +195,6 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"devize": "cpu"}}},
             ["unknown key 'zero_optimization.offload_optimizer.devize'; valid: ", "device"],
         ),
-        ({"comms_logger": {"enable": True}}, ["'comms_logger.enable'; valid: ", "enabled"]),
         (
             {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
             ["offload_optimizer needs zero_optimization.stage 1, 2 or 3: DeepSpeed ignores it"],
@@ -208,6 +208,7 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
             ["compute_grad_norm must be true: by the norm a step whose gradient is not finite"],
         ),
+        ({"comms_logger": {"enable": True}}, ["'comms_logger.enable'; valid: ", "enabled"]),
         ({"comms_logger": 3}, ["'comms_logger' must be an object"]),
         ({"flops_profiler": {"enable": True}}, ["'flops_profiler.enable'; did you mean enabled?"]),
         ({"aio": {"blocks": 1}}, ["unknown key 'aio.blocks'"]),
@@ -467,6 +468,12 @@ def test_weights_are_whole_under_every_stage(zero_results):
     assert "encoder.pos_embed" in names
     for stage in (1, 2, 3):
         assert zero_results[f"rmae-{stage}"]["names"] == names
+
+
+def test_deepspeed_on_the_cpu_beside_torch_on_a_gpu_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(engines, "device_of", lambda number: torch.device("cuda", number))
+    with pytest.raises(UserError, match="DS_ACCELERATOR is cpu, but torch sees a GPU: leave"):
+        init_ranks()
 
 
 def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monkeypatch, tmp_path):
