@@ -126,6 +126,7 @@ prepare() { # RANKS NODE: checks and settings of each rank, when RANKS of WORLD_
   cores=$("$python" "$root/shard_tools/cores.py" 2>/dev/null || nproc) # affinity and cgroups
   (($1 == WORLD_SIZE)) || check_hosts "$2"
   export RELAXMIM_LAUNCHED=$launched LOCAL_WORLD_SIZE=$1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > $1 ? cores / $1 : 1))}
+  [[ ${DS_ACCELERATOR:-} != cpu ]] || export CUDA_VISIBLE_DEVICES= # torch would use those that it sees
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu
   command=("$python" -u "$script" "${arguments[@]}")
   # A rank whose parent is killed stops as if preempted, instead of living on alone.

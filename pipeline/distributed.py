@@ -160,19 +160,22 @@ def cannot_build() -> str:
     """
     if torch.version.hip:
         return "they were never tried on ROCm"
-    missing = [os.environ.get("CXX", "c++").split()[0], "ninja"]
-    missing = [tool for tool in missing if shutil.which(tool) is None]
-    if torch.cuda.is_available():
-        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-        if not (shutil.which("nvcc") or shutil.which(os.path.join(home, "bin", "nvcc"))):
-            missing.append("nvcc")
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("Python.h")
-    if missing:
+    if missing := [tool for tool, there in build_tools().items() if not there]:
         return f"there is no {', '.join(missing)}"
     if Path(sys.prefix, "torch_extensions", "failed").exists():
         return "set-up could not compile them (make setup tries again)"
     return ""
+
+
+def build_tools() -> dict[str, bool]:
+    """What compiles DeepSpeed's fused ops here, and whether it is there."""
+    compiler = (os.environ.get("CXX", "c++").split() or ["CXX (an empty text)"])[0]
+    found = {tool: shutil.which(tool) is not None for tool in (compiler, "ninja")}
+    if torch.cuda.is_available():
+        home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        places = ("nvcc", os.path.join(home, "bin", "nvcc"))
+        found["nvcc"] = any(map(shutil.which, places))
+    return found | {"Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file()}
 
 
 def can_build() -> bool:

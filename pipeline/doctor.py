@@ -21,7 +21,6 @@ import resource
 import shutil
 import socket
 import sys
-import sysconfig
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -176,19 +175,14 @@ def memory_finding(proc: Path = Path("/proc")) -> Finding:
     return unless(most >= LEAST_MEMORY, "memory", found, cost)
 
 
-def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
+def build_findings(torch: ModuleType) -> Iterator[Finding]:
     """The compiler, DeepSpeed's compiled ops, the image decoder."""
-    tools = {name: shutil.which(name) for name in ("c++", "ninja", "nvcc")}
-    tools["ninja"] = tools["ninja"] or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    has = [name for name, path in tools.items() if path] + ["Python.h"] * headers
-    needed = ["c++", "ninja", "Python.h"]
-    if torch is not None and torch.version.cuda and torch.cuda.is_available():
-        needed.append("nvcc")
-    missing = [name for name in needed if name not in has]
-    built = []
-    if torch is not None:
-        built = importlib.import_module("pipeline.distributed").compiled_ops()
+    distributed = importlib.import_module("pipeline.distributed")
+    tools, built = distributed.build_tools(), distributed.compiled_ops()
+    # A run finds the one beside this interpreter.
+    tools["ninja"] |= shutil.which("ninja", path=str(Path(sys.executable).parent)) is not None
+    has = [name for name, there in tools.items() if there]
+    missing = [name for name, there in tools.items() if not there]
     cost = f"without {', '.join(missing)} DeepSpeed's ops are neither compiled nor loaded"
     yield unless(not missing, "compiler", ", ".join(has) or "none", cost)
     if built:
@@ -197,7 +191,7 @@ def build_findings(torch: ModuleType | None) -> Iterator[Finding]:
         when = "they cannot be compiled" if missing else "the first run compiles them (minutes)"
         cost = f"{when}; without them a run takes torch's AdamW and gloo's sum, which are slower"
         yield lack("DeepSpeed's ops", "none compiled", cost)
-    if torch is not None and torch.cuda.is_available():
+    if torch.cuda.is_available():
         yield triton_finding(torch)
     yield decoder_finding()
     yield check_finding()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.deepspeed_keys import check_section, check_words, model_of
-from pipeline.config.plan import RunPlan, settle
+from pipeline.config.plan import RunPlan, asks_for, settle
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.config.suggest import bundled, choices
@@ -71,6 +71,11 @@ _RECIPE_KEYS = {
     "weight_decay": "optimizer.weight_decay",
     "seed": "seed",
 }
+
+# Keys of `zero_optimization` that DeepSpeed ignores below a stage.
+_LEAST_STAGE = {
+    "offload_optimizer": 1, "cpu_offload": 1, "offload_param": 3, "cpu_offload_param": 3,
+}  # fmt: skip
 
 # Sections that turn bf16 on, and what a run under them is called.
 PRECISIONS = {"bf16": "bf16", "torch_autocast": "autocast"}
@@ -185,6 +190,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    _check_zero(path, config.get("zero_optimization", {}), stage)
     wanted = {name: config.get(name, {}).get("enabled", False) for name in PRECISIONS}
     for name, value in wanted.items():
         if not (isinstance(value, bool) or value == "auto"):
@@ -214,6 +220,23 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
     if config.get("cuda_graphs") is True and config.get("gradient_checkpointing"):
         raise UserError(f"{path}: cuda_graphs and gradient_checkpointing exclude each other")
+
+
+def _check_zero(path: Path, zero: dict[str, Any], stage: int) -> None:
+    """What DeepSpeed takes in `zero_optimization`, and a run may not have."""
+    for key, least in _LEAST_STAGE.items():
+        given = isinstance(zero.get(key), dict | bool)  # what else it is, is said later
+        if given and asks_for(zero, key) and stage < least:
+            which = "3" if least == 3 else f"{least}, 2 or 3"
+            raise UserError(
+                f"{path}: zero_optimization.{key} needs zero_optimization.stage {which}: DeepSpeed "
+                f"ignores it under stage {stage}"
+            )
+    if zero.get("compute_grad_norm", True) not in (True, "auto"):
+        raise UserError(
+            f"{path}: zero_optimization.compute_grad_norm must be true: by the norm a step whose "
+            "gradient is not finite is left out"
+        )
 
 
 def resolve_precision(

@@ -111,7 +111,16 @@ def takes_flat(plan: RunPlan) -> bool:
 
 
 def _asks(plan: RunPlan, keys: tuple[str, ...]) -> bool:
-    return any(plan.config.get("zero_optimization", {}).get(key) for key in keys)
+    return any(asks_for(plan.config.get("zero_optimization", {}), key) for key in keys)
+
+
+def asks_for(zero: dict[str, Any], key: str) -> bool:
+    """Whether a `zero_optimization` asks for what a key is for: the device of an offload section,
+    unless it says another, is none."""
+    value = zero.get(key)
+    if key.startswith("offload_") and isinstance(value, dict):
+        return value.get("device", "none") != "none"
+    return bool(value)
 
 
 def why_no_graphs(plan: RunPlan) -> str:

@@ -30,6 +30,7 @@ from pipeline.distributed import (
     unlink_buffer,
     wait_at_most,
 )
+from pipeline.errors import UserError
 from pipeline.method.positions import SmallerTables
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
@@ -80,6 +81,11 @@ def init_ranks() -> Ranks:
         or os.environ["WORLD_SIZE"]
     )
     device = device_of(local_rank)
+    if device.type == "cuda" and get_accelerator()._name == "cpu":
+        raise UserError(
+            "DS_ACCELERATOR is cpu, but torch sees a GPU: leave it out to train there, or set "
+            "CUDA_VISIBLE_DEVICES to an empty text too, to train on the CPU"
+        )
     ops.prepare()
     if ops.problem():
         _without_built_ops()

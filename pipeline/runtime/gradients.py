@@ -30,7 +30,10 @@ def total_norm(gradients: list[Tensor], group: Any = None) -> float:
 
 
 def one_norm(optimizer: Any, stage: int) -> None:
-    """Let a ZeRO optimizer take one norm, and skip the step where it is not finite."""
+    """Let a ZeRO optimizer take one norm, and skip the step where it is not finite. One whose
+    gradients are on the host takes its own, which DeepSpeed has from the way there."""
+    if optimizer.offload_optimizer if stage == 3 else optimizer.cpu_offload:
+        return
     group = optimizer.dp_process_group
 
     def norm() -> float:

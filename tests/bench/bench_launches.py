@@ -40,6 +40,7 @@ from pipeline import kernels
 from pipeline.config.ds_config import plan_recipe, read_ds_config, set_precision
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.distributed import close
+from pipeline.errors import UserError, check_range
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.views import make_views
@@ -266,7 +267,12 @@ def counted(args: argparse.Namespace) -> dict[str, Any]:
             return child(words, null_gpu.environment(Path(folder)))
         except null_gpu.NoCompilerError as error:
             print(f"ops are counted on the CPU: {error}")
-            return child(words, os.environ | {"TRITON_INTERPRET": "1"})
+            return child(words, without_gpu({"TRITON_INTERPRET": "1"}))
+
+
+def without_gpu(more: dict[str, str]) -> dict[str, str]:
+    """This environment and more, of a process that sees no GPU though there be one."""
+    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} | more
 
 
 def show(found: dict[str, Any]) -> None:
@@ -289,6 +295,13 @@ def main() -> None:
     parser.add_argument("--part", choices=["count", "host"], help=argparse.SUPPRESS)
     parser.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.mae and not (args.mae / "models_mae.py").is_file():
+        parser.error(f"--mae {args.mae}: has no models_mae.py; give a checkout of "
+                     "github.com/facebookresearch/mae")  # fmt: skip
+    try:
+        check_range("--rounds", args.rounds, at_least=1)
+    except UserError as error:
+        parser.error(str(error))
     if args.part:
         init_ranks()
         print(json.dumps({"count": count, "host": host}[args.part](args)))
@@ -298,7 +311,7 @@ def main() -> None:
     show(found)
     print("milliseconds of a step of 252 small tensors, CPU and wall, ours and plain torch's")
     print(f"stage  tensors{'ours':>10}{'':10}{'plain':>10}{'':10}{'ours / plain':>10}")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env = without_gpu({"OMP_NUM_THREADS": "1"})
     rounds = ["--rounds", str(args.rounds)]
     ratios = {
         str(stage): child(["--part", "host", "--stage", str(stage), *rounds], env)["ratio"]

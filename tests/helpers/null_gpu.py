@@ -12,6 +12,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_suffix(".c")
 VARIABLE = "RELAXMIM_NULL_GPU"
+# What is about this machine's own devices.
+OF_OTHERS = ("TRITON_INTERPRET", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
 
 
 class NoCompilerError(RuntimeError):
@@ -50,7 +52,7 @@ def environment(folder: Path) -> dict[str, str]:
     link = folder / "libcuda.so"  # by which Triton 3.4 links
     if not link.is_symlink():
         link.symlink_to(library.name)
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
+    clean = {k: v for k, v in os.environ.items() if k not in OF_OTHERS}
     return clean | {
         "LD_PRELOAD": str(library),
         VARIABLE: str(library),

@@ -106,6 +106,23 @@ def test_gpus_of_two_kinds_and_one_that_torch_has_no_code_for(tmp_path):
     assert "has no code for sm_60 (but for sm_70, sm_80, sm_90, compute_90)" in finding.cost
 
 
+def test_the_compiler_is_looked_for_where_a_run_looks(monkeypatch, tmp_path):
+    """nvcc is often not on PATH, but in its toolkit."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch(mode=0o755)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "triton_finding", lambda torch: doctor.ok("Triton", "runs"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    found = next(iter(doctor.build_findings(torch)))
+    assert (sys.executable in found.found, "nvcc" in found.found) == (True, True)
+    (tmp_path / "bin/nvcc").unlink()
+    found = next(iter(doctor.build_findings(torch)))
+    assert found.grade == "lack"
+    assert "without nvcc" in found.cost
+
+
 def test_triton_that_does_not_run_costs_speed(monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: "no C compiler")
     finding = doctor.triton_finding(torch)

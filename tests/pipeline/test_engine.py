@@ -22,10 +22,11 @@ from pipeline.config.ds_config import (
 )
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.config.schedules import learning_rate
-from pipeline.distributed import can_build, free_port
+from pipeline.distributed import can_build, cannot_build, free_port
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime import engine as engines
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import muon, optimizer_of
 
@@ -193,6 +194,19 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"devize": "cpu"}}},
             ["unknown key 'zero_optimization.offload_optimizer.devize'; valid: ", "device"],
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            ["offload_optimizer needs zero_optimization.stage 1, 2 or 3: DeepSpeed ignores it"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            ["offload_param needs zero_optimization.stage 3", "under stage 2"],
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload needs"]),
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            ["compute_grad_norm must be true: by the norm a step whose gradient is not finite"],
         ),
         ({"comms_logger": {"enable": True}}, ["'comms_logger.enable'; valid: ", "enabled"]),
         ({"comms_logger": 3}, ["'comms_logger' must be an object"]),
@@ -456,6 +470,12 @@ def test_weights_are_whole_under_every_stage(zero_results):
         assert zero_results[f"rmae-{stage}"]["names"] == names
 
 
+def test_deepspeed_on_the_cpu_beside_torch_on_a_gpu_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(engines, "device_of", lambda number: torch.device("cuda", number))
+    with pytest.raises(UserError, match="DS_ACCELERATOR is cpu, but torch sees a GPU: leave"):
+        init_ranks()
+
+
 def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monkeypatch, tmp_path):
     ninja, header = tmp_path / "ninja", tmp_path / "Python.h"
     failed = tmp_path / "torch_extensions" / "failed"
@@ -474,3 +494,5 @@ def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monke
     failed.unlink()
     ninja.unlink()
     assert not can_build()
+    monkeypatch.setenv("CXX", "")
+    assert cannot_build() == "there is no CXX (an empty text), ninja"

@@ -88,6 +88,32 @@ def test_two_micro_batches_and_a_step_are_torchs_adamw(stage, clip, each):
     assert float(norm) > 0.7  # it was clipped
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_with_the_optimizer_on_the_host_is_torchs_adamw(stage):
+    """And one whose gradient is not finite is left out."""
+    plan = plan_of("fp32", stage, "optimizer.gradient_clipping=0.7", "optimizer.betas=[0.9,0.9]",
+                   offload_optimizer={"device": "cpu"})  # fmt: skip
+    ours, plain = Odd(), Odd()
+    engine = Engine(ours, groups_of(ours), plan)
+    adamw = torch.optim.AdamW(groups_of(plain), lr=0.1, betas=(0.9, 0.9), eps=plan.optimizer.eps)
+    x = torch.linspace(-1, 2, 12).view(4, 3)
+    for step in range(3):
+        wrong = x.clone().fill_(math.inf) if step == 1 else x + step
+        for _ in range(plan.accumulation):
+            engine.micro_step(0.1, wrong)
+        assert engine.step_skipped == (step == 1)
+        if step != 1:
+            plain(wrong)[0].backward()
+            norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.7)
+            assert engine.gradient_norm() == pytest.approx(float(norm), rel=1e-5)
+            adamw.step()
+            adamw.zero_grad()
+    state = engine.full_state()
+    engine.destroy()
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(state[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize(("way", "stage"), EVERY)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_step_that_is_not_finite_is_never_taken(way, stage, bad):
@@ -187,3 +213,6 @@ def test_which_plans_go_without_hooks():
         assert not takes_flat(plan_of("fp32", 2, **{key: value}))
     offloaded = plan_of("fp32", 3, offload_param={"device": "cpu"})
     assert deepspeed_stage(offloaded) == 3
+    nowhere = plan_of("fp32", 3, offload_param={"device": "none"}, offload_optimizer={})
+    assert deepspeed_stage(nowhere) == 2
+    assert takes_flat(nowhere)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ sys.path[:0] = PATHS
 
 from gpu_page import page, write_into
 
+from pipeline.errors import UserError, check_range, refuse
 from shard_tools.atomic import write_atomic, write_json
 
 # Names, time boxes and order, without what the stages import (gpu_stages.STAGES holds to it):
@@ -56,6 +58,7 @@ BOXES: dict[str, tuple[int, bool]] = {
 LEAST = 5  # seconds under which a stage is not begun
 KILLED = 10  # seconds in which a killed process ends, unless the driver holds it
 DEVICE = "device"
+LOCK = "gpu-check.lock"  # in the folder of a check
 # Ranks of whoever started this one: the stages have their own.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
             "MASTER_PORT")  # fmt: skip
@@ -82,7 +85,7 @@ class Check:
         self.results: dict[str, dict[str, Any]] = {}
         self.beside: list[Running] = []
         self.alive: dict[str, Running] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = claim(self.folder)
         for old in (*self.folder.glob("*.json"), *self.folder.glob("*.md")):
             old.unlink()  # an earlier check's
         for old in ("run", "data", "many", "pretrain", "eval", "eval-data"):
@@ -239,6 +242,29 @@ class Check:
         }
 
 
+def claim(folder: Path) -> Any:
+    """The lock of a folder for one check alone, which empties it. UserError where another check
+    runs there, or it holds files and was no check's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marks = [folder / LOCK, folder / "page.md"]  # the second of a check before there was a lock
+    if any(folder.iterdir()) and not any(mark.is_file() for mark in marks):
+        raise UserError(
+            f"--output {folder}: holds files that no gpu-check wrote, and a check empties its "
+            "folder: give a new one"
+        )
+    lock = open(folder / LOCK, "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--output {folder}: another gpu-check runs there; wait for it, or give another folder "
+            "(two on one GPU measure each other)"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
 def ending(code: int | None) -> str:
     """How a process ended, by its return code."""
     if code is None or code >= 0:
@@ -307,7 +333,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.mae and not (args.mae / "models_mae.py").is_file():
         parser.error(f"--mae {args.mae}: has no models_mae.py; give a checkout of "
                      "github.com/facebookresearch/mae")  # fmt: skip
+    try:
+        check_range("--batch", args.batch, at_least=1)
+        check_range("--budget", args.budget, above=0)
+        check_range("--limit", args.limit, at_least=0)
+    except UserError as error:
+        parser.error(str(error))
     args.budget = args.budget or (3600 if args.rehearse else 470)
+    args.stages = list(dict.fromkeys(args.stages))
     args.mae = args.mae.resolve() if args.mae else None
     return args
 
@@ -334,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, stop)
     try:
         return Check(args, args.stages).run()
+    except UserError as error:
+        return refuse(error)
     except OSError as error:
         print(f"error: {error.filename or args.output}: cannot be written ({error.strerror})",
               file=sys.stderr)  # fmt: skip

@@ -11,6 +11,7 @@ from shard_tools.atomic import write_atomic
 
 BEGIN, END = "<!-- figures of make gpu-check -->", "<!-- end -->"
 WIDTH = 30  # of the longest bar
+HEAD = {"device", "date", "rehearsal", "seconds", "stages", "results"}  # of a result
 PHASES = ("masks", "embed", "encoder", "teacher", "decoder", "heads", "loss", "backward",
           "optimizer", "EMA", "rest")  # fmt: skip
 
@@ -230,6 +231,10 @@ def write_into(document: Path, source: Path) -> int:
     except ValueError as error:
         print(f"error: {source}: is no result of a check ({error})", file=sys.stderr)
         return 2
+    if not isinstance(result, dict) or not result.keys() >= HEAD:
+        print(f"error: {source}: is no result of a check, which has {', '.join(sorted(HEAD))}",
+              file=sys.stderr)  # fmt: skip
+        return 2
     if result["rehearsal"] or result.get("null"):
         print(f"error: {source}: is a rehearsal on {result['device']}; its figures mean nothing "
               "and go into no document", file=sys.stderr)  # fmt: skip
@@ -240,7 +245,16 @@ def write_into(document: Path, source: Path) -> int:
         print(f"error: {document}: needs the lines {BEGIN} and {END}, between which the page goes",
               file=sys.stderr)  # fmt: skip
         return 2
-    inside = page(result).replace("\n#", "\n##").replace("# ", "## ", 1)
-    write_atomic(document, f"{before}{BEGIN}\n\n{inside}\n{END}{after}")
+    try:
+        inside = page(result).replace("\n#", "\n##").replace("# ", "## ", 1)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        print(f"error: {source}: no page can be made of it ({type(error).__name__}: {error}): it "
+              "is of another version of the check, or damaged", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        write_atomic(document, f"{before}{BEGIN}\n\n{inside}\n{END}{after}")
+    except OSError as error:
+        print(f"error: {document}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
     print(f"{document}: has the figures of {result['device']}, {result['date']}")
     return 0

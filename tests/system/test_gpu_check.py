@@ -220,6 +220,48 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch, ca
     assert "file/out: cannot be written (Not a directory)" in capsys.readouterr().err
 
 
+def test_a_folder_of_other_files_is_left_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "why_no_cuda", lambda: "")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shard.tar").touch()
+    (tmp_path / "README.md").touch()
+    assert gpu_check.main(["--output", str(tmp_path)]) == 2
+    assert "holds files that no gpu-check wrote, and a check empties" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["README.md", "data", "shard.tar"]
+
+
+@pytest.mark.parametrize("mark", ["page.md", gpu_check.LOCK])
+def test_the_folder_of_an_earlier_check_is_emptied_for_one_check_alone(tmp_path, capsys, mark):
+    args = argparse.Namespace(output=tmp_path, budget=4, limit=0, rehearse=False, batch=1, mae=None)
+    for name in (mark, "step.json"):
+        (tmp_path / name).touch()
+    check = Staged(args, [])
+    assert not (tmp_path / "step.json").exists()
+    assert gpu_check.main(["--rehearse", "--output", str(tmp_path)]) == 2
+    assert "another gpu-check runs there" in capsys.readouterr().err
+    check.lock.close()
+    Staged(args, []).lock.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch", "0"], "--batch 0: must be at least 1"),
+        (["--budget", "nan"], "--budget nan: must be above 0 and finite"),
+        (["--limit", "-1"], "--limit -1: must be at least 0"),
+    ],
+)
+def test_a_number_that_no_check_has_is_a_sentence(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main(["--output", str(tmp_path / "out"), *words])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_that_is_named_twice_runs_once():
+    assert gpu_check.parse_args(["--stages", "step", "ops", "step"]).stages == ["step", "ops"]
+
+
 def child_has_ended(folder):
     """Whether the child of the stage that hangs is gone within ten seconds."""
     state, end = Path(f"/proc/{(folder / 'child').read_text()}/stat"), time.monotonic() + 10
@@ -362,6 +404,25 @@ def test_the_page_goes_between_the_marks_and_replaces_the_one_before(tmp_path):
     document.write_text("no marks\n")
     assert gpu_page.write_into(document, source) == 2
     assert document.read_text() == "no marks\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1], "is no result of a check, which has date, device, "),
+        ({"device": "NVIDIA H100"}, "is no result of a check, which has date, device, "),
+        (result_of(step={"steps": {"mae": STEP}}), "no page can be made of it (KeyError: 'batch')"),
+    ],
+)
+def test_no_page_is_made_of_a_file_that_is_no_result(tmp_path, capsys, content, said):
+    document, source = tmp_path / "gpu.md", tmp_path / "result.json"
+    document.write_text(text := f"{gpu_page.BEGIN}\nold\n{gpu_page.END}\n")
+    source.write_text(json.dumps(content))
+    assert gpu_page.write_into(document, source) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {source}: {said}")
+    assert len(error.splitlines()) == 1
+    assert document.read_text() == text
 
 
 @pytest.mark.parametrize("value", [None, 0.0])

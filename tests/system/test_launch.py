@@ -172,6 +172,8 @@ def test_one_rank_per_device(script, tmp_path, four_gpus, env, count):
     assert (code, err) == (0, "")
     assert len(list(tmp_path.glob("rank-*"))) == count
     assert environment(tmp_path, count - 1)[2:] == [str(count)] * 2
+    hidden = "" if env.get("DS_ACCELERATOR") else env.get("CUDA_VISIBLE_DEVICES")
+    assert seen(tmp_path, 0)["env"].get("CUDA_VISIBLE_DEVICES") == hidden
 
 
 # A /dev of its own for a command, in the folder $0, with two GPUs.

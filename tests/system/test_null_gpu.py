@@ -40,6 +40,13 @@ def on_null_gpu(tmp_path_factory):
     return run
 
 
+def test_it_is_seen_whatever_the_environment_hides(monkeypatch, tmp_path):
+    monkeypatch.setattr(null_gpu, "build", lambda folder: folder / "libcuda.so.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # torch would count no device
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not {"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"} & null_gpu.environment(tmp_path).keys()
+
+
 def test_it_counts_launches_copies_waits_and_reads(on_null_gpu):
     sequence, item, wait, number = on_null_gpu(FEW_OPS)
     assert sequence == [2, 1, 0, 0]

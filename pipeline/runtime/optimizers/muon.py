@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.config.plan import RunPlan
+from pipeline.config.plan import RunPlan, asks_for
 from pipeline.errors import UserError
 
 MOST_STAGE = 2  # of ZeRO
@@ -41,7 +41,7 @@ def section(plan: RunPlan) -> dict[str, Any]:
     a matrix to where they are not looked for."""
     zero = plan.config.get("zero_optimization", {})
     for key in ("round_robin_gradients", "offload_optimizer", "cpu_offload", "parameter_alignment"):
-        if zero.get(key):
+        if asks_for(zero, key):
             raise UserError(
                 f"optimizer.kind muon needs a ds_config without zero_optimization.{key}"
             )
