@@ -106,7 +106,7 @@ tensorboard: .venv/ready   ## the curves of every run below RUNS=runs at http://
 .PHONY: bench-step bench-roads bench-memory roofline
 bench-step: .venv/ready   ## time, memory and FLOPs of the training step against MAE's; our loop (MAE=checkout of facebookresearch/mae)
 	@test -f data/shards/train/manifest.json || $(MAKE) --no-print-directory shards
-	$(PY) tests/bench/bench_step.py $(if $(MAE),--mae $(MAE))
+	$(PY) tests/bench/bench_step.py $(if $(MAE),--mae "$(MAE)")
 
 bench-roads: .venv/ready   ## time and FLOPs of the cheaper roads' steps beside MAE's
 	$(PY) tests/bench/bench_step.py --parts roads --rounds 3
@@ -125,7 +125,7 @@ bench-precision: .venv/ready   ## loss curves of tiny ViTs in each way of bf16 a
 
 .PHONY: bench-launches
 bench-launches: .venv/ready   ## launches of a step by phase and recipe, and its host time beside plain torch's (MAE=checkout COMPILED=1)
-	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae $(MAE)) $(if $(COMPILED),--compiled)
+	@$(PY) tests/bench/bench_launches.py $(if $(MAE),--mae "$(MAE)") $(if $(COMPILED),--compiled)
 
 roofline: .venv/ready   ## predicted time of a step on A100, H100 and B200, by phase (a prediction, not a measurement)
 	$(PY) tests/bench/roofline.py
@@ -165,10 +165,10 @@ bench-gpu: .venv/ready   ## each kernel beside its reference, eager and compiled
 
 .PHONY: gpu-check gpu-page
 gpu-check: .venv/ready   ## all that a GPU must prove, in 8 minutes → build/gpu-check (MAE=checkout; REHEARSE=1: on the CPU)
-	@$(PY) tests/system/gpu_check.py $(if $(MAE),--mae $(MAE)) $(if $(REHEARSE),--rehearse --output build/gpu-rehearsal)
+	@$(PY) tests/system/gpu_check.py $(if $(MAE),--mae "$(MAE)") $(if $(REHEARSE),--rehearse --output build/gpu-rehearsal)
 
 gpu-page: .venv/ready   ## the figures of the last gpu-check → docs/gpu.md (RESULT=docs/page/gpu-h100.json: those kept there)
-	@$(PY) tests/system/gpu_check.py --write docs/gpu.md $(if $(RESULT),--output $(RESULT))
+	@$(PY) tests/system/gpu_check.py --write docs/gpu.md $(if $(RESULT),--output "$(RESULT)")
 
 .PHONY: bundle
 PYTHON_VERSION ?= 3.12

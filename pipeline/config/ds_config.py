@@ -23,9 +23,9 @@ from shard_tools.home import expand_values
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 # Keys with a value that DeepSpeed takes or ignores as it is.
 _FREE = (
-    "activation_checkpointing", "aio", "communication_data_type", "comms_logger",
-    "disable_python_gc", "dump_state", "flops_profiler", "memory_breakdown", "prescale_gradients",
-    "gradient_predivide_factor", "steps_per_print", "gradient_checkpointing", "compile", "timers",
+    "aio", "communication_data_type", "comms_logger", "disable_python_gc", "dump_state",
+    "flops_profiler", "memory_breakdown", "prescale_gradients", "gradient_predivide_factor",
+    "steps_per_print", "gradient_checkpointing", "compile", "timers",
     "train_micro_batch_size_per_gpu", "wall_clock_breakdown", "watchdog_seconds",
     "zero_allow_untested_optimizer", "cuda_graphs",
 )  # fmt: skip
@@ -48,7 +48,6 @@ _ZERO = ("runtime/zero/config", "DeepSpeedZeroConfig")
 _MODELS = {"zero_optimization": _ZERO, "comms_logger": ("comm/config", "CommsLoggerConfig")}
 _TIMER = ("utils/config", "DeepSpeedThroughputTimerConfig")
 _CODE = {
-    "activation_checkpointing": "runtime/activation_checkpointing/config.py",
     "aio": "runtime/swap_tensor/constants.py",
     "flops_profiler": "profiling/constants.py",
     "timers": "utils/config.py",
@@ -71,6 +70,8 @@ _RECIPE_KEYS = {
     "weight_decay": "optimizer.weight_decay",
     "seed": "seed",
 }
+# What DeepSpeed reads and nothing here asks it for, and what does it.
+_UNUSED = {"activation_checkpointing": "gradient_checkpointing: true"}
 
 # Keys of `zero_optimization` that DeepSpeed ignores below a stage.
 _LEAST_STAGE = {
@@ -137,6 +138,8 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
     for key, value in config.items():
         if key in _RECIPE_KEYS:
             raise UserError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
+        if key in _UNUSED:
+            raise UserError(f"{path}: {key!r} would do nothing here: set {_UNUSED[key]}")
         if key in _FREE and key not in _CODE:
             continue
         if key not in _OBJECTS and key not in _CODE and key != "zero_optimization":
@@ -199,9 +202,11 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{path}: bf16 and torch_autocast exclude each other: enable one of them")
     if stage == 0 and wanted["bf16"]:
         raise UserError(f"{path}: {STAGE_0_BF16}")
-    summed = config.get("data_types", {}).get("grad_accum_dtype", "bf16")
-    if summed not in ("bf16", "fp32"):
+    summed = config.get("data_types", {}).get("grad_accum_dtype")
+    if summed not in (None, "bf16", "fp32"):
         raise UserError(f"{path}: data_types.grad_accum_dtype must be bf16 or fp32, not {summed!r}")
+    if summed == "bf16" and not wanted["bf16"]:
+        raise UserError(f"{path}: data_types.grad_accum_dtype bf16 needs bf16.enabled")
     if stage == 1 and wanted["bf16"] and summed == "fp32":
         raise UserError(
             f"{path}: bf16 with data_types.grad_accum_dtype fp32 needs zero_optimization.stage 2 "

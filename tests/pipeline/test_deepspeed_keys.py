@@ -73,7 +73,6 @@ def test_what_deepspeed_documents_is_read(tmp_path):
         """{"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 1e9,
         "offload_param": {"device": "nvme", "nvme_path": "/local", "pin_memory": true},
         "reduce_bucket_size": "auto", "overlap_comm": null},
-        "activation_checkpointing": {"partition_activations": false, "profile": true},
         "flops_profiler": {"enabled": true, "profile_step": 1, "output_file": null},
         "aio": {"block_size": 262144, "queue_depth": 32, "single_submit": false},
         "comms_logger": {"enabled": true, "prof_ops": ["all_reduce"]},

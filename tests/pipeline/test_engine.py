@@ -180,6 +180,10 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
             ["grad_accum_dtype fp32 needs zero_optimization.stage 2 or 3"],
         ),
         ({"data_types": {"grad_accum_dtype": "fp8"}}, ["must be bf16 or fp32, not 'fp8'"]),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}, "torch_autocast": {"enabled": True}},
+            ["data_types.grad_accum_dtype bf16 needs bf16.enabled"],
+        ),
         ({"compile": "yes"}, ["'compile' must be true, false or"]),
         ({"compile": True, "zero_optimization": {"stage": 3}}, ["compile needs"]),
         ({"cuda_graphs": 1}, ["'cuda_graphs' must be true, false or"]),
@@ -212,7 +216,10 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"comms_logger": 3}, ["'comms_logger' must be an object"]),
         ({"flops_profiler": {"enable": True}}, ["'flops_profiler.enable'; did you mean enabled?"]),
         ({"aio": {"blocks": 1}}, ["unknown key 'aio.blocks'"]),
-        ({"activation_checkpointing": []}, ["'activation_checkpointing' must be an object"]),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            ["'activation_checkpointing' would do nothing here: set gradient_checkpointing: true"],
+        ),
         ({"timers": {"throughput": {"on": True}}}, ["unknown key 'timers.throughput.on'"]),
         ({"wall_clock_breakdown": "false"}, ["'wall_clock_breakdown' must be true or false"]),
         ({"steps_per_print": 0}, ["'steps_per_print' must be a whole number from 1 up, not 0"]),
