@@ -76,6 +76,8 @@ _UNUSED = {"activation_checkpointing": "gradient_checkpointing: true"}
 # Keys of `zero_optimization` that DeepSpeed ignores below a stage.
 _LEAST_STAGE = {
     "offload_optimizer": 1, "cpu_offload": 1, "offload_param": 3, "cpu_offload_param": 3,
+    "zero_quantized_weights": 3, "zero_quantized_gradients": 3,
+    "zero_quantized_nontrainable_weights": 3,
 }  # fmt: skip
 
 # Sections that turn bf16 on, and what a run under them is called.

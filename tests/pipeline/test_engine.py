@@ -209,6 +209,10 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ),
         ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload needs"]),
         (
+            {"zero_optimization": {"stage": 2, "zero_quantized_gradients": True}},
+            ["zero_quantized_gradients needs zero_optimization.stage 3"],
+        ),
+        (
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
             ["compute_grad_norm must be true: by the norm a step whose gradient is not finite"],
         ),
