@@ -57,6 +57,14 @@ def _one_rank():
     init_ranks()
 
 
+def check_weights(engine, plain):
+    """Ends an engine whose weights are those of a plain model."""
+    state = engine.full_state()
+    engine.destroy()
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(state[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("clip", [0.0, 0.7])
 @pytest.mark.parametrize("each", [False, True], ids=["at the end", "after each micro-batch"])
@@ -81,10 +89,7 @@ def test_two_micro_batches_and_a_step_are_torchs_adamw(stage, clip, each):
             group["lr"] = lr
         adamw.step()
         adamw.zero_grad()
-    state = engine.full_state()
-    engine.destroy()
-    for name, value in plain.named_parameters():
-        torch.testing.assert_close(state[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
+    check_weights(engine, plain)
     assert float(norm) > 0.7  # it was clipped
 
 
@@ -108,10 +113,7 @@ def test_a_step_with_the_optimizer_on_the_host_is_torchs_adamw(stage):
             assert engine.gradient_norm() == pytest.approx(float(norm), rel=1e-5)
             adamw.step()
             adamw.zero_grad()
-    state = engine.full_state()
-    engine.destroy()
-    for name, value in plain.named_parameters():
-        torch.testing.assert_close(state[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
+    check_weights(engine, plain)
 
 
 @pytest.mark.parametrize(("way", "stage"), EVERY)
