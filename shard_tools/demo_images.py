@@ -18,6 +18,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ from PIL import Image
 from pipeline.errors import check_range, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run, seed_number
+from shard_tools.cores import cores
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.
 PHOTOGRAPHS = {
@@ -109,6 +113,33 @@ def crop(image: Image.Image, split: str, size: int, draw: np.random.Generator) -
     return Image.fromarray((recolour(pixels, draw) * 255 + 0.5).astype(np.uint8))
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One crop to write: of photograph `number`, the `index`-th of its split."""
+
+    image: Image.Image
+    target: Path
+    number: int
+    split: str
+    index: int
+
+    def write(self, size: int, seed: int) -> None:
+        # One stream per crop: a crop does not depend on how many others there are.
+        draw = np.random.default_rng([seed, self.number, self.split == "val", self.index])
+        crop(self.image, self.split, size, draw).save(self.target, quality=95)
+
+
+def _jobs(dest: Path, train: int, val: int) -> Iterator[_Job]:
+    """Every crop of a tree, whose folders are made."""
+    for number, (name, source) in enumerate(PHOTOGRAPHS.items()):
+        image = photograph(*source)
+        for split, count in (("train", train), ("val", val)):
+            folder = dest / split / name
+            folder.mkdir(parents=True)
+            for index in range(number, count, len(PHOTOGRAPHS)):
+                yield _Job(image, folder / f"{name}_{index:06d}.jpg", number, split, index)
+
+
 def build(dest: Path, *, train: int, val: int, size: int, seed: int) -> None:
     """Write dest/train and dest/val, `train` and `val` crops spread evenly over the classes.
 
@@ -124,24 +155,18 @@ def build(dest: Path, *, train: int, val: int, size: int, seed: int) -> None:
     check_writable(dest, folder=True)
     dest = Path(os.path.realpath(dest))  # a name of its own, also of `.` and of a link
     partial = dest.with_name(f".{dest.name}.{os.getpid()}.tmp")
+    pool = ThreadPoolExecutor(cores())  # Pillow works outside Python's lock
     try:
-        with progress(train + val, "demo images") as bar:
-            for number, (name, source) in enumerate(PHOTOGRAPHS.items()):
-                image = photograph(*source)
-                for split, count in (("train", train), ("val", val)):
-                    folder = partial / split / name
-                    folder.mkdir(parents=True)
-                    for index in range(number, count, len(PHOTOGRAPHS)):
-                        # One stream per crop: a crop does not depend on how many others there are.
-                        draw = np.random.default_rng([seed, number, split == "val", index])
-                        target = folder / f"{name}_{index:06d}.jpg"
-                        crop(image, split, size, draw).save(target, quality=95)
-                        bar.update()
+        jobs = list(_jobs(partial, train, val))
+        with progress(len(jobs), "demo images") as bar:
+            for _ in pool.map(lambda job: job.write(size, seed), jobs):
+                bar.update()
         write_atomic(partial / RECORD, json.dumps(options).encode())
         if dest.exists():
             shutil.rmtree(dest)
         partial.rename(dest)
     finally:
+        pool.shutdown(cancel_futures=True)
         shutil.rmtree(partial, ignore_errors=True)
 
 
