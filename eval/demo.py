@@ -21,7 +21,7 @@ from eval.report import write_report
 from eval.reporting.run_records import read_result, with_beside
 from eval.shared.command import run_command
 from eval.shared.demo_shards import DONE, make_demo_shards
-from eval.shared.processes import call
+from eval.shared.processes import call, stop_on_sigterm
 from pipeline.config.recipe import load_recipe
 from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
@@ -228,7 +228,9 @@ def demo(settings: Settings) -> None:
 
 
 def main() -> None:
-    demo(parse_args())
+    settings = parse_args()
+    stop_on_sigterm()
+    demo(settings)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ patch tokens, a fresh fc_norm and head.
     deepspeed eval/finetune.py --ds_config ds_configs/zero2.json --encoder runs/rmae \\
         --train data/shards/train --val data/shards/val [--fraction 0.1 | --subset FILE]
 
-It resumes from its last checkpoint when rerun; SIGTERM and SIGUSR1 save and exit with 85.
+It resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1 and Ctrl-C save and exit with 85.
 `--random` trains from scratch.
 """
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from eval.shared.finetune_plan import (
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from pipeline.command import check_unused, early
-from pipeline.errors import PREEMPTED, UserError
+from pipeline.errors import UserError
 from shard_tools.cli import seed_number
 
 
@@ -106,7 +105,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.batch_augment import make_erasing, make_mixup
-from eval.shared.checkpoints import Checkpoints
+from eval.shared.checkpoints import Checkpoints, leave
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import progress
 from eval.shared.metrics import accuracy, count_correct
@@ -247,7 +246,7 @@ def train(
         if epoch_ends and ranks.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
-            sys.exit(PREEMPTED)
+            leave(stop, done, plan.total, ranks)
     epoch = round(done / plan.steps, 3)
     if not history or history[-1]["epoch"] != epoch:  # within an epoch
         history = [*history, {"epoch": epoch}]
@@ -262,13 +261,14 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     folder: of the checkpoints, the chosen labels and the classifier.
     """
     timer, ranks = Timer(), session.ranks
-    plan, stop = plan_training(s, folder, ranks), StopSignal()
+    plan = plan_training(s, folder, ranks)
     session.check_readable(s.val, VAL_BATCH)
     run = Finetuning(s, plan, session)
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
     loader = run.loader(latest.get("step", 0))
-    with loader.explaining(), explaining_memory(run.run_plan, session.image_size):
+    memory = explaining_memory(run.run_plan, session.image_size)
+    with loader.explaining(), memory, StopSignal() as stop:
         history = train(run, checkpoints, latest, stop, iter(loader))
     state = run.engine.full_state()
     if ranks.first:

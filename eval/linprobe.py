@@ -18,8 +18,8 @@ The statistics of BatchNorm and the gradients are those of the global batch: eve
 its part, the features are gathered, and every rank makes the same update. The result so does not
 depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
 
-The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM and SIGUSR1 save and
-exit with 85.
+The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1 and Ctrl-C
+save and exit with 85.
 
     python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
     deepspeed eval/linprobe.py --protocol cached --encoder runs/rmae --train … --val …
@@ -27,7 +27,6 @@ exit with 85.
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ from eval.shared.linprobe_plan import (
 from eval.shared.options import FEATURES, parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from pipeline.command import early
-from pipeline.errors import PREEMPTED, UserError
+from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
 
 
@@ -93,7 +92,7 @@ if __name__ == "__main__":  # the help, and what is seen to be wrong without tor
 import torch
 from torch import Tensor
 
-from eval.shared.checkpoints import Checkpoints
+from eval.shared.checkpoints import Checkpoints, leave
 from eval.shared.cli import join_ranks, progress
 from eval.shared.encoders import check_feature
 from eval.shared.lars_probe import Probe, Training, read_all, write_all
@@ -199,26 +198,28 @@ def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> di
     ranks, trainings = session.ranks, start_probes(session, s, plan)
     main = trainings[s.feature]
     checkpoints = Checkpoints(folder, identity(s, plan, session))
-    latest, stop = checkpoints.load(partial(read_all, list(trainings.values()))), StopSignal()
+    latest = checkpoints.load(partial(read_all, list(trainings.values())))
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
     write = partial(write_all, list(trainings.values()), ranks.first)
     stream = global_features(session, s, plan, first)
-    for step, (features, label) in enumerate(
-        progress(stream, ranks, "linear probe", plan.total - first, s.batch_size // ranks.world),
-        first,
-    ):
-        losses = [t.step(step, x, label) for t, x in zip(trainings.values(), features, strict=True)]
-        if not bool(losses[0].isfinite().all() and main.finite.all()):
-            raise diverged([s.base_lr], f"in step {step + 1}")
-        ended, last = (step + 1) % plan.steps == 0, step + 1 == plan.total
-        stopping = ranks.any(bool(stop.name)) and not last
-        if ended or last or stopping:
-            loss = losses[0].item()
-            checkpoints.save(step + 1, write, loss=loss)
-        if ended and ranks.first:
-            announce(step, main, loss)
-        if stopping:
-            sys.exit(PREEMPTED)
+    with StopSignal() as stop:
+        images, todo = s.batch_size // ranks.world, plan.total - first
+        for step, (features, label) in enumerate(
+            progress(stream, ranks, "linear probe", todo, images), first
+        ):
+            both = zip(trainings.values(), features, strict=True)
+            losses = [training.step(step, x, label) for training, x in both]
+            if not bool(losses[0].isfinite().all() and main.finite.all()):
+                raise diverged([s.base_lr], f"in step {step + 1}")
+            ended, last = (step + 1) % plan.steps == 0, step + 1 == plan.total
+            stopping = ranks.any(bool(stop.name)) and not last
+            if ended or last or stopping:
+                loss = losses[0].item()
+                checkpoints.save(step + 1, write, loss=loss)
+            if ended and ranks.first:
+                announce(step, main, loss)
+            if stopping:
+                leave(stop, step + 1, plan.total, ranks)
     scores = score({feature: t.probe for feature, t in trainings.items()}, session, s)
     rows = [
         {"feature": f, **(scores[f] if bool(trainings[f].finite.all()) else {"diverged": True})}

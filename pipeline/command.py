@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
-from pipeline.errors import UserError, refuse
+from pipeline.errors import UserError, reader_may_leave, refuse
 from shard_tools.home import expand_words
 
 T = TypeVar("T")
@@ -57,7 +58,8 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
     says. Several ranks look at their input together, later. ranks: whether the command may be one
     of several, as a launcher's environment says.
 
-    Until `imported` nobody looks for garbage (late.uncollected).
+    Until `imported` nobody looks for garbage (late.uncollected), and Ctrl-C ends the process
+    without a traceback.
     """
     try:
         sys.argv[1:] = expand_words(sys.argv[1:])
@@ -69,10 +71,32 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
     except UserError as error:
         sys.exit(refuse(error))
     gc.disable()
+    interrupt_quietly()
 
 
 def imported() -> None:
-    """The imports that follow `early` are done."""
+    """The imports that follow `early` are done; Ctrl-C is a KeyboardInterrupt again."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def interrupt_quietly() -> None:
+    """From here on Ctrl-C ends this process by the signal itself, unless it is ignored (`nohup`,
+    `&` in a script)."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """End the process with main's exit code, or on Ctrl-C with a sentence and 130."""
+    imported()
+    try:
+        with reader_may_leave():
+            code = main()
+    except KeyboardInterrupt:
+        print("error: stopped by SIGINT", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.exit(code)

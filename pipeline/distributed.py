@@ -308,19 +308,34 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGUSR1 (Slurm's preemption), so that the step in hand can be finished.
+    """Notes SIGTERM, SIGUSR1 (Slurm's preemption) and Ctrl-C, so that the step in hand can be
+    finished and saved; a second Ctrl-C does what the first would have done before.
 
     Made when the first step begins. Before, nothing is lost, and a process that waits for other
-    ranks inside a C call would never run the handler: there the signal ends it by itself.
+    ranks inside a C call would never run the handler: there the signal ends it by itself. As a
+    context it hands Ctrl-C back at the end.
     """
 
     def __init__(self) -> None:
         self.name = ""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
+        self._before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+        if self._before != signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGINT, self._note)
+
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
     def _note(self, number: int, frame: object) -> None:
-        self.name = signal.Signals(number).name
+        self.name = self.name or signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._before)
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nSIGINT: saves once this step is done; again: ends at once\n")
 
 
 def wait_at_most(seconds: float, *groups: Any) -> None:

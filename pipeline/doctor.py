@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pipeline.errors import UserError, reader_may_leave, reason, refuse
+from pipeline.command import run_main
+from pipeline.errors import UserError, reason, refuse
 from pipeline.gpu_errors import driver_version, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
 from shard_tools.atomic import check_writable
@@ -364,6 +365,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with reader_may_leave():
-        code = main()
-    sys.exit(code)
+    run_main(main)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.command import check_unused, early, imported
+from pipeline.command import check_unused, early, run_main
 from pipeline.config.peaks import PEAKS
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.cost.feeding import Feeding
@@ -30,7 +30,7 @@ from pipeline.cost.micro_batch import (
     split,
     stages_under,
 )
-from pipeline.errors import UserError, check_range, naming, reader_may_leave, refuse
+from pipeline.errors import UserError, check_range, naming, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from pipeline.runtime.settings import total_steps
@@ -414,7 +414,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    imported()
-    with reader_may_leave():
-        code = main()
-    sys.exit(code)
+    run_main(main)

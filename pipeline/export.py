@@ -18,10 +18,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 from pathlib import Path
 
-from pipeline.command import early, imported
+from pipeline.command import early, run_main
 from pipeline.config.recipe import run_recipe
 from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError, naming, refuse
@@ -217,5 +216,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    imported()
-    sys.exit(main())
+    run_main(main)

@@ -1,11 +1,13 @@
 """What an evaluation that trains resumes from when it is rerun."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from pipeline.errors import UserError
+from pipeline.distributed import Ranks, StopSignal
+from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.checkpoint import CheckpointStore
 
 
@@ -15,6 +17,17 @@ def difference(key: str, theirs: Any, ours: Any) -> str:
     if max(map(len, values)) > 30:
         return key
     return f"{key} ({values[0]}, now {values[1]})"
+
+
+def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:
+    """Say that the training is saved, and end with PREEMPTED."""
+    if ranks.first:
+        signal_name = stop.name or "a signal to another rank"
+        print(
+            f"stopped by {signal_name}: saved at step {step} of {total}; the same command resumes",
+            flush=True,
+        )
+    sys.exit(PREEMPTED)
 
 
 class Checkpoints:

@@ -33,12 +33,20 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def call(what: str, command: Sequence[str | Path], threads: int) -> float:
-    """Run a command to its end and return its seconds. UserError where it fails."""
+    """Run a command to its end and return its seconds. UserError where it fails. Where this process
+    is stopped the command gets SIGTERM, with all that it started, and may save what it has."""
     words = [str(word) for word in command]
     print(f"\n== {what}", flush=True)
     start = time.perf_counter()
     with naming(words[0], "cannot be started"):
-        code = subprocess.run(words, env=environment(threads), check=False).returncode
+        # A group of its own, which Ctrl-C does not reach: DeepSpeed's launcher passes nothing on.
+        child = subprocess.Popen(words, env=environment(threads), process_group=0)
+    try:
+        code = child.wait()
+    except BaseException:
+        os.killpg(child.pid, signal.SIGTERM)
+        child.wait()
+        raise
     if code:
         raise UserError(f"{what} failed with exit code {code}: {' '.join(words)}")
     return time.perf_counter() - start

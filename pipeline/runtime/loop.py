@@ -52,7 +52,8 @@ def pretrain(settings: Settings) -> int:
         size = run.recipe.encoder.image_size
         with run.loader.explaining(), explaining_memory(run.plan, size):
             startup.done("model and data")
-            return train(run, StopSignal(), settings.verbose)
+            with StopSignal() as stop:
+                return train(run, stop, settings.verbose)
     except Exception as error:
         return report_failure(run.folder.path, ranks, run.watch.watchdog.where, error)
     finally:

@@ -26,6 +26,7 @@ from eval_helpers import (
 )
 from PIL import Image
 from safetensors.torch import load_file
+from signals import interruptible
 from torch import nn
 
 from eval import linprobe
@@ -260,22 +261,26 @@ def work(ranks: Ranks, home: str) -> None:
 
 
 def test_resuming_equals_never_stopping(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Stopped by SIGTERM in the middle of an epoch, and again by the end of --max-steps' trial."""
+    """Stopped by Ctrl-C in the middle of an epoch, and again by the end of --max-steps' trial."""
     words = ("--base-lr", "20")
     whole = evaluate(home, tmp_path / "whole", *words)
     step = Training.step
 
     def stop_at_five(training: Training, number: int, *batch: torch.Tensor) -> torch.Tensor:
         if number == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
         return step(training, number, *batch)
 
     monkeypatch.setattr(Training, "step", stop_at_five)
-    with pytest.raises(SystemExit) as stopped:
+    with interruptible(), pytest.raises(SystemExit) as stopped:
         evaluate(home, tmp_path / "parts", *words)
     assert stopped.value.code == 85
+    assert "stopped by SIGINT: saved at step 5 of 8; the same" in capsys.readouterr().out
     assert (tmp_path / "parts/checkpoints/latest").read_text() == "step-00000005\n"
     left = tmp_path / "parts/checkpoints/.step-00000006"  # by a kill
     left.mkdir()

@@ -1,11 +1,12 @@
 """launch.sh in an environment of its own, and a rank that tells what it sees."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from signals import interruptible
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch.sh"
@@ -41,12 +42,8 @@ def start(*words, inside=(), **env):
     foreign = ("SLURM", "PET_", "CUDA", "OMP_", "NCCL", "GLOO", "RELAXMIM", *NAMES)
     clean = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     clean |= {"VIRTUAL_ENV": sys.prefix, "DS_ACCELERATOR": "cpu"} | env
-    # Where the suite runs in the background Ctrl-C is ignored, which children would inherit.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with interruptible():
         return popen(words, clean, inside)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def popen(words, clean, inside=()):

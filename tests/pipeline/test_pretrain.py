@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from signals import interruptible
 from tiny import tiny_overrides
 
 from pipeline import kernels, pretrain
@@ -234,14 +235,15 @@ def test_bf16_follows_fp32(name, config, section, way, shards, tmp_path, capsys)
     assert f"written with precision {way}, this run has fp32" in refused(capsys, *other)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path):
     command = [sys.executable, "pipeline/pretrain.py", *arguments(shards, tmp_path, "mae")]
     command += ["--set", "monitor.log_steps=1"]
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # of this process
     env = {k: v for k, v in os.environ.items() if k not in ranks}
     with open(tmp_path / "out", "w") as out:
-        run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        with interruptible():
+            run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
         try:
             wait_for(lambda: "step 2/" in (tmp_path / "out").read_text(), run)
             run.send_signal(number)
