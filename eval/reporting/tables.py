@@ -70,7 +70,9 @@ def column_of(result: dict[str, Any]) -> Column | None:
     elif fraction not in (None, 1, 1.0):
         title += f", {100 * fraction:g} % of the labels"
     feature = result.get("feature")
-    title += f", {FEATURE_NAMES[feature]}" if feature in ("mean_patch", "own") else ""
+    several = protocol.script == "linprobe"  # it may read more than one: then each is named
+    if feature in FEATURE_NAMES and (several or feature != "cls"):
+        title += f", {FEATURE_NAMES[feature]}"
     title += "".join(f", {words}" for words in result.get(VARIANT, ()))
     epochs = settings.get("epochs")
     length = f"{epochs:g} epochs" if epochs else ""

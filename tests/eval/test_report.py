@@ -189,13 +189,14 @@ def test_another_number_of_epochs_is_another_column(runs: list[Path]) -> None:
     table = accuracy_table(group_runs([read_run(run) for run in (*runs, longer)]))
     assert table is not None
     assert table.head[1:] == (
-        "linear probe, cached, 90 epochs (%)",
-        "linear probe, cached, 270 epochs (%)",
+        "linear probe, cached, cls token, 90 epochs (%)",
+        "linear probe, cached, cls token, 270 epochs (%)",
     )
     cells = {row.cells[0].value: row.cells[1:] for row in table.rows}
     assert [c.value for c in cells["random encoder"]] == ["20.50 ± 0.71", "60.00"]
     assert (cells["rmae"][0].note, cells["rmae"][1].value) == ("+21.50 over random", "-")
-    assert any(note.startswith("linear probe, cached, 270 epochs: 37 val") for note in table.notes)
+    longer = "linear probe, cached, cls token, 270 epochs: 37 val"
+    assert any(note.startswith(longer) for note in table.notes)
 
 
 def knn(run: Path, name: str, top1: float, **more: object) -> None:
@@ -283,7 +284,7 @@ def test_a_feature_that_was_probed_beside_has_its_own_column(
     shown = accuracy_table(group_runs([read]))
     assert shown is not None
     assert shown.head[1:] == (
-        "linear probe, cached (%)",
+        "linear probe, cached, cls token (%)",
         "linear probe, cached, mean of patches (%)",
     )
     assert [cell.value for cell in shown.rows[0].cells[1:]] == ["30.00", "12.50"]
