@@ -28,8 +28,8 @@ Starts pipeline/pretrain.py, or another --script, once per rank; every other ARG
   RANK, WORLD_SIZE set  with LOCAL_RANK (torchrun): this one rank; without it (Kubernetes
                         PyTorchJob): the ranks of node RANK of WORLD_SIZE nodes
 
-SIGTERM and SIGUSR1 are forwarded to every rank, which saves and exits with 85; Ctrl-C does the same, a
-second Ctrl-C kills. Ranks that are still alive after --grace seconds (300) are killed.
+SIGTERM and SIGUSR1 are forwarded to every rank, which saves and exits with 85; Ctrl-C and the end of the
+terminal (SIGHUP, unless under nohup) do the same, a second Ctrl-C kills. Ranks that are still alive after --grace seconds (300) are killed.
 Exit code: 0 done, 2 something is missing (one sentence says what), 75 a rank made no progress
 (watchdog_seconds of the ds_config), 85 preempted: rerun the same command to resume; otherwise
 that of the first rank that failed.
@@ -382,6 +382,7 @@ find_python
 gpus=$(count_gpus)
 trap 'stop TERM SIGTERM' TERM
 trap 'stop USR1 SIGUSR1' USR1
+trap 'stop TERM SIGHUP' HUP
 trap 'stop TERM SIGINT' INT
 
 if [[ -n $hostfile ]]; then

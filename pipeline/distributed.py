@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, mute_where_reader_left
 from pipeline.gpu_errors import cuda_fault, nccl_fault, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
 from shard_tools.cores import cores
@@ -308,8 +308,9 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 (Slurm's preemption) and Ctrl-C, so that the step in hand can be
-    finished and saved; a second Ctrl-C does what the first would have done before.
+    """Notes SIGTERM, SIGUSR1 (Slurm's preemption), SIGHUP (the terminal or the connection is gone)
+    and Ctrl-C, so that the step in hand can be finished and saved; a second Ctrl-C does what the
+    first would have done before. Where SIGHUP or Ctrl-C is ignored (nohup), it stays so.
 
     Made when the first step begins. Before, nothing is lost, and a process that waits for other
     ranks inside a C call would never run the handler: there the signal ends it by itself. As a
@@ -318,11 +319,12 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
+        self._before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
-        self._before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-        if self._before != signal.SIG_IGN:  # as under nohup
-            signal.signal(signal.SIGINT, self._note)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def __enter__(self) -> StopSignal:
         return self
@@ -332,6 +334,7 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         self.name = self.name or signal.Signals(number).name
+        mute_where_reader_left()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before)
             if os.environ.get("RANK", "0") == "0":

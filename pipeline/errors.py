@@ -89,6 +89,23 @@ def said_by_backend(error: Exception) -> bool:
     return expected or type(error).__module__ != "builtins"
 
 
+def reader_left(number: int) -> bool:
+    """Whether the pipe or the terminal that a file descriptor writes to has nobody at its end."""
+    watch = select.poll()
+    watch.register(number, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0))
+
+
+def mute_where_reader_left() -> None:
+    """From here on stdout and stderr lead nowhere where their terminal or pipe is gone, so that a
+    training, which has its log, does not end with it."""
+    for number in (1, 2):
+        if reader_left(number):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
     """Where whoever reads this process's output has left (`… | head`), it ends without a word, with
@@ -98,9 +115,7 @@ def reader_may_leave() -> Iterator[None]:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        watch = select.poll()
-        watch.register(1, 0)
-        if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        if not reader_left(1):
             raise  # another pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(128 + signal.SIGPIPE)

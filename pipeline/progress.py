@@ -11,6 +11,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from pipeline.errors import mute_where_reader_left
+
 T = TypeVar("T")
 COLUMNS = 80
 SPAN = 100  # steps over which the pace is averaged
@@ -105,6 +107,7 @@ class StatusLine:
     def draw(self, parts: Sequence[tuple[int, str]]) -> None:
         """Show `fit(parts)`, in the columns that the terminal has."""
         if self.shown:
+            mute_where_reader_left()
             self._line.set_description_str(fit(parts, _columns()))
 
     def close(self) -> None:
@@ -121,6 +124,7 @@ def _columns() -> int:
 
 def write_above(text: str) -> None:
     """A line on stdout, above whatever status line is shown."""
+    mute_where_reader_left()
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, mute_where_reader_left, naming
 from shard_tools.cli import Stopped
 
 # A command is a launch of its own, also where this process has joined ranks.
@@ -53,9 +53,13 @@ def call(what: str, command: Sequence[str | Path], threads: int) -> float:
 
 
 def stop_on_sigterm() -> None:
-    """SIGTERM ends this command as Ctrl-C does, so that its children are stopped first."""
+    """SIGTERM ends this command as Ctrl-C does, so that its children are stopped first; and so does
+    SIGHUP, unless it is ignored (nohup)."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt)
 
 
 def _interrupt(number: int, _frame: object) -> None:
+    mute_where_reader_left()
     raise Stopped(number)

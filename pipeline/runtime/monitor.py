@@ -220,7 +220,7 @@ class Monitor:
             (7, f"epoch {row['epoch']:.2f}"),
         ]
         if not self._line.shown:
-            print(fit(parts), flush=True)
+            write_above(fit(parts))
         whole = "  ".join(text for _, text in parts if text)
         self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + whole)
 

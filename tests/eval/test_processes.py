@@ -62,7 +62,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stopped_command_waits_for_what_its_child_saves(name: str) -> None:
     command, pipe = [sys.executable, "-c", CALL, SAVES], subprocess.PIPE
     with interruptible():

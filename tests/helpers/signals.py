@@ -1,4 +1,4 @@
-"""Ctrl-C in tests."""
+"""Ctrl-C, and a terminal that goes away, in tests."""
 
 import contextlib
 import signal
@@ -7,10 +7,14 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT is a KeyboardInterrupt here and in children that are started inside; where the suite
-    runs in the background it is ignored, which they would inherit."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT is a KeyboardInterrupt here and in children that are started inside, and SIGHUP ends
+    them; where the suite runs in the background they are ignored, which children would inherit."""
+    before = [
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    ]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip((signal.SIGINT, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)

@@ -9,6 +9,7 @@ import pytest
 from signals import interruptible
 
 from pipeline.distributed import StopSignal
+from pipeline.errors import reader_left
 
 COMMAND = """
 import sys, time
@@ -59,14 +60,51 @@ def test_the_first_ctrl_c_is_noted_and_the_second_ends(handlers, capfd) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_ctrl_c_is_handed_back_and_where_ignored_stays_so(handlers) -> None:
+def test_ctrl_c_is_handed_back(handlers) -> None:
     with StopSignal():
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_nohup_ignores_stays_ignored(number: signal.Signals, handlers) -> None:
+    signal.signal(number, signal.SIG_IGN)
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert stop.name == ""
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.name == "SIGTERM"
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.name == "SIGTERM"  # the first
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_whether_a_reader_is_there(tmp_path) -> None:
+    terminal, pipe = os.openpty(), os.pipe()
+    file = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    writers = (terminal[1], pipe[1], file)
+    assert [reader_left(number) for number in writers] == [False, False, False]
+    os.close(terminal[0])
+    os.close(pipe[0])
+    assert [reader_left(number) for number in writers] == [True, True, False]
+    for number in writers:
+        os.close(number)
+
+
+LOG = """
+from pipeline.progress import write_above
+for line in range(3):
+    write_above(f"line {line}")
+    input()
+"""
+
+
+def test_lines_that_nobody_reads_end_no_training() -> None:
+    command, pipe = [sys.executable, "-c", LOG], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert None not in (process.stdin, process.stdout, process.stderr)
+        assert process.stdout.readline() == b"line 0\n"
+        process.stdout.close()
+        process.stdin.write(b"\n" * 3)
+        process.stdin.flush()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0

@@ -1,11 +1,13 @@
 """The command line: help, defaults, and bad input refused with exit code 2."""
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -235,15 +237,19 @@ def test_bf16_follows_fp32(name, config, section, way, shards, tmp_path, capsys)
     assert f"written with precision {way}, this run has fp32" in refused(capsys, *other)
 
 
+def alone():
+    """This process's environment without its rank."""
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {k: v for k, v in os.environ.items() if k not in ranks}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path):
     command = [sys.executable, "pipeline/pretrain.py", *arguments(shards, tmp_path, "mae")]
     command += ["--set", "monitor.log_steps=1"]
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # of this process
-    env = {k: v for k, v in os.environ.items() if k not in ranks}
     with open(tmp_path / "out", "w") as out:
         with interruptible():
-            run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+            run = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=alone())
         try:
             wait_for(lambda: "step 2/" in (tmp_path / "out").read_text(), run)
             run.send_signal(number)
@@ -256,6 +262,28 @@ def test_a_signal_finishes_the_step_saves_and_exits_85(number, shards, tmp_path)
     latest = (tmp_path / "run/checkpoints/latest").read_text().strip()
     assert (tmp_path / "run/checkpoints" / latest / "state.json").is_file()
     assert "Traceback" not in text
+
+
+def test_a_terminal_that_goes_away_saves_the_run(shards, tmp_path):
+    command = [sys.executable, "pipeline/pretrain.py", *arguments(shards, tmp_path, "mae")]
+    here, terminal = os.openpty()
+    with interruptible():
+        run = subprocess.Popen(
+            command, env=alone(), stdin=terminal, stdout=terminal, stderr=terminal,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+    os.close(terminal)
+    try:
+        shown = b""
+        while b"step 2/" not in shown:
+            shown += os.read(here, 4096)
+        os.close(here)
+        assert run.wait(timeout=240) == pretrain.PREEMPTED
+    finally:
+        run.kill()
+        run.wait()
+    assert "stopped by SIGHUP: saved at step" in (tmp_path / "run/log.txt").read_text()
+    assert not (tmp_path / "run/failure.txt").exists()
 
 
 def two_hosts(words, *second):

@@ -277,7 +277,7 @@ def test_an_environment_without_deepspeed(tmp_path):
     assert "has no deepspeed: run 'make setup'" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_a_signal_reaches_every_rank_once_and_preemption_is_reported(script, tmp_path, name):
     process = start("--ranks", 2, "--script", script, tmp_path, "wait")
     pids = ranks_started(tmp_path, 2)
@@ -287,7 +287,7 @@ def test_a_signal_reaches_every_rank_once_and_preemption_is_reported(script, tmp
     assert err == f"{name}: the ranks finish their step and save\n"
     for rank in (0, 1):
         got = json.loads((tmp_path / f"signal-{rank}").read_text())
-        assert got == ("SIGTERM" if name == "SIGINT" else name)
+        assert got == ("SIGUSR1" if name == "SIGUSR1" else "SIGTERM")
     assert not any(map(alive, pids))
 
 
