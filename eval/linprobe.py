@@ -18,8 +18,8 @@ The statistics of BatchNorm and the gradients are those of the global batch: eve
 its part, the features are gathered, and every rank makes the same update. The result so does not
 depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
 
-The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1 and Ctrl-C
-save and exit with 85.
+The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1, SIGHUP
+and Ctrl-C save and exit with 85.
 
     python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
     deepspeed eval/linprobe.py --protocol cached --encoder runs/rmae --train … --val …

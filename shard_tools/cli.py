@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError, naming, reader_may_leave, refuse
+from pipeline.errors import UserError, mute_where_reader_left, naming, reader_may_leave, refuse
 from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 from shard_tools.home import expand_words
@@ -28,7 +28,7 @@ class ToolError(UserError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived; `code` is the exit code by convention (128 + signal)."""
+    """SIGINT, SIGTERM or SIGHUP arrived; `code` is the exit code by convention (128 + signal)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -37,9 +37,10 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM; they arrive at the end. Processes started inside inherit this,
-    so that they cannot be hit before they have chosen what to do."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    """Hold back SIGINT, SIGTERM and SIGHUP; they arrive at the end. Processes started inside
+    inherit this, so that they cannot be hit before they have chosen what to do."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     try:
         yield
     finally:
@@ -58,10 +59,12 @@ def run(command: Callable[[Any], int], options: Any) -> int:
     """Call `command(options)`; its exit code, 2 and one line for a UserError."""
 
     def stop(number: int, frame: object) -> None:
+        mute_where_reader_left()
         raise Stopped(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, stop)
     try:
         with reader_may_leave():
             return command(options)

@@ -83,8 +83,9 @@ def _run_pool(
 ) -> Iterator[R]:
     # One worker is forked, which takes no time; several start afresh, without this one's threads.
     context: Any = multiprocessing.get_context("fork" if workers == 1 else "spawn")
-    counts, stop, started = context.Array("q", 2), context.Event(), context.Value("i", 0)
-    notes = context.RawArray("c", workers * _NOTE)
+    with signals_held():  # Python's tracker of shared memory, started here, would die by SIGHUP
+        counts, stop, started = context.Array("q", 2), context.Event(), context.Value("i", 0)
+        notes = context.RawArray("c", workers * _NOTE)
     shared = (counts, stop, started, notes)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start_worker, shared)
@@ -203,7 +204,7 @@ def report(size: int, images: int = 1) -> None:
 
 def _start_worker(counts: Any, stop: Any, started: Any, notes: Any) -> None:
     """Signals are the parent's business; a worker dies with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()

@@ -50,10 +50,10 @@ def _context(start_method: StartMethod | None) -> str:
 
 
 def _quiet_worker(_: int) -> None:
-    # The launcher signals every process of the group; the rank, not its workers, decides when
-    # to stop. Workers end when the rank closes the loader or is gone.
+    # The launcher or the terminal signals every process of the group; the rank, not its workers,
+    # decides when to stop. Workers end when the rank closes the loader or is gone.
     gc.freeze()  # a collection would write to what a fork inherits, and so copy all of it
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -61,7 +61,8 @@ def _quiet_worker(_: int) -> None:
 def _signals_blocked() -> Iterator[None]:
     """What is started inside has these signals blocked, so that none ends it before it ignores
     them."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     try:
         yield
     finally:

@@ -408,6 +408,7 @@ children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
 for child in children:
     os.kill(int(child), signal.SIGTERM)
     os.kill(int(child), signal.SIGINT)
+    os.kill(int(child), signal.SIGHUP)
 count = sum(1 for _ in zip(range(30), batches))
 print("served", count, *children, flush=True)
 if sys.argv[2] == "hard":

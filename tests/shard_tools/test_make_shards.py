@@ -20,6 +20,7 @@ from shard_samples import (
     read_samples,
     tars_of,
 )
+from signals import interruptible
 from torchvision.datasets import ImageFolder
 
 from shard_tools import tar as tarfmt
@@ -130,7 +131,8 @@ def test_tasks_in_any_order_and_a_merge_make_the_same_shards(
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
-    ("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+    ("how", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
 )
 def test_a_stopped_job_resumes_to_the_same_bytes(
     tmp_path: Path, how: signal.Signals, code: int, workers: int
@@ -140,14 +142,17 @@ def test_a_stopped_job_resumes_to_the_same_bytes(
     options = ["--shard-size", "30KiB"]
     assert main([str(tree), str(whole), *options, "--workers", "1"]) == 0
     script = Path(tarfmt.__file__).with_name("make_shards.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(tree), str(dest), *options, "--workers", str(workers)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, script, tree, dest, *options, "--workers", str(workers)]
+    with interruptible():
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
     while not list(dest.glob(".parts/0*.json")):
         time.sleep(0.005)
-    process.send_signal(how)
+    if how == signal.SIGHUP:
+        os.killpg(process.pid, how)  # as a terminal does
+    else:
+        process.send_signal(how)
     errors = process.communicate(timeout=60)[1]  # ends only when the workers have gone too
     assert process.returncode == code
     assert "Traceback" not in errors
