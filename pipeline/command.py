@@ -85,8 +85,8 @@ def imported() -> None:
 
 def interrupt_quietly() -> None:
     """From here on Ctrl-C ends this process by the signal itself, unless it is ignored (`nohup`,
-    `&` in a script)."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    `&` in a script); a container's first process would ignore it then."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.getpid() != 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
