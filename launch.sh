@@ -29,7 +29,8 @@ Starts pipeline/pretrain.py, or another --script, once per rank; every other ARG
                         PyTorchJob): the ranks of node RANK of WORLD_SIZE nodes
 
 SIGTERM and SIGUSR1 are forwarded to every rank, which saves and exits with 85; Ctrl-C and the end of the
-terminal (SIGHUP, unless under nohup) do the same, a second Ctrl-C kills. Ranks that are still alive after --grace seconds (300) are killed.
+terminal (SIGHUP, unless under nohup) do the same, a second Ctrl-C kills. Ranks that are still alive after
+--grace seconds (300) are killed.
 Exit code: 0 done, 2 something is missing (one sentence says what), 75 a rank made no progress
 (watchdog_seconds of the ds_config), 85 preempted: rerun the same command to resume; otherwise
 that of the first rank that failed.
