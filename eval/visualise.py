@@ -28,6 +28,9 @@ from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.manifest import Manifest
 
+PAGE, TITLE = "index.html", "Inside the encoder"  # by which a page of ours is known
+PICTURES = ("pca.png", "pca-object.png", "cosine-[0-9]*.png", "attention-[0-9]*.png")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -99,6 +102,19 @@ def choices(
     return result
 
 
+def check_own(folder: Path) -> None:
+    """UserError where a page or picture that this command did not write would be overwritten."""
+    page, theirs = folder / PAGE, [p for name in PICTURES for p in sorted(folder.glob(name))]
+    if page.exists():
+        with naming(page, "cannot be read"), open(page, "rb") as file:
+            theirs = [] if f"<title>{TITLE}</title>".encode() in file.read(1000) else [page]
+    if theirs:
+        raise UserError(
+            f"{theirs[0]}: not written by eval/visualise.py; move it away or choose another "
+            "--output"
+        )
+
+
 def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
     """The points of a command line. UserError for one that cannot be followed."""
     points = tuple((x, y) for x, y in args.point or [[0.5, 0.5]])
@@ -119,6 +135,7 @@ def prepare(args: argparse.Namespace) -> tuple[tuple[float, float], ...]:
     for choice in choices(args.encoder, args.arch, args.options, args.size, args.seed):
         check_encoder(choice)
     check_writable(args.output, folder=True, advice="; choose another --output")
+    check_own(args.output)
     if args.files:
         check_files(args.files)
     else:
@@ -357,9 +374,9 @@ def draw(s: Settings) -> list[str]:
     ]
     facts.append(f"Rows: {', '.join(names)}.")
     with naming(s.output, "cannot be written"):
+        write_atomic(s.output / PAGE, render_gallery(TITLE, facts, sections))  # first: check_own
         for name, picture, *_ in pictures:
             write_atomic(s.output / name, as_png(picture))
-        write_atomic(s.output / "index.html", render_gallery("Inside the encoder", facts, sections))
     return [name for name, *_ in pictures]
 
 

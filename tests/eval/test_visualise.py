@@ -107,8 +107,8 @@ def test_attention_of_every_family(arch: str, options: dict) -> None:
 
 
 def settings(home: Path, *more: str) -> visualise.Settings:
-    words = ["--encoder", home / "run", "random", "--images", home / "shards", *more]
-    words += ["--output", home / "look"]
+    words = ["--encoder", home / "run", "random", "--images", home / "shards"]
+    words += ["--output", home / "look", *more]
     return visualise.settings_of(visualise.build_parser().parse_args([str(w) for w in words]))
 
 
@@ -128,6 +128,7 @@ def test_the_page_and_its_pictures(home: Path) -> None:
     assert text.count("data:image/png;base64,") == 6
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "32 pixels, 8 × 8 patches" in text
+    settings(home, *more)  # what it wrote itself may be written again
 
 
 def test_random_takes_the_architecture_of_the_first(home: Path) -> None:
@@ -149,6 +150,14 @@ def test_what_cannot_be_shown(home: Path) -> None:
         settings(home, "--arch", "a", "b")
     with pytest.raises(UserError, match="--size 32: --options say img_size 64; give one of them"):
         settings(home, "--size", "32", "--options", "{img_size: 64}")
+
+
+@pytest.mark.parametrize("name", ["index.html", "pca.png", "cosine-1.png", "attention-2.png"])
+def test_what_others_wrote_stays(home: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("<title>Holidays</title>")
+    with pytest.raises(UserError, match=f"{name}: not written by eval/visualise.py; move it away"):
+        settings(home, "--output", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_damaged_weights_are_named(home: Path) -> None:
