@@ -88,6 +88,20 @@ def page_of(output: str | Path) -> Path:
     return path.with_suffix(".html") if named else path.with_name(f"{path.name}.html")
 
 
+def check_page(output: str | Path) -> None:
+    """UserError where the page or its Markdown cannot be written, or the Markdown would replace a
+    file that no report wrote."""
+    page = page_of(output)
+    markdown = page.with_suffix(".md")
+    for path in (page, markdown):
+        check_writable(path, advice="; choose another --output")
+    if markdown.exists() and not page.exists():
+        raise UserError(
+            f"{markdown}: is there without {page.name}, so no report wrote it; move it away or "
+            "choose another --output"
+        )
+
+
 def build_chapters(groups: Sequence[Group]) -> list[Chapter]:
     """All chapters that have something to show; the paper's tables last, unless the data are
     ImageNet's."""
@@ -173,7 +187,7 @@ def watch(settings: Settings) -> None:
 
 def main() -> None:
     settings = parse_args()
-    check_writable(settings.output.with_suffix(".html"), advice="; choose another --output")
+    check_page(settings.output)
     if settings.watch:
         stop_on_sigterm()
         watch(settings)

@@ -1,6 +1,7 @@
 """The report's page: chapters of texts, tables, charts and pictures, as HTML and as Markdown."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,43 +79,51 @@ def render_html(
 
 def render_markdown(title: str, chapters: Sequence[Chapter]) -> str:
     """Texts and tables as Markdown; charts and pictures are left to the page."""
-    lines = [f"# {title}", ""]
+    lines = [f"# {plain(title)}", ""]
     for chapter in chapters:
         lines += [f"## {chapter.title}", ""]
         for text in chapter.texts:
-            lines += [text, ""]
+            lines += [plain(text), ""]
         for card in chapter.cards:
             lines += markdown_card(card)
         for table in chapter.tables:
             lines += markdown_table(table)
         for detail in chapter.details:
             for name, text in detail.files:
-                lines += [f"{detail.title}, `{name}`:", "", "```", text.rstrip(), "```", ""]
+                lines += [f"{plain(detail.title)}, `{name}`:", ""]
+                lines += ["```", text.rstrip(), "```", ""]
         if chapter.charts or chapter.pictures:
             shown = len(chapter.charts) + len(chapter.pictures)
             lines += [f"({shown} charts or pictures in the HTML page)", ""]
     return "\n".join(lines)
 
 
+def plain(text: str) -> str:
+    """A text as one line of Markdown, in which names and values of users are no tag and no end of
+    a cell."""
+    return re.sub(r"<(?=[\w/!?])", r"\\<", " ".join(text.split("\n"))).replace("|", "\\|")
+
+
+def table_line(values: Iterable[str]) -> str:
+    """A row of a table."""
+    return "| " + " | ".join(map(plain, values)) + " |"
+
+
 def markdown_card(card: Card) -> list[str]:
     """A run's status, results and checks as Markdown."""
     status = f"{card.state}{f', {card.reason}' if card.reason else ''}"
-    lines = [f"### {card.name}: {status}", "", card.sentence, ""]
-    lines += [f"- {term}: {text}" for term, text in card.facts]
-    lines += [f"- {m.title}: {m.value}, {m.note}" for m in card.metrics]
+    lines = [f"### {plain(f'{card.name}: {status}')}", "", card.sentence, ""]
+    lines += [f"- {term}: {plain(text)}" for term, text in card.facts]
+    lines += [plain(f"- {m.title}: {m.value}, {m.note}") for m in card.metrics]
     lines += ["", "| check | verdict | found | rule |", "| --- | --- | --- | --- |"]
-    lines += [f"| {c.name} | {c.verdict} | {c.found} | {c.rule} |" for c in card.checks]
+    lines += [table_line((c.name, c.verdict, c.found, c.rule)) for c in card.checks]
     return [*lines, ""]
 
 
 def markdown_table(table: Table) -> list[str]:
     """A table in GitHub's Markdown, notes of cells in brackets."""
-
-    def line(values: Sequence[str]) -> str:
-        return "| " + " | ".join(v.replace("|", "\\|") for v in values) + " |"
-
-    lines = [f"### {table.title}", ""] if table.title else []
-    lines += [line(table.head), "|" + " --- |" * len(table.head)]
+    lines = [f"### {plain(table.title)}", ""] if table.title else []
+    lines += [table_line(table.head), "|" + " --- |" * len(table.head)]
     for row in table.rows:
-        lines.append(line([f"{c.value} ({c.note})" if c.note else c.value for c in row.cells]))
-    return [*lines, "", *(f"- {note}" for note in table.notes), ""]
+        lines.append(table_line(f"{c.value} ({c.note})" if c.note else c.value for c in row.cells))
+    return [*lines, "", *(f"- {plain(note)}" for note in table.notes), ""]

@@ -370,6 +370,28 @@ def test_what_describes_a_run_is_no_term_of_its_loss(tmp_path: Path) -> None:
     assert read_run(tmp_path).terms == ("similarity",)
 
 
+def test_a_name_is_no_tag_and_no_cell_in_markdown(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mae", 0, 30.0).rename(tmp_path / "a|b <img src=x>")
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"name": "c|d <i>e"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "failure.txt").write_text("first <b>\nsecond | third < 4\n")
+    page, markdown = report.write_report([run], tmp_path / "out", "<u>")
+    text = re.sub(r"^```$.*?^```$", "", markdown.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"(?<!\\)<\w", text)
+    assert r"### a\|b \<img src=x>: failed, first \<b> second \| third < 4" in text
+    assert r"| c\|d \<i>e | 30.00 (+10.00 over random) |" in text
+    assert "<b>" not in page.read_text()
+
+
+def test_a_file_beside_the_page_stays(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    for name in ("README.html", "README.md", "README"):
+        with pytest.raises(UserError, match="md: is there without README"):
+            report.check_page(tmp_path / name)
+    report.write_report(runs[:1], tmp_path / "report", "R")
+    report.check_page(tmp_path / "report")
+
+
 def test_text_is_escaped_and_markdown_has_the_same_numbers(page: Path) -> None:
     text = page.read_text()
     assert "2.9 &lt;x&amp;y&gt;" in text
