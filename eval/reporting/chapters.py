@@ -17,8 +17,8 @@ from eval.reporting.run_status import probed, read_log
 from eval.reporting.tables import (
     accuracy_table,
     difference_table,
+    left_out_table,
     throughput_table,
-    unknown_table,
     versions_table,
 )
 from pipeline.errors import UserError, naming
@@ -35,7 +35,7 @@ COSINES = ("positive", "negative")
 
 def accuracy_chapter(groups: Sequence[Group]) -> Chapter:
     """What the encoders are worth, beside random ones."""
-    tables = tuple(t for t in (accuracy_table(groups), unknown_table(groups)) if t)
+    tables = tuple(t for t in (accuracy_table(groups), left_out_table(groups)) if t)
     return Chapter("accuracy", "Accuracy", tables=tables)
 
 

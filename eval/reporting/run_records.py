@@ -134,11 +134,16 @@ def read_result(path: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path}: no result of an evaluation of ours; move it out of eval/")
     protocol = by_name(result.get("protocol"))
-    if protocol is not None and protocol.metric:
+    if protocol is not None and protocol.metric and not is_undecided(result):
         value = result.get(protocol.metric)
         if not _is_number(value) or not math.isfinite(float(value or 0)):
             raise UserError(f"{path}: {protocol.metric} is {value!r}, not a number; run it again")
     return result
+
+
+def is_undecided(result: dict[str, Any]) -> bool:
+    """Whether a result is a shape bias without a decision for shape or texture: it has no value."""
+    return result.get("shape_bias", 0) is None
 
 
 def with_beside(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.protocols import by_name
-from eval.reporting.run_records import Group, Run, differing, spread
+from eval.reporting.run_records import Group, Run, differing, is_undecided, spread
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ UNMEASURED = "not measured"  # and where one is still to come
 def column_of(result: dict[str, Any]) -> Column | None:
     """The column that a result belongs to, None for one that is not a single number."""
     protocol = by_name(result.get("protocol"))
-    if protocol is None or not protocol.metric:
+    if protocol is None or not protocol.metric or is_undecided(result):
         return None
     title = protocol.title
     settings = result.get("settings", {})
@@ -79,18 +79,24 @@ def column_of(result: dict[str, Any]) -> Column | None:
     return Column(title, length, protocol.metric, protocol.unit)
 
 
-def unknown_table(groups: Sequence[Group]) -> Table | None:
-    """Results that no table or chart shows, by protocol and file; None where there are none."""
+def left_out_table(groups: Sequence[Group]) -> Table | None:
+    """Results that no table or chart shows, and why; None where there are none."""
     rows = [
-        Row((Cell(str(result.get("protocol"))), Cell(str(result["file"]))))
+        Row((Cell(str(result.get("protocol"))), Cell(str(result["file"])), Cell(reason)))
         for group in groups
         for run in group.runs
         for result in run.results
-        if by_name(result.get("protocol")) is None
+        if (reason := why_left_out(result))
     ]
-    note = "eval/protocols.py has no row for these protocols, so it is not known what to show."
-    head = ("not shown: protocol", "file")
-    return Table(head, tuple(rows), "Unknown protocols", (note,), text=True) if rows else None
+    head = ("protocol", "file", "why")
+    return Table(head, tuple(rows), "Results that are not shown", text=True) if rows else None
+
+
+def why_left_out(result: dict[str, Any]) -> str:
+    """Why nothing shows a result, "" where something does."""
+    if by_name(result.get("protocol")) is None:
+        return "eval/protocols.py has no row for this protocol"
+    return "no trial was decided for shape or texture" if is_undecided(result) else ""
 
 
 def accuracy_table(groups: Sequence[Group]) -> Table | None:

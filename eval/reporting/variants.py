@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from eval.reporting.run_records import Group, flatten
@@ -94,6 +95,8 @@ def settings_of(result: Result) -> dict[str, Any]:
     flat = flatten(result.get("settings", {}))
     told = {key: value for key, value in flat.items() if key.split(".")[0] not in NO_SETTING}
     told |= {key: result[key] for key in ("resize", "precision") if key in result}
+    if flat.get("classifier"):  # of the run's: finetune, finetune-10percent …
+        told["classifier"] = Path(flat["classifier"]).name
     encoder = result.get("encoder", {})
     options = encoder.get("options", {})
     told |= {"image size": options["img_size"]} if "img_size" in options else {}

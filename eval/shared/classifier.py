@@ -110,7 +110,7 @@ def write_classifier(
 ) -> None:
     """Write classifier.safetensors (timm names, fp32) and, last, classifier.json."""
     weights = save({k: v.contiguous() for k, v in state.items()})
-    keys = ("arch", "options", "mean", "std", "recipe", "method", "step")
+    keys = ("arch", "options", "mean", "std", "recipe", "method", "step", "random", "random_seed")
     content = {key: info[key] for key in keys if key in info} | {"classes": list(classes)}
     with naming(folder, "cannot be written"):
         write_atomic(folder / "classifier.safetensors", weights)

@@ -370,6 +370,35 @@ def test_what_describes_a_run_is_no_term_of_its_loss(tmp_path: Path) -> None:
     assert read_run(tmp_path).terms == ("similarity",)
 
 
+def bias(run: Path, classifier: str, value: float | None, **encoder: object) -> None:
+    found = {"protocol": "shape-bias", "shape_bias": value, "trials": 9}
+    found["settings"] = {"classifier": f"{run}/eval/{classifier}", "images": "cue"}
+    found["encoder"] = {"arch": "vit", "options": {}} | encoder
+    (run / f"eval/shape-bias-{classifier}.json").write_text(json.dumps(found))
+
+
+def test_shape_biases_of_several_classifiers_of_a_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mae", 0, 30.0)
+    bias(run, "finetune", 0.4)
+    bias(run, "finetune-random-0", 0.1, random=True, random_seed=0)
+    rows = table_of([run])
+    assert rows["mae"]["shape bias"] == "0.400"
+    assert rows["random encoder"]["shape bias"] == "0.100"
+    bias(run, "finetune-10percent", 0.2)
+    cells = table_of([run])["mae"]
+    assert cells["shape bias, classifier finetune"] == "0.400"
+    assert cells["shape bias, classifier finetune-10percent"] == "0.200"
+
+
+def test_a_shape_bias_without_a_decision_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "mae", 0, 30.0)
+    bias(run, "finetune", None)
+    page, markdown = report.write_report([run], tmp_path / "out", "T")
+    for content in (page.read_text(), markdown.read_text()):
+        assert "not shown" in content
+        assert "no trial was decided for shape or texture" in content
+
+
 def test_a_name_is_no_tag_and_no_cell_in_markdown(tmp_path: Path) -> None:
     run = write_run(tmp_path, "mae", 0, 30.0).rename(tmp_path / "a|b <img src=x>")
     recipe = yaml.safe_load((run / "recipe.yaml").read_text()) | {"name": "c|d <i>e"}

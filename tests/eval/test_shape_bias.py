@@ -95,7 +95,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(model.head.weight)
     info = {"arch": "vit_base_patch16_224", "options": OPTIONS, "mean": MEAN, "std": STD}
     names = tuple(str(number) for number in range(1000))
-    write_classifier(folder / "model", model.state_dict(), info, names)
+    write_classifier(
+        folder / "model", model.state_dict(), info | {"random": True, "random_seed": 3}, names
+    )
     whole = model.state_dict() | {"cls_token": model.cls_token.long()}
     write_classifier(folder / "whole", whole, info, names)
     model.reset_classifier(10)
@@ -120,7 +122,9 @@ def test_classifier_decides_alike_on_two_ranks(home: Path) -> None:
         ("cat", "dog"), ("cat", "car"), ("cat", "cat"),
         ("dog", "cat"), ("dog", "oven"), ("dog", "bird"),
     ]  # fmt: skip
-    assert shape_bias.evaluate(shape_bias.Settings(*names), ALONE)["trials"] == 5
+    result = shape_bias.evaluate(shape_bias.Settings(*names), ALONE)
+    assert result["trials"] == 5
+    assert (result["encoder"]["random"], result["encoder"]["random_seed"]) == (True, 3)
     on_two_ranks(work, str(home))
     for rank in (0, 1):
         other = json.loads((home / f"rank{rank}.json").read_text())
