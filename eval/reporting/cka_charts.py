@@ -19,8 +19,9 @@ POOLS = {
 
 
 def cka_charts(groups: Sequence[Group]) -> list[str]:
-    """Per pooling and estimator two charts, a line per group (mean over its seeds): CKA of the
-    last block against the share dropped, and CKA at the largest share against the block."""
+    """Per pooling and estimator two charts, a line per group (mean over its seeds; one for each
+    choice of shares): CKA of the last block against the share dropped, and CKA at the largest share
+    against the block."""
     charts = []
     for (pool, what), hsic in product(POOLS.items(), ("unbiased", "biased")):
         lines = []
@@ -32,25 +33,33 @@ def cka_charts(groups: Sequence[Group]) -> list[str]:
         if not shown:
             continue
         what += "" if hsic == "unbiased" else ", biased HSIC"
+        largest = max(max(ratios) for *_, tables in shown for ratios, _ in tables)
         by_ratio, by_block = [], []
         for colour, label, dashed, tables in shown:
-            ratios, values = average(tables)
-            blocks = list(range(1, values.shape[1] + 1))
-            last, most = values[:, -1].tolist(), values[-1].tolist()
-            by_ratio.append(Line(ratios, last, colour, label, dashed, marker=True))
-            by_block.append(Line(blocks, most, colour, label, dashed, marker=True))
-        largest = f"{max(line.x[-1] for line in by_ratio):.0%}"
+            for ratios, values in averages(tables):
+                last = values[:, -1].tolist()
+                line = Line(ratios, last, colour, once(label, by_ratio), dashed, marker=True)
+                by_ratio.append(line)
+                if ratios[-1] == largest:
+                    blocks, most = list(range(1, values.shape[1] + 1)), values[-1].tolist()
+                    line = Line(blocks, most, colour, once(label, by_block), dashed, marker=True)
+                    by_block.append(line)
         charts += [
             line_chart(
                 by_ratio, title=f"CKA of the last block, {what}", x="share of patches dropped",
                 y="CKA(full, dropped)", limits=(0, 1.02),
             ),
             line_chart(
-                by_block, title=f"CKA with {largest} dropped, {what}", x="block",
+                by_block, title=f"CKA with {largest:.0%} dropped, {what}", x="block",
                 y="CKA(full, dropped)", limits=(0, 1.02),
             ),
         ]  # fmt: skip
     return charts
+
+
+def once(label: str, lines: Sequence[Line]) -> str:
+    """The label of a line, "" where one of these has it."""
+    return "" if any(line.label == label for line in lines) else label
 
 
 def cka_table(result: dict[str, Any], pool: str, hsic: str = "unbiased") -> list[Any] | None:
@@ -72,13 +81,20 @@ def tables_of(
     found = []
     for run in (run for group in groups for run in group.runs):
         results = [r for r in run.results if r.get("protocol") == "cka" and is_random(r) == random]
+        results.sort(key=lambda result: len(result["file"]))  # that of the usual settings first
         tables = [(r["ratios"], cka_table(r, pool, hsic)) for r in results]
         found += [(ratios, table) for ratios, table in tables if table is not None][:1]
     return found
 
 
-def average(tables: Sequence[tuple[list[float], list[Any]]]) -> tuple[list[float], np.ndarray]:
-    """Ratios and mean CKA [ratios, blocks] of the tables that have the first one's shape."""
-    ratios = tables[0][0]
-    values = [np.array(cka) for others, cka in tables if others == ratios]
-    return ratios, np.mean([v for v in values if v.shape == values[0].shape], axis=0)
+def averages(
+    tables: Sequence[tuple[list[float], list[Any]]],
+) -> list[tuple[list[float], np.ndarray]]:
+    """Ratios, ascending, and mean CKA [ratios, blocks] of the tables of the same ratios and blocks,
+    of each such kind."""
+    kinds: dict[tuple, list[np.ndarray]] = {}
+    for ratios, cka in tables:
+        order, values = sorted(range(len(ratios)), key=ratios.__getitem__), np.array(cka)
+        kind = (tuple(ratios[n] for n in order), values.shape)
+        kinds.setdefault(kind, []).append(values[order])
+    return [(list(ratios), np.mean(same, axis=0)) for (ratios, _), same in kinds.items()]

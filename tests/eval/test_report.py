@@ -333,6 +333,28 @@ def test_every_way_to_pool_and_estimate_has_its_charts(runs: list[Path], tmp_pat
     assert len(cka_charts.cka_charts(groups)) == 12
 
 
+def test_ckas_of_other_shares_are_lines_of_their_own(tmp_path: Path) -> None:
+    table = {"protocol": "cka", "pool": "kept-in-both", "encoder": {}}
+    first, second = (write_run(tmp_path, "rmae", seed, 40.0) for seed in (0, 1))
+    for run, ratios in ((first, [0.5, 0.25]), (second, [0.9, 0.1])):
+        found = table | {"ratios": ratios, "cka": [[0.4, ratios[0]], [0.3, ratios[1]]]}
+        (run / "eval/cka.json").write_text(json.dumps(found))
+        teacher = found | {"cka": [[0, 0], [0, 0]]}  # of --pool all-kept --ema, named before it
+        (run / "eval/cka-all-kept-ema.json").write_text(json.dumps(teacher))
+    (group,) = group_runs([read_run(run) for run in (first, second)])
+    tables = cka_charts.tables_of([group], "kept-in-both", "unbiased", random=False)
+    found = [(ratios, values.tolist()) for ratios, values in cka_charts.averages(tables)]
+    assert found == [
+        ([0.25, 0.5], [[0.3, 0.25], [0.4, 0.5]]),
+        ([0.1, 0.9], [[0.3, 0.1], [0.4, 0.9]]),
+    ]
+    by_ratio, by_block = cka_charts.cka_charts([group])
+    assert "CKA with 90% dropped" in by_block
+    assert [chart.count(">rmae<") for chart in (by_ratio, by_block)] == [1, 1]
+    curves = [re.findall("clip-path[^>]*#0072b2", chart) for chart in (by_ratio, by_block)]
+    assert [len(found) for found in curves] == [2, 1]
+
+
 def test_runs_that_differ_by_more_than_the_seed_are_told_apart(runs: list[Path]) -> None:
     twin = runs[0].parent / "longer"
     shutil.copytree(runs[0], twin)
