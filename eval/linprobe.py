@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
         help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
     add("--epochs", type=int, default=d.epochs, help="over the training set")
-    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="of the learning rate, from 0")
+    add("--warmup-epochs", type=float, default=d.warmup_epochs, help="below --epochs")
     add("--batch-size", type=int, default=d.batch_size, help="global, over all ranks")
     add(
         "--micro-batch",

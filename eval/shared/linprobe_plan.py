@@ -70,7 +70,11 @@ def make_plan(s: Settings, world: int) -> Plan:
     classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
     for name in ("epochs", "batch_size", "micro_batch", "max_steps"):
         check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
-    check_range("--warmup-epochs", s.warmup_epochs, at_least=0)
+    if not 0 <= s.warmup_epochs < s.epochs:
+        raise UserError(
+            f"--warmup-epochs {s.warmup_epochs:g}: must be from 0 to below --epochs {s.epochs}, or "
+            "the learning rate never gets to its peak"
+        )
     check_range("--base-lr", s.base_lr, above=0)
     for rate in s.grid:
         check_range("--grid", rate, above=0)

@@ -448,7 +448,8 @@ def test_features_that_are_not_finite_stop_the_command_and_no_accuracy_is_writte
         (("--base-lr", "nan"), "--base-lr nan: must be finite"),
         (("--base-lr", "0"), "--base-lr 0: must be above 0"),
         (("--grid", "1", "inf"), r"--grid \[1.0, inf\]: must be finite"),
-        (("--warmup-epochs", "-1"), "--warmup-epochs -1: must be at least 0"),
+        (("--warmup-epochs", "-1"), "--warmup-epochs -1: must be from 0 to below --epochs 4, or"),
+        (("--warmup-epochs", "10"), "--warmup-epochs 10: must be from 0 to below --epochs 4, or"),
     ],
 )
 def test_bad_input_is_one_sentence(
