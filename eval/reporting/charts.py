@@ -21,6 +21,7 @@ GRID = "#e6e6e6"
 STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the reader's font
     "svg.hashsalt": "report",  # equal input, equal bytes
+    "text.parse_math": False,  # a $ in a name is a $
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -80,7 +81,7 @@ def line_chart(
                 linewidth=1.4,
                 marker="o" if line.marker or len(line.x) == 1 else None,
                 markersize=3.5,
-                label=line.label or "_",
+                label=in_legend(line.label),
             )
             if line.band is not None:
                 colour = PALETTE[line.colour % len(PALETTE)]
@@ -97,6 +98,11 @@ def line_chart(
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return inline(buffer.getvalue(), title)
+
+
+def in_legend(label: str) -> str:
+    """The label of a line for matplotlib, whose legend leaves out those that begin with _."""
+    return f" {label}" if label.startswith("_") else label or "_"
 
 
 def add_legend(figure: Figure) -> None:
@@ -117,10 +123,14 @@ def inline(svg: str, title: str) -> str:
     own = re.sub(r"\W+", "-", title).strip("-").lower()
     svg = re.sub(r'\bid="', f'id="{own}-', svg)
     svg = svg.replace("url(#", f"url(#{own}-").replace('href="#', f'href="#{own}-')
-    opening = (
-        f'<svg class="chart" role="img" aria-label="{html.escape(title)}" viewBox="\\1" '
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
+    name = html.escape(title)
+
+    def opening(svg: re.Match[str]) -> str:
+        return (
+            f'<svg class="chart" role="img" aria-label="{name}" viewBox="{svg[1]}" '
+            'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        )
+
     for index, colour in enumerate(PALETTE):
         svg = svg.replace(f": {colour}", f": var(--c{index}, {colour})")
     svg = svg.replace(f": {GRID}", f": var(--line, {GRID})")

@@ -30,3 +30,11 @@ def test_no_name_of_a_legend_is_cut(labels: list[str], rows: int) -> None:
     edges = [places(chart)[label] for label in labels]
     assert all(left >= 0 and right <= width for left, right, _ in edges)
     assert len({y for *_, y in edges}) == rows
+
+
+@pytest.mark.parametrize("name", ["a$\\frac$b", "cost $1 to $2", "_mine", r"data\group"])
+def test_a_name_is_drawn_as_it_is(name: str) -> None:
+    chart = line_chart([Line((0, 1), (0, 1), 0, name)], title=f"Loss: {name}", x="x", y="y")
+    drawn = [text.strip() for text in ElementTree.fromstring(chart).itertext()]
+    assert {name, f"Loss: {name}"} <= set(drawn)
+    assert f'aria-label="Loss: {name}"' in chart
