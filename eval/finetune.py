@@ -243,7 +243,8 @@ def train(
                 row |= run.validate()
             history.append(row)
         if epoch_ends or stopping or done >= pause:
-            checkpoints.save(done, partial(save_consolidated, run.engine), history=history)
+            write, skipped = partial(save_consolidated, run.engine), run.skipped.total
+            checkpoints.save(done, write, history=history, nonfinite_steps=skipped)
         if epoch_ends and ranks.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
@@ -267,6 +268,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     run = Finetuning(s, plan, session)
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
+    run.skipped.total = latest.get("nonfinite_steps", 0)
     loader = run.loader(latest.get("step", 0))
     memory = explaining_memory(run.run_plan, session.image_size)
     with loader.explaining(), memory, StopSignal() as stop:

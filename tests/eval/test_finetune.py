@@ -478,7 +478,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(
     config = str(ZERO2.with_name(f"zero{stage}.json"))
     words = arguments(home, tmp_path / "x.json", "--ds_config", config, "--epochs", "2")
     words += ["--warmup-epochs", "1"]
-    result = evaluate(words, tmp_path / "x")
+    evaluate([*words, "--stop-epoch", "1"], tmp_path / "x")
+    result = evaluate(words, tmp_path / "x")  # resumes
     assert len(passes) == 8
     assert result["nonfinite_steps"] == 2
     model, _ = read_classifier(tmp_path / "x")
