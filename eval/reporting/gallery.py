@@ -52,11 +52,12 @@ def _tile(
 
 
 def render_gallery(title: str, texts: Sequence[str], sections: Sequence[Section]) -> str:
-    """The page as one string."""
+    """The page as one string; bytes of file names that are no UTF-8 become escapes."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     template = environment.get_template("gallery.html")
-    return template.render(title=title, texts=texts, sections=sections)
+    page = template.render(title=title, texts=texts, sections=sections)
+    return page.encode("utf-8", "backslashreplace").decode()

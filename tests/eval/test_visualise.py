@@ -1,5 +1,6 @@
 """Pictures from inside encoders: components, attention, similarity against plain computations."""
 
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from eval_helpers import coloured_images, spoil_encoder, write_encoder, write_sh
 from PIL import Image
 
 from eval import reconstruct, visualise
+from eval.reporting import gallery
 from eval.shared import inside
 from pipeline.errors import UserError
 from pipeline.method.load import load_encoder
@@ -158,6 +160,13 @@ def test_what_others_wrote_stays(home: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=f"{name}: not written by eval/visualise.py; move it away"):
         settings(home, "--output", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_name_that_is_no_utf8_is_shown_with_escapes(home: Path) -> None:
+    section = gallery.Section(os.fsdecode(b"caf\xe9.png"), ())
+    text = gallery.render_gallery("t", (), (section,))
+    assert r"caf\udce9.png" in text
+    text.encode()
 
 
 def test_damaged_weights_are_named(home: Path) -> None:
