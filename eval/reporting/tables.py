@@ -199,7 +199,17 @@ def protocol_notes(groups: Sequence[Group]) -> list[str]:
                 column = column_of(result)
                 if column:
                     notes.append(f"{column.name}: {', '.join(facts(result))}.")
+                    notes += outdated(run, column, result)
     return list(dict.fromkeys(notes))
+
+
+def outdated(run: Run, column: Column, result: dict[str, Any]) -> list[str]:
+    """What to say of a result whose encoder has been trained further since."""
+    step = result.get("encoder", {}).get("step")
+    last = run.metrics[-1]["step"] if run.metrics else 0
+    if not isinstance(step, int) or is_random(result) or step >= last:
+        return []
+    return [f"{column.name}: {run.name}'s is of step {step}, and the run is at step {last}."]
 
 
 def facts(result: dict[str, Any]) -> list[str]:

@@ -98,6 +98,8 @@ def settings_of(result: Result) -> dict[str, Any]:
     if flat.get("classifier"):  # of the run's: finetune, finetune-10percent …
         told["classifier"] = Path(flat["classifier"]).name
     encoder = result.get("encoder", {})
+    if "step" in encoder and not is_random(result):  # of the run when it was evaluated
+        told["step"] = encoder["step"]
     options = encoder.get("options", {})
     told |= {"image size": options["img_size"]} if "img_size" in options else {}
     return told | {"weights": encoder["note"] if encoder.get("note") else "as trained"}

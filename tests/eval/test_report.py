@@ -22,7 +22,7 @@ from eval import report
 from eval.paper.beside import metrics
 from eval.protocols import PROTOCOLS, Work, by_key
 from eval.reporting import cka_charts
-from eval.reporting.run_records import group_runs, read_lines, read_run
+from eval.reporting.run_records import Group, group_runs, read_lines, read_run
 from eval.reporting.tables import accuracy_table
 from eval.reporting.variants import with_variants
 from pipeline.config.recipe import RECIPES as RECIPES_DIR
@@ -390,6 +390,20 @@ def test_what_describes_a_run_is_no_term_of_its_loss(tmp_path: Path) -> None:
     row = {"step": 1, "loss": 2.0, "similarity": 1.0, "mfu": 0.4, "image_size": 160}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row | {"lr_first_layer": 0.1}) + "\n")
     assert read_run(tmp_path).terms == ("similarity",)
+
+
+def test_results_of_an_earlier_step_are_not_those_of_the_run(tmp_path: Path) -> None:
+    first, second = (write_run(tmp_path, "rmae", seed, 40.0) for seed in (0, 1))
+    for run, step, top1 in ((first, 30, 14.0), (second, 10, 10.0)):
+        found = result(top1, "knn", step=step)
+        (run / "eval/knn.json").write_text(json.dumps(found))
+    cells = table_of([first, second])["rmae"]
+    assert cells["k-NN, step 30 (%)"] == "14.00"
+    assert cells["k-NN, step 10 (%)"] == "10.00"
+    notes = accuracy_table(with_variants(group_runs([read_run(second)]))).notes
+    assert "k-NN, 90 epochs: rmae-1's is of step 10, and the run is at step 30." in notes
+    notes = accuracy_table([Group("a", (read_run(first),))]).notes
+    assert not any("is of step" in note for note in notes)
 
 
 def bias(run: Path, classifier: str, value: float | None, **encoder: object) -> None:
