@@ -74,10 +74,10 @@ def vote(
     """Votes float32 [b, classes] for queries [b, D] from training features [N, D], labels [N].
 
     Both are normalised here; images count by exp(cosine / temperature) if among the k nearest
-    (Wu et al. 2018, Sect. 3.4).
+    (Wu et al. 2018, Sect. 3.4), relative to the nearest, which has 1.
     """
     similarity = F.normalize(query, dim=1) @ F.normalize(feature, dim=1).T
     nearest, place = similarity.topk(k, dim=1)
-    weight = ((nearest - 1) / temperature).exp()  # a factor common to all, for the number range
+    weight = ((nearest - nearest[:, :1]) / temperature).exp()  # at any temperature one is not 0
     votes = weight.new_zeros(len(query), classes)
     return votes.scatter_add_(1, label[place], weight)

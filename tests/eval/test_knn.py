@@ -52,9 +52,23 @@ def test_vote_is_the_plain_sum(k: int) -> None:
             dot = sum(a * b for a, b in zip(q, f, strict=True))
             cosines.append((dot / math.hypot(*q) / math.hypot(*f), int(label[number])))
         expected = [0.0, 0.0, 0.0]
+        best = max(cosines)[0]
         for cosine, of in sorted(cosines, reverse=True)[:k]:
-            expected[of] += math.exp((cosine - 1) / 0.07)
+            expected[of] += math.exp((cosine - best) / 0.07)
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_the_nearest_decides_at_any_temperature() -> None:
+    feature, label = torch.tensor([[0.0, 1.0], [0.5, 1.0]]), torch.tensor([1, 2])
+    votes = knn.vote(torch.tensor([[1.0, 0.0]]), feature, label, 3, k=2, temperature=1e-4)
+    assert votes.tolist() == [[0, 0, 1]]
+
+
+def test_a_class_without_a_vote_is_no_answer(home: Path, tmp_path: Path) -> None:
+    image, label = coloured_images(37, 6, seed=2)
+    write_shards(tmp_path / "val", image, (label + 1) % 6)  # so that the nearest is wrong
+    result = evaluate(home, "--k", "1", "--val", str(tmp_path / "val"))
+    assert (result["top1"], result["top5"]) == (0, 0)
 
 
 def test_protocol_and_result(home: Path) -> None:
