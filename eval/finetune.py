@@ -205,10 +205,12 @@ class Finetuning:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Accuracy on the validation set, each image once over all ranks."""
+        """Accuracy on the validation set, each image once over all ranks. UserError where outputs
+        are not finite, as after a last step that was too large."""
         self.module.eval()
         model = self.module.model
         count = torch.zeros(3, dtype=torch.int64, device=self.ranks.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.ranks.device)
         with torch.random.fork_rng(devices=[]):
             for pixels, label, _ in self.session.batches(self.settings.val, VAL_BATCH):
                 with torch.autocast(
@@ -216,7 +218,13 @@ class Finetuning:
                 ):
                     logits = model(pixels.to(next(model.parameters()).dtype))
                 count += count_correct(logits.float(), label)
+                finite &= logits.isfinite().all()
         self.module.train()
+        if self.ranks.any(not bool(finite)):
+            raise UserError(
+                f"{self.settings.val}: the classifier's outputs of it are not finite, so they have "
+                "no accuracy; use a lower --base-lr"
+            )
         return accuracy(self.ranks.sum(count))
 
 

@@ -513,6 +513,13 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
     assert not (tmp_path / "x/classifier.json").exists()
 
 
+def test_a_last_step_that_is_too_large_has_no_accuracy(home: Path, tmp_path: Path) -> None:
+    init_ranks()
+    words = arguments(home, tmp_path / "x.json", "--max-steps", "1", "--warmup-epochs", "0")
+    with pytest.raises(UserError, match="the classifier's outputs of it are not finite"):
+        evaluate([*words, "--base-lr", "1e30"], tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
