@@ -34,7 +34,8 @@ def cka_charts(groups: Sequence[Group]) -> list[str]:
             continue
         what += "" if hsic == "unbiased" else ", biased HSIC"
         largest = max(max(ratios) for *_, tables in shown for ratios, _ in tables)
-        by_ratio, by_block = [], []
+        by_ratio: list[Line] = []
+        by_block: list[Line] = []
         for colour, label, dashed, tables in shown:
             for ratios, values in averages(tables):
                 last = values[:, -1].tolist()
