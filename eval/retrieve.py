@@ -115,6 +115,8 @@ def prepare(args: argparse.Namespace) -> Settings:
     if args.queries:
         check_unused(build_parser(), args, ("random", "seed"), "with a QUERY")
     output = args.output or args.embeddings / "neighbours.html"
+    if output.suffix not in (".html", ".htm"):  # not a query, nor a file of the embeddings
+        raise UserError(f"--output {output}: must end in .html")
     s = Settings(tuple(args.queries), args.embeddings, output, args.k, args.random, args.seed)
     check_writable(output, advice="; choose another --output")
     store = read_store(s.embeddings)

@@ -511,6 +511,13 @@ def test_numbers_that_are_none(done: Path, capsys, words: tuple[str, str]) -> No
     assert f"{words[1]}: must be" in said
 
 
+@pytest.mark.parametrize("name", ["names.txt", "embeddings.npy", "cat.png", "page"])
+def test_a_page_replaces_no_query_and_no_embeddings(done: Path, name: str) -> None:
+    words = ["--embeddings", str(done), "--output", str(done / name)]
+    with pytest.raises(UserError, match=rf"{name}: must end in \.html"):
+        retrieve.prepare(retrieve.build_parser().parse_args(words))
+
+
 def test_a_glance_finds_images_behind_links_and_in_tars(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "set").mkdir()
