@@ -191,9 +191,10 @@ def load_recipe(
     path = bundled(path, RECIPES, ".yaml")
     if not path.exists():
         raise RecipeError(f"{path}: cannot be read (no such file){choices(path, RECIPES, '.yaml')}")
-    values = _read(path, seen=())
-    for text in overrides:
-        _override(values, text)
+    change: dict[str, Any] = {}
+    for text in overrides:  # first with one another: their order is free
+        change = _merge(change, read_override(text))
+    values = _merge(_read(path, seen=()), change)
     _fill_in_pixels(values, pixels, str(path))
     return parse_recipe(values, str(path))
 
@@ -282,15 +283,10 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
         if both and key == "measure":
-            both = value.get("kind", old.get("kind")) == old.get("kind")  # type: ignore[union-attr]
+            kind = old.get("kind", value.get("kind"))  # type: ignore[union-attr]
+            both = value.get("kind", kind) == kind  # type: ignore[union-attr]
         merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    merged = _merge(values, read_override(text))
-    values.clear()
-    values.update(merged)
 
 
 def read_override(text: str) -> dict[str, Any]:

@@ -65,6 +65,20 @@ def test_overrides_reach_every_depth_and_replace_a_measure_of_another_kind():
     assert not hasattr(recipe.measure, "temperature")
 
 
+def test_a_kind_of_measure_is_set_in_any_order_with_its_keys(tmp_path):
+    words = ["measure.tokens=mean_patch", "measure.kind=byol", "measure.symmetric=true"]
+    for order in (words, words[::-1]):
+        measure = load_recipe("cmae", order).measure
+        assert (measure.kind, measure.tokens, measure.symmetric) == ("byol", "mean_patch", True)
+    with pytest.raises(RecipeError, match=r"measure\.temperature'; only measure\.kind infonce"):
+        load_recipe("cmae", ["measure.temperature=0.1", "measure.kind=byol"])
+    (tmp_path / "tokens.yaml").write_text("measure: {tokens: cls}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "base: tokens.yaml\nname: mine\nviews: {second: none}\nmeasure: {kind: byol}\n"
+    )
+    assert load_recipe(tmp_path / "mine.yaml").measure.tokens == "cls"
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
