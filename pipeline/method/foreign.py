@@ -57,6 +57,12 @@ def named(arch: str, name: str) -> dict[str, Any]:
     return {"arch": arch, "options": {}, **statistics, "recipe": name, "method": name}
 
 
+def stated(options: dict[str, Any]) -> dict[str, Any]:
+    """The mean and std of the pixels that options say, which are taken out of them."""
+    overlay = options.pop("pretrained_cfg_overlay", {})
+    return {key: list(overlay[key]) for key in ("mean", "std") if key in overlay}
+
+
 def from_hub(name: str, options: dict[str, Any]) -> tuple[VisionTransformer, dict[str, Any]]:
     """A timm model with the weights that timm publishes for it."""
     if not timm.is_model(name.split(".")[0]):
@@ -70,7 +76,7 @@ def from_hub(name: str, options: dict[str, Any]) -> tuple[VisionTransformer, dic
             f"reached give a local file: --encoder FILE --arch {name}"
         ) from None
     info = named(name, f"timm:{name}") | timm_statistics(model)
-    options.pop("pretrained_cfg_overlay", None)
+    stated(options)  # timm has taken them
     vit = adopt(model, name, options)
     return vit, finish(info, vit, options)
 
@@ -98,11 +104,10 @@ def from_file(
         layout = layout_of(found, content)
     given, options = options, fixed_options(layout, found.state) | options
     vit = fit(found.state, arch, options, path, layout)
-    overlay = options.pop("pretrained_cfg_overlay", {})
     info = named(arch, path.stem)  # with ImageNet's statistics
     if not layout.imagenet:
         info |= _trained_with(content) or timm_statistics(vit)
-    info |= {key: list(overlay[key]) for key in ("mean", "std") if key in overlay}
+    info |= stated(options)
     info |= {key: written[key] for key in ("mean", "std") if key in written}
     info = finish(info, vit, options)
     return vit, info | {"note": "" if written else _note(found, layout, info, given, ema)}

@@ -31,6 +31,7 @@ from pipeline.method.foreign import (
     known_arch,
     named,
     patch_side,
+    stated,
 )
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.source import check_divisible, check_source, other_size, teacher_of
@@ -54,9 +55,9 @@ def load_encoder(
     source: see the top of this file. arch: timm's name of what a FILE or `random` is, needed where
     the file does not say it. options: further keywords of timm.create_model, of which a source that
     says its own architecture takes img_size alone; `pretrained_cfg_overlay: {mean, std}` says the
-    statistics of the pixels where a file cannot. random: draw new weights of the same architecture
-    with `seed`. ema: the average that a file keeps beside its weights, or
-    the EMA teacher of a run.
+    statistics of the pixels where a file or `random` cannot. random: draw new weights of the same
+    architecture with `seed`. ema: the average that a file keeps beside its weights, or the EMA
+    teacher of a run.
     info: arch and options (of timm.create_model), mean and std (of pixels in 0 … 1), recipe (what a
     table calls it), random, source, note (what was taken to be so, as a sentence).
     UserError where the source cannot be used.
@@ -69,7 +70,8 @@ def load_encoder(
     check_source(name, arch, options, ema, random)
     vit: VisionTransformer | None = None
     if name == "random":
-        info = named(known_arch(arch, name), "random encoder") | {"options": options}
+        info = named(known_arch(arch, name), "random encoder") | stated(options)
+        info["options"] = options
     elif name.startswith("timm:"):
         vit, info = from_hub(name.removeprefix("timm:"), options)
     elif path.is_file():

@@ -108,6 +108,19 @@ def test_mean_and_std_are_the_projects(tmp_path, prefix, box, arch, mean):
     assert "pretrained_cfg_overlay" not in info["options"]
 
 
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_gap_224"])
+def test_a_random_encoder_has_the_pixels_that_are_said(arch):
+    pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    width = {"embed_dim": 48, "num_heads": 3}
+    vit, info = load_encoder("random", arch=arch, options=SMALL | width)
+    same, told = load_encoder(
+        "random", arch=arch, options=SMALL | width | {"pretrained_cfg_overlay": pixels}
+    )
+    assert told == info | pixels
+    assert info["mean"] == IMAGENET
+    same_tokens(same, vit)
+
+
 def test_a_training_script_of_timm_says_architecture_and_pixels(tmp_path):
     args = argparse.Namespace(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     vit = model()
