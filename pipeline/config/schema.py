@@ -28,7 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
-Above0 = Annotated[float, Field(gt=0.0)]
+Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Steps = Annotated[int, Field(ge=0)]  # 0: never
 
@@ -279,6 +279,7 @@ class DataRecipe(Section):
     sizes: [share of the run, side in pixels] of phases one after another: until that share of the
     optimizer steps crops are that large, and f and its decoder have the positions of a model of
     that size. The last is [1, encoder.image_size]; none: every crop has encoder.image_size.
+    mean, std: of the pixels, which are numbers in 0 … 1.
     randaugment: a timm policy such as rand-m9-mstd0.5-inc1, applied after the crop; "" is off.
     """
 
@@ -288,8 +289,8 @@ class DataRecipe(Section):
     crop: CropRecipe = CropRecipe()
     sizes: Annotated[tuple[tuple[Fraction, Positive], ...], AfterValidator(size_schedule)] = ()
     randaugment: Annotated[str, AfterValidator(augmentation)] = ""
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[Above0, Above0, Above0] = IMAGENET_STD
+    mean: tuple[Fraction, Fraction, Fraction] = IMAGENET_MEAN
+    std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
     workers: Annotated[int, Field(ge=-1)] = -1
     on_error: Literal["fail", "skip"] = "fail"
 

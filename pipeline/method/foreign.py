@@ -33,7 +33,7 @@ from pipeline.method.layouts import (
 )
 from pipeline.method.positions import resize_positions, square
 from pipeline.method.source import check_divisible, need_arch, other_size, read_config
-from pipeline.method.weight_file import METADATA, check_file, written_info
+from pipeline.method.weight_file import METADATA, check_file, check_statistic, written_info
 from pipeline.method.weights import EMA, Found, find_encoder, load_tensors, refuse_integers
 
 # Heads and decoders are not part of an encoder.
@@ -258,11 +258,19 @@ def hugging_face_statistics(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, list[float]], bool]:
     """(mean and std of the pixels, whether the folder says them); else those of transformers'
-    ViTImageProcessor for a ViT, and ImageNet's for a ViTMAE. OSError, ValueError."""
+    ViTImageProcessor for a ViT, and ImageNet's for a ViTMAE. OSError, ValueError, TypeError."""
     pixels = folder / "preprocessor_config.json"
-    about = json.loads(pixels.read_text(encoding="utf-8")) if pixels.is_file() else {}
+    about = dict(json.loads(pixels.read_text(encoding="utf-8"))) if pixels.is_file() else {}
+    if about.get("do_normalize") is False:
+        return {"mean": [0.0] * 3, "std": [1.0] * 3}, True
     if {"image_mean", "image_std"} <= about.keys():
-        return {"mean": about["image_mean"], "std": about["image_std"]}, True
+        found = {"mean": about["image_mean"], "std": about["image_std"]}
+        try:
+            for key, value in found.items():
+                check_statistic(key, value)
+        except TypeError as error:
+            raise UserError(f"{pixels}: image_{error}") from None
+        return found, True
     if config["model_type"] == "vit":
         return {"mean": [0.5] * 3, "std": [0.5] * 3}, False
     data = DataRecipe()

@@ -16,7 +16,13 @@ from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
-from pipeline.method.weight_file import METADATA, check_file, facts, written_info
+from pipeline.method.weight_file import (
+    METADATA,
+    check_file,
+    check_statistic,
+    facts,
+    written_info,
+)
 
 TEACHER = "teacher.safetensors"
 
@@ -34,6 +40,7 @@ def check_source(
     size = (options or {}).get("img_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
+    check_overlay((options or {}).get("pretrained_cfg_overlay", {}))
     hub = name.startswith("timm:")
     if ema and (random or name == "random"):
         raise UserError("--ema: a random encoder has no average of its weights; leave --ema out")
@@ -62,6 +69,15 @@ def check_source(
             teacher_of(path)
         return int(size)
     return (options or {}).get("img_size")
+
+
+def check_overlay(overlay: Any) -> None:
+    """UserError where the mean or std of the pixels that options say are none."""
+    try:
+        for key in {"mean", "std"} & dict(overlay).keys():
+            check_statistic(key, overlay[key])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--options {{pretrained_cfg_overlay: {overlay}}}: {error}") from None
 
 
 def check_random(arch: str, options: Mapping[str, Any]) -> None:

@@ -69,8 +69,15 @@ def _check_facts(info: Any) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise TypeError(f"img_size {size!r} is no number of pixels")
     for key in ("mean", "std"):
-        if not (isinstance(info[key], list) and [*map(_is_number, info[key])] == [True] * 3):
-            raise TypeError(f"{key} is no list of three numbers")
+        check_statistic(key, info[key])
+
+
+def check_statistic(key: str, value: Any) -> None:
+    """TypeError where a value is no mean or std (the key) of pixels, which are in 0 … 1."""
+    numbers = value if isinstance(value, list | tuple) else ()
+    good = [_is_number(v) and 0 <= v <= 1 and (v > 0 or key == "mean") for v in numbers]
+    if good != [True] * 3:
+        raise TypeError(f"{key} is no list of three numbers in 0 … 1, as the pixels are: {value!r}")
 
 
 def _is_number(value: object) -> bool:

@@ -97,6 +97,42 @@ def test_another_hugging_face_model_is_refused(change, words, run, tmp_path):
         pipeline.load_encoder(tmp_path / "hf")
 
 
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ([127.5] * 3, [127.5] * 3),  # of pixels in 0 … 255
+        (0.5, 0.5),
+        ([0.5], [0.5]),
+        ([0.5] * 3, [0.0] * 3),
+        (["a"] * 3, [0.5] * 3),
+        ([float("nan")] * 3, [0.5] * 3),
+    ],
+)
+def test_pixels_outside_0_to_1_are_refused(mean, std, run, tmp_path):
+    """Where a folder of transformers, an export or an option says them."""
+    words = r"(mean|std) is no list of three numbers in 0 … 1"
+    export([str(run[0]), "--format", "hf", str(tmp_path / "hf")])
+    about = {"image_mean": mean, "image_std": std}
+    (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=rf"preprocessor_config\.json: image_{words}"):
+        pipeline.load_encoder(tmp_path / "hf")
+    about = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "mean": mean, "std": std}
+    (tmp_path / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=rf"encoder\.json: {words}"):
+        pipeline.load_encoder(tmp_path)
+    options = {"pretrained_cfg_overlay": {"mean": mean, "std": std}}
+    with pytest.raises(UserError, match=rf"--options {{pretrained_cfg_overlay: .*}}: {words}"):
+        pipeline.load_encoder("random", arch="vit_tiny_patch16_224", options=options)
+
+
+def test_a_hugging_face_model_of_pixels_that_are_not_normalised(run, tmp_path):
+    export([str(run[0]), "--format", "hf", str(tmp_path / "hf")])
+    path = tmp_path / "hf/preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_normalize": False}))
+    _, info = pipeline.load_encoder(tmp_path / "hf")
+    assert (info["mean"], info["std"]) == ([0.0] * 3, [1.0] * 3)
+
+
 def test_what_is_no_encoder_is_one_sentence(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x\.pth does not say its architecture"):

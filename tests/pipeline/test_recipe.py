@@ -117,6 +117,8 @@ def test_a_kind_of_measure_is_set_in_any_order_with_its_keys(tmp_path):
         ("views={mask_ratio: 0.5, mask_ratio: 0.6}", ["key 'mask_ratio' is there twice"]),
         ("views=null", ["'views': input should be a mapping of keys, got None"]),
         ("measure={tokens: cls, negatives: image}", ["tokens cls is one token", "position or all"]),
+        ("data.mean=[123.675, 116.28, 103.53]", ["data.mean.0", "less than or equal to 1"]),
+        ("data.std=[58.395, 57.12, 57.375]", ["data.std.0", "less than or equal to 1"]),
         ("name=''", ["'name'", "not empty"]),
         ("name=../x", ["'name'", "without /", "got '../x'"]),
     ],
