@@ -170,13 +170,13 @@ def fit(
         check_divisible(vit.patch_embed.img_size[0], patch_side(vit), arch)
         pooled = getattr(vit, "attn_pool", None) is not None
         dropped = tuple(k for k in LEFT_OUT if k != "attn_pool" or not pooled)
-        state = {k: v for k, v in state.items() if not k.startswith(dropped)}
+        state = _without(dropped, state)
         if layout.positions != "timm" and getattr(vit, "pos_embed", None) is not None:
             prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
             grid, how = vit.patch_embed.grid_size, layout.positions
             state["pos_embed"] = resize_positions(state["pos_embed"], prefix, grid, how)
         state = with_timm_names(state, vit, arch)
-        state.pop("mask_token", None)
+        state = _without((*dropped, "mask_token"), state)  # CLIP's `proj` is timm's head
         missing, unexpected = vit.load_state_dict(state, strict=False)
         fix_norms(vit, layout, arch)
     except (UserError, RuntimeError, TypeError, AssertionError, KeyError) as error:
@@ -190,9 +190,13 @@ def fit(
     return vit
 
 
+def _without(parts: tuple[str, ...], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith(parts)}
+
+
 def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, path: Path) -> None:
     """Refuse patches of another size, which timm would resample without a word."""
-    theirs = state.get("patch_embed.proj.weight")
+    theirs = _first_of(_PATCHES, state)
     mine = getattr(vit.patch_embed.proj, "weight", None)  # none where the stem is convolutional
     if theirs is None or mine is None or theirs.ndim != 4 or theirs.shape[2:] == mine.shape[2:]:
         return
@@ -203,6 +207,15 @@ def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, 
     )
 
 
+# What timm, OpenCLIP and Meta's PE call them.
+_PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "conv1.weight")
+_TABLES = ("pos_embed", "visual.positional_embedding", "positional_embedding")
+
+
+def _first_of(names: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor | None:
+    return next((state[name] for name in names if name in state), None)
+
+
 def patch_side(vit: VisionTransformer) -> int:
     """Side of a patch in pixels."""
     size: Any = vit.patch_embed.patch_size
@@ -211,7 +224,9 @@ def patch_side(vit: VisionTransformer) -> int:
 
 def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | None:
     """Side in pixels of the images that a position table [1, prefix + L, D] is for, if any."""
-    table = state.get("pos_embed")
+    table = _first_of(_TABLES, state)
+    if table is not None and table.ndim == 2:  # CLIP's
+        table = table[None]
     if table is None or table.ndim != 3 or getattr(vit, "pos_embed", None) is None:
         return None
     for prefix in (vit.num_prefix_tokens, 0, 1):

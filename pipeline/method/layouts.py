@@ -56,7 +56,8 @@ OTHER = Layout("another project", fixed=False)
 # Words around a timm model that name no project.
 _WRAPPERS = {"module", "model", "state_dict", *EMA_WORDS}
 # Parts that a plain ViT has not; the architecture's name, and so timm, says the rest of them.
-_NOT_PLAIN = ("reg_token", "register_tokens", "storage_tokens", "norm_pre.", "attn_pool.", "dist_")
+_NOT_PLAIN = ("reg_token", "register_tokens", "storage_tokens", "norm_pre.", "attn_pool.", "dist_",
+              "visual.", "class_embedding")  # fmt: skip
 _NOT_PLAIN_BLOCK = (".q_bias", ".q_norm.weight", ".q_proj.weight")
 _SCALE = (".ls1.gamma", ".gamma_1")
 

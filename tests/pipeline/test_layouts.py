@@ -108,6 +108,38 @@ def test_mean_and_std_are_the_projects(tmp_path, prefix, box, arch, mean):
     assert "pretrained_cfg_overlay" not in info["options"]
 
 
+def clips_names(state):
+    """timm's names of a ViT → those of CLIP (OpenAI, OpenCLIP), with its projection and texts."""
+    swaps = {
+        "patch_embed.proj": "conv1", "norm_pre": "ln_pre", "blocks.": "transformer.resblocks.",
+        "attn.qkv.": "attn.in_proj_", "attn.proj": "attn.out_proj", "norm1": "ln_1",
+        "norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    }  # fmt: skip
+    found = {"proj": torch.ones(48, 8)}
+    for name, value in state.items():
+        for ours, theirs in swaps.items():
+            name = name.replace(ours, theirs)
+        found[name.replace("norm.", "ln_post.")] = value
+    found["class_embedding"] = found.pop("cls_token")[0, 0]
+    found["positional_embedding"] = found.pop("pos_embed")[0]
+    texts = {"positional_embedding": torch.ones(77, 8), "logit_scale": torch.ones(())}
+    return {f"visual.{k}": v for k, v in found.items()} | texts
+
+
+@pytest.mark.parametrize(("prefix", "box"), [("", None), ("module.", "state_dict"), ("", "model")])
+def test_a_file_of_clip_with_its_projection(tmp_path, prefix, box):
+    arch, width = "vit_base_patch16_clip_224", {"embed_dim": 48, "num_heads": 3, "depth": 2}
+    vit = model(arch, **width)
+    state = {prefix + k: v for k, v in clips_names(vit.state_dict()).items()}
+    path = tmp_path / "x.pt"
+    torch.save({box: state} if box else state, path)
+    found, info = load_encoder(path, arch=arch, options=width)  # at the size of its own table
+    same_tokens(found, vit)
+    assert info["mean"][0] == pytest.approx(0.4815, abs=1e-4)
+    with pytest.raises(UserError, match=r"its patches are 16 pixels wide, those of .* 8"):
+        load_encoder(path, arch=arch, options=width | {"patch_size": 8})
+
+
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_gap_224"])
 def test_a_random_encoder_has_the_pixels_that_are_said(arch):
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
