@@ -46,7 +46,7 @@ from pipeline.config.schema import (
     ViewsRecipe,
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
-from pipeline.config.texts import read_yaml
+from pipeline.config.texts import read_yaml, write_yaml
 from pipeline.errors import UserError
 from shard_tools.home import expand_home
 
@@ -223,7 +223,7 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; load_recipe reads it back to an equal Recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False)
+    return write_yaml(recipe.model_dump(mode="json", by_alias=True))
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:

@@ -1,4 +1,5 @@
-"""YAML and JSON that people write, without guesses: a key twice is an error, 1:30 is not 90."""
+"""YAML and JSON that people write, without guesses: a key twice is an error, 1:30 is not 90, and
+1e-5 is a number."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ _FLOAT = "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader but for what YAML 1.2 took back (1:30 as 90, 010 as 8) and for keys that are there
-    twice, of which it would take the last."""
+    """SafeLoader but for what YAML 1.2 changed (1:30 was 90, 010 was 8, 1e-5 was a text) and for
+    keys that are there twice, of which it would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -32,13 +33,11 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(
-        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
+_NUMBERS = re.compile(
+    r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|[-+]?\d[\d_]*[eE][-+]?\d+$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
 )
+_Loader.add_implicit_resolver(_FLOAT, _NUMBERS, list("-+0123456789."))
 _Loader.add_implicit_resolver(
     _INT,
     re.compile(r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)$"),
@@ -50,6 +49,18 @@ def read_yaml(text: str) -> Any:
     """The one document of a YAML text. yaml.YAMLError, ValueError (an impossible date) or
     RecursionError where it is none."""
     return yaml.load(text, _Loader)  # noqa: S506
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which _Loader would take for a number."""
+
+
+_Dumper.add_implicit_resolver(_FLOAT, _NUMBERS, list("-+0123456789."))
+
+
+def write_yaml(value: Any) -> str:
+    """A YAML text that `read_yaml` reads as the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def read_json(text: str) -> Any:

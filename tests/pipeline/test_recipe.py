@@ -174,6 +174,12 @@ def test_numbers_are_read_as_they_are_written(tmp_path):
     assert (recipe.optimizer.base_lr, recipe.data.window) == (1e-3, 16)
     assert recipe.optimizer.betas == (0.9, 0.95)
     assert load_recipe("mae", ["measure.norm_pix=no"]).measure.norm_pix is False
+    words = ["encoder.options={init_values: 1e-5, mlp_ratio: 4}", "data.window=1e1", "name='1e5'"]
+    recipe = load_recipe("mae", words)
+    assert recipe.encoder.options == {"init_values": 1e-5, "mlp_ratio": 4}
+    assert (recipe.data.window, recipe.name) == (10, "1e5")
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
 
 
 def test_a_bare_name_is_the_bundled_recipe(tmp_path, monkeypatch):
