@@ -117,6 +117,7 @@ from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective
+from pipeline.method.vit import build_vit
 
 
 def export(objective: Objective, kind: str, out: Path) -> str:
@@ -166,6 +167,14 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     the encoder's norm; so evaluate it with `--feature mean_patch`.
     """
     info = read_classifier_info(folder)
+    info["arch"] = info["arch"].split(".")[0]  # without the tag of timm's weights
+    try:
+        vit = build_vit(info["arch"], info["options"])
+    except UserError as error:
+        raise UserError(
+            f"{folder}: no run can hold its encoder ({error}); give --encoder "
+            f"{folder / 'classifier.safetensors'} --arch {info['arch']} instead"
+        ) from None
     try:
         state = load_file(folder / "classifier.safetensors")
     except (OSError, SafetensorError) as error:
@@ -173,6 +182,11 @@ def classifier_encoder(folder: Path, out: Path) -> str:
     weights = {
         k.replace("fc_norm.", "norm."): v for k, v in state.items() if not k.startswith("head.")
     }
+    try:
+        vit.load_state_dict(weights)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: its weights do not fit {info['arch']}: {why}") from None
     del info["classes"]
     name = {"method": "supervised", "recipe": "supervised"}
     with naming(out, "cannot be written"):

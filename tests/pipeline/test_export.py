@@ -245,7 +245,32 @@ def test_a_classifier_becomes_an_encoder(run, tmp_path):
         torch.testing.assert_close(ours, vit(x), rtol=1e-5, atol=1e-5)
 
 
-ABOUT = {"arch": "vit_tiny_patch16_224", "options": {"img_size": 16}, "classes": ["a"]}
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", ""),  # the tag of timm's weights, which name pixels
+        ("vit_small_patch14_reg4_dinov2", "no run can hold its encoder (encoder.arch"),
+        ("vit_small_patch16_224", "its weights do not fit vit_small_patch16_224"),
+    ],
+)
+def test_a_classifier_becomes_an_encoder_that_opens_or_none(arch, words, tmp_path, capsys):
+    width = {"embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    vit = timm.create_model(
+        arch.split(".")[0], num_classes=2, global_pool="avg", fc_norm=True, **width
+    )
+    save_file(vit.state_dict(), tmp_path / "classifier.safetensors")
+    options = width if "small_patch16" not in arch else width | {"depth": 2}
+    about = ABOUT | {"arch": arch, "options": options}
+    (tmp_path / "classifier.json").write_text(json.dumps(about))
+    code = main([str(tmp_path), "--format", "run", str(tmp_path / "out")])
+    assert words in capsys.readouterr().err
+    assert (code, (tmp_path / "out").exists()) == ((2, False) if words else (0, True))
+    if not words:
+        read_encoder(tmp_path / "out")
+
+
+SMALL = {"img_size": 16, "embed_dim": 8, "depth": 1, "num_heads": 1}
+ABOUT = {"arch": "vit_tiny_patch16_224", "options": SMALL, "classes": ["a"]}
 ABOUT |= {"mean": [0.5] * 3, "std": [0.5] * 3}
 
 
@@ -287,7 +312,8 @@ def places(run, tmp_path):
     weights = {"fc_norm.weight": torch.ones(2)}
     for place in (folder / "encoder/encoder", step / "teacher", other / "model"):
         save_file(weights, place.with_suffix(".safetensors"))
-    save_file(weights, folder / "eval/x/classifier.safetensors")
+    vit = timm.create_model(ABOUT["arch"], num_classes=1, fc_norm=True, global_pool="avg", **SMALL)
+    save_file(vit.state_dict(), folder / "eval/x/classifier.safetensors")
     (step / "recipe.yaml").write_text((folder / "recipe.yaml").read_text())
     (tmp_path / "link").symlink_to(folder)
     return tmp_path
