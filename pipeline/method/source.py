@@ -98,7 +98,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
     if config.get("model_type") not in ("vit", "vit_mae"):
         raise UserError(
-            f"{folder}/config.json: model_type {config.get('model_type')!r} is not vit, vit_mae"
+            f"{folder}/config.json: model_type {config.get('model_type')!r} is not vit, vit_mae; "
+            "of another ViT give the file of its weights"
+        )
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{folder}: has no model.safetensors; open the folder with transformers and write "
+            "it with save_pretrained(…, max_shard_size='20GB')"
         )
     return config
 

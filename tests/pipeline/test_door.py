@@ -16,6 +16,7 @@ from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main as export
 from pipeline.method.encoder import encoder_info, encoder_state
+from pipeline.method.source import check_start
 from pipeline.method.views import full_view
 from pipeline.method.weight_file import METADATA
 
@@ -123,6 +124,15 @@ def test_pixels_outside_0_to_1_are_refused(mean, std, run, tmp_path):
     options = {"pretrained_cfg_overlay": {"mean": mean, "std": std}}
     with pytest.raises(UserError, match=rf"--options {{pretrained_cfg_overlay: .*}}: {words}"):
         pipeline.load_encoder("random", arch="vit_tiny_patch16_224", options=options)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors"])
+def test_a_hugging_face_folder_without_its_weights_in_one_file(name, run, tmp_path):
+    export([str(run[0]), "--format", "hf", str(tmp_path / "hf")])
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf" / name)
+    for opened in (pipeline.load_encoder, check_start):
+        with pytest.raises(UserError, match=r"hf: has no model\.safetensors; open .* transformers"):
+            opened(str(tmp_path / "hf"))
 
 
 def test_a_hugging_face_model_of_pixels_that_are_not_normalised(run, tmp_path):
