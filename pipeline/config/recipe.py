@@ -284,7 +284,7 @@ def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(old, dict) and isinstance(value, dict)
         if both and key == "measure":
             kind = old.get("kind", value.get("kind"))  # type: ignore[union-attr]
-            both = value.get("kind", kind) == kind  # type: ignore[union-attr]
+            both = value.get("kind", kind) == kind
         merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
     return merged
 
