@@ -26,7 +26,9 @@ from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
 from shard_tools.sharding.tables import list_table
 from shard_tools.texts import Texts
 
-_SPLITS = ("train", "val", "valid", "validation", "test")
+_TRAINING = {"train", "training"}
+_HELD_OUT = {"val", "valid", "validation", "test", "testing"}
+_GIVE_ONE = "give one of them, or the folder of both where they are called train and val"
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def open_archives(paths: Sequence[Path], how: Listing) -> Source:
     found = Found()
     for path in paths:
         found.extend(list_archive(path, how.unpacked, how.skip))
+    if not how.unlabelled:
+        _check_splits(found, str(paths[0]), "unpack it and give the folder of both")
     return _labelled(found, paths[0].parent, how, str(paths[0]))
 
 
@@ -151,11 +155,10 @@ def _class_tars(path: Path, names: list[str], how: Listing) -> Source:
 def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
     """No class folder is empty, and the folders are no splits."""
     folders = class_folders(path)
-    if folders and set(folders) <= set(_SPLITS) and any(class_folders(path / f) for f in folders):
-        raise ToolError(
-            f"{path}: holds {' and '.join(folders)}, which are no classes; give one of them"
-            + ("" if "val" in folders else " (train and val together are sharded in one call)")
-        )
+    called = {name.lower() for name in folders}
+    if called and called <= _TRAINING | _HELD_OUT and any(class_folders(path / f) for f in folders):
+        raise _splits_error(str(path), folders, _GIVE_ONE)
+    _check_splits(found, str(path), _GIVE_ONE)
     names = chain(found.images.names, (name for name, _ in found.missing))
     filled = {name.split("/")[0] for name in names} & set(folders)
     empty = sorted(set(folders) - filled - set(how.classes))
@@ -166,6 +169,24 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
         )
     found.ignored += [(name, "a folder without images") for name in empty]
     found.classes |= filled
+
+
+def _check_splits(found: Found, where: str, advice: str) -> None:
+    """UserError where the class folders, or those in the one folder that holds all images, are a
+    training set and a held-out one."""
+    folders = {tuple(name.split("/")[:-1][:2]) for name in found.images.names}
+    for level in range(2):
+        here = sorted({names[level] for names in folders if len(names) > level})
+        called = {name.lower() for name in here}
+        if called & _TRAINING and called & _HELD_OUT:
+            raise _splits_error(where, here, advice)
+        if len(here) != 1:
+            return
+        where = f"{where}/{here[0]}"
+
+
+def _splits_error(where: str, folders: Sequence[str], advice: str) -> ToolError:
+    return ToolError(f"{where}: holds {' and '.join(folders)}, which are no classes; {advice}")
 
 
 def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:

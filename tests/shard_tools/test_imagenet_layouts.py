@@ -310,6 +310,25 @@ def test_splits_are_no_classes(
     assert "root: holds train, which are no classes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "inside", ["training/{} testing/{}", "Train/{} Val/{}", "x/train/{} x/val/{}"]
+)
+def test_a_training_and_a_held_out_set_are_no_classes(
+    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """mnist_png, Kaggle's archives that nest a folder, fast.ai's imagenette2.tgz."""
+    names = [part.format(f"{synset}/1.jpg") for part in inside.split() for synset in SYNSETS]
+    for number, name in enumerate(names):
+        (tmp_path / "root" / name).parent.mkdir(parents=True)
+        (tmp_path / "root" / name).write_bytes(jpeg(number))
+    archive = tar_of(tmp_path / "root.tar", {name: jpeg(i) for i, name in enumerate(names)})
+    for source in (tmp_path / "root", archive):
+        assert main([str(source), str(tmp_path / "d"), *SMALL]) == 2
+        assert "which are no classes" in capsys.readouterr().err
+    unlabelled = [str(archive), str(tmp_path / "d"), *SMALL, "--unlabelled"]
+    assert main(unlabelled) == 0
+
+
 def test_tasks_and_merge_of_both_splits(
     folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
