@@ -47,6 +47,7 @@ from shard_tools.sharding.job import (
 )
 from shard_tools.sharding.labels import read_labels
 from shard_tools.sharding.layout import ALL_FIELDS, FIELDS, LAYOUT, PARTS, Settings, make_plan
+from shard_tools.sharding.merge import remove_unpacked
 from shard_tools.sharding.sources import Listing, Source, open_source
 from shard_tools.sharding.statistics import drop_duplicates
 
@@ -77,6 +78,7 @@ def make_shards(options: argparse.Namespace) -> int:
             plan_splits(options, layout, folders, settings, how, request)
     for folder in folders:
         run_job(folder, how)
+    remove_unpacked(options.dest)
     return 0
 
 

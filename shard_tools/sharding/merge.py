@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -13,6 +14,7 @@ import numpy as np
 from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
 from shard_tools.manifest import SAMPLE, Manifest, write_manifest
+from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.layout import PARTS, read_part, read_plan_record
 from shard_tools.sharding.statistics import NO_PIXELS, duplicates, mean_and_std
 from shard_tools.texts import Texts
@@ -98,6 +100,13 @@ def clean_up(dest: Path) -> None:
     """Take away what a finished job no longer needs."""
     remove_leftovers(dest)
     shutil.rmtree(dest / PARTS, ignore_errors=True)
+
+
+def remove_unpacked(dest: Path) -> None:
+    """Take away the plain tars of compressed archives from which `dest`/train and val were made."""
+    shutil.rmtree(dest / PARTS / UNPACKED, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it holds a job, or is not there
+        (dest / PARTS).rmdir()
 
 
 def remove_leftovers(dest: Path) -> None:

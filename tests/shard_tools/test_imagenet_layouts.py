@@ -163,6 +163,8 @@ def test_every_layout_gives_the_same_bytes(
     root = Path("My Drive")
     layout(folders, root)
     assert sharded(root, Path("shards")) == wanted
+    left = sorted(path.name for path in Path("shards").iterdir())
+    assert left == ["train", "val"]  # and no unpacked archives
 
 
 def test_kaggles_folder_by_each_of_its_levels(
