@@ -218,6 +218,8 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
         config.partitions, config.window, config.samples_per_epoch,
     )  # fmt: skip
     remote = _cache(manifest, config.cache, config.cache_bytes)
+    if remote is not None:
+        config = replace(config, cache_bytes=remote.bound())
     _warn_of_small_cache(order, manifest, world, config.cache_bytes)
     if rank == 0 and not order.draws:
         numbers = config.batch_size, config.partitions, config.window
@@ -312,8 +314,9 @@ def _warn_of_small_cache(order: Order, manifest: Manifest, world: int, limit: in
     if is_remote(manifest.folder) and open_shards * int(sizes.max()) > limit:
         log.warning(
             "a rank reads %d shards of up to %d bytes at a time, more than the cache of %d bytes "
-            "holds, so shards will be fetched again and again: use a larger cache, fewer "
-            "partitions or a smaller window", open_shards, sizes.max(), limit,
+            "holds, so shards will be fetched again and again: set RELAXMIM_CACHE to a folder on a "
+            "larger disk, or use fewer partitions or a smaller window",
+            open_shards, sizes.max(), limit,
         )  # fmt: skip
 
 

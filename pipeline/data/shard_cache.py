@@ -16,6 +16,7 @@ import os
 import queue
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s pass between them
 
 AT_ONCE = 2  # shards that a process fetches ahead, so that the store's latency costs little
 STALL = 60.0  # seconds without a byte after which a connection is given up
+_FULL = "the disk of the cache is full; make room, or set RELAXMIM_CACHE to a folder on another one"
 
 
 class CacheError(ManifestError):
@@ -42,7 +44,8 @@ class CacheError(ManifestError):
 
 
 class ShardCache:
-    """Local copies of a manifest's remote shards, at most `limit` bytes of them in `folder`.
+    """Local copies of a manifest's remote shards, at most `limit` bytes of them in `folder`, and no
+    more than its disk has room for.
 
     The bound holds for the folder as a whole, over all processes that use it with this limit.
     """
@@ -60,11 +63,7 @@ class ShardCache:
             if not re.fullmatch("[0-9a-f]{64}", shard.sha256):  # it becomes a file name
                 raise CacheError(f"{manifest.home}: {shard.name} has no valid sha256")
         largest = max(manifest.shards, key=lambda shard: shard.bytes)
-        if largest.bytes > limit:
-            raise CacheError(
-                f"{self.folder}: a cache of {limit} bytes cannot hold {largest.name} of "
-                f"{largest.bytes} bytes; make it larger, by far if it is to be of use"
-            )
+        self._margin = largest.bytes // 64  # that the file system may need beside a file's bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -81,10 +80,25 @@ class ShardCache:
                 f"{self.folder}: no locks for the cache there ({why(error)}); set "
                 "RELAXMIM_CACHE to a folder on a local disk"
             ) from error
+        if largest.bytes > self.bound():
+            raise CacheError(
+                f"{self.folder}: a cache of {self.bound()} bytes cannot hold {largest.name} of "
+                f"{largest.bytes} bytes; set RELAXMIM_CACHE to a folder on a larger disk"
+            )
         self._ahead: _Ahead | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_ahead": None}  # threads stay in their process
+
+    def bound(self) -> int:
+        """Bytes that the folder may hold: the limit, or what its disk has room for."""
+        held = 0
+        for path in self.folder.iterdir():
+            if path.suffix in (".part", ".tar"):
+                with contextlib.suppress(FileNotFoundError):
+                    held += path.stat().st_size
+        free = shutil.disk_usage(self.folder).free
+        return min(self.limit, max(0, held + free - self._margin))
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset` of shard number `shard`, fetched first if need be."""
@@ -156,7 +170,7 @@ class ShardCache:
                 if not said_by_backend(error):
                     raise
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise CacheError(f"{self.folder}: the disk of the cache is full") from error
+                    raise CacheError(f"{self.folder}: {_FULL}") from error
                 reason = why(error, url)
             finally:
                 partial.unlink(missing_ok=True)
@@ -184,12 +198,15 @@ class ShardCache:
                 stat = path.stat()
                 complete.append((stat.st_mtime_ns, stat.st_size, path))
         total += sum(length for _, length, _ in complete)
+        bound = self.bound()
         for _, length, path in sorted(complete):
-            if total <= self.limit:
+            if total <= bound:
                 break
             path.unlink(missing_ok=True)
             total -= length
-        return total <= self.limit
+        if total == size > bound:  # there is nothing to wait for
+            raise CacheError(f"{self.folder}: {_FULL}")
+        return total <= bound
 
 
 class _Ahead:

@@ -9,6 +9,7 @@ import socketserver
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,32 @@ def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path, monkeypatch
     monkeypatch.setattr(cache_module, "_copy", full)
     with pytest.raises(CacheError, match="the disk of the cache is full"):
         ShardCache(plain(server), tmp_path).fetch(0)
+
+
+def test_a_disk_smaller_than_the_limit_bounds_the_cache(
+    server: Server, tmp_path: Path, monkeypatch
+) -> None:
+    others = 0  # bytes of other programs on a disk of 3.5 shards
+
+    def usage(folder: Path) -> SimpleNamespace:
+        held = sum(path.stat().st_size for path in folder.iterdir())
+        return SimpleNamespace(free=7 * SHARD // 2 - others - held)
+
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", usage)
+    cache = ShardCache(plain(server), tmp_path)
+    for shard in range(5):
+        cache.fetch(shard)
+    assert len(cached(tmp_path)) == 3
+    others = SHARD // 2
+    cache.fetch(0)
+    assert cached(tmp_path) == sorted(cache._path(shard) for shard in (0, 4))
+    for path in cached(tmp_path):
+        path.unlink()
+    others = 7 * SHARD // 2
+    with pytest.raises(CacheError, match="the disk of the cache is full; make room"):
+        cache.fetch(1)
+    with pytest.raises(CacheError, match=r"cannot hold s0.tar .* folder on a larger disk"):
+        ShardCache(plain(server), tmp_path)
 
 
 def test_names_from_a_manifest_stay_in_the_folder(tmp_path: Path) -> None:
