@@ -63,13 +63,20 @@ class Reader:
         if self.cache is not None:
             data = self.cache.read(shard, offset, length)
         else:
-            data = os.pread(self._handle(shard), length, offset)
+            data = self._read(shard, offset, length)
         if len(data) != length:
             raise ManifestError(
                 f"{self.manifest.path(shard)}: sample {sample} ends after {len(data)} of "
                 f"{length} bytes; the shard changed since its manifest was written"
             )
         return data
+
+    def _read(self, shard: int, offset: int, length: int) -> bytes:
+        try:
+            return os.pread(self._handle(shard), length, offset)
+        except OSError as error:  # a disk that fails, a file that was replaced on NFS
+            path = self.manifest.path(shard)
+            raise ManifestError(f"{path}: cannot be read any more ({error.strerror})") from error
 
     def shard(self, sample: int) -> int:
         """Number of the shard that holds a sample."""

@@ -344,6 +344,15 @@ def test_a_shard_cut_under_our_feet(tmp_path: Path) -> None:
         list(loader)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_under_way_is_one_sentence(shards, monkeypatch, workers):
+    unreadable = os.open("/proc/self/mem", os.O_RDONLY)  # where nothing is mapped: EIO
+    monkeypatch.setattr("pipeline.data.reader.Reader._handle", lambda *_: unreadable)
+    with pytest.raises(ManifestError, match=r"\.tar: cannot be read any more \(Input/output error"):
+        load(shards, workers=workers)
+    os.close(unreadable)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
