@@ -50,7 +50,7 @@ def refuse_guesses(header: Header, conversion: Conversion) -> None:
         raise ImageFault(f"{kind} in {header.channels} channels; convert it to 8 bits first")
     if conversion.gray16 == "full" and (header.bits > _FULL_BITS or header.number != "unsigned"):
         raise ImageFault(f"{kind} have no full range; --gray16 fit, or convert it to 8 bits first")
-    if header.channels == 1 and header.alpha and conversion.alpha != "drop":
+    if header.channels in (1, 3) and header.alpha and conversion.alpha != "drop":
         raise ImageFault(f"{kind} with transparency; --alpha drop, or convert it to 8 bits first")
 
 
@@ -73,6 +73,8 @@ def decode(data: bytes, header: Header, conversion: Conversion = REFUSE) -> Imag
     if header.deep and header.channels == 1:
         return _scaled(image, header, conversion)
     grey = image.mode in ("1", "L", "LA", "La")
+    if header.format == "PNG" and image.mode == "L" and "transparency" in image.info:
+        image.info["transparency"] *= 255 // (2**header.bits - 1)  # Pillow scales the values only
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = _flat(image, header, conversion)
     with calling_pillow(header.format):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from image_corpus import corpus
+from image_corpus import chunk, corpus
 from PIL import Image, ImageOps, features
 from shard_samples import (
     SMALL,
@@ -181,6 +183,38 @@ def test_transparent_pixels_become_what_was_asked(kind: str, how: str, colour) -
     stored = np.asarray(Image.open(io.BytesIO(checked.data)))
     assert np.abs(stored.astype(int) - colour).max() <= 3
     assert checked.converted.endswith(f"to JPEG, alpha ({how})")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_few_bits(bits: int) -> None:
+    """All of the value 1, as optipng packs it; Pillow compares 1 with what it has scaled."""
+    row = int(f"{1:0{bits}b}" * 16, 2).to_bytes(2 * bits, "big")
+    data = grey_png(bits, b"\0\1", row)
+    with pytest.raises(ImageFault, match="has transparent pixels"):
+        check_image(data, ImageSettings())
+    black = check_image(data, ImageSettings(conversion=Conversion(alpha="black")))
+    assert not np.asarray(Image.open(io.BytesIO(black.data))).any()
+    check_image(grey_png(bits, b"\0\0", row), ImageSettings())
+
+
+def grey_png(bits: int, transparent: bytes, row: bytes) -> bytes:
+    """16 x 1 pixels."""
+    chunks = {
+        b"IHDR": struct.pack(">II5B", 16, 1, bits, 0, 0, 0, 0),
+        b"tRNS": transparent,
+        b"IDAT": zlib.compress(b"\0" + row),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*about) for about in chunks.items())
+
+
+def test_a_transparent_deep_colour_is_no_colour_of_8_bits() -> None:
+    data, _ = corpus()["png 16 bits, rgb"]
+    colour = data[:33] + chunk(b"tRNS", bytes(6)) + data[33:]
+    for how in (None, "white", "black"):
+        with pytest.raises(ImageFault, match="with transparency; --alpha drop"):
+            check_image(colour, ImageSettings(conversion=Conversion("full", how)))
+    check_image(colour, ImageSettings(conversion=Conversion("full", "drop")))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
