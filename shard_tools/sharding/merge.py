@@ -116,9 +116,10 @@ def remove_leftovers(dest: Path) -> None:
 
 
 def report_lines(remarks: list[tuple[str, str, str]]) -> bytes:
-    """report.jsonl: one line per image that was not taken as it is."""
+    """report.jsonl: one line per image that was not taken as it is; bytes of a name that are no
+    UTF-8 become escapes of JSON."""
     lines = [
         json.dumps({"name": name, "what": what, "reason": reason}, ensure_ascii=False) + "\n"
         for name, what, reason in remarks
     ]
-    return "".join(lines).encode()
+    return "".join(lines).encode("utf-8", "backslashreplace")

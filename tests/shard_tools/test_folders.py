@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +47,23 @@ def test_system_folders_and_files_are_no_classes_and_no_images(tree: Path, tmp_p
     for above in ("", "a/"):
         assert all(said[above + name] == "a hidden or system folder" for name in folders)
         assert said[above + "._a_000.JPEG"] == "not an image by its name"
+
+
+def test_names_that_are_no_utf8(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of Latin-1 beside the images, and a path with it on a terminal of UTF-8."""
+    tree = tree.rename(tmp_path / "\udcfftree")
+    (tree / "a" / "lisez-moi \udce9.txt").write_text("x")
+    (tree / "a" / "\udce9.jpg").symlink_to("nothing")
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    dest = make(tree, tmp_path / "d", "--on-error", "skip")
+    said = {name: what for name, (what, _) in report(dest).items()}
+    assert said == {"a/lisez-moi \udce9.txt": "ignored", "a/\udce9.jpg": "skipped"}
+    assert len(images_of(dest)) == 5
+    stdout.flush()
+    assert rb"\udcfftree: 5 images of 2 classes" in stdout.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_an_empty_class_folder(
