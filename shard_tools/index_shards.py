@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ from shard_tools.sharding.adopt import (
     same_labels,
     unique_names,
 )
+from shard_tools.sharding.found import HELD_OUT, TRAINING
 from shard_tools.sharding.merge import REPORT, report_lines
 from shard_tools.sharding.stored_sample import printable
 from shard_tools.sharding.tar_files import tar_files
@@ -87,7 +89,9 @@ def find_tars(given: Sequence[Path]) -> Tars:
     for path in (Path(os.path.abspath(path)) for path in given):
         if path.is_dir():
             with naming(path, "cannot be read"):
-                paths += [path / name for name in tar_files(path)]
+                below = tar_files(path)
+            _check_one_set(path, below)
+            paths += [path / name for name in below]
             searched.append(path)
         elif os.path.lexists(path):
             paths.append(path)
@@ -103,6 +107,18 @@ def find_tars(given: Sequence[Path]) -> Tars:
     folder = Path(os.path.commonpath([*(path.parent for path in paths), *searched]))
     names = tuple(str(path.relative_to(folder)) for path in paths)
     return Tars(folder, names, tuple(str(path.relative_to(folder)) for path in searched))
+
+
+def _check_one_set(folder: Path, names: Sequence[str]) -> None:
+    """UserError where the tars below a folder are, by their names, a training set and another."""
+    words = [(name, set(re.split("[^a-z]+", name.lower()))) for name in names]
+    training = [name for name, called in words if called & TRAINING and not called & HELD_OUT]
+    held_out = [name for name, called in words if called & HELD_OUT and not called & TRAINING]
+    if training and held_out:
+        raise ToolError(
+            f"{folder}: holds a training set and a held-out one ({training[0]}, {held_out[0]}); "
+            "give the tars of one of them, or all tars by name if they are meant together"
+        )
 
 
 def write(output: Path, tars: Tars, found: list[Adopted], settings: Settings) -> None:

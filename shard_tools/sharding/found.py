@@ -21,6 +21,9 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
     ".gif",
 )
+# What a training set and a held-out one are called.
+TRAINING = {"train", "training"}
+HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 SYNSET = re.compile(r"n\d{8}")
 # Folders that systems and programs leave behind.
 _SYSTEM_FOLDERS = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")

@@ -20,14 +20,20 @@ from pipeline.errors import naming
 from shard_tools.cli import ToolError
 from shard_tools.sharding.archives import is_archive, list_archive, list_class_tars
 from shard_tools.sharding.folders import class_folders, files_in, list_folder
-from shard_tools.sharding.found import EXTENSIONS, SYNSET, Found, Images, is_image
+from shard_tools.sharding.found import (
+    EXTENSIONS,
+    HELD_OUT,
+    SYNSET,
+    TRAINING,
+    Found,
+    Images,
+    is_image,
+)
 from shard_tools.sharding.items import Item, Items
 from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
 from shard_tools.sharding.tables import list_table
 from shard_tools.texts import Texts
 
-_TRAINING = {"train", "training"}
-_HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 _GIVE_ONE = "give one of them, or the folder of both where they are called train and val"
 
 
@@ -156,7 +162,7 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
     """No class folder is empty, and the folders are no splits."""
     folders = class_folders(path)
     called = {name.lower() for name in folders}
-    if called and called <= _TRAINING | _HELD_OUT and any(class_folders(path / f) for f in folders):
+    if called and called <= TRAINING | HELD_OUT and any(class_folders(path / f) for f in folders):
         raise _splits_error(str(path), folders, _GIVE_ONE)
     _check_splits(found, str(path), _GIVE_ONE)
     names = chain(found.images.names, (name for name, _ in found.missing))
@@ -178,7 +184,7 @@ def _check_splits(found: Found, where: str, advice: str) -> None:
     for level in range(2):
         here = sorted({names[level] for names in folders if len(names) > level})
         called = {name.lower() for name in here}
-        if called & _TRAINING and called & _HELD_OUT:
+        if called & TRAINING and called & HELD_OUT:
             raise _splits_error(where, here, advice)
         if len(here) != 1:
             return

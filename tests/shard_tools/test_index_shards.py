@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from shard_samples import encode, jpeg, picture, tars_of
+from shard_samples import encode, jpeg, picture, tar_of, tars_of
 
 from shard_tools.index_shards import main
 from shard_tools.manifest import FORMATS, read_manifest
@@ -188,6 +188,23 @@ def test_damaged_tars_are_refused(
     assert error.startswith("error: ")
     assert re.search(sentence, error), error
     assert not (tmp_path / "f" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("name", ["in1k-{}-0000.tar", "{}/0000.tar"])
+def test_tars_of_a_training_and_a_held_out_set_are_not_mixed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """timm's imagenet-1k-wds, as it is downloaded, has both in one folder."""
+    tars = [tmp_path / "f" / name.format(split) for split in ("train", "validation")]
+    for number, tar in enumerate(tars):
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        tar_of(tar, {"a.jpg": jpeg(number), "a.cls": b"0"})
+    assert main([str(tmp_path / "f"), "--workers", "1"]) == 2
+    assert "holds a training set and a held-out one" in capsys.readouterr().err
+    for given in (tars[:1], tars):  # one, or both as they are meant
+        dest = tmp_path / str(len(given))
+        assert main([*map(str, given), "--output", str(dest), "--workers", "1"]) == 0
+        assert read_manifest(dest).samples == len(given)
 
 
 def test_no_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
