@@ -165,9 +165,16 @@ def mask_policy(name: str) -> str:
     return name
 
 
+# timm leaves out what it cannot read of a policy, such as `inc` and `mstdinf`.
+_POLICY = re.compile(
+    r"rand(-(m\d+|n\d+|mmax\d+|mstd\d+(\.\d+)?|p(0(\.\d+)?|1(\.0+)?)|inc[01]|t(weights|3aw?)))*",
+    re.ASCII,
+)
+
+
 def augmentation(policy: str) -> str:
-    """A policy of timm's RandAugment, or "". ValueError where it is certainly none."""
-    if policy and policy.split("-")[0] != "rand":
+    """A policy of timm's RandAugment, or "". ValueError where it is none."""
+    if policy and not _POLICY.fullmatch(policy):
         raise ValueError("input should be a policy of timm such as rand-m9-mstd0.5-inc1")
     return policy
 

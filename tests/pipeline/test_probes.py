@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import images, tiny_recipe
 
 from pipeline.config.recipe import load_recipe
+from pipeline.config.schema import augmentation
 from pipeline.data.randaugment import RandAugment
 from pipeline.errors import UserError
 from pipeline.method.metrics import cka, gram, hsic
@@ -109,6 +110,18 @@ def test_randaugment_is_keyed_and_leaves_the_global_generators_alone():
     assert any(not np.array_equal(first, other) for other in others)
     with pytest.raises(UserError, match="not a policy of timm"):
         RandAugment("nonsense", 32, (0.5, 0.5, 0.5), seed=1)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["rand-m9-inc", "rand-mstdinf", "rand-m9-mstd0.5-inc1 ", "rand-tweight", "rand-m9-p2", "rand-"],
+)
+def test_what_timm_would_leave_out_of_a_policy_is_refused(policy):
+    RandAugment(policy, 32, (0.5, 0.5, 0.5), seed=1)  # takes it for another one
+    with pytest.raises(ValueError, match="input should be a policy of timm"):
+        augmentation(policy)
+    for good in ("", "rand", "rand-m9-mstd0.5-inc1", "rand-n3-m15-mmax30-p0.7-mstd101-tweights"):
+        assert augmentation(good) == good
 
 
 def test_probes_change_no_result():
