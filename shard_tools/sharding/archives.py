@@ -34,6 +34,7 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"BZh": "bzip2",
     b"\xfd7zXZ\0": "xz",
+    b"PK\x03\x04": "zip",
 }
 _OPEN: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 
@@ -145,7 +146,7 @@ def _latest(members: list[Member], found: Found) -> list[Member]:
 
 
 def compression(path: Path) -> str:
-    """gzip, zstd, bzip2 or xz by the first bytes of a file, else ""."""
+    """gzip, zstd, bzip2, xz or zip by the first bytes of a file, else ""."""
     with naming(path, "cannot be read"), open(path, "rb") as file:
         head = file.read(6)
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")

@@ -18,7 +18,12 @@ import numpy as np
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
-from shard_tools.sharding.archives import is_archive, list_archive, list_class_tars
+from shard_tools.sharding.archives import (
+    compression,
+    is_archive,
+    list_archive,
+    list_class_tars,
+)
 from shard_tools.sharding.folders import class_folders, files_in, list_folder
 from shard_tools.sharding.found import (
     EXTENSIONS,
@@ -104,6 +109,8 @@ def open_archives(paths: Sequence[Path], how: Listing) -> Source:
     """The images of one data set that is in one or several tars."""
     found = Found()
     for path in paths:
+        if compression(path) == "zip":
+            raise ToolError(f"{path}: is a zip archive; unpack it and give the folder")
         found.extend(list_archive(path, how.unpacked, how.skip))
     if not how.unlabelled:
         _check_splits(found, str(paths[0]), "unpack it and give the folder of both")
