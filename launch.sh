@@ -3,7 +3,7 @@
 # Every rank sees RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 set -uo pipefail
 
-launched=${EPOCHREALTIME/,/.}
+launched=$(date +%s.%N)
 PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished and saved"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 host=$(hostname)
@@ -237,7 +237,7 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
 
 reason() { # CODE: why the first rank failed, as it told the run's folder, or what the code means
   local note=$output/failure.txt
-  if [[ -n $output && -f $note && $(stat -c %Y "$note") -ge $((EPOCHSECONDS - SECONDS)) ]]; then
+  if [[ -n $output && -f $note && $(stat -c %Y "$note") -ge $(($(date +%s) - SECONDS)) ]]; then
     printf ' (%s)' "$(head -c 500 "$note" | tr -d '\n')"
   elif [[ $1 == 137 ]]; then
     printf ' (killed: the kernel does so where memory runs out)'
@@ -289,7 +289,7 @@ run_hosts() { # the deepspeed launcher: pdsh, one launcher per host, this script
   [[ -z $bad ]] || fail "no ssh without a password to: $bad"
   bad=$(on_hosts test -x "$root/launch.sh" -a -x "$python" -a -d "$PWD" | xargs)
   [[ -z $bad ]] || fail "$root, $python and $PWD must be at the same place on every host; not so on: $bad"
-  run=$host-$$-$EPOCHSECONDS
+  run=$host-$$-$(date +%s)
   mapfile -t words < <(env | grep -E '^((NCCL|GLOO|TORCH|FI|UCX)_[A-Z0-9_]*|OMP_NUM_THREADS|DS_ACCELERATOR)=')
   words+=("RELAXMIM_RUN=$run" "$root/launch.sh" --script "$script" -- "${arguments[@]}")
   [[ $gpus == 0 ]] && export DS_ACCELERATOR=cpu # for the launcher here; each host looks for itself

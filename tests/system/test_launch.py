@@ -360,10 +360,12 @@ def test_the_reason_of_the_first_failure_is_told_first(tmp_path):
     assert "long ago" not in finish(start(*words))[2].splitlines()[0]
     note = f"Path({str(output / 'failure.txt')!r}).write_text('rank 1 on x, step 4: no shard')"
     script.write_text(RANK.replace("sys.exit(3)", f"{note}; sys.exit(3)"))
-    code, _, err = finish(start(*words))
+    (tmp_path / "bash-4.4").write_text("unset EPOCHREALTIME EPOCHSECONDS\n")  # which has neither
+    code, _, err = finish(start(*words, BASH_ENV=str(tmp_path / "bash-4.4")))
     assert code == 3
     line = "failed with exit code 3 (rank 1 on x, step 4: no shard); ending the others"
     assert line in err.splitlines()[0]
+    assert "EPOCH" not in LAUNCH.read_text()
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
