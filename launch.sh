@@ -333,8 +333,11 @@ requeue_job() { # only a batch script that said it is ours, and not where the jo
 
 run_srun() { # SLURM_* to the names that every rank knows
   local per_node=${SLURM_STEP_TASKS_PER_NODE:-1}
-  MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
-  MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
+  # The first of node[07-09,12],gpu3; a container has no scontrol to ask.
+  MASTER_ADDR=${MASTER_ADDR:-$(sed -E 's/\[([0-9]+)[^]]*\]/\1/g; s/,.*//' <<<"${SLURM_STEP_NODELIST:-}")}
+  # Steps of a job may run side by side; for a lone task run_node finds a port.
+  [[ $SLURM_STEP_NUM_TASKS == 1 ]] ||
+    MASTER_PORT=${MASTER_PORT:-$((15000 + (SLURM_JOB_ID + 1009 * SLURM_STEP_ID) % 15000))}
   export MASTER_ADDR MASTER_PORT RELAXMIM_RUN="$SLURM_JOB_ID.$SLURM_STEP_ID.${SLURM_RESTART_COUNT:-0}"
   [[ $per_node != *,* ]] || fail "$per_node tasks on the nodes: must be as many on each (--ntasks-per-node)"
   if [[ ${per_node%%(*} == 1 ]]; then

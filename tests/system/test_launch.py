@@ -153,6 +153,37 @@ def test_ranks_of_other_launchers(script, tmp_path, env, expected):
         assert environment(tmp_path, rank) == [str(rank), *map(str, values)]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[07-09,12],big1", "gpu07"),
+        ("big1,gpu[07-09]", "big1"),
+        ("rack[2-3]n[4,6]-ib", "rack2n4-ib"),
+    ],
+)
+def test_srun_in_a_container_without_scontrol(script, tmp_path, nodes, first):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    task = TASK | {"MASTER_ADDR": "", "SLURM_STEP_NODELIST": nodes}
+    task["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    code, _, err = finish(start("--script", script, tmp_path, "end", **task))
+    assert (code, err) == (0, "")
+    assert seen(tmp_path, 0)["env"]["MASTER_ADDR"] == first
+
+
+@pytest.mark.parametrize("tasks", ["1", "2"])
+def test_steps_of_a_job_have_ports_of_their_own(script, tmp_path, tasks):
+    """Also runs that are started in the one task of `srun --pty bash`."""
+    ports = []
+    for step in ("0", "1") if tasks == "2" else ("0", "0"):
+        one = TASK | {"SLURM_STEP_NUM_TASKS": tasks, "SLURM_STEP_TASKS_PER_NODE": tasks}
+        one |= {"SLURM_STEP_ID": step, "SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1"}
+        assert finish(start("--script", script, tmp_path, "end", **one))[0] == 0
+        ports.append(seen(tmp_path, 0)["env"]["MASTER_PORT"])
+    assert ports[0] != ports[1]
+
+
 @pytest.fixture
 def four_gpus(tmp_path):
     """PATH with an nvidia-smi that lists four devices, as `nvidia-smi -L` prints them."""
