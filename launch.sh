@@ -87,7 +87,8 @@ count_gpus() { # that this process may use; the deepspeed launcher numbers devic
   if [[ $all == 0 || -z ${CUDA_VISIBLE_DEVICES+set} ]]; then
     echo "$all"
   else
-    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]'
+    # CUDA takes those before the first that is none: -1, or Slurm's NoDevFiles.
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed -E '/^ *(-|NoDevFiles)/,$d' | grep -c '[^[:space:]]'
   fi
 }
 

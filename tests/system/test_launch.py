@@ -196,7 +196,12 @@ def four_gpus(tmp_path):
 
 @pytest.mark.parametrize(
     ("env", "count"),
-    [({}, 4), ({"CUDA_VISIBLE_DEVICES": "1,3"}, 2), ({"DS_ACCELERATOR": "cpu"}, 1)],
+    [
+        ({}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "1,3"}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "1,-1,3"}, 1),
+        ({"DS_ACCELERATOR": "cpu"}, 1),
+    ],
 )
 def test_one_rank_per_device(script, tmp_path, four_gpus, env, count):
     code, _, err = finish(start("--script", script, tmp_path, "end", **four_gpus | env))
@@ -205,6 +210,14 @@ def test_one_rank_per_device(script, tmp_path, four_gpus, env, count):
     assert environment(tmp_path, count - 1)[2:] == [str(count)] * 2
     hidden = "" if env.get("DS_ACCELERATOR") else env.get("CUDA_VISIBLE_DEVICES")
     assert seen(tmp_path, 0)["env"].get("CUDA_VISIBLE_DEVICES") == hidden
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_ranks_on_the_cpu_where_all_gpus_are_hidden(script, tmp_path, four_gpus, hidden):
+    env = four_gpus | {"CUDA_VISIBLE_DEVICES": hidden}
+    code, _, err = finish(start("--ranks", 5, "--script", script, tmp_path, "end", **env))
+    assert (code, err) == (0, "")
+    assert seen(tmp_path, 4)["env"]["DS_ACCELERATOR"] == "cpu"
 
 
 # A /dev of its own for a command, in the folder $0, with two GPUs.
