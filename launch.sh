@@ -5,7 +5,7 @@ set -uo pipefail
 
 launched=$(date +%s.%N)
 PREEMPTED=85 # the trainer's exit code for "asked to stop: the step is finished and saved"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 host=$(hostname)
 ranks='' hostfile='' script=$root/pipeline/pretrain.py grace=300 output='' stopping='' started='' mode=node
 requeue=yes job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
@@ -49,8 +49,9 @@ need_number() { # NAME VALUE LEAST [MOST]
 }
 
 expand_home() { # PATH: with the home folder for its ~, which the shell leaves after a =
+  local home=~ # also where HOME is not set
   # shellcheck disable=SC2088
-  [[ $1 == '~' || $1 == '~/'* ]] && printf %s "$HOME${1:1}" || printf %s "$1"
+  [[ $1 == '~' || $1 == '~/'* ]] && printf %s "$home${1:1}" || printf %s "$1"
 }
 
 free_port() { # one that nobody listens on, outside the range of outgoing connections

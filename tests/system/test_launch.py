@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,9 @@ def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path, script):
     assert seen(tmp_path, 0)["words"] == []
     code, _, err = finish(start("--hostfile=~/none", HOME=str(tmp_path)))
     assert (code, err) == (2, f"error: --hostfile {tmp_path}/none: no such file\n")
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    process = start("--hostfile=~/none", inside=("env", "-u", "HOME"))
+    assert finish(process)[1:] == ("", f"error: --hostfile {home}/none: no such file\n")
     # Two hosts check that they share the run's folder.
     words = ("--data", "none", "--output=~/run")
     two = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29444"}
@@ -113,6 +117,16 @@ def test_a_tilde_after_an_equals_sign_is_the_home_folder(tmp_path, script):
         process.terminate()
         finish(process)
     assert not (ROOT / "~").exists()
+
+
+def test_a_relative_path_of_launch_sh_where_cdpath_is_exported():
+    """`cd` prints where it went then."""
+    words = [f"{ROOT.name}/launch.sh", "--data", "none"]
+    env = {k: v for k, v in os.environ.items() if k not in NAMES}
+    env |= {"CDPATH": str(ROOT.parent), "VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run(words, cwd=ROOT.parent, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: none: no such folder")
 
 
 @pytest.mark.parametrize(
