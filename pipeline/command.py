@@ -22,7 +22,8 @@ def alone() -> bool:
 
 
 def check_environment() -> None:
-    """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be."""
+    """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be, or lack
+    what one of several ranks meets the others by."""
     limits = {
         "WORLD_SIZE": (1, 10**6),
         "RANK": (0, int(os.environ["WORLD_SIZE"]) - 1 if _number("WORLD_SIZE") else 0),
@@ -36,6 +37,13 @@ def check_environment() -> None:
             raise UserError(
                 f"{name} is {os.environ[name]!r}: must be a number from {least} to {most}; the "
                 "launcher sets it (launch.sh, deepspeed, torchrun), a single process needs none"
+            )
+    for name in () if alone() else ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"{name} is not set: with WORLD_SIZE {os.environ['WORLD_SIZE']} a rank needs its "
+                "number, and to know where rank 0 listens; the launcher sets it (launch.sh, "
+                "deepspeed, torchrun)"
             )
 
 

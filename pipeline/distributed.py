@@ -227,12 +227,6 @@ def untried_device() -> str:
 @contextlib.contextmanager
 def joining() -> Iterator[None]:
     """What goes wrong while the ranks find each other, as a UserError."""
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(
-                f"{name} is not set: with WORLD_SIZE {os.environ['WORLD_SIZE']} the ranks need to "
-                "know where rank 0 listens; the launcher sets it (launch.sh, deepspeed, torchrun)"
-            )
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         yield

@@ -65,6 +65,7 @@ def init_ranks() -> Ranks:
     Until a StopSignal listens, SIGTERM ends the process, also while it waits for other ranks.
     Raises UserError where the environment is no rank's, or rank 0's port is taken or not reached.
     """
+    check_environment()
     for key, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -73,7 +74,6 @@ def init_ranks() -> Ranks:
         "MASTER_PORT": str(free_port()),
     }.items():
         os.environ.setdefault(key, value)
-    check_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     local_world = int(
         os.environ.get("LOCAL_SIZE")

@@ -339,6 +339,7 @@ def test_a_rank_beyond_the_gpus_is_a_sentence(gpus, visible, count, monkeypatch)
         monkeypatch.setenv(name, value)
     for join in (join_ranks, init_ranks):  # evaluations, training
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "29400")
         with pytest.raises(UserError, match=f"LOCAL_RANK 2: {count}"):
             join()
 

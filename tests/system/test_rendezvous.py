@@ -11,8 +11,10 @@ import pytest
 from launching import LAUNCH, NAMES, RANK, ROOT, finish, start, wait_for
 from tiny import tiny_overrides
 
+from pipeline import pretrain
 from pipeline.command import check_environment
 from pipeline.errors import UserError
+from pipeline.runtime.engine import init_ranks
 from shard_tools.cores import cores
 
 
@@ -160,9 +162,20 @@ def test_ranks_share_the_cores_that_they_may_both_use(bound, each, free_port):
 )  # fmt: skip
 def test_an_environment_that_is_no_ranks_is_refused(name, value, monkeypatch):
     right = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "65535"}
-    for key in right:
-        monkeypatch.setenv(key, right[key])
+    for key, text in (right | {"MASTER_ADDR": "localhost"}).items():
+        monkeypatch.setenv(key, text)
     check_environment()
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name} is {value!r}: must be a number"):
         check_environment()
+
+
+@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_rank_that_cannot_meet_the_others_does_not_wait(name, capsys, monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, {"WORLD_SIZE": "2", "MASTER_PORT": "29400"}.get(key, "1"))
+    monkeypatch.delenv(name)
+    assert pretrain.main([]) == 2
+    assert f"error: {name} is not set: with WORLD_SIZE 2" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"{name} is not set: with WORLD_SIZE 2"):
+        init_ranks()
