@@ -58,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|none",
-        help="resume from the newest valid checkpoint of --output, from another run or checkpoint, "
-        "or start from scratch",
+        help="resume from the newest valid checkpoint of --output, begin at another run or "
+        "checkpoint (the same command continues what it began), or start from scratch",
     )  # fmt: skip
     parser.add_argument(
         "--init", metavar="PATH", default=argparse.SUPPRESS,

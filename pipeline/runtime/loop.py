@@ -160,6 +160,7 @@ def save(run: TrainState, step: int, must: bool) -> float:
         "precision": run.plan.precision,
         "negatives_batch": run.negatives_batch,
         "schedule": run.schedule,
+        "resumed_from": run.folder.resumed_from,
         "versions": versions(),
     }
     with run.watch.monitor.paused():

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.errors import UserError, naming, reason
-from pipeline.runtime.checkpoint import STATE, CheckpointStore
+from pipeline.runtime.checkpoint import STATE, CheckpointStore, read_state
 from shard_tools.atomic import check_writable, verify
 
 UNWRITABLE = "--output cannot be written"
@@ -69,8 +69,9 @@ def claim(output: Path, resume: str, lock_needed: bool = True) -> tuple[RunLock,
     """Lock the run folder and find the checkpoint to resume from (rank 0).
 
     resume: `none`, `auto` (the newest valid checkpoint of this folder, if any) or the path of a
-    run folder or of a checkpoint. Raises UserError, also for a folder that already
-    holds a run under `none`. Whether the checkpoint is of the same run, same_run.py says.
+    run folder or of a checkpoint, where this run begins; rerun with the same path it continues
+    itself. Raises UserError, also for a folder that already holds a run, under `none` or a path
+    elsewhere. Whether the checkpoint is of the same run, same_run.py says.
     """
     lock, store = RunLock(output, lock_needed), CheckpointStore(output)
     with naming(output, UNWRITABLE):
@@ -100,7 +101,9 @@ def find_checkpoint(
         return None
     if resume == "auto":
         return store.newest(content)
-    path = Path(resume)
+    path, own = Path(resume), store.newest(content)
+    if own is not None and read_state(own).get("resumed_from") == str(path.resolve()):
+        return own
     found = path if (path / STATE).is_file() else CheckpointStore(path).newest(content)
     if found is None:
         why = "" if path.exists() else " (no such file or folder)"
@@ -109,4 +112,9 @@ def find_checkpoint(
             "run or of a checkpoint"
         )
     verify(found, content)
+    if own is not None and own.resolve() != found.resolve():
+        raise UserError(
+            f"--resume {resume}: {output} already holds a run at {own.name}, which a restart would "
+            "continue: say --resume auto, choose another --output, or remove its later checkpoints"
+        )
     return found

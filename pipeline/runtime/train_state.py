@@ -69,11 +69,13 @@ class Model:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of the run; the first rank holds its lock."""
+    """The folder of the run; the first rank holds its lock. resumed_from: the path of --resume
+    with which it began, if any."""
 
     path: Path
     store: CheckpointStore
     lock: RunLock | None
+    resumed_from: str
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,11 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         if teacher is not None:
             engine.adopt(teacher)
     first, resumed = 0, ""
+    given = "" if settings.resume in ("auto", "none") else str(Path(settings.resume).resolve())
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, engine, teacher)
         first, by = int(saved["step"]), _saved_by(saved, plan, ranks)
+        given = given or saved.get("resumed_from", "")
         resumed = f"resumes from {checkpoint}, at step {first} of {last} ({by})"
         if first >= last:  # killed before the encoder was written, perhaps
             export(path, checkpoint, objective, recipe, first)
@@ -171,7 +175,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
             loader_config(recipe, plan, settings.data, ranks, sizes), ranks.rank, ranks.world,
             range(min(first, last), last),
         ),
-        RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock),
+        RunFolder(path, CheckpointStore(path, recipe.monitor.keep_checkpoints), lock, given),
         Watch(
             monitor,
             Probes(recipe, settings.data, ranks.rank, ranks.world, plan.micro_batch),

@@ -125,6 +125,14 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     for name in ("encoder/encoder.safetensors", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
+    began = [tmp_path / "began" if w == str(tmp_path / "run") else w for w in words]
+    began = [*map(str, began), "--resume", str(tmp_path / "run")]
+    for steps in ("5", "6"):  # the same command, as after a preemption
+        assert pretrain.main([*began, "--max-steps", steps]) == 0
+    said = capsys.readouterr().out
+    assert f"resumes from {tmp_path}/run/checkpoints/step-00000004, at step 4" in said
+    assert f"resumes from {tmp_path}/began/checkpoints/step-00000005, at step 5" in said
+
     assert "another recipe (optimizer.base_lr" in refused(
         capsys, *words, "--set", "optimizer.base_lr=1"
     )

@@ -127,6 +127,24 @@ def test_where_to_go_on(tmp_path):
         claim(other, str(tmp_path / "nowhere"))
 
 
+def test_a_run_that_began_elsewhere_continues_itself_and_no_other_takes_its_place(tmp_path):
+    """The same command after a preemption resumes, also with --resume PATH."""
+    recipe, run, other = tiny_recipe("mae"), tmp_path / "run", tmp_path / "other"
+    begin = fake_checkpoint(other, 10, recipe)
+    newest = fake_checkpoint(run, 13, recipe, resumed_from=str(other))
+    assert claim(run, str(other))[1] == newest
+    assert claim(run, "auto")[1] == newest
+    with pytest.raises(UserError, match=r"run already holds .* step-00000013.* --resume auto"):
+        claim(run, str(begin))
+    # Back in the run itself: the later one would be resumed from at the next start.
+    later = fake_checkpoint(other, 20, recipe)
+    with pytest.raises(UserError, match="other already holds a run at step-00000020"):
+        claim(other, str(begin))
+    assert claim(other, str(later))[1] == claim(other, str(other))[1] == later
+    shutil.rmtree(later)
+    assert claim(other, str(begin))[1] == begin
+
+
 def test_a_checkpoint_of_another_recipe_is_refused_with_the_key(tmp_path):
     place = fake_checkpoint(tmp_path, 10, tiny_recipe("mae"))
     other = tiny_recipe("mae", "optimizer.base_lr=0.1", "seed=4")
