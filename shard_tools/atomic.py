@@ -95,7 +95,7 @@ def verify(folder: Path, content: Collection[str] | None = None) -> None:
     """
     try:
         files = json.loads((folder / FILES).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # no JSON, or no text
         raise UserError(f"{folder}: {FILES} cannot be read ({error})") from None
     for name, (size, digest) in files.items():
         path = folder / name

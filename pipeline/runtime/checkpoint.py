@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection
 from functools import partial
@@ -40,8 +41,9 @@ class CheckpointStore:
         self.folder, self.keep = folder / "checkpoints", keep
 
     def all(self) -> list[Path]:
-        """Every complete checkpoint, damaged or not, the oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        """Every complete checkpoint, damaged or not, the oldest first; nothing under another name,
+        as of a copy that somebody keeps."""
+        return sorted(p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
 
     def newest(self, content: Collection[str] | None = None) -> Path | None:
         """The newest valid checkpoint, None without any; damaged ones are named on the way.

@@ -196,7 +196,7 @@ def test_data_are_the_same_wherever_they_lie_and_others_where_a_byte_differs(sha
     assert len({data_identity(m) for m in (train, *others)}) == 4
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "list"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "list", "bytes"])
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_path, capsys):
     recipe = tiny_recipe("mae")
     good = fake_checkpoint(tmp_path, 10, recipe)
@@ -211,7 +211,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_pa
     elif damage == "remove":
         weights.unlink()
     else:
-        (bad / FILES).write_text("{")
+        (bad / FILES).write_bytes(b"{" if damage == "list" else b"\xff\xfe")
     with pytest.raises(UserError, match="step-00000020"):
         verify(bad)
     assert CheckpointStore(tmp_path).newest() == good
@@ -251,6 +251,17 @@ def test_a_store_keeps_the_newest_and_reads_back_what_was_saved(tmp_path):
     (place / "weights.bin").write_bytes(b"124")
     assert store.load(read) == {"step": 10, "loss": 1.0}
     assert seen == [("step-00000015", 1.5), ("step-00000010", 1.0)]
+
+
+def test_a_copy_under_another_name_stays_and_is_not_resumed_from(tmp_path):
+    store = CheckpointStore(tmp_path)
+    kept = [
+        shutil.copytree(store.save(5, write_weights, {}), tmp_path / "checkpoints" / name)
+        for name in ("step-00000005-keep", "step-best")
+    ]
+    newest = store.save(10, write_weights, {})
+    assert store.newest() == newest
+    assert sorted(p for p in newest.parent.iterdir() if p.is_dir()) == [*kept[:1], newest, kept[1]]
 
 
 def test_a_failed_save_leaves_the_checkpoint_before(tmp_path):
