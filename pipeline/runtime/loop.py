@@ -97,7 +97,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             "lr": rate(),
             "epoch": (step + 1) / steps.per_epoch,
             "grad_norm": engine.gradient_norm,
-            "bad_samples": run.loader.bad_samples,
+            "bad_samples": run.bad_samples,
             "nonfinite_steps": run.watch.nonfinite.total,
         }
         if recipe.optimizer.by_layer:
@@ -161,6 +161,8 @@ def save(run: TrainState, step: int, must: bool) -> float:
         "negatives_batch": run.negatives_batch,
         "schedule": run.schedule,
         "resumed_from": run.folder.resumed_from,
+        "bad_samples": run.bad_samples(),
+        "nonfinite_steps": run.watch.nonfinite.total,
         "versions": versions(),
     }
     with run.watch.monitor.paused():

@@ -108,6 +108,10 @@ class TrainState:
         """Images of one micro-batch of all ranks, which share InfoNCE's negatives."""
         return self.ranks.world * self.plan.micro_batch
 
+    def bad_samples(self) -> int:
+        """Samples of all ranks that would not decode, since the run began (collective)."""
+        return int(self.ranks.sum(torch.tensor(self.loader.bad_samples)))
+
     def close(self) -> None:
         """End the workers, flush the logs, free the folder."""
         self.watch.watchdog.close()
@@ -182,6 +186,9 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
             watchdog, SkippedSteps(recipe.optimizer.skip_limit),
         ),
     )  # fmt: skip
+    if checkpoint is not None:  # what it had counted; of all ranks, so the first takes it
+        state.watch.nonfinite.total = int(saved.get("nonfinite_steps", 0))
+        state.loader.bad_samples = 0 if ranks.rank else int(saved.get("bad_samples", 0))
     with naming(path, UNWRITABLE):
         _announce(state, kernel_line, failure, [*warnings, *started, resumed])
         _show_mfu(state, settings.peak_tflops)

@@ -1,6 +1,9 @@
 """The images of pictures and probes, also where some will not decode."""
 
+import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import tiny_overrides
@@ -9,6 +12,7 @@ from pipeline import pretrain
 from pipeline.data.fixed import fixed_images
 from pipeline.data.reader import SampleError
 from pipeline.runtime.probes import share_of
+from pipeline.runtime.train_state import TrainState
 from shard_tools.manifest import read_manifest
 
 
@@ -57,3 +61,21 @@ def test_a_run_starts_and_probes_with_bad_samples_under_skip(shards, tmp_path, c
     assert pretrain.main([*words, "--set", "data.on_error=skip"]) == 0
     assert (tmp_path / "run/pictures/step-00000002.png").exists()
     assert "probe/knn_top1" in capsys.readouterr().out
+
+
+def test_what_a_run_left_out_is_counted_over_ranks_and_starts(shards, tmp_path):
+    train = spoiled(shards / "train", tmp_path / "train", range(0, 96, 2))
+    words = ["--recipe", "mae", "--data", str(train), "--output", str(tmp_path / "run")]
+    more = ("data.on_error=skip", "monitor.log_steps=1", "optimizer.warmup_epochs=0")
+    # After the first step no gradient is finite.
+    for override in (*tiny_overrides("mae"), *more, "optimizer.base_lr=1e36"):
+        words += ["--set", override]
+    for last in ("2", "4"):
+        assert pretrain.main([*words, "--ds_config", "zero0", "--max-steps", last]) == 0
+    rows = [json.loads(row) for row in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["nonfinite_steps"] for row in rows] == [0, 1, 2, 3]
+    bad = [row["bad_samples"] for row in rows]
+    assert 0 < bad[0] < bad[1] < bad[2] < bad[3]
+    two = SimpleNamespace(sum=lambda mine: mine + 4)  # the other's
+    run: Any = SimpleNamespace(ranks=two, loader=SimpleNamespace(bad_samples=3))
+    assert TrainState.bad_samples(run) == 7
