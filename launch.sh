@@ -280,6 +280,8 @@ run_hosts() { # the deepspeed launcher: pdsh, one launcher per host, this script
   mapfile -t hosts < <(sed -nE 's/^[[:space:]]*([^#[:space:]]+).*/\1/p' "$hostfile")
   bad=$(grep -vE "^($line|[[:space:]]*)(#.*)?$" "$hostfile" | head -n 1)
   [[ -z $bad && ${#hosts[@]} -gt 0 ]] || fail "--hostfile $hostfile: '$bad' is not a line like 'node1 slots=8'"
+  bad=$(printf '%s\n' "${hosts[@]}" | sort | uniq -d | head -n 1)
+  [[ -z $bad ]] || fail "--hostfile $hostfile: $bad is in it twice; give all its slots in one line"
   for tool in ssh pdsh deepspeed; do
     type -P "$tool" >/dev/null || fail "$tool is not on PATH; --hostfile needs it"
   done

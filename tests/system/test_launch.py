@@ -287,6 +287,7 @@ TASK = {
         (["--hostfile", "none"], {}, "none: no such file"),
         (["--hostfile", "{bad}"], {}, "'node2 slot=1' is not a line like"),
         (["--hostfile", "{empty}"], {}, "is not a line like"),
+        (["--hostfile", "{twice}"], {}, "node2 is in it twice; give all its slots"),
         (["--hostfile", "{hosts}"], {}, "no ssh without a password to: nowhere.invalid"),
         ([], {"LOCAL_RANK": "0", "RANK": "0"}, "WORLD_SIZE is ''"),
         ([], {"LOCAL_RANK": "0", "RANK": "2", "WORLD_SIZE": "2"}, "RANK is '2': must be a number"),
@@ -304,6 +305,7 @@ def test_what_is_missing_is_said_in_one_sentence(words, env, expected, tmp_path)
     files = {
         "bad": "node1 slots=1\nnode2 slot=1\n",
         "empty": "# none\n",
+        "twice": "node1 slots=1\nnode2 slots=1\nnode2 slots=1\n",
         "hosts": "nowhere.invalid slots=1\n",
     }
     for name, text in files.items():
