@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import os
 import signal
 import sys
@@ -69,6 +71,7 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
     Until `imported` nobody looks for garbage (late.uncollected), and Ctrl-C ends the process
     without a traceback.
     """
+    mend_streams()
     try:
         sys.argv[1:] = expand_words(sys.argv[1:])
         args = parse()
@@ -91,6 +94,21 @@ def imported() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def mend_streams() -> None:
+    """stdin, stdout and stderr that are closed (`>&-`) lead nowhere, so that no other file takes
+    their numbers; what the locale's encoding lacks is written as `?`. Idempotent."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="replace")
+
+
 def interrupt_quietly() -> None:
     """From here on Ctrl-C ends this process by the signal itself, unless it is ignored (`nohup`,
     `&` in a script); a container's first process would ignore it then."""
@@ -101,6 +119,7 @@ def interrupt_quietly() -> None:
 def run_main(main: Callable[[], int]) -> NoReturn:
     """End the process with main's exit code, or on Ctrl-C with a sentence and 130."""
     imported()
+    mend_streams()
     try:
         with reader_may_leave():
             code = main()

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.command import alone, check_environment, interrupt_quietly
+from pipeline.command import alone, check_environment, interrupt_quietly, mend_streams
 from pipeline.config.recipe import RECIPES
 from pipeline.errors import PREEMPTED, UserError, refuse
 from pipeline.help_text import HelpFormatter
@@ -135,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    mend_streams()
     interrupt_quietly()  # until the first step
     code = main()
     if code in (0, PREEMPTED):

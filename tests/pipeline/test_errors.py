@@ -1,10 +1,16 @@
-"""The sentence about a number that is out of its bounds."""
+"""The sentence about a number that is out of its bounds; streams that are closed or narrow."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError, check_range
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -33,3 +39,35 @@ def test_the_ends_belong_to_closed_bounds_and_an_option_not_given_is_in_all():
     check_range("--n", 0.5, above=0, below=1)
     check_range("--n", None, at_least=1)
     check_range("--n", 10**400, at_least=1)
+
+
+STREAMS = """
+import os, sys
+from pipeline.command import mend_streams
+mend_streams()
+print("2 × 3 → 6", flush=True)
+print("2 × 3 → 6", file=sys.stderr)
+with open("{0}", "w") as file:
+    file.write(f"{{file.fileno()}} {{sys.stdin.read() if sys.stdin else None!r}}")
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&- </dev/null"])
+def test_closed_streams_lead_nowhere_and_no_file_takes_their_numbers(closed, tmp_path):
+    command = [sys.executable, "-c", STREAMS.format(tmp_path / "file")]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    done = subprocess.run(shell, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True)
+    assert done.returncode == 0
+    number, text = (tmp_path / "file").read_text().split(maxsplit=1)
+    assert int(number) > 2
+    assert text == "''"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line"), [("latin-1", b"2 \xd7 3 ? 6"), ("ascii", b"2 ? 3 ? 6")]
+)
+def test_what_the_encoding_of_the_locale_lacks_is_no_error(encoding, line, tmp_path):
+    command = [sys.executable, "-c", STREAMS.format(tmp_path / "file")]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True)
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, line, line)
