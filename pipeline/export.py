@@ -30,8 +30,9 @@ from pipeline.method.weight_file import METADATA, check_file
 from shard_tools.atomic import check_writable, write_atomic, write_json
 
 SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a file
-# What the folder of a run, a classifier or shards has, and folders in a run that are its own.
-OWNERS = ("recipe.yaml", "encoder.json", "classifier.json", "manifest.json")
+# What the folder of a run, a classifier or shards has, and folders in a run that are its own. A
+# classifier.json may also be a finetuning's result, beside which its encoder is exported.
+OWNERS = ("recipe.yaml", "encoder.json", "classifier.safetensors", "manifest.json")
 OF_A_RUN = ("encoder", "checkpoints")
 HF_MODELS = {"hf": "ViTModel", "hf-mae": "ViTMAEForPreTraining"}
 FORMATS = ("timm", "mae", "hf", "hf-mae", "run")

@@ -331,7 +331,7 @@ def contents(top):
         ("hf", "run", "run/checkpoints/step-1", "is in checkpoints/ of a run"),
         ("hf", "run", "run/checkpoints/new", "is in checkpoints/ of a run"),
         ("hf", "run", "shards", "there is something else (manifest.json)"),
-        ("hf", "run", "run/eval/x", "there is something else (classifier.json)"),
+        ("hf", "run", "run/eval/x", "there is something else (classifier.safetensors)"),
         ("hf", "run", "other", "other/model.safetensors: is there, and no earlier export"),
         ("timm", "run", "run/model.safetensors", "there is something else (recipe.yaml)"),
         ("timm", "run", "run/encoder/encoder.safetensors", "is in encoder/ of a run"),
@@ -340,7 +340,7 @@ def contents(top):
         ("timm", "run", "run/eval/x/classifier.safetensors", "is there, and no earlier export"),
         ("mae", "run", "run/checkpoints/x.pth", "is in checkpoints/ of a run"),
         ("run", "run/eval/x", "run", "there is something else (recipe.yaml)"),
-        ("run", "run/eval/x", "run/eval/x", "there is something else (classifier.json)"),
+        ("run", "run/eval/x", "run/eval/x", "there is something else (classifier.safetensors)"),
         ("run", "run/eval/x", "other", "there is something else (config.json)"),
         ("run", "run/eval/x", "copy", "copy/encoder/encoder.json: is there, and no earlier"),
         ("hf", "run", "copy", "there is something else (encoder/encoder.json)"),
@@ -369,6 +369,16 @@ def test_an_export_takes_the_place_of_nothing_else(kind, source, out, words, pla
 def test_an_export_may_be_repeated(kind, source, out, places):
     words = [str(places / source), "--format", kind, str(places / out)]
     assert [main(words), main(words)] == [0, 0]
+
+
+def test_an_encoder_beside_the_result_of_its_finetuning(places):
+    """recipes/README.md: --output runs/supervised/classifier.json, then runs/supervised."""
+    folder = places / "supervised"
+    folder.mkdir()
+    (places / "run/eval/x").rename(folder / "classifier")
+    (folder / "classifier.json").write_text('{"protocol": "finetune"}')
+    assert main([str(folder / "classifier"), "--format", "run", str(folder)]) == 0
+    assert (folder / "encoder/encoder.json").is_file()
 
 
 def test_an_export_for_transformers_does_not_take_the_place_of_its_other_format(places, capsys):
