@@ -15,6 +15,7 @@ arguments=() pids=() hosts=() ssh_options=()
 usage() {
   cat <<'END'
 usage: launch.sh [--ranks N] [--hostfile FILE] [--script FILE] [--grace SECONDS] [--no-requeue] [ARGUMENT …]
+       launch.sh --check [--output FOLDER]   what this machine has for a run, and what each lack costs
 
 Starts pipeline/pretrain.py, or another --script, once per rank; every other ARGUMENT goes to it
 (after `--` also those that launch.sh would take). How it starts depends on where it is called:

@@ -64,6 +64,7 @@ def test_help_names_every_option_and_exit_code():
         "--script",
         "--grace",
         "--no-requeue",
+        "--check",
         "sbatch",
         "torchrun",
         "85",
