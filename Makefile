@@ -135,7 +135,7 @@ bench-scale: .venv/ready   ## the loader's bookkeeping at 1.28 M to 2 B samples:
 	@$(PY) tests/bench/bench_scale.py $(if $(METHODS),--methods $(METHODS))
 
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
-bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## all benchmarks that need no GPU
+bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## those of loading, sharding, InfoNCE, the step and memory, one after another
 
 bench-data: .venv/ready bench-peers   ## loading per core against 13 peers, on IMAGES=FOLDER of JPEGs or made ones
 	@$(PY) tests/bench/bench_data.py $(if $(IMAGES),--images "$(IMAGES)")
