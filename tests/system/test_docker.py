@@ -63,6 +63,12 @@ def test_it_runs_as_an_ordinary_user():
     assert instructions("ENTRYPOINT") == ['["/opt/relaxmim/launch.sh"]']
 
 
+def test_the_documented_command_may_write_the_folder_that_it_mounts():
+    """The image's user has no right to the folder of whoever calls docker."""
+    (command,) = re.findall(r"`(docker run .*?)`", (ROOT / "docs/cluster.md").read_text())
+    assert '--user "$(id -u):$(id -g)"' in command
+
+
 def test_the_context_holds_the_code_and_nothing_else():
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]

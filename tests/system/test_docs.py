@@ -12,6 +12,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 BANNED = ("goes on from", "gone on", "anew", "whole checkpoint", "whole weights", "told apart")
 # Flags of other programs, and the removed ones that the changelog names.
 FOREIGN = {"--gpus", "--shm-size", "--ipc", "--no-python", "--nproc-per-node", "--num_accelerators"}
+FOREIGN.add("--user")  # docker
 FOREIGN |= {
     "--nv",
     "--bind",
