@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
         metavar="N",
         help="which of the five claims",
     )
-    add_options(parser)
+    add_options(parser, "runs/mini-paper")
     parser.set_defaults(seeds=3, output=Path("runs/mini-paper"))
     args = parser.parse_args(argv)
     return Settings(tuple(args.claims), read_options(args, "mini"))

@@ -42,11 +42,11 @@ TRAIN, VAL = 4096, 1024  # crops of the demo's photographs
 CROPS = 80  # pixels of the demo's photographs, as the small scales have them
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command-line options of `Options`."""
+def add_options(parser: argparse.ArgumentParser, output: str = "runs/reproduce-<scale>") -> None:
+    """The command-line options of `Options`; output: where the runs go, as the help has it."""
     add = parser.add_argument
     add("--seeds", type=int, default=1, help="run seeds 0 … N - 1")
-    add("--output", type=Path, help="folder of the runs (default: runs/reproduce-<scale>)")
+    add("--output", type=Path, help=f"folder of the runs (default: {output})")
     add("--train", default="", help="training shards (default: the scale's)")
     add("--val", default="", help="validation shards (default: the scale's)")
     add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 from launching import ROOT
@@ -50,6 +51,8 @@ def test_every_argument_is_explained(command, monkeypatch):
         alone._add_action(action)
         text = alone.format_help()
         assert text.count("default: ") <= 1, text
+        if isinstance(action.default, Path):
+            assert action.default.stem in text, text
         assert not re.search(r"default: (None|True|False|\(|\[|\)|/)", text), text
     assert parser.description
 
