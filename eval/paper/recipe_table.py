@@ -1,6 +1,6 @@
 """The rows of the paper's tables as commands, in pipeline/recipes/README.md.
 
-    python eval/paper/recipe_table.py            rewrite the tables of the README from paper.yaml
+    python -m eval.paper.recipe_table            rewrite the tables of the README from paper.yaml
 
 The text around them is written by hand; each table is between two comments, `rows of Tab. N` and
 `end`.
@@ -35,11 +35,12 @@ def subset_line(source: str, name: str, words: Sequence[str]) -> str:
 
 
 def row_data(row: PaperRow) -> tuple[str, list[str]]:
-    """(shards that a row is pretrained on, commands that make them)."""
+    """(shards that a row is pretrained on, commands that make them and, of some classes, val)."""
     source, lines = f"{SHARDS}/train", []
     if row.classes is not None:
-        name, words = class_subset(row.classes, "train", CLASSES)
-        lines.append(subset_line(source, name, words))
+        for part in ("val", "train"):
+            name, words = class_subset(row.classes, part, CLASSES)
+            lines.append(subset_line(f"{SHARDS}/{part}", name, words))
         source = f"{SHARDS}/{name}"
     if row.images is not None:
         name, words = few_subset(row, row.images)

@@ -1,5 +1,8 @@
 """Every published row is there once, can be run, and finds the runs of its method."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import yaml
 
 from eval.paper.beside import one_table, paper_tables
 from eval.paper.published import PaperTable, find_row, read_paper, row_recipe
-from eval.paper.recipe_table import README, rewrite
+from eval.paper.recipe_table import IMAGENET, README, rewrite
 from eval.protocols import headings
 from eval.reporting.run_records import Group, Run, flatten
 from eval.reporting.tables import accuracy_table
@@ -199,7 +202,7 @@ def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
 
 
 def test_the_recipes_readme_is_made_from_these_rows() -> None:
-    """`python eval/paper/recipe_table.py` would change nothing, and every row that is pretrained
+    """`python -m eval.paper.recipe_table` would change nothing, and every row that is pretrained
     has its command there."""
     text = README.read_text()
     assert rewrite(text) == text
@@ -207,6 +210,26 @@ def test_the_recipes_readme_is_made_from_these_rows() -> None:
         for row in t.rows:
             if row.recipe and row.recipe != "supervised" and not row.initial:
                 assert f"| {row.name} | `pretrain " in text
+
+
+def test_the_command_that_the_readme_names_for_its_tables_starts() -> None:
+    """From its own folder as a script it took statistics.py there for Python's."""
+    (words,) = re.findall(r"`python ([^`]*recipe_table[^`]*)`", README.read_text())
+    run = [sys.executable, *words.split(), "--help"]
+    assert subprocess.run(run, cwd=RECIPES.parents[1], capture_output=True).returncode == 0
+
+
+def test_the_recipes_readme_makes_the_shards_that_it_names() -> None:
+    text = README.read_text()
+    made = re.findall(r"subset\.py \S+ data/shards/([\w-]+)", text)
+    assert set(re.findall(r"data/shards/([\w-]+)", text)) == {"train", "val", *made}
+
+
+def test_the_readmes_supervised_row_has_the_draws_of_the_others() -> None:
+    """As reproduce.py has it; without them 100 epochs of 1000 images are 100 steps."""
+    (line,) = re.findall(r".*finetune\.py .*--output runs/supervised/.*", README.read_text())
+    assert f"--samples-per-epoch {IMAGENET}" in line
+    assert "--batch-size" not in line
 
 
 def test_a_table_without_its_comments_is_named() -> None:
