@@ -96,6 +96,16 @@ def test_english(page):
     assert not [word for word in BANNED if re.search(rf"\b{word}\b", text)]
 
 
+def test_every_key_of_data_and_monitor_is_named():
+    """In a document or a bundled recipe; a newcomer finds the others by their section's name."""
+    from pipeline.config.schema import DataRecipe, MonitorRecipe
+
+    texts = [*PAGES, *(ROOT / "pipeline/recipes").glob("*")]
+    text = "\n".join(page.read_text() for page in texts if page.name != "CHANGELOG.md")
+    keys = {*DataRecipe.model_fields, *MonitorRecipe.model_fields}
+    assert not [key for key in keys if not re.search(rf"\b{key}\b", text)]
+
+
 def test_the_code_says_it_in_the_words_of_the_field():
     words = (*BANNED, "goes on", "go on from", "made again", "so often", "lies", "in one sentence")
     assert not [word for word in words if re.search(rf"\b{word}\b", SOURCE)]
