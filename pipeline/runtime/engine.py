@@ -137,8 +137,8 @@ class Engine:
         # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
         self.stage = deepspeed_stage(plan)
         self.config = copy.deepcopy(plan.config | self.kind.section(plan))
-        if "zero_optimization" in self.config:
-            self.config["zero_optimization"]["stage"] = self.stage
+        if self.stage:  # with graphs also of a ds_config without the section
+            self.config.setdefault("zero_optimization", {})["stage"] = self.stage
         # DeepSpeed's count of samples per second waits for the device twice in a micro-batch.
         self.config.setdefault("timers", {"throughput": {"enabled": False}})
         client = self.kind.build(objective, groups, plan)

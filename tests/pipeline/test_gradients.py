@@ -1,6 +1,7 @@
 """From gradients to the step without DeepSpeed's hooks: same weights, one norm, one read."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,17 @@ def test_two_micro_batches_and_a_step_are_torchs_adamw(stage, clip, each):
         adamw.zero_grad()
     check_weights(engine, plain)
     assert float(norm) > 0.7  # it was clipped
+
+
+def test_graphs_have_their_stage_without_a_section_for_it_too(monkeypatch):
+    """A graph itself is a GPU's; what is around it is the same without one."""
+    monkeypatch.setattr("pipeline.runtime.engine.MicroStepGraph", lambda *parts: None)
+    plan = plan_recipe({"train_micro_batch_size_per_gpu": 8}, tiny_recipe("mae"), 1)
+    engine = Engine(ours := Odd(), groups_of(ours), replace(plan, cuda_graphs=True))
+    engine.micro_step(0.1, torch.ones(4, 3))
+    assert (engine.stage, engine.engine.zero_optimization_stage()) == (1, 1)
+    assert engine.full_state()["bias"].item() != 0.25
+    engine.destroy()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

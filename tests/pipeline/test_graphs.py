@@ -198,8 +198,9 @@ found = {}
 for name, precision, stage in (("mae fp32", None, 0), ("mae", "torch_autocast", 2),
                                ("rmae", "bf16", 2), ("cmae", "torch_autocast", 2)):
     recipe = tiny_recipe(name.split()[0], "data.sizes=[[0.5, 8], [1, 16]]")
-    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage},
-              "cuda_graphs": True} | ({precision: {"enabled": True}} if precision else {})
+    config = {"train_micro_batch_size_per_gpu": 4, "cuda_graphs": True}
+    config |= {precision: {"enabled": True}} if precision else {}
+    config |= {"zero_optimization": {"stage": stage}} if stage else {}
     objective, teacher = build_objective(recipe)
     engine = Engine(objective, parameter_groups(objective), plan_recipe(config, recipe, 1))
     if teacher is not None:
