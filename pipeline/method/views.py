@@ -77,8 +77,10 @@ def make_views(
     v, seed = recipe.views, recipe.seed
     grid = (image.shape[1] // patch, image.shape[2] // patch)
     masks = draw_masks(sample, v, seed=seed, epoch=epoch, grid=grid)
-    if v.jitter.where == "whole":
+    if v.jitter.where == "whole":  # the image, of which both crops are parts
         image = jitter(image, sample, v.jitter, seed=seed, epoch=epoch, view=BOTH)
+        if crop is not None:
+            crop = jitter(crop, sample, v.jitter, seed=seed, epoch=epoch, view=BOTH)
 
     def view(number: int, image: Tensor, visible: Tensor, inverse: Tensor) -> View:
         if v.cutmix:

@@ -239,6 +239,14 @@ def test_mocov3_trains_with_a_frozen_patch_embedding_and_its_own_table():
         objective(image, SAMPLE, 0, teacher)
 
 
+def test_jitter_of_the_whole_image_is_in_both_crops_of_it():
+    changes = "views.jitter.where=whole", "views.jitter.probability=1"
+    image = images(3)
+    views = views_of(tiny_recipe("mocov3", *changes), image, image.clone())
+    assert not torch.equal(views.first.image, image)
+    assert torch.equal(views.first.image, views.second.image)
+
+
 def test_mocov3_qkv_is_initialised_as_three_linears():
     recipe = tiny_recipe("cmae", *MOCO, "encoder.options.embed_dim=64")
     weight = Encoder(recipe).blocks[0].attn.qkv.weight
