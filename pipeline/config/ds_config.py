@@ -407,4 +407,9 @@ def plan_recipe(
             f"ranks are {images}: at least {least} are needed, see batch_size and "
             "train_micro_batch_size_per_gpu"
         )
+    if recipe.views.cutmix and plan.micro_batch == 1:
+        raise UserError(
+            "views.cutmix shows another image of a rank's micro-batch, and that is one image: see "
+            "batch_size and train_micro_batch_size_per_gpu"
+        )
     return plan
