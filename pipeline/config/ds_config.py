@@ -7,6 +7,7 @@ error that names the right one.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
     config = open_ds_config(path)
     if "zero_optimization" in config:
         check_section(path, "zero_optimization", config["zero_optimization"], _zero_model())
+    for name in config.get("torch_autocast", {}).get("lower_precision_safe_modules") or []:
+        _check_class(path, name)
     return config
 
 
@@ -124,6 +127,20 @@ def open_ds_config(path: str | Path) -> dict[str, Any]:
     if "throughput" in config.get("timers", {}):
         check_section(path, "timers.throughput", config["timers"]["throughput"], model_of(*_TIMER))
     return config
+
+
+def _check_class(path: str | Path, name: str) -> None:
+    """UserError unless a name is that of a class where DeepSpeed looks for it."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        found = None
+    if not isinstance(found, type):
+        raise UserError(
+            f"{path}: 'torch_autocast.lower_precision_safe_modules': {name!r} is no class; write "
+            "it with its module, as torch.nn.Linear"
+        )
 
 
 def _zero_model() -> type:
