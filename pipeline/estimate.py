@@ -213,9 +213,9 @@ class Planner:
         """Those to choose from: the one of the command line, or what "auto" takes."""
         if self.args.micro_batch:
             return [self.args.micro_batch]
-        # With negatives from the micro-batch it does not follow the device.
-        negatives = self.recipe.measure.batch_negatives
-        most = MOST_IMAGES if negatives else self.recipe.batch_size
+        # With negatives or batch norm over the micro-batch it does not follow the device.
+        pooled = self.recipe.measure.exchanges
+        most = MOST_IMAGES if pooled else self.recipe.batch_size
         return [n for n in split(self.recipe, self.args.gpus) if n <= most]
 
     def need(self, micro: int, run_as: int, captured: bool) -> Memory:

@@ -40,6 +40,13 @@ class RunPlan:
     may_fail: Set[str] = frozenset()
     off: tuple[str, ...] = ()
 
+    @property
+    def pooled(self) -> str:
+        """What the loss takes from all images of a micro-batch on all ranks; "" where nothing."""
+        if self.negatives:
+            return "negatives"
+        return "statistics of batch norm" if self.exchanges else ""
+
     def describe(self) -> list[str]:
         """The plan as lines of a log."""
         meaning = {"autocast": "products in bf16, weights and gradients in fp32"}
@@ -52,9 +59,9 @@ class RunPlan:
             _count(self.accumulation, "accumulation step"),
         )
         lines = [f"precision: {self.precision}{why}", f"batch: {size} = {' × '.join(parts)}"]
-        if self.negatives and self.accumulation > 1:
+        if self.pooled and self.accumulation > 1:
             images = self.world * self.micro_batch
-            lines.append(f"negatives: from the {images} images of one micro-batch on all ranks")
+            lines.append(f"{self.pooled}: from the {images} images of one micro-batch on all ranks")
         if self.checkpointing:
             lines.append("gradient checkpointing: blocks are recomputed in the backward pass")
         if self.compile:

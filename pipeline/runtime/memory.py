@@ -69,7 +69,7 @@ def _advice(plan: RunPlan, image_size: int) -> str:
         remedies.append(
             f"set train_micro_batch_size_per_gpu of the ds_config to {smaller} or less "
             f"(accumulation keeps the batch of {size}"
-            f"{'; negatives come from fewer images' if plan.negatives else ''})"
+            f"{f'; {plan.pooled} come from fewer images' if plan.pooled else ''})"
         )
     if not plan.checkpointing:
         remedies.append("set gradient_checkpointing there to true")

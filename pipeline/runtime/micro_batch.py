@@ -25,11 +25,11 @@ KEY = "train_micro_batch_size_per_gpu"
 def plan_that_fits(ds_config: dict[str, Any], recipe: Recipe, ranks: Ranks) -> RunPlan:
     """The plan of a pretraining; an "auto" micro-batch fits every GPU's memory (collective there).
 
-    Where negatives come from the micro-batch it stays what the recipe alone gives, as on a CPU:
-    the device must not change the result. Raises UserError.
+    Where negatives, or statistics of batch norm, come from the micro-batch it stays what the recipe
+    alone gives, as on a CPU: the device must not change the result. Raises UserError.
     """
     plan = plan_recipe(ds_config, recipe, ranks.world)
-    if ranks.device.type != "cuda" or ds_config.get(KEY, "auto") != "auto" or plan.negatives:
+    if ranks.device.type != "cuda" or ds_config.get(KEY, "auto") != "auto" or plan.pooled:
         return plan
     memory = torch.tensor([device_memory(ranks.device)], device=ranks.device)
     if ranks.world > 1:

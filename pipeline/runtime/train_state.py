@@ -105,7 +105,8 @@ class TrainState:
 
     @property
     def negatives_batch(self) -> int:
-        """Images of one micro-batch of all ranks, which share InfoNCE's negatives."""
+        """Images of one micro-batch of all ranks, which share InfoNCE's negatives and the
+        statistics of batch norm."""
         return self.ranks.world * self.plan.micro_batch
 
     def bad_samples(self) -> int:
@@ -255,12 +256,12 @@ def _claim(
 
 
 def _saved_by(saved: dict, plan: RunPlan, ranks: Ranks) -> str:
-    """Which ranks saved a state; and its negatives where they came from another number."""
+    """Which ranks saved a state; and what it took from another number of images than this run."""
     several = f"{saved['ranks']} rank{'s' * (saved['ranks'] != 1)}"
     text = f"saved by {several} under ZeRO stage {saved['zero_stage']}"
-    before, negatives = saved["negatives_batch"], ranks.world * plan.micro_batch
-    if plan.negatives and before != negatives:
-        text += f"; negatives came from {before} images, now from {negatives}"
+    before, now = saved["negatives_batch"], ranks.world * plan.micro_batch
+    if plan.pooled and before != now:
+        text += f"; {plan.pooled} came from {before} images, now from {now}"
     return text
 
 

@@ -319,6 +319,9 @@ def test_split_of_the_batch_and_its_negatives():
     assert (plan.micro_batch, plan.accumulation) == (64, 4)
     assert plan.config["gradient_accumulation_steps"] == 4
     assert any("256 images of one micro-batch" in line for line in plan.describe())
+    byol = tiny_recipe("cmae", "measure.kind=byol", "measure.heads={batch_norm: true}")
+    lines = plan_recipe({"train_micro_batch_size_per_gpu": 2}, byol, world=2).describe()
+    assert "statistics of batch norm: from the 4 images of one micro-batch on all ranks" in lines
     assert "batch: 1024 = 4 ranks × 64 images × 4 accumulation steps" in plan.describe()
     auto = plan_recipe({}, load_recipe(RECIPES / "mae.yaml"), world=2)
     assert 1024 // 2 % auto.micro_batch == 0

@@ -75,7 +75,7 @@ def test_a_planner_that_fails_is_a_sentence(room, tmp_path, monkeypatch):
         micro_batch.images_that_fit(room[1], room[0], 10**9)
 
 
-def test_memory_decides_on_a_gpu_where_no_negatives_come_from_the_batch(monkeypatch):
+def test_memory_decides_on_a_gpu_where_the_loss_takes_nothing_from_the_micro_batch(monkeypatch):
     asked = []
     monkeypatch.setattr(micro_batch, "device_memory", lambda device: 1000)
     monkeypatch.setattr(micro_batch, "images_that_fit", lambda *a: asked.append(a[2]) or 2)
@@ -93,4 +93,6 @@ def test_memory_decides_on_a_gpu_where_no_negatives_come_from_the_batch(monkeypa
     assert micro({micro_batch.KEY: 4}, mae, gpu) == 4
     assert micro({}, mae, cpu) == 8
     assert micro({}, cmae, gpu) == 8
+    byol = tiny_recipe("cmae", "measure.kind=byol", "measure.heads={batch_norm: true}")
+    assert micro({}, byol, gpu) == 8
     assert len(asked) == 2
