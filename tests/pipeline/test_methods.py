@@ -202,6 +202,21 @@ def test_reconstructions_that_do_not_exist_are_refused(overrides, words):
         tiny_recipe("mae", *overrides)
 
 
+@pytest.mark.parametrize("negatives", ["all", "position", "image"])
+def test_autocast_does_not_round_the_cosines_of_pairs(negatives):
+    recipe = tiny_recipe("cmae", "views.mask_ratio=0.5", *PAIRED, f"measure.negatives={negatives}")
+    objective, views = build_objective(recipe)[0], views_of(recipe, images())
+    query, key = (torch.randn(3, 8, 12) + 3 for _ in range(2))
+    found = []
+    for enabled in (False, True):
+        leaf = query.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, terms = objective.measure.paired(leaf, key, views.first, views.second)
+        loss.backward()
+        found.append((loss, terms["negative"], leaf.grad))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
 def test_mocov3_heads_are_linear_norm_relu_with_torchs_batch_norm():
     torch.manual_seed(0)
     head = mlp(16, HeadsRecipe(hidden=24, out=12, batch_norm=True), 3)

@@ -151,7 +151,9 @@ class InfoNCE(Contrast):
         """As Contrast.compare_pairs."""
         keys, offset = gather_keys(k)
         shown, _ = gather_keys(shown_k.byte())
-        among, there, own = _candidates(q, keys, shown.bool(), self.recipe.negatives, offset)
+        device = q.device.type if q.device.type != "meta" else "cpu"  # meta knows no autocast
+        with torch.autocast(device, enabled=False):  # which would round the cosines
+            among, there, own = _candidates(q, keys, shown.bool(), self.recipe.negatives, offset)
         # Finite, so that a row without any candidate (which has no weight) has a gradient of 0.
         logits = among.masked_fill(~there, -1e4) / self.recipe.temperature
         loss = ((logits.logsumexp(-1) - cosine / self.recipe.temperature) * weight).sum()
