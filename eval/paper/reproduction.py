@@ -121,12 +121,12 @@ def check_rows(options: Options, rows: Sequence[tuple[PaperRow, Sequence[str]]])
 
 
 def builds_data(workspace: Workspace) -> bool:
-    """Whether the data are the demo's, of a small scale that was given no others."""
-    return workspace.demo and workspace.scale.name != "full"
+    """Whether the data are the demo's: the miniature's, where it was given no others."""
+    return workspace.demo and workspace.scale.name == "mini"
 
 
 def prepare_data(workspace: Workspace) -> None:
-    """Build the demo's shards for a small scale that was given no others."""
+    """Build the demo's shards for the miniature where it was given no others."""
     if builds_data(workspace):
         data = Path(workspace.scale.train).parent.parent
         make_demo_shards(data, train=TRAIN, val=VAL, size=CROPS)

@@ -93,14 +93,16 @@ def size_of(source: Path) -> int:
 
 
 def check_source(found: bytes, source: Path | None, done: Path) -> None:
-    """UserError where the shards are of another source than the one that is named."""
+    """UserError where the shards are not CIFAR-10's, or of another source than is named."""
     try:
         known = json.loads(found)
     except ValueError as error:
         raise UserError(f"{done}: is damaged; remove {done.parent} to build it again") from error
+    if not isinstance(known, dict) or "train" in known:  # as demo_shards.py writes it
+        raise UserError(f"{done.parent}: are no shards of CIFAR-10; choose another --data")
     if source is None:
         return
-    here, name = record_of(source), known.get("source") if isinstance(known, dict) else known
+    here, name = record_of(source), known.get("source")
     if source.is_dir() and known == here | {"bytes": 0}:
         return  # made before those of folders were counted
     if here != known and (source.exists() or here["source"] != name):

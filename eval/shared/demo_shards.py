@@ -27,15 +27,12 @@ def make_demo_shards(data: Path, train: int, val: int, size: int = SIZE) -> None
     if found and _same(found, wanted):
         print(f"demo shards are there: {data / 'shards'}")
         return
-    if (data / "shards").exists() and not (found or (data / "images" / RECORD).is_file()):
+    shards = data / "shards"
+    if shards.exists() and not _of_a_demo(data, found):
         raise UserError(
-            f"{data / 'shards'}: no demo wrote it, and the demo would replace it; choose another "
+            f"{shards}: no demo wrote it, and the demo would replace it; choose another "
             "folder for its data"
         )
-    for folder in ("images", "shards"):
-        if (data / folder).exists():
-            with naming(data / folder, "cannot be removed"):
-                shutil.rmtree(data / folder)
     tool, python = ROOT / "shard_tools", sys.executable
     options = ["--train", str(train), "--val", str(val), "--size", str(size)]
     call(
@@ -43,16 +40,26 @@ def make_demo_shards(data: Path, train: int, val: int, size: int = SIZE) -> None
         [python, tool / "demo_images.py", data / "images", *options],
         1,
     )
+    if shards.exists():
+        with naming(shards, "cannot be removed"):
+            shutil.rmtree(shards)
     for part in ("train", "val"):
-        source, shards = data / "images" / part, data / "shards" / part
-        command: list[str | Path] = [python, tool / "make_shards.py", source, shards]
+        source = data / "images" / part
+        command: list[str | Path] = [python, tool / "make_shards.py", source, shards / part]
         call(f"shards of {part}", [*command, "--shard-size", "1MiB"], 1)
     with naming(done, "cannot be written"):
         write_json(done, wanted)
 
 
+def _of_a_demo(data: Path, found: str) -> bool:
+    """Whether DATA/shards are a demo's: by their done.json (CIFAR-10's shards have one, too), or,
+    where they were cut off, by the images."""
+    begun = '"source"' not in found and (data / "images" / RECORD).is_file()
+    return begun or '"train"' in found
+
+
 def _same(text: str, wanted: dict[str, int]) -> bool:
     try:
         return bool({"size": EARLIER_SIZE} | json.loads(text) == wanted)
-    except (ValueError, TypeError):  # cut off: build them again
+    except (ValueError, TypeError):  # damaged: build them again
         return False

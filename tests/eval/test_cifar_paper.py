@@ -702,6 +702,9 @@ def test_shards_of_another_source_are_refused(tmp_path):
     done.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         make_cifar_shards(None, tmp_path)
+    done.write_text('{"train": 4096, "val": 1024, "size": 80}')  # the demo's photographs
+    with pytest.raises(UserError, match="shards: are no shards of CIFAR-10"):
+        make_cifar_shards(None, tmp_path)
 
 
 def test_shards_and_images_of_somebody_else_are_left_alone(tmp_path):

@@ -72,7 +72,16 @@ def test_the_demo_removes_only_what_a_demo_wrote(tmp_path):
     (data / "shards" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match=r"data/shards: no demo wrote it"):
         make_demo_shards(data, 256, 64)
+    (data / "shards/done.json").write_text('{"source": "cifar-10-python.tar.gz", "bytes": 3}')
+    with pytest.raises(UserError, match=r"data/shards: no demo wrote it"):
+        make_demo_shards(data, 256, 64)
     assert (data / "shards" / "train").is_dir()
+    photographs = tmp_path / "mine" / "images" / "cat.jpg"
+    photographs.parent.mkdir(parents=True)
+    photographs.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"photographs from .* failed with exit code 2"):
+        make_demo_shards(tmp_path / "mine", 256, 64)
+    assert photographs.read_bytes() == b"mine"
 
 
 def test_shards_that_are_there_are_left(tmp_path, capsys):

@@ -399,6 +399,13 @@ def test_batches_larger_than_the_demos_data_are_refused_before_they_are_built():
         reproduce.reproduce(reproduce.parse_args(words))
 
 
+def test_only_the_miniature_is_made_of_the_demos_photographs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"data/cifar10/shards/train: no such folder"):
+        reproduce.reproduce(reproduce.parse_args(["--table", "1", "--scale", "cifar"]))
+    assert not Path("data").exists()
+
+
 def test_a_list_of_labelled_images_takes_the_place_of_a_drawn_tenth(shards):
     row = choose_rows(find_table(1), None)[0]
     drawn = workspace_of(shards, "mini")
