@@ -24,7 +24,6 @@ from eval.paper.cifar_plan import (
     Plan,
     Settings,
     archived_record,
-    check_recipes,
     check_restored,
     claim_output,
     is_restored,
@@ -42,6 +41,7 @@ from eval.paper.cifar_plan import (
 from eval.paper.commands import Workspace, read_scale, row_recipe
 from eval.paper.cost import Rates
 from eval.paper.job_runner import run_commands
+from eval.paper.made_with import check_recipes
 from eval.paper.study import Study, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import markdown_table

@@ -18,6 +18,7 @@ from pathlib import Path
 from eval.paper.claims import CLAIMS
 from eval.paper.commands import Workspace
 from eval.paper.job_runner import costs, needed, run_commands, show_plan
+from eval.paper.made_with import check_recipes, claim_output, made_with
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import (
     Options,
@@ -119,9 +120,12 @@ def mini_paper(settings: Settings) -> None:
     options, workspace = settings.options, settings.options.workspace
     study = study_of(workspace, settings.claims, options.seeds)
     wanted = wanted_metrics(study.claims, study.names)
-    check_rows(options, [(paper_row(name), metrics) for name, metrics in wanted.items()])
+    rows = [(paper_row(name), metrics) for name, metrics in wanted.items()]
+    check_rows(options, rows)
     prepare_data(workspace)
     jobs = study.jobs()
+    claim_output(workspace.output, made_with(workspace, rows), write=not options.dry_run)
+    check_recipes(jobs)
     if options.dry_run:
         print("\n".join(show_plan(needed(jobs))), flush=True)
         return

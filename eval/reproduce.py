@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from eval.paper.commands import row_jobs
 from eval.paper.job_runner import needed, run_commands, show_plan
+from eval.paper.made_with import check_recipes, claim_output, made_with
 from eval.paper.reproduction import (
     Options,
     add_options,
@@ -73,6 +74,8 @@ def reproduce(settings: Settings) -> None:
         for row, wanted in rows
         for job in row_jobs(workspace, row, seed, wanted)
     ]
+    claim_output(workspace.output, made_with(workspace, rows), write=not options.dry_run)
+    check_recipes(jobs)
     if options.dry_run:
         print("\n".join(show_plan(needed(jobs))), flush=True)
         return

@@ -19,13 +19,12 @@ from eval.paper.cifar_claims import (
     method_of,
     plain,
 )
-from eval.paper.commands import ROOT, Scale, Workspace, option, row_jobs, row_recipe, run_name
-from eval.paper.cost import Rates, recipe_of, within
+from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
+from eval.paper.cost import Rates, within
 from eval.paper.job_runner import Command, costs, needed, python, unique
+from eval.paper.made_with import portable
 from eval.paper.study import Study, wanted_metrics
 from eval.paper.tuning import Tuning, best, read_trials
-from pipeline.config.recipe import differences as changed_keys
-from pipeline.config.recipe import load_recipe
 from pipeline.config.schema import EncoderRecipe
 from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import write_json
@@ -174,24 +173,6 @@ def recorded(record: dict[str, Any], key: str) -> Any:
     return {k: v for k, v in value.items() if v} if key == "scale" and value else value
 
 
-def check_recipes(jobs: Sequence[Command]) -> None:
-    """UserError where a pretraining would have no step; and where a run that is there, or its
-    results, is of another recipe than the one that would be trained now."""
-    for job in jobs:
-        recipe, run = recipe_of(job), Path(option(job.command, "--output", ""))
-        if recipe is not None and job.images == 0:
-            raise UserError(
-                f"{job.name}: has no step with batch_size {recipe.batch_size}; set it lower"
-            )
-        if recipe is None or not (run / "recipe.yaml").is_file():
-            continue
-        if changed := changed_keys(load_recipe(run / "recipe.yaml"), recipe):
-            raise UserError(
-                f"{run}: was made with another recipe ({'; '.join(changed)}); choose another "
-                "--output"
-            )
-
-
 def archived_record(archive: Path) -> dict[str, Any]:
     """The study.json in an archive. UserError where it is of no study."""
     with unpacked(archive) as folder:
@@ -227,11 +208,6 @@ def restore_output(settings: Settings, archive: Path) -> None:
         print(f"{settings.output}: has the study of {archive} already, and continues it")
     else:
         restore(archive, settings.output)
-
-
-def portable(value: Any) -> Any:
-    """A value as JSON has it, without the path of this checkout, which may be moved."""
-    return json.loads(json.dumps(value).replace(f"{ROOT}/", ""))
 
 
 def compute_kept(settings: Settings) -> float:

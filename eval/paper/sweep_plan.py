@@ -11,6 +11,7 @@ from typing import Any
 
 from eval.paper.commands import cost, pretrain_flops
 from eval.paper.job_runner import Command
+from eval.paper.made_with import check_recipe
 from eval.protocols import by_key, keys
 from pipeline.config.ds_config import open_ds_config
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
@@ -161,6 +162,7 @@ def check_cells(sweep: Sweep) -> None:
         recipe = recipe_of(sweep, cell)
         check_objective(recipe)
         total_steps(sweep.train, samples, recipe)
+        check_recipe(sweep.output / cell.name, recipe)  # of another key of the same last word
         other = names.setdefault(cell.name, cell)
         if other != cell:
             raise UserError(f"--grid: {other.sets} and {cell.sets} would share {cell.name}")

@@ -61,6 +61,7 @@ from eval.paper.commands import (
 )
 from eval.paper.cost import START, Rates, read_rates, recipe_of, step_key, within
 from eval.paper.job_runner import Command, costs, needed, unique
+from eval.paper.made_with import check_recipes
 from eval.paper.measuring import device_name
 from eval.paper.reproduction import result_path
 from eval.paper.statistics import interval
@@ -456,7 +457,7 @@ def test_a_pretraining_of_no_step_is_not_planned(data, tmp_path):
     chosen = settings(data, tmp_path, "--claims", "5", "--seeds", "1", "--set", "batch_size=8192")
     plan = cifar_plan.make_plan(chosen, Rates(tmp_path / "r.json", str(data / "shards/train")))
     with pytest.raises(UserError, match="pretrain: has no step with batch_size 8192; set it lower"):
-        cifar_plan.check_recipes(plan.jobs)
+        check_recipes(plan.jobs)
 
 
 def test_hours_leave_out_the_last_claims_first(data, tmp_path):
@@ -611,11 +612,11 @@ def test_other_test_images_and_recipes_do_not_mix_in_one_folder(data, tmp_path):
     recipe = recipe_of(mae)
     assert recipe.seed == 0
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    cifar_plan.check_recipes(jobs)
+    check_recipes(jobs)
     sparser = recipe.model_copy(update={"views": recipe.views.model_copy(update={"cutmix": 0.5})})
     (run / "recipe.yaml").write_text(dump_recipe(sparser))
     with pytest.raises(UserError, match=r"mae-0: was made with another recipe \(views.cutmix: 0.5"):
-        cifar_plan.check_recipes(jobs)
+        check_recipes(jobs)
 
 
 def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):

@@ -16,6 +16,7 @@ from eval import linprobe, reproduce
 from eval.paper import commands as rows
 from eval.paper import reproduction
 from eval.paper.job_runner import Command, costs, python, run_commands, show_plan
+from eval.paper.made_with import claim_output, made_with
 from eval.paper.published import read_paper
 from eval.paper.reproduction import (
     choose_rows,
@@ -24,7 +25,7 @@ from eval.paper.reproduction import (
     our_result,
     result_path,
 )
-from pipeline.config.recipe import RECIPES, load_recipe
+from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 from pipeline.cost.dry_run import dry_run
 from pipeline.errors import UserError
 
@@ -373,6 +374,38 @@ def test_dry_run_prints_commands_and_costs_and_runs_nothing(shards, tmp_path, ca
     assert printed.count("--set optimizer.epochs=28 --set optimizer.epochs=7 --set seed=") == 2
     assert "6 of 6 commands to run" in printed
     assert not (tmp_path / "o").exists()
+
+
+def test_results_of_other_settings_do_not_pass_for_these(shards, tmp_path, monkeypatch):
+    class Begun(Exception):
+        pass
+
+    def run_commands(*_):
+        raise Begun
+
+    def begin(*more):
+        words = ["--table", "1", "--scale", "mini", "--rows", "R-MAE", "--output", tmp_path / "o"]
+        words += ["--train", shards / "train", "--val", shards / "val", *more]
+        reproduce.reproduce(reproduce.parse_args(list(map(str, words))))
+
+    monkeypatch.setattr(reproduce, "run_commands", run_commands)
+    (tmp_path / "few.txt").write_text("a.jpg")
+    for same in ([], ["--seeds", 2, "--also", "fewshot"], ["--set", "data.workers=2"]):
+        with pytest.raises(Begun):
+            begin(*same)
+    for option, value in (
+        ("--set", "optimizer.base_lr=0.5"), ("--val", shards / "train"), ("--scale", "cifar-tiny"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"o: was made with another {option}; choose another"):
+            begin(option, value, "--dry-run")
+    listed = replace(workspace_of(shards, "mini"), few_labels=str(tmp_path / "few.txt"))
+    made = made_with(listed, [(find_table(1).rows[0], ["fewshot"])])
+    with pytest.raises(UserError, match="o: was made with another --few-labels; choose another"):
+        claim_output(tmp_path / "o", made)
+    (tmp_path / "o/rmae-0").mkdir()
+    (tmp_path / "o/rmae-0/recipe.yaml").write_text(dump_recipe(load_recipe("rmae")))
+    with pytest.raises(UserError, match=r"o/rmae-0: was made with another recipe \(batch_size"):
+        begin()
 
 
 @pytest.mark.parametrize(

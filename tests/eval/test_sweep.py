@@ -23,8 +23,10 @@ from eval.paper.sweep_plan import (
     read_eval_args,
     read_evals,
     read_grid,
+    recipe_of,
 )
 from eval.protocols import Work
+from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -285,6 +287,13 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=sentence):
             claim_output(sweep_of(data, tmp_path, **changed))
     claim_output(sweep_of(data, tmp_path))
+    decoders = sweep_of(data, tmp_path, grid=("measure.decoder.depth=1,2",), seeds=1)
+    for cell in decoders.cells:
+        (tmp_path / cell.name).mkdir()
+        (tmp_path / cell.name / "recipe.yaml").write_text(dump_recipe(recipe_of(decoders, cell)))
+    check_cells(decoders)
+    with pytest.raises(UserError, match=r"depth-1-0: was made with another recipe \(measure.dec"):
+        check_cells(sweep_of(data, tmp_path, grid=("encoder.options.depth=1,2",), seeds=1))
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(UserError, match=r"sweep\.json: not a record of a sweep"):
         claim_output(sweep_of(data, tmp_path))
