@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote
@@ -40,7 +40,7 @@ from eval.protocols import by_key
 from eval.report import write_report
 from eval.reporting.page import markdown_table
 from eval.shared.command import run_command
-from eval.shared.processes import environment, stop_on_sigterm
+from eval.shared.processes import stop_on_sigterm
 from pipeline.command import check_unused
 from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
@@ -133,8 +133,9 @@ def slots() -> int:
     return 1 if torch.cuda.is_available() else cores()
 
 
-def submit(settings: Settings, cells: int) -> None:
-    """A job array with a task per cell, and a job after it that writes the page."""
+def submit(settings: Settings, cells: int, given: Mapping[str, str]) -> None:
+    """A job array with a task per cell, and a job after it that writes the page. given: the
+    environment that the jobs get."""
     assert settings.slurm is not None
     output = settings.sweep.output
     logs = output / "logs"
@@ -145,20 +146,22 @@ def submit(settings: Settings, cells: int) -> None:
     job = sbatch(
         output / "array.sbatch", f'{go} --cell "${TASK}"',
         ["--array", f"0-{cells - 1}", "--output", str(logs / "slurm-%A_%a.log"), *settings.slurm],
+        given,
     )  # fmt: skip
     page = sbatch(
         output / "page.sbatch", f"{go} --report",
         ["--dependency", f"afterany:{job}", "--output", str(logs / "slurm-page-%j.log")],
+        given,
     )  # fmt: skip
     print(f"submitted: job array {job} of {cells} cells, then job {page} for the page", flush=True)
 
 
-def sbatch(path: Path, line: str, options: Sequence[str]) -> str:
-    """Submit one line as a batch script, kept at `path`; the job's number."""
+def sbatch(path: Path, line: str, options: Sequence[str], given: Mapping[str, str]) -> str:
+    """Submit one line as a batch script, kept at `path`, with an environment; the job's number."""
     with naming(path, "cannot be written"):
         write_atomic(path, f"#!/bin/bash\n{line}\n")
     command = ["sbatch", "--parsable", *options, str(path)]
-    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{join(command)}: {done.stderr.strip() or done.returncode}")
     return done.stdout.strip().split(";")[0]
@@ -224,6 +227,7 @@ def check_way(settings: Settings, cells: int) -> None:
 def run_sweep(settings: Settings) -> None:
     """Check it, plan it, then do what the settings say. OUTPUT is this sweep's only then."""
     sweep = settings.sweep
+    given = dict(os.environ)  # before imports note there that a login node has no GPU
     check_cells(sweep)
     if not settings.dry_run:
         check_writable(sweep.output, folder=True, advice="; choose another --output")
@@ -241,7 +245,7 @@ def run_sweep(settings: Settings) -> None:
         claim_output(sweep)
         run_commands(own, 1, sweep.output / "cells" / cell.name)
     elif settings.slurm is not None:
-        submit(settings, len(commands))
+        submit(settings, len(commands), given)
         claim_output(sweep)  # not where sbatch refuses it
     else:
         claim_output(sweep)

@@ -324,6 +324,7 @@ def test_a_real_grid_runs_once_and_ends_in_a_page(data, tmp_path):
 SBATCH = """#!/bin/bash
 # Slurm's part here: keep what was submitted, number it, run it at once as it would be run.
 echo "$@" >> "$SUBMITTED/calls"
+env > "$SUBMITTED/env"
 number=$(wc -l < "$SUBMITTED/calls")
 echo "$number"
 """
@@ -337,10 +338,12 @@ def test_slurm_gets_an_array_and_a_job_for_the_page(data, tmp_path, monkeypatch,
     (tmp_path / "bin/sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("SUBMITTED", str(tmp_path))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     out = tmp_path / "out dir"
     more = ("--slurm", "-N 1 --gpus-per-node=8", "--seeds", "2")
     command.run_sweep(command.parse_args(words(data, out, *more)))
     assert "job array 1 of 4 cells, then job 2" in capsys.readouterr().out
+    assert "DS_ACCELERATOR" not in (tmp_path / "env").read_text()  # though there is no GPU here
     array, page = (tmp_path / "calls").read_text().splitlines()
     assert array.startswith(f"--parsable --array 0-3 --output {out}/logs/slurm-%A_%a.log")
     assert f"-N 1 --gpus-per-node=8 {out}/array.sbatch" in array
