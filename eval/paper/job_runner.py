@@ -107,7 +107,8 @@ def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str,
     left = [job for job in jobs if not job.done]
     with naming(folder, "cannot be written"):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-    threads = max(1, cores() // slots)
+    # Here, since it imports torch: an interruption meanwhile would find no child to stop.
+    given = environment(max(1, cores() // slots)) if left else {}
     children: set[subprocess.Popen] = set()
     running: dict[Future, Command] = {}
     with ThreadPoolExecutor(slots) as pool:
@@ -117,7 +118,7 @@ def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str,
                 ready = [job for job in left if not waiting & set(job.needs)]
                 for job in ready[: slots - len(running)]:
                     left.remove(job)
-                    running[pool.submit(run_one, job, folder, threads, children)] = job
+                    running[pool.submit(run_one, job, folder, given, children)] = job
                 if not running:
                     break  # what is left needs a failed command
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -140,8 +141,9 @@ def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str,
 _writing = threading.Lock()
 
 
-def run_one(job: Command, folder: Path, threads: int, children: set) -> dict[str, Any]:
-    """Run a command to its end; what jobs.jsonl keeps of it. UserError where it cannot start."""
+def run_one(job: Command, folder: Path, given: dict[str, str], children: set) -> dict[str, Any]:
+    """Run a command in an environment to its end; what jobs.jsonl keeps of it. UserError where it
+    cannot start."""
     log = folder / "logs" / f"{''.join(c if c.isalnum() else '-' for c in job.name)}.log"
     start = time.monotonic()
     with naming(log, "cannot be written"):
@@ -149,7 +151,7 @@ def run_one(job: Command, folder: Path, threads: int, children: set) -> dict[str
     with output:
         with naming(job.command[0], "cannot be started"):
             child = subprocess.Popen(
-                job.command, env=environment(threads), stdout=output, stderr=subprocess.STDOUT
+                job.command, env=given, stdout=output, stderr=subprocess.STDOUT
             )
         children.add(child)
         _, status, usage = os.wait4(child.pid, 0)

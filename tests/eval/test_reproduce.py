@@ -1,8 +1,10 @@
 """Rows become the commands of the recipes' README; jobs run once, in order, and say what failed."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +16,7 @@ from tiny import tiny_recipe
 
 from eval import linprobe, reproduce
 from eval.paper import commands as rows
-from eval.paper import reproduction
+from eval.paper import job_runner, reproduction
 from eval.paper.job_runner import Command, costs, python, run_commands, show_plan
 from eval.paper.made_with import claim_output, made_with
 from eval.paper.published import read_paper
@@ -266,6 +268,19 @@ def test_jobs_run_once_and_after_what_they_need(tmp_path, capsys):
     assert run_commands([second, first], 2, tmp_path / "out") == spent
     assert [p.stat().st_mtime_ns for p in (tmp_path / "a", tmp_path / "b")] == before
     assert "done" in show_plan([first])[0]
+
+
+def test_nothing_starts_after_an_interruption(tmp_path, monkeypatch):
+    """Ctrl-C while the environment of the commands is made, for which torch is imported."""
+
+    def interrupted(_):
+        signal.raise_signal(signal.SIGINT)
+        return dict(os.environ)
+
+    monkeypatch.setattr(job_runner, "environment", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_commands([Command("a", ("touch", str(tmp_path / "a")), tmp_path / "a")], 1, tmp_path)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_failure_is_named_and_the_rest_is_run(tmp_path):
