@@ -356,6 +356,13 @@ run_srun() { # SLURM_* to the names that every rank knows
   fi
 }
 
+in_step() { # a task of srun; a batch script and salloc's shell may have SLURM_STEP_* too
+  local parent
+  [[ -n ${SLURM_STEP_NUM_TASKS:-} ]] || return
+  parent=$(awk '/^PPid:/ {print $2}' "/proc/${SLURM_TASK_PID:-0}/status" 2>/dev/null)
+  ! grep -qzE '^slurmstepd: \[[0-9]+\.(batch|interactive)\]' "/proc/${parent:-0}/cmdline" 2>/dev/null
+}
+
 case ${1:-} in
   -h | --help) usage && exit ;;
   --check) choose_python && PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m pipeline.doctor "${@:2}" ;;
@@ -396,10 +403,10 @@ trap 'stop TERM SIGINT' INT
 
 if [[ -n $hostfile ]]; then
   mode=hosts && run_hosts
+elif in_step && [[ -z ${LOCAL_WORLD_SIZE:-${LOCAL_SIZE:-}} ]]; then
+  run_srun # also where enroot's hook, or a script, has made LOCAL_RANK of SLURM_LOCALID
 elif [[ -n ${LOCAL_RANK:-} ]]; then
   run_rank
-elif [[ -n ${SLURM_STEP_NUM_TASKS:-} ]]; then
-  run_srun
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then
   mode=sbatch && run_sbatch
 elif [[ -n ${PET_NODE_RANK:-${RANK:-}} ]]; then

@@ -157,6 +157,20 @@ def test_a_relative_path_of_launch_sh_where_cdpath_is_exported():
             | {"SLURM_STEP_NUM_NODES": 2},
             {2: [0, 4, 2], 3: [1, 4, 2]},
         ),
+        # the same where enroot's hook has named the task a rank
+        (
+            {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}
+            | {"SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": 1}
+            | {"SLURM_STEP_NUM_NODES": 2, "RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2},
+            {2: [0, 4, 2], 3: [1, 4, 2]},
+        ),
+        # torchrun in such a task
+        (
+            {"SLURM_JOB_ID": 7, "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1}
+            | {"SLURM_LOCALID": 0, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": 1}
+            | {"RANK": 3, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2},
+            {3: [1, 4, 2]},
+        ),
     ],
 )
 def test_ranks_of_other_launchers(script, tmp_path, env, expected):
@@ -197,6 +211,19 @@ def test_steps_of_a_job_have_ports_of_their_own(script, tmp_path, tasks):
         assert finish(start("--script", script, tmp_path, "end", **one))[0] == 0
         ports.append(seen(tmp_path, 0)["env"]["MASTER_PORT"])
     assert ports[0] != ports[1]
+
+
+@pytest.mark.parametrize(("step", "expected"), [("batch", 2), ("interactive", 2), ("0", 0)])
+def test_a_batch_script_that_inherited_the_variables_of_srun(script, tmp_path, step, expected):
+    """sbatch in `srun --pty bash` hands them on, and salloc's shell on the first node is a step of
+    one task; both start srun, for which --output is missing here."""
+    task = TASK | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+    task |= {"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1"}
+    stepd = """exec -a "slurmstepd: [7.$0]" bash -c '"$@"; exit' - bash -c '
+        SLURM_TASK_PID=$$ exec "$@"' - "$@" """
+    words = [] if expected else ["--script", script, tmp_path, "end"]
+    code, _, err = finish(start(*words, inside=("bash", "-c", stepd, step), **task))
+    assert (code, "give --output" in err) == (expected, bool(expected)), err
 
 
 @pytest.fixture
