@@ -407,6 +407,8 @@ elif in_step && [[ -z ${LOCAL_WORLD_SIZE:-${LOCAL_SIZE:-}} ]]; then
   run_srun # also where enroot's hook, or a script, has made LOCAL_RANK of SLURM_LOCALID
 elif [[ -n ${LOCAL_RANK:-} ]]; then
   run_rank
+elif [[ ${OMPI_COMM_WORLD_SIZE:-1} != 1 ]]; then
+  fail "mpirun has started launch.sh $OMPI_COMM_WORLD_SIZE times; start it once, with --hostfile, or by srun"
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then
   mode=sbatch && run_sbatch
 elif [[ -n ${PET_NODE_RANK:-${RANK:-}} ]]; then

@@ -25,7 +25,7 @@ def alone() -> bool:
 
 def check_environment() -> None:
     """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be, or lack
-    what one of several ranks meets the others by."""
+    what one of several ranks meets the others by; and where MPI or Slurm has started several."""
     limits = {
         "WORLD_SIZE": (1, 10**6),
         "RANK": (0, int(os.environ["WORLD_SIZE"]) - 1 if _number("WORLD_SIZE") else 0),
@@ -47,6 +47,21 @@ def check_environment() -> None:
                 "number, and to know where rank 0 listens; the launcher sets it (launch.sh, "
                 "deepspeed, torchrun)"
             )
+    for name in () if "WORLD_SIZE" in os.environ else _started_by():
+        if _number(name) and int(os.environ[name]) > 1:
+            raise UserError(
+                f"{name} is {os.environ[name]} and WORLD_SIZE is not set: mpirun or srun has "
+                "started this command several times, each of which would run alone; start it with "
+                "launch.sh, such as `srun ./launch.sh`; WORLD_SIZE=1 says that runs of their own "
+                "are meant"
+            )
+
+
+def _started_by() -> tuple[str, ...]:
+    """Where Open MPI, other MPIs and Slurm say how many processes they have started; of a shell of
+    `srun --pty` all others have ended."""
+    of_shell = () if "SLURM_PTY_PORT" in os.environ else ("PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+    return ("OMPI_COMM_WORLD_SIZE", *of_shell)
 
 
 def _number(name: str) -> bool:

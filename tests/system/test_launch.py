@@ -327,6 +327,7 @@ TASK = {
         ([], NODE | {"NCCL_SOCKET_IFNAME": "ib9"}, "NCCL_SOCKET_IFNAME=ib9"),
         ([], NODE | {"GLOO_SOCKET_IFNAME": "l"}, "GLOO_SOCKET_IFNAME=l"),
         ([], {"SLURM_JOB_ID": "7"}, "give --output"),
+        ([], {"OMPI_COMM_WORLD_SIZE": "8"}, "mpirun has started launch.sh 8 times"),
     ],
 )
 def test_what_is_missing_is_said_in_one_sentence(words, env, expected, tmp_path):

@@ -170,6 +170,26 @@ def test_an_environment_that_is_no_ranks_is_refused(name, value, monkeypatch):
         check_environment()
 
 
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_single_runs_that_mpirun_or_srun_started(name, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "1")
+    check_environment()
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(UserError, match=f"{name} is 8 and WORLD_SIZE is not set"):
+        check_environment()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_environment()
+
+
+def test_a_shell_of_srun(monkeypatch):
+    """`srun -n 8 --pty bash`, of which only the first task has a terminal."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_PTY_PORT", "44577")
+    check_environment()
+
+
 @pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_a_rank_that_cannot_meet_the_others_does_not_wait(name, capsys, monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
