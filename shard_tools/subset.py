@@ -5,7 +5,8 @@
 Exactly one way to choose is given:
   --fraction F    stratified: the share F of every class (at least one image)
   --names FILE    the images whose file names FILE lists, one per line (SimCLR's 10percent.txt);
-                  of adopted tars, whose samples have keys, those with the same stem
+                  of adopted tars, whose samples have keys, those with the same stem. Folders may
+                  stand before a name, and then must be the image's
   --classes FILE  the classes FILE lists, renumbered in their old order (ImageNet-100)
   --count N       N images: --choose random | first | one-class | one-per-class
 `--rest` takes all the others: with the same choice a held-out part and what is left.
@@ -72,15 +73,20 @@ def by_fraction(manifest: Manifest, fraction: float, seed: int) -> np.ndarray:
 
 
 def by_names(manifest: Manifest, path: Path) -> np.ndarray:
-    """Samples whose file name, without folders, is in the list: the name itself, else its stem (the
-    keys of adopted tars have no suffix). Every listed name must be there exactly once."""
-    wanted = {os.path.basename(line.strip()) for line in _lines(path)}
+    """Samples whose file name is in the list: the name itself, else its stem (the keys of adopted
+    tars have no suffix); in the same folders, as far as both name some. Every listed name must be
+    there exactly once."""
+    wanted = {os.path.normpath(line.strip()) for line in _lines(path)}
     if not wanted:
         raise ToolError(f"{path}: lists no image")
     if not manifest.names:
         raise ToolError(f"{manifest.home}: no file names were recorded; --fraction can be used")
-    exact, stems = _numbers(manifest.names, wanted)
-    found = {name: exact.get(name) or stems.get(_stem(name), []) for name in wanted}
+    exact, stems = _numbers(manifest.names, {os.path.basename(name) for name in wanted})
+    found = {}
+    for name in wanted:
+        base = os.path.basename(name)
+        numbers = exact.get(base) or stems.get(_stem(base), [])
+        found[name] = [n for n in numbers if _folders_agree(name, manifest.names[n])]
     missing = [name for name in wanted if not found[name]]
     if missing:
         raise ToolError(
@@ -97,6 +103,12 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
     if len(chosen) != len(wanted):
         raise ToolError(f"{path}: two of its names stand for one image of {manifest.home}")
     return chosen
+
+
+def _folders_agree(one: str, other: str) -> bool:
+    """Whether two paths have the same folders, from the innermost to where one of them begins."""
+    folders = (path.split("/")[-2::-1] for path in (one, other))
+    return all(a == b for a, b in zip(*folders, strict=False))
 
 
 def _numbers(

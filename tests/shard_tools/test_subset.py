@@ -152,6 +152,25 @@ def test_a_list_matches_the_keys_of_adopted_tars(
     assert chosen.names == ("0/n2_0", "1/n2_1")
 
 
+def test_folders_of_a_list_must_be_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("cat/0.jpg", "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_bytes(jpeg(number))
+    dest, listed = tmp_path / "s", tmp_path / "list.txt"
+    assert make_shards([str(tmp_path / "tree"), str(dest), "--workers", "0"]) == 0
+    listed.write_text("dog/1.jpg\n./cat/1.jpg\n/data/train/dog/2.jpg\n0.jpg\n")
+    chosen = take(dest, tmp_path / "a", "--names", str(listed))
+    assert set(chosen.names) == {"dog/1.jpg", "cat/1.jpg", "dog/2.jpg", "cat/0.jpg"}
+    listed.write_text("dog/0.jpg\n")
+    assert main([str(dest), str(tmp_path / "b"), "--names", str(listed)]) == 2
+    assert f"1 of 1 names are not in {dest}, such as dog/0.jpg" in capsys.readouterr().err
+    listed.write_text("1.jpg\n")
+    assert main([str(dest), str(tmp_path / "b"), "--names", str(listed)]) == 2
+    assert "1.jpg of" in capsys.readouterr().err
+
+
 def test_a_name_itself_counts_before_its_stem(tmp_path: Path) -> None:
     for name in ("x/a.jpg", "x/a.png", "x/b.v1", "x/b.v2.jpg"):
         (tmp_path / "tree" / "x").mkdir(parents=True, exist_ok=True)
