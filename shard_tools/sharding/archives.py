@@ -83,10 +83,11 @@ def list_class_tars(paths: Iterable[Path], unpacked: Path | None, skip: bool) ->
     """The images of a folder of class tars, named `class/file`."""
     found = Found()
     for path in paths:
-        inner = list_archive(path, unpacked, skip)
-        if any("/" in name for name in inner.images.names):
+        inner, name = list_archive(path, unpacked, skip), archive_stem(path.name)
+        if all(image.startswith(f"{name}/") for image in inner.images.names):
+            inner = inner.without_wrapping(keep_class=False)  # of `tar -cf CLASS.tar CLASS`
+        if any("/" in image for image in inner.images.names):
             raise ToolError(f"{path}: is no tar of one class, it holds folders of its own")
-        name = archive_stem(path.name)
         found.extend(inner.inside(name))
     return found
 

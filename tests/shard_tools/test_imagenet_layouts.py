@@ -190,6 +190,21 @@ def test_the_parts_alone_give_the_same(
         assert (split / tar).read_bytes() == wanted[split.name][tar]
 
 
+def test_class_tars_that_hold_their_folder(tmp_path: Path) -> None:
+    """As `tar -cf n01440764.tar n01440764` makes them; the folder of another class is none."""
+    (tmp_path / "tars").mkdir()
+    for number, synset in enumerate(SYNSETS):
+        tar_of(tmp_path / "tars" / f"{synset}.tar", {f"{synset}/{number}.jpg": jpeg(number)})
+    assert main([str(tmp_path / "tars"), str(tmp_path / "d"), *SMALL]) == 0
+    made = read_manifest(tmp_path / "d")
+    assert made.classes == SYNSETS
+    assert made.samples == len(SYNSETS)
+    for name, label in zip(made.names, made.index["label"], strict=True):
+        assert name == f"{SYNSETS[label]}/{label}.jpg"
+    tar_of(tmp_path / "tars" / f"{SYNSETS[0]}.tar", {f"{SYNSETS[1]}/0.jpg": jpeg(0)})
+    assert main([str(tmp_path / "tars"), str(tmp_path / "e"), *SMALL]) == 2
+
+
 @pytest.mark.parametrize("kind", ["folder", "tar", "tar.gz", "tar.zst", "wrapped", "folder of gz"])
 def test_imagenet_21k_is_one_set_of_class_tars(
     kind: str, folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
