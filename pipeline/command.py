@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TypeVar
 
-from pipeline.errors import UserError, reader_may_leave, refuse
+from pipeline.errors import UserError, mend_streams, reader_may_leave, refuse
 from shard_tools.home import expand_words
 
 T = TypeVar("T")
@@ -107,21 +105,6 @@ def imported() -> None:
         gc.enable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def mend_streams() -> None:
-    """stdin, stdout and stderr that are closed (`>&-`) lead nowhere, so that no other file takes
-    their numbers; what the locale's encoding lacks is written as `?`. Idempotent."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        with contextlib.suppress(OSError):
-            os.fstat(number)
-            continue
-        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
-            stream.reconfigure(errors="replace")
 
 
 def interrupt_quietly() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import select
@@ -87,6 +88,21 @@ def said_by_backend(error: Exception) -> bool:
     a URL means nothing to it. Other exceptions of Python's own are slips."""
     expected = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
     return expected or type(error).__module__ != "builtins"
+
+
+def mend_streams() -> None:
+    """stdin, stdout and stderr that are closed (`>&-`) lead nowhere, so that no other file takes
+    their numbers; what the locale's encoding lacks is written as `?`. Idempotent."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
+            stream.reconfigure(errors="replace")
 
 
 def reader_left(number: int) -> bool:

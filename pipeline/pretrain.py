@@ -15,9 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.command import alone, check_environment, interrupt_quietly, mend_streams
+from pipeline.command import alone, check_environment, interrupt_quietly
 from pipeline.config.recipe import RECIPES
-from pipeline.errors import PREEMPTED, UserError, refuse
+from pipeline.errors import PREEMPTED, UserError, mend_streams, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.late import uncollected
 from pipeline.runtime import startup

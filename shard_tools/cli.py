@@ -14,7 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.errors import UserError, mute_where_reader_left, naming, reader_may_leave, refuse
+from pipeline.errors import (
+    UserError,
+    mend_streams,
+    mute_where_reader_left,
+    naming,
+    reader_may_leave,
+    refuse,
+)
 from pipeline.help_text import HelpFormatter as HelpFormatter
 from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 from shard_tools.home import expand_words
@@ -50,6 +57,7 @@ def signals_held() -> Iterator[None]:
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line (None: of this process), its `~` expanded; ends with 2 where it is none."""
+    mend_streams()
     try:
         return parser.parse_args(expand_words(sys.argv[1:] if arguments is None else arguments))
     except UserError as error:

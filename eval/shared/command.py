@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from pipeline.command import imported
-from pipeline.errors import UserError, reader_may_leave, refuse
+from pipeline.errors import UserError, mend_streams, reader_may_leave, refuse
 from shard_tools.cli import Stopped
 from shard_tools.home import expand_words
 
@@ -19,6 +19,7 @@ def run_command(main: Callable[[], None]) -> None:
     running out of memory, on the device, in this process or in a worker. Ctrl-C ends it with a
     sentence and exit code 130; SIGTERM, where stop_on_sigterm was called, with 143."""
     imported()
+    mend_streams()
     joined = _joined()  # before, by whoever calls it in a process of theirs
     try:
         with _explaining(), reader_may_leave():

@@ -43,7 +43,7 @@ def test_the_ends_belong_to_closed_bounds_and_an_option_not_given_is_in_all():
 
 STREAMS = """
 import os, sys
-from pipeline.command import mend_streams
+from pipeline.errors import mend_streams
 mend_streams()
 print("2 × 3 → 6", flush=True)
 print("2 × 3 → 6", file=sys.stderr)

@@ -186,3 +186,11 @@ with reader_may_leave():
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as whole:
         assert len(whole.stdout.read().splitlines()) == lines
     assert whole.returncode == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_tool_whose_streams_are_closed(closed, tree, tmp_path):
+    command = [sys.executable, ROOT / "shard_tools/make_shards.py", tree, tmp_path / "out"]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command, "--workers", "1"]
+    assert subprocess.run(shell, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+    assert verify_shards.verify(str(tmp_path / "out"), decode=True, workers=1) == ([], [])
