@@ -238,11 +238,15 @@ def training_tokens(
 def accuracies(
     heads: Heads, folder: str, session: EvalSession, micro_batch: int
 ) -> tuple[list[tuple[float, float]], int]:
-    """((top-1, top-5) in percent of every head, images): each image once over all ranks."""
+    """((top-1, top-5) in percent of every head, images): each image once over all ranks. UserError
+    where the encoder's features are not finite, whose answers would be class 0."""
     count = torch.zeros(len(heads.probes), 3, dtype=torch.int64, device=session.device)
+    finite = torch.ones((), dtype=torch.bool, device=session.device)
     for pixels, label, _ in session.batches(folder, micro_batch):
         tokens = session.patch_tokens(pixels)
         count += count_correct(torch.stack([probe(tokens) for probe in heads.probes]), label)
+        finite &= tokens.isfinite().all()
+    session.need_finite(finite, folder)
     total = session.ranks.sum(count)
     rows = [(as_percent(a, n), as_percent(b, n)) for a, b, n in total.tolist()]
     return rows, int(total[0, 2])

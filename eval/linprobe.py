@@ -164,8 +164,10 @@ def features_of(s: Settings) -> tuple[str, ...]:
 
 
 def score(probes: dict[str, Probe], session: EvalSession, s: Settings) -> dict[str, Any]:
-    """Accuracy on the validation set by feature, each image counted once over all ranks."""
+    """Accuracy on the validation set by feature, each image counted once over all ranks. UserError
+    where a feature is not finite."""
     ranks, count = session.ranks, torch.zeros(len(probes), 3, dtype=torch.int64)
+    finite = torch.ones((), dtype=torch.bool, device=session.device)
     count = count.to(session.device)
     batches = -(-read_manifest(s.val).samples // (s.micro_batch * ranks.world))
     stream = progress(
@@ -176,6 +178,8 @@ def score(probes: dict[str, Probe], session: EvalSession, s: Settings) -> dict[s
             features = session.all_features(pixels, tuple(probes))
             for row, probe, feature in zip(count, probes.values(), features, strict=True):
                 row += count_correct(probe.eval()(feature), label)[0]
+                finite &= feature.isfinite().all()
+    session.need_finite(finite, s.val)
     return dict(zip(probes, map(accuracy, ranks.sum(count)), strict=True))
 
 

@@ -85,6 +85,11 @@ class EvalSession:
                 "its weights are damaged"
             )
 
+    def need_finite(self, finite: Tensor, folder: str | Path) -> None:
+        """UserError on every rank where a feature of a set is not finite on any (collective)."""
+        if self.ranks.any(not bool(finite)):
+            raise UserError(f"{folder}: the encoder's features of it are not finite")
+
     @torch.no_grad()
     def all_features(self, pixels: Tensor, names: Sequence[str]) -> list[Tensor]:
         """Several features of the same pixels, from one forward pass."""

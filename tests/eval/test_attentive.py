@@ -19,7 +19,7 @@ from eval_helpers import (
 from eval import attentive
 from eval.attentive import AttentiveProbe, Heads, Settings
 from eval.shared.options import settings_of
-from eval.shared.session import session_of
+from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
@@ -141,6 +141,19 @@ def test_result_names_what_was_chosen_and_how(home):
 def _two(ranks, home, output):
     result = evaluate(Path(home), Path(output) / "probe", ranks=ranks)
     Path(output, f"{ranks.rank}.json").write_text(json.dumps(result["grid"]))
+
+
+def test_features_of_the_validation_set_that_are_not_finite(home, monkeypatch):
+    """As of an encoder that overflows on some images; their answer would be class 0."""
+    tokens_of = EvalSession.patch_tokens
+
+    def patch_tokens(self, pixels):
+        tokens = tokens_of(self, pixels)
+        return tokens.index_fill(0, torch.tensor([0]), math.nan) if len(pixels) == 21 else tokens
+
+    monkeypatch.setattr(EvalSession, "patch_tokens", patch_tokens)
+    with pytest.raises(UserError, match=r"val: the encoder's features of it are not finite"):
+        evaluate(home, home / "nan", "--micro-batch", "32")
 
 
 def test_two_ranks_give_the_result_of_one(home, tmp_path):

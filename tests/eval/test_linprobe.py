@@ -325,6 +325,20 @@ def test_two_ranks_give_the_result_of_one(home: Path) -> None:
                 assert result["grid"] == alone["grid"]
 
 
+def test_features_of_the_validation_set_that_are_not_finite(home, monkeypatch):
+    """As of an encoder that overflows on some images; their answer would be class 0."""
+    features_of = EvalSession.all_features
+
+    def all_features(self, pixels, names):
+        found = features_of(self, pixels, names)
+        rows = torch.tensor([0] if len(pixels) == 37 else [])
+        return [feature.index_fill(0, rows.long(), math.nan) for feature in found]
+
+    monkeypatch.setattr(EvalSession, "all_features", all_features)
+    with pytest.raises(UserError, match=r"val: the encoder's features of it are not finite"):
+        evaluate(home, home / "nan", "--micro-batch", "64", *RATE["mae"])
+
+
 @pytest.mark.parametrize("protocol", ["mae", "cached"])
 def test_features_probed_beside_are_those_probed_alone(
     home: Path, tmp_path: Path, protocol: str
