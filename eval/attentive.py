@@ -34,7 +34,7 @@ from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.options import parser, settings_of
-from eval.shared.results import Timer, result_of, write_accuracy
+from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
 from eval.shared.subsets import keep_subset
 from pipeline.command import early
 from pipeline.errors import UserError, check_range
@@ -115,6 +115,7 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings, output = settings_of(Settings, args), result_of(args, "attentive-probe", folder=True)
     check(settings, world)
+    check_other_settings(output, args)
     return settings, output
 
 

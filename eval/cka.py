@@ -34,7 +34,7 @@ from typing import Any
 from eval.shared.command import run_command
 from eval.shared.labels import with_images
 from eval.shared.options import parser, settings_of
-from eval.shared.results import Timer, result_of, write_result
+from eval.shared.results import Timer, check_other_settings, result_of, write_result
 from pipeline.command import early
 from pipeline.errors import UserError, check_range
 
@@ -90,6 +90,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     name = f"cka-{settings.pool}" + ("" if settings.hsic == "unbiased" else f"-{settings.hsic}")
     output = result_of(args, name)
     check(settings)
+    check_other_settings(output, args)
     return settings, output
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.options import FEATURES, parser, settings_of
-from eval.shared.results import Timer, result_of, write_accuracy
+from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
 from pipeline.command import early
 from pipeline.errors import UserError, check_range
 
@@ -60,6 +60,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings, output = settings_of(Settings, args), result_of(args, "knn")
     check(settings)
+    check_other_settings(output, args)
     return settings, output
 
 

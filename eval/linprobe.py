@@ -43,7 +43,7 @@ from eval.shared.linprobe_plan import (
     record,
 )
 from eval.shared.options import FEATURES, parser, settings_of
-from eval.shared.results import Timer, result_of, write_accuracy
+from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
 from pipeline.command import early
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
@@ -83,6 +83,8 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     settings = settings_of(Settings, args)
     output = result_of(args, f"linprobe-{settings.protocol}", folder=True)
     make_plan(settings, world)
+    if settings.protocol == "cached":  # of the other a folder of checkpoints is left
+        check_other_settings(output, args)
     return settings, output
 
 

@@ -6,17 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eval.shared.results import difference
 from pipeline.distributed import Ranks, StopSignal
 from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.checkpoint import CheckpointStore
-
-
-def difference(key: str, theirs: Any, ours: Any) -> str:
-    """`key (theirs, now ours)`, without the values where they say nothing to a reader."""
-    values = [json.dumps(value) for value in (theirs, ours)]
-    if max(map(len, values)) > 30:
-        return key
-    return f"{key} ({values[0]}, now {values[1]})"
 
 
 def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:

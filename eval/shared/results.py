@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from pipeline.errors import UserError, naming
 from pipeline.method.source import read_classifier_info
 from pipeline.method.weight_file import check_file
 from shard_tools.atomic import check_writable, write_json
+
+# Settings on which no result depends.
+SAME_RESULT = ("workers", "micro_batch")
 
 
 class Timer:
@@ -85,6 +89,36 @@ def result_of(args: argparse.Namespace, name: str, folder: bool = False) -> Path
     check_output(path, path.with_suffix("") if folder else None)
     check_encoder(choice)
     return path
+
+
+def difference(key: str, theirs: Any, ours: Any) -> str:
+    """`key (theirs, now ours)`, without the values where they say nothing to a reader."""
+    values = [json.dumps(value) for value in (theirs, ours)]
+    if max(map(len, values)) > 30:
+        return key
+    return f"{key} ({values[0]}, now {values[1]})"
+
+
+def check_other_settings(path: Path, args: argparse.Namespace) -> None:
+    """UserError where the result at `path` is one of other settings than those of a command line,
+    as a folder of checkpoints is refused. Nothing is known of settings that it does not record."""
+    theirs = read_json(path)
+    told = {"feature": theirs.get("feature"), "mask_ratios": theirs.get("ratios")}
+    told |= theirs.get("settings", {})
+    told = {key: value for key, value in told.items() if value is not None}
+    ours = json.loads(json.dumps({key: getattr(args, key, value) for key, value in told.items()}))
+    for key in {"train", "val"} & told.keys():
+        told[key], ours[key] = os.path.abspath(told[key]), os.path.abspath(ours[key])
+    changed = [
+        difference(key, told[key], ours[key])
+        for key in told
+        if key not in SAME_RESULT and told[key] != ours[key]
+    ]
+    if changed:
+        raise UserError(
+            f"{path}: holds a result with another {', '.join(changed)}; remove it or choose "
+            "another --output"
+        )
 
 
 def digest(text: str) -> str:

@@ -1,5 +1,7 @@
 """Every result has a path of its own: of two files named alike, of two options, of two lists."""
 
+import json
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from eval_helpers import write_encoder
 
 from eval.finetune import Settings
 from eval.shared.options import EncoderChoice
-from eval.shared.results import check_output, in_a_name, output_path
+from eval.shared.results import check_other_settings, check_output, in_a_name, output_path
 from pipeline.errors import UserError
 
 
@@ -74,3 +76,21 @@ def test_lists_of_labels_named_alike_have_two_results(tmp_path):
 def test_a_name_has_no_separators():
     assert in_a_name('{"a/b": [1, 2]}') == "a-b-1-2"
     assert len(in_a_name("x" * 41)) == 8
+
+
+def test_a_result_of_other_settings_is_not_replaced(tmp_path):
+    path = tmp_path / "knn.json"
+    args = {"feature": "cls", "k": 20, "grid": (0.1, 1.0), "val": "val", "micro_batch": 256}
+    check_other_settings(path, Namespace(**args))  # there is none
+    told = {"k": 20, "grid": [0.1, 1.0], "val": str(tmp_path / "val"), "micro_batch": 8}
+    result = {"protocol": "knn", "feature": "cls", "settings": told | {"classes": 3}}
+    path.write_text(json.dumps(result))
+    check_other_settings(path, Namespace(**args))  # it is made again, perhaps of a longer training
+    for key, value, said in (
+        ("k", 1, r"k \(20, now 1\)"),
+        ("feature", "own", r'feature \("cls", now "own"\)'),
+        ("grid", (0.1,), "grid"),
+        ("val", "other", "val"),
+    ):
+        with pytest.raises(UserError, match=f"holds a result with another {said}.*; remove it"):
+            check_other_settings(path, Namespace(**args | {key: value}))
