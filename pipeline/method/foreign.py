@@ -21,7 +21,7 @@ from pipeline.method.families import (
     with_timm_names,
     within_classifier,
 )
-from pipeline.method.interop import from_hf, hf_arch
+from pipeline.method.interop import from_hf, hf_arch, hf_eps
 from pipeline.method.layouts import (
     OURS,
     TIMM,
@@ -252,7 +252,7 @@ def from_hugging_face(
     """The encoder of a ViTModel or ViTMAEForPreTraining folder (config.json, model.safetensors)."""
     try:
         config = read_config(folder)
-        name, own = hf_arch(config)
+        (name, own), eps = hf_arch(config), hf_eps(config)
         state = from_hf(load_tensors(folder / "model.safetensors"), own["depth"])
         statistics, said = hugging_face_statistics(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -263,7 +263,7 @@ def from_hugging_face(
     vit = fit(state, name, own, folder, layout)
     for part in vit.modules():
         if isinstance(part, nn.LayerNorm):
-            part.eps = float(config.get("layer_norm_eps", 1e-12))
+            part.eps = eps
     info = named(name, folder.name) | statistics
     note = "" if said else f"no preprocessor_config.json: mean and std {_short(info)}"
     return vit, finish(info, vit, own) | {"note": note}

@@ -6,6 +6,7 @@ and ViTMAEForPreTraining (encoder and decoder), q, k and v apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -156,9 +157,15 @@ def _hf_encoder(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
 def from_hf(state: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """The encoder of a ViTModel or ViTMAEForPreTraining state dict under timm's names.
 
-    KeyError names a weight that is missing; a pooler and a decoder are left out.
+    KeyError names a weight that is missing; a pooler and a decoder are left out. UserError where
+    there are more than `depth` blocks.
     """
     prefix = "vit." if any(name.startswith("vit.") for name in state) else ""
+    further = f"{prefix}encoder.layer.{depth}."
+    if any(name.startswith(further) for name in state):
+        raise UserError(
+            f"config.json: num_hidden_layers {depth}, but the weights go on ({further}*)"
+        )
     result = {ours: state[prefix + theirs] for ours, theirs in _HF_OUTSIDE.items()}
     for number in range(depth):
         result |= _from_hf_block(state, f"blocks.{number}", f"{prefix}encoder.layer.{number}")
@@ -197,11 +204,16 @@ def from_hf_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def hf_arch(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(timm's name, options of timm.create_model) of a ViT by Hugging Face's configuration.
 
-    UserError for what a plain ViT lacks (another activation, no bias of q, k and v).
+    UserError for what a plain ViT lacks (another activation, no bias of q, k and v), and for sizes
+    that are none. KeyError names one that is missing.
     """
     for key in ("hidden_act", "qkv_bias", "num_channels"):
         if config.get(key, _HF_COMMON[key]) != _HF_COMMON[key]:
             raise UserError(f"config.json: {key} {config[key]!r} is not that of a plain ViT")
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    for key in sizes:
+        if type(config[key]) is not int or config[key] < 1:
+            raise UserError(f"config.json: {key} {config[key]!r} is no whole number from 1 up")
     width = config["hidden_size"]
     return "vit_base_patch16_224", {
         "img_size": config["image_size"],
@@ -211,6 +223,14 @@ def hf_arch(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         "num_heads": config["num_attention_heads"],
         "mlp_ratio": config["intermediate_size"] / width,
     }
+
+
+def hf_eps(config: Mapping[str, Any]) -> float:
+    """The norms' eps by Hugging Face's configuration. UserError where it is none."""
+    eps = config.get("layer_norm_eps", 1e-12)
+    if type(eps) not in (int, float) or not 0 < eps < math.inf:
+        raise UserError(f"config.json: layer_norm_eps {eps!r} is no number above 0")
+    return float(eps)
 
 
 def to_hf_vit(objective: Objective) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -81,7 +81,8 @@ def layout_of(found: Found, content: Any) -> Layout:
         return I_JEPA
     if words & {"teacher", "student", "backbone"}:
         return DINO
-    if found.words and found.words[0] in ("model", "model_ema") and words <= _WRAPPERS:
+    whole = bool(found.words) and isinstance(beside.get(found.words[0]), dict)  # no prefix of names
+    if whole and found.words[0] in ("model", "model_ema") and words <= _WRAPPERS:
         return DEIT_III if scaled else MAE  # and DeiT, which has MAE's code
     return TIMM if words <= _WRAPPERS else OTHER
 

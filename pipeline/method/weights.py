@@ -172,7 +172,8 @@ def _encoders(content: Any, words: tuple[str, ...]) -> Iterator[Found]:
     if "conv1.weight" in state and "class_embedding" in state:  # PE; not a convolutional network
         starts.add("")
     for start in sorted(starts, key=len):
-        kept = start.removesuffix("image_encoder.")  # timm's names of SAM go by it
+        sam = f"{start}neck.0.weight" in state  # timm knows it by the prefix `image_encoder.`
+        kept = start.removesuffix("image_encoder.") if sam else start
         outer = start.removesuffix("encoder.")
         yield Found(_below(kept, state), (*words, *start.split(".")[:-1]), _below(outer, state))
     if len(words) < 3:

@@ -8,7 +8,15 @@ from tiny import DECODER, PATCH, SIZE, images, tiny_recipe
 from pipeline import load_reconstructor
 from pipeline.errors import UserError
 from pipeline.export import export
-from pipeline.method.interop import from_mae, to_hf_mae, to_hf_vit, to_mae
+from pipeline.method.interop import (
+    from_hf,
+    from_mae,
+    hf_arch,
+    hf_eps,
+    to_hf_mae,
+    to_hf_vit,
+    to_mae,
+)
 from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views
 
@@ -73,6 +81,23 @@ def test_the_hugging_face_config_by_its_values():
         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32, "mask_ratio": 0.6,
         "norm_pix_loss": False,
     }  # fmt: skip
+
+
+def test_a_hugging_face_config_that_is_not_its_weights():
+    objective, _ = build_objective(tiny_recipe("mae"))
+    for state, config in (to_hf_vit(objective), to_hf_mae(objective)):
+        assert hf_arch(config)[1]["depth"] == 2
+        assert len(from_hf(state, 2)) == len(objective.encoder.state_dict())
+        with pytest.raises(UserError, match="num_hidden_layers 1, but the weights go on"):
+            from_hf(state, 1)
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            for value in (0, None, "2", 2.0, True):
+                with pytest.raises(UserError, match=f"{key} {value!r} is no whole number"):
+                    hf_arch(config | {key: value})
+        assert (hf_eps(config), hf_eps({})) == (1e-6, 1e-12)
+        for value in (None, "1e-6", 0, -1, float("nan"), float("inf")):
+            with pytest.raises(UserError, match=r"layer_norm_eps .* is no number above 0"):
+                hf_eps({"layer_norm_eps": value})
 
 
 @pytest.mark.parametrize(

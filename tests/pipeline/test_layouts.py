@@ -90,6 +90,8 @@ def test_the_norms_have_the_projects_eps_and_the_mlps_its_activation():
         ("", None, "vit_small_patch16_224.dino", IMAGENET),
         ("_orig_mod.", "state_dict", "vit_small_patch16_224", HALF),
         ("", "model", "vit_small_patch16_224", IMAGENET),
+        ("model.", None, "vit_small_patch16_224", HALF),  # a wrapper, as module. is
+        ("image_encoder.", None, "vit_small_patch16_224", IMAGENET),  # and no SAM
         ("base_encoder.", "state_dict", "vit_small_patch16_224", IMAGENET),
         ("", "model", "beit_base_patch16_224", HALF),
         ("", "model", "deit3_small_patch16_224", IMAGENET),
@@ -193,7 +195,7 @@ def test_dinov2_is_known_by_its_layer_scale():
         (("model",), layouts.DEIT_III),
         (("state_dict",), layouts.TIMM),
     ):
-        assert layouts.layout_of(Found(state, words), {}) is layout
+        assert layouts.layout_of(Found(state, words), {words[0]: {}}) is layout
     registers = Found(state | {"reg_token": None}, ("model",))
     assert layouts.layout_of(registers, {}) is layouts.TIMM
 
