@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,27 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` under a temporary name, fsync, rename, fsync the folder; makes its parents."""
-    content = data.encode() if isinstance(data, str) else data
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: data})
+
+
+def write_together(files: Mapping[Path, bytes | str]) -> None:
+    """`write_atomic` of several files, of which none is renamed, in their order, before all are on
+    the disk: where that is full, those that they replace stay."""
+    partial = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial[path], "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            os.replace(partial[path], path)
     finally:
-        partial.unlink(missing_ok=True)
-    fsync(path.parent)
+        for left in partial.values():
+            left.unlink(missing_ok=True)
+    for folder in {path.parent for path in files}:
+        fsync(folder)
 
 
 def fsync(path: Path) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import reason, said_by_backend
-from shard_tools.atomic import write_atomic
+from shard_tools.atomic import write_together
 from shard_tools.index_cache import local_copy
 from shard_tools.index_file import (
     SAMPLE,
@@ -266,16 +266,13 @@ def write_manifest(
         raise ManifestError(f"{folder}: {len(rows)} rows for {planned.samples} samples")
     starts, sizes = planned.starts, planned.table.bytes
     check_rows(str(folder / INDEX), rows, 0, starts, sizes, len(classes))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    write_atomic(folder / INDEX, encoded)
-    for name, data in ((NAMES, blob), (SHARDS, table)):
-        if data:
-            write_atomic(folder / name, data)
-        else:
-            (folder / name).unlink(missing_ok=True)
     content["checksum"] = _checksum(content)
-    write_atomic(folder / MANIFEST, json.dumps(content, indent=1).encode() + b"\n")
+    text = json.dumps(content, indent=1).encode() + b"\n"
+    files = {INDEX: encoded, NAMES: blob, SHARDS: table, MANIFEST: text}
+    write_together({folder / name: data for name, data in files.items() if data})
+    for name, data in files.items():
+        if not data:
+            (folder / name).unlink(missing_ok=True)
     return read_manifest(folder)
 
 

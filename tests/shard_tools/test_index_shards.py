@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -212,3 +214,27 @@ def test_no_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no .tar files" in capsys.readouterr().err
     assert main([str(tmp_path / "x")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_manifest_that_was_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar_of(tmp_path / "a.tar", {"1.jpg": jpeg(1)})
+    assert main([str(tmp_path), "--workers", "0"]) == 0
+    tar_of(tmp_path / "b.tar", {"2.jpg": jpeg(2)})
+    before = read_manifest(tmp_path)
+    synced = []
+
+    def fsync(handle: int) -> None:  # report, index, then the names
+        synced.append(handle)
+        if len(synced) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert main([str(tmp_path), "--workers", "0", "--replace"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert read_manifest(tmp_path) == before
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert main([str(tmp_path), "--workers", "0", "--replace"]) == 0
+    assert read_manifest(tmp_path).samples == 2
