@@ -74,11 +74,11 @@ ENCODER_OPTIONS: dict[str, Any] = {
     "embed_dim": Positive,
     "depth": Positive,
     "num_heads": Positive,
-    "mlp_ratio": Annotated[float, Field(gt=0.0)],
+    "mlp_ratio": Annotated[float, Field(gt=0.0, le=1000.0)],
     "qkv_bias": bool,
     "qk_norm": bool,
     "proj_bias": bool,
-    "init_values": Annotated[float, Field(gt=0.0)] | None,
+    "init_values": Annotated[float, Field(gt=0.0, le=1000.0)] | None,
 }
 
 

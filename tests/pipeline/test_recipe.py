@@ -217,3 +217,10 @@ def test_mean_and_std_of_the_manifest(tmp_path):
     assert load_recipe(tmp_path / "mine.yaml", (), measured).data.std == (0.4, 0.5, 0.6)
     with pytest.raises(RecipeError, match=r"data\.mean: manifest stands for what make_shards"):
         load_recipe("mae", words)
+
+
+@pytest.mark.parametrize("key", ["mlp_ratio", "init_values"])
+@pytest.mark.parametrize("value", [".inf", ".nan", "9999999999999999999999", "0"])
+def test_an_option_of_the_encoder_that_nothing_can_be_built_with(key, value):
+    with pytest.raises(RecipeError, match=f"{key}: input should be"):
+        load_recipe(RECIPES / "mae.yaml", [f"encoder.options.{key}={value}"])
