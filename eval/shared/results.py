@@ -108,7 +108,7 @@ def check_other_settings(path: Path, args: argparse.Namespace) -> None:
     told = {key: value for key, value in told.items() if value is not None}
     ours = json.loads(json.dumps({key: getattr(args, key, value) for key, value in told.items()}))
     for key in {"train", "val"} & told.keys():
-        told[key], ours[key] = os.path.abspath(told[key]), os.path.abspath(ours[key])
+        told[key], ours[key] = os.path.abspath(str(told[key])), os.path.abspath(str(ours[key]))
     changed = [
         difference(key, told[key], ours[key])
         for key in told
