@@ -183,7 +183,13 @@ def test_every_protocol_runs(arch, tmp_path):
         assert result["images"] == 8
         assert result["feature"] == feature
     cached = linprobe.Settings(
-        **where, protocol="cached", feature="own", epochs=2, batch_size=8, grid=(0.1,)
+        **where,
+        protocol="cached",
+        feature="own",
+        epochs=2,
+        warmup_epochs=1,
+        batch_size=8,
+        grid=(0.1,),
     )
     assert linprobe.evaluate(cached, session, tmp_path / "c")["images"] == 8
     s = attentive.Settings(**where, steps=2, batch_size=8, rates=(1e-3,), decays=(0.0,))

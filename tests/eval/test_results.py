@@ -85,7 +85,7 @@ def test_a_result_of_other_settings_is_not_replaced(tmp_path):
     told = {"k": 20, "grid": [0.1, 1.0], "val": str(tmp_path / "val"), "micro_batch": 8}
     result = {"protocol": "knn", "feature": "cls", "settings": told | {"classes": 3}}
     path.write_text(json.dumps(result))
-    check_other_settings(path, Namespace(**args))  # it is made again, perhaps of a longer training
+    check_other_settings(path, Namespace(**args))  # of a longer training, perhaps
     for key, value, said in (
         ("k", 1, r"k \(20, now 1\)"),
         ("feature", "own", r'feature \("cls", now "own"\)'),
