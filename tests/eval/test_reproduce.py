@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from eval_helpers import coloured_images, write_shards
+from signals import interruptible
 from tiny import tiny_recipe
 
 from eval import linprobe, reproduce
@@ -278,7 +279,7 @@ def test_nothing_starts_after_an_interruption(tmp_path, monkeypatch):
         return dict(os.environ)
 
     monkeypatch.setattr(job_runner, "environment", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         run_commands([Command("a", ("touch", str(tmp_path / "a")), tmp_path / "a")], 1, tmp_path)
     assert not (tmp_path / "a").exists()
 

@@ -261,7 +261,7 @@ def test_a_page_notes_no_evaluation_that_was_not_made(data, tmp_path, monkeypatc
     sweep = sweep_of(data, tmp_path, evals=("knn", "psnr"))
     run = tmp_path / sweep.cells[0].name
     run.mkdir()
-    (run / "recipe.yaml").write_text("")
+    (run / "recipe.yaml").write_text(dump_recipe(recipe_of(sweep, sweep.cells[0])))
     pages = []
     monkeypatch.setattr(command, "write_page", pages.append)
     command.run_sweep(command.Settings(sweep, 0, report=True))

@@ -262,7 +262,7 @@ CASES = {
         ("{none} --embeddings {embeddings}", "no image file, no key of"),
         ("--embeddings {embeddings} --seed -1", "--seed: -1: must be between 0 and 4294967295"),
         ("{none} --embeddings {embeddings} --random 3", "--random does nothing with a QUERY"),
-        (f"--embeddings {{embeddings}} --output {UNWRITABLE}", "cannot be written"),
+        (f"--embeddings {{embeddings}} --output {UNWRITABLE}.html", "cannot be written"),
     ],
     "eval/report.py": [
         ("{none}", "/none: "),
