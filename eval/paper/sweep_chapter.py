@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import mean
 
 from eval.paper.reproduction import spread_text
-from eval.paper.statistics import interval
+from eval.paper.significance import interval
 from eval.paper.sweep_plan import Cell, Sweep, as_number, result_path
 from eval.protocols import by_key, headings
 from eval.reporting.charts import Line, line_chart

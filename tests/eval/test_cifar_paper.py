@@ -64,7 +64,7 @@ from eval.paper.job_runner import Command, costs, needed, unique
 from eval.paper.made_with import check_recipes
 from eval.paper.measuring import device_name
 from eval.paper.reproduction import result_path
-from eval.paper.statistics import interval
+from eval.paper.significance import interval
 from eval.paper.study import wanted_metrics
 from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
 from eval.reporting.tables import Cell

@@ -11,7 +11,7 @@ import pytest
 from eval import mini_paper
 from eval.paper.claims import CLAIMS, Difference, judge, verdict
 from eval.paper.commands import read_scale
-from eval.paper.statistics import interval
+from eval.paper.significance import interval
 from eval.paper.study import wanted_metrics
 from eval.reproduce import parse_args
 from pipeline.errors import UserError

@@ -12,7 +12,7 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 
 from eval import sweep as command
-from eval.paper.statistics import interval
+from eval.paper.significance import interval
 from eval.paper.sweep_chapter import ahead, best_text, parameter_chart, sweep_chapter
 from eval.paper.sweep_plan import (
     Cell,

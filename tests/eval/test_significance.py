@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import bootstrap, false_discovery_control, ttest_1samp, ttest_rel
 
 from eval.paper.claims import Difference, correct, judge
-from eval.paper.statistics import (
+from eval.paper.significance import (
     bootstrap_interval,
     holm,
     interval,
