@@ -71,10 +71,12 @@ def test_kernel_against_reference(size, dtype):
 
 
 @pytest.mark.parametrize("programs", [1, 30, 10_000])  # chunks of 16, 4 and 1 samples
-def test_kernel_with_strided_inputs_and_samples_in_chunks(programs, monkeypatch):
+@pytest.mark.parametrize("sums", [4, 1024])  # partial sums at a time: some of them, all
+def test_kernel_with_strided_inputs_and_samples_in_chunks(programs, sums, monkeypatch):
     from pipeline.kernels.place_tokens import triton
 
     monkeypatch.setattr(triton, "PROGRAMS", programs)
+    monkeypatch.setattr(triton, "SUM_ROWS", sums)
     inverse = some_positions(35, 9, 9).repeat_interleave(2, dim=1)[:, ::2]
     inputs = {
         "tokens": noise(4, 35, 24).transpose(0, 1),

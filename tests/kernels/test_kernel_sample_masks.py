@@ -6,7 +6,16 @@ from kernels_testing import DEVICE, using
 
 from pipeline import kernels
 
-SIZES = [(196, 49, 60), (49, 12, 5), (49, 1, 48), (49, 48, 1), (4, 4, 2), (1, 1, 1), (15, 7, 7)]
+SIZES = [
+    (196, 49, 60),
+    (600, 150, 301),
+    (49, 12, 5),
+    (49, 1, 48),
+    (49, 48, 1),
+    (4, 4, 2),
+    (1, 1, 1),
+    (15, 7, 7),
+]
 
 
 def draw(samples, length, first, second, policy, **key):

@@ -6,7 +6,7 @@ from kernels_testing import DEVICE, using
 
 from pipeline import kernels
 
-SIZES = [(196, 49), (49, 12), (49, 1), (49, 48), (4, 4), (1, 1), (35, 9)]
+SIZES = [(196, 49), (49, 12), (49, 1), (49, 48), (4, 4), (1, 1), (35, 9), (1031, 700)]
 
 
 def priorities(batch, length, high, seed=0):
@@ -15,7 +15,7 @@ def priorities(batch, length, high, seed=0):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-@pytest.mark.parametrize("high", [3, 2**46])  # many ties, and the whole range
+@pytest.mark.parametrize("high", [1, 3, 2**46])  # ties alone, many of them, and the whole range
 @pytest.mark.parametrize(("length", "visible"), SIZES)
 def test_against_a_sort_by_hand(length, visible, high, implementation):
     priority = priorities(3, length, high)
@@ -28,6 +28,18 @@ def test_against_a_sort_by_hand(length, visible, high, implementation):
         assert hidden[b].tolist() == sorted(order[visible:])
         slots = shown[b].tolist() + hidden[b].tolist()
         assert [slots[n] for n in inverse[b].tolist()] == list(range(length))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("visible", [1, 5, 8])
+def test_the_largest_priorities_and_one_far_from_the_others(visible, implementation):
+    last = 2**46 - 1
+    rows = [[last] * 9, [last] * 4 + [0] + [last] * 4, [0] * 4 + [last] + [0] * 4]
+    with using(implementation):
+        shown = kernels.select_visible(torch.tensor(rows, device=DEVICE), visible)[0]
+    for b, row in enumerate(rows):
+        order = sorted(range(9), key=lambda position: (row[position], position))
+        assert shown[b].tolist() == sorted(order[:visible])
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ def _inputs(s: Sizes) -> Callable[[], Any]:
     return lambda: kernels.place_tokens(tokens, inverse, mask_token, position, prefix=1)
 
 
-_KERNELS = ("place_tokens", "place_tokens_backward")
-CASES = (Case("place_tokens", _inputs, kernels=_KERNELS, gradient=True, wide=_KERNELS),)
+_WIDE = ("place_tokens", "place_tokens_backward")
+_KERNELS = (*_WIDE, "sum_partials")
+CASES = (Case("place_tokens", _inputs, kernels=_KERNELS, gradient=True, wide=_WIDE),)
 
 
 def mae_place(s: Sizes, backward: bool = False) -> None:
@@ -50,7 +51,7 @@ def reference_place(s: Sizes, backward: bool = False) -> None:
 
 
 def traffic(s: Sizes, prefix: int = 1) -> dict[str, Traffic]:
-    """Forward and backward of place_tokens."""
+    """Forward and backward of place_tokens, and the sum of backward's partial sums."""
     from pipeline.kernels.place_tokens.triton import GRAD_ROWS, ROWS, launch_of
 
     rows = prefix + s.length
@@ -76,8 +77,8 @@ def traffic(s: Sizes, prefix: int = 1) -> dict[str, Traffic]:
             backward + again + partial,
             backward + partial,
             backward + row,
-            around=partial + s.decoder * 4,
         ),
+        "sum": Traffic(partial + row, partial + row, partial + row),
     }
 
 

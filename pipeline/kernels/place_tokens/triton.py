@@ -3,7 +3,8 @@
 Program (n, d, c) owns rows n and channels d of the sequence for the samples of chunk c: position
 and mask token are read once and serve every sample of the chunk. Prefix rows are treated as
 visible tokens. Backward walks the same tiles: rows of visible tokens are copied to their slot,
-rows of hidden places are added up to one partial sum per program.
+rows of hidden places are added up to one partial sum per program. A second kernel adds up the
+partial sums, always in the same order.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -20,9 +21,9 @@ CHUNK = 16  # samples per program, at most
 # multiprocessors, which have then too few loads under way to hide how long a load takes.
 PROGRAMS = 6 * 132
 ROWS = 2  # of the sequence
-# Backward leaves a partial sum per program: more rows make fewer of them, with as many loads of 16
-# bytes under way.
-GRAD_ROWS = 8
+GRAD_ROWS = 4  # of backward's, which leaves a partial sum per program
+SUM_ROWS = 1024  # partial sums that a program has under way at the most
+SUM_WIDTH = 8  # channels of it: 32 bytes, a sector
 
 
 @triton.jit
@@ -82,6 +83,19 @@ def place_tokens_backward_kernel(
     tl.store(mask_grad_ptr + program * WIDTH + d, tl.sum(total, 0), mask=d < WIDTH)
 
 
+@triton.jit
+def sum_partials_kernel(
+    partial_ptr, out_ptr, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    d = tl.program_id(0) * D + tl.arange(0, D)
+    total = tl.zeros((ROWS, D), tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (d < WIDTH)[None, :]
+        total += tl.load(partial_ptr + row[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
+    tl.store(out_ptr + d, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=d < WIDTH)
+
+
 def launch_of(
     batch: int, length: int, prefix: int, width: int, rows: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
@@ -118,9 +132,9 @@ def _(tokens: Tensor, inverse: Tensor, mask_token: Tensor, position: Tensor, pre
 
 @torch.library.custom_op("relaxmim::place_tokens_backward", mutates_args=())
 def _place_tokens_backward(
-    grad: Tensor, inverse: Tensor, prefix: int, count: int
+    grad: Tensor, inverse: Tensor, prefix: int, count: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(d tokens, d mask_token in fp32)."""
+    """(d tokens, d mask_token in `dtype`)."""
     batch, _, width = grad.shape
     grid, settings = launch_of(batch, inverse.shape[1], prefix, width, GRAD_ROWS)
     tokens_grad = grad.new_empty(batch, count, width)
@@ -128,13 +142,20 @@ def _place_tokens_backward(
     place_tokens_backward_kernel[grid](
         grad.contiguous(), inverse.contiguous(), tokens_grad, partial, batch, count, **settings
     )
-    return tokens_grad, partial.sum(0)
+    mask_grad = grad.new_empty(width, dtype=dtype)
+    sum_partials_kernel[(triton.cdiv(width, SUM_WIDTH),)](
+        partial, mask_grad, len(partial), WIDTH=width, D=SUM_WIDTH,
+        ROWS=min(SUM_ROWS, triton.next_power_of_2(len(partial))), num_warps=16,
+    )  # fmt: skip
+    return tokens_grad, mask_grad
 
 
 @_place_tokens_backward.register_fake
-def _(grad: Tensor, inverse: Tensor, prefix: int, count: int) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, inverse: Tensor, prefix: int, count: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     batch, _, width = grad.shape
-    return grad.new_empty(batch, count, width), grad.new_empty(width, dtype=torch.float32)
+    return grad.new_empty(batch, count, width), grad.new_empty(width, dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,12 +167,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (inverse,) = ctx.saved_tensors
-    tokens, mask_token = _place_tokens_backward(grad, inverse, ctx.prefix, ctx.count)
     mask_dtype, position_dtype = ctx.dtypes
+    tokens, mask_token = _place_tokens_backward(grad, inverse, ctx.prefix, ctx.count, mask_dtype)
     position = None
     if ctx.needs_input_grad[3]:  # a learned position: rare, so it is left to PyTorch
         position = grad.sum(0, dtype=torch.float32).to(position_dtype)
-    return tokens, None, mask_token.to(mask_dtype), position, None
+    return tokens, None, mask_token, position, None
 
 
 _place_tokens.register_autograd(_backward, setup_context=_setup)

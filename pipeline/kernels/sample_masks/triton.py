@@ -1,7 +1,6 @@
-"""Triton kernel of `sample_masks`: one program draws, sorts and writes both views of one sample.
+"""Triton kernel of `sample_masks`: one program draws, chooses and writes what one sample shows.
 
-The noise is Philox (`philox.py`), the sort stays in registers, and positions are written in
-ascending order by a running count, so nothing is read but the sample number.
+The noise is Philox (`philox.py`) and stays in registers, so nothing is read but the sample number.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from pipeline.kernels.philox_triton import philox_words
 from pipeline.kernels.sample_masks.reference import POLICIES, Masks
-from pipeline.kernels.select_visible.triton import slots
+from pipeline.kernels.select_visible.triton import slots, warps_of
 from pipeline.kernels.streams import Stream
 
-_RANDOM, _COMPLEMENT, _INDEPENDENT, _NONE = (tl.constexpr(n) for n in range(len(POLICIES)))
+_COMPLEMENT, _NONE = (tl.constexpr(POLICIES.index(name)) for name in ("complement", "none"))
 _MASK_STREAM = tl.constexpr(int(Stream.MASK))
 
 
@@ -34,32 +33,31 @@ def sample_masks_kernel(
     LENGTH: tl.constexpr, VISIBLE1: tl.constexpr, VISIBLE2: tl.constexpr, POLICY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program b writes row b of every output."""
-    b = tl.program_id(0)
+    """Program (b, 0) writes row b of every output but a second view that is drawn: (b, 1) does."""
+    b, view = tl.program_id(0), tl.program_id(1)
     sample = tl.load(sample_ptr + b)
     position = tl.arange(0, BLOCK)
     inside = position < LENGTH
     HIDDEN: tl.constexpr = LENGTH - VISIBLE1
 
-    words = _draw_words(seed, epoch, sample, _MASK_STREAM, BLOCK)
-    shown, count = slots(words, position, LENGTH, VISIBLE1)
-    inverse = tl.where(shown, count - 1, VISIBLE1 + position - count)
-    tl.store(inverse1_ptr + b * LENGTH + position, inverse, mask=inside)
-    tl.store(visible1_ptr + b * VISIBLE1 + count - 1, position, mask=shown)
-    tl.store(hidden1_ptr + b * HIDDEN + position - count, position, mask=inside & ~shown)
-
-    if POLICY == _COMPLEMENT:
-        inverse = tl.where(shown, HIDDEN + count - 1, position - count)
-        tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
-    if POLICY == _INDEPENDENT:
-        words = _draw_words(seed, epoch, sample, _MASK_STREAM + 1, BLOCK)
+    words = _draw_words(seed, epoch, sample, _MASK_STREAM + view, BLOCK)
+    if view == 0:
+        shown, count = slots(words, position, LENGTH, VISIBLE1)
+        inverse = tl.where(shown, count - 1, VISIBLE1 + position - count)
+        tl.store(inverse1_ptr + b * LENGTH + position, inverse, mask=inside)
+        tl.store(visible1_ptr + b * VISIBLE1 + count - 1, position, mask=shown)
+        tl.store(hidden1_ptr + b * HIDDEN + position - count, position, mask=inside & ~shown)
+        if POLICY == _COMPLEMENT:
+            inverse = tl.where(shown, HIDDEN + count - 1, position - count)
+            tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
+        if POLICY == _NONE:
+            tl.store(inverse2_ptr + b * LENGTH + position, position, mask=inside)
+            tl.store(visible2_ptr + b * LENGTH + position, position, mask=inside)
+    else:
         shown, count = slots(words, position, LENGTH, VISIBLE2)
         inverse = tl.where(shown, count - 1, VISIBLE2 + position - count)
         tl.store(inverse2_ptr + b * LENGTH + position, inverse, mask=inside)
         tl.store(visible2_ptr + b * VISIBLE2 + count - 1, position, mask=shown)
-    if POLICY == _NONE:
-        tl.store(inverse2_ptr + b * LENGTH + position, position, mask=inside)
-        tl.store(visible2_ptr + b * LENGTH + position, position, mask=inside)
 
 
 def _outputs(
@@ -77,10 +75,11 @@ def _sample_masks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = _outputs(sample, length, visible1, visible2, policy)
     block = max(4, triton.next_power_of_2(length))
-    sample_masks_kernel[(len(sample),)](
+    drawn = 2 if policy == "independent" else 1
+    sample_masks_kernel[(len(sample), drawn)](
         sample.contiguous(), *out, seed, epoch,
         LENGTH=length, VISIBLE1=visible1, VISIBLE2=visible2, POLICY=POLICIES.index(policy),
-        BLOCK=block, num_warps=4,
+        BLOCK=block, num_warps=warps_of(block),
     )  # fmt: skip
     return out  # type: ignore[return-value]
 

@@ -1,6 +1,7 @@
-"""Triton kernel of `select_visible`: one program sorts and writes one sample.
+"""Triton kernel of `select_visible`: one program chooses and writes one sample.
 
-The sort stays in registers, and positions are written in ascending order by a running count.
+The smallest keys are found by halving the range that holds the last of them, and positions are
+written in ascending order by a running count; all in registers.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -10,15 +11,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+KEYS = 16  # that a lane of a program holds: more warps would wait for one another at every count
+
+
+def warps_of(block: int) -> int:
+    """Warps of a program that holds `block` keys."""
+    return min(16, max(1, block // (32 * KEYS)))
+
 
 @triton.jit
 def slots(priority, position, LENGTH: tl.constexpr, VISIBLE: tl.constexpr):
-    """(shown, running count of shown positions) of the VISIBLE smallest keys."""
-    key = (priority.to(tl.int64) << 16) | position
-    key = tl.where(position < LENGTH, key, 1 << 62)
-    smallest = tl.sort(key)
-    last = tl.sum(tl.where(position == VISIBLE - 1, smallest, 0))
-    shown = key <= last
+    """(shown, running count of shown positions) of the VISIBLE smallest keys.
+
+    The first bound that VISIBLE keys do not exceed ends the search: for random keys after about
+    log2(LENGTH) steps. Keys differ, so there is one.
+    """
+    key = tl.where(position < LENGTH, (priority.to(tl.int64) << 16) | position, 1 << 62)
+    low, high = tl.min(key), tl.max(tl.where(position < LENGTH, key, 0))
+    while low < high:
+        middle = (low + high) >> 1
+        count = tl.sum((key <= middle).to(tl.int32))
+        low = tl.where(count < VISIBLE, middle + 1, tl.where(count == VISIBLE, middle, low))
+        high = tl.where(count < VISIBLE, high, middle)
+    shown = key <= high
     return shown, tl.cumsum(shown.to(tl.int32), 0)
 
 
@@ -51,9 +66,10 @@ def _outputs(priority: Tensor, visible: int) -> tuple[Tensor, Tensor, Tensor]:
 def _select_visible(priority: Tensor, visible: int) -> tuple[Tensor, Tensor, Tensor]:
     out = _outputs(priority, visible)
     length = priority.shape[1]
+    block = max(4, triton.next_power_of_2(length))
     select_visible_kernel[(len(priority),)](
-        priority.contiguous(), *out, LENGTH=length, VISIBLE=visible,
-        BLOCK=max(4, triton.next_power_of_2(length)), num_warps=4,
+        priority.contiguous(), *out, LENGTH=length, VISIBLE=visible, BLOCK=block,
+        num_warps=warps_of(block),
     )  # fmt: skip
     return out
 
