@@ -18,6 +18,7 @@ from pipeline.gpu_errors import cuda_fault, nccl_fault
 from pipeline.method.pictures import draw
 from pipeline.runtime import startup
 from pipeline.runtime.checkpoint import SaveError
+from pipeline.runtime.compiled import uncompiled
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
@@ -183,7 +184,7 @@ def save(run: TrainState, step: int, must: bool) -> float:
 def probe(run: TrainState, step: int) -> None:
     """Report the probes of the weights after `step` steps, where any is due (collective)."""
     if run.watch.probes.due(step):
-        with run.watch.monitor.paused():
+        with run.watch.monitor.paused(), uncompiled():
             encoder = run.model.objective.encoder
             metrics = run.watch.probes(step, encoder, run.ranks.device)
             run.watch.monitor.probed(step, metrics)
@@ -192,7 +193,7 @@ def probe(run: TrainState, step: int) -> None:
 def picture(run: TrainState, step: int, fixed: Fixed) -> None:
     """Draw the fixed pictures with the weights after `step` steps (collective)."""
     device = run.ranks.device
-    with run.watch.monitor.paused():
+    with run.watch.monitor.paused(), uncompiled():
         grid = draw(run.model.objective, fixed.image.to(device), fixed.sample.to(device))
         run.watch.monitor.picture(step, grid)
 
