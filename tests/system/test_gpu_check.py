@@ -170,6 +170,23 @@ def test_a_stage_that_hangs_or_dies_hides_nothing(tmp_path, capsys):
     assert child_has_ended(tmp_path)
 
 
+@pytest.mark.parametrize(("budget", "box"), [(940, 340), (470, 170), (300, 170), (100, 100)])
+def test_a_larger_budget_has_larger_boxes(tmp_path, budget, box):
+    args = argparse.Namespace(output=tmp_path, budget=budget, limit=0, rehearse=False)
+    assert Staged(args, []).box("step") == pytest.approx(box, abs=1)
+
+
+def test_what_is_not_done_in_time_says_what_gives_it_more(tmp_path, monkeypatch):
+    args = argparse.Namespace(
+        output=tmp_path, budget=60, limit=0, rehearse=False, batch=1, mae=None
+    )
+    monkeypatch.setitem(gpu_check.BOXES, "kernels", (6, True))
+    check = Staged(args, ["kernels"])
+    assert check.run() == 1
+    said = "failed: not done within 6 s (--budget 90 gives it more)"
+    assert check.result()["stages"]["kernels"] == said
+
+
 CHECK = """
 import sys
 import gpu_check
@@ -456,6 +473,42 @@ def test_a_page_is_made_of_figures_that_are_none(value):
         "## Nsight",
     ):
         assert head in page
+
+
+def test_docs_gpu_tells_of_the_h200_what_its_result_has():
+    text = " ".join((ROOT / "docs/gpu.md").read_text().split())
+    text = text[text.index("## What an H200 showed") : text.index("## Figures")]
+    found = json.loads((ROOT / "docs/page/gpu-h200.json").read_text())["results"]
+    steps, ratio = found["step"]["steps"], found["step"]["ratios"]
+    speed = {
+        title: f"{row['images_per_second']:,.0f}" for title, row in steps.items() if "ms" in row
+    }
+    kernels, parts = found["kernel_speed"]["microseconds"], found["kernel_speed"]["parts"]
+    floor = found["kernel_speed"]["launch"]
+    share = {
+        name: f"{row['of copy']:.0%}"[:-1] for name, row in kernels.items() if "of copy" in row
+    }
+    masks = [round(kernels[name]["triton"], 1) for name in kernels if name.startswith("s")]
+    loss = sorted(share[name] for name in share if name.startswith("patch_loss"))
+    unfinished = [n for n, row in found.items() if row["status"].startswith("failed: not done")]
+    shipped = "mae, compiled, graphs"
+    for words in (
+        f"{speed[shipped]} images/s of 256, {ratio[f'{shipped} / facebookresearch/mae']:.2f} times "
+        f"facebookresearch/mae's, {ratio[f'{shipped} / plain MAE, compiled']:.2f} times a plain",
+        f"({speed['mae']} and {speed['facebookresearch/mae']})",
+        f"{found['kernels']['tests']} kernel tests",
+        f"The time for {', '.join(f'`{n}`' for n in unfinished[:-1])} and `{unfinished[-1]}` was",
+        f"placing {share['place_tokens']} %, cutmix {share['cutmix']} %, the loss {loss[0]} to "
+        f"{loss[-1]} %",
+        f"take {min(masks)} to {max(masks)} µs",
+        f"an empty kernel {floor['empty, 256 programs']:.1f} and one that stores a word "
+        f"{floor['one store, 256 programs']:.1f}",
+        f"took {parts['sum of 800 × 512 in PyTorch, and its cast']:.0f} µs for it",
+        f"does it now {parts['sum_partials of 800 × 512, 16 warps']:.1f}.",
+        f"{parts['place_tokens_backward, 4 rows, 16 samples']:.1f} µs instead of "
+        f"{parts['place_tokens_backward, 8 rows, 8 samples']:.1f}",
+    ):
+        assert words in text, words
 
 
 def test_docs_gpu_has_the_marks():
