@@ -29,7 +29,13 @@ from eval.shared.options import (
     check_ratio,
     settings_of,
 )
-from eval.shared.results import Timer, check_output, output_path, write_result
+from eval.shared.results import (
+    Timer,
+    check_other_settings,
+    check_output,
+    output_path,
+    write_result,
+)
 from pipeline.command import early
 from pipeline.errors import UserError, check_range
 
@@ -82,8 +88,9 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     output = output_path(args.output, EncoderChoice(args.encoder, resize=args.resize), name)
     check_output(output)
     s = settings
-    check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)
+    ratio = check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)
     check(settings)
+    check_other_settings(output, argparse.Namespace(**vars(args) | {"mask_ratio": ratio}))
     return settings, output
 
 
@@ -178,7 +185,8 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
         "images": images,
         "statistics": statistics,
         "settings": {"mask_ratio": mask_ratio, "seed": s.seed, "val": s.val}
-        | ({"resize": s.resize} if s.resize else {}),
+        | ({"resize": s.resize} if s.resize else {})
+        | ({"recipe": s.recipe, "overrides": list(s.overrides)} if s.recipe else {}),
         "encoder": {**model.info, "random": False, "source": s.encoder},
         "seconds": timer.seconds,
         "ranks": ranks.world,

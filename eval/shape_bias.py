@@ -28,6 +28,7 @@ from eval.shared.options import settings_of
 from eval.shared.results import (
     Timer,
     check_classifier,
+    check_other_settings,
     check_output,
     named_json,
     write_result,
@@ -165,6 +166,8 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path | None]:
         check_classifier(settings.classifier)
     if settings.images:
         find_images(settings.images)
+    if output is not None:
+        check_other_settings(output, args)
     return settings, output
 
 
@@ -283,7 +286,8 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
     return {
         "protocol": "shape-bias",
         **shape_bias(trials),
-        "settings": {"classifier": s.classifier, "images": s.images},
+        "settings": {"classifier": s.classifier, "images": s.images}
+        | ({"decisions": list(s.decisions)} if s.decisions else {}),
         "encoder": info,
         "seconds": timer.seconds,
         "ranks": ranks.world,

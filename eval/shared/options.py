@@ -109,9 +109,9 @@ def add_model(result: argparse.ArgumentParser) -> None:
 
 def check_model(
     path: str, recipe: str, overrides: Sequence[str], mask_ratio: float | None, resize: int = 0
-) -> None:
-    """UserError where the options of `add_model` name no model that reconstructs, or a share of
-    hidden patches that leaves it none."""
+) -> float:
+    """The share of hidden patches, of the recipe where none is given. UserError where the options
+    of `add_model` name no model that reconstructs, or a share that leaves it no patches."""
     found = check_reconstructor(path, recipe, overrides)
     if mask_ratio is not None and not 0 < mask_ratio < 1:
         raise UserError(f"--mask-ratio {mask_ratio:g}: must be between 0 and 1")
@@ -119,6 +119,7 @@ def check_model(
     check_ratio(ratio, found.encoder.patches if found.encoder.patch_size else 0)
     if resize:
         CentreCrop(found.encoder.image_size, resize)
+    return ratio
 
 
 def check_ratio(ratio: float, length: int) -> float:

@@ -18,6 +18,7 @@ from shard_tools.atomic import check_writable, write_json
 
 # Settings on which no result depends.
 SAME_RESULT = ("workers", "micro_batch")
+PATHS = {"train", "val", "encoder", "classifier", "images"}  # settings that may be one
 
 
 class Timer:
@@ -104,11 +105,14 @@ def check_other_settings(path: Path, args: argparse.Namespace) -> None:
     as a folder of checkpoints is refused. Nothing is known of settings that it does not record."""
     theirs = read_json(path)
     told = {"feature": theirs.get("feature"), "mask_ratios": theirs.get("ratios")}
+    if args.output:  # without it the path says the encoder, and goes where a run's folder is moved
+        told["encoder"] = theirs.get("encoder", {}).get("source")
+        told["random"] = told["encoder"] != "random" and theirs.get("encoder", {}).get("random")
     told |= theirs.get("settings", {})
     told = {key: value for key, value in told.items() if value is not None}
     ours = json.loads(json.dumps({key: getattr(args, key, value) for key, value in told.items()}))
-    for key in {"train", "val"} & told.keys():
-        told[key], ours[key] = os.path.abspath(str(told[key])), os.path.abspath(str(ours[key]))
+    for key in PATHS & told.keys():
+        told[key], ours[key] = full_path(told[key]), full_path(ours[key])
     changed = [
         difference(key, told[key], ours[key])
         for key in told
@@ -119,6 +123,12 @@ def check_other_settings(path: Path, args: argparse.Namespace) -> None:
             f"{path}: holds a result with another {', '.join(changed)}; remove it or choose "
             "another --output"
         )
+
+
+def full_path(value: Any) -> Any:
+    """The absolute path that a word is; what is none as it is, and so is timm:NAME."""
+    is_path = isinstance(value, str) and not value.startswith("timm:")
+    return os.path.abspath(value) if is_path else value
 
 
 def digest(text: str) -> str:

@@ -228,6 +228,19 @@ def test_other_masks_and_sizes_have_results_of_their_own(home):
     assert list(names.values()) == expected
 
 
+def test_a_result_of_other_settings_is_not_replaced(home, tmp_path):
+    output = tmp_path / "psnr.json"
+    output.write_text(json.dumps(evaluate(home, "plain")))
+    psnr.prepare(parse(home, "plain", "--output", output, "--mask-ratio", "0.75"))
+    for run, words, said in (
+        ("plain", ("--mask-ratio", "0.5"), r"mask_ratio \(0.75, now 0.5\)"),
+        ("plain", ("--seed", "1"), r"seed \(0, now 1\)"),
+        ("mae", (), "encoder"),
+    ):
+        with pytest.raises(UserError, match=f"holds a result with another {said}.*; remove it"):
+            psnr.prepare(parse(home, run, "--output", output, *words))
+
+
 @pytest.mark.parametrize(
     ("run", "more", "sentence"),
     [

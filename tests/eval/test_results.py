@@ -80,10 +80,12 @@ def test_a_name_has_no_separators():
 
 def test_a_result_of_other_settings_is_not_replaced(tmp_path):
     path = tmp_path / "knn.json"
-    args = {"feature": "cls", "k": 20, "grid": (0.1, 1.0), "val": "val", "micro_batch": 256}
+    args = {"feature": "cls", "k": 20, "grid": (0.1, 1.0), "val": "val", "micro_batch": 256,
+            "output": None, "encoder": "moved", "random": False}  # fmt: skip
     check_other_settings(path, Namespace(**args))  # there is none
     told = {"k": 20, "grid": [0.1, 1.0], "val": str(tmp_path / "val"), "micro_batch": 8}
-    result = {"protocol": "knn", "feature": "cls", "settings": told | {"classes": 3}}
+    result = {"protocol": "knn", "feature": "cls", "settings": told | {"classes": 3},
+              "encoder": {"source": str(tmp_path / "run"), "random": False}}  # fmt: skip
     path.write_text(json.dumps(result))
     check_other_settings(path, Namespace(**args))  # of a longer training, perhaps
     for key, value, said in (
@@ -94,3 +96,8 @@ def test_a_result_of_other_settings_is_not_replaced(tmp_path):
     ):
         with pytest.raises(UserError, match=f"holds a result with another {said}.*; remove it"):
             check_other_settings(path, Namespace(**args | {key: value}))
+    named = args | {"output": str(path), "encoder": "run"}
+    check_other_settings(path, Namespace(**named))
+    for key, value in (("encoder", "other"), ("random", True)):
+        with pytest.raises(UserError, match=f"holds a result with another {key}"):
+            check_other_settings(path, Namespace(**named | {key: value}))

@@ -183,3 +183,17 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     for settings, words in cases:
         with pytest.raises(UserError, match=words):
             shape_bias.evaluate(settings, ALONE)
+
+
+def test_a_result_of_other_decisions_is_not_replaced(tmp_path: Path) -> None:
+    words = []
+    for name, decision in (("a", "cat"), ("b", "dog")):
+        (tmp_path / f"{name}.csv").write_text(f"{HEAD}cat,{decision},x_cat1-dog2.png\n")
+        words.append(["--decisions", f"{tmp_path / name}.csv", "--output", f"{tmp_path}/s.json"])
+    first, second = map(shape_bias.build_parser().parse_args, words)
+    settings, output = shape_bias.prepare(first)
+    assert output is not None
+    output.write_text(json.dumps(shape_bias.evaluate(settings, ALONE)))
+    shape_bias.prepare(first)
+    with pytest.raises(UserError, match=r"s\.json: holds a result with another decisions"):
+        shape_bias.prepare(second)
