@@ -12,6 +12,7 @@ runs/<name>/
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from pipeline.runtime.checkpoint import (
 )
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
-from shard_tools.atomic import write_atomic, write_json
+from shard_tools.atomic import write_together
 
 
 def default_output(recipe: Recipe) -> Path:
@@ -93,9 +94,13 @@ def export(output: Path, checkpoint: Path, objective: Objective, recipe: Recipe,
         prefix = "encoder."
         encoder = {k.removeprefix(prefix): v for k, v in full.items() if k.startswith(prefix)}
         weights = encoder_state(encoder, objective.encoder)
-        write_atomic(output / "encoder" / "encoder.safetensors", save(weights))
-        write_json(output / "encoder" / "encoder.json", encoder_info(recipe, step))
-        write_atomic(output / "model.safetensors", save(full))
+        info = json.dumps(encoder_info(recipe, step), indent=2, allow_nan=False) + "\n"
+        # encoder.json last: whoever finds its step there finds the weights of that step.
+        write_together({
+            output / "encoder" / "encoder.safetensors": save(weights),
+            output / "model.safetensors": save(full),
+            output / "encoder" / "encoder.json": info,
+        })  # fmt: skip
 
     write_on_first_rank(output / "encoder", checkpoint.name, write)
 

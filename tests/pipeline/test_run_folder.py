@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from tiny import tiny_recipe
 
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
+from pipeline.method.objective import build_objective
 from pipeline.runtime.checkpoint import STATE, CheckpointStore, SaveError, read_state
+from pipeline.runtime.run_folder import export
 from pipeline.runtime.run_lock import RunLock, claim
 from pipeline.runtime.same_run import check_same, data_identity
 from shard_tools.atomic import FILES, seal, verify
@@ -279,6 +283,30 @@ def test_a_failed_save_leaves_the_checkpoint_before(tmp_path):
         store.save(10, write_weights, {"loss": float("nan")})
     assert [p.name for p in store.all()] == ["step-00000005"]
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000005\n"
+
+
+def test_an_encoder_whose_model_cannot_be_written_is_not_said_to_be_of_that_step(tmp_path):
+    """A full disk, which has room for the encoder alone: the step is what a study skips a run by,
+    and PSNR reads the model."""
+    recipe = tiny_recipe("mae")
+    objective, _ = build_objective(recipe)
+    save_file(
+        {k: v.clone().contiguous() for k, v in objective.state_dict().items()},
+        tmp_path / "model.safetensors",
+    )
+    run, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    export(run, tmp_path, objective, recipe, 1)
+    names = ("encoder/encoder.json", "encoder/encoder.safetensors", "model.safetensors")
+    before = [((run / name).read_bytes(), (run / name).stat().st_mtime_ns) for name in names]
+    try:
+        room = (run / "model.safetensors").stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(SaveError, match="could not be written"):
+            export(run, tmp_path, objective, recipe, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == [((run / n).read_bytes(), (run / n).stat().st_mtime_ns) for n in names]
+    assert json.loads(before[0][0])["step"] == 1
 
 
 def test_the_state_of_an_older_checkpoint_is_read_under_the_keys_of_today(tmp_path):
