@@ -230,7 +230,7 @@ class Finetuning:
 
 def train(
     run: Finetuning, checkpoints: Checkpoints, latest: dict[str, Any], stop: StopSignal,
-    micro: Iterator[Batch],
+    micro: Iterator[Batch], timer: Timer,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train from the checkpoint `latest` on, to the end or to --stop-epoch; the history, whose
     last row is of the last step and validated."""
@@ -252,7 +252,8 @@ def train(
             history.append(row)
         if epoch_ends or stopping or done >= pause:
             write, skipped = partial(save_consolidated, run.engine), run.skipped.total
-            checkpoints.save(done, write, history=history, nonfinite_steps=skipped)
+            more = {"nonfinite_steps": skipped, "seconds": timer.seconds}
+            checkpoints.save(done, write, history=history, **more)
         if epoch_ends and ranks.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if stopping:
@@ -277,10 +278,11 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
     run.skipped.total = latest.get("nonfinite_steps", 0)
+    timer.resume(latest.get("seconds", 0.0))
     loader = run.loader(latest.get("step", 0))
     memory = explaining_memory(run.run_plan, session.image_size)
     with loader.explaining(), memory, StopSignal() as stop:
-        history = train(run, checkpoints, latest, stop, iter(loader))
+        history = train(run, checkpoints, latest, stop, iter(loader), timer)
     state = run.engine.full_state()
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}

@@ -198,7 +198,9 @@ def start_probes(session: EvalSession, s: Settings, plan: Plan) -> dict[str, Tra
     return trainings
 
 
-def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> dict[str, Any]:
+def probe_mae(
+    session: EvalSession, s: Settings, plan: Plan, folder: Path, timer: Timer
+) -> dict[str, Any]:
     """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
     ranks, trainings = session.ranks, start_probes(session, s, plan)
@@ -206,6 +208,7 @@ def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> di
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(read_all, list(trainings.values())))
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
+    timer.resume(latest.get("seconds", 0.0))
     write = partial(write_all, list(trainings.values()), ranks.first)
     stream = global_features(session, s, plan, first)
     with StopSignal() as stop:
@@ -221,7 +224,7 @@ def probe_mae(session: EvalSession, s: Settings, plan: Plan, folder: Path) -> di
             stopping = ranks.any(bool(stop.name)) and not last
             if ended or last or stopping:
                 loss = losses[0].item()
-                checkpoints.save(step + 1, write, loss=loss)
+                checkpoints.save(step + 1, write, loss=loss, seconds=timer.seconds)
             if ended and ranks.first:
                 announce(step, main, loss)
             if stopping:
@@ -395,7 +398,8 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     session.check_readable(s.val, s.micro_batch)
     for feature in s.also:
         check_feature(session.vit, feature)
-    run: Callable[..., dict[str, Any]] = probe_mae if s.protocol == "mae" else probe_cached
+    mae = partial(probe_mae, timer=timer)
+    run: Callable[..., dict[str, Any]] = mae if s.protocol == "mae" else probe_cached
     return {
         "protocol": f"linprobe-{s.protocol}",
         "feature": s.feature,

@@ -22,10 +22,14 @@ PATHS = {"train", "val", "encoder", "classifier", "images"}  # settings that may
 
 
 class Timer:
-    """Seconds since it was made."""
+    """Seconds since it was made, and before that where a training is resumed."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
+
+    def resume(self, seconds: float) -> None:
+        """Count what was spent before: the `seconds` of a checkpoint."""
+        self.start -= seconds
 
     @property
     def seconds(self) -> float:

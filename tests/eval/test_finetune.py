@@ -14,6 +14,7 @@ import torch
 from eval_helpers import (
     ALONE,
     OPTIONS,
+    SlowTimer,
     coloured_images,
     command,
     on_two_ranks,
@@ -278,7 +279,9 @@ def test_resuming_equals_never_stopping(home: Path, tmp_path: Path) -> None:
 def test_stopping_within_an_epoch_resumes_there(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At half of the first of two epochs of four steps; the rest is that of one run."""
+    """At half of the first of two epochs of four steps; the rest is that of one run, and so is the
+    time that both took."""
+    monkeypatch.setattr(finetune, "Timer", SlowTimer)
     init_ranks()
     done, train_step = [], finetune.Finetuning.train_step
 
@@ -299,6 +302,7 @@ def test_stopping_within_an_epoch_resumes_there(
     whole = evaluate(words, tmp_path / "whole")
     assert parts["history"] == whole["history"]
     assert [row["epoch"] for row in parts["history"]] == [1.0, 2.0]
+    assert 1000 < whole["seconds"] < 2000 < parts["seconds"] < 3000
 
 
 def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(

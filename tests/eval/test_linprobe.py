@@ -17,6 +17,7 @@ from eval_helpers import (
     OPTIONS,
     SIZE,
     STD,
+    SlowTimer,
     coloured_images,
     command,
     on_two_ranks,
@@ -267,6 +268,7 @@ def test_resuming_equals_never_stopping(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stopped by Ctrl-C in the middle of an epoch, and again by the end of --max-steps' trial."""
+    monkeypatch.setattr(linprobe, "Timer", SlowTimer)
     words = ("--base-lr", "20")
     whole = evaluate(home, tmp_path / "whole", *words)
     step = Training.step
@@ -291,6 +293,7 @@ def test_resuming_equals_never_stopping(
     assert not left.exists()
     names = ("top1", "top5", "train_loss")
     assert [parts[n] for n in names] == [whole[n] for n in names]
+    assert 1000 < whole["seconds"] < 2000 < parts["seconds"] < 3000
     saved = [
         load_file(tmp_path / n / "checkpoints/step-00000008/probe.safetensors")
         for n in ("whole", "parts")
