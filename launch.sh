@@ -33,8 +33,8 @@ SIGTERM and SIGUSR1 are forwarded to every rank, which saves and exits with 85; 
 terminal (SIGHUP, unless under nohup) do the same, a second Ctrl-C kills. Ranks that are still alive after
 --grace seconds (300) are killed.
 Exit code: 0 done, 2 something is missing (one sentence says what), 75 a rank made no progress
-(watchdog_seconds of the ds_config), 85 preempted: rerun the same command to resume; otherwise
-that of the first rank that failed.
+(watchdog_seconds of the ds_config), 76 losses or gradients are not finite, 85 preempted: rerun the
+same command to resume; otherwise that of the first rank that failed.
 See docs/cluster.md.
 END
 }
@@ -203,9 +203,10 @@ watch_over() { # wait for all of pids; the first failure ends the others in boun
       ((rc == 0 || code != 0)) && continue
       code=$rc
       [[ $mode$stopping == node && $rc != "$PREEMPTED" ]] || continue
-      # Bad input ends every rank by itself, with one line, but for those that wait for others.
+      # Bad input, or a loss that is not finite, ends every rank by itself, with one line, but for
+      # those that wait for others.
       ending=$((SECONDS + 3))
-      [[ $rc == 2 ]] && continue
+      [[ $rc == 2 || $rc == 76 ]] && continue
       printf 'error: rank %d on %s failed with exit code %d%s; ending the others\n' "$i" "$host" "$rc" "$(reason "$rc")" >&2
       ending=$SECONDS
     done

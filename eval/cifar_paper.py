@@ -185,7 +185,7 @@ def make_rows(settings: Settings, compute: float) -> tuple[Study, Plan]:
         tuned = len(plan.stage(stage)) == len(plan.stages[stage])
         if not tuned:
             break
-        run_commands(plan.stage(stage), settings.jobs, settings.output)
+        run_commands(plan.stage(stage), settings.jobs, settings.output, trials=True)
         tuning.write()
         plan = make_plan(settings, rates)  # with what was found
     times = times_kept(settings, rates)

@@ -35,7 +35,7 @@ from eval.shared.finetune_plan import (
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from pipeline.command import check_unused, early
-from pipeline.errors import UserError
+from pipeline.errors import Diverged
 from shard_tools.cli import seed_number
 
 
@@ -181,8 +181,8 @@ class Finetuning:
     def train_step(self, step: int, micro: Iterator[Batch]) -> Tensor:
         """One optimizer step; the mean loss of this rank's micro-batches.
 
-        UserError on every rank where a loss is not finite on any; a gradient that is not finite
-        skips the step, and many of them in a row are a UserError too.
+        Diverged on every rank where a loss is not finite on any; a gradient that is not finite
+        skips the step, and many of them in a row are Diverged too.
         """
         lr = learning_rate(self.settings, step, self.plan.steps)
         losses = []
@@ -196,7 +196,7 @@ class Finetuning:
             losses.append(self.engine.micro_step(lr, pixels, target)[0])
         loss = torch.stack(losses).mean()
         if self.ranks.any(not bool(loss.isfinite())):
-            raise UserError(
+            raise Diverged(
                 f"the loss of finetuning is not finite in step {step + 1}; use a lower --base-lr, "
                 "or an encoder whose features are finite"
             )
@@ -205,7 +205,7 @@ class Finetuning:
 
     @torch.no_grad()
     def validate(self) -> dict[str, Any]:
-        """Accuracy on the validation set, each image once over all ranks. UserError where outputs
+        """Accuracy on the validation set, each image once over all ranks. Diverged where outputs
         are not finite, as after a last step that was too large."""
         self.module.eval()
         model = self.module.model
@@ -221,7 +221,7 @@ class Finetuning:
                 finite &= logits.isfinite().all()
         self.module.train()
         if self.ranks.any(not bool(finite)):
-            raise UserError(
+            raise Diverged(
                 f"{self.settings.val}: the classifier's outputs of it are not finite, so they have "
                 "no accuracy; use a lower --base-lr"
             )

@@ -45,7 +45,7 @@ from eval.shared.linprobe_plan import (
 from eval.shared.options import FEATURES, parser, settings_of
 from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
 from pipeline.command import early
-from pipeline.errors import UserError
+from pipeline.errors import Diverged
 from shard_tools.manifest import read_manifest
 
 
@@ -242,9 +242,9 @@ def beside(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"also": rows} if rows else {}
 
 
-def diverged(rates: list[float], where: str) -> UserError:
+def diverged(rates: list[float], where: str) -> Diverged:
     """What to say of a probe whose loss or weights are not finite: it has no accuracy."""
-    return UserError(
+    return Diverged(
         f"the loss or the weights of the probe are not finite {where} at base learning rate "
         f"{', '.join(f'{rate:g}' for rate in rates)}; use a lower one, or an encoder with finite "
         "features"
@@ -310,7 +310,7 @@ def grid_scores(
     """Train a head per learning rate of the grid, the rates shared among the ranks; score each on
     every named test set: [{base_lr, <name>: top-1, <name>_top5: top-5}, …] in the grid's order.
 
-    A head that is not finite has {base_lr, diverged: true} instead. UserError where none is finite.
+    A head that is not finite has {base_lr, diverged: true} instead. Diverged where none is finite.
     """
     mine = s.grid[ranks.rank :: ranks.world]
     rows = torch.full((len(s.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
@@ -344,7 +344,7 @@ def probe_cached(session: EvalSession, s: Settings, plan: Plan, _: Path) -> dict
         row: dict[str, Any] = {} if name == s.feature else {"feature": name}
         try:
             row |= best_of_grid((train, label), (test, truth), session.ranks, s, plan.classes)
-        except UserError:
+        except Diverged:
             if name == s.feature:
                 raise
             row["diverged"] = True

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from os import PathLike
 
 PREEMPTED = 85  # exit code: stopped by a signal, saved; the same command resumes
+DIVERGED = 76  # exit code: loss, gradient or outputs of a training are not finite
 
 
 class UserError(Exception):
@@ -21,6 +22,15 @@ class UserError(Exception):
     The sentence says what would be right. Every other exception is a slip in relaxmim: it keeps its
     traceback and ends a command with exit code 1.
     """
+
+    code = 2
+
+
+class Diverged(UserError):
+    """A training whose numbers are not finite, with an exit code of its own, by which a study of
+    learning rates knows a rate that is too high from a fault."""
+
+    code = DIVERGED
 
 
 def check_range(
@@ -138,6 +148,6 @@ def reader_may_leave() -> Iterator[None]:
 
 
 def refuse(error: UserError, who: str = "") -> int:
-    """Print `error: …` on stderr; the exit code, 2. who: the rank, where it matters."""
+    """Print `error: …` on stderr; the exit code. who: the rank, where it matters."""
     print(f"error{who}: {error}", file=sys.stderr, flush=True)
-    return 2
+    return error.code

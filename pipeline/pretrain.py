@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run it; returns the exit code.
 
     0 done, 1 another rank is gone or a bug, 2 bad input or a full disk, 75 (by the watchdog) no
-    progress, 85 stopped by a signal and saved.
+    progress, 76 gradients that are not finite, 85 stopped by a signal and saved.
     """
     startup.begin()
     try:

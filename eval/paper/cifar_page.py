@@ -166,9 +166,11 @@ def tuning_table(trials: Sequence[Trial], stage: str) -> Table:
         cells = [Cell(method)]
         for rate in rates:
             trial = found.get((method, rate))
-            notes = ["chosen"] if chosen[method] == rate else []
+            notes = ["chosen"] if chosen.get(method) == rate else []
             notes += ["beyond the grid"] if trial and trial.beyond else []
-            cells.append(Cell(f"{trial.value:.2f}" if trial else NONE, ", ".join(notes)))
+            value = f"{trial.value:.2f}" if trial else NONE
+            value = "diverged" if trial and trial.diverged else value
+            cells.append(Cell(value, ", ".join(notes)))
         rows.append(Row(tuple(cells)))
     metric = headings()[mine[0].metric] if mine else ""
     what = STAGES[stage].capitalize()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from shlex import quote
 from typing import Any, BinaryIO
 
 from eval.shared.processes import environment
-from pipeline.errors import UserError, check_range, naming
+from pipeline.errors import DIVERGED, UserError, check_range, naming
 from shard_tools.cores import cores
 
 
@@ -97,13 +97,16 @@ def needed(jobs: Sequence[Command]) -> list[Command]:
     return [job for job in jobs if job.done or job.name in wanted]
 
 
-def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str, float]:
+def run_commands(
+    jobs: Sequence[Command], slots: int, folder: Path, trials: bool = False
+) -> dict[str, float]:
     """Run what is not done, `slots` at a time; CPU seconds by name, of earlier calls too.
 
     Its output goes to folder/logs/NAME.log, its cost to folder/jobs.jsonl. What needs a
     failed command is left out, the rest is run; then UserError names each failure and its log.
+    trials: a command that diverges has found something out: it is no failure, see `diverged`.
     """
-    jobs, failed = unique(jobs), dict[str, Path]()
+    jobs, failed, apart = unique(jobs), dict[str, Path](), set[str]()
     left = [job for job in jobs if not job.done]
     with naming(folder, "cannot be written"):
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -124,14 +127,19 @@ def run_commands(jobs: Sequence[Command], slots: int, folder: Path) -> dict[str,
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     record = future.result()
+                    state = f"{record['cpu_seconds']:.0f} s CPU"
                     if record["code"] or not job.done:
                         failed[job.name] = Path(record["log"])
-                    state = "FAILED" if job.name in failed else f"{record['cpu_seconds']:.0f} s CPU"
+                        state = "FAILED"
+                    if trials and record["code"] == DIVERGED:
+                        apart.add(job.name)
+                        state = f"diverged, so it counts as the worst (see {record['log']})"
                     number = len(jobs) - len(left) - len(running)
                     print(f"[{number}/{len(jobs)}] {job.name}: {state}", flush=True)
         finally:
             for child in list(children):  # none but at an interruption
                 child.terminate()
+    failed = {name: log for name, log in failed.items() if name not in apart}
     if failed:
         names = "; ".join(f"{name} (see {log})" for name, log in failed.items())
         raise UserError(f"{len(failed)} of {len(jobs)} commands failed: {names}")
@@ -180,20 +188,32 @@ def whole_lines(file: BinaryIO) -> int:
 def costs(folder: Path, what: str = "cpu_seconds") -> dict[str, float]:
     """CPU seconds (what: `seconds`, elapsed ones) by name, over all calls. UserError names a line
     that is no record."""
-    path, total = folder / "jobs.jsonl", dict[str, float]()
+    total = dict[str, float]()
+    for name, seconds in records(folder, what):
+        total[name] = total.get(name, 0.0) + seconds
+    return total
+
+
+def diverged(folder: Path) -> set[str]:
+    """Names of the commands that diverged when they last ran."""
+    return {name for name, code in dict(records(folder, "code")).items() if code == DIVERGED}
+
+
+def records(folder: Path, what: str) -> Iterator[tuple[str, float]]:
+    """(name, value) of every command that has ended, in their order."""
+    path, least = folder / "jobs.jsonl", None if what == "code" else 0
     if not path.is_file():
-        return total
+        return
     with naming(path, "cannot be read"):
         text = path.read_bytes()
     for number, line in enumerate(text.split(b"\n")[:-1], 1):  # a power cut may leave half a line
         try:
             record = json.loads(line)
-            name, seconds = str(record["name"]), float(record[what])
+            name, value = str(record["name"]), float(record[what])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: not a record of a command") from error
-        check_range(f"{path}, line {number}: {what}", seconds, at_least=0)
-        total[name] = total.get(name, 0.0) + seconds
-    return total
+        check_range(f"{path}, line {number}: {what}", value, at_least=least)
+        yield name, value
 
 
 def python(script: str | Path, *words: object) -> tuple[str, ...]:

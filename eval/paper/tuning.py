@@ -5,6 +5,8 @@ evaluated by its `metric`; then the best encoder of each, and a random one, is f
 finetune_lr for `finetune_epochs` percent of the usual. Every method has the same number of trials
 and of images seen. What was tried is in OUTPUT/tuning.json, and the report shows it.
 
+A trial that diverges counts as the worst, and is not run again.
+
 Where it is wanted (--extend-tuning), a method whose best rate of a stage is at an end of the grid
 has one more trial, as far beyond the end as the grid's next rate is inside it.
 """
@@ -22,7 +24,7 @@ from eval.paper.commands import (
     row_jobs,
     run_name,
 )
-from eval.paper.job_runner import Command
+from eval.paper.job_runner import Command, diverged
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import our_result
 from eval.protocols import by_key
@@ -37,7 +39,8 @@ SEED = 1000  # of every trial: none of a study's
 class Trial:
     """What one learning rate of a method came to on the held-out images. stage: pretrain, and
     the base_lr of a recipe, or finetune, and that of finetuning. beyond: whether it is one beyond
-    the grid; late: tried when rates had been chosen already, so it is never chosen."""
+    the grid; late: tried when rates had been chosen already, so it is never chosen. diverged: the
+    value, 0, is of a training or probe that was not finite; it is never chosen either."""
 
     method: str
     stage: str
@@ -46,6 +49,7 @@ class Trial:
     value: float
     beyond: bool = False
     late: bool = False
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,17 @@ class Tuning:
         pairs = [(rate, m) for rate in self.grid["base_lr"] for m in self.pretrained()]
         if self.extend:
             pairs += [(rate, m) for m, rate in beyond(self.first(), "pretrain").items()]
-        return [
+        jobs = [
             renamed(job, f"tune {base_lr:g}")
             for base_lr, method in pairs
             for job in row_jobs(self.trial(base_lr), self.rows[method], SEED, [self.grid["metric"]])
         ]
+        return self.possible(jobs)
+
+    def possible(self, jobs: Sequence[Command]) -> list[Command]:
+        """Those that have not diverged, nor what they need."""
+        lost = diverged(self.workspace.output)
+        return [job for job in jobs if not lost & {job.name, *job.needs}]
 
     def pretrained(self) -> dict[str, PaperRow]:
         return {method: row for method, row in self.rows.items() if not row.initial}
@@ -103,10 +113,14 @@ class Tuning:
         """What the first stage has found so far."""
         metric, pretrained = str(self.grid["metric"]), self.pretrained()
 
+        def commands(method: str, base_lr: float) -> set[str]:
+            run = run_name(pretrained[method], SEED)
+            return {f"tune {base_lr:g} {run} {what}" for what in ("pretrain", metric)}
+
         def value(method: str, base_lr: float) -> float | None:
             return our_result(self.trial(base_lr), pretrained[method], SEED, metric)
 
-        return self.found(pretrained, "pretrain", self.grid["base_lr"], metric, value)
+        return self.found(pretrained, "pretrain", self.grid["base_lr"], metric, commands, value)
 
     def finetunings(self, best: dict[str, float]) -> list[Command]:
         """The trials of the second stage, none where the grid has one rate; best: method → its
@@ -116,7 +130,8 @@ class Tuning:
         pairs = [(float(rate), m) for rate in self.grid["finetune_lr"] for m in self.rows]
         if self.extend:
             pairs += [(rate, m) for m, rate in beyond(self.second(), "finetune").items()]
-        return [self.finetuning(m, self.rows[m], best, base_lr) for base_lr, m in pairs]
+        jobs = [self.finetuning(m, self.rows[m], best, base_lr) for base_lr, m in pairs]
+        return self.possible(jobs)
 
     def finetuning(
         self, method: str, row: PaperRow, best: dict[str, float], base_lr: float
@@ -132,7 +147,7 @@ class Tuning:
         scale = workspace.scale
         made = self.finetuned(method, base_lr)
         job = eval_job(workspace, row, SEED, "finetune", encoder, made, scale.train, scale.val, ())
-        return replace(job, name=f"tune finetune {base_lr:g} {method}", needs=needs)
+        return replace(job, name=finetune_name(method, base_lr), needs=needs)
 
     def finetuned(self, method: str, base_lr: float) -> Path:
         """The result of a finetuning of the second stage."""
@@ -147,7 +162,11 @@ class Tuning:
             path = self.finetuned(method, base_lr)
             return float(read_result(path)[metric]) if path.is_file() else None
 
-        return self.found(self.rows, "finetune", self.grid["finetune_lr"], "finetune", value)
+        def commands(method: str, base_lr: float) -> set[str]:
+            return {finetune_name(method, base_lr)}
+
+        rates = self.grid["finetune_lr"]
+        return self.found(self.rows, "finetune", rates, "finetune", commands, value)
 
     def found(
         self,
@@ -155,18 +174,29 @@ class Tuning:
         stage: str,
         rates: Sequence[float],
         metric: str,
+        commands: Callable[[str, float], set[str]],
         value: Callable[[str, float], float | None],
     ) -> list[Trial]:
-        """The trials of a stage that have a value, also those beyond the grid of an earlier call
-        that was told to extend it."""
+        """The trials of a stage that have a value or diverged, also those beyond the grid of an
+        earlier call that was told to extend it. commands: the names of a trial's."""
+        lost = diverged(self.workspace.output)
+
+        def tried(method: str, rates: Iterable[float], more: bool = False) -> list[Trial]:
+            found = []
+            for rate in map(float, rates):
+                gone = bool(lost & commands(method, rate))
+                result = 0.0 if gone else value(method, rate)
+                if result is not None:
+                    late = more and self.late
+                    found.append(Trial(method, stage, rate, metric, result, more, late, gone))
+            return found
+
         trials = []
         for method in methods:
-            mine = [(float(rate), value(method, float(rate))) for rate in rates]
-            grid = [Trial(method, stage, rate, metric, v) for rate, v in mine if v is not None]
+            grid = tried(method, rates)
             trials += grid
-            for rate in beyond(grid, stage).values() if len(grid) == len(rates) else ():
-                if (more := value(method, rate)) is not None:
-                    trials.append(Trial(method, stage, rate, metric, more, True, self.late))
+            if len(grid) == len(rates):
+                trials += tried(method, beyond(grid, stage).values(), more=True)
         return trials
 
     def write(self) -> None:
@@ -179,6 +209,11 @@ class Tuning:
 def noted(trial: Trial) -> dict[str, Any]:
     """A trial as tuning.json has it: of one in the grid not that it is."""
     return {key: value for key, value in asdict(trial).items() if value is not False}
+
+
+def finetune_name(method: str, base_lr: float) -> str:
+    """What the finetuning of a method with a rate is called."""
+    return f"tune finetune {base_lr:g} {method}"
 
 
 def renamed(job: Command, prefix: str) -> Command:
@@ -194,7 +229,7 @@ def renamed(job: Command, prefix: str) -> Command:
 def best(trials: Sequence[Trial], stage: str) -> dict[str, float]:
     """Method → the learning rate of its best trial of a stage; of equals the lowest."""
     found: dict[str, Trial] = {}
-    chosen_from = (t for t in trials if t.stage == stage and not t.late)
+    chosen_from = (t for t in trials if t.stage == stage and not (t.late or t.diverged))
     for trial in sorted(chosen_from, key=lambda t: t.base_lr):
         if trial.method not in found or trial.value > found[trial.method].value:
             found[trial.method] = trial
@@ -232,7 +267,7 @@ def beyond(trials: Sequence[Trial], stage: str) -> dict[str, float]:
 def outdone(trials: Sequence[Trial], stage: str) -> list[tuple[Trial, Trial]]:
     """(chosen, better) of each method of which a late trial is better than the chosen one."""
     rates = best(trials, stage)
-    chosen = {t.method: t for t in trials if t.stage == stage and rates[t.method] == t.base_lr}
+    chosen = {t.method: t for t in trials if t.stage == stage and rates.get(t.method) == t.base_lr}
     late = [t for t in trials if t.stage == stage and t.late]
     return [(chosen[t.method], t) for t in late if t.value > chosen[t.method].value]
 

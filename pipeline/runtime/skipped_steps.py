@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.errors import UserError
+from pipeline.errors import Diverged
 
 SKIP_LIMIT = 10  # in a row, where no recipe says otherwise
 
@@ -24,14 +24,14 @@ class SkippedSteps:
         self._row: list[int] = []
 
     def note(self, step: int, skipped: bool) -> None:
-        """Note step `step` (0-based). UserError after `limit` skipped steps in a row."""
+        """Note step `step` (0-based). Diverged after `limit` skipped steps in a row."""
         if not skipped:
             self._row = []
             return
         self.total += 1
         self._row.append(step + 1)
         if len(self._row) >= self.limit:
-            raise UserError(
+            raise Diverged(
                 f"the gradient was not finite in steps {self._row[0]} to {step + 1} in a row "
                 f"({self.limit_name} {self.limit}); the weights are those after step "
                 f"{self._row[0] - 1}: {self.remedy}"

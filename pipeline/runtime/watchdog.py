@@ -61,7 +61,7 @@ def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> 
         who = f" (rank {ranks.rank}, {where})" if ranks.world > 1 else ""
         print(f"error{who}: {reason}", file=sys.stderr, flush=True)
     if isinstance(error, UserError):
-        return 2
+        return error.code
     if not gone:
         traceback.print_exception(error)
     return 1

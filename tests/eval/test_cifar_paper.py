@@ -71,7 +71,7 @@ from eval.reporting.tables import Cell
 from eval.shared.cifar_shards import BUILDING, make_cifar_shards
 from pipeline.config.recipe import dump_recipe
 from pipeline.data.order import steps_per_epoch
-from pipeline.errors import UserError
+from pipeline.errors import DIVERGED, UserError
 from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 
@@ -302,6 +302,28 @@ def test_finetuning_is_extended_alike(data, tmp_path):
     more = [job for job in tuning.finetunings({"MAE": 1.5e-3}) if job.name not in before]
     assert [job.name for job in more] == ["tune finetune 0.016 MAE"]
     assert more[0].command[-2:] == ("--base-lr", "0.016")
+
+
+def test_a_rate_that_diverges_counts_as_the_worst_and_is_not_tried_again(data, tmp_path):
+    tuning = cifar_plan.tuning_of(settings(data, tmp_path, "--scale", "cifar", "--claims", "5"))
+    names = {job.name for job in tuning.pretrainings()}
+    fill(tuning, {("MAE", 5e-4): 30.0, ("MAE", 1.5e-3): 40.0})
+    lost = ["tune 0.0045 mae-1000 pretrain", "tune finetune 0.008 MAE"]
+    lost += [f"tune {rate:g} rmae-1000 pretrain" for rate in (5e-4, 1.5e-3, 4.5e-3)]
+    lines = [json.dumps({"name": name, "code": DIVERGED}) + "\n" for name in lost]
+    (tmp_path / "jobs.jsonl").write_text("".join(lines))
+    probes = {name.replace("pretrain", "linprobe") for name in lost if "finetune" not in name}
+    assert names - {job.name for job in tuning.pretrainings()} == {*lost, *probes} & names
+    tuning.write()
+    trials = read_trials(tmp_path / "tuning.json")
+    assert best(trials, "pretrain") == {"MAE": 1.5e-3}
+    assert at_edge(trials, "pretrain") == []
+    assert rate_warnings(trials) == []
+    finetunings = {job.name for job in tuning.finetunings(best(trials, "pretrain"))}
+    assert "tune finetune 0.004 MAE" in finetunings
+    assert not any("0.008 MAE" in name or "R-MAE" in name for name in finetunings)
+    cells = [[c.value for c in row.cells] for row in tuning_table(trials, "pretrain").rows]
+    assert cells == [["MAE", "30.00", "40.00", "diverged"], ["R-MAE", *["diverged"] * 3]]
 
 
 def test_a_study_that_has_begun_keeps_its_rates_and_warns(data, tmp_path):

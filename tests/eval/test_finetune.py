@@ -43,7 +43,7 @@ from eval.shared.session import EvalSession, session_of
 from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
-from pipeline.errors import PREEMPTED, UserError
+from pipeline.errors import DIVERGED, PREEMPTED, UserError
 from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.seeding import seed_all
@@ -510,7 +510,7 @@ def test_a_loss_that_is_not_finite_stops_the_command_and_no_accuracy_is_written(
     words = arguments(home, tmp_path / "x.json", "--ds_config", config)
     words[words.index("--encoder") + 1] = str(tmp_path / "run")
     done = command(finetune, *words)
-    assert done.returncode == 2
+    assert done.returncode == DIVERGED
     assert "error: the loss of finetuning is not finite in step 1; use a lower" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x.json").exists()

@@ -18,7 +18,7 @@ from tiny import tiny_recipe
 from eval import linprobe, reproduce
 from eval.paper import commands as rows
 from eval.paper import job_runner, reproduction
-from eval.paper.job_runner import Command, costs, python, run_commands, show_plan
+from eval.paper.job_runner import Command, costs, diverged, python, run_commands, show_plan
 from eval.paper.made_with import claim_output, made_with
 from eval.paper.published import read_paper
 from eval.paper.reproduction import (
@@ -30,7 +30,7 @@ from eval.paper.reproduction import (
 )
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 from pipeline.cost.dry_run import dry_run
-from pipeline.errors import UserError
+from pipeline.errors import DIVERGED, UserError
 
 README = RECIPES / "README.md"
 
@@ -292,6 +292,22 @@ def test_a_failure_is_named_and_the_rest_is_run(tmp_path):
     assert (tmp_path / "good").is_file()
     assert not (tmp_path / "after").exists()
     assert "bad" in costs(tmp_path / "out")
+
+
+def test_a_trial_that_diverges_is_said_and_no_failure(tmp_path, capsys):
+    out = tmp_path / "out"
+    high = replace(touch(tmp_path / "high", code=DIVERGED), makes=tmp_path / "never")
+    jobs = [high, touch(tmp_path / "probe", needs=("high",)), touch(tmp_path / "good")]
+    run_commands(jobs, 1, out, trials=True)
+    assert "high: diverged, so it counts as the worst (see " in capsys.readouterr().out
+    assert (tmp_path / "good").is_file()
+    assert not (tmp_path / "probe").exists()
+    assert diverged(out) == {"high"}
+    with pytest.raises(UserError, match="1 of 3 commands failed: high"):  # a row of a table
+        run_commands(jobs, 1, out)
+    (tmp_path / "high").unlink()
+    run_commands([touch(tmp_path / "high")], 1, out)
+    assert diverged(out) == set()  # what it came to last
 
 
 def test_an_earlier_export_does_not_count_as_done(tmp_path):
