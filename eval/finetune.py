@@ -106,7 +106,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from eval.shared.batch_augment import make_erasing, make_mixup
-from eval.shared.checkpoints import Checkpoints, leave
+from eval.shared.checkpoints import Checkpoints, hold, leave
 from eval.shared.classifier import build_classifier, layer_groups, write_classifier
 from eval.shared.cli import progress
 from eval.shared.metrics import accuracy, count_correct
@@ -272,6 +272,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     folder: of the checkpoints, the chosen labels and the classifier.
     """
     timer, ranks = Timer(), session.ranks
+    held = hold(folder, ranks)  # before the labels of a run there are replaced by this one's
     plan = plan_training(s, folder, ranks)
     session.check_readable(s.val, VAL_BATCH)
     run = Finetuning(s, plan, session)
@@ -287,6 +288,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
         write_classifier(folder, weights, session.info.record, plan.classes)
+    held.clear()
     return {
         "protocol": "finetune",
         "feature": "mean_patch",

@@ -94,7 +94,7 @@ if __name__ == "__main__":  # the help, and what is seen to be wrong without tor
 import torch
 from torch import Tensor
 
-from eval.shared.checkpoints import Checkpoints, leave
+from eval.shared.checkpoints import Checkpoints, hold, leave
 from eval.shared.cli import join_ranks, progress
 from eval.shared.encoders import check_feature
 from eval.shared.lars_probe import Probe, Training, read_all, write_all
@@ -203,7 +203,8 @@ def probe_mae(
 ) -> dict[str, Any]:
     """MAE's protocol on augmented images; the result's accuracy fields. Resumes from the last
     checkpoint in `folder`, of which there is one per epoch."""
-    ranks, trainings = session.ranks, start_probes(session, s, plan)
+    ranks, held = session.ranks, hold(folder, session.ranks)
+    trainings = start_probes(session, s, plan)
     main = trainings[s.feature]
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(read_all, list(trainings.values())))
@@ -229,6 +230,7 @@ def probe_mae(
                 announce(step, main, loss)
             if stopping:
                 leave(stop, step + 1, plan.total, ranks)
+    held.clear()
     scores = score({feature: t.probe for feature, t in trainings.items()}, session, s)
     rows = [
         {"feature": f, **(scores[f] if bool(trainings[f].finite.all()) else {"diverged": True})}

@@ -10,6 +10,7 @@ from eval.shared.results import difference
 from pipeline.distributed import Ranks, StopSignal
 from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.checkpoint import CheckpointStore
+from pipeline.runtime.run_lock import RunLock
 
 
 def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:
@@ -21,6 +22,14 @@ def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:
             flush=True,
         )
     sys.exit(PREEMPTED)
+
+
+def hold(folder: Path, ranks: Ranks) -> list[RunLock]:
+    """The lock of a training's folder, which the first rank holds as long as the list is kept.
+    UserError where another process trains there (collective)."""
+    held: list[RunLock] = []
+    ranks.agree(lambda: held.append(RunLock(folder, needed=False)))
+    return held
 
 
 class Checkpoints:

@@ -17,6 +17,7 @@ from eval_helpers import (
     SlowTimer,
     coloured_images,
     command,
+    held_by_another,
     on_two_ranks,
     spoil_encoder,
     write_encoder,
@@ -347,6 +348,16 @@ def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> No
     result = evaluate(words, tmp_path / "x")
     assert result["settings"]["samples_per_epoch"] == 70
     assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
+
+
+def test_a_folder_where_another_process_trains_is_left_alone(home: Path, tmp_path: Path) -> None:
+    """Two rates side by side, say, without an --output of their own."""
+    init_ranks()
+    s, session = asked(arguments(home, tmp_path / "x", "--fraction", "0.5"))
+    with held_by_another(tmp_path / "x"):
+        with pytest.raises(UserError, match=r"another run holds this folder .*choose another --"):
+            finetune.evaluate(s, session, tmp_path / "x")
+        assert [path.name for path in (tmp_path / "x").iterdir()] == ["lock"]
 
 
 def test_another_choice_of_labels_replaces_the_one_before(home: Path, tmp_path: Path) -> None:

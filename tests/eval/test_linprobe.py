@@ -20,6 +20,7 @@ from eval_helpers import (
     SlowTimer,
     coloured_images,
     command,
+    held_by_another,
     on_two_ranks,
     spoil_encoder,
     write_encoder,
@@ -259,6 +260,14 @@ def work(ranks: Ranks, home: str) -> None:
         words = ("--protocol", protocol, *RATE[protocol])
         result = evaluate(Path(home), Path(home) / f"two-{protocol}", *words, ranks=ranks)
         (Path(home) / f"{protocol}-{ranks.rank}.json").write_text(json.dumps(result))
+
+
+def test_a_folder_where_another_process_trains_is_left_alone(home: Path, tmp_path: Path) -> None:
+    with (
+        held_by_another(tmp_path / "x"),
+        pytest.raises(UserError, match=r"another run holds this folder .*choose another --"),
+    ):
+        evaluate(home, tmp_path / "x", "--base-lr", "20")
 
 
 def test_resuming_equals_never_stopping(

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,21 @@ SIZE = 16
 ALONE = Ranks.alone()
 OPTIONS = {"img_size": SIZE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[None]:
+    """A folder in which another process trains."""
+    program = "import sys, time; from pathlib import Path; from pipeline.runtime.run_lock import "
+    program += "RunLock; lock = RunLock(Path(sys.argv[1])); print(flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", program, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.kill()
 
 
 class SlowTimer(Timer):
