@@ -296,7 +296,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "best_top1": max(row["top1"] for row in history if "top1" in row),
         "history": history,
         "nonfinite_steps": run.skipped.total,
-        "settings": record(s, plan, session),
+        "settings": record(s, plan, session) | {"trained_epochs": history[-1]["epoch"]},
         **session.facts(timer),
         "precision": run.run_plan.precision,
     }

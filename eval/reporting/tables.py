@@ -1,5 +1,6 @@
 """The numbers of a report: accuracies, throughput and settings of groups of runs, as tables."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +222,8 @@ def facts(result: dict[str, Any]) -> list[str]:
     words += [str(result["precision"])] if "precision" in result else []
     if "base_lr_chosen_on" in result:
         words.append(f"learning rate chosen on {result['base_lr_chosen_on']}")
+    if settings.get("trained_epochs", math.inf) < settings.get("epochs", 0):  # --stop-epoch
+        words.append(f"trained for {settings['trained_epochs']:g} of {settings['epochs']:g} epochs")
     if settings.get("max_steps") is not None:
         words.append(f"cut short at {settings['max_steps']} steps")
     return words

@@ -27,6 +27,7 @@ from timm.layers import DropPath
 
 from eval import finetune
 from eval.finetune import Settings
+from eval.reporting.tables import facts
 from eval.shared import batch_augment as augment
 from eval.shared import finetune_plan
 from eval.shared.checkpoints import Checkpoints
@@ -296,6 +297,7 @@ def test_stopping_within_an_epoch_resumes_there(
     assert done == [0, 1]
     assert [row["epoch"] for row in half["history"]] == [0.5]
     assert half["top1"] == half["history"][-1]["top1"]
+    assert "trained for 0.5 of 2 epochs" in facts(half)
     again = evaluate([*words, "--stop-epoch", "0.5"], tmp_path / "parts")
     assert (done, again["history"]) == ([0, 1], half["history"])
     parts = evaluate(words, tmp_path / "parts")
@@ -303,6 +305,7 @@ def test_stopping_within_an_epoch_resumes_there(
     whole = evaluate(words, tmp_path / "whole")
     assert parts["history"] == whole["history"]
     assert [row["epoch"] for row in parts["history"]] == [1.0, 2.0]
+    assert not any("trained for" in fact for fact in facts(parts))
     assert 1000 < whole["seconds"] < 2000 < parts["seconds"] < 3000
 
 
