@@ -205,6 +205,7 @@ def check_evals(sweep: Sweep) -> None:
             if getattr(args, name) != own:
                 refuse(f"--{name} is that of the cell; leave it out")
         args.encoder = "random"
+        args.output = str(sweep.output / "none.json")  # nor of what is beside this sweep
         if hasattr(args, "arch"):  # a random encoder will do for what does not depend on it
             args.arch = args.arch or recipe_of(sweep, sweep.cells[0]).encoder.arch
             try:

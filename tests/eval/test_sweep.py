@@ -188,6 +188,17 @@ def test_what_an_evaluation_would_refuse_is_said_before_the_first_pretraining(da
 # ------------------------------------------------------------------ commands
 
 
+def test_a_result_of_a_random_encoder_that_is_there_hinders_no_sweep(data, tmp_path, monkeypatch):
+    """The random baseline of another data set, say, evaluated in the same checkout."""
+    monkeypatch.chdir(tmp_path)
+    sweep = sweep_of(data, tmp_path / "sweep")
+    path = Path(f"runs/random-{recipe_of(sweep, sweep.cells[0]).encoder.arch}/eval")
+    path.mkdir(parents=True)
+    theirs = {"protocol": "knn", "feature": "cls", "settings": {"k": 5, "val": "another"}}
+    (path / "knn-random-0.json").write_text(json.dumps(theirs))
+    command.check_evals(sweep)
+
+
 def test_a_cell_is_pretrained_and_evaluated_by_launch_sh(data, tmp_path):
     sweep = sweep_of(
         data, tmp_path, evals=("knn", "fewshot", "psnr"), eval_args={"knn": ("--k", "3")},
