@@ -25,7 +25,7 @@ from eval.reporting.chapters import (
 )
 from eval.reporting.overview import cards
 from eval.reporting.page import Chapter, overview_chapter, render_html, render_markdown
-from eval.reporting.run_records import Group, group_runs, read_run
+from eval.reporting.run_records import Group, group_runs, read_runs
 from eval.reporting.run_status import read_status
 from eval.reporting.variants import with_variants
 from eval.shared.command import run_command
@@ -132,7 +132,7 @@ def write_report(
     those of the runs; one that has the title of theirs replaces it. refresh: seconds after which
     the page loads itself again, 0: never."""
     with naming(folders[0], "cannot be read"):
-        groups = with_variants(group_runs([read_run(folder) for folder in folders]))
+        groups = with_variants(group_runs(read_runs(folders)))
     own = {chapter.title for chapter in first}
     chapters = [*first, *(s for s in build_chapters(groups) if s.title not in own)]
     page = page_of(output)

@@ -152,6 +152,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from eval.reporting.gallery import Section, render_gallery, sheet
+from eval.reporting.run_records import short_names
 from eval.shared import image_sets
 from eval.shared.inside import cosine_map, foreground, last_attention, pca_colours
 from eval.shared.session import EvalSession, open_session
@@ -177,11 +178,10 @@ class Look:
     grid: tuple[int, int]
 
 
-def name_of(choice: EncoderChoice) -> str:
-    """What a column is called: the last part of the path, or random."""
-    if choice.random or choice.source == "random":
-        return "random"
-    return Path(choice.source).name
+def names_of(chosen: Sequence[EncoderChoice]) -> list[str]:
+    """What columns are called: `random`, or what of the path tells it from the others."""
+    pairs = zip(chosen, short_names([choice.source for choice in chosen]), strict=True)
+    return ["random" if c.random or c.source == "random" else name for c, name in pairs]
 
 
 def numbers(s: Settings) -> list[int]:
@@ -357,12 +357,13 @@ def as_png(picture: Image.Image) -> bytes:
 def draw(s: Settings) -> list[str]:
     """Write all pictures and the page into the output folder; their names."""
     looks, facts = [], []
-    for choice in choices(s.encoders, s.archs, s.options, s.size, s.seed):
+    chosen = choices(s.encoders, s.archs, s.options, s.size, s.seed)
+    for choice, name in zip(chosen, names_of(chosen), strict=True):
         session = open_session(choice, Ranks.alone(), precision="fp32")
-        looks.append(look(s, session, name_of(choice)))
+        looks.append(look(s, session, name))
         height, width = looks[-1].grid
         facts.append(
-            f"{name_of(choice)}: {session.info.arch} of {choice.source}, {session.image_size} "
+            f"{name}: {session.info.arch} of {choice.source}, {session.image_size} "
             f"pixels, {height} × {width} patches."
         )
     photographs = [Image.fromarray(pixels) for pixels in crops(s, CELL).numpy()]

@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -39,10 +40,11 @@ class Run:
     pictures: tuple[Path, ...]
     results: tuple[dict[str, Any], ...]
     flat: dict[str, Any] = field(repr=False, default_factory=dict)
+    shown: str = ""  # among others whose folders are called alike
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.shown or self.folder.name
 
     @property
     def recipe_name(self) -> str:
@@ -89,6 +91,25 @@ class Group:
     def pretrained(self) -> bool:
         """Whether these are relaxmim runs, not results of an encoder from elsewhere."""
         return (self.runs[0].folder / "recipe.yaml").is_file()
+
+
+def read_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """Run folders, see read_run, each with a name of its own."""
+    runs = [read_run(folder) for folder in folders]
+    names = short_names([run.folder for run in runs])
+    return [replace(run, shown=name) for run, name in zip(runs, names, strict=True)]
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """The last part of each path, and of those that end alike as many as tell them apart."""
+    full = [Path(os.path.abspath(path)).parts for path in paths]
+
+    def name(parts: tuple[str, ...]) -> str:
+        ends = (parts[-n:] for n in range(1, len(parts) + 1))
+        alone = (end for end in ends if all(p == parts or p[-len(end) :] != end for p in full))
+        return str(Path(*next(alone, parts)))
+
+    return [name(parts) for parts in full]
 
 
 def read_run(folder: str | Path) -> Run:

@@ -22,7 +22,7 @@ from eval import report
 from eval.paper.beside import metrics
 from eval.protocols import PROTOCOLS, Work, by_key
 from eval.reporting import cka_charts
-from eval.reporting.run_records import Group, group_runs, read_lines, read_run
+from eval.reporting.run_records import Group, group_runs, read_lines, read_run, short_names
 from eval.reporting.tables import accuracy_table
 from eval.reporting.variants import with_variants
 from pipeline.config.recipe import RECIPES as RECIPES_DIR
@@ -229,6 +229,19 @@ def test_results_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
     assert cells["k-NN, k 20, as trained (%)"] == "10.00"
     assert cells["k-NN, k 5, as trained (%)"] == "14.00"
     assert cells["k-NN, k 20, weights of the EMA teacher (%)"] == "30.00"
+
+
+def test_runs_whose_folders_are_called_alike_are_told_apart(tmp_path, monkeypatch):
+    runs = [write_run(tmp_path / part, "mae", 0, 60.0) for part in ("a", "b")]
+    runs.append(write_run(tmp_path / "a", "rmae", 1, 60.0))
+    _, markdown = report.write_report(runs, tmp_path / "page", "x")
+    text = markdown.read_text()
+    for name in ("a/mae-0", "b/mae-0", "rmae-1"):
+        assert name in text
+    assert "a/rmae-1" not in text
+    (tmp_path / "wd").mkdir()
+    monkeypatch.chdir(tmp_path / "wd")
+    assert short_names(["x/y/run", "y/run", "run/"]) == ["x/y/run", "wd/y/run", "wd/run"]
 
 
 @pytest.mark.parametrize("key", ["val", "seed", "resize"])

@@ -14,6 +14,7 @@ from PIL import Image
 from eval import reconstruct, visualise
 from eval.reporting import gallery
 from eval.shared import inside
+from eval.shared.options import EncoderChoice
 from pipeline.errors import UserError
 from pipeline.method.load import load_encoder
 
@@ -131,6 +132,12 @@ def test_the_page_and_its_pictures(home: Path) -> None:
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "32 pixels, 8 × 8 patches" in text
     settings(home, *more)  # what it wrote itself may be written again
+
+
+def test_encoders_whose_folders_are_called_alike_are_told_apart() -> None:
+    sources = ("a/run", "b/run", "timm:vit_base", "random")
+    names = visualise.names_of([EncoderChoice(source) for source in sources])
+    assert names == ["a/run", "b/run", "timm:vit_base", "random"]
 
 
 def test_random_takes_the_architecture_of_the_first(home: Path) -> None:
