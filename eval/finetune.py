@@ -35,7 +35,7 @@ from eval.shared.finetune_plan import (
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, result_of, write_accuracy
 from pipeline.command import check_unused, early
-from pipeline.errors import Diverged
+from pipeline.errors import Diverged, UserError
 from shard_tools.cli import seed_number
 
 
@@ -252,7 +252,8 @@ def train(
             history.append(row)
         if epoch_ends or stopping or done >= pause:
             write, skipped = partial(save_consolidated, run.engine), run.skipped.total
-            more = {"nonfinite_steps": skipped, "seconds": timer.seconds}
+            more = {"nonfinite_steps": skipped, "seconds": timer.seconds,
+                    "precision": run.run_plan.precision}  # fmt: skip
             checkpoints.save(done, write, history=history, **more)
         if epoch_ends and ranks.first:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -278,6 +279,13 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     run = Finetuning(s, plan, session)
     checkpoints = Checkpoints(folder, identity(s, plan, session))
     latest = checkpoints.load(partial(load_consolidated, run.engine))
+    precision = run.run_plan.precision
+    if (before := latest.get("precision", precision)) != precision:
+        raise UserError(
+            f"{checkpoints.store.folder} holds a training with precision {before}, this one has "
+            f"{precision}; resume with the same --ds_config on such a device, remove it or choose "
+            "another --output"
+        )
     run.skipped.total = latest.get("nonfinite_steps", 0)
     timer.resume(latest.get("seconds", 0.0))
     loader = run.loader(latest.get("step", 0))
@@ -298,7 +306,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "nonfinite_steps": run.skipped.total,
         "settings": record(s, plan, session) | {"trained_epochs": history[-1]["epoch"]},
         **session.facts(timer),
-        "precision": run.run_plan.precision,
+        "precision": precision,
     }
 
 

@@ -353,6 +353,19 @@ def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> No
     assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
 
 
+def test_a_training_is_not_resumed_in_another_precision(home: Path, tmp_path: Path) -> None:
+    """As after a job that began on a GPU and continues without one."""
+    init_ranks()
+    words = arguments(home, tmp_path / "x", "--epochs", "2", "--warmup-epochs", "1")
+    evaluate([*words, "--stop-epoch", "0.5"], tmp_path / "x")
+    config = json.loads(ZERO2.read_text())
+    config["torch_autocast"] = {"enabled": True}
+    (tmp_path / "autocast.json").write_text(json.dumps(config))
+    other = [*words, "--ds_config", str(tmp_path / "autocast.json")]
+    with pytest.raises(UserError, match="a training with precision fp32, this one has autocast"):
+        evaluate(other, tmp_path / "x")
+
+
 def test_a_folder_where_another_process_trains_is_left_alone(home: Path, tmp_path: Path) -> None:
     """Two rates side by side, say, without an --output of their own."""
     init_ranks()
