@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image, features
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
@@ -14,6 +15,12 @@ from shard_tools.image_file.pillow import calling_pillow
 PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PICTURE = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}  # chunks that decide the pixels
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type; 4 and 6 have alpha
+_PNG_PALETTE = 3  # the colour type of palette indices
+_PNG_INTERLACE = 28  # index in the file of the byte that says whether it is interlaced
+# Passes of an interlaced PNG: first column and row, columns and rows from one pixel to the next.
+_PASSES = (
+    (0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)
+)  # fmt: skip
 
 # TIFF tags; channels by photometric interpretation, without the extra ones; kinds of numbers.
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _NUMBER = 258, 262, 277, 338, 339
@@ -54,6 +61,8 @@ def read_png(data: bytes) -> Header:
     width, height, bits, colour = struct.unpack(">IIBB", about[:10])
     check_size(width, height)
     _check_frames("PNG", frames)
+    if colour == _PNG_PALETTE and not any(data[a + 4 : a + 8] == b"PLTE" for a, _ in parts):
+        raise ImageFault("damaged: a PNG of palette colours without its palette")
     channels, alpha = _PNG_CHANNELS.get(colour, 3), alpha or colour in (4, 6)
     return Header("PNG", width, height, channels, bits, alpha=alpha, parts=tuple(parts), exif=exif)
 
@@ -147,15 +156,38 @@ def check_deflated(image: Image.Image, data: bytes) -> None:
         offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in _STRIPS_OR_TILES)
         pieces = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
     for offset, length in pieces:
-        inflate, rest, out = zlib.decompressobj(), data[offset : offset + length], b"x"
-        try:
-            while not inflate.eof and (rest or out):
-                out = inflate.decompress(rest, _PIECE)
-                rest = inflate.unconsumed_tail
-        except zlib.error:
-            raise ImageFault("damaged: the checksum of its deflated data does not match") from None
-        if not inflate.eof:
+        _, ended = _inflate(data[offset : offset + length])
+        if not ended:
             raise ImageFault("the file is truncated (in its deflated data)")
+
+
+def _inflate(data: bytes) -> tuple[int, bool]:
+    """How many bytes deflated data hold, and whether they come to their end."""
+    inflate, out, total = zlib.decompressobj(), b"x", 0
+    try:
+        while not inflate.eof and (data or out):
+            out = inflate.decompress(data, _PIECE)
+            data, total = inflate.unconsumed_tail, total + len(out)
+    except zlib.error:
+        raise ImageFault("damaged: the checksum of its deflated data does not match") from None
+    return total, inflate.eof
+
+
+def check_rows(image: Image.Image, data: bytes, header: Header) -> None:
+    """Raise ImageFault where the data of a PNG, which Pillow decoded, end before its last row: what
+    follows is 0 then, so that only a last row of zeros, and an interlaced one, need a look."""
+    interlaced = data[_PNG_INTERLACE]
+    last = image.crop((0, image.height - 1, image.width, image.height))
+    if not interlaced and np.asarray(last).any():
+        return
+    needed = 0
+    for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):
+        width, height = -((left - image.width) // across), -((top - image.height) // down)
+        if width:
+            needed += height * (1 - (-width * header.bits * header.channels // 8))
+    codes = (data[a + 8 : b - 4] for a, b in header.parts if data[a + 4 : a + 8] == b"IDAT")
+    if _inflate(b"".join(codes))[0] < needed:
+        raise ImageFault("the file is truncated (its data end before the last row)")
 
 
 def _check_frames(kind: str, frames: int) -> None:

@@ -231,6 +231,10 @@ def pngs() -> dict[str, tuple[bytes, str]]:
         "no end": (plain[:-12], "no IEND chunk"),
         "cut": (plain[: len(plain) // 2], "in its IDAT chunk"),
         "half the data": (half_png(plain), "undecodable"),
+        "a row too few": (black_png((8, 8), False, 9), "undecodable"),
+        "without its palette": (
+            plain[:8] + chunk(b"IHDR", struct.pack(">II5B", *SIZE, 8, 3, 0, 0, 0)) + plain[33:],
+            "without its palette"),
         "other first chunk": (plain[:8] + chunk(b"CgBI", bytes(4)) + plain[8:], "begins with"),
         "95 Mpixel": (
             plain[:8] + chunk(b"IHDR", struct.pack(">II5B", 9500, 10000, 8, 2, 0, 0, 0))
@@ -252,6 +256,19 @@ def half_png(plain: bytes) -> bytes:
     length = struct.unpack(">I", plain[at - 4 : at])[0]
     content = plain[at + 4 : at + 4 + length // 2]
     return plain[: at - 4] + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def black_png(size: tuple[int, int], interlaced: bool, missing: int) -> bytes:
+    """A black grey PNG whose data come to their end, `missing` bytes before they should."""
+    black = np.zeros(size[::-1], np.uint8)
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2))
+    passes = (*passes, (0, 1, 1, 2)) if interlaced else ((0, 0, 1, 1),)
+    parts = [black[top::down, left::across] for left, top, across, down in passes]
+    data = bytes(sum(part.size + len(part) for part in parts if part.size) - missing)
+    header = chunk(b"IHDR", struct.pack(">II5B", *size, 8, 0, 0, 0, interlaced))
+    return b"".join(
+        [b"\x89PNG\r\n\x1a\n", header, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    )
 
 
 def retagged(tiff: bytes, old: int, new: int) -> bytes:

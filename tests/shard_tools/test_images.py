@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_corpus import chunk, corpus
+from image_corpus import black_png, chunk, corpus
 from PIL import Image, ImageOps, features
 from shard_samples import (
     SMALL,
@@ -215,6 +215,15 @@ def test_a_transparent_deep_colour_is_no_colour_of_8_bits() -> None:
         with pytest.raises(ImageFault, match="with transparency; --alpha drop"):
             check_image(colour, ImageSettings(conversion=Conversion("full", how)))
     check_image(colour, ImageSettings(conversion=Conversion("full", "drop")))
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+def test_a_black_png_has_all_its_rows(interlaced: bool) -> None:
+    """Pillow leaves the rows black for which it finds no data."""
+    for size in ((width, height) for width in (1, 2, 4, 5, 9) for height in (1, 2, 3, 5, 9)):
+        check_image(black_png(size, interlaced, 0), ImageSettings())
+        with pytest.raises(ImageFault, match="truncated"):
+            check_image(black_png(size, interlaced, 1 + size[0]), ImageSettings())
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
