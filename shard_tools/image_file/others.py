@@ -7,7 +7,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image, TiffImagePlugin, features
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
 from shard_tools.image_file.pillow import calling_pillow
@@ -28,6 +28,11 @@ _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
 _YCBCR = 6
 _STRIPS_OR_TILES = ((273, 324), (279, 325))  # their offsets, their lengths
 _PIECE = 1 << 20  # bytes inflated at once
+# What Pillow reads of other formats through a library that a build of it may lack.
+_LIBRARIES = {"WEBP": "webp", "TIFF": "libtiff"}
+# Pillow's own reader of uncompressed TIFFs fills strips that are not there with other bytes of the
+# file or with black, and misreads YCbCr and separate planes of other than 8 bits.
+TiffImagePlugin.READ_LIBTIFF = True
 _NUMBERS = {1: "unsigned", 2: "signed", 3: "float"}
 
 
@@ -103,8 +108,9 @@ def _table(flags: int) -> int:
 
 def read_other(data: bytes, kind: str) -> Header:
     """The header of a WebP, TIFF, BMP or PPM file, as Pillow reads it."""
-    if kind == "WEBP" and not features.check("webp"):
-        raise ImageFault("a WebP image, which this build of Pillow cannot read")
+    if kind in _LIBRARIES and not features.check(_LIBRARIES[kind]):
+        name = "WebP" if kind == "WEBP" else kind
+        raise ImageFault(f"a {name} image, which this build of Pillow cannot read")
     if kind == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         raise ImageFault("the file is truncated (shorter than its RIFF header says)")
     with calling_pillow(kind):
@@ -126,8 +132,6 @@ def _tiff(image: Image.Image, width: int, height: int) -> Header:
     """Pillow has matched the tags with the layouts that it knows; some of these lose values."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     compression = image.info.get("compression", "raw")
-    if compression not in ("raw", "packbits") and not features.check("libtiff"):
-        raise ImageFault(f"a TIFF with {compression}, which this build of Pillow cannot read")
     photometric = tags.get(_PHOTOMETRIC, 0) if compression != "tiff_jpeg" else _YCBCR
     if photometric not in _CHANNELS:
         raise ImageFault(f"a TIFF in {image.mode} colours; convert it to RGB first")

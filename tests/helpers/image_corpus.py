@@ -271,6 +271,29 @@ def black_png(size: tuple[int, int], interlaced: bool, missing: int) -> bytes:
     )
 
 
+def tiff(rows: list[bytes], size: tuple[int, int], tags: dict[int, tuple[int, ...]]) -> bytes:
+    """An uncompressed little-endian RGB TIFF with a strip for each of `rows`; none: a sparse one,
+    at no byte of the file, as GDAL writes them. tags: others, of 16 bits."""
+    width, height = size
+    places = [8 + sum(map(len, rows[:i])) if row else 0 for i, row in enumerate(rows)]
+    entries: dict[int, tuple[int, ...]] = {
+        256: (width,), 257: (height,), 258: (8,) * 3, 259: (1,), 262: (2,), 277: (3,), 278: (1,),
+        273: tuple(places), 279: tuple(map(len, rows)), **tags,
+    }  # fmt: skip
+    data = b"".join(rows)
+    at = 8 + len(data) + 2 + 12 * len(entries) + 4
+    directory, more = struct.pack("<H", len(entries)), b""
+    for tag, values in sorted(entries.items()):
+        packed = struct.pack(f"<{len(values)}I", *values)
+        if tag not in (273, 279):
+            packed = struct.pack(f"<{len(values)}H", *values)
+        if len(packed) > 4:
+            packed, more = struct.pack("<I", at + len(more)), more + packed
+        kind = 4 if tag in (273, 279) else 3
+        directory += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4) + more
+
+
 def retagged(tiff: bytes, old: int, new: int) -> bytes:
     """A little-endian TIFF with another photometric interpretation."""
     tag = struct.pack("<HHIH", 262, 3, 1, old)
@@ -325,6 +348,8 @@ def others() -> dict[str, tuple[bytes, str]]:
         "tiff, deflate, flipped": (bytes(flipped), undecodable),
         "tiff, cut": (encode(photo(), "TIFF")[:-4000], undecodable),
         "tiff, broken": (bytes(broken), undecodable),
+        "tiff, sparse": (tiff([b"\x07" * 24, b"", b"\x09" * 24], (8, 3), {}), undecodable),
+        "tiff, strips too few": (tiff([b"\x07" * 24] * 2, (8, 3), {}), undecodable),
         "bmp": (encode(photo(), "BMP"), "converted"),
         "bmp, cut": (encode(photo(), "BMP")[:-900], undecodable),
         "ppm": (encode(photo(), "PPM"), "converted"),

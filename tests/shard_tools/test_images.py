@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_corpus import black_png, chunk, corpus
+from image_corpus import black_png, chunk, corpus, tiff
 from PIL import Image, ImageOps, features
 from shard_samples import (
     SMALL,
@@ -224,6 +224,19 @@ def test_a_black_png_has_all_its_rows(interlaced: bool) -> None:
         check_image(black_png(size, interlaced, 0), ImageSettings())
         with pytest.raises(ImageFault, match="truncated"):
             check_image(black_png(size, interlaced, 1 + size[0]), ImageSettings())
+
+
+def test_uncompressed_tiffs_of_other_layouts() -> None:
+    """Pillow's own reader takes the first for RGBX, the bytes of the others for 8-bit values."""
+    ycbcr = tiff([bytes([150, 100, 160]) * 16] * 8, (16, 8), {262: (6,), 530: (1, 1)})
+    planes = [struct.pack("<128H", *[257 * value] * 128) for value in (200, 90, 30)]
+    deep = tiff(planes, (16, 8), {258: (16,) * 3, 278: (8,), 284: (2,)})
+    grey = {258: (8,), 262: (0,), 277: (1,), 278: (8,), 284: (2,)}
+    inverse = tiff([b"\x37" * 128], (16, 8), grey)
+    settings = ImageSettings(quality=100, conversion=Conversion(gray16="full"))
+    for data, colour in ((ycbcr, (195, 137, 100)), (deep, (200, 90, 30)), (inverse, (200,) * 3)):
+        stored = Image.open(io.BytesIO(check_image(data + bytes(500), settings).data))
+        assert np.abs(np.asarray(stored.convert("RGB")).astype(int) - colour).max() <= 2
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "PPM"])
