@@ -205,6 +205,12 @@ def _splits_error(where: str, folders: Sequence[str], advice: str) -> ToolError:
 def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
     """Labels by class folder, by the given labels, or by ImageNet's own file names."""
     inside = sum("/" in name for name in found.images.names)
+    stored = next((name for name, _ in found.ignored if name.lower().endswith(".cls")), "")
+    if stored and not how.unlabelled and not how.labels:
+        raise ToolError(
+            f"{where}: holds labels of WebDataset, which are not read here ({stored}); adopt such "
+            "tars with shard_tools/index_shards.py, or take the images only with --unlabelled"
+        )
     names: list[str] = []
     remark = ""
     if how.unlabelled:

@@ -174,6 +174,8 @@ def test_junk_in_class_tars_is_ignored_and_listed(tmp_path: Path) -> None:
         ({"a/x.jpg": "image", "more.zip": "image"}, "more.zip: is an archive inside an archive"),
         ({"a/x.jpg": "image", "x.jpg": "image"}, "x.jpg is outside the class folders"),
         ({"x/n1.tar": "tar", "y/n1.tar": "tar"}, "2 images named n1/"),
+        ({"0.cls": "label", "0.jpg": "image"}, "index_shards.py, or take the images only with"),
+        ({"a/0.CLS": "label", "a/0.jpg": "image", "b/1.jpg": "image"}, "not read here (a/0.CLS)"),
     ],
 )
 def test_archives_that_say_two_things(
