@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
-from shard_tools.sharding.found import Image, Images
+from shard_tools.sharding.found import HELD_OUT, TRAINING, Image, Images
 
 # A class index beyond this is taken for a mistake.
 MOST_CLASSES = 1_000_000
@@ -38,6 +38,7 @@ def list_table(path: Path, root: Path) -> tuple[Images, list[int | str]]:
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     images = Images(_image(path, number, row, root) for number, row in rows)
     labels = _labels(path, rows)
+    _check_one_set(path, rows)
     _check_repeats(path, rows, images, labels)
     return images, labels
 
@@ -113,6 +114,8 @@ def _image(path: Path, number: int, row: dict[str, Any], root: Path) -> Image:
         about = os.stat(root / name)
     except OSError as error:
         raise ToolError(f"{path}: row {number}: {root / name}: {error.strerror}") from error
+    except UnicodeEncodeError as error:
+        raise ToolError(f"{path}: row {number} has no usable path ({name!a})") from error
     if not stat.S_ISREG(about.st_mode):
         raise ToolError(f"{path}: row {number}: {root / name}: is no regular file")
     return Image(name, name, 0, about.st_size)
@@ -153,6 +156,18 @@ def _value(path: Path, number: int, value: Any) -> int | str | None:
             f"(0 to {MOST_CLASSES - 1}) and no name"
         )
     return value
+
+
+def _check_one_set(path: Path, rows: Rows) -> None:
+    """No column says that some rows are a training set and others a held-out one."""
+    for column in sorted({name for _, row in rows for name in row} - {"path", "label"}):
+        said = {str(row.get(column)).strip().lower() for _, row in rows}
+        if said & TRAINING and said & HELD_OUT:
+            sets = ", ".join(sorted(said & (TRAINING | HELD_OUT)))
+            raise ToolError(
+                f"{path}: its column `{column}` names a training set and a held-out one ({sets}); "
+                "give a table of one of them, or one without the column"
+            )
 
 
 def _check_repeats(path: Path, rows: Rows, images: Images, labels: list[int | str]) -> None:
