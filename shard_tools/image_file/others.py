@@ -28,6 +28,7 @@ _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
 _YCBCR = 6
 _STRIPS_OR_TILES = ((273, 324), (279, 325))  # their offsets, their lengths
 _PIECE = 1 << 20  # bytes inflated at once
+_RLE4 = 2  # of a BMP's compressions
 # What Pillow reads of other formats through a library that a build of it may lack.
 _LIBRARIES = {"WEBP": "webp", "TIFF": "libtiff"}
 # Pillow's own reader of uncompressed TIFFs fills strips that are not there with other bytes of the
@@ -121,6 +122,8 @@ def read_other(data: bytes, kind: str) -> Header:
     _check_frames(kind, frames)
     if kind == "TIFF":
         return _tiff(image, *size)
+    if kind == "BMP" and image.info.get("compression") == _RLE4:  # Pillow loses pixels of it
+        raise ImageFault("a BMP compressed by RLE4; save it as PNG or as an uncompressed BMP")
     alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     bits, number = {"I": (16, "unsigned"), "F": (32, "float")}.get(mode, (8, "unsigned"))
     if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it

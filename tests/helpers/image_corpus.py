@@ -352,6 +352,10 @@ def others() -> dict[str, tuple[bytes, str]]:
         "tiff, strips too few": (tiff([b"\x07" * 24] * 2, (8, 3), {}), undecodable),
         "bmp": (encode(photo(), "BMP"), "converted"),
         "bmp, cut": (encode(photo(), "BMP")[:-900], undecodable),
+        "bmp, rle4": (
+            b"BM" + struct.pack("<I2HI", 124, 0, 0, 118)
+            + struct.pack("<I2i2H2I2i2I", 40, 5, 1, 1, 4, 2, 6, 0, 0, 0, 0)
+            + bytes(range(64)) + b"\0\5\x12\x34\x50\0\0\1", "RLE4"),
         "ppm": (encode(photo(), "PPM"), "converted"),
         "pgm": (encode(photo("L"), "PPM"), "converted"),
         "pgm, 16 bits": (b"P5 3 2 65535\n" + bytes(12), "16 bits per value"),
