@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,6 +101,8 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
             raise ToolError(f"{path}: is one image; give its folder, or a table of paths")
         elif suffix in LISTS:
             source = LISTS[suffix](path, how)
+        elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
+            raise ToolError(f"{path}: is no folder, no tar and no list ({' '.join(LISTS)})")
         else:
             source = open_archives([path], how)
     return _checked(source, path)

@@ -168,6 +168,7 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
         (["empty"], "empty: holds no images"),
         (["list.csv"], "the header has no column `path`; found file, label"),
         (["gone.jsonl"], "row 1: .*ghost.jpg: No such file"),
+        (["list.tsv"], r"list.tsv: is no folder, no tar and no list \(.csv .jsonl .ndjson\)"),
         (["text.tar"], "not a readable, uncompressed tar"),
         (["packed.tar"], "damaged or cut gzip stream"),
         (["cut.tar"], "cut inside"),
@@ -191,6 +192,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.csv").write_text("file,label\nx.jpg,1\n")
+    (tmp_path / "list.tsv").write_text("path\tlabel\nx.jpg\t1\n")
     (tmp_path / "gone.jsonl").write_text('{"path": "ghost.jpg"}\n')
     (tmp_path / "text.tar").write_text("x" * 2000)
     (tmp_path / "two.txt").write_text("n1\nn2\n")
