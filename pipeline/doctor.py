@@ -263,7 +263,7 @@ def system_findings(shm: Path = Path("/dev/shm")) -> Iterator[Finding]:  # noqa:
         found = f"{name} is {socket.gethostbyname(name)}"
     except OSError:
         local, found = True, f"{name} cannot be resolved"
-    cost = "one host works; for CPU ranks on several set GLOO_SOCKET_IFNAME"
+    cost = "one host works; for ranks on several set GLOO_SOCKET_IFNAME"
     yield unless(not local, "host name", found, cost)
 
 

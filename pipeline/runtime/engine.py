@@ -94,7 +94,8 @@ def init_ranks() -> Ranks:
         # Made here, where all ranks have just met: later it would wait for one that has died.
         groups._clone_world_group()
         cores = cores_per_rank()  # the first thing that NCCL does
-    if any_rank(bool(ops.problem())):
+        unbuilt = any_rank(bool(ops.problem()))  # the first thing that goes over gloo
+    if unbuilt:
         ops.give_up("another rank has none")
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     if device.type == "cpu" and world > 1:

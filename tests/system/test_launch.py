@@ -349,6 +349,33 @@ def test_what_is_missing_is_said_in_one_sentence(words, env, expected, tmp_path)
     assert expected in err
 
 
+@pytest.fixture
+def several_hosts(tmp_path):
+    """Node 1 of two, on a host whose own name is a loopback address, as on Debian; no sleep."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    loopback = """[ "$2" = node0 ] && echo 192.0.2.1 STREAM || echo 127.0.1.1 STREAM"""
+    for name, body in (("getent", loopback), ("sleep", ":")):
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    node = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29444"}
+    return node | {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_a_host_name_that_is_a_loopback_address(script, tmp_path, several_hosts, four_gpus, gpus):
+    """GPU ranks meet over gloo, too."""
+    if gpus:
+        several_hosts["PATH"] = f"{tmp_path / 'bin'}:{several_hosts['PATH']}"
+        several_hosts["DS_ACCELERATOR"] = ""
+    words = ("--script", script, tmp_path, "end")
+    code, _, err = finish(start(*words, **several_hosts))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "resolves to a loopback address: set GLOO_SOCKET_IFNAME" in err
+    code, _, err = finish(start(*words, **several_hosts, GLOO_SOCKET_IFNAME="lo"))
+    assert (code, err) == (0, "")
+
+
 def test_an_environment_without_deepspeed(tmp_path):
     """A copy of launch.sh beside no .venv, with a python3 that has no packages."""
     copy = tmp_path / "launch.sh"
