@@ -106,7 +106,7 @@ check_interface() { # VARIABLE: what it names is a network interface of this hos
 }
 
 check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a note in --output
-  local note=$output/.launch key tries
+  local note=$output/.launch key tries said=''
   [[ -n ${MASTER_ADDR:-} && -n ${MASTER_PORT:-} ]] ||
     fail "MASTER_ADDR and MASTER_PORT are not both set: they say where rank 0 listens"
   key=${RELAXMIM_RUN:-$MASTER_ADDR:$MASTER_PORT}
@@ -118,11 +118,15 @@ check_hosts() { # NODE: what the ranks of several hosts need; node 0 leaves a no
     $(getent ahostsv4 "$MASTER_ADDR") == 127.* ]] ||
     fail "$host resolves to a loopback address: set GLOO_SOCKET_IFNAME to the interface of the ranks"
   [[ -n $output ]] || return 0
-  [[ $1 != 0 ]] || { mkdir -p "$output" && echo "$key" >"$note"; } || fail "--output $output: cannot be written"
-  for ((tries = 0; tries < 60; tries++)); do
-    [[ $(cat "$note" 2>/dev/null) == "$key" ]] && return
+  [[ $1 != 0 ]] || { mkdir -p "$output" && echo "$key $WORLD_SIZE" >"$note"; } ||
+    fail "--output $output: cannot be written"
+  for ((tries = 0; tries < 60; tries++)); do # a note of the start before may be there
+    said=$(cat "$note" 2>/dev/null)
+    [[ $said == "$key $WORLD_SIZE" ]] && return
     sleep 1
   done
+  [[ $said != "$key "* ]] ||
+    fail "$host counts $WORLD_SIZE ranks on all hosts together, node 0 ${said##* }: every host must start as many (does one lack a GPU? --ranks N on each says how many)"
   fail "--output $output: $host does not see what node 0 wrote; the folder must be shared by all hosts"
 }
 

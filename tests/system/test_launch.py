@@ -376,6 +376,15 @@ def test_a_host_name_that_is_a_loopback_address(script, tmp_path, several_hosts,
     assert (code, err) == (0, "")
 
 
+def test_hosts_that_count_ranks_otherwise(tmp_path, several_hosts):
+    """A node with a dead GPU starts one rank fewer: all would wait for a rank that is none's."""
+    env = several_hosts | {"GLOO_SOCKET_IFNAME": "lo"}
+    (tmp_path / ".launch").write_text("node0:29444 4\n")
+    code, _, err = finish(start("--output", tmp_path, **env))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "counts 2 ranks on all hosts together, node 0 4: every host must start as many" in err
+
+
 def test_an_environment_without_deepspeed(tmp_path):
     """A copy of launch.sh beside no .venv, with a python3 that has no packages."""
     copy = tmp_path / "launch.sh"
