@@ -9,6 +9,7 @@ A new policy is a function here and its entry in POLICIES; `views.mask` in a rec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,7 +58,13 @@ BLOCKS = 32  # drawn for each sample; few of them are needed
 SMALLEST = 16 / 196  # area of the smallest block over that of the image (BEiT)
 # Height over width, log-uniform in 0.3 … 1 / 0.3 (BEiT). A table, since exp is not the same on
 # every device.
-ASPECTS = tuple(0.3 ** (1 - 2 * (i + 0.5) / 256) for i in range(256))
+ASPECTS = torch.tensor([0.3 ** (1 - 2 * (i + 0.5) / 256) for i in range(256)], dtype=torch.float64)
+
+
+@functools.cache
+def aspects_on(device: torch.device) -> Tensor:
+    """ASPECTS on a GPU, copied there once: a CUDA graph cannot copy from the host."""
+    return ASPECTS.to(device)
 
 
 def block(draw: Draw) -> Tensor:
@@ -74,7 +81,8 @@ def block(draw: Draw) -> Tensor:
     most = max(draw.masked, 1)
     least = min(max(round(SMALLEST * draw.length), 1), most)
     area = least + (word[..., 0] * (most - least + 1) >> 32)
-    aspect = torch.tensor(ASPECTS, dtype=torch.float64, device=word.device)[word[..., 1] >> 24]
+    aspects = ASPECTS if word.device.type == "cpu" else aspects_on(word.device)
+    aspect = aspects[word[..., 1] >> 24]
     # Products, quotients and roots of float64 are rounded alike on every device.
     height = (area * aspect).sqrt().round().long().clamp(1, rows)
     width = (area / aspect).sqrt().round().long().clamp(1, columns)

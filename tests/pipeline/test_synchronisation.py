@@ -63,6 +63,10 @@ VARIANTS = {
     "mae jitter whole": ("mae", "views.jitter.where=whole"),
     "cmae cutmix": ("cmae", "views.cutmix=0.5", "views.jitter.grayscale=0.2"),
 }
+DRAWN_BY_OPS = {  # of PyTorch, which are many
+    "rmae_dagger block": ("rmae_dagger", "views.mask=block"),
+    "mae predicted": ("mae", "views.predicted=0.5"),
+}
 
 
 @pytest.fixture
@@ -85,14 +89,14 @@ def launched(monkeypatch):
 
 
 def views_of(variant):
-    recipe = tiny_recipe(*VARIANTS[variant])
+    recipe = tiny_recipe(*(VARIANTS | DRAWN_BY_OPS)[variant])
     batch, sample = images(4), torch.arange(4)
     crop = images(4, seed=1) if recipe.views.second == "crop" else None
     return lambda: make_views(batch, sample, recipe=recipe, epoch=0, patch=PATCH, crop=crop)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's launches")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | DRAWN_BY_OPS)
 def test_masks_jitter_and_cutmix_are_few_launches_without_a_wait(variant, launched):
     draw = views_of(variant)
     with using("triton"):
@@ -102,7 +106,8 @@ def test_masks_jitter_and_cutmix_are_few_launches_without_a_wait(variant, launch
             draw()
     assert seen.count == 0
     assert seen.numbers == 0
-    assert seen.launches + launched["kernels"] <= 12, (seen.launches, launched)
+    if variant not in DRAWN_BY_OPS:
+        assert seen.launches + launched["kernels"] <= 12, (seen.launches, launched)
 
 
 BUNDLED = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "demo_size")
