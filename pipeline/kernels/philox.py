@@ -17,6 +17,9 @@ _MASK32 = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
+# A number, or int64 [] on the device of the samples, which a CUDA graph reads when it is replayed.
+Epoch = int | Tensor
+
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of constant * x, in int64 without ever leaving 63 bits."""
@@ -36,19 +39,25 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
     return c0, c1, c2, c3
 
 
-def check_key(sample: Tensor, seed: int, epoch: int) -> None:
-    """Raise ValueError unless (sample, seed, epoch) fit the counter."""
+def on_device(epoch: Epoch, sample: Tensor) -> Tensor:
+    """An epoch as kernels read it: int64 [] on the device of the sample numbers."""
+    return epoch if isinstance(epoch, Tensor) else torch.full((), epoch, device=sample.device)
+
+
+def check_key(sample: Tensor, seed: int, epoch: Epoch) -> None:
+    """Raise ValueError unless (sample, seed, epoch) fit the counter; an epoch on the device is not
+    read."""
     if sample.dtype != torch.int64 or sample.dim() != 1:
         raise ValueError(
             f"sample numbers must be an int64 tensor [B], not {sample.dtype} {list(sample.shape)}"
         )
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in 0 .. 2**63 - 1, not {seed}")
-    if not 0 <= epoch <= _MASK32:
+    if isinstance(epoch, int) and not 0 <= epoch <= _MASK32:
         raise ValueError(f"epoch must be in 0 .. 2**32 - 1, not {epoch}")
 
 
-def words(sample: Tensor, *, seed: int, epoch: int, stream: int, count: int) -> Tensor:
+def words(sample: Tensor, *, seed: int, epoch: Epoch, stream: int, count: int) -> Tensor:
     """Uniform 32-bit words for each sample.
 
     sample: int64 [B], numbers in the manifest (>= 0). Returns int64 [B, count] in 0 .. 2**32 - 1.
@@ -68,7 +77,7 @@ def words(sample: Tensor, *, seed: int, epoch: int, stream: int, count: int) -> 
     return torch.stack(outputs, dim=-1).flatten(1)[:, :count]
 
 
-def uniform(sample: Tensor, *, seed: int, epoch: int, stream: int, count: int) -> Tensor:
+def uniform(sample: Tensor, *, seed: int, epoch: Epoch, stream: int, count: int) -> Tensor:
     """Uniform numbers for each sample: float32 [B, count] in [0, 1), multiples of 2**-24."""
     drawn = words(sample, seed=seed, epoch=epoch, stream=stream, count=count)
     return (drawn >> 8).to(torch.float32) * 2.0**-24

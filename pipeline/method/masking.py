@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.kernels import philox
+from pipeline.kernels.philox import Epoch
 from pipeline.kernels.streams import Stream
 
 
@@ -31,7 +32,7 @@ class Draw:
 
     sample: Tensor
     seed: int
-    epoch: int
+    epoch: Epoch
     view: int
     grid: tuple[int, int]
     masked: int

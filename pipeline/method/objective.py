@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.recipe import Recipe
+from pipeline.kernels.philox import Epoch
 from pipeline.method.checks import check_sizes, visible_counts
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import build_measure
@@ -49,7 +50,7 @@ class Objective(nn.Module):
         self,
         image: Tensor,
         sample: Tensor,
-        epoch: int,
+        epoch: Epoch,
         teacher: Teacher | None = None,
         crop: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from pipeline.config.recipe import JitterRecipe, Recipe
 from pipeline.config.schema import ViewsRecipe
 from pipeline.errors import UserError
 from pipeline.kernels import philox
+from pipeline.kernels.philox import Epoch
 from pipeline.kernels.sample_masks.reference import complement
 from pipeline.kernels.streams import Stream
 from pipeline.method.checks import visible_counts
@@ -63,7 +64,7 @@ def make_views(
     sample: Tensor,
     *,
     recipe: Recipe,
-    epoch: int,
+    epoch: Epoch,
     patch: int,
     crop: Tensor | None = None,
 ) -> Views:
@@ -74,7 +75,7 @@ def make_views(
     """
     if (crop is None) == (recipe.views.second == "crop"):
         raise UserError("a second crop is given exactly where views.second is crop")
-    v, seed = recipe.views, recipe.seed
+    v, seed, epoch = recipe.views, recipe.seed, philox.on_device(epoch, sample)
     grid = (image.shape[1] // patch, image.shape[2] // patch)
     masks = draw_masks(sample, v, seed=seed, epoch=epoch, grid=grid)
     if v.jitter.where == "whole":  # the image, of which both crops are parts
@@ -114,7 +115,7 @@ def make_views(
     return Views(first, other, image, region, weight)
 
 
-def part_of(region: Tensor, share: float, sample: Tensor, *, seed: int, epoch: int) -> Tensor:
+def part_of(region: Tensor, share: float, sample: Tensor, *, seed: int, epoch: Epoch) -> Tensor:
     """A share of the positions int32 [B, R] of each sample (at least one), drawn without
     replacement: int32 [B, max(1, round(share R))]."""
     count = region.shape[1]
@@ -125,7 +126,7 @@ def part_of(region: Tensor, share: float, sample: Tensor, *, seed: int, epoch: i
 
 
 def draw_masks(
-    sample: Tensor, views: ViewsRecipe, *, seed: int, epoch: int, grid: tuple[int, int]
+    sample: Tensor, views: ViewsRecipe, *, seed: int, epoch: Epoch, grid: tuple[int, int]
 ) -> kernels.Masks:
     """The visible sets of T1 and T2 for sample numbers int64 [B] on a grid of patches.
 
@@ -161,7 +162,7 @@ def jitter(
     recipe: JitterRecipe,
     *,
     seed: int,
-    epoch: int,
+    epoch: Epoch,
     view: int,
     visible: Tensor | None = None,
     patch: int | None = None,

@@ -1,10 +1,10 @@
 """A micro-batch's forward and backward as one CUDA graph: the host launches it as a whole.
 
 A step of ViT-B has more than a thousand launches, and on many hosts they take longer than the GPU's
-work. A graph is captured at the first micro-batch and replayed from then on. Baked into it are all
-Python numbers, so it is captured once for each epoch, of which masks and jitter are a function, and
-for one shape: where the images change their size (data.sizes) it begins from scratch. Gradients are
-in the graph's own memory and hold until the next micro-batch.
+work. A graph is captured at the first micro-batch and replayed from then on. It reads a number (the
+epoch, of which masks and jitter are a function) from the device, where the number is written before
+a replay. It is of one shape: where the images change their size (data.sizes) it begins from
+scratch. Gradients are in the graph's own memory and hold until the next micro-batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MicroStepGraph:
                 view.lp_fragment = view.lp_fragment.detach()
         self._stream = torch.cuda.Stream()
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Any] = []  # as the graph reads them: tensors of its own, and the rest
+        self._inputs: list[Any] = []  # as the graph reads them: its own tensors, and modules
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._found: tuple[Tensor, dict[str, Tensor]] = (torch.empty(0), {})
         self.captured = 0  # graphs so far
@@ -52,19 +52,18 @@ class MicroStepGraph:
         self._gradients, self._found = [], (torch.empty(0), {})
 
     def run(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and terms of a micro-batch; captures where there is no graph of its numbers.
+        """Loss and terms of a micro-batch; captures where there is no graph yet.
 
         Raises UserError where its tensors have other shapes than the first one's, CaptureError.
         """
+        inputs = tuple(map(_on_device, inputs))
         self._check(inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
             if isinstance(given, Tensor):
                 mine.copy_(given, non_blocking=True)
-        if self._graph is None or _numbers(self._inputs) != _numbers(inputs):
-            self._inputs = [
-                mine if isinstance(given, Tensor) else given
-                for mine, given in zip(self._inputs, inputs, strict=True)
-            ]
+            else:
+                assert mine is given  # baked into the graph
+        if self._graph is None:
             self._capture()
         for given in inputs:
             if hasattr(given, "refresh"):  # a teacher's 16-bit copy, which the graph reads
@@ -80,7 +79,7 @@ class MicroStepGraph:
         if not self._inputs:
             self._inputs = [t.clone() if isinstance(t, Tensor) else t for t in inputs]
         mine, given = (
-            [tuple(t.shape) for t in part if isinstance(t, Tensor)]
+            [tuple(t.shape) for t in part if isinstance(t, Tensor) and t.ndim]
             for part in (self._inputs, inputs)
         )
         if mine != given:
@@ -96,29 +95,23 @@ class MicroStepGraph:
         """
         held = _State([self._module, *(m for m in self._inputs if isinstance(m, nn.Module))])
         try:
-            self._record(self._graph)
+            self._record()
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
         finally:
             held.restore()
 
-    def _record(self, before: torch.cuda.CUDAGraph | None) -> None:
-        """Warm up where there was no graph before, and record one."""
-        # The next graph takes the memory of the last one, which lives until it is there.
-        self._gradients, self._found = [], (torch.empty(0), {})
-        if before is None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(WARM):
-                    self._pass()
-                    self._take_gradients()
-            torch.cuda.current_stream().wait_stream(self._stream)
+    def _record(self) -> None:
+        """Warm up, and record a graph."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(WARM):
+                self._pass()
+                self._take_gradients()
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Threads of the loader and of NCCL may call CUDA meanwhile.
-        with _recording(
-            graph, pool=None if before is None else before.pool(), stream=self._stream,
-            capture_error_mode="thread_local",
-        ):  # fmt: skip
+        with _recording(graph, stream=self._stream, capture_error_mode="thread_local"):
             loss, terms = self._pass()
         self._gradients = self._take_gradients()
         self._found = loss.detach(), {name: value.detach() for name, value in terms.items()}
@@ -155,9 +148,9 @@ def _recording(graph: torch.cuda.CUDAGraph, **how: Any) -> Iterator[None]:
         raise cause from None
 
 
-def _numbers(inputs: Any) -> list[Any]:
-    """What is no tensor: baked into a graph."""
-    return [given for given in inputs if not isinstance(given, Tensor)]
+def _on_device(given: Any) -> Any:
+    """A number as a tensor, since a graph would keep the first one's; all else as it is."""
+    return torch.full((), given, device="cuda") if isinstance(given, int) else given
 
 
 class _State:

@@ -43,7 +43,8 @@ def test_opcheck():
         from pipeline.kernels.cutmix.triton import _cutmix
 
         image, sample = random_images(2, 8, 8), torch.arange(2, device=DEVICE)
-        torch.library.opcheck(_cutmix, (image, sample, 0.5, 3, 1, 32, 1))
+        epoch = torch.tensor(1, device=DEVICE)
+        torch.library.opcheck(_cutmix, (image, sample, 0.5, 3, epoch, 32, 1))
 
 
 @pytest.mark.parametrize(

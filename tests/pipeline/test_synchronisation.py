@@ -12,6 +12,7 @@ from kernels_testing import DEVICE, using
 from launches import CountLaunches, CountReads, Transfers, move_to_fake_cuda
 from tiny import METHODS, PATCH, images, tiny_recipe
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime.interpreter import GridExecutor
 
 from eval.shared.processes import LAUNCHER
@@ -92,7 +93,9 @@ def views_of(variant):
     recipe = tiny_recipe(*(VARIANTS | DRAWN_BY_OPS)[variant])
     batch, sample = images(4), torch.arange(4)
     crop = images(4, seed=1) if recipe.views.second == "crop" else None
-    return lambda: make_views(batch, sample, recipe=recipe, epoch=0, patch=PATCH, crop=crop)
+    return lambda epoch=0: make_views(
+        batch, sample, recipe=recipe, epoch=epoch, patch=PATCH, crop=crop
+    )
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts the interpreter's launches")
@@ -108,6 +111,24 @@ def test_masks_jitter_and_cutmix_are_few_launches_without_a_wait(variant, launch
     assert seen.numbers == 0
     if variant not in DRAWN_BY_OPS:
         assert seen.launches + launched["kernels"] <= 12, (seen.launches, launched)
+
+
+@pytest.mark.parametrize("variant", VARIANTS | DRAWN_BY_OPS)
+def test_what_is_recorded_draws_for_the_epoch_that_it_is_given(variant):
+    """As a CUDA graph is replayed: ops recorded in one epoch and run in another, on the device's
+    number; a number of Python's would be that of the recording."""
+    draw = views_of(variant)
+
+    def tensors(epoch):
+        views = draw(epoch)
+        found = [*views.first, *(views.second or ()), views.target, views.region, views.weight]
+        return [tensor for tensor in found if tensor is not None]
+
+    with using("triton"):
+        replay = make_fx(tensors)(torch.tensor(0, device=DEVICE))
+        drawn = replay(torch.tensor(2**31 + 1, device=DEVICE))
+        assert all(map(torch.equal, drawn, tensors(2**31 + 1)))
+        assert not all(map(torch.equal, drawn, tensors(0)))
 
 
 BUNDLED = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "demo_size")

@@ -25,6 +25,7 @@ from pipeline.kernels.color_jitter.reference import (
     jitter_parameters_reference,
 )
 from pipeline.kernels.patches import check_positions, grid_of
+from pipeline.kernels.philox import Epoch
 from pipeline.kernels.streams import Stream
 
 
@@ -32,7 +33,7 @@ def jitter_parameters(
     sample: Tensor,
     *,
     seed: int,
-    epoch: int,
+    epoch: Epoch,
     view: int,
     brightness: float = 0.4,
     contrast: float = 0.4,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.kernels import philox
 from pipeline.kernels.patches import gather_patches
+from pipeline.kernels.philox import Epoch
 
 ORDERS = tuple(itertools.permutations(range(4)))  # number -> order of the four steps
 
@@ -39,7 +40,7 @@ def jitter_parameters_reference(
     sample: Tensor,
     *,
     seed: int,
-    epoch: int,
+    epoch: Epoch,
     stream: int,
     low: list[float],
     span: list[float],

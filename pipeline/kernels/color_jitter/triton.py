@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.kernels.color_jitter.reference import ORDERS
+from pipeline.kernels.philox import Epoch, on_device
 from pipeline.kernels.philox_triton import uniforms
 
 BLOCK = 512  # pixels of a program
@@ -271,15 +272,16 @@ def color_jitter_triton(
     return _color_jitter(image, factors, order, apply, gray, visible, patch or 1)
 
 
-@triton.jit(do_not_specialize=["seed", "epoch", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream"])
 def jitter_parameters_kernel(
-    sample_ptr, factors_ptr, order_ptr, apply_ptr, gray_ptr, batch, seed, epoch, stream,
+    sample_ptr, factors_ptr, order_ptr, apply_ptr, gray_ptr, batch, seed, epoch_ptr, stream,
     low0, low1, low2, low3, span0, span1, span2, span3, probability, grayscale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program i: the parameters of BLOCK samples, from words 0 .. 6 of their stream."""
     b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = b < batch
     sample = tl.load(sample_ptr + b, mask=inside, other=0)
+    epoch = tl.load(epoch_ptr)
     u0, u1, u2, u3 = uniforms(seed, epoch, sample, stream, 0)
     tl.store(factors_ptr + b * 4, low0 + span0 * u0, mask=inside)
     tl.store(factors_ptr + b * 4 + 1, low1 + span1 * u1, mask=inside)
@@ -295,7 +297,7 @@ def jitter_parameters_kernel(
 def _jitter_parameters(
     sample: Tensor,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     stream: int,
     low: list[float],
     span: list[float],
@@ -318,7 +320,7 @@ def _jitter_parameters(
 def _(
     sample: Tensor,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     stream: int,
     low: list[float],
     span: list[float],
@@ -334,7 +336,7 @@ def jitter_parameters_triton(
     sample: Tensor,
     *,
     seed: int,
-    epoch: int,
+    epoch: Epoch,
     stream: int,
     low: list[float],
     span: list[float],
@@ -342,4 +344,6 @@ def jitter_parameters_triton(
     grayscale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`jitter_parameters` by the kernel; arguments already checked."""
-    return _jitter_parameters(sample, seed, epoch, stream, low, span, probability, grayscale)
+    return _jitter_parameters(
+        sample, seed, on_device(epoch, sample), stream, low, span, probability, grayscale
+    )

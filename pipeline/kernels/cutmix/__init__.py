@@ -12,11 +12,12 @@ from torch import Tensor
 from pipeline.kernels import backend, philox
 from pipeline.kernels.cutmix.reference import cutmix_reference
 from pipeline.kernels.patches import grid_of
+from pipeline.kernels.philox import Epoch
 from pipeline.kernels.streams import Stream
 
 
 def cutmix(
-    image: Tensor, sample: Tensor, probability: float, *, seed: int, epoch: int, view: int
+    image: Tensor, sample: Tensor, probability: float, *, seed: int, epoch: Epoch, view: int
 ) -> Tensor:
     """Show, in a box of each image, the same place of its neighbour.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels import philox
+from pipeline.kernels.philox import Epoch
 
 
 def cutmix_reference(
@@ -12,7 +13,7 @@ def cutmix_reference(
     probability: float,
     *,
     seed: int,
-    epoch: int,
+    epoch: Epoch,
     stream: int,
     step: int,
 ) -> Tensor:

@@ -11,20 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.philox import Epoch, on_device
 from pipeline.kernels.philox_triton import uniforms
 
 BLOCK = 4096  # values of a program
 
 
-@triton.jit(do_not_specialize=["seed", "epoch", "stream"])
+@triton.jit(do_not_specialize=["seed", "stream"])
 def cutmix_kernel(
-    image_ptr, out_ptr, sample_ptr, probability, seed, epoch, stream, batch, step, values, height,
-    image_stride, row_stride, WIDTH: tl.constexpr, PIXEL_STRIDE: tl.constexpr,
+    image_ptr, out_ptr, sample_ptr, probability, seed, epoch_ptr, stream, batch, step, values,
+    height, image_stride, row_stride, WIDTH: tl.constexpr, PIXEL_STRIDE: tl.constexpr,
     CHANNEL_STRIDE: tl.constexpr, DENSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, i) writes values i BLOCK .. (i + 1) BLOCK - 1 of image b."""
     b = tl.program_id(0)
-    mix, cy, cx, drawn = uniforms(seed, epoch, tl.load(sample_ptr + b), stream, 0)
+    mix, cy, cx, drawn = uniforms(seed, tl.load(epoch_ptr), tl.load(sample_ptr + b), stream, 0)
     side = tl.sqrt_rn(1.0 - mix)
     half_y, half_x = (side * height).to(tl.int32) >> 1, (side * WIDTH).to(tl.int32) >> 1
     half_y = tl.where(drawn < probability, half_y, 0)  # no box at all
@@ -62,7 +63,7 @@ def _cutmix(
     sample: Tensor,
     probability: float,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     stream: int,
     step: int,
 ) -> Tensor:
@@ -85,7 +86,7 @@ def _(
     sample: Tensor,
     probability: float,
     seed: int,
-    epoch: int,
+    epoch: Tensor,
     stream: int,
     step: int,
 ) -> Tensor:
@@ -98,9 +99,9 @@ def cutmix_triton(
     probability: float,
     *,
     seed: int,
-    epoch: int,
+    epoch: Epoch,
     stream: int,
     step: int,
 ) -> Tensor:
     """`cutmix` by the kernel; arguments already checked."""
-    return _cutmix(image, sample, probability, seed, epoch, stream, step)
+    return _cutmix(image, sample, probability, seed, on_device(epoch, sample), stream, step)

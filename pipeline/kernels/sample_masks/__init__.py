@@ -10,6 +10,7 @@ for any batch, rank or worker count.
 from torch import Tensor
 
 from pipeline.kernels import backend, philox
+from pipeline.kernels.philox import Epoch
 from pipeline.kernels.sample_masks.reference import POLICIES, Masks, sample_masks_reference
 
 
@@ -34,7 +35,7 @@ def view_sizes(length: int, visible: tuple[int, int], policy: str) -> tuple[int,
 
 
 def sample_masks(
-    sample: Tensor, *, seed: int, epoch: int, length: int, visible: tuple[int, int], policy: str
+    sample: Tensor, *, seed: int, epoch: Epoch, length: int, visible: tuple[int, int], policy: str
 ) -> Masks:
     """Draw the visible sets of both views.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels import philox
+from pipeline.kernels.philox import Epoch
 from pipeline.kernels.select_visible.reference import select_visible_reference
 from pipeline.kernels.streams import Stream
 
@@ -23,7 +24,7 @@ class Masks(NamedTuple):
 
 
 def sample_masks_reference(
-    sample: Tensor, *, seed: int, epoch: int, length: int, visible: tuple[int, int], policy: str
+    sample: Tensor, *, seed: int, epoch: Epoch, length: int, visible: tuple[int, int], policy: str
 ) -> Masks:
     """`sample_masks` in PyTorch; sizes already checked."""
     first, second = visible
@@ -47,7 +48,7 @@ def complement(inverse: Tensor, visible: int) -> Tensor:
 
 
 def _draw(
-    sample: Tensor, seed: int, epoch: int, view: int, length: int, visible: int
+    sample: Tensor, seed: int, epoch: Epoch, view: int, length: int, visible: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(visible, hidden, inverse) of one view, int32."""
     noise = philox.words(sample, seed=seed, epoch=epoch, stream=Stream.MASK + view, count=length)

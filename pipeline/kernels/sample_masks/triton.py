@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pipeline.kernels.philox import Epoch, on_device
 from pipeline.kernels.philox_triton import philox_words
 from pipeline.kernels.sample_masks.reference import POLICIES, Masks
 from pipeline.kernels.select_visible.triton import slots, warps_of
@@ -27,11 +28,11 @@ def _draw_words(seed, epoch, sample, stream, BLOCK: tl.constexpr):
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
-@triton.jit(do_not_specialize=["seed", "epoch"])
+@triton.jit(do_not_specialize=["seed"])
 def sample_masks_kernel(
-    sample_ptr, visible1_ptr, inverse1_ptr, hidden1_ptr, visible2_ptr, inverse2_ptr, seed, epoch,
-    LENGTH: tl.constexpr, VISIBLE1: tl.constexpr, VISIBLE2: tl.constexpr, POLICY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    sample_ptr, visible1_ptr, inverse1_ptr, hidden1_ptr, visible2_ptr, inverse2_ptr, seed,
+    epoch_ptr, LENGTH: tl.constexpr, VISIBLE1: tl.constexpr, VISIBLE2: tl.constexpr,
+    POLICY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (b, 0) writes row b of every output but a second view that is drawn: (b, 1) does."""
     b, view = tl.program_id(0), tl.program_id(1)
@@ -40,7 +41,7 @@ def sample_masks_kernel(
     inside = position < LENGTH
     HIDDEN: tl.constexpr = LENGTH - VISIBLE1
 
-    words = _draw_words(seed, epoch, sample, _MASK_STREAM + view, BLOCK)
+    words = _draw_words(seed, tl.load(epoch_ptr), sample, _MASK_STREAM + view, BLOCK)
     if view == 0:
         shown, count = slots(words, position, LENGTH, VISIBLE1)
         inverse = tl.where(shown, count - 1, VISIBLE1 + position - count)
@@ -71,7 +72,7 @@ def _outputs(
 
 @torch.library.custom_op("relaxmim::sample_masks", mutates_args=())
 def _sample_masks(
-    sample: Tensor, seed: int, epoch: int, length: int, visible1: int, visible2: int, policy: str
+    sample: Tensor, seed: int, epoch: Tensor, length: int, visible1: int, visible2: int, policy: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out = _outputs(sample, length, visible1, visible2, policy)
     block = max(4, triton.next_power_of_2(length))
@@ -86,17 +87,17 @@ def _sample_masks(
 
 @_sample_masks.register_fake
 def _(
-    sample: Tensor, seed: int, epoch: int, length: int, visible1: int, visible2: int, policy: str
+    sample: Tensor, seed: int, epoch: Tensor, length: int, visible1: int, visible2: int, policy: str
 ) -> tuple[Tensor, ...]:
     return _outputs(sample, length, visible1, visible2, policy)
 
 
 def sample_masks_triton(
-    sample: Tensor, *, seed: int, epoch: int, length: int, visible: tuple[int, int], policy: str
+    sample: Tensor, *, seed: int, epoch: Epoch, length: int, visible: tuple[int, int], policy: str
 ) -> Masks:
     """`sample_masks` by the kernel; sizes already checked."""
     visible1, inverse1, hidden1, visible2, inverse2 = _sample_masks(
-        sample, seed, epoch, length, *visible, policy
+        sample, seed, on_device(epoch, sample), length, *visible, policy
     )
     if policy == "random":
         return Masks(visible1, inverse1, None, None, hidden1)
