@@ -148,6 +148,7 @@ class Engine:
         self._moments = {id(p): self.kind.moments(g) for g in own for p in g["params"]}
         # DeepSpeed keeps it for the whole process, where an engine before this one may have set it.
         deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+        self._linear = nn.functional.linear  # in whose place stage 3 puts its own
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=client,
@@ -361,3 +362,4 @@ class Engine:
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self.engine.destroy()
+        nn.functional.linear = self._linear

@@ -107,7 +107,8 @@ def test_graphs_have_their_stage_without_a_section_for_it_too(monkeypatch):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_with_the_optimizer_on_the_host_is_torchs_adamw(stage):
-    """And one whose gradient is not finite is left out."""
+    """And one whose gradient is not finite is left out. Nothing of DeepSpeed's is left behind."""
+    linear = torch.nn.functional.linear
     plan = plan_of("fp32", stage, "optimizer.gradient_clipping=0.7", "optimizer.betas=[0.9,0.9]",
                    offload_optimizer={"device": "cpu"})  # fmt: skip
     ours, plain = Odd(), Odd()
@@ -125,7 +126,9 @@ def test_a_step_with_the_optimizer_on_the_host_is_torchs_adamw(stage):
             assert engine.gradient_norm() == pytest.approx(float(norm), rel=1e-5)
             adamw.step()
             adamw.zero_grad()
+    assert (torch.nn.functional.linear is linear) == (stage < 3)
     check_weights(engine, plain)
+    assert torch.nn.functional.linear is linear
 
 
 @pytest.mark.parametrize(("way", "stage"), EVERY)
