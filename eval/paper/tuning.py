@@ -200,10 +200,13 @@ class Tuning:
         return trials
 
     def write(self) -> None:
-        """Note every trial in OUTPUT/tuning.json."""
-        trials = [noted(trial) for trial in (*self.first(), *self.second())]
+        """Note every trial in OUTPUT/tuning.json, beside those of methods of other claims."""
+        known = read_trials(self.record)
+        trials = [t for t in known if t.method not in self.rows] + self.first() + self.second()
+        order = list(dict.fromkeys(trial.method for trial in (*known, *trials)))
+        trials.sort(key=lambda trial: order.index(trial.method))
         with naming(self.record, "cannot be written"):
-            write_json(self.record, {"grid": self.grid, "trials": trials})
+            write_json(self.record, {"grid": self.grid, "trials": [noted(t) for t in trials]})
 
 
 def noted(trial: Trial) -> dict[str, Any]:

@@ -247,6 +247,14 @@ def test_the_best_rate_is_taken_and_every_trial_recorded(data, tmp_path):
         ("30.00", ""),
         ("40.00", "chosen"),
     ]
+    part = cifar_plan.tuning_of(settings(data, tmp_path, "--claims", "4"))
+    assert "R-MAE" not in part.rows
+    fill(part, {("MAE", 5e-4): 31.0})
+    part.write()  # a sitting of other claims
+    later = read_trials(tmp_path / "tuning.json")
+    assert [(t.method, t.base_lr, t.value) for t in later] == [
+        ("MAE", 5e-4, 31.0), ("MAE", 2e-3, 40.0), ("R-MAE", 5e-4, 35.0), ("R-MAE", 2e-3, 35.0)
+    ]  # fmt: skip
     (tmp_path / "tuning.json").write_text("[]")
     with pytest.raises(UserError, match=r"tuning\.json: no record of a tuning"):
         read_trials(tmp_path / "tuning.json")
