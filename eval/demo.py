@@ -27,6 +27,7 @@ from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
 from shard_tools.atomic import check_writable
+from shard_tools.cli import counted
 from shard_tools.cores import cores
 from shard_tools.demo_images import check_counts
 
@@ -153,8 +154,8 @@ def pretrain(settings: Settings, recipe: str, seed: int, run: Path) -> float:
     ]  # fmt: skip
     for override in settings.overrides:
         command += ["--set", override]
-    threads = max(1, cores() // settings.ranks)
-    return call(f"pretrain {NAMES[recipe]}, seed {seed}, {settings.ranks} ranks", command, threads)
+    threads, ranks = max(1, cores() // settings.ranks), counted(settings.ranks, "rank")
+    return call(f"pretrain {NAMES[recipe]}, seed {seed}, {ranks}", command, threads)
 
 
 def probe(settings: Settings, run: Path, seed: int, *, random: bool) -> dict[str, float]:
@@ -223,7 +224,8 @@ def demo(settings: Settings) -> None:
             gains.append(Gain(recipe, seed, *means, score.get("cls"), random.get("cls")))
     page, _ = write_report(runs, settings.output / REPORTS[0], "relaxmim demo")
     print("\n" + "\n".join([*summary(gains), cls_summary(gains)]))
-    print(f"took {(time.perf_counter() - start) / 60:.1f} minutes on {settings.ranks} ranks")
+    minutes, ranks = (time.perf_counter() - start) / 60, counted(settings.ranks, "rank")
+    print(f"took {minutes:.1f} minutes on {ranks}")
     print(f"report: {page.resolve()}")
 
 

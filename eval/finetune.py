@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line; its defaults are MAE's finetuning of ViT-B."""
     result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     add = result.add_argument
-    add("--ds_config", default=d.ds_config,
+    add("--ds_config", "--ds-config", default=d.ds_config, metavar="FILE",
         help="how it runs: a file, or zero0, zero1 or zero2 (default: zero2)")  # fmt: skip
     add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
     add("--stop-epoch", type=float, help="stop here; rerun to resume")

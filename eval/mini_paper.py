@@ -127,7 +127,8 @@ def mini_paper(settings: Settings) -> None:
     claim_output(workspace.output, made_with(workspace, rows), write=not options.dry_run)
     check_recipes(jobs)
     if options.dry_run:
-        print("\n".join(show_plan(needed(jobs))), flush=True)
+        for line in show_plan(needed(jobs)):
+            print(line, flush=True)
         return
     run_commands(needed(jobs), options.jobs, workspace.output)
     names = {job.name for job in jobs}

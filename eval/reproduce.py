@@ -77,7 +77,8 @@ def reproduce(settings: Settings) -> None:
     claim_output(workspace.output, made_with(workspace, rows), write=not options.dry_run)
     check_recipes(jobs)
     if options.dry_run:
-        print("\n".join(show_plan(needed(jobs))), flush=True)
+        for line in show_plan(needed(jobs)):
+            print(line, flush=True)
         return
     run_commands(needed(jobs), options.jobs, workspace.output)
     ours = beside(f"Tab. {table.number}: {table.title}", rows, workspace, options.seeds)

@@ -84,7 +84,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Settings:
     add("--eval-args", action="append", default=[], metavar="PROTOCOL=OPTIONS",
         help='further options of an evaluation: linprobe="--protocol cached"')  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key everywhere")
-    add("--ds_config", "--ds-config", help="of pretraining (default: pretrain.py's)")
+    add(
+        "--ds_config", "--ds-config", metavar="FILE", help="of pretraining (default: pretrain.py's)"
+    )
     add("--train", default="data/shards/train", help="shards to train on")
     add("--val", default="data/shards/val", help="shards to evaluate on")
     add("--output", type=Path, help="folder of the runs (default: runs/sweep-<recipe>)")
@@ -236,7 +238,8 @@ def run_sweep(settings: Settings) -> None:
     commands = plan(sweep)
     everything = [command for group in commands.values() for command in group]
     if settings.dry_run:
-        print("\n".join(show_plan(everything)), flush=True)
+        for line in show_plan(everything):
+            print(line, flush=True)
         return
     check_way(settings, len(commands))
     if settings.report:

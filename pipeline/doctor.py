@@ -353,7 +353,11 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m pipeline.doctor", description=str(__doc__).split("\n", 1)[0]
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs"), help="folder that a run would write to (runs)"
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="folder that a run would write to (default: runs)",
     )
     try:
         args = parser.parse_args(expand_words(sys.argv[1:] if argv is None else argv))

@@ -65,14 +65,21 @@ def build_parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="change a recipe key; may be repeated",
     )
-    parser.add_argument("--gpus", type=int, default=8, help="over all nodes")
-    parser.add_argument("--gpu", choices=PEAKS, default="h100", help="whose peak the hours take")
-    parser.add_argument("--gpu-memory", type=float, default=80, metavar="GB", help="10^9 bytes")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs of all nodes together")
+    parser.add_argument(
+        "--gpu",
+        choices=PEAKS,
+        default="h100",
+        help="the GPU whose peak FLOP/s the hours are reckoned with",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, default=80, metavar="GB", help="memory of a GPU, in 10^9 bytes"
+    )
     # fmt: off
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
                         help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%}% free")
     parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
-                        help="print the micro-batch that fits under a ZeRO stage, no more")
+                        help="print only the largest micro-batch that fits under this ZeRO stage")
     parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
                         help="host time per launch; 0: measured on this machine")
     parser.add_argument("--cores", type=int, default=8, help="CPU cores per GPU that load images")
@@ -83,17 +90,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default=PRECISIONS[0],
-        help="the way of bf16, see docs/training.md",
+        help="of weights, gradients and products: see Precision in docs/training.md",
     )
     parser.add_argument("--utilisation", type=float, default=UTILISATION, metavar="SHARE",
-                        help="of the peak; MAE's on an H100 (docs/gpu.md)")  # fmt: skip
-    parser.add_argument("--images", type=int, default=1281167, help="of the training set")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--no-graphs", action="store_true", help="cuda_graphs of the ds_config off")
+                        help="share of the peak FLOP/s that is reached; the default is MAE's on "
+                        "an H100 (docs/gpu.md)")  # fmt: skip
+    parser.add_argument("--images", type=int, default=1281167, help="images of the training set")
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="predict with gradient_checkpointing true in the ds_config",
+    )
+    parser.add_argument(
+        "--no-graphs", action="store_true", help="predict with cuda_graphs false in the ds_config"
+    )
     parser.add_argument(
         "--flops",
         action="store_true",
-        help="print the FLOPs of an image, and under data.sizes of each size, no more",
+        help="print only the FLOPs of a step per image; under data.sizes also of each size",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     return parser
@@ -377,7 +391,9 @@ def show(plan: dict[str, Any]) -> str:
         listed = " and ".join(map(str, others))
         lines.append(f"with CUDA graphs ZeRO {listed} run as 1 (--no-graphs: cuda_graphs false)")
     advice = "no stage fits: more GPUs, a smaller micro-batch, --no-graphs or --checkpointing"
-    lines.append(advice if stage is None else f"recommended: ZeRO {stage} (the lowest that fits)")
+    lines.append(
+        advice if stage is None else f"recommended: ZeRO {stage} (the lowest from 1 up that fits)"
+    )
     lines += [
         "",
         f"ms per step of a rank, at {plan['launch_ms'] * 1e3:.1f} µs of the host per launch and "

@@ -182,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
         help="tars and samples that cannot be used",
     )  # fmt: skip
     a("--replace", action="store_true", help="replace an older manifest")
-    a("--workers", type=worker_count, default=cores(), help="processes")
+    a("--workers", type=worker_count, default=cores(), metavar="N", help="processes")
     return p
 
 

@@ -279,7 +279,10 @@ def _label_options(group: argparse._ArgumentGroup) -> None:
 
 def _job_options(group: argparse._ArgumentGroup) -> None:
     a = group.add_argument
-    a("--workers", type=worker_count, default=cores(), help="processes; 0 = no process of its own")
+    a(
+        "--workers", type=worker_count, default=cores(), metavar="N",
+        help="processes; 0 = no process of its own",
+    )  # fmt: skip
     a(
         "--resume", action="store_true",
         help="resume an unfinished job; do nothing for a finished one",

@@ -127,11 +127,15 @@ def warning(manifest: Manifest, batch_size: int, partitions: int, window: int) -
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="How near the loader's batches come to a true shuffle.",
+        description="How close the loader's batches come to a true shuffle, by data.window: how "
+        "often two images of a batch share a label, over how often any two images of the folder do "
+        "(1 is a true shuffle; above it, batches hold too many images of the same class).",
         formatter_class=cli.HelpFormatter,
     )
     parser.add_argument("folder", help="folder of shards, or its URL")
-    parser.add_argument("--batch-size", type=int, default=4096, help="of all ranks")
+    parser.add_argument(
+        "--batch-size", type=int, default=4096, help="images of a step on all ranks together"
+    )
     parser.add_argument("--partitions", type=int, default=64, help="data.partitions of the recipe")
     parser.add_argument("--window", type=int, default=8, help="data.window of the recipe")
     return cli.run(report, cli.parse(parser, argv))
@@ -145,12 +149,20 @@ def report(options: argparse.Namespace) -> int:
     if b % p:
         raise cli.ToolError(f"--batch-size {b}: must be a multiple of the {p} partitions")
     manifest = read_manifest(options.folder)
+    if b > manifest.samples:
+        raise cli.ToolError(
+            f"--batch-size {b}: {options.folder} has {cli.counted(manifest.samples, 'image')}, "
+            "less than one batch; give the batch_size of the recipe that trains on them"
+        )
     mixture = measure(manifest, 4096, 256)
     if mixture is None:
         raise cli.ToolError(f"{options.folder}: has no labels by which to judge the shuffle")
-    print(f"equal labels in a batch of {b}, over a true shuffle ({p} partitions):")
+    print(
+        f"pairs of equal labels in a batch of {b}, relative to a true shuffle (1), with "
+        f"{cli.counted(p, 'partition')}:"
+    )
     for window in sorted({1, 2, 4, 8, 16, 32, 64, w}):
-        mark = "  <- this one" if window == w else ""
+        mark = "  <- --window" if window == w else ""
         print(f"window {window:>3}  {mixture.ratio(b, p, window):7.3f}{mark}")
     if text := warning(manifest, b, p, w):
         print(text)

@@ -413,7 +413,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help=f"with --copy: bytes of a shard, at most (default: {SHARD_SIZE})",
     )
-    a("--workers", type=worker_count, help=f"with --copy: processes (default: {cores()})")
+    a(
+        "--workers", type=worker_count, metavar="N",
+        help=f"with --copy: processes (default: {cores()})",
+    )  # fmt: skip
     return p
 
 

@@ -357,12 +357,13 @@ def verify_shards(folder: str, *, decode: bool, workers: int) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description="Check a shard folder against its manifest; exit code 1 names faults.",
+        description="Check a shard folder against its manifest and name every fault; exit code 1 "
+        "where there is one.",
         formatter_class=HelpFormatter,
     )
     p.add_argument("folder", metavar="DIR", help="folder with a manifest.json")
     p.add_argument("--decode", action="store_true", help="also decode every image")
-    p.add_argument("--workers", type=worker_count, default=cores(), help="processes")
+    p.add_argument("--workers", type=worker_count, default=cores(), metavar="N", help="processes")
     return p
 
 

@@ -221,17 +221,20 @@ def python(script: str | Path, *words: object) -> tuple[str, ...]:
     return (sys.executable, str(script), *map(str, words))
 
 
-def show_plan(jobs: Sequence[Command]) -> list[str]:
-    """Lines per command: its cost or that it is done, its command; and the sum of what is left."""
-    lines, left = [], [job for job in unique(jobs) if not job.done]
+def show_plan(jobs: Sequence[Command]) -> Iterator[str]:
+    """Lines per command: its cost or that it is done, its command; and the sum of what is left.
+
+    Each as soon as its cost is counted, which takes seconds for every kind of step.
+    """
+    left = [job for job in unique(jobs) if not job.done]
     for job in unique(jobs):
         state = "done" if job.done else f"{job.images:>10,} images {job.flops / 1e12:>12,.1f} TFLOP"
-        lines += [f"{state:>40}  {job.name}", f"{'':>42}{' '.join(map(quote, job.command))}"]
+        yield f"{state:>40}  {job.name}"
+        yield f"{'':>42}{' '.join(map(quote, job.command))}"
     flops = sum(job.flops for job in left)
-    lines.append(
+    yield (
         f"{len(left)} of {len(unique(jobs))} commands to run: "
         f"{sum(j.images for j in left):,} images, "
         f"{flops / 1e12:,.1f} TFLOP: {flops / 3.6e3 / 300e12:,.2f} hours of a GPU at 300 TFLOP/s, "
         f"{flops / 3.6e3 / 30e9:,.2f} hours of a CPU core at 30 GFLOP/s"
     )
-    return lines

@@ -7,7 +7,13 @@ from statistics import mean
 from eval.reporting.health import BAD, GOOD, LOOK, UNKNOWN, Check, check_run, overall
 from eval.reporting.run_records import Group, Run
 from eval.reporting.run_status import RunStatus, read_status
-from eval.reporting.tables import Column, column_of, is_random, random_values
+from eval.reporting.tables import (
+    Column,
+    against_random,
+    column_of,
+    is_random,
+    random_values,
+)
 
 VERDICTS = {GOOD: "healthy", LOOK: "worth a look", BAD: "not healthy", UNKNOWN: "no data"}
 MARKS = {GOOD: "✓", LOOK: "!", BAD: "✗", UNKNOWN: "?"}
@@ -146,7 +152,7 @@ def metric(column: Column, value: float, random: list[float], gain: float | None
     digits = 1 if column.unit else 3
     note = "no random encoder to compare with"
     if gain is not None:
-        note = f"{gain:+.{digits}f} over random ({mean(random):.{digits}f}{unit})"
+        note = f"{against_random(gain, digits)} ({mean(random):.{digits}f}{unit})"
     return Metric(column.name, f"{value:.{digits}f}{unit}", note)
 
 

@@ -187,8 +187,13 @@ def accuracy_cell(values: list[float], baseline: list[float], column: Column) ->
     text = f"{middle:.{digits}f}"
     if deviation is not None:
         text += f" ± {deviation:.{digits}f}"
-    note = f"{middle - spread(baseline)[0]:+.{digits}f} over random" if baseline else ""
+    note = against_random(middle - spread(baseline)[0], digits) if baseline else ""
     return Cell(text, note)
+
+
+def against_random(gain: float, digits: int) -> str:
+    """A distance to the random encoder's value: `+2.50 over random`, `1.20 below random`."""
+    return f"{-gain:.{digits}f} below random" if gain < 0 else f"{gain:+.{digits}f} over random"
 
 
 def protocol_notes(groups: Sequence[Group]) -> list[str]:

@@ -40,8 +40,9 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
         )
     if source is None:
         raise UserError(
-            f"{data / 'shards'}: has no shards of CIFAR-10 yet; name your copy: CIFAR10=PATH, an "
-            "ImageFolder of train and test, or the official python or binary archive"
+            f"{data / 'shards'}: has no shards of CIFAR-10 yet; name your copy: --cifar10 PATH "
+            "(make paper-cifar CIFAR10=PATH), an ImageFolder of train and test, or the official "
+            "python or binary archive"
         )
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")

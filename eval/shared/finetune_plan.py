@@ -24,6 +24,7 @@ from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import OptimizerRecipe, augmentation
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, check_range
+from shard_tools.cli import counted
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples
 
@@ -184,7 +185,8 @@ def given_micro_batch(s: Settings, config: dict[str, Any], world: int) -> int:
     if not isinstance(wanted, int) or wanted < 1 or per_rank % wanted:
         raise UserError(
             f"{s.ds_config}: train_micro_batch_size_per_gpu {wanted!r} does not divide the "
-            f"{per_rank} images per rank of --batch-size {s.batch_size} over {world} ranks"
+            f"{per_rank} images per rank of --batch-size {s.batch_size} over "
+            f"{counted(world, 'rank')}"
         )
     if pairs and wanted % 2:
         raise UserError(

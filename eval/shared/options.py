@@ -51,6 +51,7 @@ def add_workers(result: argparse.ArgumentParser) -> None:
     result.add_argument(
         "--workers",
         type=worker_count,
+        metavar="N",
         default=min(8, cores()),
         help="processes of a rank that decode images",
     )

@@ -701,7 +701,7 @@ def test_bad_options_are_one_sentence(data, tmp_path, words, sentence):
 
 
 def test_shards_of_another_source_are_refused(tmp_path):
-    with pytest.raises(UserError, match="name your copy: CIFAR10=PATH"):
+    with pytest.raises(UserError, match="name your copy: --cifar10 PATH"):
         make_cifar_shards(None, tmp_path)
     with pytest.raises(UserError, match="absent: no such file"):
         make_cifar_shards(tmp_path / "absent", tmp_path)

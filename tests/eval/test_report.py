@@ -23,7 +23,7 @@ from eval.paper.beside import metrics
 from eval.protocols import PROTOCOLS, Work, by_key
 from eval.reporting import cka_charts
 from eval.reporting.run_records import Group, group_runs, read_lines, read_run, short_names
-from eval.reporting.tables import accuracy_table
+from eval.reporting.tables import accuracy_table, against_random
 from eval.reporting.variants import with_variants
 from pipeline.config.recipe import RECIPES as RECIPES_DIR
 from pipeline.config.recipe import dump_recipe, load_recipe
@@ -176,6 +176,7 @@ def test_accuracy_is_mean_and_spread_over_seeds(runs: list[Path]) -> None:
     assert cells["random encoder"].value == "20.50 ± 0.71"
     assert cells["rmae"].value == "42.00 ± 2.83"
     assert cells["rmae"].note == "+21.50 over random"
+    assert against_random(-1.204, 2) == "1.20 below random"
     assert cells["mae"].value == "30.00"
 
 

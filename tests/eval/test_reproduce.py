@@ -268,7 +268,7 @@ def test_jobs_run_once_and_after_what_they_need(tmp_path, capsys):
     before = [p.stat().st_mtime_ns for p in (tmp_path / "a", tmp_path / "b")]
     assert run_commands([second, first], 2, tmp_path / "out") == spent
     assert [p.stat().st_mtime_ns for p in (tmp_path / "a", tmp_path / "b")] == before
-    assert "done" in show_plan([first])[0]
+    assert "done" in next(show_plan([first]))
 
 
 def test_nothing_starts_after_an_interruption(tmp_path, monkeypatch):
@@ -324,9 +324,18 @@ def test_two_commands_of_one_name_are_refused(tmp_path):
         run_commands([touch(tmp_path / "a"), touch(tmp_path / "a", "other")], 1, tmp_path)
 
 
+def test_a_line_of_the_plan_does_not_wait_for_the_costs_of_the_next(tmp_path):
+    def count():
+        raise AssertionError("counted too early")
+
+    cheap = Command("a", ("true",), tmp_path / "a")
+    dear = Command("b", ("true",), tmp_path / "b", images=1, count=count)
+    assert next(show_plan([cheap, dear])).endswith("a")
+
+
 def test_the_plan_can_be_pasted_into_a_shell(tmp_path):
     words = ("echo", "a=b", "{a: 1}", "", "x y", "it's", "$HOME", "a;b")
-    line = show_plan([Command("a", words, tmp_path / "a")])[1]
+    _, line, _ = show_plan([Command("a", words, tmp_path / "a")])
     assert tuple(shlex.split(line)) == words
 
 

@@ -303,7 +303,7 @@ def test_command_line(capsys, tmp_path):
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
     assert made["recommended_stage"] == 1
-    assert "\nrecommended: ZeRO 1 (the lowest that fits)\n" in text
+    assert "\nrecommended: ZeRO 1 (the lowest from 1 up that fits)\n" in text
     hours = {}
     for way, first in (("autocast", 0), ("bf16", 1), ("bf16-fp32-grads", 2), ("fp32", 0)):
         assert (

@@ -101,5 +101,6 @@ def test_the_command(sorted_folder, capsys):
     ratios = [float(line.split()[2]) for line in out.splitlines() if line.startswith("window")]
     assert ratios == sorted(ratios, reverse=True)
     assert len(ratios) == 8
-    for wrong in (["--window", "0"], ["--batch-size", "100"]):
+    for wrong in (["--window", "0"], ["--batch-size", "100"], ["--batch-size", "64000"]):
         assert shuffle_quality.main([str(sorted_folder), *wrong]) == 2
+    assert "has 12800 images, less than one batch" in capsys.readouterr().err

@@ -44,6 +44,8 @@ def test_the_commands_are_found():
 def test_every_argument_is_explained(command, monkeypatch):
     parser = parser_of(command, monkeypatch)
     assert [a.dest for a in parser._actions if not a.help] == []
+    workers = [a.metavar for a in parser._actions if a.dest == "workers"]
+    assert workers in ([], ["N"])
     for action in parser._actions:
         alone = argparse.ArgumentParser(
             add_help=False, usage="", formatter_class=parser.formatter_class
@@ -55,6 +57,13 @@ def test_every_argument_is_explained(command, monkeypatch):
             assert action.default.stem in text, text
         assert not re.search(r"default: (None|True|False|\(|\[|\)|/)", text), text
     assert parser.description
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_ds_config_may_be_written_with_a_hyphen(command, monkeypatch):
+    for action in parser_of(command, monkeypatch)._actions:
+        if "--ds_config" in action.option_strings:
+            assert "--ds-config" in action.option_strings
 
 
 def test_defaults_are_shown_as_they_are_typed():

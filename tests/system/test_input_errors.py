@@ -310,7 +310,7 @@ CASES = {
     ],
     "eval/cifar_paper.py": [
         ("--cifar10 {none} --output {new} --data {new}", "/none: no such file or folder"),
-        ("--output {new} --data {new}", "name your copy: CIFAR10=PATH"),
+        ("--output {new} --data {new}", "name your copy: --cifar10 PATH"),
         ("--page {text} --claims 3", "--claims does nothing with --page"),
         ("--restore {text} --output {new} --data {new}", "text: no archive of runs, or damaged"),
         ("--restore --output {run} --data {new}", "--restore: {run} holds something already"),
