@@ -87,7 +87,7 @@ paper-cifar: .venv/ready   ## the paper's claims on CIFAR10=PATH (folder or arch
 	@$(PY) eval/cifar_paper.py $(if $(CIFAR10),--cifar10 "$(CIFAR10)") \
 		--seeds $(if $(filter file,$(origin SEEDS)),3,$(SEEDS)) $(CIFAR)
 
-paper-cifar-page: .venv/ready   ## the page of it from docs/page/cifar10.tar.xz, without the runs → docs/page/cifar10.html
+paper-cifar-page: .venv/ready   ## the page of that study, rebuilt from docs/page/cifar10.tar.xz, without the runs → docs/page/cifar10.html
 	@$(PY) eval/cifar_paper.py --page
 
 .PHONY: test-page
@@ -135,16 +135,16 @@ bench-scale: .venv/ready   ## the loader's bookkeeping at 1.28 M to 2 B samples:
 	@$(PY) tests/bench/bench_scale.py $(if $(METHODS),--methods $(METHODS))
 
 .PHONY: bench bench-data bench-peers bench-shards bench-infonce bench-gpu kernels-report test-gpu report
-bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## those of loading, sharding, InfoNCE, the step and memory, one after another
+bench: bench-shards bench-data bench-infonce bench-step bench-memory   ## the benchmarks of loading, sharding, InfoNCE, the step and memory, one after another
 
-bench-data: .venv/ready bench-peers   ## loading per core against 13 peers, on IMAGES=FOLDER of JPEGs or made ones
+bench-data: .venv/ready bench-peers   ## loading per core against 13 other libraries, on IMAGES=FOLDER of JPEGs or generated ones
 	@$(PY) tests/bench/bench_data.py $(if $(IMAGES),--images "$(IMAGES)")
 
 # Each peer's current release in an environment of its own; the benches skip what cannot be had.
 bench-peers: .venv/ready
 	@$(PY) tests/bench/peer_envs.py
 
-bench-shards: .venv/ready bench-peers   ## sharding per process against the peers' writers, on IMAGES=FOLDER or made ones
+bench-shards: .venv/ready bench-peers   ## sharding per process against other libraries' writers, on IMAGES=FOLDER or generated ones
 	@$(PY) tests/bench/bench_shards.py $(if $(IMAGES),--images "$(IMAGES)")
 
 .PHONY: bench-store

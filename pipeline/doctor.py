@@ -343,7 +343,7 @@ def page(findings: list[Finding]) -> str:
     if stops:
         lines += ["", f"no run can start here: {', '.join(stops)}"]
     else:
-        lines += ["", f"a run can start; {lacks} of {len(findings)} cost something"]
+        lines += ["", f"a run can start; {lacks} of {len(findings)} lines are a lack, with its cost"]
     return "\n".join(lines)
 
 

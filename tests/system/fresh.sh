@@ -202,13 +202,15 @@ if [[ -n $write ]]; then
     cat <<'EOF'
 # Set-up on bare machines
 
-Written by `make test-fresh`: roots that mmdebstrap makes (minbase, apt, git, make, python3,
-python3-venv, ca-certificates), each with a checkout of its own and nothing else of the host but its
-pip configuration. "cc" adds the packages that set-up names, "part" build-essential alone. In each:
-`make setup`; a small `make demo` (256 crops, two epochs, two ranks); `make test` of set-up, recipes,
-JPEG decoding and image checks; everything again in a namespace without a network; and, without
-a compiler, two steps of DeepSpeed without ninja and numactl. "interrupt": before that, set-up was
-stopped in each of its five stages, by Ctrl-C and by kill -9 of make and set-up, and run again.
+Written by `make test-fresh`, which builds bare systems with mmdebstrap (minbase, apt, git, make,
+python3, python3-venv, ca-certificates). Each has its own checkout and shares nothing with the host but
+the pip configuration. In each it runs `make setup`, a small `make demo` (256 crops, two epochs, two
+ranks) and `make test` for set-up, recipes, JPEG decoding and image checks; then everything again
+without a network; and, where there is no compiler, two steps of DeepSpeed without ninja and numactl.
+
+- compiler: "none", "part" (build-essential only) or "cc" (the packages that set-up names)
+- stopped: "interrupt" means that set-up was first stopped in each of its five stages, by Ctrl-C and by
+  kill -9 of make and set-up, and then run again
 EOF
     printf '\n%s, commit %s, %s cores:\n\n' "$(date -u +%F)" "$commit" "$(nproc)"
     page
