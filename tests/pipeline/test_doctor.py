@@ -208,7 +208,7 @@ def test_a_page_names_what_stops_a_run():
     assert page.splitlines()[2].endswith("→ slow")
     assert page.endswith("no run can start here: c")
     assert doctor.page([doctor.lack("a", "1", "x")]).endswith(
-        "a run can start; 1 of 1 lines are a lack, with its cost"
+        "a run can start; 1 of 1 lines name a lack"
     )
 
 
