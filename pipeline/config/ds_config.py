@@ -184,6 +184,11 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
         value = config.get("bf16", {}).get(inner, False)
         if value not in (True, False):
             raise UserError(f"{path}: 'bf16.{inner}' must be true or false, not {value!r}")
+    if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
+        raise UserError(
+            f"{path}: bf16.check_grad_overflow must be true: by it a step whose gradient is not "
+            "finite is left out"
+        )
     listed = config.get("torch_autocast", {}).get("lower_precision_safe_modules") or []
     if not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
         raise UserError(
@@ -210,9 +215,10 @@ def _check_inner(path: str | Path, key: str, value: dict[str, Any], known: set[s
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
     _check_zero(path, config.get("zero_optimization", {}), stage)
+    _check_scaling(path, config, stage)
     wanted = {name: config.get(name, {}).get("enabled", False) for name in PRECISIONS}
     for name, value in wanted.items():
         if not (isinstance(value, bool) or value == "auto"):
@@ -256,11 +262,30 @@ def _check_zero(path: Path, zero: dict[str, Any], stage: int) -> None:
                 f"{path}: zero_optimization.{key} needs zero_optimization.stage {which}: DeepSpeed "
                 f"ignores it under stage {stage}"
             )
+    if zero.get("legacy_stage1") is True:
+        raise UserError(
+            f"{path}: zero_optimization.legacy_stage1 is no longer in DeepSpeed: leave it out"
+        )
     if zero.get("compute_grad_norm", True) not in (True, "auto"):
         raise UserError(
             f"{path}: zero_optimization.compute_grad_norm must be true: by the norm a step whose "
             "gradient is not finite is left out"
         )
+
+
+def _check_scaling(path: Path, config: dict[str, Any], stage: int) -> None:
+    """Scaling gradients before they are summed: DeepSpeed asserts that nothing is reduce-scattered,
+    and under stage 3 has gradients too small by a factor that is the number of ranks."""
+    scattered = config.get("zero_optimization", {}).get("reduce_scatter", True) is not False
+    if stage < 2 or (stage == 2 and not scattered):
+        return
+    for key, without in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if config.get(key, without) != without:
+            raise UserError(
+                f"{path}: {key} needs zero_optimization.stage 0 or 1, or 2 with "
+                f"zero_optimization.reduce_scatter false, not stage {stage}"
+                + (" with reduce_scatter" if stage == 2 else "")
+            )
 
 
 def resolve_precision(

@@ -153,8 +153,20 @@ class Recipe(Section):
             raise ValueError(
                 "views.mask_ratio 0 leaves nothing for views.second: complement to show"
             )
+        self._check_used()
         self.measure.check(self.encoder, self.views)
         return self
+
+    def _check_used(self) -> None:
+        """ValueError for a key that has a value and does nothing beside another."""
+        views, usual = self.views, ViewsRecipe().second_mask_ratio
+        if views.second != "independent" and views.second_mask_ratio != usual:
+            raise ValueError(
+                f"views.second_mask_ratio {views.second_mask_ratio:g} does nothing where "
+                f"views.second is {views.second}: set that to independent, or leave the ratio out"
+            )
+        if self.init.ema and not self.init.weights:
+            raise ValueError("init.ema does nothing without init.weights: give both or neither")
 
 
 # For a look at a recipe before the data are read.

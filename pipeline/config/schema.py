@@ -26,11 +26,13 @@ from shard_tools.home import expand_home
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Beyond it integers of numpy and products of floats overflow.
+LARGEST = 10**15
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Steps = Annotated[int, Field(ge=0)]  # 0: never
+Steps = Annotated[int, Field(ge=0, le=LARGEST)]  # 0: never
 
 
 # YAML aliases can make a value of a few bytes endless when written out.
@@ -242,12 +244,12 @@ class OptimizerRecipe(Section):
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
-    base_lr: Annotated[float, Field(gt=0.0)] = 1.5e-4
+    base_lr: Annotated[float, Field(gt=0.0, le=LARGEST)] = 1.5e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: WeightDecayRecipe = WeightDecayRecipe()
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 0.0
-    epochs: Annotated[float, Field(gt=0.0)] = 100
+    epochs: Annotated[float, Field(gt=0.0, le=LARGEST)] = 100
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 20
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

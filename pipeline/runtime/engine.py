@@ -10,7 +10,9 @@ import copy
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,6 +125,20 @@ def build_ops() -> list[str]:
     return built
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What DeepSpeed's own checks refuse of a ds_config becomes a UserError in its words. They are
+    plain exceptions of its files with a text; what is raised elsewhere is a slip."""
+    try:
+        yield
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        text = " ".join(str(error).split())
+        if not text or not Path(last).is_relative_to(Path(deepspeed.__file__).parent):
+            raise
+        raise UserError(f"DeepSpeed refuses the ds_config: {text}") from error
+
+
 class Engine:
     """A DeepSpeed engine around an objective, with one optimizer step as its unit."""
 
@@ -149,12 +165,13 @@ class Engine:
         # DeepSpeed keeps it for the whole process, where an engine before this one may have set it.
         deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         self._linear = nn.functional.linear  # in whose place stage 3 puts its own
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=objective,
-            optimizer=client,
-            model_parameters=None if client else groups,
-            config=copy.deepcopy(self.config),
-        )
+        with _refusals():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=objective,
+                optimizer=client,
+                model_parameters=None if client else groups,
+                config=copy.deepcopy(self.config),
+            )
         if plan.watchdog_seconds:
             # NCCL ends a process that waits for ten minutes and says neither rank nor step; the
             # watchdog does, also in the first step (loop.py).

@@ -216,6 +216,22 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
             ["compute_grad_norm must be true: by the norm a step whose gradient is not finite"],
         ),
+        (
+            {"zero_optimization": {"stage": 2}, "prescale_gradients": True},
+            ["prescale_gradients needs", "reduce_scatter false, not stage 2 with reduce_scatter"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_scatter": False}}
+            | {"gradient_predivide_factor": 2},
+            ["gradient_predivide_factor needs zero_optimization.stage 0 or 1, or 2", "not stage 3"],
+        ),
+        ({"zero_optimization": {"stage": True}}, ["must be 0, 1, 2 or 3, not True"]),
+        (
+            {"zero_optimization": {"stage": 1}}
+            | {"bf16": {"enabled": True, "check_grad_overflow": False}},
+            ["bf16.check_grad_overflow must be true: by it a step whose gradient is not finite"],
+        ),
+        ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, ["legacy_stage1", "leave it"]),
         ({"comms_logger": {"enable": True}}, ["'comms_logger.enable'; valid: ", "enabled"]),
         ({"comms_logger": 3}, ["'comms_logger' must be an object"]),
         ({"flops_profiler": {"enable": True}}, ["'flops_profiler.enable'; did you mean enabled?"]),
@@ -257,6 +273,12 @@ def test_bad_configs_are_one_sentence(value, words, tmp_path):
     assert "\n" not in str(error.value)
     assert "ds.json" in str(error.value)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_gradients_may_be_scaled_before_they_are_summed_where_deepspeed_can(tmp_path):
+    scaled = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
+    for zero in ({"stage": 1}, {"stage": 2, "reduce_scatter": False}):
+        read_ds_config(write(tmp_path, scaled | {"zero_optimization": zero}))
 
 
 def test_a_config_that_is_not_there(tmp_path):

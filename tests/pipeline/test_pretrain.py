@@ -75,6 +75,15 @@ def test_config_with_a_key_of_the_recipe(shards, tmp_path, capsys):
     assert "optimizer.gradient_clipping" in refused(capsys, *words)
 
 
+def test_config_that_deepspeed_refuses_as_it_starts(shards, tmp_path, capsys):
+    config = tmp_path / "ds.json"
+    config.write_text('{"zero_optimization": {"stage": 1, "allgather_bucket_size": 1}}')
+    words = arguments(shards, tmp_path)
+    words[words.index("ds_configs/zero0.json")] = str(config)
+    line = refused(capsys, *words)
+    assert "DeepSpeed refuses the ds_config: allgather_bucket_size must be a multiple" in line
+
+
 def test_data_folder_without_a_manifest(shards, tmp_path, capsys):
     words = arguments(shards, tmp_path)
     words[words.index(str(shards / "train"))] = str(tmp_path)
@@ -119,6 +128,9 @@ def test_run_resume_and_refusals(shards, tmp_path, capsys):
     other = [tmp_path / "other" if w == str(tmp_path / "run") else w for w in words]
     assert pretrain.main([*map(str, other), "--max-steps", "4"]) == 0
     capsys.readouterr()
+
+    assert pretrain.main([*words, "--max-steps", "3"]) == 0
+    assert "done: step 4; encoder in" in capsys.readouterr().out
 
     assert losses(tmp_path / "run") == losses(tmp_path / "other")
     assert len(losses(tmp_path / "run")) == 4
