@@ -126,6 +126,8 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             monitor.say(f"stopped by {signal_name}: saved at step {step + 1} of {steps.last}")
             return PREEMPTED
     share = 100 * saving / (time.perf_counter() - begun)
+    if sentence := run.watch.nonfinite.at_end():
+        monitor.say(f"warning: {sentence}")
     done = max(steps.first, steps.last)  # a checkpoint may be further than --max-steps
     monitor.say(f"done: step {done}; encoder in {run.folder.path / 'encoder'}")
     monitor.say(f"checkpointing took {saving:.1f} s ({share:.1f} % of wall time)")

@@ -36,3 +36,14 @@ class SkippedSteps:
                 f"({self.limit_name} {self.limit}); the weights are those after step "
                 f"{self._row[0] - 1}: {self.remedy}"
             )
+
+    def at_end(self) -> str:
+        """A sentence for a run whose last steps were skipped: it may have diverged. Else ""."""
+        if not self._row:
+            return ""
+        one = len(self._row) == 1
+        which = "the last step was" if one else f"the last {len(self._row)} steps were"
+        return (
+            f"{which} skipped, since the gradient was not finite: the weights are those after step "
+            f"{self._row[0] - 1}; {self.remedy}"
+        )

@@ -24,9 +24,13 @@ def test_skipped_steps_stop_only_in_a_row_and_name_the_steps():
     for step, bad in enumerate([1, 1, 0, 1, 1]):
         skipped.note(step, bool(bad))
     assert skipped.total == 4
+    assert "the last 2 steps were skipped" in skipped.at_end()
+    assert "after step 3;" in skipped.at_end()
     with pytest.raises(UserError, match=r"steps 4 to 6 in a row.*after step 3") as error:
         skipped.note(5, True)
     assert "\n" not in str(error.value)
+    skipped.note(6, False)
+    assert skipped.at_end() == ""
 
 
 def test_cka_is_one_for_rotated_features_and_small_for_unrelated_ones():
