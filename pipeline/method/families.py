@@ -218,7 +218,34 @@ def with_timm_names(state: dict[str, Tensor], vit: nn.Module, arch: str) -> dict
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
     if isinstance(vit, VisionTransformer) and "blocks.0.gamma_1" in state:  # DeiT III
         state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()}
+    if isinstance(vit, Beit) and vit.rel_pos_bias is None:
+        state = _bias_of_each_block(state, len(vit.blocks))
+    if isinstance(vit, Eva):
+        state = {k: v for k, v in state.items() if k != "mask_token"}  # timm then renames the norm
+        state = _without_zero_biases(state, vit, arch)
     return conversion(arch)(state, vit)
+
+
+def _bias_of_each_block(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """BEiT's weights where all blocks share one bias of relative positions, as in its pretraining:
+    each block gets that one."""
+    shared = state.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is None:
+        return state
+    names = (f"blocks.{n}.attn.relative_position_bias_table" for n in range(depth))
+    return state | dict.fromkeys(names, shared)
+
+
+def _without_zero_biases(state: dict[str, Tensor], vit: Eva, arch: str) -> dict[str, Tensor]:
+    """DINOv3's weights without its biases of q, k and v where `vit` has none: those of k are always
+    masked. UserError where the others are not 0, which timm drops without a word."""
+    first: Any = vit.blocks[0]
+    if "storage_tokens" not in state or getattr(first.attn, "q_bias", None) is not None:
+        return state
+    for name in [name for name in state if name.endswith(".attn.qkv.bias")]:
+        if any(bool(part.any()) for part in state.pop(name).chunk(3)[::2]):
+            raise UserError(f"{name} is not 0, and {arch} has no place for it; give {arch}_qkvb")
+    return state
 
 
 def own_pooling(vit: nn.Module) -> str:

@@ -101,7 +101,7 @@ def from_file(
         arch = known_arch(arch or _timms_arch(content), path)
         if within_classifier(arch):
             found = replace(found, state=found.around, words=found.words[:-1])
-        layout = layout_of(found, content)
+        layout = layout_of(found, content, arch)
     given, options = options, fixed_options(layout, found.state) | options
     vit = fit(found.state, arch, options, path, layout)
     info = named(arch, path.stem)  # with ImageNet's statistics
@@ -142,7 +142,7 @@ def _note(
             whose += f", {said} heads" + ("" if said == heads else f" (its own code has {heads})")
     others = sorted({".".join(words) or "the file itself" for words in found.others})
     left = f"; not taken: {', '.join(others)}" if others else ""
-    kept = [words[0] for words in found.others if words and words[0] in EMA]
+    kept = [word for words in found.others for word in words if word in EMA]
     left += f" (--ema takes {kept[0]})" if kept and not ema else ""
     return f"{whose}; weights from {found.place}{left}"
 
@@ -227,9 +227,11 @@ def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | No
     table = _first_of(_TABLES, state)
     if table is not None and table.ndim == 2:  # CLIP's
         table = table[None]
-    if table is None or table.ndim != 3 or getattr(vit, "pos_embed", None) is None:
+    mine: Tensor | None = getattr(vit, "pos_embed", None)
+    if table is None or table.ndim != 3 or mine is None:
         return None
-    for prefix in (vit.num_prefix_tokens, 0, 1):
+    own = mine.shape[1] - vit.patch_embed.num_patches if mine.ndim == 3 else 0
+    for prefix in (own, 1):  # DINOv2's has the cls token where timm's has none
         side = square(table.shape[1] - int(prefix))
         if side is not None:
             return side * patch_side(vit)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.method.positions import is_sincos, square
 from pipeline.method.weights import EMA as EMA_WORDS
 from pipeline.method.weights import Found
 
@@ -57,15 +58,16 @@ OTHER = Layout("another project", fixed=False)
 _WRAPPERS = {"module", "model", "state_dict", *EMA_WORDS}
 # Parts that a plain ViT has not; the architecture's name, and so timm, says the rest of them.
 _NOT_PLAIN = ("reg_token", "register_tokens", "storage_tokens", "norm_pre.", "attn_pool.", "dist_",
-              "visual.", "class_embedding")  # fmt: skip
+              "visual.", "class_embedding", "patch_embed.backbone.")  # fmt: skip
 _NOT_PLAIN_BLOCK = (".q_bias", ".q_norm.weight", ".q_proj.weight")
 _SCALE = (".ls1.gamma", ".gamma_1")
 
 
-def layout_of(found: Found, content: Any) -> Layout:
-    """Whose file it is, by where its encoder is and what is beside it."""
+def layout_of(found: Found, content: Any, arch: str = "") -> Layout:
+    """Whose file it is, by where its encoder is and what is beside it. arch: timm's name of it, the
+    tag of which (`.augreg_in21k`) says whose weights they are where the file does not."""
     words, state = set(found.words), found.state
-    if "base_encoder" in words or "momentum_encoder" in words:
+    if "base_encoder" in words or "momentum_encoder" in words or _row_first(state):
         return MOCO_V3
     if "decoder_embed.weight" in state:
         return MAE
@@ -79,12 +81,26 @@ def layout_of(found: Found, content: Any) -> Layout:
     beside = content if isinstance(content, dict) else {}
     if "target_encoder" in words or ("encoder" in words and "target_encoder" in beside):
         return I_JEPA
-    if words & {"teacher", "student", "backbone"}:
+    if words & {"teacher", "student"}:
+        return DINO
+    if "." in arch or "cls_token" not in state:  # not what a word alone may name
+        return TIMM
+    if "backbone" in words:
         return DINO
     whole = bool(found.words) and isinstance(beside.get(found.words[0]), dict)  # no prefix of names
     if whole and found.words[0] in ("model", "model_ema") and words <= _WRAPPERS:
         return DEIT_III if scaled else MAE  # and DeiT, which has MAE's code
     return TIMM if words <= _WRAPPERS else OTHER
+
+
+def _row_first(state: Mapping[str, Tensor]) -> bool:
+    """Whether the positions are MoCo v3's, which no other project has: its encoders are left under
+    bare names by its linear probe."""
+    table = state.get("pos_embed")
+    plain = table is not None and table.is_floating_point() and not table.is_sparse
+    if table is None or not plain or table.is_meta or (side := square(table.shape[1] - 1)) is None:
+        return False
+    return side > 1 and is_sincos(table[0, 1:], (side, side)) is True
 
 
 def refuse_stem(found: Found, path: object) -> None:
@@ -98,7 +114,7 @@ def refuse_stem(found: Found, path: object) -> None:
 def fixed_options(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Keywords of timm.create_model that the project's code fixes for these weights: heads."""
     first = state.get("patch_embed.proj.weight")
-    heads = None if first is None else layout.heads.get(first.shape[0])
+    heads = None if first is None else layout.heads.get(len(first))
     return {} if heads is None else {"num_heads": heads}
 
 

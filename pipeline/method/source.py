@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("model_type") not in ("vit", "vit_mae"):
         raise UserError(
             f"{folder}/config.json: model_type {config.get('model_type')!r} is not vit, vit_mae; "
-            "of another ViT give the file of its weights"
+            "of another ViT give a file of its weights under timm's names, with --arch"
         )
     if not (folder / "model.safetensors").is_file():
         raise UserError(

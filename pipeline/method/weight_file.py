@@ -27,12 +27,22 @@ def check_file(path: Path) -> dict[str, str]:
         with path.open("rb") as file:
             first = file.read(2)
         known = zipfile.is_zipfile(path) if first == b"PK" else first[:1] == b"\x80"
+        if known and first == b"PK" and _is_program(path):
+            raise unreadable(
+                path, "it is a TorchScript program, whose code is not run; save its state_dict"
+            )
         if not known and not tarfile.is_tarfile(path):
             cut = "a part of one" if first == b"PK" else "neither .safetensors nor of torch.save"
             raise unreadable(path, f"it is {cut}")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise unreadable(path, error) from None
     return {}
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a zip is what torch.jit.save writes, as of OpenAI's CLIP."""
+    with zipfile.ZipFile(path) as file:
+        return any(name.partition("/")[2] == "constants.pkl" for name in file.namelist())
 
 
 def written_info(path: Path, text: str | None) -> dict[str, Any]:

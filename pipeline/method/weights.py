@@ -127,7 +127,7 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
     UserError where there is none, where ema asks for what is not there, or where two are alike.
     """
     everything = list(_encoders(content, ()))
-    averaged = [f for f in everything if f.words and f.words[0] in EMA]
+    averaged = [f for f in everything if not {*EMA}.isdisjoint(f.words)]
     if ema:
         roles = [f for f in everything if {"teacher", "target_encoder"} & {*f.words}]
         roles = roles or [f for f in everything if "momentum_encoder" in f.words]
@@ -154,8 +154,27 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
             f"{path}: holds two encoders, {best.place} and {ranked[1].place}; save one of them in "
             "a file of its own"
         )
+    check_shapes(best.state, path)
     others = tuple(f.words for f in everything if f is not best)
     return Found(best.state, best.words, best.around, others)
+
+
+def check_shapes(state: Mapping[str, Tensor], path: object) -> None:
+    """UserError for weights that are not there, and for those by which an encoder is read where
+    they have too few axes."""
+    for name, value in state.items():
+        if not value.numel():
+            raise UserError(
+                f"{path}: {name} is empty, as in a rank's part of a ZeRO-3 or FSDP checkpoint; "
+                "give the full weights (DeepSpeed's zero_to_fp32.py writes them)"
+            )
+        if value.ndim < _LEAST_AXES.get(name, 0):
+            raise UserError(
+                f"{path}: {name} has shape {list(value.shape)}, which is no vision transformer's"
+            )
+
+
+_LEAST_AXES = {"patch_embed.proj.weight": 2, "pos_embed": 3}
 
 
 def _rank(found: Found) -> int:

@@ -10,6 +10,7 @@ from pipeline import load_encoder
 from pipeline.errors import UserError
 from pipeline.method import layouts
 from pipeline.method.layouts import fix_norms
+from pipeline.method.vit import sincos_position
 from pipeline.method.weights import Found
 
 IMAGENET, HALF = [0.485, 0.456, 0.406], [0.5, 0.5, 0.5]
@@ -142,6 +143,104 @@ def test_a_file_of_clip_with_its_projection(tmp_path, prefix, box):
         load_encoder(path, arch=arch, options=width | {"patch_size": 8})
 
 
+@pytest.mark.parametrize(("prefix", "box"), [("vit.", None), ("", "model"), ("backbone.", None)])
+def test_a_word_alone_does_not_outdo_what_timm_says_of_the_architecture(tmp_path, prefix, box):
+    """Pixels of encoders that are no plain ViT, and of those whose tag says whose they are."""
+    width = {"embed_dim": 48, "num_heads": 3}
+    vit = model("vit_base_patch16_siglip_gap_224", **width)
+    path = write(tmp_path / "x.pth", vit, prefix, box)
+    found, info = load_encoder(path, arch="vit_base_patch16_siglip_gap_224", options=width | SMALL)
+    same_tokens(found, vit)
+    assert info["mean"] == pytest.approx(HALF)
+    assert "as timm has them for vit_base_patch16_siglip_gap_224" in info["note"]
+    plain = write(tmp_path / "y.pth", model(), prefix, box)
+    for tag, mean in (("", IMAGENET), (".augreg_in21k", HALF), (".dino", IMAGENET)):
+        _, info = load_encoder(plain, arch=f"vit_small_patch16_224{tag}", options=SMALL)
+        assert info["mean"] == pytest.approx(mean), tag
+
+
+def test_moco_v3_is_known_by_its_positions_where_no_name_says_it(tmp_path):
+    """Its linear probe keeps the encoder below `module.` alone: 12 heads are timm's 6 there."""
+    vit = model(num_heads=12)
+    with torch.no_grad():
+        vit.pos_embed.copy_(sincos_position((2, 2), 384, row_first=True))
+    for dtype in (torch.float32, torch.float16):
+        state = {f"module.{k}": v.to(dtype) for k, v in vit.state_dict().items()}
+        head = {"module.head.weight": torch.ones(5, 384)}
+        content = {"arch": "vit_small", "state_dict": state | head}
+        torch.save(content, tmp_path / "x.pth")
+        found, info = load_encoder(
+            tmp_path / "x.pth", arch="vit_small_patch16_224", options={"depth": 2}
+        )
+        assert found.blocks[0].attn.num_heads == 12
+        assert info["mean"] == IMAGENET
+    table = vit.state_dict()["pos_embed"].to_sparse()
+    state = {"patch_embed.proj.weight": torch.ones(384, 3, 16, 16), "pos_embed": table}
+    assert layouts.layout_of(Found(state, ()), {}) is layouts.TIMM
+
+
+def test_beits_pretraining_has_one_bias_for_all_blocks(tmp_path):
+    arch, width = "beit_base_patch16_224", {"embed_dim": 48, "num_heads": 3}
+    vit = model(arch, **width, global_pool="token")
+    state = vit.state_dict()
+    table = state["blocks.0.attn.relative_position_bias_table"]
+    state["blocks.1.attn.relative_position_bias_table"].copy_(table)
+    alone = {k: v for k, v in state.items() if "relative" not in k}
+    alone |= {
+        "rel_pos_bias.relative_position_bias_table": table,
+        "rel_pos_bias.relative_position_index": torch.zeros(5, 5, dtype=torch.int64),
+        "mask_token": torch.ones(1, 1, 48), "lm_head.weight": torch.ones(7, 48),
+    }  # fmt: skip
+    torch.save({"model": alone}, tmp_path / "x.pth")
+    found, info = load_encoder(tmp_path / "x.pth", arch=arch, options=SMALL | width)
+    same_tokens(found, vit)
+    assert info["note"].startswith("a file of BEiT")
+
+
+@pytest.mark.parametrize("arch", ["eva_giant_patch14_224", "eva02_tiny_patch14_224"])
+def test_evas_pretraining_has_its_norm_on_the_tokens(tmp_path, arch):
+    """A mask token is to timm the sign to take it for the norm of the mean."""
+    width = {"embed_dim": 48, "num_heads": 3, "patch_size": 16}
+    vit = model(arch, **width, global_pool="token")
+    head = {"mask_token": torch.ones(1, 1, 48), "lm_head.weight": torch.ones(7, 48)}
+    torch.save({"model": vit.state_dict() | head}, tmp_path / "x.pth")
+    found, _ = load_encoder(tmp_path / "x.pth", arch=arch, options=SMALL | width)
+    same_tokens(found, vit)
+
+
+def dinov3s_names(state):
+    """timm's names of a DINOv3 with biases of q and v → Meta's."""
+    swaps = {"reg_token": "storage_tokens", "gamma_": "ls", "rope.periods": "rope_embed.periods"}
+    found = {"mask_token": torch.ones(1, 384)}
+    for name, value in state.items():
+        for ours, theirs in swaps.items():
+            name = name.replace(ours, theirs)
+        name = name + ".gamma" if name.endswith((".ls1", ".ls2")) else name
+        if name.endswith("q_bias"):
+            parts = (value, torch.full_like(value, 9.0), state[name.replace("q_bias", "v_bias")])
+            name, value = name.replace("q_bias", "qkv.bias"), torch.cat(parts)
+        if not name.endswith("v_bias"):
+            found[name] = value
+    return found
+
+
+def test_biases_of_dinov3_are_taken_or_refused(tmp_path, capsys):
+    vit = model("vit_small_patch16_dinov3_qkvb")
+    path = tmp_path / "x.pth"
+    torch.save(dinov3s_names(vit.state_dict()), path)
+    found, _ = load_encoder(path, arch="vit_small_patch16_dinov3_qkvb", options=SMALL)
+    same_tokens(found, vit)
+    with pytest.raises(UserError, match=r"qkv.bias is not 0.*give vit_small_patch16_dinov3_qkvb"):
+        load_encoder(path, arch="vit_small_patch16_dinov3", options=SMALL)
+    for name, value in vit.state_dict().items():
+        if name.endswith("_bias"):
+            value.zero_()
+    torch.save(dinov3s_names(vit.state_dict()), path)
+    found, _ = load_encoder(path, arch="vit_small_patch16_dinov3", options=SMALL)
+    same_tokens(found, vit)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "vit_base_patch16_siglip_gap_224"])
 def test_a_random_encoder_has_the_pixels_that_are_said(arch):
     pixels = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
@@ -190,6 +289,7 @@ def test_another_architecture_is_refused(tmp_path, change, words):
 
 def test_dinov2_is_known_by_its_layer_scale():
     state = {"patch_embed.proj.weight": torch.ones(384, 3, 14, 14), "blocks.0.ls1.gamma": None}
+    state |= {"cls_token": None}
     for words, layout in (
         (("teacher", "backbone"), layouts.DINO_V2),
         (("model",), layouts.DEIT_III),

@@ -5,6 +5,7 @@ import collections
 import datetime
 import json
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -82,6 +83,8 @@ def test_wrappers_in_the_middle_of_names(tmp_path):
         ({"state_dict": state(), "state_dict_ema": state(2)}, 1),
         ({"model": state(), "model_ema": state(2), "optimizer": {"state": {0: state(3)}}}, 1),
         ({"state_dict_ema": state()}, 1),  # all that there is
+        ({"state_dict": under("model.") | under("ema_model.", 2)}, 1),  # of Lightning
+        ({"state_dict": under("net.model.vit.") | under("ema.module.", 2)}, 1),
     ],
 )
 def test_the_encoder_that_its_project_evaluates(tmp_path, content, value):
@@ -97,6 +100,7 @@ def test_the_encoder_that_its_project_evaluates(tmp_path, content, value):
         {"state_dict": state(), "state_dict_ema": state(2)},
         {"model": state(), "model_ema": under("module.", 2)},
         {"model": state(), "ema": state(2)},
+        {"state_dict": under("model.") | under("ema_model.module.", 2)},
         {"model": under("student.") | under("teacher.", 2)},
         {"encoder": under("module."), "target_encoder": under("module.", 2)},
         {"state_dict": under("module.base_encoder.") | under("module.momentum_encoder.", 2)},
@@ -104,6 +108,29 @@ def test_the_encoder_that_its_project_evaluates(tmp_path, content, value):
 )
 def test_ema_takes_the_average(tmp_path, content):
     assert loaded(tmp_path / "x.pth", content, ema=True)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("cls_token", torch.empty(0), "cls_token is empty, as in a rank's part of a ZeRO-3"),
+        ("patch_embed.proj.weight", torch.tensor(1.0), r"has shape \[\], which is no"),
+        ("pos_embed", torch.ones(17), r"pos_embed has shape \[17\], which is no"),
+    ],
+)
+def test_weights_that_are_not_there_or_of_no_vit_are_refused(tmp_path, name, value, words):
+    for content in (state() | {name: value}, {"module": state() | {name: value}}):
+        with pytest.raises(UserError, match=rf"x\.pth: .*{words}"):
+            loaded(tmp_path / "x.pth", content)
+
+
+def test_a_program_of_torchscript_is_called_that(tmp_path):
+    """As OpenAI publishes CLIP."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:  # the names of torch.jit.save
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py", "version"):
+            file.writestr(f"x/{name}", b"")
+    with pytest.raises(UserError, match=r"a TorchScript program, .* save its state_dict"):
+        load_encoder(tmp_path / "x.pt", arch=ARCH)
 
 
 def test_ema_where_there_is_none_is_refused(tmp_path):
