@@ -23,11 +23,13 @@ from typing import NoReturn
 from eval.paper.job_runner import run_commands, show_plan
 from eval.paper.sweep_chapter import sweep_chapter
 from eval.paper.sweep_plan import (
+    CELLS,
     ROOT,
     Sweep,
     check_cells,
     check_overrides,
     claim_output,
+    lost,
     plan,
     read_eval_args,
     read_evals,
@@ -35,6 +37,7 @@ from eval.paper.sweep_plan import (
     recipe_of,
     record_of,
     shell_words,
+    without_lost,
 )
 from eval.protocols import by_key
 from eval.report import write_report
@@ -235,7 +238,10 @@ def run_sweep(settings: Settings) -> None:
     if not settings.dry_run:
         check_writable(sweep.output, folder=True, advice="; choose another --output")
     check_evals(sweep)
-    commands = plan(sweep)
+    commands, gone = plan(sweep), lost(sweep)
+    commands = {cell: without_lost(jobs, gone) for cell, jobs in commands.items()}
+    for name in sorted(gone):
+        print(f"{name}: diverged before; to try it again remove its run", flush=True)
     everything = [command for group in commands.values() for command in group]
     if settings.dry_run:
         for line in show_plan(everything):
@@ -247,13 +253,13 @@ def run_sweep(settings: Settings) -> None:
     elif settings.cell is not None:
         cell, own = list(commands.items())[settings.cell]
         claim_output(sweep)
-        run_commands(own, 1, sweep.output / "cells" / cell.name)
+        run_commands(own, 1, sweep.output / CELLS / cell.name, trials=True)
     elif settings.slurm is not None:
         submit(settings, len(commands), given)
         claim_output(sweep)  # not where sbatch refuses it
     else:
         claim_output(sweep)
-        run_commands(everything, settings.jobs or slots(), sweep.output)
+        run_commands(everything, settings.jobs or slots(), sweep.output, trials=True)
         write_page(sweep)
 
 

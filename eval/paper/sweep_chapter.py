@@ -1,11 +1,11 @@
 """A sweep's results: mean and spread of every point, each parameter plotted, and the best point."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from statistics import mean
 
 from eval.paper.reproduction import spread_text
 from eval.paper.significance import interval
-from eval.paper.sweep_plan import Cell, Sweep, as_number, result_path
+from eval.paper.sweep_plan import Cell, Sweep, as_number, lost, result_path
 from eval.protocols import by_key, headings
 from eval.reporting.charts import Line, line_chart
 from eval.reporting.page import Chapter
@@ -28,10 +28,13 @@ def sweep_chapter(sweep: Sweep) -> Chapter:
         for key in sweep.grid
         if (chart := parameter_chart(sweep, name, key, found[name]))
     ]
-    texts = [best_text(name, found[name]) for name in shown]
+    gone = {name: lost_seeds(sweep, name, found[name]) for name in shown}
+    texts = [best_text(name, found[name], gone[name]) for name in shown]
     seeds = f"{sweep.seeds} seed{'s' if sweep.seeds > 1 else ''}"
     texts.append(f"{seeds}; curves are means, with the range of the seeds.")
-    table = (sweep_table(sweep, found),) if shown else ()
+    if any(seeds for points in gone.values() for seeds in points.values()):
+        texts.append("A point that diverged in a seed is not among the best.")
+    table = (sweep_table(sweep, found, gone),) if shown else ()
     return Chapter("sweep", "Sweep", tuple(filter(None, texts)), table, tuple(charts))
 
 
@@ -48,16 +51,33 @@ def results(sweep: Sweep, protocol: str) -> Values:
     return found
 
 
-def sweep_table(sweep: Sweep, found: dict[str, Values]) -> Table:
-    """A row per point: its values of the grid, then mean ± deviation of each protocol."""
+def lost_seeds(sweep: Sweep, protocol: str, found: Values) -> dict[Point, list[int]]:
+    """Point → the seeds without a result whose pretraining, or the protocol itself, diverged."""
+    gone, seeds = lost(sweep), dict[Point, list[int]]()
+    for cell in sweep.cells:
+        without = cell.seed not in found[cell.point]
+        if without and gone & {f"{cell.name} pretrain", f"{cell.name} {protocol}"}:
+            seeds.setdefault(cell.point, []).append(cell.seed)
+    return seeds
+
+
+def sweep_table(
+    sweep: Sweep, found: dict[str, Values], gone: dict[str, dict[Point, list[int]]]
+) -> Table:
+    """A row per point: its values of the grid, then mean ± deviation of each protocol, and how many
+    of its seeds diverged."""
     titles = headings()
     head = (*sweep.grid, "seeds done", *(titles[name] for name in found))
     rows = []
     for point in dict.fromkeys(cell.point for cell in sweep.cells):
         done = max((len(values[point]) for values in found.values()), default=0)
         words = [value for _, value in point] + [f"{done} of {sweep.seeds}"]
-        words += [spread_text(list(values[point].values())) for values in found.values()]
-        rows.append(Row(tuple(map(TableCell, words))))
+        cells = list(map(TableCell, words))
+        for name, values in found.items():
+            diverged = len(gone[name].get(point, ()))
+            note = f"{diverged} diverged" if diverged else ""
+            cells.append(TableCell(spread_text(list(values[point].values())), note))
+        rows.append(Row(tuple(cells)))
     notes = ("± is the sample standard deviation over seeds.",) if sweep.seeds > 1 else ()
     return Table(head, tuple(rows), notes=notes)
 
@@ -88,10 +108,11 @@ def parameter_chart(sweep: Sweep, protocol: str, key: str, found: Values) -> str
     return line_chart(drawn, title=f"{heading} against {key}", x=key, y=heading, ticks=ticks)
 
 
-def best_text(protocol: str, found: Values) -> str:
-    """The best point of a protocol, and whether it is surely ahead of the second."""
+def best_text(protocol: str, found: Values, gone: Container[Point] = ()) -> str:
+    """The best point of a protocol, and whether it is surely ahead of the second. gone: points
+    that diverged in a seed."""
     ranked = sorted(
-        ((mean(values.values()), point) for point, values in found.items() if values),
+        ((mean(values.values()), p) for p, values in found.items() if values and p not in gone),
         key=lambda pair: -pair[0],
     )
     if not ranked:

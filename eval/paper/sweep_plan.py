@@ -10,7 +10,7 @@ from shlex import split
 from typing import Any
 
 from eval.paper.commands import cost, pretrain_flops
-from eval.paper.job_runner import Command
+from eval.paper.job_runner import Command, diverged
 from eval.paper.made_with import check_recipe
 from eval.protocols import by_key, keys
 from pipeline.config.ds_config import open_ds_config
@@ -24,6 +24,7 @@ from shard_tools.manifest import read_manifest
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch.sh"
 RECORD = "sweep.json"
+CELLS = "cells"  # what the tasks of an array keep of themselves
 OPEN, CLOSE = "[{(", "]})"
 UNSUITED = ("shape-bias",)  # needs images of its own
 
@@ -206,6 +207,19 @@ def cell_commands(sweep: Sweep, cell: Cell, samples: int, held_out: int) -> list
         name = f"{cell.name} {protocol}"
         commands.append(Command(name, line, made, (pretrain.name,), 0, seen, count=count))
     return commands
+
+
+def lost(sweep: Sweep) -> set[str]:
+    """Names of the commands that diverged, here or as tasks of an array, in runs that are there."""
+    folders = (sweep.output, *sorted((sweep.output / CELLS).glob("*")))
+    names = set[str]().union(*map(diverged, folders))
+    there = [c.name for c in sweep.cells if (sweep.output / c.name / "recipe.yaml").is_file()]
+    return {name for name in names if name.rpartition(" ")[0] in there}
+
+
+def without_lost(jobs: Sequence[Command], gone: set[str]) -> list[Command]:
+    """Commands without those that diverged, which would again, and what needs them."""
+    return [job for job in jobs if job.done or not gone & {job.name, *job.needs}]
 
 
 def launched(script: str, *words: object) -> tuple[str, ...]:

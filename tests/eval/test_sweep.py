@@ -19,6 +19,7 @@ from eval.paper.sweep_plan import (
     Sweep,
     check_cells,
     claim_output,
+    lost,
     plan,
     read_eval_args,
     read_evals,
@@ -419,6 +420,57 @@ def test_the_page_has_mean_spread_and_the_best(data, tmp_path):
         "ahead of mask_ratio 0.5."
     )
     assert len(chapter.charts) == 1
+
+
+def test_a_cell_that_diverges_ends_no_sweep(data, tmp_path, monkeypatch, capsys):
+    """The others run, the page says it, and the same command does not train it again."""
+    script = tmp_path / "launch.sh"
+    script.write_text(FAKE_LAUNCH)
+    script.chmod(0o755)
+    monkeypatch.setattr("eval.paper.sweep_plan.LAUNCH", script)
+    line = words(data, tmp_path / "out", "--jobs", "1", "--seeds", "2", grid=DIVERGES)
+    page = tmp_path / "out/sweep.md"
+    for number in (1, 2):
+        command.run_sweep(command.parse_args(line))
+        said = capsys.readouterr().out
+        assert "| 1e9 | 1 of 2 | 50.00 (1 diverged) |" in page.read_text(), number
+        assert "Best by k-NN (%): base_lr 1e-3, 40.00" in page.read_text()
+        assert "A point that diverged in a seed is not among the best." in page.read_text()
+        name = "base_lr-1e9-1 pretrain: diverged"
+        assert f"{name} before; to try" in said if number == 2 else f"{name}, so" in said
+    log = (tmp_path / "out/jobs.jsonl").read_text().splitlines()
+    assert [json.loads(row)["code"] for row in log].count(76) == 1
+    assert len(log) == 7  # of 8: its evaluation was not run
+    (tmp_path / "out/base_lr-1e9-1/recipe.yaml").unlink()
+    command.run_sweep(command.parse_args(line))
+    assert len((tmp_path / "out/jobs.jsonl").read_text().splitlines()) == 8
+    (tmp_path / "out/jobs.jsonl").unlink()  # and so of a task of an array
+    sweep = command.parse_args(line).sweep
+    (tmp_path / "out/base_lr-1e9-1/recipe.yaml").unlink()
+    command.run_sweep(command.parse_args([*line, "--cell", "3"]))
+    assert lost(sweep) == {"base_lr-1e9-1 pretrain"}
+
+
+DIVERGES = "optimizer.base_lr=1e-3,1e9"
+FAKE_LAUNCH = f"""#!{sys.executable}
+import json, sys
+from pathlib import Path
+words = sys.argv
+out = Path(words[words.index("--output") + 1])
+if "pipeline/pretrain.py" in words:
+    (out / "encoder").mkdir(parents=True, exist_ok=True)
+    sys.path[:0] = {[str(ROOT)]}
+    from pipeline.config.recipe import dump_recipe, load_recipe
+    sets = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    (out / "recipe.yaml").write_text(dump_recipe(load_recipe("demo_mae", sets)))
+    if out.name == "base_lr-1e9-1":
+        sys.exit(76)
+    (out / "encoder/encoder.json").write_text(json.dumps({{"step": 1000}}))
+else:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    top1 = 50 if "1e9" in str(out) else 40
+    out.write_text(json.dumps({{"protocol": "knn", "top1": top1, "encoder": {{}}}}))
+"""
 
 
 def test_best_is_not_claimed_without_evidence():
