@@ -331,7 +331,7 @@ def main() -> None:
     settings, output = ranks.agree(lambda: prepare(args, ranks.world))
     result = evaluate(settings, session_of(args, ranks), output.with_suffix(""))
     if ranks.first:
-        write_accuracy(output, result)
+        write_accuracy(output, result, args)
 
 
 if __name__ == "__main__":

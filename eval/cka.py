@@ -236,7 +236,7 @@ def main() -> None:
     settings, output = ranks.agree(lambda: prepare(args))
     result = evaluate(settings, session_of(args, ranks))
     if ranks.first:
-        write_result(output, result)
+        write_result(output, result, args)
         last = ", ".join(
             f"{ratio:.0%} {row[-1]:.3f}"
             for ratio, row in zip(result["ratios"], result["cka"], strict=True)

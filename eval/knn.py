@@ -106,7 +106,7 @@ def main() -> None:
     settings, output = ranks.agree(lambda: prepare(args))
     result = evaluate(settings, session_of(args, ranks, settings.feature))
     if ranks.first:
-        write_accuracy(output, result)
+        write_accuracy(output, result, args)
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ def main() -> None:
     session = session_of(args, ranks, settings.feature)
     result = evaluate(settings, session, output.with_suffix(""))
     if ranks.first:
-        write_accuracy(output, result)
+        write_accuracy(output, result, args if settings.protocol == "cached" else None)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     s = settings
     ratio = check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)
     check(settings)
-    check_other_settings(output, argparse.Namespace(**vars(args) | {"mask_ratio": ratio}))
+    args.mask_ratio = ratio
+    check_other_settings(output, args)
     return settings, output
 
 
@@ -199,7 +200,7 @@ def main() -> None:
     settings, output = ranks.agree(lambda: prepare(args))
     result = evaluate(settings, ranks)
     if ranks.first:
-        write_result(output, result)
+        write_result(output, result, args)
         metrics = f"{result['image']:.2f} dB (hidden patches alone {result['hidden']:.2f} dB)"
         print(f"PSNR {metrics}; {result['statistics']}  → {output}", flush=True)
 

@@ -301,7 +301,7 @@ def main() -> None:
     result = evaluate(settings, ranks)
     if ranks.first:
         if output is not None:
-            write_result(output, result)
+            write_result(output, result, args)
         bias = result["shape_bias"]
         text = "undecided" if bias is None else f"{bias:.3f}"
         counts = f"{result['shape']} shape, {result['texture']} texture"

@@ -146,15 +146,22 @@ def in_a_name(text: str, longest: int = 40) -> str:
     return words if len(words) <= longest else digest(text)
 
 
-def write_result(path: str | Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON, atomically. UserError where the path cannot be written."""
+def write_result(
+    path: str | Path, result: dict[str, Any], args: argparse.Namespace | None = None
+) -> None:
+    """Write a result as JSON, atomically. UserError where the path cannot be written, or (args: of
+    the command line) where a command beside this one has written a result of other settings."""
+    if args is not None:
+        check_other_settings(Path(path), args)
     with naming(path, "cannot be written"):
         write_json(Path(path), result, indent=1)
 
 
-def write_accuracy(path: Path, result: dict[str, Any]) -> None:
-    """Write a result that has top1 and top5, and print them."""
-    write_result(path, result)
+def write_accuracy(
+    path: Path, result: dict[str, Any], args: argparse.Namespace | None = None
+) -> None:
+    """Write a result that has top1 and top5, as `write_result`, and print them."""
+    write_result(path, result, args)
     print(f"top-1 {result['top1']:.2f} %  top-5 {result['top5']:.2f} %  → {path}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from eval_helpers import (
 
 from eval import knn
 from eval.shared.options import settings_of
-from eval.shared.session import session_of
+from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 
@@ -34,6 +35,28 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parse(home: Path, *more: str) -> knn.argparse.Namespace:
     common = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
     return knn.build_parser().parse_args([str(v) for v in (*common, "--workers", 0, *more)])
+
+
+def test_a_result_that_another_command_wrote_meanwhile_is_not_replaced(home, tmp_path, monkeypatch):
+    output, voted = tmp_path / "knn.json", knn.evaluate
+    mine, other = (parse(home, "--k", k, "--output", str(output)) for k in ("3", "5"))
+
+    def slow(settings: knn.Settings, session: EvalSession) -> dict:
+        result = voted(settings, session)
+        if not output.exists():
+            theirs = voted(settings_of(knn.Settings, other), session)
+            output.write_text(json.dumps(theirs))
+        return result
+
+    monkeypatch.setattr(knn, "evaluate", slow)
+    monkeypatch.setattr(knn, "build_parser", lambda: Namespace(parse_args=lambda: mine))
+    with pytest.raises(UserError, match=r"holds a result with another k \(5, now 3\)"):
+        knn.main()
+    assert json.loads(output.read_text())["settings"]["k"] == 5
+    output.unlink()
+    other = mine  # the same settings twice are one result
+    knn.main()
+    assert json.loads(output.read_text())["settings"]["k"] == 3
 
 
 def evaluate(home: Path, *more: str, ranks: Ranks = ALONE) -> dict:
