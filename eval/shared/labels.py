@@ -38,8 +38,17 @@ def class_count(train: Manifest, val: Manifest) -> int:
             f"{train.folder} and {val.folder} do not have the same classes "
             f"({len(train.classes)} and {len(val.classes)}); make both from one dataset"
         )
-    labels = max(int(m.index["label"].max()) + 1 for m in (train, val))
-    return max(labels, len(train.classes), len(val.classes))
+    largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
+    named = next((m for m in (train, val) if m.classes), None)
+    if named is None:
+        return max(largest.values()) + 1
+    for folder, label in largest.items():  # of the set that names none
+        if label >= len(named.classes):
+            raise UserError(
+                f"{folder}: has label {label} where {named.folder} names {len(named.classes)} "
+                "classes, from 0; make both from one dataset"
+            )
+    return len(named.classes)
 
 
 def check_images(where: str | Path, root: str | Path | None = None) -> None:

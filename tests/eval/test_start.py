@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from eval_helpers import coloured_images, write_encoder, write_shards
 
@@ -12,6 +13,7 @@ from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import check_output, named_json
 from pipeline.errors import UserError
+from shard_tools.manifest import read_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,16 @@ def test_labels_and_classes_are_those_of_one_data_set(tmp_path):
     more = labelled(write_shards(tmp_path / "more", image, label, classes=4))
     with pytest.raises(UserError, match=r"do not have the same classes \(3 and 4\)"):
         class_count(train, more)
+    for labels in (label, label * 2):  # of a set that names none
+        rows = write_shards(tmp_path / f"rows-{labels.max()}", image, labels)
+        found = read_manifest(rows)
+        index = np.array(found.index)
+        write_manifest(rows, shards=found.shards, index=index, classes=())
+    assert class_count(train, labelled(tmp_path / "rows-2")) == 3
+    for pair in ((train, labelled(rows)), (labelled(rows), train)):
+        with pytest.raises(UserError, match=r"rows-4: has label 4 where .*train names 3 classes"):
+            class_count(*pair)
+    assert class_count(labelled(rows), labelled(tmp_path / "rows-2")) == 5
     with pytest.raises(UserError, match="without: some samples have no label"):
         labelled(write_shards(tmp_path / "without", image, label - 1))
 
