@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from eval.reporting.run_records import read_json
 from eval.shared.options import EncoderChoice, check_encoder, encoder_of
 from pipeline.config.timm_names import check_hub
+from pipeline.data.crops import shorter_side
 from pipeline.errors import UserError, naming
-from pipeline.method.source import read_classifier_info
+from pipeline.method.source import check_source, read_classifier_info
 from pipeline.method.weight_file import check_file
 from shard_tools.atomic import check_writable, write_json
 
@@ -117,6 +119,9 @@ def check_other_settings(path: Path, args: argparse.Namespace) -> None:
     ours = json.loads(json.dumps({key: getattr(args, key, value) for key, value in told.items()}))
     for key in PATHS & told.keys():
         told[key], ours[key] = full_path(told[key]), full_path(ours[key])
+    if args.output and theirs:
+        for key, (before, now) in _reading(theirs, args).items():
+            told[key], ours[key] = before, now
     changed = [
         difference(key, told[key], ours[key])
         for key in told
@@ -127,6 +132,26 @@ def check_other_settings(path: Path, args: argparse.Namespace) -> None:
             f"{path}: holds a result with another {', '.join(changed)}; remove it or choose "
             "another --output"
         )
+
+
+def _reading(theirs: Mapping[str, Any], args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """How a result's encoder was read and how a command line reads it, as far as both say it; in
+    paths without --output the options are a part of the name."""
+    encoder = theirs.get("encoder", {})
+    own, found = encoder.get("options", {}), dict[str, tuple[Any, Any]]()
+    if hasattr(args, "options"):
+        choice = encoder_of(args)
+        given = {k: v for k, v in choice.options.items() if k != "pretrained_cfg_overlay"}
+        size = check_source(choice.source, choice.arch, choice.options, choice.ema, choice.random)
+        given |= {"img_size": size} if size else {}
+        found |= {key: (own.get(key), value) for key, value in given.items()}
+        found["ema"] = (bool(encoder.get("ema")), choice.ema)
+    elif hasattr(args, "resize"):  # psnr.py, which records what was given
+        found["resize"] = (theirs.get("settings", {}).get("resize", 0), args.resize)
+    size = found.get("img_size", (0, own.get("img_size")))[1]
+    if "ema" in found and "resize" in theirs and isinstance(size, int):
+        found["resize"] = (theirs["resize"], args.resize or shorter_side(size))
+    return found
 
 
 def full_path(value: Any) -> Any:

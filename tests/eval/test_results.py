@@ -78,6 +78,35 @@ def test_a_name_has_no_separators():
     assert len(in_a_name("x" * 41)) == 8
 
 
+def test_a_result_of_images_that_were_read_otherwise_is_not_replaced(tmp_path):
+    """With --output: without it, what is read otherwise has another name."""
+    run, path = write_encoder(tmp_path / "run"), tmp_path / "x.json"
+    encoder = {"source": str(run), "random": False, "options": {"img_size": 16, "depth": 2}}
+    args = {"output": "x", "encoder": str(run), "arch": None, "options": "{}", "random": False,
+            "seed": 0, "ema": False, "resize": 0}  # fmt: skip
+    result = {"protocol": "knn", "encoder": encoder, "resize": 18, "settings": {}}
+    path.write_text(json.dumps(result))
+    check_other_settings(path, Namespace(**args))
+    check_other_settings(path, Namespace(**args | {"resize": 18, "options": "{img_size: 16}"}))
+    for change, said in (({"resize": 40}, r"resize \(18, now 40\)"),
+                         ({"options": "{img_size: 64}"}, r"img_size \(16, now 64\)")):  # fmt: skip
+        with pytest.raises(UserError, match=f"holds a result with another {said}"):
+            check_other_settings(path, Namespace(**args | change))
+    larger = encoder | {"options": {"img_size": 64}}
+    for change, said in (({"resize": 40}, r"resize \(40, now 18\)"),
+                         ({"encoder": encoder | {"ema": True}}, r"ema \(true, now false\)"),
+                         ({"encoder": larger}, r"img_size \(64, now 16\)")):  # fmt: skip
+        path.write_text(json.dumps(result | change))
+        with pytest.raises(UserError, match=f"holds a result with another {said}"):
+            check_other_settings(path, Namespace(**args))
+        check_other_settings(path, Namespace(**args | {"output": None}))
+    psnr = {key: args[key] for key in ("output", "encoder", "resize")}
+    path.write_text(json.dumps({"protocol": "psnr", "settings": {}, "encoder": encoder}))
+    check_other_settings(path, Namespace(**psnr))
+    with pytest.raises(UserError, match=r"resize \(0, now 40\)"):
+        check_other_settings(path, Namespace(**psnr | {"resize": 40}))
+
+
 def test_a_result_of_other_settings_is_not_replaced(tmp_path):
     path = tmp_path / "knn.json"
     args = {"feature": "cls", "k": 20, "grid": (0.1, 1.0), "val": "val", "micro_batch": 256,
