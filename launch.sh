@@ -81,7 +81,8 @@ find_python() {
 count_gpus() { # that this process may use; the deepspeed launcher numbers devices on a CPU too
   local all
   if type -P nvidia-smi >/dev/null; then
-    all=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')
+    # Where there are slices (MIG), CUDA shows a process one of them.
+    all=$(nvidia-smi -L 2>/dev/null | awk '/^GPU /{n++} /^ *MIG /{n=1; exit} END{print n+0}')
   else # a container may have the devices without the tool
     all=$(compgen -G '/dev/nvidia[0-9]*' | wc -l)
   fi

@@ -3,13 +3,14 @@ architecture say: heads, the norms' eps, the pixels' mean and std, and how posit
 
 Sources: facebookresearch/moco-v3 `vits.py`, `main_moco.py`; facebookresearch/mae `models_mae.py`,
 `util/pos_embed.py`; facebookresearch/dino `vision_transformer.py`; facebookresearch/ijepa
-`src/models/vision_transformer.py`; microsoft/unilm `beit/modeling_pretrain.py`.
+`src/models/vision_transformer.py`; microsoft/unilm `beit/modeling_pretrain.py`;
+open-mmlab/mmpretrain `models/backbones/vision_transformer.py`, `mocov3.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ DEIT_III = Layout("DeiT III", {384: 6, 768: 12, 1024: 16, 1280: 16}, positions="
 I_JEPA = Layout(
     "I-JEPA", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}, positions="bicubic"
 )
+MMPRETRAIN = Layout("mmpretrain", DINO.heads | {1280: 16}, positions="bicubic")
+# Of MoCo v3's row-first positions; its MAE has them too, and as many heads at 768.
+MMPRETRAIN_MOCO_V3 = Layout("mmpretrain", MOCO_V3.heads, positions="bicubic")
 BEIT = Layout("BEiT", {768: 12, 1024: 16}, imagenet=False, fixed=False)
 OTHER = Layout("another project", fixed=False)
 
@@ -67,6 +71,9 @@ def layout_of(found: Found, content: Any, arch: str = "") -> Layout:
     """Whose file it is, by where its encoder is and what is beside it. arch: timm's name of it, the
     tag of which (`.augreg_in21k`) says whose weights they are where the file does not."""
     words, state = set(found.words), found.state
+    if found.mmpretrain:
+        whose = MMPRETRAIN_MOCO_V3 if _row_first(state) else MMPRETRAIN
+        return replace(whose, imagenet="." not in arch, fixed="norm_pre.weight" not in state)
     if "base_encoder" in words or "momentum_encoder" in words or _row_first(state):
         return MOCO_V3
     if "decoder_embed.weight" in state:

@@ -56,7 +56,12 @@ def paste(prediction: Tensor, view: View, grid: tuple[int, int], patch: int) -> 
 
 def predict(objective: Objective, view: View, target: Tensor) -> Tensor:
     """The whole image as decoded from a view: uint8 [B, H, W, 3]; target as for `decode`."""
-    return (decode(objective, view, target) * 255).round().clamp(0, 255).to(torch.uint8)
+    return as_pixels(decode(objective, view, target))
+
+
+def as_pixels(values: Tensor) -> Tensor:
+    """Values 0 … 1, which they may leave, as uint8 of the same shape."""
+    return (values * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def decode(objective: Objective, view: View, target: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from pipeline.method.interop import from_mae
 from pipeline.method.layouts import MAE, fixed_options, mae_decoder_heads
 from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
-from pipeline.method.pictures import decode, paste, predict, shown
+from pipeline.method.pictures import as_pixels, decode, paste, shown
 from pipeline.method.source import need_decoder, recipe_of_model
 from pipeline.method.views import View
 from pipeline.method.weights import find_encoder, load_tensors
@@ -37,6 +37,7 @@ class Reconstructor:
 
     def __init__(self, objective: Objective, source: str) -> None:
         need_decoder(objective.recipe, source)
+        self.source = source
         self.objective, self.recipe = objective.eval().requires_grad_(False), objective.recipe
         self.size = self.recipe.encoder.image_size
         self.patch, self.grid = objective.encoder.patch, objective.encoder.grid
@@ -74,10 +75,15 @@ class Reconstructor:
         return decode(self.objective, View(image, visible, inverse), image)
 
     def pictures(self, image: Tensor, visible: Tensor, inverse: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [B, H, W, 3] each: masked, reconstruction, reconstruction with visible patches."""
+        """uint8 [B, H, W, 3] each: masked, reconstruction, reconstruction with visible patches.
+
+        UserError where predictions are not finite.
+        """
         view = View(image, visible, inverse)
-        with torch.no_grad():
-            whole = predict(self.objective, view, image)
+        values = self.predict(image, visible, inverse)
+        if not bool(values.isfinite().all()):
+            raise UserError(f"{self.source}: its predictions are not finite, so none can be shown")
+        whole = as_pixels(values)
         return (
             shown(view, self.grid, self.patch), whole, paste(whole, view, self.grid, self.patch),
         )  # fmt: skip

@@ -16,7 +16,7 @@ import pickle
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.method import mmpretrain
 
 # Where an average of the weights is kept beside them (timm; DeiT and ConvNeXt; others).
 EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict")
 # Which of several encoders in one file the project itself evaluates: its average where that is the
-# method (I-JEPA, DINO, iBOT), the online one in MoCo v3.
-_ROLES = {"target_encoder": 0, "teacher": 0, "student": 2, "momentum_encoder": 3}
+# method (I-JEPA, DINO, iBOT), the online one in MoCo v3 and solo-learn.
+_MOMENTUM = {"momentum_encoder", "momentum_backbone"}
+_ROLES = {"target_encoder": 0, "teacher": 0, "student": 2} | dict.fromkeys(_MOMENTUM, 3)
 # Wrappers that may stand anywhere in a name: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # What the first layer of a ViT is called: by timm, NaFlexViT, CLIP, Meta's PE.
@@ -46,12 +48,14 @@ class Found:
     words: containers and prefixes, outermost first (("state_dict", "module", "base_encoder")).
     around: with what is beside a prefix `encoder.`, under that prefix.
     others: the words of other encoders there, which are not taken.
+    mmpretrain: whether the names were mmpretrain's; they are timm's here.
     """
 
     state: dict[str, Tensor]
     words: tuple[str, ...]
     around: dict[str, Tensor] = field(default_factory=dict)
     others: tuple[tuple[str, ...], ...] = ()
+    mmpretrain: bool = False
 
     @property
     def place(self) -> str:
@@ -130,7 +134,7 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
     averaged = [f for f in everything if not {*EMA}.isdisjoint(f.words)]
     if ema:
         roles = [f for f in everything if {"teacher", "target_encoder"} & {*f.words}]
-        roles = roles or [f for f in everything if "momentum_encoder" in f.words]
+        roles = roles or [f for f in everything if _MOMENTUM & {*f.words}]
         chosen = averaged or roles
         if everything and not chosen:
             raise UserError(f"--ema: {path} keeps no average of its weights ({', '.join(EMA[:3])})")
@@ -156,7 +160,7 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
         )
     check_shapes(best.state, path)
     others = tuple(f.words for f in everything if f is not best)
-    return Found(best.state, best.words, best.around, others)
+    return replace(best, others=others)
 
 
 def check_shapes(state: Mapping[str, Tensor], path: object) -> None:
@@ -194,7 +198,11 @@ def _encoders(content: Any, words: tuple[str, ...]) -> Iterator[Found]:
         sam = f"{start}neck.0.weight" in state  # timm knows it by the prefix `image_encoder.`
         kept = start.removesuffix("image_encoder.") if sam else start
         outer = start.removesuffix("encoder.")
-        yield Found(_below(kept, state), (*words, *start.split(".")[:-1]), _below(outer, state))
+        inner, place = _below(kept, state), (*words, *start.split(".")[:-1])
+        if mmpretrain.FIRST in inner:
+            yield Found(mmpretrain.with_timms_names(inner), place, mmpretrain=True)
+        else:
+            yield Found(inner, place, _below(outer, state))
     if len(words) < 3:
         for name, value in named.items():
             yield from _encoders(value, (*words, name))

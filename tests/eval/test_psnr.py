@@ -100,7 +100,7 @@ def test_without_norm_pix_nothing_is_given_back(home):
     assert "as they are" in result["statistics"]
 
 
-def test_predictions_that_are_not_finite_have_no_psnr(home):
+def test_predictions_that_are_not_finite_have_no_psnr_and_no_picture(home):
     state = load_file(home / "mae/model.safetensors")
     state["measure.decoder.head.bias"][0] = float("nan")
     (home / "lost").mkdir()
@@ -108,6 +108,9 @@ def test_predictions_that_are_not_finite_have_no_psnr(home):
     save_file(state, home / "lost/model.safetensors")
     with pytest.raises(UserError, match="lost: its predictions are not finite"):
         evaluate(home, "lost")
+    model, image = load_reconstructor(home / "lost"), torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
+    with pytest.raises(UserError, match="lost: its predictions are not finite"):
+        reconstruct.draw(model, image, torch.arange(1), 0.75, seed=0)
 
 
 def test_predictions_are_clipped_and_perfect_ones_are_finite():

@@ -310,3 +310,81 @@ def test_mocos_convolutional_stem_is_refused(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="convolutional stem"):
         load_encoder(tmp_path / "x.pth", arch="vit_small_patch16_224")
+
+
+MMPRETRAIN = [  # (timm's, mmpretrain's) as in its model zoo's files
+    ("patch_embed.proj.", "patch_embed.projection."),
+    ("blocks.0.norm1.", "layers.0.ln1."),
+    ("blocks.0.norm2.", "layers.0.ln2."),
+    ("blocks.0.mlp.fc1.", "layers.0.ffn.layers.0.0."),
+    ("blocks.0.mlp.fc2.", "layers.0.ffn.layers.1."),
+    ("blocks.0.ls1.gamma", "layers.0.attn.gamma1.weight"),
+    ("blocks.0.ls2.gamma", "layers.0.ffn.gamma2.weight"),
+    ("blocks.0.attn.", "layers.0.attn."),
+    ("fc_norm.", "ln2."),
+    ("norm.", "ln1."),
+]
+
+
+def mmpretrains(vit):
+    """A model's weights as mmpretrain calls them."""
+    found = {}
+    for name, value in vit.state_dict().items():
+        for block in ("0", "1"):
+            for ours, theirs in MMPRETRAIN:
+                ours, theirs = (part.replace(".0.", f".{block}.", 1) for part in (ours, theirs))
+                if name.startswith(ours):
+                    name = theirs + name.removeprefix(ours)
+        found[name] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arch", "more", "row_first", "heads", "mean"),
+    [
+        ("vit_base_patch16_224", {"embed_dim": 48}, None, 12, IMAGENET),
+        ("vit_base_patch16_224", {"embed_dim": 384}, False, 6, IMAGENET),
+        ("vit_base_patch16_224", {"embed_dim": 384}, True, 12, IMAGENET),  # MoCo v3's
+        ("vit_base_patch16_224", {"embed_dim": 48, "global_pool": "avg"}, None, 12, IMAGENET),
+        ("vit_small_patch14_dinov2", {"img_size": 28, "embed_dim": 384}, None, 6, IMAGENET),
+        ("vit_base_patch16_224.augreg_in21k", {"embed_dim": 48}, None, 12, HALF),
+    ],
+)
+def test_the_names_of_mmpretrain(tmp_path, arch, more, row_first, heads, mean):
+    vit = model(arch, num_heads=heads, **more)
+    if row_first is not None:
+        with torch.no_grad():
+            vit.pos_embed.copy_(sincos_position((2, 2), 384, row_first=row_first))
+    state = {f"backbone.{k}": v for k, v in mmpretrains(vit).items()}
+    assert not any("block" in name for name in state)
+    beside = {f"momentum_encoder.module.0.{k}": v + 1 for k, v in mmpretrains(vit).items()} | {
+        "neck.decoder_embed.weight": torch.ones(3, 3),
+        "head.layers.head.weight": torch.ones(5, 3),
+    }
+    torch.save({"meta": {}, "state_dict": state | beside}, tmp_path / "x.pth")
+    options = SMALL | more
+    found, info = load_encoder(tmp_path / "x.pth", arch=arch, options=options)
+    assert {block.attn.num_heads for block in found.blocks} == {heads}
+    assert info["mean"] == mean
+    assert "mmpretrain" in info["note"]
+    size = options["img_size"]
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(found.forward_features(pixels), vit.forward_features(pixels))
+        mine, theirs = (v.forward_head(v.forward_features(pixels), True) for v in (found, vit))
+    assert torch.equal(mine, theirs)
+    averaged, _ = load_encoder(tmp_path / "x.pth", arch=arch, options=options, ema=True)
+    assert torch.equal(averaged.cls_token, vit.cls_token + 1)
+
+
+def test_solo_learn_keeps_the_encoder_beside_its_average(tmp_path):
+    vit = model()
+    state = {f"backbone.{k}": v for k, v in vit.state_dict().items()}
+    state |= {f"momentum_backbone.{k}": v + 1 for k, v in vit.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    for ema in (False, True):
+        found, info = load_encoder(
+            tmp_path / "x.ckpt", arch="vit_small_patch16_224", options={"depth": 2}, ema=ema
+        )
+        assert torch.equal(found.cls_token, vit.cls_token + ema)
+        assert info["mean"] == IMAGENET

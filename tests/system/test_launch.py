@@ -254,6 +254,17 @@ def test_one_rank_per_device(script, tmp_path, four_gpus, env, count):
     assert seen(tmp_path, 0)["env"].get("CUDA_VISIBLE_DEVICES") == hidden
 
 
+def test_one_rank_where_gpus_are_sliced(script, tmp_path, four_gpus):
+    """As `nvidia-smi -L` prints an H100 in MIG mode: CUDA shows a process one slice."""
+    slices = "echo '  MIG 3g.40gb     Device  0: (UUID: MIG-1)'\n" * 2
+    (tmp_path / "bin" / "nvidia-smi").write_text(
+        f"#!/bin/sh\nfor i in 0 1; do echo GPU $i: A\n{slices}done\n"
+    )
+    code, _, err = finish(start("--script", script, tmp_path, "end", **four_gpus))
+    assert (code, err) == (0, "")
+    assert len(list(tmp_path.glob("rank-*"))) == 1
+
+
 @pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
 def test_ranks_on_the_cpu_where_all_gpus_are_hidden(script, tmp_path, four_gpus, hidden):
     env = four_gpus | {"CUDA_VISIBLE_DEVICES": hidden}
