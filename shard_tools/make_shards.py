@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.job import (
     Execution,
+    at_work,
     check_destination,
     check_plan,
     find_plan,
@@ -73,20 +75,24 @@ def make_shards(options: argparse.Namespace) -> int:
         layout = None if options.unlabelled else recognise(options.source)
     folders = destinations(options, layout, how)
     request = request_of(options)
-    with planning(folders[0], how):
-        if not all(find_plan(folder, request, how) for folder in folders):
-            plan_splits(options, layout, folders, settings, how, request)
-    for folder in folders:
-        run_job(folder, how)
+    with ExitStack() as held:
+        with planning(folders[0], how):
+            if all(find_plan(folder, request, how) for folder in folders):
+                held.enter_context(at_work(folders, how))
+            else:
+                plan_splits(options, layout, folders, settings, how, request, held)
+        for folder in folders:
+            run_job(folder, how)
     remove_unpacked(options.dest)
     return 0
 
 
 def plan_splits(
     options: argparse.Namespace, layout: Layout | None, folders: list[Path], settings: Settings,
-    how: Execution, request: str,
+    how: Execution, request: str, held: ExitStack,
 ) -> None:  # fmt: skip
-    """List and plan everything, and check it before the first plan is written."""
+    """List and plan everything, and check it before the first plan is written; from then on the
+    folders are `held`."""
     listing = Listing(
         classes=read_classes(options.classes_from),
         labels=read_labels(options.synsets, options.devkit),
@@ -105,6 +111,9 @@ def plan_splits(
     for split, plan in zip(splits, plans, strict=True):
         announce(split)
         check_plan(split.dest, plan, how)
+    held.enter_context(at_work(folders, how))
+    for split, plan in zip(splits, plans, strict=True):
+        check_plan(split.dest, plan, how)  # another call may have begun in the meantime
     for split, plan in zip(splits, plans, strict=True):
         store_plan(split.dest, plan, split.paths[0].name, how, request)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,12 @@ from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
 from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
 from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
-from shard_tools.sharding.plan_file import PLAN_FILE, read_plan, write_plan
+from shard_tools.sharding.plan_file import PLAN_FILE, StoredPlan, read_plan, write_plan
+from shard_tools.sharding.sources import file_times
 from shard_tools.sharding.writer import write_shards
+
+_LOCK = "job.lock"  # in PARTS, held while a job is at work
+_THREADS = 8  # that look at the sources of finished shards
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,40 @@ def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request
 
 
 @contextmanager
+def at_work(folders: Sequence[Path], how: Execution) -> Iterator[None]:
+    """Holds the folders that are to be written; ToolError where another call is at work in one. The
+    tasks of an array are at work together. Where the file system has no locks nothing is held."""
+    with ExitStack() as held:
+        for folder in folders:
+            if not is_finished(folder):
+                held.enter_context(_locked(folder, alone=how.tasks == 1))
+        yield
+
+
+@contextmanager
+def _locked(dest: Path, alone: bool) -> Iterator[None]:
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    with naming(dest, "cannot be written"):
+        (dest / PARTS).mkdir(parents=True, exist_ok=True)
+        file = open(dest / PARTS / _LOCK, "a+")  # noqa: SIM115 (closed below)
+    try:
+        # Not flock: worker processes would inherit it and hold it for a while after a kill.
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.close()
+            raise ToolError(
+                f"{dest}: another make_shards.py is at work there; wait until it ends, or stop it"
+            ) from None
+    try:
+        yield
+    finally:
+        file.close()
+        with suppress(OSError):  # it holds a job, or is gone
+            (dest / PARTS).rmdir()
+
+
+@contextmanager
 def planning(dest: Path, how: Execution) -> Iterator[None]:
     """One of several tasks plans at a time, so that those that wait find its plan. Where the file
     system has no locks each plans for itself."""
@@ -135,7 +176,7 @@ def run_job(dest: Path, how: Execution) -> None:
         if how.tasks == 1:
             remove_leftovers(dest)
     mine = range(how.task, plan.shards, how.tasks)
-    todo = [i for i in mine if not how.resume or read_part(dest, i, plan.digest) is None]
+    todo = _unfinished(dest, plan, mine) if how.resume else list(mine)
     images = {i: plan.starts[i + 1] - plan.starts[i] for i in mine}
     try:
         write_shards(
@@ -156,6 +197,28 @@ def run_job(dest: Path, how: Execution) -> None:
         print(f"{dest}: task {how.task} of {how.tasks} done; finish with --merge")
     else:
         merge(dest)
+
+
+def _unfinished(dest: Path, plan: StoredPlan, numbers: Sequence[int]) -> list[int]:
+    """The shards of a job that is resumed which are still to be written; those of which a source
+    file was modified since are among them, or its old content would stay beside the new."""
+
+    def state(number: int) -> str:
+        part = read_part(dest, number, plan.digest)
+        if part is None:
+            return "unfinished"
+        now = file_times(plan.root, plan.items(number)) if part.times else ""
+        return "finished" if part.times == now else "changed"
+
+    with ThreadPoolExecutor(_THREADS) as threads:  # a network file system answers many at a time
+        states = dict(zip(numbers, threads.map(state, numbers), strict=True))
+    if changed := [number for number, found in states.items() if found == "changed"]:
+        print(
+            f"{dest}: {counted(len(changed), 'finished shard')} of images whose files were "
+            "modified since, to be written again",
+            flush=True,
+        )
+    return [number for number, found in states.items() if found != "finished"]
 
 
 def merge(dest: Path) -> None:

@@ -142,7 +142,8 @@ class Part:
 
     shard is None where no image of it could be used. report: (name, what, reason) with what one of
     converted, damaged, skipped. prints, pixels: see shard_tools/sharding/statistics.py. markers:
-    how often CheckedImage.markers was what.
+    how often CheckedImage.markers was what. times: `file_times` of its images as they were read
+    ("": not known).
     """
 
     shard: Shard | None
@@ -152,6 +153,7 @@ class Part:
     prints: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     pixels: np.ndarray = field(default_factory=lambda: NO_PIXELS)
     markers: dict[str, int] = field(default_factory=dict)
+    times: str = ""
 
 
 def part_path(dest: Path, number: int) -> Path:
@@ -168,6 +170,7 @@ def write_part(dest: Path, number: int, digest: str, part: Part) -> None:
         "fingerprints": base64.b64encode(part.prints.tobytes()).decode(),
         "pixels": part.pixels.tolist(),
         "markers": part.markers,
+        "times": part.times,
     }
     write_atomic(part_path(dest, number), json.dumps(content).encode())
 
@@ -185,8 +188,8 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
         report = [(name, what, reason) for name, what, reason in content["report"]]
         prints = np.frombuffer(base64.b64decode(content["fingerprints"]), np.uint64)
         pixels = np.array(content["pixels"])
-        markers = content.get("markers", {})
-        return Part(shard, rows, content["names"], report, prints, pixels, markers)
+        markers, times = content.get("markers", {}), content.get("times", "")
+        return Part(shard, rows, content["names"], report, prints, pixels, markers, times)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 

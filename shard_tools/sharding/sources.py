@@ -6,11 +6,12 @@ never extracted: an item inside a tar is a byte range of that tar.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -138,6 +139,21 @@ def read_item(root: str, item: Item) -> bytes:
     if len(data) != item.size:
         raise ToolError(f"{path}: changed since it was listed; start again")
     return data
+
+
+def file_times(root: str, items: Iterable[Item]) -> str:
+    """When the files that hold the items were last modified, as a digest: a file that is replaced
+    has another time, though it may have the size of the old one."""
+    times: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for item in items:
+        if item.file not in times:
+            try:
+                times[item.file] = os.stat(os.path.join(root, item.file)).st_mtime_ns
+            except OSError:  # whoever reads it says so
+                times[item.file] = -1
+        digest.update(b"%d " % times[item.file])
+    return digest.hexdigest()
 
 
 def _folder(path: Path, how: Listing) -> Source:

@@ -7,7 +7,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings,
 from shard_tools.sharding.items import Item
 from shard_tools.sharding.layout import ALL_FIELDS, Part, write_part
 from shard_tools.sharding.plan_file import StoredPlan
-from shard_tools.sharding.sources import place_of, read_item
+from shard_tools.sharding.sources import file_times, place_of, read_item
 from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
 from shard_tools.workers import WorkerDied, map_in_workers, report, working_on
@@ -88,8 +88,10 @@ def write_shards(
 
 def finish_shard(job: ShardJob) -> None:
     """Write one shard, then the part that says so."""
+    times = file_times(job.root, job.items)  # before they are read, so that no change is missed
     with naming(job.dest / job.name, "cannot be written"):
-        write_part(job.dest, job.number, job.digest, write_shard(job))
+        part = replace(write_shard(job), times=times)
+        write_part(job.dest, job.number, job.digest, part)
 
 
 def write_shard(job: ShardJob) -> Part:

@@ -187,6 +187,59 @@ def test_resume_does_nothing_when_finished_and_refuses_other_options(
     assert tars_of(dest) == before
 
 
+def test_resume_notices_files_that_were_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also by one of equal size: no shard keeps what its file no longer holds."""
+    tree, dest = image_tree(tmp_path / "tree", {"a": 90, "b": 90}), tmp_path / "dest"
+    options = [str(tree), str(dest), "--shard-size", "30KiB", "--workers", "0"]
+    last = sorted(tree.rglob("*.JPEG"))[-1]
+    good = last.read_bytes()
+    last.write_bytes(bytes(len(good)))
+    assert main(options) == 2
+    last.write_bytes(good)
+    first, *others = sorted((dest / ".parts").glob("0*.json"))
+    assert others
+    kept = [dest / json.loads(part.read_bytes())["shard"]["name"] for part in others]
+    before = [path.stat().st_ino for path in kept]
+    replaced = tree / json.loads(first.read_bytes())["names"][0]
+    data = bytearray(replaced.read_bytes())
+    data[data.index(b"\xff\xdb") + 9] += 1  # of its quantisation table
+    replaced.write_bytes(data)
+    assert main([*options, "--resume"]) == 0
+    assert "1 finished shard of images whose files were modified since" in capsys.readouterr().out
+    assert [path.stat().st_ino for path in kept] == before
+    assert main([str(tree), str(tmp_path / "whole"), *options[2:]]) == 0
+    assert tars_of(dest) == tars_of(tmp_path / "whole")
+
+
+HOLDER = """
+import sys, pathlib
+from shard_tools.sharding.job import Execution, at_work
+with at_work([pathlib.Path(sys.argv[1])], Execution(tasks=int(sys.argv[2]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("tasks", "code"), [("1", 2), ("2", 0)])
+def test_two_calls_are_not_at_work_in_one_folder(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tasks: str, code: int
+) -> None:
+    """But tasks of an array are."""
+    dest = tmp_path / "dest"
+    arguments = [str(tree), str(dest), *SMALL, "--num-tasks", tasks, "--resume"]
+    command = [sys.executable, "-c", HOLDER, dest, tasks]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        assert holder.stdout.readline() == b"held\n"
+        assert main(arguments) == code
+        told = capsys.readouterr().err
+        assert (f"error: {dest}: another make_shards.py is at work there" in told) == bool(code)
+        holder.communicate()
+    assert main(arguments) == 0
+
+
 def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main(["--help"])
