@@ -59,6 +59,8 @@ def read_png(data: bytes) -> Header:
             alpha = True
         elif kind == b"acTL":
             frames = int.from_bytes(content[:4], "big")
+        elif kind == b"fdAT":  # a picture beside that of IDAT
+            frames = max(frames, 2)
         elif kind == b"eXIf":
             exif = content
         if kind in _PNG_PICTURE:
@@ -79,13 +81,14 @@ def _name(kind: bytes) -> str:
 
 def read_gif(data: bytes) -> Header:
     """The header of a GIF with one picture, after its blocks were followed to the trailer."""
-    frames, alpha = 0, False
+    frames, alpha, covered = 0, False, (0, 0)
     try:
         width, height, flags = struct.unpack_from("<HHB", data, 6)
         at = 13 + _table(flags)
         while (kind := data[at]) != 0x3B:
             if kind == 0x2C:
                 frames += 1
+                covered = struct.unpack_from("<HH", data, at + 5)
                 at += 10 + _table(data[at + 9]) + 1
             elif kind == 0x21:
                 alpha |= data[at + 1] == 0xF9 and bool(data[at + 3] & 1)
@@ -99,6 +102,7 @@ def read_gif(data: bytes) -> Header:
         raise ImageFault("the file is truncated (no trailer of the GIF)") from None
     check_size(width, height)
     _check_frames("GIF", frames)
+    _check_covered("GIF", covered, (width, height))
     return Header("GIF", width, height, channels=1, alpha=alpha)
 
 
@@ -120,6 +124,8 @@ def read_other(data: bytes, kind: str) -> Header:
         coding = image.tile[0].args if kind == "PPM" else None
     check_size(*size)
     _check_frames(kind, frames)
+    if kind == "WEBP":
+        _check_covered("WebP", _webp_frame(data) or size, size)
     if kind == "TIFF":
         return _tiff(image, *size)
     if kind == "BMP" and image.info.get("compression") == _RLE4:  # Pillow loses pixels of it
@@ -129,6 +135,18 @@ def read_other(data: bytes, kind: str) -> Header:
     if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it
         bits = 16
     return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
+
+
+def _webp_frame(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the first frame of an animated WebP; None for any other."""
+    at = 12
+    while at + 24 <= len(data):
+        if data[at : at + 4] == b"ANMF":
+            sides = data[at + 14 : at + 17], data[at + 17 : at + 20]
+            return int.from_bytes(sides[0], "little") + 1, int.from_bytes(sides[1], "little") + 1
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        at += 8 + length + length % 2
+    return None
 
 
 def _tiff(image: Image.Image, width: int, height: int) -> Header:
@@ -204,3 +222,13 @@ def _check_frames(kind: str, frames: int) -> None:
             f"a {kind} of {frames} {what}; write the one that is meant, or each, to a file of its "
             "own" if frames else f"a {kind} without a picture"
         )  # fmt: skip
+
+
+def _check_covered(kind: str, picture: tuple[int, int], canvas: tuple[int, int]) -> None:
+    """Raise ImageFault where the one picture is smaller than the canvas that it lies on, for whose
+    rest a decoder has no pixels."""
+    if picture[0] < canvas[0] or picture[1] < canvas[1]:
+        raise ImageFault(
+            f"a {kind} whose picture is {picture[0]}x{picture[1]} pixels on a canvas of "
+            f"{canvas[0]}x{canvas[1]}; save the picture to a file of its own"
+        )

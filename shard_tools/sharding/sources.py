@@ -38,7 +38,7 @@ from shard_tools.sharding.found import (
 )
 from shard_tools.sharding.items import Item, Items
 from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
-from shard_tools.sharding.tables import list_table
+from shard_tools.sharding.tables import label_column, list_table
 from shard_tools.texts import Texts
 
 _GIVE_ONE = "give one of them, or the folder of both where they are called train and val"
@@ -171,6 +171,7 @@ def _folder(path: Path, how: Listing) -> Source:
         )
     if not how.unlabelled:
         _check_class_folders(path, found, how)
+        _check_lists(path, found, how)
     return _labelled(found, path, how, str(path))
 
 
@@ -201,6 +202,20 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
         )
     found.ignored += [(name, "a folder without images") for name in empty]
     found.classes |= filled
+
+
+def _check_lists(path: Path, found: Found, how: Listing) -> None:
+    """No list of images and labels lies among images that have no class folders of their own, such
+    as Hugging Face's metadata.csv: its labels would be lost."""
+    classes = {name.split("/")[0] for name in found.images.names if "/" in name}
+    for name, _ in found.ignored if not how.labels else ():
+        among = "/" in name or len(classes) < 2
+        if among and name.lower().endswith(tuple(LISTS)) and (column := label_column(path / name)):
+            raise ToolError(
+                f"{path / name}: lists images with labels (its column `{column}`), which images of "
+                "a folder do not get; give this list instead of the folder, or take the images "
+                "only with --unlabelled"
+            )
 
 
 def _check_splits(found: Found, where: str, advice: str) -> None:

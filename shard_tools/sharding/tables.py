@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ _LABEL_LIKE = (
     *("class_idx", "cls", "synset", "synsets", "wnid", "category", "category_id", "target"),
     *("targets", "y", "label_id", "label_name", "label_idx", "label_index", "species", "tag"),
 )
+_LONGEST_HEADER = 1 << 16  # characters
 _NO_VALUE = ("", "none", "null", "nan")
 _INTEGER = re.compile(r"0|[1-9][0-9]*")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -32,7 +34,8 @@ Rows = list[tuple[int, dict[str, Any]]]  # (line or row number for messages, col
 def list_table(path: Path, root: Path) -> tuple[Images, list[int | str]]:
     """Images and their labels: class indices, class names, or none at all (an empty list).
 
-    The columns are `path` (relative to `root`) and optionally `label`, in any case. UserError
+    The columns are `path` (relative to `root`; also `file_name`, as Hugging Face's metadata.csv has
+    it) and optionally `label`, in any case. UserError
     names the row where labels are mixed, fractional, negative, missing, or contradict each other.
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
@@ -41,6 +44,20 @@ def list_table(path: Path, root: Path) -> tuple[Images, list[int | str]]:
     _check_one_set(path, rows)
     _check_repeats(path, rows, images, labels)
     return images, labels
+
+
+def label_column(path: Path) -> str:
+    """The column of labels of a list of images, by its first line; "" for any other file."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            line = file.readline(_LONGEST_HEADER)
+        csv_line = path.suffix.lower() == ".csv"
+        names = next(csv.reader([line]), []) if csv_line else list(json.loads(line))
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error):
+        return ""
+    columns = _columns([str(name) for name in names])
+    called = [name for name in columns if name == "label" or _word(name) in _LABEL_LIKE]
+    return called[0] if "path" in columns and called else ""
 
 
 def _csv_rows(path: Path) -> Rows:
@@ -52,7 +69,7 @@ def _csv_rows(path: Path) -> Rows:
     lines = [line for line in lines if line]
     if not lines:
         raise ToolError(f"{path}: is empty; it needs a header line with the column `path`")
-    header = [_column(name) for name in lines[0]]
+    header = _columns(lines[0])
     _check_columns(path, header, "the header")
     rows: Rows = []
     for number, line in enumerate(lines[1:], 1):
@@ -83,13 +100,21 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
         raise ToolError(f"{path}: row {number} is no JSON ({error})") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
         raise ToolError(f'{path}: row {number} is no JSON object such as {{"path": "a.jpg"}}')
-    columns = [_column(name) for name, _ in pairs]
+    columns = _columns([name for name, _ in pairs])
     _check_columns(path, columns, f"row {number}")
     return dict(zip(columns, (value for _, value in pairs), strict=True))
 
 
-def _column(name: str) -> str:
-    return name.strip().lower()
+def _columns(names: Sequence[str]) -> list[str]:
+    """The names in lower case, with `path` for the `file_name` of Hugging Face."""
+    columns = [name.strip().lower() for name in names]
+    if "path" not in columns:
+        return ["path" if name == "file_name" else name for name in columns]
+    return columns
+
+
+def _word(column: str) -> str:
+    return re.sub(r"[\s-]+", "_", column)
 
 
 def _check_columns(path: Path, columns: list[str], where: str) -> None:
@@ -98,7 +123,7 @@ def _check_columns(path: Path, columns: list[str], where: str) -> None:
     for name in ("path", "label"):
         if columns.count(name) > 1:
             raise ToolError(f"{path}: {where} has the column `{name}` twice")
-    unused = [name for name in columns if re.sub(r"[\s-]+", "_", name) in _LABEL_LIKE]
+    unused = [name for name in columns if _word(name) in _LABEL_LIKE]
     if unused:
         raise ToolError(
             f"{path}: {where} has a column `{unused[0]}`, which looks like labels and is not used; "

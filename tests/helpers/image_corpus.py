@@ -222,6 +222,9 @@ def pngs() -> dict[str, tuple[bytes, str]]:
         "12 of 16 bits": (deep("PNG", ramp(4095, np.uint16)), "16 bits per value"),
         "16 bits, rgb": (deep_rgb_png(), "16 bits per value"),
         "animated": (encode(frames[0], "PNG", save_all=True, append_images=frames[1:]), "2 frames"),
+        "a frame beside its picture": (
+            inserted(inserted(plain, chunk(b"acTL", b"\0\0\0\1" + bytes(4))),
+                     chunk(b"fdAT", bytes(4)), b"IEND"), "2 frames"),
         "bytes after the end": (plain + bytes(9000), "converted"),
         "broken text": (inserted(plain, chunk(b"iCCP", b"x\0\0zzz")), "converted"),
         "oriented at the end": (inserted(plain, chunk(b"eXIf", exif(6).tobytes()[6:]), b"IEND"),
@@ -301,6 +304,20 @@ def retagged(tiff: bytes, old: int, new: int) -> bytes:
     return tiff.replace(tag, tag[:8] + struct.pack("<H", new))
 
 
+def one_frame(webp: bytes, canvas: tuple[int, int]) -> bytes:
+    """An animation whose one frame is the picture of a lossy WebP."""
+
+    def riff(kind: bytes, content: bytes) -> bytes:
+        return kind + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+
+    def sides(size: tuple[int, int]) -> bytes:
+        return b"".join((side - 1).to_bytes(3, "little") for side in size)
+
+    frame = riff(b"ANMF", bytes(6) + sides(SIZE) + bytes(4) + webp[12:])
+    about = riff(b"VP8X", b"\2\0\0\0" + sides(canvas)) + riff(b"ANIM", bytes(6))
+    return riff(b"RIFF", b"WEBP" + about + frame)
+
+
 def others() -> dict[str, tuple[bytes, str]]:
     """GIF, WebP, TIFF, BMP, PPM and what is none of them."""
     gif, webp = encode(photo().quantize(64), "GIF"), encode(photo(), "WEBP", quality=90)
@@ -318,6 +335,9 @@ def others() -> dict[str, tuple[bytes, str]]:
         "gif, transparent": (
             encode(photo().quantize(64), "GIF", transparency=photo().quantize(64).getpixel((0, 0))),
             alpha),
+        "gif, on a larger canvas": (gif[:6] + struct.pack("<HH", 90, 80) + gif[10:], "on a canvas"),
+        "webp, on a larger canvas": (one_frame(webp, (90, 80)), "on a canvas"),
+        "webp, animated, of one frame": (one_frame(webp, SIZE), "converted"),
         "gif, cut": (gif[:-1], "no trailer"), "gif, half": (gif[: len(gif) // 2], "truncated"),
         "webp": (webp, "converted"),
         "webp, lossless": (encode(photo(), "WEBP", lossless=True), "converted"),

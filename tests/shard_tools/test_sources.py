@@ -131,6 +131,36 @@ def test_a_folder_without_classes_has_no_labels(tree: Path, tmp_path: Path) -> N
     assert all("cls" not in sample for sample in read_samples(dest))
 
 
+@pytest.mark.parametrize("source", [".", "train"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,label\na.jpg,dog\nb.jpg,cat\n"),
+        ("metadata.jsonl", '{"file_name": "a.jpg", "label": "dog"}\n'
+                           '{"file_name": "b.jpg", "label": "cat"}\n'),
+    ],
+)  # fmt: skip
+def test_a_list_among_the_images_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, name: str, text: str
+) -> None:
+    """As Hugging Face's ImageFolder has it: its labels are not lost."""
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for number, image in enumerate(("a.jpg", "b.jpg")):
+        (folder / image).write_bytes(jpeg(number))
+    (folder / name).write_text(text)
+    assert main([str(tmp_path / source), str(tmp_path.parent / f"{tmp_path.name}-no"), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder / name}: lists images with labels (its column `label`)" in error
+    dest = tmp_path.parent / f"{tmp_path.name}-shards"
+    make(folder, dest / "unlabelled", "--unlabelled")
+    make(folder / name, dest / "labelled")
+    assert images_of(dest / "labelled") == images_of(dest / "unlabelled")
+    assert read_manifest(dest / "labelled").classes == ("cat", "dog")
+    (folder / name).write_text(text.replace("label", "text"))
+    make(folder, dest / "captions")
+
+
 def test_validation_classes_follow_the_training_set(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
