@@ -122,7 +122,13 @@ def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:
     for info in archive.infolist():
         if not info.is_dir():
             name = info.filename.replace("\\", "/")  # as some programs of Windows write it
-            yield Member(name, info.file_size, partial(archive.read, info))
+            yield Member(name, info.file_size, partial(_read_zip, archive, info))
+
+
+def _read_zip(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Reading all of it at once would first inflate what goes beyond the size that it declares."""
+    with archive.open(info) as file:
+        return file.read(info.file_size + 1)  # a byte more, for its checksum to be looked at
 
 
 def _of_tar(tar: tarfile.TarFile, source: Path) -> Iterator[Member]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 
@@ -181,16 +182,17 @@ def check_deflated(image: Image.Image, data: bytes) -> None:
         offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in _STRIPS_OR_TILES)
         pieces = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
     for offset, length in pieces:
-        _, ended = _inflate(data[offset : offset + length])
+        _, ended = _inflate(data[offset : offset + length])  # to its checksum
         if not ended:
             raise ImageFault("the file is truncated (in its deflated data)")
 
 
-def _inflate(data: bytes) -> tuple[int, bool]:
-    """How many bytes deflated data hold, and whether they come to their end."""
+def _inflate(data: bytes, enough: float = math.inf) -> tuple[int, bool]:
+    """How many bytes deflated data hold, of which more than `enough` are not counted, and whether
+    they come to their end."""
     inflate, out, total = zlib.decompressobj(), b"x", 0
     try:
-        while not inflate.eof and (data or out):
+        while not inflate.eof and (data or out) and total < enough:
             out = inflate.decompress(data, _PIECE)
             data, total = inflate.unconsumed_tail, total + len(out)
     except zlib.error:
@@ -211,7 +213,7 @@ def check_rows(image: Image.Image, data: bytes, header: Header) -> None:
         if width:
             needed += height * (1 - (-width * header.bits * header.channels // 8))
     codes = (data[a + 8 : b - 4] for a, b in header.parts if data[a + 4 : a + 8] == b"IDAT")
-    if _inflate(b"".join(codes))[0] < needed:
+    if _inflate(b"".join(codes), needed)[0] < needed:
         raise ImageFault("the file is truncated (its data end before the last row)")
 
 

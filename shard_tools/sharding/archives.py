@@ -24,10 +24,11 @@ from typing import Any
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
 from shard_tools.members import Member, TarError, read_members, resolve_links
-from shard_tools.sharding.found import Found, Image, is_image, is_system_file
+from shard_tools.sharding.found import Found, Image, Unskippable, is_image, is_system_file
 
 UNPACKED = "unpacked"  # folder for plain tars of compressed archives, inside PARTS
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_PIECE = 16 << 20  # bytes unpacked at a time
 _ARCHIVES_INSIDE = (*ARCHIVES, ".zip", ".7z", ".rar")
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -58,9 +59,12 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
     unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what
     is damaged is reported in `Found.missing` instead of raised (TarError).
     """
-    found = Found()
+    found, plain = Found(), None
     with found.catching(path.name, skip):
-        path = plain_tar(path, unpacked)
+        plain = plain_tar(path, unpacked)
+    if plain is None:
+        return found
+    path = plain
     outer = _list(path, path.name, 0, None, found, skip)
     classes = [member for member in outer if is_archive(member.name)]
     loose = [member for member in outer if is_image(member.name)]
@@ -157,7 +161,7 @@ def plain_tar(path: Path, unpacked: Path | None) -> Path:
     """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
     folder `unpacked`, made at first use (None: a ToolError asks to unpack it).
 
-    TarError where the stream is damaged or cut.
+    TarError where the stream is damaged or cut, Unskippable where it cannot be unpacked here.
     """
     kind = compression(path)
     if not kind:
@@ -165,22 +169,32 @@ def plain_tar(path: Path, unpacked: Path | None) -> Path:
     with naming(path, "cannot be read"):
         about = path.stat()
     if unpacked is None:
-        raise ToolError(f"{path}: is compressed, so tasks cannot share it; unpack it first")
+        raise Unskippable(f"{path}: is compressed, so tasks cannot share it; unpack it first")
     mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
     target = unpacked / f"{path.name}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.tar"
     if target.is_file():
         return target
     print(f"{path}: {kind}-compressed; unpacking it into {unpacked}", flush=True)
     partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with naming(target, "cannot be written"):
+    try:
         unpacked.mkdir(parents=True, exist_ok=True)
         try:
-            with _decompressed(path, kind) as stream, open(partial, "wb") as out:
-                shutil.copyfileobj(stream, out, 16 << 20)
+            with open(partial, "wb") as out:
+                for piece in _pieces(path, kind):
+                    out.write(piece)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise Unskippable(f"{target}: cannot be written ({error.strerror})") from error
     return target
+
+
+def _pieces(path: Path, kind: str) -> Iterator[bytes]:
+    """The content of a compressed file; no error of whoever takes it passes through here."""
+    with _decompressed(path, kind) as stream:
+        while piece := stream.read(_PIECE):
+            yield piece
 
 
 @contextmanager
@@ -198,7 +212,7 @@ def _decompressed(path: Path, kind: str) -> Iterator[Any]:
     except OSError as error:
         if error.errno is None:  # bz2 says "Invalid data stream" in this way
             raise TarError(f"{path}: damaged {kind} stream ({error})") from error
-        raise
+        raise TarError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @contextmanager
@@ -209,7 +223,7 @@ def _zstd(path: Path) -> Iterator[Any]:
     except ImportError:
         program = shutil.which("zstd")
         if program is None:
-            raise ToolError(f"{path}: is zstd-compressed; install zstd, or unpack it") from None
+            raise Unskippable(f"{path}: is zstd-compressed; install zstd, or unpack it") from None
     else:
         with zstd.open(path) as stream:
             yield stream

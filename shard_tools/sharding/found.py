@@ -106,6 +106,11 @@ class Skippable(ToolError):
     """A file that is missing or damaged, which --on-error skip leaves out."""
 
 
+class Unskippable(ToolError):
+    """What hinders the command and says nothing of a file, such as a full disk: --on-error skip
+    does not take the file for damaged."""
+
+
 @contextmanager
 def naming_skip() -> Iterator[None]:
     """Says so in the error, for commands that have the option."""
@@ -128,9 +133,11 @@ class Found:
 
     @contextmanager
     def catching(self, name: str, skip: bool) -> Iterator[None]:
-        """With `skip`, a UserError inside becomes a line of `missing`."""
+        """With `skip`, a UserError inside becomes a line of `missing`, but an Unskippable."""
         try:
             yield
+        except Unskippable:
+            raise
         except UserError as error:
             if not skip:
                 raise Skippable(str(error)) from error

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -223,6 +224,35 @@ def test_an_interrupted_job_unpacks_once(tmp_path: Path) -> None:
     before = plain.stat().st_mtime_ns
     assert list_archive(packed, unpacked, skip=False) == first
     assert plain.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("cause", ["disk", "program", "tasks"])
+def test_an_archive_that_cannot_be_unpacked_is_not_skipped(
+    cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--on-error skip leaves out what is damaged, not what a full disk, say, has no room for."""
+    source, dest = tmp_path / "in", tmp_path / "d"
+    source.mkdir()
+    tar_of(source / f"{CLASSES[0]}.tar", {"a.jpg": jpeg(1)})
+    other = tar_of(tmp_path / "other.tar", {"b.jpg": jpeg(2)}).read_bytes()
+    if cause == "program":
+        (source / f"{CLASSES[1]}.tar.zst").write_bytes(b"\x28\xb5\x2f\xfd" + other)
+        monkeypatch.setattr("shutil.which", lambda _: None)
+        monkeypatch.setitem(sys.modules, "compression", None)
+    else:
+        (source / f"{CLASSES[1]}.tar.gz").write_bytes(gzip.compress(other))
+    if cause == "disk":
+        (dest / ".parts").mkdir(parents=True)
+        (dest / ".parts" / "unpacked").write_bytes(b"no folder")
+    options = ["--num-tasks", "2"] if cause == "tasks" else []
+    error = refused(capsys, source, dest, "--on-error", "skip", *options)
+    expected = {
+        "disk": "cannot be written (File",
+        "program": "install zstd",
+        "tasks": "cannot share",
+    }
+    assert expected[cause] in error
+    assert not list(dest.glob("*.tar"))
 
 
 def test_tasks_do_not_each_unpack_an_archive(

@@ -5,6 +5,7 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -261,6 +262,21 @@ def test_damaged_archives_are_one_sentence(tmp_path, capsys):
         error = capsys.readouterr().err
         assert str(tmp_path / name) in error
         assert error.count("\n") == 1
+
+
+def test_a_zip_that_holds_more_than_it_declares_takes_little_memory(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "c.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("train/a/1.png", bytes(64 << 20))
+        entry = archive.infolist()[0]
+        entry.file_size = 10_000  # written at the end, in the list of contents
+    tracemalloc.start()
+    try:
+        assert main([str(tmp_path / "c.zip"), str(tmp_path / "out")]) == 2
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert "c.zip: is damaged" in capsys.readouterr().err
+    assert peak < 16 << 20
 
 
 def written(source, dest):

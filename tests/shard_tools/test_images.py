@@ -217,6 +217,27 @@ def test_a_transparent_deep_colour_is_no_colour_of_8_bits() -> None:
     check_image(colour, ImageSettings(conversion=Conversion("full", "drop")))
 
 
+def test_a_black_png_is_not_inflated_beyond_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megabytes of zeros deflate to a kilobyte each."""
+    seen = 0
+
+    class Counting:
+        def __init__(self) -> None:
+            self.inner, self.eof, self.unconsumed_tail = decompressobj(), False, b""
+
+        def decompress(self, data: bytes, most: int) -> bytes:
+            nonlocal seen
+            out = self.inner.decompress(data, most)
+            self.eof, self.unconsumed_tail = self.inner.eof, self.inner.unconsumed_tail
+            seen += len(out)
+            return out
+
+    decompressobj = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", Counting)
+    check_image(black_png((8, 8), False, -(64 << 20)), ImageSettings())
+    assert 0 < seen <= 1 << 20
+
+
 @pytest.mark.parametrize("interlaced", [False, True])
 def test_a_black_png_has_all_its_rows(interlaced: bool) -> None:
     """Pillow leaves the rows black for which it finds no data."""
