@@ -27,13 +27,16 @@ _MAGIC = {
     b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
     **{b"P%c" % kind: "PPM" for kind in b"123456f"},
 }  # fmt: skip
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _FOREIGN = {
-    (4, b"ftypheic"): "a HEIC image", (4, b"ftypmif1"): "a HEIC image",
-    (4, b"ftypavif"): "an AVIF image", (0, b"\0\0\0\x0cjP  "): "a JPEG 2000 image",
+    **{(4, b"ftyp" + brand): "a HEIC image" for brand in _HEIC},
+    **{(4, b"ftyp" + brand): "an AVIF image" for brand in (b"avif", b"avis")},
+    (0, b"\0\0\0\x0cjP  "): "a JPEG 2000 image",
     (0, b"\xff\x4f\xff\x51"): "a JPEG 2000 image", (0, b"\xff\x0a"): "a JPEG XL image",
     (0, b"\0\0\0\x0cJXL "): "a JPEG XL image", (0, b"8BPS"): "a Photoshop file",
     (0, b"%PDF"): "a PDF file", (0, b"<svg"): "an SVG drawing", (0, b"\0\0\1\0"): "an icon (ICO)",
 }  # fmt: skip
+_POINTER = b"version https://git-lfs"
 
 
 def read_header(data: bytes, conversion: Conversion = REFUSE, sound: int = -1) -> Header:
@@ -62,4 +65,6 @@ def _read(data: bytes) -> Header:
     for (at, magic), name in _FOREIGN.items():
         if data[at : at + len(magic)] == magic:
             raise ImageFault(f"{name}; convert it to JPEG or PNG first")
+    if data.startswith(_POINTER):
+        raise ImageFault("a pointer of Git LFS in place of the image; git lfs pull fetches it")
     raise ImageFault("not an image in a known format" if data else "the file is empty")

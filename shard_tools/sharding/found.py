@@ -16,11 +16,15 @@ from pipeline.errors import UserError
 from shard_tools.cli import ToolError
 from shard_tools.texts import Texts
 
-# torchvision's IMG_EXTENSIONS, and GIF; other files are left out and reported.
+# torchvision's IMG_EXTENSIONS, and others of the same formats; other files are left out and
+# reported.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
-    ".gif",
+    *(".gif", ".jfif", ".jpe", ".pbm", ".pnm"),
 )
+# Images in formats that are not read, which may not be left out without a word; what is called so
+# is often a JPEG.
+_FOREIGN = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k")
 # What a training set and a held-out one are called.
 TRAINING = {"train", "training"}
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}
@@ -189,7 +193,7 @@ def _common_folders(names: Iterable[str]) -> list[str]:
 
 def is_image(name: str) -> bool:
     """True for a file that is an image by its name, and no leftover of a system."""
-    return name.lower().endswith(EXTENSIONS) and not is_system_file(name)
+    return name.lower().endswith((*EXTENSIONS, *_FOREIGN)) and not is_system_file(name)
 
 
 def is_system_file(name: str) -> bool:

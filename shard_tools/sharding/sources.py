@@ -261,6 +261,7 @@ def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
         names = [sys.intern(name.split("/")[0]) for name in found.images.names]
     elif how.labels:
         names = label_flat(found, how.labels, where, how.skip)
+        _check_synsets(names, how, where)
     elif found.images:
         names = labels_in_names(found)
         remark = "labels from the file names" if names else "no class folders, so without labels"
@@ -269,6 +270,16 @@ def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
     labels = [numbers[name] for name in names] or [-1] * len(found.images)
     source = _source(root, found.images, labels, classes, found, remark)
     return _relabel(source, how.classes, where) if how.classes else source
+
+
+def _check_synsets(names: Sequence[str], how: Listing, where: str) -> None:
+    """Labels that are numbers name no classes, but for the given ones: sorted as text they would be
+    other numbers (ILSVRC2012_validation_ground_truth.txt, or Caffe's val.txt)."""
+    if names and not how.classes and all(map(str.isdecimal, names)):
+        raise ToolError(
+            f"{where}: the labels are numbers such as {names[0]}, not synsets; --devkit knows "
+            "those of ILSVRC2012_validation_ground_truth.txt, a CSV of path and label has indices"
+        )
 
 
 def _table(path: Path, how: Listing) -> Source:

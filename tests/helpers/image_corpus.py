@@ -383,6 +383,8 @@ def others() -> dict[str, tuple[bytes, str]]:
         "ppm, 12 bits": (b"P6 3 2 4095\n" + bytes(36), "16 bits per value"),
         "pfm": (b"Pf 3 2 -1\n" + bytes(24), "32 bits per value (float)"),
         "heic": (b"\0\0\0\x18ftypheic" + bytes(99), "a HEIC image; convert it"),
+        "heic of 10 bits": (b"\0\0\0\x18ftypheix" + bytes(99), "a HEIC image; convert it"),
+        "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         "text": (b"this is text", "not an image in a known format"),
         "empty": (b"", "the file is empty"),
     }  # fmt: skip

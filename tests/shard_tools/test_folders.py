@@ -204,3 +204,17 @@ def test_the_option_that_a_refusal_advises_can_be_given_at_once(
     dest = make(tree, tmp_path / "d", "--on-error", "skip")  # and another quality
     assert read_manifest(dest).samples == 5
     assert list(report(dest)) == ["a/bad.jpg"]
+
+
+def test_no_image_is_left_out_for_its_suffix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Browsers save JPEGs as .jfif; what is called .heic may be a JPEG, and is refused if not."""
+    tree = image_tree(tmp_path / "t", {"a": 4})
+    images = sorted((tree / "a").iterdir())
+    for path, suffix in zip(images, (".jfif", ".JPE", ".heic", ".avif"), strict=True):
+        path.rename(path.with_suffix(suffix))
+    assert read_manifest(make(tree, tmp_path / "d")).samples == 4
+    (tree / "a" / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    assert main([str(tree), str(tmp_path / "e"), *SMALL]) == 2
+    assert "b.heic: a HEIC image; convert it to JPEG or PNG first" in capsys.readouterr().err

@@ -68,7 +68,9 @@ def test_a_tar_with_class_folders(tree: Path, shards: Path, tmp_path: Path) -> N
     assert main([str(mixed), str(tmp_path / "e"), *SMALL]) == 2
 
 
-def test_imagenets_validation_tar_with_each_kind_of_labels(tmp_path: Path) -> None:
+def test_imagenets_validation_tar_with_each_kind_of_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(i) for i in range(1, 8)}
     synsets = ["n2", "n1", "n3", "n1", "n2", "n2", "n3"]
     truth = dict(zip(files, synsets, strict=True))
@@ -101,6 +103,12 @@ def test_imagenets_validation_tar_with_each_kind_of_labels(tmp_path: Path) -> No
         assert labels_of(dest) == truth
         assert images_of(dest) == files
         assert read_manifest(dest).classes == ("n1", "n2", "n3")
+    by_line.write_text(lines)
+    assert main([str(archive), str(tmp_path / "numbers"), "--synsets", str(by_line), *SMALL]) == 2
+    assert "the labels are numbers such as 1, not synsets" in capsys.readouterr().err
+    (tmp_path / "classes.txt").write_text("1\n2\n3\n")
+    given = ("--synsets", str(by_line), "--classes-from", str(tmp_path / "classes.txt"))
+    assert read_manifest(make(archive, tmp_path / "given", *given)).classes == ("1", "2", "3")
 
 
 def test_csv_and_jsonl(tree: Path, tmp_path: Path) -> None:
