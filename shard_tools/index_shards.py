@@ -96,7 +96,8 @@ def find_tars(given: Sequence[Path]) -> Tars:
         elif os.path.lexists(path):
             paths.append(path)
         else:
-            raise ToolError(f"{path}: no such file or folder")
+            braces = "; give the folder, or braces without quotes" if "{" in path.name else ""
+            raise ToolError(f"{path}: no such file or folder{braces}")
     if not paths:
         raise ToolError(f"{given[0]}: holds no .tar files")
     first: dict[str, Path] = {}

@@ -315,6 +315,11 @@ def _fetch(url: str) -> bytes:
 
 def _read_manifest_text(home: str) -> bytes:
     if not is_remote(home) and not os.path.isdir(home):
+        if home.endswith(".tar"):
+            raise ManifestError(
+                f"{home}: shards are given as their folder; where it has no {MANIFEST}, "
+                "shard_tools/index_shards.py adopts its tars"
+            )
         raise ManifestError(f"{home}: no such folder; shards are made by `make shards`")
     if not is_remote(home) and not os.path.isfile(os.path.join(home, MANIFEST)):
         inside = [name for name in SPLITS if os.path.isfile(os.path.join(home, name, MANIFEST))]

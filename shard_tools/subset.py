@@ -107,7 +107,8 @@ def by_names(manifest: Manifest, path: Path) -> np.ndarray:
 
 def _folders_agree(one: str, other: str) -> bool:
     """Whether two paths have the same folders, from the innermost to where one of them begins."""
-    folders = (path.split("/")[-2::-1] for path in (one, other))
+    plain = (os.path.normpath(path) for path in (one, other))  # a URL has an empty part, too
+    folders = (path.split("/")[-2::-1] for path in plain)
     return all(a == b for a, b in zip(*folders, strict=False))
 
 

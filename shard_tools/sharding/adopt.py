@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ def _adopt(job: IndexJob, path: Path) -> Adopted:
 
 
 def _adopt_samples(job: IndexJob, path: Path, samples: list[Sample]) -> tuple[Part, Synsets]:
-    rows, names, remarks = [], [], []
+    rows, names, keys, remarks = [], [], [], []
     synsets, labels = Synsets(), {name: label for label, name in enumerate(job.settings.classes)}
     size = os.path.getsize(path)
     handle = os.open(path, os.O_RDONLY)
@@ -136,9 +137,12 @@ def _adopt_samples(job: IndexJob, path: Path, samples: list[Sample]) -> tuple[Pa
                 continue
             rows.append(row)
             names.append(about.name)
+            keys.append(printable(sample.key))
             report(about.image[1])
     finally:
         os.close(handle)
+    shared = Counter(names)  # a URL may come with several captions
+    names = [name if shared[name] == 1 else key for name, key in zip(names, keys, strict=True)]
     shard = Shard(job.name, len(rows), size, file_sha256(path)) if rows else None
     return Part(shard, np.array(rows, SAMPLE), names, remarks), synsets
 

@@ -41,6 +41,7 @@ from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
 from shard_tools.sharding.tables import label_column, list_table
 from shard_tools.texts import Texts
 
+_METADATA = ("metadata.csv", "metadata.jsonl")  # of Hugging Face: labels, captions, …
 _GIVE_ONE = "give one of them, or the folder of both where they are called train and val"
 
 
@@ -118,7 +119,19 @@ def open_archives(paths: Sequence[Path], how: Listing) -> Source:
         found.extend(list_archive(path, how.unpacked, how.skip))
     if not how.unlabelled:
         _check_splits(found, str(paths[0]), "unpack it and give the folder of both")
+        _check_metadata(paths[0], found, how)
     return _labelled(found, paths[0].parent, how, str(paths[0]))
+
+
+def _check_metadata(path: Path, found: Found, how: Listing) -> None:
+    """No list of Hugging Face's is beside the images of an archive without class folders."""
+    flat = not any("/" in name for name in found.images.names)
+    names = (name for name, _ in found.ignored if Path(name).name.lower() in _METADATA)
+    if flat and not how.labels and (name := next(names, "")):
+        raise ToolError(
+            f"{path}: holds {name}, which is not read in an archive; unpack it and give {name} "
+            "instead, or take the images only with --unlabelled"
+        )
 
 
 def place_of(root: str, item: Item) -> str:

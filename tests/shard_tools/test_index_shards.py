@@ -16,6 +16,7 @@ from shard_samples import encode, jpeg, picture, tar_of, tars_of
 
 from shard_tools.index_shards import main
 from shard_tools.manifest import FORMATS, read_manifest
+from shard_tools.subset import main as subset
 from shard_tools.verify_shards import verify
 
 
@@ -77,6 +78,27 @@ def test_img2dataset_layout_has_no_labels(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "f")
     assert manifest.classes == ()
     assert manifest.names[0] == "http://x/0.jpg"
+
+
+def test_names_of_one_url_are_the_keys(tmp_path: Path) -> None:
+    """LAION has images with several captions; a name stands for one sample."""
+    samples = [
+        {"__key__": f"{i:09d}", "jpg": jpeg(i), "json": {"url": f"http://x/y/{min(i, 4)}.jpg"}}
+        for i in range(6)
+    ]
+    write_foreign(tmp_path / "f", samples, per_shard=6)
+    assert main([str(tmp_path / "f"), "--workers", "1"]) == 0
+    names = list(read_manifest(tmp_path / "f").names)
+    assert names == [*(f"http://x/y/{i}.jpg" for i in range(4)), "000000004", "000000005"]
+    (tmp_path / "list.txt").write_text("http://x/y/2.jpg\n000000005\n")
+    arguments = [tmp_path / "f", tmp_path / "g", "--names", tmp_path / "list.txt"]
+    assert subset([*map(str, arguments)]) == 0
+    assert list(read_manifest(tmp_path / "g").names) == ["http://x/y/2.jpg", "000000005"]
+
+
+def test_braces_that_no_shell_expanded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "a-{0..3}.tar")]) == 2
+    assert "a-{0..3}.tar: no such file or folder; give the folder" in capsys.readouterr().err
 
 
 def test_timm_layout_with_class_names(tmp_path: Path) -> None:

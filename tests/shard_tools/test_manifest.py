@@ -152,6 +152,8 @@ def test_a_folder_of_folders_says_which_to_take(tmp_path: Path) -> None:
 def test_no_folder_and_unknown_version(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no such folder"):
         read_manifest(tmp_path / "nowhere")
+    with pytest.raises(ManifestError, match="are given as their folder; where it has no manifest"):
+        read_manifest(tmp_path / "part-{0..3}.tar")
     shard_folder(tmp_path / "s")
     content = json.loads((tmp_path / "s" / MANIFEST).read_text())
     content["version"] = 99

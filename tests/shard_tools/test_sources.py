@@ -165,6 +165,11 @@ def test_a_list_among_the_images_of_a_folder(
     make(folder / name, dest / "labelled")
     assert images_of(dest / "labelled") == images_of(dest / "unlabelled")
     assert read_manifest(dest / "labelled").classes == ("cat", "dog")
+    packed = {path.name: path.read_bytes() for path in folder.iterdir()}
+    archive = tar_of(dest / "flat.tar", packed)
+    assert main([str(archive), str(dest / "no"), *SMALL]) == 2
+    assert f"flat.tar: holds {name}, which is not read in an archive" in capsys.readouterr().err
+    make(archive, dest / "packed", "--unlabelled")
     (folder / name).write_text(text.replace("label", "text"))
     make(folder, dest / "captions")
 
