@@ -227,7 +227,7 @@ def _check_frames(kind: str, frames: int) -> None:
 
 
 def _check_covered(kind: str, picture: tuple[int, int], canvas: tuple[int, int]) -> None:
-    """Raise ImageFault where the one picture is smaller than the canvas that it lies on, for whose
+    """Raise ImageFault where the one picture is smaller than its canvas, for whose
     rest a decoder has no pixels."""
     if picture[0] < canvas[0] or picture[1] < canvas[1]:
         raise ImageFault(

@@ -218,7 +218,7 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
 
 
 def _check_lists(path: Path, found: Found, how: Listing) -> None:
-    """No list of images and labels lies among images that have no class folders of their own, such
+    """No list of images and labels is among images that have no class folders of their own, such
     as Hugging Face's metadata.csv: its labels would be lost."""
     classes = {name.split("/")[0] for name in found.images.names if "/" in name}
     for name, _ in found.ignored if not how.labels else ():
