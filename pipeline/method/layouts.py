@@ -52,7 +52,7 @@ DEIT_III = Layout("DeiT III", {384: 6, 768: 12, 1024: 16, 1280: 16}, positions="
 I_JEPA = Layout(
     "I-JEPA", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}, positions="bicubic"
 )
-MMPRETRAIN = Layout("mmpretrain", DINO.heads | {1280: 16}, positions="bicubic")
+MMPRETRAIN = Layout("mmpretrain", {**DINO.heads, 1280: 16}, positions="bicubic")
 # Of MoCo v3's row-first positions; its MAE has them too, and as many heads at 768.
 MMPRETRAIN_MOCO_V3 = Layout("mmpretrain", MOCO_V3.heads, positions="bicubic")
 BEIT = Layout("BEiT", {768: 12, 1024: 16}, imagenet=False, fixed=False)
