@@ -1,4 +1,4 @@
-"""The training loop, and what happens between its steps: saving, probes, pictures."""
+"""The training loop, and what happens between its steps: checkpoints, probes, pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
+from pipeline.data.batch import Batch
 from pipeline.data.crops import side_at
 from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.distributed import StopSignal, any_rank, lost_contact
@@ -24,7 +25,8 @@ from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
 from pipeline.runtime.seeding import seed_step
 from pipeline.runtime.settings import Settings
-from pipeline.runtime.train_state import TrainState, setup
+from pipeline.runtime.setup import setup
+from pipeline.runtime.train_state import TrainState
 from pipeline.runtime.watchdog import FIRST_PATIENCE, report_failure
 from shard_tools.manifest import read_manifest
 
@@ -39,7 +41,7 @@ def pretrain(settings: Settings) -> int:
     try:
         run = setup(settings, ranks)
     except UserError as error:
-        # Once per host: one may lack what the others have.
+        # Once per host, since a fault may be of one host only.
         who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""
         return refuse(error, who) if ranks.local_rank == 0 else 2
     except RuntimeError as error:
@@ -64,8 +66,8 @@ def pretrain(settings: Settings) -> int:
 def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     """The loop: batch → T1, T2 → f → M → backward → step → EMA → monitor → checkpoint.
 
-    verbose: say what the time until the first step went to. Returns the exit code: 0, or PREEMPTED
-    where any rank was told to stop.
+    verbose: log how long each phase until the first step took. Returns the exit code: 0, or
+    PREEMPTED after a signal to any rank.
     """
     recipe, steps, device, m = run.recipe, run.steps, run.ranks.device, run.recipe.monitor
     objective, teacher, engine = run.model.objective, run.model.teacher, run.model.engine
@@ -94,23 +96,10 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             )
             monitor.add(loss, terms, 1.0 / run.plan.accumulation)
         run.watch.nonfinite.note(step, engine.step_skipped)
-        values: dict[str, Any] = {
-            "lr": rate(),
-            "epoch": (step + 1) / steps.per_epoch,
-            "grad_norm": engine.gradient_norm,
-            "bad_samples": run.bad_samples,
-            "nonfinite_steps": run.watch.nonfinite.total,
-        }
-        if recipe.optimizer.by_layer:
-            values["lr_first_layer"] = engine.optimizer.param_groups[0]["lr"]
-        if steps.sizes:
-            values["image_size"] = batch.image.shape[1]
         if teacher is not None:
-            values["ema"] = ema_momentum(recipe, step, steps.total)
-            teacher.update(objective, values["ema"], engine.masters)
-            values["teacher_distance"] = partial(teacher.distance, objective, engine.masters)
+            teacher.update(objective, ema_momentum(recipe, step, steps.total), engine.masters)
         watchdog.note(f"step {step + 1}, after the update", patience)
-        monitor.step(step, values, device)
+        monitor.step(step, metrics(run, step, rate(), batch), device)
         if verbose and step == steps.first:
             startup.done("first step")
             monitor.say(startup.report())
@@ -134,9 +123,30 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
     return 0
 
 
+def metrics(run: TrainState, step: int, lr: float, batch: Batch) -> dict[str, Any]:
+    """What the monitor logs beside the losses, after step `step` (0-based). What is collective or
+    waits for the device is a function, called only for steps that are logged."""
+    recipe, steps, model = run.recipe, run.steps, run.model
+    engine, teacher = model.engine, model.teacher
+    values: dict[str, Any] = {
+        "lr": lr,
+        "epoch": (step + 1) / steps.per_epoch,
+        "grad_norm": engine.gradient_norm,
+        "bad_samples": run.bad_samples,
+        "nonfinite_steps": run.watch.nonfinite.total,
+    }
+    if recipe.optimizer.by_layer:
+        values["lr_first_layer"] = engine.optimizer.param_groups[0]["lr"]
+    if steps.sizes:
+        values["image_size"] = batch.image.shape[1]
+    if teacher is not None:
+        values["ema"] = ema_momentum(recipe, step, steps.total)
+        values["teacher_distance"] = partial(teacher.distance, model.objective, engine.masters)
+    return values
+
+
 def resize(run: TrainState, step: int) -> bool:
-    """Before a step: whether its images have another size than those of the step before, which the
-    engine and the monitor are then told."""
+    """Tell engine and monitor the image size of a step (data.sizes); whether it is a new one."""
     sizes, first = run.steps.sizes, run.steps.first
     if not sizes:
         return False
@@ -151,9 +161,9 @@ def resize(run: TrainState, step: int) -> bool:
 
 
 def save(run: TrainState, step: int, must: bool) -> float:
-    """Write a checkpoint and the encoder as it is after `step` steps (collective); its seconds.
+    """Write the checkpoint of `step` and export the encoder (collective); the seconds it took.
 
-    must: raise SaveError where they cannot be written, whatever monitor.on_disk_full says.
+    must: raise SaveError if that fails, whatever monitor.on_disk_full says.
     """
     run.watch.watchdog.note(f"saving step {step}")
     begun, recipe, model = time.perf_counter(), run.recipe, run.model
@@ -185,16 +195,16 @@ def save(run: TrainState, step: int, must: bool) -> float:
 
 
 def probe(run: TrainState, step: int) -> None:
-    """Report the probes of the weights after `step` steps, where any is due (collective)."""
+    """Run the probes that are due after `step` steps and log their metrics (collective)."""
     if run.watch.probes.due(step):
         with run.watch.monitor.paused(), uncompiled():
             encoder = run.model.objective.encoder
-            metrics = run.watch.probes(step, encoder, run.ranks.device)
-            run.watch.monitor.probed(step, metrics)
+            found = run.watch.probes(step, encoder, run.ranks.device)
+            run.watch.monitor.probed(step, found)
 
 
 def picture(run: TrainState, step: int, fixed: Fixed) -> None:
-    """Draw the fixed pictures with the weights after `step` steps (collective)."""
+    """Draw the run's fixed images with the weights after `step` steps (collective)."""
     device = run.ranks.device
     with run.watch.monitor.paused(), uncompiled():
         grid = draw(run.model.objective, fixed.image.to(device), fixed.sample.to(device))
@@ -202,8 +212,8 @@ def picture(run: TrainState, step: int, fixed: Fixed) -> None:
 
 
 def first_images(data: str, recipe: Recipe) -> Fixed:
-    """The first eight samples, centre-cropped to encoder.image_size: the same in every picture of a
-    run, also while it trains on smaller ones (data.sizes)."""
+    """The first eight samples, centre-cropped to encoder.image_size: every picture of a run shows
+    these at this size, also while it trains on smaller crops (data.sizes)."""
     manifest = read_manifest(data)
     first = range(min(8, manifest.samples))
     return fixed_images(manifest, first, recipe.encoder.image_size, recipe.data.on_error)

@@ -28,7 +28,8 @@ from pipeline.distributed import Ranks, close
 from pipeline.runtime import loop
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.settings import Settings
-from pipeline.runtime.train_state import TrainState, loader_config, setup
+from pipeline.runtime.setup import loader_config, setup
+from pipeline.runtime.train_state import TrainState
 
 ROOT = Path(__file__).parents[2]
 COLLECTIVES = (

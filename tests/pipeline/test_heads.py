@@ -10,7 +10,7 @@ from pipeline.config.ds_config import plan_recipe, read_ds_config
 from pipeline.config.recipe import RECIPES, HeadsRecipe, RecipeError, load_recipe
 from pipeline.distributed import Ranks
 from pipeline.method.heads import GlobalBatchNorm, mlp
-from pipeline.runtime.train_state import loader_config
+from pipeline.runtime.setup import loader_config
 
 
 @pytest.mark.parametrize(
