@@ -1,6 +1,6 @@
-"""The engine: DeepSpeed's start and step, unsharded weights and moments.
+"""The engine around DeepSpeed: joining the ranks, the training step, full weights and moments.
 
-The only module that imports deepspeed when it is imported.
+No other module imports deepspeed at import time.
 """
 
 from __future__ import annotations
@@ -57,15 +57,17 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-# A learning rate, or what gives it for a group of parameters.
+# A learning rate, or a function of the parameter group that returns it.
 Rate = float | Callable[[dict[str, Any]], float]
 
 
 def init_ranks() -> Ranks:
-    """Join the process group (env of deepspeed, torchrun or launch.sh; alone without one).
+    """Join the process group that deepspeed, torchrun or launch.sh describes in the environment;
+    without one this process is the only rank.
 
-    Until a StopSignal listens, SIGTERM ends the process, also while it waits for other ranks.
-    Raises UserError where the environment is no rank's, or rank 0's port is taken or not reached.
+    SIGTERM ends the process while it waits for other ranks: StopSignal handles it only later.
+    Raises UserError if the environment does not describe a rank, or if rank 0's port is taken or
+    cannot be reached.
     """
     check_environment()
     for key, value in {
@@ -85,18 +87,18 @@ def init_ranks() -> Ranks:
     device = device_of(local_rank)
     if device.type == "cuda" and get_accelerator()._name == "cpu":
         raise UserError(
-            "DS_ACCELERATOR is cpu, but torch sees a GPU: leave it out to train there, or set "
+            "DS_ACCELERATOR is cpu, but torch sees a GPU: unset it to train on the GPU, or set "
             "CUDA_VISIBLE_DEVICES to an empty text too, to train on the CPU"
         )
     ops.prepare()
     if ops.problem():
         _without_built_ops()
-    with contextlib.redirect_stdout(io.StringIO()), joining():  # it prints which op it has loaded
+    with contextlib.redirect_stdout(io.StringIO()), joining():  # DeepSpeed prints the op it loads
         deepspeed.init_distributed(verbose=False)
-        # Made here, where all ranks have just met: later it would wait for one that has died.
+        # Made while all ranks are known to be there: later it could wait for one that has died.
         groups._clone_world_group()
-        cores = cores_per_rank()  # the first thing that NCCL does
-        unbuilt = any_rank(bool(ops.problem()))  # the first thing that goes over gloo
+        cores = cores_per_rank()  # the first collective over NCCL
+        unbuilt = any_rank(bool(ops.problem()))  # the first over gloo
     if unbuilt:
         ops.give_up("another rank has none")
     rank, world = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
@@ -108,16 +110,16 @@ def init_ranks() -> Ranks:
 
 
 def _without_built_ops() -> None:
-    """Tell DeepSpeed's communication not to compile its shared-memory reduction."""
+    """Keep DeepSpeed's communication from compiling its shared-memory reduction."""
     name = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if isinstance(name, OpBuilder):
         deepspeed.ops.__compatible_ops__[name.NAME] = False
 
 
 def build_ops() -> list[str]:
-    """Compile the fused ops of this machine once (set-up); the names of those built.
+    """Compile DeepSpeed's fused ops for this machine (part of set-up); the names of those built.
 
-    RuntimeError where that fails.
+    RuntimeError if that fails.
     """
     built = ops.prepare()
     if ops.problem() and can_build():
@@ -127,8 +129,8 @@ def build_ops() -> list[str]:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """What DeepSpeed's own checks refuse of a ds_config becomes a UserError in its words. They are
-    plain exceptions of its files with a text; what is raised elsewhere is a slip."""
+    """Turn an error of DeepSpeed's own checks of a ds_config into a UserError with its text. These
+    are plain exceptions with a message, raised in DeepSpeed's files; any other is a bug."""
     try:
         yield
     except (AssertionError, ValueError, NotImplementedError) as error:
@@ -151,20 +153,20 @@ class Engine:
         if plan.compile:
             compile_blocks(objective, may_fail="compile" in plan.may_fail)
         self.kind = optimizer_of(plan)
-        # Of ZeRO, as DeepSpeed runs it: below the plan's where one rank has nothing to share.
+        # The ZeRO stage that DeepSpeed runs, which can be below the plan's on one rank.
         self.stage = deepspeed_stage(plan)
         self.config = copy.deepcopy(plan.config | self.kind.section(plan))
-        if self.stage:  # with graphs also of a ds_config without the section
+        if self.stage:  # the ds_config may lack the section: with graphs stage 0 runs as 1
             self.config.setdefault("zero_optimization", {})["stage"] = self.stage
-        # DeepSpeed's count of samples per second waits for the device twice in a micro-batch.
+        # DeepSpeed's timer of samples per second synchronises the device twice per micro-batch.
         self.config.setdefault("timers", {"throughput": {"enabled": False}})
         client = self.kind.build(objective, groups, plan)
         own = client.param_groups if client else groups
         # What the optimizer keeps per parameter, by the parameter's identity.
         self._moments = {id(p): self.kind.moments(g) for g in own for p in g["params"]}
-        # DeepSpeed keeps it for the whole process, where an engine before this one may have set it.
+        # A global of DeepSpeed's, which an earlier engine in this process may have set.
         deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
-        self._linear = nn.functional.linear  # in whose place stage 3 puts its own
+        self._linear = nn.functional.linear  # stage 3 replaces it
         with _refusals():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=objective,
@@ -173,8 +175,8 @@ class Engine:
                 config=copy.deepcopy(self.config),
             )
         if plan.watchdog_seconds:
-            # NCCL ends a process that waits for ten minutes and says neither rank nor step; the
-            # watchdog does, also in the first step (loop.py).
+            # NCCL ends a process after ten minutes of waiting and names neither rank nor step. The
+            # watchdog names both, so it must be the first, also in the longer first step (loop.py).
             longest = 2 * FIRST_PATIENCE * plan.watchdog_seconds
             wait_at_most(longest, None, deepspeed.utils.groups._clone_world_group())
         self.flat = FlatGradients(self.engine, plan.cuda_graphs) if takes_flat(plan) else None
@@ -186,26 +188,26 @@ class Engine:
         if self.stage > 0:
             one_norm(self.optimizer, self.stage)
         self._norm: Tensor | None = None
-        self.step_skipped = False  # the last step, since its gradient was not finite
+        self.step_skipped = False  # whether the last step had a gradient that is not finite
 
     def adopt(self, teacher: nn.Module) -> None:
-        """Move a teacher, which DeepSpeed does not know, to the module's device; its blocks are
-        compiled where the module's are."""
+        """Move a teacher, which DeepSpeed does not know of, to the module's device, and compile its
+        blocks if the module's are compiled."""
         teacher.to(self.engine.device)
         if self.plan.compile:
             compile_blocks(teacher, may_fail="compile" in self.plan.may_fail)
 
     def resize(self) -> None:
-        """Between two steps: the micro-batches to come have images of another size."""
+        """Called between two steps when the image size changes: drops the CUDA graph."""
         if self.graph is not None:
             self.graph.forget()
 
     def micro_step(self, lr: Rate, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; the last of a step also updates the weights.
 
-        lr: of groups without `lr_scale`, which multiplies it; or a function of the group. A step
-        whose gradient is not finite on any rank leaves the weights as they are and sets
-        `step_skipped`, under every stage.
+        lr: multiplied by a group's `lr_scale` if it has one; or a function of the group. If the
+        gradient is not finite on any rank, the step leaves the weights unchanged and sets
+        `step_skipped`, under every ZeRO stage.
         """
         found = self._replay(*inputs)
         if found is None:
@@ -216,7 +218,7 @@ class Engine:
         return loss.detach(), terms
 
     def _replay(self, *inputs: Any) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The micro-batch as a CUDA graph; None where there are none, or none can be captured."""
+        """Run the micro-batch as a CUDA graph; None if there are no graphs or capturing fails."""
         if self.graph is None:
             return None
         try:
@@ -227,7 +229,7 @@ class Engine:
             print(f"cuda_graphs: none can be captured here, kernels are launched one by one "
                   f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)  # fmt: skip
             self.graph = None
-        if self.graph is None:  # and the error, which held the tensors of the failed pass, is gone
+        if self.graph is None:  # outside `except`, so that the error no longer holds tensors
             self.module.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             return None
@@ -240,14 +242,14 @@ class Engine:
             return self.module(*inputs)
 
     def update(self, lr: Rate) -> None:
-        """After a backward pass: count the micro-batch; after the last of a step, take the step."""
+        """Count the micro-batch after its backward pass; the last one of a step takes the step."""
         if self.stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            # DeepSpeed tells no norm under stage 0 in fp32.
+            # DeepSpeed does not compute the norm under stage 0 in fp32.
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm = torch.nn.utils.get_total_norm(gradients)
             self.step_skipped = not bool(self._norm.isfinite())
             if self.step_skipped:
-                # What DeepSpeed's step would do, but for the update.
+                # As DeepSpeed's step, without the update.
                 self.module.zero_grad(set_to_none=True)
                 self.engine.micro_steps += 1
                 self.engine.global_steps += 1
@@ -257,31 +259,31 @@ class Engine:
             group["lr"] = lr(group) if callable(lr) else lr * group.get("lr_scale", 1.0)
         self.engine.step()
         if self.stage > 0:
-            # DeepSpeed reads the norm in every step itself and leaves out what is not finite.
+            # DeepSpeed reads the norm in every step anyway and skips one that is not finite.
             self.step_skipped = bool(self.optimizer.overflow)
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[object]:
-        """A context in which these parameters are whole on every rank, to be read (collective)."""
+        """A context in which every rank can read these parameters unsharded (collective)."""
         if self.stage < 3:
             return contextlib.nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
 
     @contextlib.contextmanager
     def masters(self, parameters: list[nn.Parameter]) -> Iterator[list[Tensor]]:
-        """A context with the fp32 values of these parameters, whole on every rank (collective).
+        """A context with the unsharded fp32 values of these parameters on every rank (collective).
 
-        Under bf16 those of the master weights, from which the model's are rounded.
+        Under bf16 these are the master weights, of which the model's weights are roundings.
         """
         if self.plan.precision != "bf16":
             with self.gathered(parameters):
                 yield [p.detach() for p in parameters]
         elif self.stage == 3:
-            yield [self._whole(p, "model").float() for p in parameters]
+            yield [self._full(p, "model").float() for p in parameters]
         else:
-            yield self._joined_masters(parameters)
+            yield self._gathered_masters(parameters)
 
-    def _joined_masters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Stages 1 and 2: the parts of all ranks, which do not overlap, joined by one sum."""
+    def _gathered_masters(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Stages 1 and 2: every rank fills in its own part, and one sum joins the parts."""
         sizes = [p.numel() for p in parameters]
         flat = torch.zeros(sum(sizes), device=parameters[0].device)
         parts = flat.split(sizes)
@@ -292,51 +294,51 @@ class Engine:
                 part[at.start : at.start + at.numel].copy_(mine.hp_fragment)
         if self.plan.world > 1:
             torch.distributed.all_reduce(flat)
-        return [  # what is frozen has no master weights
+        return [  # frozen parameters have no master weights
             part.view_as(p) if p.requires_grad else p.detach().float()
             for p, part in zip(parameters, parts, strict=True)
         ]
 
     def gradient_norm(self) -> float:
-        """The global norm of the last step's gradients, before clipping; nan where not known."""
+        """The global norm of the last step's gradients before clipping; nan if not known."""
         norm = self._norm if self.stage == 0 else self.engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
     def full_state(self, kind: str = "model") -> dict[str, Tensor]:
-        """All weights and buffers, or a moment (one of `moments`) of all that has it: unsharded,
-        fp32, on the CPU; on rank 0 only (collective)."""
+        """All weights and buffers by name, or one kind of `moments` of the parameters that have it:
+        unsharded, fp32, on the CPU of rank 0; empty on other ranks (collective)."""
         state: dict[str, Tensor] = {}
         for name, parameter in self.parameters(kind).items():
-            whole = self._whole(parameter, kind)
+            full = self._full(parameter, kind)
             if self.rank == 0:
-                state[name] = whole.float().cpu()
+                state[name] = full.float().cpu()
         if self.rank == 0 and kind == "model":
             state |= {k: b.float().cpu().clone() for k, b in self.buffers().items()}
         return state
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers of a checkpoint, by name: all but tables that each start makes again."""
+        """The buffers of a checkpoint by name: all but the tables that every start computes."""
         tables = [part for part in self.module.modules() if isinstance(part, SmallerTables)]
-        made = {id(buffer) for part in tables for buffer in part.buffers()}
-        return {k: b for k, b in self.module.named_buffers() if id(b) not in made}
+        computed = {id(buffer) for part in tables for buffer in part.buffers()}
+        return {k: b for k, b in self.module.named_buffers() if id(b) not in computed}
 
     def parameters(self, kind: str) -> dict[str, nn.Parameter]:
-        """The parameters of the model, or those that have a moment, by name."""
+        """All parameters by name (kind "model"), or those that have this kind of moment."""
         named = self.module.named_parameters()
         return {k: p for k, p in named if kind == "model" or kind in self._moments.get(id(p), ())}
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """Names of all that the optimizer keeps per parameter."""
+        """The names of what the optimizer keeps per parameter (exp_avg, …)."""
         return tuple(dict.fromkeys(name for names in self._moments.values() for name in names))
 
     @property
     def base_optimizer(self) -> Any:
-        """The optimizer inside ZeRO's: its state has this rank's moments."""
+        """The optimizer inside ZeRO's, whose state holds this rank's part of the moments."""
         return self.engine.basic_optimizer
 
-    def _whole(self, parameter: nn.Parameter, kind: str) -> Tensor:
-        """A parameter or its moment, whole on every rank (collective)."""
+    def _full(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """A parameter (kind "model") or its moment, unsharded on every rank (collective)."""
         if self.stage > 0 and parameter.requires_grad:
             if kind == "model":
                 return safe_get_full_fp32_param(parameter)
@@ -348,8 +350,9 @@ class Engine:
         return self.base_optimizer.state[parameter].get(kind, torch.zeros_like(parameter))
 
     @torch.no_grad()
-    def put(self, target: Any, kind: str, value: Tensor) -> None:
-        """Write a whole fp32 value to where this rank keeps its part of it."""
+    def set_full(self, target: Any, kind: str, value: Tensor) -> None:
+        """Write an unsharded fp32 value into what this rank keeps of it. target: a parameter, or a
+        buffer; kind: "model" or a moment."""
         stage = self.stage if target.requires_grad else 0
         if kind == "model":
             partitioned = self.stage == 3 and isinstance(target, nn.Parameter)
@@ -361,7 +364,7 @@ class Engine:
             self.base_optimizer.state[target][kind].copy_(value)
         elif stage < 3:
             safe_set_full_optimizer_state(target, value.to(target.device), kind)
-        if stage == 3:  # DeepSpeed's full setters forget the padding of the last rank
+        if stage == 3:  # DeepSpeed's full setters ignore the padding of the last rank
             size = target.ds_tensor.numel()
             start = size * self.rank
             part = value.flatten()[start : start + size]

@@ -76,7 +76,7 @@ def _read(engine: Engine, folder: Path, kind: str) -> int:
                 if value.shape != shape:
                     found = f"{list(value.shape)}, the run needs {list(shape)}"
                     raise UserError(f"{path}: {name!r} has shape {found}")
-                engine.put(target, kind, value)
+                engine.set_full(target, kind, value)
             return int((file.metadata() or {}).get("step", 0))
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
