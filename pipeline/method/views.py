@@ -10,6 +10,7 @@ Which patches T1 masks is a policy of `masking`; what T2 shows is a relation to 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from pipeline.kernels.streams import Stream
 from pipeline.method.checks import visible_counts
 from pipeline.method.masking import Draw, select
 
-FIRST, SECOND, BOTH = 0, 1, 2  # what a draw is for: T1, T2, or the image of both
+FIRST, SECOND, BOTH = 0, 1, 2  # what a draw is for: T1, T2, or the image before both
 
 
 class View(NamedTuple):
@@ -44,12 +45,13 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Views:
-    """The pair (T1(x), T2(x)) and what the reconstruction measures need to know of it.
+    """The pair (T1(x), T2(x)), and where a reconstruction measure takes its loss.
 
-    second is None where T2 leads to pixels (MAE). target: uint8 [B, H, W, 3], the image the
-    predictions are held against. region: int32 [B, R], the positions where the loss is taken,
-    those masked by T1 (all where it masks none) or a share of them; weight: float32 [B, R] of 0 and
-    1, or None for all: visible in T2.
+    second: None if T2 is the pixels of x (MAE).
+    target: uint8 [B, H, W, 3], the image that the predictions are compared with.
+    region: int32 [B, R], the positions of the loss: those masked by T1 (all if it masks none), or
+        the share `views.predicted` of them.
+    weight: float32 [B, R], 1 where T2 shows the patch and else 0; None: every position counts.
     """
 
     first: View
@@ -70,49 +72,39 @@ def make_views(
 ) -> Views:
     """Draw T1 and T2 for a batch.
 
-    image: uint8 [B, H, W, 3]; sample: int64 [B], sample numbers; patch: side in pixels; crop:
-    uint8 [B, H, W, 3], another crop of each image, where the recipe says `views.second: crop`.
+    image: uint8 [B, H, W, 3]; sample: int64 [B], sample numbers; patch: side in pixels;
+    crop: uint8 [B, H, W, 3], another crop of each image, for `views.second: crop` only.
     """
     if (crop is None) == (recipe.views.second == "crop"):
-        raise UserError("a second crop is given exactly where views.second is crop")
+        raise UserError("views.second: crop needs a second crop; the others take none")
     v, seed, epoch = recipe.views, recipe.seed, philox.on_device(epoch, sample)
     grid = (image.shape[1] // patch, image.shape[2] // patch)
     masks = draw_masks(sample, v, seed=seed, epoch=epoch, grid=grid)
-    if v.jitter.where == "whole":  # the image, of which both crops are parts
-        image = jitter(image, sample, v.jitter, seed=seed, epoch=epoch, view=BOTH)
-        if crop is not None:
-            crop = jitter(crop, sample, v.jitter, seed=seed, epoch=epoch, view=BOTH)
+    jittered = partial(jitter, sample=sample, recipe=v.jitter, seed=seed, epoch=epoch)
+    if v.jitter.where == "whole":  # one draw for both crops, which are parts of one image
+        image = jittered(image, view=BOTH)
+        crop = None if crop is None else jittered(crop, view=BOTH)
 
     def view(number: int, image: Tensor, visible: Tensor, inverse: Tensor) -> View:
         if v.cutmix:
             image = kernels.cutmix(image, sample, v.cutmix, seed=seed, epoch=epoch, view=number)
-        if v.jitter.where != "visible":
-            return View(image, visible, inverse)
-        jittered = jitter(
-            image,
-            sample,
-            v.jitter,
-            seed=seed,
-            epoch=epoch,
-            view=number,
-            visible=visible,
-            patch=patch,
-        )
-        return View(jittered, visible, inverse)
+        if v.jitter.where == "visible":
+            image = jittered(image, view=number, visible=visible, patch=patch)
+        return View(image, visible, inverse)
 
     first = view(FIRST, image, masks.visible1, masks.inverse1)
-    other = None
+    second = None
     if masks.visible2 is not None and masks.inverse2 is not None:
         source = image if crop is None else crop
-        other = view(SECOND, source, masks.visible2, masks.inverse2)
+        second = view(SECOND, source, masks.visible2, masks.inverse2)
     region = masks.hidden1 if masks.hidden1.shape[1] else masks.visible1
     if v.predicted < 1:
         region = part_of(region, v.predicted, sample, seed=seed, epoch=epoch)
     weight = None
-    if v.second == "independent" and other is not None:
-        slot = other.inverse.gather(1, region.long())
-        weight = (slot < other.visible.shape[1]).float()
-    return Views(first, other, image, region, weight)
+    if v.second == "independent" and second is not None:
+        slot = second.inverse.gather(1, region.long())
+        weight = (slot < second.visible.shape[1]).float()
+    return Views(first, second, image, region, weight)
 
 
 def part_of(region: Tensor, share: float, sample: Tensor, *, seed: int, epoch: Epoch) -> Tensor:
@@ -130,8 +122,8 @@ def draw_masks(
 ) -> kernels.Masks:
     """The visible sets of T1 and T2 for sample numbers int64 [B] on a grid of patches.
 
-    `random` masks are drawn and sorted by one kernel; other policies give priorities, which
-    `select_visible` sorts. T2 shows what T1 masks, or all, or has its own draw of the policy.
+    `random` masks are drawn and sorted by one kernel; of other policies `select_visible` sorts the
+    priorities. T2 shows what T1 masks, or all patches, or has its own draw of the policy.
     """
     length = grid[0] * grid[1]
     counts = visible_counts(views, length)
@@ -170,7 +162,7 @@ def jitter(
     """Colour jitter with SimSiam's operations, drawn per image and view.
 
     image and result: uint8 [B, H, W, 3]. With visible int32 [B, K], only those patches are
-    jittered (contrast is taken about *their* mean grey, so nothing hidden leaks) and the others
+    jittered (contrast is taken about *their* mean grey, so no masked patch leaks) and the others
     are zero.
     """
     parameters = kernels.jitter_parameters(
