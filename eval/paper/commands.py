@@ -51,12 +51,12 @@ class Scale:
         return (str(launcher), *alone[1:])
 
 
-def read_scale(name: str, train: str = "", val: str = "", path: Path = SCALES) -> Scale:
+def read_scale(name: str, train: str = "", val: str = "") -> Scale:
     """A scale of scales.yaml, on other shards where they are named."""
-    with naming(path, "cannot be read"):
-        scales = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with naming(SCALES, "cannot be read"):
+        scales = yaml.safe_load(SCALES.read_text(encoding="utf-8"))
     if name not in scales:
-        raise UserError(f"--scale {name}: {path} knows {', '.join(scales)}")
+        raise UserError(f"--scale {name}: {SCALES} knows {', '.join(scales)}")
     values = dict(scales[name])
     options = {p: tuple(map(from_root, values.pop(p, ()))) for p in ("pretrain", *keys())}
     values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
@@ -64,7 +64,7 @@ def read_scale(name: str, train: str = "", val: str = "", path: Path = SCALES) -
     try:
         return Scale(name, **values, options=options)
     except TypeError as error:
-        raise UserError(f"{path}, {name}: {error}") from error
+        raise UserError(f"{SCALES}, {name}: {error}") from error
 
 
 def from_root(word: object) -> str:

@@ -36,9 +36,7 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     return mean(values) - half, mean(values) + half
 
 
-def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """The bootstrap's percentile interval of the mean (Efron 1979); without bounds where Student's
     is. Of up to six values every resample is listed. It is never wider than the range of
     the values, so of few it is too narrow, and Student's is the one that decides.
@@ -47,7 +45,7 @@ def bootstrap_interval(
     if unusable(values):
         return float("-inf"), float("inf")
     means = np.asarray(values, np.float64)[_resamples(n)].mean(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

@@ -14,6 +14,7 @@ import yaml
 from eval.protocols import by_name
 from pipeline.config.measure_schema import measure_class
 from pipeline.config.recipe import Recipe, check_run
+from pipeline.config.texts import is_number
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
@@ -53,13 +54,13 @@ class Run:
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of the loss's terms as first logged, without one that is the loss itself."""
-        numbers = (k for m in self.metrics for k, v in m.items() if _is_number(v))
+        numbers = (k for m in self.metrics for k, v in m.items() if is_number(v))
         names = [k for k in dict.fromkeys(numbers) if k not in NOT_TERMS]
         return tuple(k for k in names if self.series(k) != self.series("loss"))
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
         """(steps, values) of one logged quantity."""
-        rows = [(m["step"], m[key]) for m in self.metrics if _is_number(m.get(key))]
+        rows = [(m["step"], m[key]) for m in self.metrics if is_number(m.get(key))]
         return [float(s) for s, _ in rows], [float(v) for _, v in rows]
 
     def typical(self, key: str) -> float | None:
@@ -157,7 +158,7 @@ def read_result(path: Path) -> dict[str, Any]:
     protocol = by_name(result.get("protocol"))
     if protocol is not None and protocol.metric and not is_undecided(result):
         value = result.get(protocol.metric)
-        if not _is_number(value) or not math.isfinite(float(value or 0)):
+        if not is_number(value) or not math.isfinite(float(value or 0)):
             raise UserError(f"{path}: {protocol.metric} is {value!r}, not a number; run it again")
     return result
 
@@ -278,7 +279,3 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 def spread(values: list[float]) -> tuple[float, float | None]:
     """(mean, sample standard deviation), the latter None for a single value."""
     return mean(values), stdev(values) if len(values) > 1 else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

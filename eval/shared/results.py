@@ -165,10 +165,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def in_a_name(text: str, longest: int = 40) -> str:
+def in_a_name(text: str) -> str:
     """A text as a part of a file name: its words, or its digest where they are too long."""
     words = "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
-    return words if len(words) <= longest else digest(text)
+    return words if len(words) <= 40 else digest(text)
 
 
 def write_result(

@@ -17,7 +17,7 @@ from pipeline.config.plan import RunPlan, asks_for, settle
 from pipeline.config.recipe import Recipe
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.config.suggest import bundled, choices
-from pipeline.config.texts import read_json
+from pipeline.config.texts import is_number, read_json
 from pipeline.errors import UserError
 from shard_tools.home import expand_values
 
@@ -38,7 +38,7 @@ _BOOLEANS = (
 _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "communication_data_type": (
         lambda v: v is None or str(v).lower() in ("fp16", "bf16", "fp32"), "fp16, bf16 or fp32"),
-    "gradient_predivide_factor": (lambda v: _number(v) and v > 0, "a number above 0"),
+    "gradient_predivide_factor": (lambda v: is_number(v) and v > 0, "a number above 0"),
     "steps_per_print": (lambda v: v is None or _whole(v), "a whole number from 1 up"),
     "train_micro_batch_size_per_gpu": (
         lambda v: v == "auto" or (isinstance(v, int) and _whole(v)),
@@ -102,7 +102,7 @@ def read_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def open_ds_config(path: str | Path) -> dict[str, Any]:
-    """`read_ds_config`, but DeepSpeed's source is asked in its place; without torch."""
+    """As `read_ds_config`, but checked against DeepSpeed's source text, without importing torch."""
     path = bundled(path, DS_CONFIGS, ".json")
     if not path.exists():
         raise UserError(
@@ -173,7 +173,7 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
-    """Values that DeepSpeed takes for true whatever they are, or fails on after minutes."""
+    """Check what DeepSpeed takes for true whatever its value, or fails on after minutes."""
     for key, value in config.items():
         if key in _BOOLEANS and value not in (True, False):
             raise UserError(f"{path}: {key!r} must be true or false, not {value!r}")
@@ -186,8 +186,8 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{path}: 'bf16.{inner}' must be true or false, not {value!r}")
     if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
         raise UserError(
-            f"{path}: bf16.check_grad_overflow must be true: by it a step whose gradient is not "
-            "finite is left out"
+            f"{path}: bf16.check_grad_overflow must be true: it makes DeepSpeed skip a step whose "
+            "gradient is not finite"
         )
     listed = config.get("torch_autocast", {}).get("lower_precision_safe_modules") or []
     if not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
@@ -197,13 +197,9 @@ def _check_plain(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _whole(value: Any) -> bool:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return _number(value) and whole and value > 0
+    return is_number(value) and whole and value > 0
 
 
 def _check_inner(path: str | Path, key: str, value: dict[str, Any], known: set[str]) -> None:
@@ -235,7 +231,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
     if stage == 1 and wanted["bf16"] and summed == "fp32":
         raise UserError(
             f"{path}: bf16 with data_types.grad_accum_dtype fp32 needs zero_optimization.stage 2 "
-            "or 3 (DeepSpeed has another optimizer for stage 1, which skips no step)"
+            "or 3 (under stage 1 DeepSpeed takes another optimizer, which never skips a step)"
         )
     if not isinstance(config.get("gradient_checkpointing", False), bool):
         wrong = config["gradient_checkpointing"]
@@ -244,7 +240,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         if not (isinstance(config.get(key, False), bool) or config[key] == "auto"):
             raise UserError(f'{path}: {key!r} must be true, false or "auto", not {config[key]!r}')
     patience = config.get("watchdog_seconds", 0)
-    if not (_number(patience) and 0 <= patience <= 10**9):
+    if not (is_number(patience) and 0 <= patience <= 10**9):
         raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
     if stage == 3 and config.get("compile") is True:
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
@@ -253,7 +249,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_zero(path: Path, zero: dict[str, Any], stage: int) -> None:
-    """What DeepSpeed takes in `zero_optimization`, and a run may not have."""
+    """UserError for settings of `zero_optimization` that DeepSpeed accepts and a run cannot use."""
     for key, least in _LEAST_STAGE.items():
         given = isinstance(zero.get(key), dict | bool)  # what else it is, is said later
         if given and asks_for(zero, key) and stage < least:
@@ -268,8 +264,8 @@ def _check_zero(path: Path, zero: dict[str, Any], stage: int) -> None:
         )
     if zero.get("compute_grad_norm", True) not in (True, "auto"):
         raise UserError(
-            f"{path}: zero_optimization.compute_grad_norm must be true: by the norm a step whose "
-            "gradient is not finite is left out"
+            f"{path}: zero_optimization.compute_grad_norm must be true: the norm shows that a "
+            "gradient is not finite, and its step is then skipped"
         )
 
 
@@ -445,13 +441,13 @@ def plan_recipe(
     images, least = world * plan.micro_batch, recipe.measure.least_images
     if images < least:
         raise UserError(
-            f"measure {recipe.measure.kind} compares the images of a micro-batch, and those of all "
-            f"ranks are {images}: at least {least} are needed, see batch_size and "
+            f"measure {recipe.measure.kind} compares the images of a micro-batch with each other: "
+            f"over all ranks it has {images}, and at least {least} are needed; see batch_size and "
             "train_micro_batch_size_per_gpu"
         )
     if recipe.views.cutmix and plan.micro_batch == 1:
         raise UserError(
-            "views.cutmix shows another image of a rank's micro-batch, and that is one image: see "
-            "batch_size and train_micro_batch_size_per_gpu"
+            "views.cutmix pastes from another image of a rank's micro-batch, which has only one "
+            "image; see batch_size and train_micro_batch_size_per_gpu"
         )
     return plan

@@ -133,8 +133,8 @@ class ContrastRecipe(MeasureRecipe):
         super().check(encoder, views)
         if views.predicted < 1:
             raise ValueError(
-                f"views.predicted {views.predicted:g} is a share of reconstructed patches, and "
-                f"measure {self.kind} reconstructs none: leave it at 1"
+                f"views.predicted {views.predicted:g} chooses patches to reconstruct, but measure "
+                f"{self.kind} reconstructs none: leave it at 1"
             )
         if not self.contrasts_patches:
             return
@@ -206,7 +206,7 @@ def measure_class(kind: object) -> type[MeasureRecipe] | None:
 
 def measure_kinds() -> tuple[str, ...]:
     """Every kind of measure that there is."""
-    added = keys_of("pipeline", "method/measures/__init__.py", "MEASURES")
+    added = keys_of("method/measures/__init__.py", "MEASURES")
     return tuple(dict.fromkeys([*MEASURES, *added]))
 
 

@@ -95,7 +95,7 @@ def encoder_options(options: dict[str, Any]) -> dict[str, Any]:
         if key not in ENCODER_OPTIONS:
             known = ", ".join(k for k in ENCODER_OPTIONS if k != "img_size")
             raise ValueError(
-                f"{key} is no option that a plain ViT can be trained with; those are {known}"
+                f"{key} is not an option of a plain ViT as it is trained here; valid: {known}"
             )
         try:
             TypeAdapter(ENCODER_OPTIONS[key]).validate_python(value, strict=True)
@@ -161,7 +161,7 @@ PathText = Annotated[str, AfterValidator(path_text)]
 def mask_policy(name: str) -> str:
     """The name of a masking policy; ValueError lists them. The policies are in method/masking."""
     module = sys.modules.get("pipeline.method.masking")
-    policies = module.POLICIES if module else keys_of("pipeline", "method/masking.py", "POLICIES")
+    policies = module.POLICIES if module else keys_of("method/masking.py", "POLICIES")
     if name not in policies:
         raise ValueError(f"input should be {' or '.join(policies)}")
     return name
@@ -275,7 +275,7 @@ def size_schedule(sizes: tuple[tuple[float, int], ...]) -> tuple[tuple[float, in
     """The entries of data.sizes; ValueError where the shares of the run do not rise to 1."""
     shares = [share for share, _ in sizes]
     if any(after <= before for before, after in pairwise((0.0, *shares))):
-        raise ValueError("the shares of the run, first in each entry, must rise from above 0")
+        raise ValueError("the shares of the run (first in each entry) must be above 0 and rise")
     if shares and shares[-1] != 1.0:
         raise ValueError("the last entry must be [1, encoder.image_size], the end of the run")
     return sizes

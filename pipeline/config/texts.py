@@ -69,6 +69,11 @@ def read_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of YAML or JSON is a number; to Python true and false are numbers too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from pipeline.data.batch import Batch, LoaderConfig, StartMethod
-from pipeline.data.crops import CentreCrop, Interpolation, shorter_side
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.datasets import EvalBatches, TrainBatches
 from pipeline.data.order import Order
 from pipeline.data.reader import Reader
@@ -257,11 +257,7 @@ def eval_loader(
     image_size: int,
     workers: int,
     resize: int | None = None,
-    interpolation: Interpolation = "bicubic",
     interleave: bool = False,
-    decode: str = "auto",
-    cache: str | Path | None = None,
-    cache_bytes: int = 100 * GIB,
     pin_memory: bool = False,
     start_method: StartMethod | None = None,
 ) -> Loader:
@@ -278,9 +274,9 @@ def eval_loader(
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
     manifest = _open(folder, workers, start_method)
-    crop = CentreCrop(image_size, resize or shorter_side(image_size), interpolation)
-    remote = _cache(manifest, cache, cache_bytes)
-    reader = Reader(manifest, image_size, interpolation, decode, remote)
+    crop = CentreCrop(image_size, resize or shorter_side(image_size))
+    remote = _cache(manifest, None, 100 * GIB)
+    reader = Reader(manifest, image_size, crop.interpolation, "auto", remote)
     low, high = (manifest.samples * r // world for r in (rank, rank + 1))
     if interleave:
         low, high = 0, manifest.samples

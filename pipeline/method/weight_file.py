@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from pipeline.config.texts import is_number
 from pipeline.errors import UserError
 
 METADATA = "relaxmim"  # the key of encoder_info in the metadata of an exported file
@@ -85,13 +86,9 @@ def _check_facts(info: Any) -> None:
 def check_statistic(key: str, value: Any) -> None:
     """TypeError where a value is no mean or std (the key) of pixels, which are in 0 … 1."""
     numbers = value if isinstance(value, list | tuple) else ()
-    good = [_is_number(v) and 0 <= v <= 1 and (v > 0 or key == "mean") for v in numbers]
+    good = [is_number(v) and 0 <= v <= 1 and (v > 0 or key == "mean") for v in numbers]
     if good != [True] * 3:
         raise TypeError(f"{key} is no list of three numbers in 0 … 1, as the pixels are: {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def unreadable(path: Path, why: object) -> UserError:
