@@ -22,8 +22,8 @@ def alone() -> bool:
 
 
 def check_environment() -> None:
-    """UserError where RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT say what no rank can be, or lack
-    what one of several ranks meets the others by; and where MPI or Slurm has started several."""
+    """UserError if RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is impossible, if several ranks lack
+    what they need to meet, and if MPI or Slurm started several processes without WORLD_SIZE."""
     limits = {
         "WORLD_SIZE": (1, 10**6),
         "RANK": (0, int(os.environ["WORLD_SIZE"]) - 1 if _number("WORLD_SIZE") else 0),
@@ -41,17 +41,17 @@ def check_environment() -> None:
     for name in () if alone() else ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise UserError(
-                f"{name} is not set: with WORLD_SIZE {os.environ['WORLD_SIZE']} a rank needs its "
-                "number, and to know where rank 0 listens; the launcher sets it (launch.sh, "
-                "deepspeed, torchrun)"
+                f"{name} is not set: with WORLD_SIZE {os.environ['WORLD_SIZE']} a rank must know "
+                "its number and where rank 0 listens; the launcher sets it (launch.sh, deepspeed, "
+                "torchrun)"
             )
     for name in () if "WORLD_SIZE" in os.environ else _started_by():
         if _number(name) and int(os.environ[name]) > 1:
             raise UserError(
                 f"{name} is {os.environ[name]} and WORLD_SIZE is not set: mpirun or srun has "
-                "started this command several times, each of which would run alone; start it with "
-                "launch.sh, such as `srun ./launch.sh`; WORLD_SIZE=1 says that runs of their own "
-                "are meant"
+                "started this command several times, and each copy would run on its own; start it "
+                "with launch.sh, such as `srun ./launch.sh`, or set WORLD_SIZE=1 if independent "
+                "runs are meant"
             )
 
 
@@ -70,7 +70,7 @@ def _number(name: str) -> bool:
 def check_unused(
     parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], where: str
 ) -> None:
-    """UserError where one of these options is given, though it does nothing there."""
+    """UserError if one of these options is given although it has no effect (where)."""
     for name in names:
         if getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')} does nothing {where}; leave it out")

@@ -191,9 +191,9 @@ def bf16_units() -> bool:
 
 
 def device_of(local_rank: int) -> torch.device:
-    """The device of a rank: the GPU of its number, or the CPU where there is none.
+    """The device of a rank: the GPU numbered like its local rank, or the CPU if torch sees no GPU.
 
-    UserError where this host has fewer GPUs.
+    UserError if this host has too few GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -203,8 +203,8 @@ def device_of(local_rank: int) -> torch.device:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         which = "this host has" if seen is None else f"CUDA_VISIBLE_DEVICES={seen} leaves"
         raise UserError(
-            f"LOCAL_RANK {local_rank}: {which} {gpus} {noun}; start at most one rank per GPU, each "
-            "of which sees all GPUs of its host, or has LOCAL_RANK 0 where it sees only its own"
+            f"LOCAL_RANK {local_rank}: {which} {gpus} {noun}; start at most one rank per GPU, and "
+            "let each rank see all GPUs of its host, or only its own and set LOCAL_RANK to 0"
         )
     if problem := no_code(torch, torch.cuda.get_device_capability(local_rank)):
         raise UserError(f"GPU {local_rank}, {torch.cuda.get_device_name(local_rank)}: {problem}")

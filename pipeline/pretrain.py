@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The options of the command."""
     parser = argparse.ArgumentParser(
         description="Pretrain a masked-image model (MAE, R-MAE, C-MAE) from shards with DeepSpeed.",
         formatter_class=HelpFormatter,
@@ -58,52 +58,52 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--resume", default="auto", metavar="auto|PATH|none",
-        help="resume from the newest valid checkpoint of --output, begin at another run or "
-        "checkpoint (the same command continues what it began), or start from scratch",
+        help="auto: from the newest valid checkpoint of --output; PATH: begin at another run or "
+        "checkpoint (rerunning the command continues the new run); none: start from scratch",
     )  # fmt: skip
     parser.add_argument(
         "--init", metavar="PATH", default=argparse.SUPPRESS,
         help="start a fresh run from weights: a run, an export, a file of facebookresearch/mae, "
-        "MoCo v3, DINO or timm, or timm:NAME (--set init.weights=PATH; --set init.ema=true takes "
-        "the average in a file, or the run's EMA teacher)",
+        "MoCo v3, DINO or timm, or timm:NAME (same as --set init.weights=PATH; --set init.ema=true "
+        "takes the average that the file keeps, or the run's EMA teacher)",
     )  # fmt: skip
     parser.add_argument(
         "--resume-changed", action="store_true",
-        help="resume although the data or the recipe is not the checkpoint's; the log says what "
+        help="resume although data or recipe differ from the checkpoint's; the log says what "
         "differs and how the schedule moves",
     )  # fmt: skip
     parser.add_argument(
         "--no-lock", action="store_false", dest="lock",
-        help="start where the file system of --output has no locks (a second run on the same "
-        "folder is then not noticed)",
+        help="allow an --output whose file system has no locks (a second run on the same folder "
+        "is then not noticed)",
     )  # fmt: skip
     parser.add_argument(
         "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
-        help="stop after optimizer step N; the learning rate follows the recipe's length all the "
-        "same (default: the recipe's epochs)",
+        help="stop after optimizer step N; the learning rate schedule keeps the recipe's length "
+        "(default: the recipe's epochs)",
     )  # fmt: skip
     parser.add_argument(
         "--peak-tflops", type=float, default=argparse.SUPPRESS, metavar="N",
-        help="10^12 FLOP/s that one device reaches at most, for the MFU (default: the data sheet's "
-        "of a GPU that is known)",
+        help="peak of one device in 10^12 FLOP/s, for the MFU (default: the data sheet's, for "
+        "known GPUs)",
     )  # fmt: skip
     parser.add_argument(
         "-v", "--verbose", action="store_true",
-        help="log what the time until the first step went to",
+        help="log how long each phase until the first step took",
     )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:
-    """The settings that a command line names."""
+    """The settings of a command line (None: of this process)."""
     parser = build_parser()
     args = vars(parser.parse_args(expand_words(sys.argv[1:] if argv is None else argv)))
-    args.pop("local_rank")  # of the launcher
+    args.pop("local_rank")  # DeepSpeed's launcher passes it; ranks read the environment
     if "init" in args:
         weights = args.pop("init")
-        place = weights if weights.startswith("timm:") else os.path.abspath(weights)
-        args["overrides"].append(f"init.weights={json.dumps(place)}")
+        source = weights if weights.startswith("timm:") else os.path.abspath(weights)
+        args["overrides"].append(f"init.weights={json.dumps(source)}")
     steps = args.get("max_steps")
     if steps is not None and steps < 1:
         parser.error(f"--max-steps {steps}: must be at least 1")
@@ -113,16 +113,16 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run it; returns the exit code.
+    """Pretrain; returns the exit code.
 
-    0 done, 1 another rank is gone or a bug, 2 bad input or a full disk, 75 (by the watchdog) no
-    progress, 76 gradients that are not finite, 85 stopped by a signal and saved.
+    0 done, 1 lost contact to another rank, or a bug, 2 bad input or a full disk, 75 no progress
+    (from the watchdog), 76 gradients not finite, 85 stopped by a signal after saving.
     """
     startup.begin()
     try:
         settings = parse_args(argv)
         check_environment()
-        if alone():  # several ranks find faults together
+        if alone():  # several ranks check their input together, in setup
             preflight(settings)
     except UserError as error:
         return refuse(error)
@@ -142,8 +142,8 @@ if __name__ == "__main__":
         from pipeline.distributed import close
 
         close()
-    # Not waiting for ranks that may be gone, and with no thread at work while the interpreter ends:
-    # ZeRO 3 keeps its process group, whose threads could abort it.
+    # os._exit waits for no rank that may be gone and skips the interpreter's own end, during which
+    # the threads of ZeRO 3's process group could abort it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

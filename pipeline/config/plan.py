@@ -131,7 +131,7 @@ def asks_for(zero: dict[str, Any], key: str) -> bool:
 
 
 def why_no_graphs(plan: RunPlan) -> str:
-    """Why the micro-batches of a plan cannot be CUDA graphs; "" where they can."""
+    """Why the micro-batches of a plan cannot be captured as CUDA graphs; "" if they can."""
     import torch
 
     if not torch.cuda.is_available():
@@ -146,7 +146,7 @@ def why_no_graphs(plan: RunPlan) -> str:
         )
     if plan.exchanges and plan.world > 1:
         return (
-            "excludes what several ranks send each other while the loss is computed: negatives, "
+            "excludes communication between ranks while the loss is computed: negatives, "
             "statistics of batch norm"
         )
     return ""
@@ -184,8 +184,8 @@ def settle(plan: RunPlan, compiled: bool | str, graphs: bool | str) -> RunPlan:
 
 
 def for_steps(plan: RunPlan, steps: int) -> RunPlan:
-    """The plan for a schedule of so many steps: a short one is over before compiling pays."""
+    """The plan for a schedule of this many steps: in a short one compiling does not pay."""
     if not plan.compile or "compile" not in plan.may_fail or steps >= SHORT:
         return plan
-    why = f"compile: off (a run of {_count(steps, 'step')} is over before it pays)"
+    why = f"compile: off (a run of {_count(steps, 'step')} is too short for it to pay)"
     return dataclasses.replace(plan, compile=False, off=(*plan.off, why))

@@ -127,8 +127,8 @@ class Recipe(Section):
                 raise ValueError(f"data.sizes: {side} is not a multiple of the patch size {patch}")
         if self.data.sizes and self.data.sizes[-1][1] != full:
             raise ValueError(
-                f"data.sizes: the last size is {self.data.sizes[-1][1]}, but the encoder is of "
-                f"encoder.image_size {full}: end with [1, {full}]"
+                f"data.sizes: the last size is {self.data.sizes[-1][1]}, not encoder.image_size "
+                f"{full}: end with [1, {full}]"
             )
         return self
 
@@ -219,8 +219,8 @@ def _fill_in_pixels(values: dict[str, Any], pixels: Mapping[str, Any] | None, wh
             continue
         if not pixels or name not in pixels:
             raise RecipeError(
-                f"{where}: data.{name}: manifest stands for what make_shards measured of the "
-                "training shards, which is not known here; give three numbers"
+                f"{where}: data.{name}: manifest stands for what make_shards measured on the "
+                "training shards; no measurement is at hand here, so give three numbers"
             )
         data[name] = list(pixels[name])
 

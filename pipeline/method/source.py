@@ -98,8 +98,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
     if config.get("model_type") not in ("vit", "vit_mae"):
         raise UserError(
-            f"{folder}/config.json: model_type {config.get('model_type')!r} is not vit, vit_mae; "
-            "of another ViT give a file of its weights under timm's names, with --arch"
+            f"{folder}/config.json: model_type {config.get('model_type')!r} is neither vit nor "
+            "vit_mae; for another ViT give a file of its weights under timm's names, with --arch"
         )
     if not (folder / "model.safetensors").is_file():
         raise UserError(
@@ -221,7 +221,7 @@ def other_size(
             has = f"{key} {own[key]!r}" if key in own else f"no {key}"
             raise UserError(
                 f"--options {{{key}: {value}}}: {path} says itself how it is built, with {has}; "
-                "only img_size may be another"
+                "only img_size may differ"
             )
     return options.get("img_size", own["img_size"])
 

@@ -86,7 +86,7 @@ def test_the_log_says_why_auto_is_off(gpu):
     recipe = tiny_recipe("cmae", "measure.negatives=all")
     assert plan_recipe(config, recipe, 1).off == ()
     assert plan_recipe(config, recipe, 2).describe()[-1] == (
-        "cuda_graphs: off (excludes what several ranks send each other while the loss is computed: "
+        "cuda_graphs: off (excludes communication between ranks while the loss is computed: "
         "negatives, statistics of batch norm)"
     )
     config |= {"gradient_checkpointing": True}
@@ -94,7 +94,7 @@ def test_the_log_says_why_auto_is_off(gpu):
         plan_recipe(config, recipe, 1).describe()
     )
     short = for_steps(plan_of(1, compiled="auto", graphs="auto"), 1)
-    assert short.off == ("compile: off (a run of 1 step is over before it pays)",)
+    assert short.off == ("compile: off (a run of 1 step is too short for it to pay)",)
     assert plan_of(1, graphs=False, compiled=False).off == ()
 
 
@@ -117,7 +117,7 @@ def test_what_excludes_graphs_is_named(gpu):
     byol = ["measure.kind=byol", "measure.heads={batch_norm: true}"]
     for changes in (["measure.negatives=all"], byol):
         recipe = tiny_recipe("cmae", *changes)
-        with pytest.raises(UserError, match="excludes what several ranks send each other while"):
+        with pytest.raises(UserError, match="excludes communication between ranks while"):
             plan_recipe(config, recipe, 2)
         assert plan_recipe(config, recipe, 1).cuda_graphs
     assert plan_recipe(config, tiny_recipe("cmae", "measure.kind=byol"), 2).cuda_graphs

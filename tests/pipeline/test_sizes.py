@@ -82,11 +82,11 @@ def test_without_sizes_nothing_changes():
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
     [
-        ("[[0.5, 8], [1, 12]]", "the last size is 12, but the encoder is of encoder.image_size 16"),
+        ("[[0.5, 8], [1, 12]]", "the last size is 12, not encoder.image_size 16"),
         ("[[0.5, 6], [1, 16]]", "data.sizes: 6 is not a multiple of the patch size 4"),
         ("[[0.5, 32], [1, 16]]", "data.sizes: 32 is larger than encoder.image_size 16"),
-        ("[[0.5, 8], [0.5, 12], [1, 16]]", "'data.sizes': the shares of the run, first in each"),
-        ("[[0, 8], [1, 16]]", "'data.sizes': the shares of the run, first in each entry, must"),
+        ("[[0.5, 8], [0.5, 12], [1, 16]]", "'data.sizes': the shares of the run .first in each"),
+        ("[[0, 8], [1, 16]]", "'data.sizes': the shares of the run .first in each entry. must"),
         ("[[0.5, 8]]", r"the last entry must be \[1, encoder.image_size\], the end of the run"),
         ("[[0.5, 8], [1.5, 16]]", "input should be less than or equal to 1"),
         ("[[0.5, 0], [1, 16]]", "input should be greater than 0"),
