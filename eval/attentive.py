@@ -79,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rates", type=float, nargs="+", default=RATES, help="learning rates to try")
     add("--decays", type=float, nargs="+", default=DECAYS, help="weight decays to try")
     add("--select", choices=["held-out", "validation"], default="held-out",
-        help="where the pair is chosen; on the validation set, an optimistic result")  # fmt: skip
-    add("--micro-batch", type=int, default=256, help="images per forward pass, at most")
+        help="images by which the pair is chosen; validation is optimistic")  # fmt: skip
+    add("--micro-batch", type=int, default=256, help="images per forward pass at most")
     return result
 
 

@@ -80,20 +80,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="run seeds 0 … N - 1")
     add("--data", type=Path, help="folder of the shards (default: that of the scale)")
     add("--output", type=Path, help="folder of the runs (default: runs/paper-<scale>)")
-    add("--hours", type=float, help="of this machine, in all; 0: no limit (default: the scale's)")
-    add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
+    add("--hours", type=float, help="of this machine in total; 0: no limit (default: the scale's)")
+    add("--jobs", type=int, default=0, help="commands at a time (default: cores, or 1 on GPUs)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
-    add("--untuned", action="store_true", help="try no learning rates: the rows have the scale's")
+    add("--untuned", action="store_true", help="tune no learning rates: every row has the scale's")
     add("--extend-tuning", action="store_true",
-        help="where a method's best rate is at an end of those tried, try one beyond it; in a "
-        "study that has begun without, it is only reported")  # fmt: skip
+        help="if a method's best rate is the lowest or highest of those tried, try one beyond it; "
+        "a study begun without this option only reports the result")  # fmt: skip
     add("--archive", type=Path, nargs="?", const=ARCHIVE, help="write the archive of the page")
     add("--restore", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
-        help="first make OUTPUT of an archive, whose results count; what a missing result needs is "
-        "pretrained from the start")  # fmt: skip
+        help="first unpack an archive into OUTPUT; its results count as done, and what a missing "
+        "result needs is pretrained from scratch")  # fmt: skip
     add("--dry-run", action="store_true", help="print the plan and its measured cost, run nothing")
     add("--page", type=Path, nargs="?", const=ARCHIVE, metavar="ARCHIVE",
-        help="rebuild the page of an archive, beside it, and run nothing")  # fmt: skip
+        help="rebuild the page from an archive, beside it, and run nothing")  # fmt: skip
     return parser
 
 

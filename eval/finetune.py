@@ -72,7 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-lr", type=float, default=d.min_lr, help="where the cosine ends")
     add("--weight-decay", type=float, default=d.weight_decay, help="of AdamW")
     add(
-        "--layer-decay", type=float, default=d.layer_decay, help="factor of the rate per layer down"
+        "--layer-decay",
+        type=float,
+        default=d.layer_decay,
+        help="factor of the learning rate from each layer to the one below",
     )
     add("--drop-path", type=float, default=d.drop_path, help="stochastic depth of the last block")
 
@@ -83,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cutmix", type=float, default=d.cutmix, help="alpha; 0 = off")
     add("--smoothing", type=float, default=d.smoothing, help="of the labels")
     add("--crop-area", type=float, default=d.crop_area,
-        help="smallest share of the image that a training crop shows")  # fmt: skip
+        help="smallest share of the image that a training crop covers")  # fmt: skip
     return result
 
 

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     result.add_argument("--val", required=True, help="validation shards")
     result.add_argument(
         "--feature", choices=FEATURES, default=d.feature,
-        help="what is compared; own: the encoder's own pooling",
+        help="the feature that is compared; own: the encoder's own pooling",
     )  # fmt: skip
     result.add_argument("--k", type=int, default=d.k, help="neighbours that vote")
     result.add_argument("--temperature", type=float, default=d.temperature, help="of their votes")

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--protocol", choices=["mae", "cached"], default=d.protocol,
         help="mae: LARS on augmented images; cached: features once, then nine rates")  # fmt: skip
     add("--feature", choices=FEATURES, default=d.feature,
-        help="what is classified; own: the encoder's own pooling")  # fmt: skip
+        help="the feature that is classified; own: the encoder's own pooling")  # fmt: skip
     add("--also", nargs="*", choices=FEATURES, default=d.also, metavar="FEATURE",
         help="probe these features too, in the same passes: %(choices)s")  # fmt: skip
     add("--epochs", type=int, default=d.epochs, help="over the training set")
@@ -68,12 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro-batch",
         type=int,
         default=d.micro_batch,
-        help="images of a rank per forward pass, at most",
+        help="images per rank and forward pass at most",
     )
     add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images; mae only")
     add("--grid", type=float, nargs="+", default=d.grid, help="learning rates to try; cached only")
     add("--select", choices=["held-out", "validation"], default=d.select,
-        help="where the rate is chosen; cached only")  # fmt: skip
+        help="on which images the rate is chosen; cached only")  # fmt: skip
     add("--max-steps", type=int, help="stop after N steps: a trial run")
     return result
 

@@ -70,14 +70,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpu",
         choices=PEAKS,
         default="h100",
-        help="the GPU whose peak FLOP/s the hours are reckoned with",
+        help="the GPU whose peak FLOP/s the hours are computed from",
     )
     parser.add_argument(
         "--gpu-memory", type=float, default=80, metavar="GB", help="memory of a GPU, in 10^9 bytes"
     )
     # fmt: off
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                        help=f"images per GPU and pass; 0: the most that leave {MARGIN:.0%}% free")
+                        help="images per GPU and pass; 0: as many as leave "
+                        f"{MARGIN:.0%}% of its memory free")
     parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
                         help="print only the largest micro-batch that fits under this ZeRO stage")
     parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         choices=PRECISIONS,
         default=PRECISIONS[0],
-        help="of weights, gradients and products: see Precision in docs/training.md",
+        help="precision of weights, gradients and products: see docs/training.md",
     )
     parser.add_argument("--utilisation", type=float, default=UTILISATION, metavar="SHARE",
                         help="share of the peak FLOP/s that is reached; the default is MAE's on "

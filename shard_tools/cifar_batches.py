@@ -202,5 +202,7 @@ def check_classes(names: list[str], file: str) -> list[str]:
         if name in names[:at]:
             raise ToolError(f"{file}: names the class {name!r} twice")
         if not name.isprintable() or "/" in name or name.strip(". ") == "":
-            raise ToolError(f"{file}: a class is called {name!r}, which is no name of a folder")
+            raise ToolError(
+                f"{file}: a class is called {name!r}, which cannot be the name of a folder"
+            )
     return names

@@ -136,7 +136,7 @@ def _of_tar(tar: tarfile.TarFile, source: Path) -> Iterator[Member]:
         if info.isfile():
             yield Member(info.name, info.size, partial(_read, tar, info))
         elif not info.isdir() and is_wanted(info.name):
-            raise ToolError(f"{source}: {info.name} is no file but a link; pack the files")
+            raise ToolError(f"{source}: {info.name} is a link and not a file; pack the files")
     _check_end(tar)
 
 

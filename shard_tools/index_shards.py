@@ -177,10 +177,10 @@ def parser() -> argparse.ArgumentParser:
     a("--image-field", metavar="FIELD", help="field of the image, such as `left.jpg` or `*.jpg`")
     a("--classes-from", type=Path, metavar="PATH", help="class names: a shard folder or a list")
     a("--unlabelled", action="store_true", help="take the images only, whatever labels they have")
-    a("--lenient", action="store_true", help="accept tars without the two blocks at their end")
+    a("--lenient", action="store_true", help="accept tars without the two zero blocks at their end")
     a(
         *("--on-error",), choices=("fail", "skip"), default="fail",
-        help="tars and samples that cannot be used",
+        help="what to do with a tar or sample that cannot be used",
     )  # fmt: skip
     a("--replace", action="store_true", help="replace an older manifest")
     a("--workers", type=worker_count, default=cores(), metavar="N", help="processes")

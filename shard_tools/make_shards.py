@@ -243,7 +243,7 @@ def _shard_options(group: argparse._ArgumentGroup) -> None:
     a("--name", default="shard", help="shards are called NAME-000000.tar")
     a(
         "--shard-size", type=shard_bytes, metavar="BYTES", default="256MiB",
-        help="of a shard, at most, such as 64MiB",
+        help="largest size of a shard, such as 64MiB",
     )  # fmt: skip
     a("--seed", type=seed_number, metavar="N", default=0, help="seed of the shuffle")
     a(
@@ -257,18 +257,18 @@ def _shard_options(group: argparse._ArgumentGroup) -> None:
 def _image_options(group: argparse._ArgumentGroup) -> None:
     a = group.add_argument
     a("--on-error", choices=("fail", "skip"), default="fail", help="images that cannot be used")
-    a("--check", choices=("decode", "headers"), default="decode", help="how each image is tested")
-    a("--drop-duplicates", action="store_true", help="of files with equal bytes take the first")
+    a("--check", choices=("decode", "headers"), default="decode", help="how each image is checked")
+    a("--drop-duplicates", action="store_true", help="of files with equal bytes keep the first")
     a("--resize-shorter", type=int, metavar="PX", help="shrink to this shorter side")
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
-    a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or own range")
-    a("--alpha", choices=("drop", "white", "black"), help="what shows where pixels are transparent")
+    a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or image's range")
+    a("--alpha", choices=("drop", "white", "black"), help="what transparent pixels become")
     a(
         "--restart-markers", action="store_true",
         help="put restart markers into the rows of baseline JPEGs, by which training reads only "
-        "what a crop needs: 1 %% larger (3 %% at most), the same pixels in every decoder; others "
-        "stay as they are",
+        "what a crop needs: files grow by 1 %% (3 %% at most), their pixels stay the same in every "
+        "decoder; other images are left unchanged",
     )  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def _job_options(group: argparse._ArgumentGroup) -> None:
     a = group.add_argument
     a(
         "--workers", type=worker_count, default=cores(), metavar="N",
-        help="processes; 0 = no process of its own",
+        help="worker processes; 0 = none",
     )  # fmt: skip
     a(
         "--resume", action="store_true",

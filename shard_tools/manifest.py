@@ -364,14 +364,16 @@ def _check_types(where: str, manifest: Manifest) -> None:
             texts += [shard.name, shard.sha256]
             for number in (shard.samples, shard.bytes):
                 if type(number) is not int or not 0 <= number < 2**63:
-                    raise ManifestError(f"{where}: {number!r:.80} is no count of samples or bytes")
+                    raise ManifestError(
+                        f"{where}: {number!r:.80} is not a count of samples or bytes"
+                    )
     if not isinstance(manifest.made, dict):
         raise ManifestError(f"{where}: how the shards were made is not recorded as an object")
     if not all(isinstance(text, str) and "\0" not in text for text in texts):
         raise ManifestError(f"{where}: a name, class or checksum is not a text")
     numbers = np.stack([manifest.table.samples, manifest.table.bytes])
     if (numbers < 0).any():
-        raise ManifestError(f"{where}: {numbers.min()} is no count of samples or bytes")
+        raise ManifestError(f"{where}: {numbers.min()} is not a count of samples or bytes")
     if sum(manifest.table.samples.tolist()) >= 2**63:
         raise ManifestError(f"{where}: its shards cannot hold that many samples")
 

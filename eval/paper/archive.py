@@ -187,7 +187,7 @@ def extract(archive: Path, folder: Path) -> None:
         ):
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise UserError(f"{archive}: no archive of runs, or damaged ({error})") from error
+        raise UserError(f"{archive}: not an archive of runs, or damaged ({error})") from error
 
 
 def check_empty(output: Path) -> None:

@@ -256,7 +256,7 @@ def read_record(path: Path) -> dict[str, Any]:
         compute = float(record["compute"])
         record |= {"scale": record["scale"] | scale, "compute": compute, "times": times}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no record of a study; choose another --output") from error
+        raise UserError(f"{path}: not the record of a study; choose another --output") from error
     for name, value in {"compute": compute, **times}.items():
         check_range(f"{path}: {name}", value, above=0)
     return dict(record)

@@ -85,7 +85,9 @@ def read_rates(path: Path) -> dict[str, float]:
     try:
         found = {str(key): float(value) for key, value in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: no measured rates; remove it to measure again") from error
+        raise UserError(
+            f"{path}: not a file of measured rates; remove it to measure again"
+        ) from error
     for key, value in found.items():
         check_range(f"{path}: {key}:", value, at_least=0)
     return found

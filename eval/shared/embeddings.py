@@ -327,7 +327,7 @@ def _read_names(path: Path) -> list[tuple[str, int, str]]:
             names.append((key, int(label), where))
         except ValueError:
             raise UserError(
-                f"{path}, line {number}: is no key, label (a whole number) and path with tabs "
+                f"{path}, line {number}: is not a key, label (a whole number) and path with tabs "
                 f"between them{AGAIN}"
             ) from None
     return names

@@ -56,7 +56,7 @@ def check_images(where: str | Path, root: str | Path | None = None) -> None:
     path = Path(where)
     if root and path.suffix not in (LIST, *TABLES):
         raise UserError(
-            f"--root {root} does nothing with {where}, which is no list and no table of paths; "
+            f"--root {root} does nothing with {where}, neither a list nor a table of paths; "
             "leave it out"
         )
     if is_remote(str(where)) or (path / MANIFEST).is_file():

@@ -105,14 +105,14 @@ def add_model(result: argparse.ArgumentParser) -> None:
     add("--recipe", default="", help="of a FILE: the recipe that it fits")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="of a FILE: change a key of that recipe")  # fmt: skip
-    add("--mask-ratio", type=float, help="share of hidden patches (default: the recipe's)")
+    add("--mask-ratio", type=float, help="share of masked patches (default: the recipe's)")
 
 
 def check_model(
     path: str, recipe: str, overrides: Sequence[str], mask_ratio: float | None, resize: int = 0
 ) -> float:
-    """The share of hidden patches, of the recipe where none is given. UserError where the options
-    of `add_model` name no model that reconstructs, or a share that leaves it no patches."""
+    """The share of masked patches, by default the recipe's. UserError if the options of `add_model`
+    do not name a model that reconstructs, or if the share leaves it no patches."""
     found = check_reconstructor(path, recipe, overrides)
     if mask_ratio is not None and not 0 < mask_ratio < 1:
         raise UserError(f"--mask-ratio {mask_ratio:g}: must be between 0 and 1")
@@ -124,11 +124,11 @@ def check_model(
 
 
 def check_ratio(ratio: float, length: int) -> float:
-    """A share of hidden patches. UserError where it leaves none of `length` patches (0: not known)
-    hidden, or none visible."""
+    """A share of masked patches. UserError if it masks none or all of `length` patches (0: not
+    known)."""
     if not 0 < ratio < 1 or (length and int(length * (1 - ratio)) in (0, length)):
         raise UserError(
-            f"--mask-ratio {ratio}: must leave some of {length} patches hidden and shown"
+            f"--mask-ratio {ratio}: must leave some of the {length} patches masked and some visible"
         )
     return ratio
 

@@ -80,7 +80,7 @@ def check_output(path: Path, folder: Path | None = None) -> None:
         raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
     check_writable(path, advice="; choose another --output")
     if path.suffix == ".json" and path.is_file() and "protocol" not in read_json(path):
-        raise UserError(f"{path}: is no result of an evaluation; choose another --output")
+        raise UserError(f"{path}: is not a result of an evaluation; choose another --output")
     if folder and folder.exists() and not folder.is_dir():
         reason = f"{folder}: Not a directory"
         raise UserError(f"{path}: cannot be written ({reason}); choose another --output")

@@ -138,8 +138,8 @@ def _check_class(path: str | Path, name: str) -> None:
         found = None
     if not isinstance(found, type):
         raise UserError(
-            f"{path}: 'torch_autocast.lower_precision_safe_modules': {name!r} is no class; write "
-            "it with its module, as torch.nn.Linear"
+            f"{path}: 'torch_autocast.lower_precision_safe_modules': {name!r} is not a class; "
+            "write it with its module, as torch.nn.Linear"
         )
 
 

@@ -236,7 +236,7 @@ def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | No
         if side is not None:
             return side * patch_side(vit)
     raise UserError(
-        f"its position table has {table.shape[1]} entries, which is no square of patches and "
+        f"its position table has {table.shape[1]} entries, not a square of patches and "
         f"{vit.num_prefix_tokens} further"
     )
 
@@ -258,7 +258,7 @@ def from_hugging_face(
         state = from_hf(load_tensors(folder / "model.safetensors"), own["depth"])
         statistics, said = hugging_face_statistics(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
+        raise UserError(f"{folder}: not a ViTModel or ViTMAE of transformers ({error!r})") from None
     written = exported_info(folder / "model.safetensors", {})
     own["img_size"] = other_size(folder, {"arch": name, "options": own}, arch, options)
     layout = OURS if written else Layout("transformers", positions="bicubic")

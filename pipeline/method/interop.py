@@ -213,7 +213,7 @@ def hf_arch(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     for key in sizes:
         if type(config[key]) is not int or config[key] < 1:
-            raise UserError(f"config.json: {key} {config[key]!r} is no whole number from 1 up")
+            raise UserError(f"config.json: {key} {config[key]!r} is not a whole number from 1 up")
     width = config["hidden_size"]
     return "vit_base_patch16_224", {
         "img_size": config["image_size"],
@@ -229,7 +229,7 @@ def hf_eps(config: Mapping[str, Any]) -> float:
     """The norms' eps by Hugging Face's configuration. UserError where it is none."""
     eps = config.get("layer_norm_eps", 1e-12)
     if type(eps) not in (int, float) or not 0 < eps < math.inf:
-        raise UserError(f"config.json: layer_norm_eps {eps!r} is no number above 0")
+        raise UserError(f"config.json: layer_norm_eps {eps!r} is not a number above 0")
     return float(eps)
 
 

@@ -62,7 +62,7 @@ def resize_positions(table: Tensor, prefix: int, grid: tuple[int, int], how: str
     side = square(table.shape[1] - prefix)
     if side is None:
         raise UserError(
-            f"its position table has {table.shape[1]} entries, which is no square of patches and "
+            f"its position table has {table.shape[1]} entries, not a square of patches and "
             f"{prefix} further"
         )
     if (side, side) == tuple(grid):

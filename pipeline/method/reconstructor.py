@@ -103,7 +103,7 @@ def load_reconstructor(
     content = load_tensors(path)
     state = find_encoder(content, path).state
     if "decoder_embed.weight" not in state:
-        raise UserError(f"{path}: no facebookresearch/mae checkpoint with a decoder")
+        raise UserError(f"{path}: not a facebookresearch/mae checkpoint with a decoder")
     _check_facts(objective, state, exported_info(path, content), path)
     from_mae(objective, state)
     return Reconstructor(objective, str(path))

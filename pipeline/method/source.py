@@ -39,13 +39,15 @@ def check_source(
     name, path = str(source), Path(source)
     size = (options or {}).get("img_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"{name}: img_size {size!r} is no multiple of a patch's side in pixels")
+        raise UserError(f"{name}: img_size {size!r} is not a multiple of a patch's side in pixels")
     check_overlay((options or {}).get("pretrained_cfg_overlay", {}))
     hub = name.startswith("timm:")
     if ema and (random or name == "random"):
         raise UserError("--ema: a random encoder has no average of its weights; leave --ema out")
     if ema and (hub or (path / "config.json").is_file()):
-        raise UserError(f"--ema: {name} is no checkpoint file that keeps an average of its weights")
+        raise UserError(
+            f"--ema: {name} is not a checkpoint file that keeps an average of its weights"
+        )
     if arch:
         check_arch(arch.split(".")[0], f"--arch {arch}")
     if name == "random":
@@ -95,7 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
+        raise UserError(f"{folder}: not a ViTModel or ViTMAE of transformers ({error!r})") from None
     if config.get("model_type") not in ("vit", "vit_mae"):
         raise UserError(
             f"{folder}/config.json: model_type {config.get('model_type')!r} is neither vit nor "
@@ -194,7 +196,7 @@ def read_classifier_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
         text = (Path(folder) / "classifier.json").read_text(encoding="utf-8")
         info = facts(text, "classifier.json")
         if not (isinstance(info.get("classes"), list) and info["classes"]):
-            raise ValueError("classifier.json: classes is no list of names")
+            raise ValueError("classifier.json: classes is not a list of names")
     except (OSError, ValueError) as error:
         raise no_classifier(folder, error) from None
     return info
@@ -232,11 +234,11 @@ def patch_of(arch: str, options: Mapping[str, Any]) -> int | None:
 
 
 def check_divisible(size: Any, patch: int | None, path: object) -> None:
-    """UserError for an image size that is no multiple of the patch."""
+    """UserError for an image size that is not a multiple of the patch."""
     if patch and (not isinstance(size, int) or size < patch or size % patch):
         raise UserError(
-            f"{path}: img_size {size} is no multiple of the patch size {patch}; take one such as "
-            f"{patch * 16}"
+            f"{path}: img_size {size} is not a multiple of the patch size {patch}; take one such "
+            f"as {patch * 16}"
         )
 
 

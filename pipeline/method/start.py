@@ -186,7 +186,7 @@ def _hugging_face(folder: Path) -> Source:
         encoder, rest = from_hf(weights, options["depth"]), from_hf_decoder(weights)
         statistics, _ = hugging_face_statistics(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no ViTModel or ViTMAE of transformers ({error!r})") from None
+        raise UserError(f"{folder}: not a ViTModel or ViTMAE of transformers ({error!r})") from None
     info: dict[str, Any] = {"arch": arch, "options": options, **statistics}
     return Source(encoder, rest, info, int(config.get("decoder_num_attention_heads", 0)))
 

@@ -33,8 +33,9 @@ def check_file(path: Path) -> dict[str, str]:
                 path, "it is a TorchScript program, whose code is not run; save its state_dict"
             )
         if not known and not tarfile.is_tarfile(path):
-            cut = "a part of one" if first == b"PK" else "neither .safetensors nor of torch.save"
-            raise unreadable(path, f"it is {cut}")
+            if first == b"PK":
+                raise unreadable(path, "it is a part of one")
+            raise unreadable(path, "it is neither .safetensors nor a file of torch.save")
     except (OSError, SafetensorError, zipfile.BadZipFile) as error:
         raise unreadable(path, error) from None
     return {}
@@ -71,14 +72,14 @@ def facts(text: str, name: str) -> dict[str, Any]:
 
 def _check_facts(info: Any) -> None:
     if not isinstance(info, dict):
-        raise TypeError("it is no object with arch, options, mean and std")
+        raise TypeError("it is not an object with arch, options, mean and std")
     if not isinstance(info["arch"], str):
         raise TypeError("arch is no name")
     if not isinstance(info["options"], dict):
         raise TypeError("options is no object")
     size = info["options"]["img_size"]
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise TypeError(f"img_size {size!r} is no number of pixels")
+        raise TypeError(f"img_size {size!r} is not a number of pixels")
     for key in ("mean", "std"):
         check_statistic(key, info[key])
 
@@ -88,7 +89,9 @@ def check_statistic(key: str, value: Any) -> None:
     numbers = value if isinstance(value, list | tuple) else ()
     good = [is_number(v) and 0 <= v <= 1 and (v > 0 or key == "mean") for v in numbers]
     if good != [True] * 3:
-        raise TypeError(f"{key} is no list of three numbers in 0 … 1, as the pixels are: {value!r}")
+        raise TypeError(
+            f"{key} is not a list of three numbers in 0 … 1, the range of the pixels: {value!r}"
+        )
 
 
 def unreadable(path: Path, why: object) -> UserError:

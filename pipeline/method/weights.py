@@ -120,7 +120,7 @@ def refuse_integers(model: nn.Module, state: Mapping[str, Tensor], path: object)
         if value is not None and not value.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise UserError(
-                f"{path}: {name} holds {kind}, no floating-point numbers; give weights that are "
+                f"{path}: {name} holds {kind}, not floating-point numbers; give weights that are "
                 "not quantised (fp32, fp16 or bf16)"
             )
 
@@ -174,7 +174,7 @@ def check_shapes(state: Mapping[str, Tensor], path: object) -> None:
             )
         if value.ndim < _LEAST_AXES.get(name, 0):
             raise UserError(
-                f"{path}: {name} has shape {list(value.shape)}, which is no vision transformer's"
+                f"{path}: {name} has shape {list(value.shape)}, which no vision transformer has"
             )
 
 

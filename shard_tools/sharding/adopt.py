@@ -95,7 +95,7 @@ def adopt(job: IndexJob) -> Adopted:
 
 def _adopt(job: IndexJob, path: Path) -> Adopted:
     if not path.is_file():
-        raise TarError(f"{path}: is no regular file, or a link to nothing")
+        raise TarError(f"{path}: is not a regular file, or is a link to nothing")
     if kind := compression(path):
         raise TarError(
             f"{path}: is compressed ({kind}), and samples are read by their offset; decompress it"

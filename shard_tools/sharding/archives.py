@@ -91,7 +91,7 @@ def list_class_tars(paths: Iterable[Path], unpacked: Path | None, skip: bool) ->
         if all(image.startswith(f"{name}/") for image in inner.images.names):
             inner = inner.without_wrapping(keep_class=False)  # of `tar -cf CLASS.tar CLASS`
         if any("/" in image for image in inner.images.names):
-            raise ToolError(f"{path}: is no tar of one class, it holds folders of its own")
+            raise ToolError(f"{path}: is not the tar of one class: it holds folders")
         found.extend(inner.inside(name))
     return found
 

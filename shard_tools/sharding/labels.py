@@ -57,7 +57,7 @@ def read_solution(path: Path) -> dict[str, str]:
         except (csv.Error, UnicodeDecodeError) as error:
             raise ToolError(f"{path}: cannot be read ({error})") from error
     if not rows or [name.strip().lower() for name in rows[0]] != ["imageid", "predictionstring"]:
-        raise ToolError(f"{path}: has not the columns ImageId and PredictionString")
+        raise ToolError(f"{path}: lacks the columns ImageId and PredictionString")
     labels: dict[str, str] = {}
     for number, row in enumerate(rows[1:], 1):
         if len(row) != 2 or not row[1].split():

@@ -98,13 +98,13 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
         if path.is_dir():
             source = _folder(path, how)
         elif not path.is_file():
-            raise ToolError(f"{path}: is no regular file and no folder")
+            raise ToolError(f"{path}: is neither a regular file nor a folder")
         elif is_image(path.name):
             raise ToolError(f"{path}: is one image; give its folder, or a table of paths")
         elif suffix in LISTS:
             source = LISTS[suffix](path, how)
         elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
-            raise ToolError(f"{path}: is no folder, no tar and no list ({' '.join(LISTS)})")
+            raise ToolError(f"{path}: is neither a folder, a tar nor a list ({' '.join(LISTS)})")
         else:
             source = open_archives([path], how)
     return _checked(source, path)
@@ -246,7 +246,7 @@ def _check_splits(found: Found, where: str, advice: str) -> None:
 
 
 def _splits_error(where: str, folders: Sequence[str], advice: str) -> ToolError:
-    return ToolError(f"{where}: holds {' and '.join(folders)}, which are no classes; {advice}")
+    return ToolError(f"{where}: holds {' and '.join(folders)}, which are not classes; {advice}")
 
 
 def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:

@@ -142,7 +142,7 @@ def _image(path: Path, number: int, row: dict[str, Any], root: Path) -> Image:
     except UnicodeEncodeError as error:
         raise ToolError(f"{path}: row {number} has no usable path ({name!a})") from error
     if not stat.S_ISREG(about.st_mode):
-        raise ToolError(f"{path}: row {number}: {root / name}: is no regular file")
+        raise ToolError(f"{path}: row {number}: {root / name}: is not a regular file")
     return Image(name, name, 0, about.st_size)
 
 
@@ -177,8 +177,8 @@ def _value(path: Path, number: int, value: Any) -> int | str | None:
         value = int(text) if _INTEGER.fullmatch(text) else text
     if type(value) is not int or not 0 <= value < MOST_CLASSES:
         raise ToolError(
-            f"{path}: row {number} has the label {value!r}, which is no class index "
-            f"(0 to {MOST_CLASSES - 1}) and no name"
+            f"{path}: row {number} has the label {value!r}, which is neither a class index "
+            f"(0 to {MOST_CLASSES - 1}) nor a name"
         )
     return value
 

@@ -259,7 +259,7 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         *(
             (
                 {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": [name]}},
-                ["lower_precision_safe_modules': ", f"{name!r} is no class; write it with its mod"],
+                ["lower_precision_safe_modules': ", f"{name!r} is not a class; write it"],
             )
             for name in ("Linear", "torch.nn.Linar", "torch.nm.Linear", "torch.nn.functional.relu")
         ),

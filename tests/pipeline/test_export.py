@@ -91,7 +91,7 @@ def test_a_file_keeps_its_pixel_statistics(tmp_path, capsys, kind, name):
         ({"arch": "vit_base_patch16_224"}, "says itself that it is vit_tiny_patch16_224"),
         ({"options": {"num_heads": 4}}, "says itself how it is built, with num_heads 2"),
         ({"options": {"drop_rate": 0.1}}, "with no drop_rate; only img_size"),
-        ({"options": {"img_size": 18}}, "img_size 18 is no multiple of the patch size 4"),
+        ({"options": {"img_size": 18}}, "img_size 18 is not a multiple of the patch size 4"),
         ({"options": {"img_size": 0}}, "img_size 0 is no multiple"),
     ],
 )
@@ -278,15 +278,15 @@ ABOUT |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     ("about", "words"),
     [
         ({}, "arch is missing"),
-        ([], "it is no object with arch, options, mean and std"),
+        ([], "it is not an object with arch, options, mean and std"),
         (ABOUT | {"arch": 5}, "arch is no name"),
         (ABOUT | {"arch": "vit_tony"}, "classifier.json: arch 'vit_tony' is not a timm model"),
         (ABOUT | {"options": []}, "options is no object"),
         (ABOUT | {"options": {}}, "img_size is missing"),
-        (ABOUT | {"options": {"img_size": "16"}}, "img_size '16' is no number of pixels"),
+        (ABOUT | {"options": {"img_size": "16"}}, "img_size '16' is not a number of pixels"),
         ({k: v for k, v in ABOUT.items() if k != "mean"}, "classifier.json: mean is missing"),
         (ABOUT | {"std": [1, 2]}, "std is no list of three numbers"),
-        (ABOUT | {"classes": 3}, "classes is no list of names"),
+        (ABOUT | {"classes": 3}, "classes is not a list of names"),
     ],
 )
 def test_a_classifier_that_does_not_say_what_it_is(about, words, tmp_path, capsys):

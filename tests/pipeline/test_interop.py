@@ -96,7 +96,7 @@ def test_a_hugging_face_config_that_is_not_its_weights():
                     hf_arch(config | {key: value})
         assert (hf_eps(config), hf_eps({})) == (1e-6, 1e-12)
         for value in (None, "1e-6", 0, -1, float("nan"), float("inf")):
-            with pytest.raises(UserError, match=r"layer_norm_eps .* is no number above 0"):
+            with pytest.raises(UserError, match=r"layer_norm_eps .* is not a number above 0"):
                 hf_eps({"layer_norm_eps": value})
 
 

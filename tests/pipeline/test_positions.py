@@ -109,7 +109,7 @@ def test_a_table_saved_in_bf16_is_still_the_exact_one():
 
 
 def test_a_table_of_no_square_is_refused():
-    with pytest.raises(UserError, match="13 entries, which is no square of patches and 1 further"):
+    with pytest.raises(UserError, match="13 entries, not a square of patches and 1 further"):
         resize_positions(torch.zeros(1, 13, 8), 1, (2, 2), "bicubic")
     assert math.isqrt(12) ** 2 != 12
 

@@ -172,7 +172,7 @@ def whole(weights, name):
 def test_weights_of_whole_numbers_are_refused(tmp_path):
     """Wherever a file gives a model its parameters; load_state_dict casts without a word."""
     name, path = "blocks.1.mlp.fc1.weight", tmp_path / "x.pth"
-    with pytest.raises(UserError, match=rf"x\.pth: {name} holds int8, no floating-point numbers"):
+    with pytest.raises(UserError, match=rf"x\.pth: {name} holds int8, not floating-point numbers"):
         loaded(path, whole(state(), name))
     for kind in (torch.float16, torch.bfloat16):
         assert loaded(path, {k: v.to(kind) for k, v in state().items()})[0] == 1

@@ -450,8 +450,8 @@ def test_what_is_no_file_is_never_opened(
     os.mkfifo(tmp_path / "pipe.tar")
     (tmp_path / "link.tar").symlink_to(tmp_path / "nowhere")
     (tmp_path / "self.tar").symlink_to("self.tar")
-    assert "link.tar: is no regular file, or a link to nothing" in refused(capsys, tmp_path)
-    assert "pipe.tar: is no regular file" in refused(capsys, tmp_path / "pipe.tar")
+    assert "link.tar: is not a regular file, or is a link to nothing" in refused(capsys, tmp_path)
+    assert "pipe.tar: is not a regular file" in refused(capsys, tmp_path / "pipe.tar")
     assert adopted(tmp_path, "--on-error", "skip").samples == 2
     assert set(report(tmp_path)) == {"pipe.tar", "link.tar", "self.tar"}
 

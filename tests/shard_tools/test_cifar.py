@@ -215,9 +215,9 @@ def bad_sources():
         (binary_files | {"batches.meta.txt": b"\n"}, "names no classes"),
         (binary_files | {"batches.meta.txt": b"cat\ncat\nship"}, "names the class 'cat' twice"),
         (binary_files | {"batches.meta.txt": b"cat\n..\na/b"}, "'..', which is no name of a"),
-        (meta_of(["cat", "a/b", "ship"]), "'a/b', which is no name of a folder"),
-        (meta_of(["cat", "\ud800", "ship"]), "which is no name of a folder"),
-        (meta_of(["cat", "a\nb", "ship"]), "which is no name of a folder"),
+        (meta_of(["cat", "a/b", "ship"]), "'a/b', which cannot be the name of a folder"),
+        (meta_of(["cat", "\ud800", "ship"]), "which cannot be the name of a folder"),
+        (meta_of(["cat", "a\nb", "ship"]), "which cannot be the name of a folder"),
         (
             binary_files | {"data_batch_2.bin": binary_files["test_batch.bin"]},
             "test_batch.bin is the same as data_batch_2.bin",

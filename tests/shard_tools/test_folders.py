@@ -186,7 +186,9 @@ def test_a_class_whose_only_image_is_missing_keeps_its_number(tree: Path, tmp_pa
 
 def test_special_sources(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / "pipe")
-    assert "is no regular file and no folder" in refused(capsys, tmp_path / "pipe", tmp_path / "d")
+    assert "neither a regular file nor a folder" in refused(
+        capsys, tmp_path / "pipe", tmp_path / "d"
+    )
     tars = tmp_path / "tars"
     tars.mkdir()
     (tars / "shard-000000.tar").write_bytes(bytes(1024))

@@ -211,7 +211,7 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
         (["empty"], "empty: holds no images"),
         (["list.csv"], "the header has no column `path`; found file, label"),
         (["gone.jsonl"], "row 1: .*ghost.jpg: No such file"),
-        (["list.tsv"], r"list.tsv: is no folder, no tar and no list \(.csv .jsonl .ndjson\)"),
+        (["list.tsv"], r"list.tsv: is neither a folder, a tar nor a list \(.csv .jsonl .ndjson\)"),
         (["text.tar"], "not a readable, uncompressed tar"),
         (["packed.tar"], "damaged or cut gzip stream"),
         (["cut.tar"], "cut inside"),
