@@ -19,7 +19,7 @@ DIVERGED = 76  # exit code: loss, gradient or outputs of a training are not fini
 class UserError(Exception):
     """Input, a file or a machine that cannot be used; the message names it.
 
-    The sentence says what would be right. Every other exception is a slip in relaxmim: it keeps its
+    The sentence says what would be right. Any other exception is a bug in relaxmim: it keeps its
     traceback and ends a command with exit code 1.
     """
 
@@ -27,8 +27,8 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A training whose numbers are not finite, with an exit code of its own, by which a study of
-    learning rates knows a rate that is too high from a fault."""
+    """A training whose numbers are not finite. Its own exit code lets a study of learning rates
+    distinguish a rate that is too high from a fault."""
 
     code = DIVERGED
 
@@ -42,8 +42,8 @@ def check_range(
     at_most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """UserError, which names an option and its value, where that is not a finite number within the
-    bounds; None is an option that was not given."""
+    """UserError, naming an option and its value, unless the value is a finite number within the
+    bounds, or None (the option was not given)."""
     if value is None:
         return
     good = {
@@ -95,7 +95,7 @@ def reason(error: BaseException, name: str = "") -> str:
 def said_by_backend(error: Exception) -> bool:
     """True for what a backend of fsspec raises where it cannot read or write: exceptions of its own
     class, OSError, and ImportError, ValueError or NotImplementedError where it is not installed or
-    a URL means nothing to it. Other exceptions of Python's own are slips."""
+    a URL means nothing to it. Other exceptions of Python's own are bugs of relaxmim."""
     expected = isinstance(error, OSError | ImportError | ValueError | NotImplementedError)
     return expected or type(error).__module__ != "builtins"
 

@@ -153,7 +153,7 @@ def _worker_died(notes: bytes) -> WorkerDied:
 
 
 def _call(function: Callable[[J], R], job: J) -> R:
-    """function(job); a slip in it is raised with a note that names the file in hand."""
+    """function(job); a bug in it is raised with a note that names the file in hand."""
     try:
         if "note" in _state:
             _state["note"][:8] = os.getpid().to_bytes(8, "little")
@@ -172,7 +172,7 @@ def _call(function: Callable[[J], R], job: J) -> R:
 
 
 def working_on(path: object) -> None:
-    """Say which file the job has in hand: for the traceback of a slip, and for the sentence about
+    """Say which file the job has in hand: for the traceback of a bug, and for the sentence about
     a worker that died."""
     _state["file"] = path
     if "note" in _state:

@@ -20,7 +20,7 @@ def fold(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 
 def shown(view: View, grid: tuple[int, int], patch: int) -> Tensor:
-    """The view as an encoder sees it, hidden patches grey: uint8 [B, H, W, 3]."""
+    """The view as an encoder sees it, masked patches grey: uint8 [B, H, W, 3]."""
     visible = (view.inverse < view.visible.shape[1]).view(-1, *grid)
     pixels = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[..., None]
     return torch.where(pixels, view.image, view.image.new_tensor(GREY))
@@ -30,7 +30,7 @@ def shown(view: View, grid: tuple[int, int], patch: int) -> Tensor:
 def draw(objective: Objective, image: Tensor, sample: Tensor) -> Tensor:
     """A grid for uint8 images [B, H, W, 3]: one row per image, uint8 [B·H, C·W, 3].
 
-    Reconstruction: original | T1(x) | prediction in hidden patches | whole prediction; with
+    Reconstruction: original | T1(x) | prediction in masked patches | full prediction; with
     norm_pix the predictions are un-normalised with the true mean and deviation of each patch.
     Contrastive: original | T1(x) | T2(x). Collective under ZeRO-3.
     """
@@ -48,24 +48,24 @@ def draw(objective: Objective, image: Tensor, sample: Tensor) -> Tensor:
 
 
 def paste(prediction: Tensor, view: View, grid: tuple[int, int], patch: int) -> Tensor:
-    """The prediction in hidden patches, the original in visible ones: uint8 [B, H, W, 3]."""
+    """The prediction in masked patches, the original in visible ones: uint8 [B, H, W, 3]."""
     visible = (view.inverse < view.visible.shape[1]).view(-1, *grid)
     pixels = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[..., None]
     return torch.where(pixels, view.image, prediction)
 
 
 def predict(objective: Objective, view: View, target: Tensor) -> Tensor:
-    """The whole image as decoded from a view: uint8 [B, H, W, 3]; target as for `decode`."""
+    """The full image as decoded from a view: uint8 [B, H, W, 3]; target as for `decode`."""
     return as_pixels(decode(objective, view, target))
 
 
 def as_pixels(values: Tensor) -> Tensor:
-    """Values 0 … 1, which they may leave, as uint8 of the same shape."""
+    """Values, clipped to 0 … 1, as uint8 of the same shape."""
     return (values * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def decode(objective: Objective, view: View, target: Tensor) -> Tensor:
-    """The whole image as decoded from a view: float32 [B, H, W, 3], pixels 0 … 1, not clipped.
+    """The full image as decoded from a view: float32 [B, H, W, 3], pixels 0 … 1, not clipped.
 
     target: uint8 [B, H, W, 3], whose true patch statistics un-normalise a norm_pix prediction.
     """

@@ -32,10 +32,10 @@ class Teacher(nn.Module):
     """(f', p'): the exponential moving average of the online encoder and projector, in fp32.
 
     It is outside the DeepSpeed module: not cast, not partitioned, not optimised. A measure
-    without a projector gets the tokens of f'. Beside a 16-bit student it keeps a 16-bit copy of
-    the weights of its linears, made once per update instead of in every forward pass; the rest of
-    that copy is the fp32 state itself, and no checkpoint has it. The copy's blocks are compiled if
-    the teacher's are.
+    without a projector gets the tokens of f'. For a 16-bit student the teacher also keeps its
+    linears' weights in 16 bits, cast once per update instead of in every forward pass. That copy
+    shares all other tensors with the fp32 state and is in no checkpoint; its blocks are compiled
+    if the teacher's are.
     """
 
     def __init__(self, objective: Online) -> None:
@@ -54,9 +54,10 @@ class Teacher(nn.Module):
     def forward(
         self, view: View, second: View | None = None, *, dtype: torch.dtype = torch.float32
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """A view → keys p'(f'(view)), dtype [B, T, C], without gradient; of two views, both.
+        """A view → keys p'(f'(view)), [B, T, C] without gradient; of two views the keys of each.
 
-        dtype: of the queries. A 16-bit one is that of the matrix products too, as under autocast.
+        dtype: of the queries, and so of the keys; if it is 16-bit, also of the matrix products, as
+        under autocast.
         """
         if dtype == torch.float32:
             return self._keys(self.encoder, self.projector, view, second, dtype)
@@ -66,8 +67,8 @@ class Teacher(nn.Module):
             return self._keys(*self._copy.networks(), view, second, dtype)
 
     def refresh(self) -> None:
-        """Round the 16-bit copy again where the fp32 weights have been written since, as `forward`
-        does; a captured CUDA graph of it does not."""
+        """Bring the 16-bit copy up to date with the fp32 weights, as `forward` does, but not the
+        replay of a captured CUDA graph."""
         if self._copy is not None:
             self._copy.networks()
 
@@ -85,15 +86,16 @@ class Teacher(nn.Module):
         return keys(first), keys(other)
 
     def _apply(self, *args: Any, **keywords: Any) -> Teacher:
-        self._copy = None  # the weights move, or become other tensors
+        self._copy = None  # it refers to tensors that are moved or replaced here
         return super()._apply(*args, **keywords)
 
     @torch.no_grad()
     def update(self, objective: Online, momentum: float, masters: Masters = None) -> None:
         """teacher ← momentum · teacher + (1 − momentum) · online, in fp32.
 
-        masters: gives the online weights, slice by slice. Of a bf16 model they are the fp32 master
-        weights: at small learning rates the rounding to bf16 is as large as the teacher's distance.
+        masters: a context with the online weights of a slice. For a bf16 model they are the fp32
+        master weights: at small learning rates rounding to bf16 is as large as the teacher's
+        distance.
         """
         for mine, online in self.pairs(objective):
             with masters(online) if masters else contextlib.nullcontext(online) as values:
@@ -101,7 +103,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def distance(self, objective: Online, masters: Masters = None) -> float:
-        """||online - teacher|| / ||teacher|| over all weights of f and p (reads the device)."""
+        """||online - teacher|| / ||teacher|| over all weights of f and p (waits for the device)."""
         apart: list[Tensor] = []
         size: list[Tensor] = []
         for mine, online in self.pairs(objective):
@@ -112,7 +114,7 @@ class Teacher(nn.Module):
         return float(torch.stack(apart).norm() / torch.stack(size).norm())
 
     def pairs(self, objective: Online) -> list[tuple[list[Tensor], list[nn.Parameter]]]:
-        """(mine, online) parameters in slices of about a block: few are gathered at once."""
+        """(mine, online) parameters in slices of two blocks, so that few are gathered at once."""
         mine: list[Tensor] = [*self.encoder.parameters()]
         online = [*objective.encoder.parameters()]
         if self.projector is not None:
@@ -123,7 +125,7 @@ class Teacher(nn.Module):
 
 
 class _Copy:
-    """f' and p' with 16-bit weights in their linears, and every other tensor of the originals."""
+    """f' and p' with 16-bit weights in their linears; all other tensors are the originals."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module | None, dtype: torch.dtype) -> None:
         both = nn.ModuleList([encoder] if projector is None else [encoder, projector])

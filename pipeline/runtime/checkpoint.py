@@ -1,4 +1,4 @@
-"""Checkpoints of a training, of pretraining and of the evaluations that train alike.
+"""Checkpoints of any training: of pretraining, and of the evaluations that train.
 
     FOLDER/checkpoints/
       step-00001000/   what the training wrote, state.json (the step and more),
@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from shard_tools.atomic import seal, verify, write_atomic, write_json
 
 STATE = "state.json"
-# Keys of checkpoints that were written before these had their names of today.
+# Keys in older checkpoints → their present names.
 _RENAMED = {"stage": "zero_stage", "together": "negatives_batch"}
 
 
@@ -41,15 +41,15 @@ class CheckpointStore:
         self.folder, self.keep = folder / "checkpoints", keep
 
     def all(self) -> list[Path]:
-        """Every complete checkpoint, damaged or not, the oldest first; nothing under another name,
-        as of a copy that somebody keeps."""
+        """Every complete checkpoint, damaged or not, the oldest first. Folders with other names,
+        such as copies that somebody keeps, do not count."""
         return sorted(p for p in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
 
     def newest(self, content: Collection[str] | None = None) -> Path | None:
-        """The newest valid checkpoint, None without any; damaged ones are named on the way.
+        """The newest valid checkpoint, None if there is none; warns of damaged newer ones.
 
-        content: as in `verify`; a look at less than all says nothing of damaged ones.
-        UserError where all there are is damaged: starting from scratch would hide it.
+        content: as in `verify`; a check of only some files does not warn.
+        UserError if every checkpoint is damaged: starting from scratch would hide that.
         """
         found = self.all()
         for path in reversed(found):
@@ -70,9 +70,9 @@ class CheckpointStore:
     def save(self, step: int, write: Callable[[Path], str], meta: dict[str, Any]) -> Path:
         """Let `write` fill a folder, seal it and remove all but the newest `keep` (collective).
 
-        write: collective too; returns on the first rank why it failed, "" where it did not.
-        meta: JSON for state.json, without the step. Raises SaveError on every rank where the disk
-        is full or a write fails; what was half written is removed.
+        write: also collective; returns on rank 0 why it failed, or "".
+        meta: JSON for state.json, without the step. Raises SaveError on every rank if the disk is
+        full or a write fails; what was half written is removed.
         """
         name = f"step-{step:08d}"
         temporary = self.folder / f".{name}"
@@ -92,17 +92,17 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             valid = [p.name for p in self.all() if p.name != name]
             raise SaveError(unwritten(self.folder / name, error, valid)) from None
-        # Those of later steps are damaged ones that this training has fallen back from.
+        # Checkpoints of later steps are damaged: this training fell back from them.
         done = [p for p in self.all() if p.name <= name]
         for old in done[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def load(self, read: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any] | None:
-        """`read` the newest valid checkpoint (its folder and state); its state, None without one.
+        """Call `read` with the newest valid checkpoint and its state; the state, or None.
 
-        Collective: the first rank looks and verifies.
+        Collective: rank 0 finds and verifies it.
         """
-        from pipeline.distributed import agree  # torch, which those that only look do not need
+        from pipeline.distributed import agree  # imports torch, which `newest` does without
 
         path: Path | None = agree(self.newest)
         if path is None:
@@ -112,17 +112,17 @@ class CheckpointStore:
         return state
 
     def point_latest_to(self, path: Path) -> None:
-        """Write `latest`."""
+        """Make `latest` name this checkpoint."""
         write_atomic(self.folder / "latest", path.name + "\n")
 
     def remove_leftovers(self) -> None:
-        """Remove what a killed training had half written; only one that holds the folder may."""
+        """Remove what a killed training left half written; call it only while holding the lock."""
         for path in self.folder.glob(".*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, under the keys of today."""
+    """state.json of a checkpoint, older keys under their present names."""
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return {_RENAMED.get(key, key): value for key, value in state.items()}
 

@@ -151,7 +151,7 @@ def resize(run: TrainState, step: int) -> bool:
     if not sizes:
         return False
     side = side_at(sizes, step)
-    run.watch.monitor.sized(side)
+    run.watch.monitor.set_image_size(side)
     if step > first and side == side_at(sizes, step - 1):
         return False
     run.watch.monitor.say(f"step {step + 1}: images of {side} × {side} pixels from here on")

@@ -1,4 +1,4 @@
-"""What a person watches: one progress line, log.txt, metrics.jsonl, TensorBoard, pictures."""
+"""What a run logs: progress line, log.txt, metrics.jsonl, pictures, trackers like TensorBoard."""
 
 from __future__ import annotations
 
@@ -98,20 +98,20 @@ class Monitor:
         self._line = StatusLine()
 
     def say(self, text: str) -> None:
-        """A line on the terminal and in log.txt (rank 0)."""
+        """Write a line to the terminal and log.txt (rank 0)."""
         if self.rank:
             return
         write_above(text)
         self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + text)
 
     def _write(self, file: TextIO, line: str) -> None:
-        with self._spared():
+        with self._tolerating_full_disk():
             file.write(line + "\n")
             file.flush()
 
     @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        """A full disk costs lines and pictures, warned about once; it does not end the run."""
+    def _tolerating_full_disk(self) -> Iterator[None]:
+        """Errors of writing inside (a full disk) are warned about once and do not end the run."""
         try:
             yield
         except OSError as error:
@@ -119,16 +119,16 @@ class Monitor:
                 print(f"warning: {self.output}: logs are incomplete: {error}", flush=True)
             self._unwritable = True
 
-    def sized(self, side: int) -> None:
-        """The side of the images of the next step."""
+    def set_image_size(self, side: int) -> None:
+        """Set the side of the next step's images."""
         self._side = side
 
     def waited(self, seconds: float) -> None:
-        """Time that the device waited for data."""
+        """Count seconds that the device waited for data."""
         self._waited += seconds
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], share: float) -> None:
-        """Losses of a micro-batch, weighted with its share of the step."""
+        """Add the losses of a micro-batch, weighted by its share of the step."""
         for name, value in ({"loss": loss} | terms).items():
             value = value.detach().float() * share
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -170,7 +170,7 @@ class Monitor:
         return row
 
     def _utilisation(self, images_per_second: float) -> float | None:
-        """The MFU at this speed, where it is known; what went wrong with it is said once."""
+        """The MFU at this speed, None if not known; a problem with counting it is logged once."""
         if self.mfu is None:
             return None
         share = self.mfu.of(images_per_second, self._sides)
@@ -180,7 +180,7 @@ class Monitor:
         return share
 
     def _parts(self, step: int, loss: float, speed: float) -> list[tuple[int, str]]:
-        """The progress line for `fit`: what it must have first."""
+        """The parts of the progress line for `fit`, each with its rank: 0 is left out last."""
         mfu = self._utilisation(speed)
         return [
             (0, f"step {step}/{self.total}"),
@@ -191,8 +191,8 @@ class Monitor:
         ]
 
     def _left(self, step: int) -> float:
-        """Steps that are left after `step`; of images of another size, as many as have as many
-        pixels."""
+        """Steps left after `step`, in steps of the present image size: those of another size count
+        by their pixels."""
         left, before = 0.0, step
         for until, side in self.sizes or ((self.total, 1),):
             here = max(min(until, self.total) - before, 0)
@@ -221,30 +221,30 @@ class Monitor:
         ]
         if not self._line.shown:
             write_above(fit(parts))
-        whole = "  ".join(text for _, text in parts if text)
-        self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + whole)
+        line = "  ".join(text for _, text in parts if text)
+        self._write(self._log, time.strftime("%Y-%m-%d %H:%M:%S ") + line)
 
     def probed(self, step: int, values: dict[str, float]) -> None:
-        """Keep the metrics of a probe after `step` steps in TensorBoard and log.txt (rank 0)."""
+        """Log the metrics of a probe after `step` steps (rank 0)."""
         if self.rank:
             return
         self._trackers.scalars(values, step)
         self.say(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def picture(self, step: int, grid: Tensor) -> None:
-        """Keep a uint8 image [H, W, 3] as a PNG and in TensorBoard (rank 0)."""
+        """Write a uint8 image [H, W, 3] as a PNG and to the trackers (rank 0)."""
         if self.rank:
             return
         pixels = grid.cpu().numpy()
         folder = self.output / "pictures"
-        with self._spared():
+        with self._tolerating_full_disk():
             folder.mkdir(exist_ok=True)
             Image.fromarray(pixels).save(folder / f"step-{step:08d}.png")
         self._trackers.picture("pictures/views", pixels, step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that is not training, whose time must not count in the throughput."""
+        """Time spent inside is not training and does not count in the throughput."""
         start = time.perf_counter()
         try:
             yield
@@ -261,12 +261,12 @@ class Monitor:
             self.mfu.close()
         self._trackers.close()
         for file in self._files:
-            with self._spared():
+            with self._tolerating_full_disk():
                 file.close()
 
 
 def _keep_rows(path: Path, last: int) -> None:
-    """Keep the rows of metrics.jsonl up to step `last`, from which a resumed run continues."""
+    """Cut metrics.jsonl after step `last`, from which a resumed run continues."""
     if not path.exists():
         return
     rows = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

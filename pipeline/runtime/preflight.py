@@ -24,7 +24,7 @@ from pipeline.method.source import check_start
 from pipeline.runtime.checkpoint import STATE
 from pipeline.runtime.run_lock import RunLock, check_output, find_checkpoint
 from pipeline.runtime.same_run import check_same, schedule_facts
-from pipeline.runtime.settings import Settings, epoch_steps, whole_steps
+from pipeline.runtime.settings import Settings, epoch_steps, total_steps
 from shard_tools.manifest import Manifest, read_manifest
 
 REFERENCES = 4  # training images per held-out image in the k-NN probe
@@ -37,7 +37,7 @@ def preflight(settings: Settings) -> None:
     manifest = read_manifest(settings.data)
     recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
     per_epoch = epoch_steps(settings.data, manifest.samples, recipe)
-    size_steps(recipe, whole_steps(per_epoch, settings.data, recipe))
+    size_steps(recipe, total_steps(settings.data, manifest.samples, recipe))
     check_plan(open_ds_config(settings.ds_config), recipe)
     check_probes(recipe, settings.data)
     found = _checkpoint(settings, recipe, schedule_facts(manifest, recipe, per_epoch))

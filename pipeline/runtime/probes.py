@@ -22,9 +22,9 @@ K, TEMPERATURE = 20, 0.07
 def share_of(
     folder: str | Path, count: int, size: int, rank: int, world: int, on_error: str = "fail"
 ) -> Fixed:
-    """This rank's share of `count` images taken evenly from a shard folder, centre-cropped.
+    """This rank's share of `count` images, evenly spaced in a shard folder and centre-cropped.
 
-    Every rank gets equally many, so at most world - 1 images are left out.
+    Every rank gets the same number, so up to world - 1 images are left out.
     """
     manifest, chosen = probe_samples(folder, count, world)
     share = len(chosen) // world
@@ -43,25 +43,25 @@ class Probes:
         self.held_out, self.training = (*sets, None, None)[:2]
 
     def due(self, step: int) -> bool:
-        """Whether a probe follows step `step` (counted from 1)."""
+        """Whether a probe is due after step `step` (counted from 1)."""
         m = self.recipe.monitor
         return any(every and step % every == 0 for every in (m.occlusion_steps, m.knn_steps))
 
     @torch.no_grad()
     def __call__(self, step: int, encoder: Encoder, device: torch.device) -> dict[str, float]:
-        """The metrics due after step `step`; collective, the same on every rank."""
+        """The metrics that are due after step `step`, the same on every rank (collective)."""
         m, metrics = self.recipe.monitor, {}
         assert self.held_out is not None
         training = encoder.training
         encoder.eval()
-        whole = self._features(encoder, self.held_out, 0.0, device)
+        full = self._features(encoder, self.held_out, 0.0, device)
         if m.occlusion_steps and step % m.occlusion_steps == 0:
             for ratio in RATIOS:
                 part = self._features(encoder, self.held_out, ratio, device)
-                metrics[f"occlusion/cka_{ratio:g}"] = float(cka(whole, part))
+                metrics[f"occlusion/cka_{ratio:g}"] = float(cka(full, part))
         if m.knn_steps and step % m.knn_steps == 0 and self.training is not None:
             reference = self._features(encoder, self.training, 0.0, device)
-            metrics["probe/knn_top1"] = self._knn(whole, reference)
+            metrics["probe/knn_top1"] = self._knn(full, reference)
         encoder.train(training)
         return metrics
 

@@ -1,4 +1,4 @@
-"""What the command line of pretraining says. Imports nothing heavy, as it is read first."""
+"""The settings of a pretraining's command line, and its number of steps. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says; a path or a bundled name for ds_config and recipe."""
+    """The command line of pretrain.py. ds_config, recipe: a path or the name of a bundled file."""
 
     ds_config: str | Path
     recipe: str | Path
@@ -28,7 +28,7 @@ class Settings:
 
 
 def epoch_steps(data: str, samples: int, recipe: Recipe) -> int:
-    """Steps of an epoch on `samples` samples of a folder. UserError where there are none."""
+    """Steps of an epoch on `samples` samples of the folder `data`. UserError if there are none."""
     epoch = recipe.data.samples_per_epoch or samples
     steps = steps_per_epoch(epoch, recipe.batch_size, recipe.data.partitions)
     if steps == 0:
@@ -40,14 +40,9 @@ def epoch_steps(data: str, samples: int, recipe: Recipe) -> int:
 
 
 def total_steps(data: str, samples: int, recipe: Recipe) -> int:
-    """Steps of a whole pretraining on `samples` samples of a folder. UserError where there are
+    """Steps of a pretraining on `samples` samples of the folder `data`. UserError if there are
     none."""
-    return whole_steps(epoch_steps(data, samples, recipe), data, recipe)
-
-
-def whole_steps(steps: int, data: str, recipe: Recipe) -> int:
-    """Steps of a whole pretraining whose epochs have `steps`. UserError where there are none."""
-    epochs = recipe.optimizer.epochs
+    steps, epochs = epoch_steps(data, samples, recipe), recipe.optimizer.epochs
     total = round(epochs * steps)
     if total == 0:
         raise UserError(

@@ -33,7 +33,7 @@ from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import default_output, export, load_checkpoint
 from pipeline.runtime.run_lock import UNWRITABLE, RunLock, claim
 from pipeline.runtime.same_run import check_same, schedule_facts
-from pipeline.runtime.settings import Settings, epoch_steps, whole_steps
+from pipeline.runtime.settings import Settings, epoch_steps, total_steps
 from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.trackers import Trackers
 from pipeline.runtime.train_state import Model, RunFolder, Steps, TrainState, Watch
@@ -54,7 +54,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     per_epoch = epoch_steps(settings.data, manifest.samples, recipe)
     schedule = schedule_facts(manifest, recipe, per_epoch)
     _check_alike(settings.data, schedule)
-    total = whole_steps(per_epoch, settings.data, recipe)
+    total = total_steps(settings.data, manifest.samples, recipe)
     sizes = size_steps(recipe, total)
     plan = for_steps(plan, total)
     last = min(total, settings.max_steps or total)

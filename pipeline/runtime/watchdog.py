@@ -26,7 +26,7 @@ FIRST_PATIENCE = 4  # times as long until kernels and blocks are compiled
 
 
 def note_failure(output: Path, rank: int, where: str, reason: str) -> bool:
-    """Leave failure.txt unless another rank was first; False where its reason was the same."""
+    """Write failure.txt unless another rank has; False if that rank gave the same reason."""
     line = f"rank {rank} on {socket.gethostname()}, {where}: {reason}\n"
     try:
         with open(output / FAILURE, "x", encoding="utf-8") as file:
@@ -49,7 +49,7 @@ def last_failure(output: Path, *, clear: bool = False) -> str:
 
 
 def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> int:
-    """Say why this rank ends, unless another one said the same; the exit code."""
+    """Print why this rank ends, unless another rank gave the same reason; the exit code."""
     gone = lost_contact(error)
     if gone:
         reason = "lost contact to another rank"
@@ -68,15 +68,15 @@ def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> 
 
 
 class Watchdog:
-    """Ends the process with exit code 75 when nothing was noted for too long.
+    """Ends the process with exit code 75 after too long without progress (`note`).
 
-    It names rank and step, prints every thread's stack and leaves failure.txt. Where a C call
-    holds the interpreter, so that no thread of Python runs, faulthandler prints the stacks and
-    ends the process with exit code 1. The clock is monotonic: setting the time changes nothing.
+    It names rank and step, prints the stack of every thread and writes failure.txt. If a C call
+    holds the interpreter, so that the watching thread cannot run, faulthandler prints the stacks
+    and ends the process with exit code 1. The clock is monotonic: setting the time has no effect.
     """
 
     def __init__(self, seconds: float, rank: int, output: Path) -> None:
-        """seconds: without progress; 0 is off."""
+        """seconds: how long a run may be without progress; 0 turns the watchdog off."""
         self.seconds, self.rank, self.output = seconds, rank, output
         self._closed = threading.Event()
         self.note("start", FIRST_PATIENCE)
@@ -85,12 +85,12 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def note(self, where: str, patience: float = 1) -> None:
-        """Progress: what begins now, and how many times `seconds` it may take."""
+        """Note progress: `where` begins now and may take `patience` times `seconds`."""
         self.where, self._limit = where, self.seconds * patience
         self._since = time.monotonic()
 
     def _arm(self) -> None:
-        """For the case that the watching thread cannot run: it puts this off in every round."""
+        """Postpone faulthandler's exit, which comes only if the watching thread cannot run."""
         faulthandler.dump_traceback_later(self._limit + self.seconds, exit=True, file=2)
 
     def _watch(self) -> None:

@@ -13,7 +13,7 @@ from shard_tools.image_file.header import ImageFault
 
 @contextlib.contextmanager
 def calling_pillow(kind: str) -> Iterator[None]:
-    """Wrap calls of Pillow, and none of relaxmim's own, whose slips would pass for bad files.
+    """Wrap calls of Pillow, and nothing of relaxmim's own, whose bugs would pass for bad files.
 
     Its decoders raise many kinds of exception; its remarks (on EXIF, say) are dropped. MemoryError
     says nothing about the image and passes.

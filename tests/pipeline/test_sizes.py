@@ -272,9 +272,9 @@ def test_the_time_left_counts_pixels(tmp_path):
 
     assert [monitor()._left(step) for step in (0, 5, 12)] == [12, 7, 0]
     watched = monitor(sizes=((4, 8), (12, 16)))
-    watched.sized(8)
+    watched.set_image_size(8)
     assert watched._left(1) == 3 + 8 * 4
-    watched.sized(16)
+    watched.set_image_size(16)
     assert watched._left(6) == 6
     assert watched._left(12) == 0
 

@@ -1,8 +1,8 @@
 """M: how the tokens of two views are compared. Each measure owns its decoder or its heads.
 
 A new measure is a file here, with its settings class beside it, and its line in MEASURES;
-`measure.kind` in a recipe then selects it. What a measure needs and can do (`needs_teacher`,
-`needs_second_view`, `reconstructs`) its settings class says, since recipes are checked by it.
+`measure.kind` in a recipe then selects it. The settings class, against which recipes are checked,
+also says what the measure needs and can do (`needs_teacher`, `needs_second_view`, `reconstructs`).
 """
 
 from __future__ import annotations

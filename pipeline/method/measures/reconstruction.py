@@ -22,8 +22,8 @@ class Reconstruction(nn.Module):
     """MAE:   mean ||d(z1) - x||²                            on masked(T1)
     R-MAE: mean ||d(z1) - d(z2)||² + lambda mean ||d(z2) - x||²  on masked(T1) ∩ visible(T2)
 
-    or on a share of these (views.predicted). The gradient flows through both branches. x: pixels,
-    normalised per patch if `norm_pix`.
+    or on a share of these patches (views.predicted). The gradient flows through both branches.
+    x: pixels, normalised per patch if `norm_pix`.
     """
 
     settings: ClassVar[type[MeasureRecipe]] = ReconstructionRecipe
