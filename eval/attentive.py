@@ -270,6 +270,19 @@ def split(manifest: Manifest, folder: Path, seed: int, ranks: Ranks) -> tuple[st
     return kept, held_out
 
 
+def train_heads(heads: Heads, session: EvalSession, s: Settings, train: str) -> Tensor:
+    """Train all heads on the shards `train`; the losses [heads] of the last step."""
+    ranks = session.ranks
+    losses = torch.zeros(len(s.pairs), device=session.device)
+    stream = enumerate(training_tokens(session, s, train))
+    images = s.batch_size // ranks.world
+    for step, micro in progress(stream, ranks, "attentive probe", s.steps, images):
+        if step == 0 and ranks.any(not all(bool(x.isfinite().all()) for x, _ in micro)):
+            raise UserError(f"{s.train}: the encoder's features of it are not finite")
+        losses = heads.step(step, micro, ranks)
+    return ranks.sum(losses)
+
+
 def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     """Train the heads, choose one, score it; the full result, alike on every rank.
 
@@ -282,14 +295,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     if s.select == "held-out":
         train, chosen_on = split(read_manifest(s.train), folder, s.seed, ranks)
     heads = Heads(session.vit.num_features, classes, s, session.device)
-    losses = torch.zeros(len(s.pairs), device=session.device)
-    stream = enumerate(training_tokens(session, s, train))
-    images = s.batch_size // ranks.world
-    for step, micro in progress(stream, ranks, "attentive probe", s.steps, images):
-        if step == 0 and ranks.any(not all(bool(x.isfinite().all()) for x, _ in micro)):
-            raise UserError(f"{s.train}: the encoder's features of it are not finite")
-        losses = heads.step(step, micro, ranks)
-    losses = ranks.sum(losses)
+    losses = train_heads(heads, session, s, train)
     finite = heads.finite(losses)
     if not any(finite):
         raise UserError(

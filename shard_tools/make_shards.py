@@ -263,7 +263,7 @@ def _image_options(group: argparse._ArgumentGroup) -> None:
     a("--max-side", type=int, metavar="PX", help="shrink to this longer side")
     a("--quality", type=int, metavar="Q", help="re-encode every image as JPEG of quality Q")
     a("--gray16", choices=("full", "fit"), help="scale more than 8 bits: by full or image's range")
-    a("--alpha", choices=("drop", "white", "black"), help="what transparent pixels become")
+    a("--alpha", choices=("drop", "white", "black"), help="what is under transparent pixels")
     a(
         "--restart-markers", action="store_true",
         help="put restart markers into the rows of baseline JPEGs, by which training reads only "

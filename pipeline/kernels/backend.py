@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.gpu_errors import one_line
 
 _implementation = "reference"
-OLDEST = 80  # compute capability: below it bf16, and the shared memory of the tiles, is lacking
+OLDEST = 80  # compute capability; older GPUs lack bf16 and the shared memory that the tiles need
 
 
 def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str:
@@ -23,42 +23,59 @@ def use(implementation: str = "auto", device: str | torch.device = "cpu") -> str
     Returns the line for the log. Raises UserError when the choice cannot run here.
     """
     global _implementation
-    kind = torch.device(device).type
-    installed = importlib.util.find_spec("triton") is not None
-    problem = ""
+    device = torch.device(device)
+    note = ""
     if implementation == "auto":
-        # Of AMD's GPUs, which torch calls cuda too, none was ever seen by the Triton kernels.
-        tried = kind == "cuda" and torch.version.hip is None and installed
-        problem = triton_problem(torch.device(device)) if tried else ""
-        chosen = "triton" if tried and not problem else "reference"
-    elif implementation in ("triton", "reference"):
-        chosen = implementation
+        _implementation, problem = _automatic(device)
+        note = f": {problem}" if problem else ""
+    elif implementation == "triton":
+        _need_triton(device)
+        _implementation = "triton"
+        note = "" if device.type == "cuda" else ", interpreted"
+    elif implementation == "reference":
+        _implementation = "reference"
     else:
         raise UserError(f"kernels must be auto, triton or reference, not {implementation!r}")
-    if chosen == "triton" and not installed:
+    return f"kernels: {_implementation} ({implementation} on {device.type}{note})"
+
+
+def _automatic(device: torch.device) -> tuple[str, str]:
+    """(implementation, why Triton was tried in vain or "")."""
+    # AMD's GPUs, which torch calls cuda too, have never run the Triton kernels.
+    if device.type != "cuda" or torch.version.hip is not None or not _installed():
+        return "reference", ""
+    problem = triton_problem(device)
+    return "reference" if problem else "triton", problem
+
+
+def _need_triton(device: torch.device) -> None:
+    """UserError where the Triton kernels cannot run."""
+    kind = device.type
+    if not _installed():
         raise UserError("kernels: triton was asked for, but the package triton is not installed")
-    wrong = triton_problem(torch.device(device)) if chosen == "triton" and kind == "cuda" else ""
-    if wrong:
-        raise UserError(f"kernels: triton on {kind}: {wrong}; or choose kernels: reference")
-    interpreted = chosen == "triton" and kind != "cuda"
-    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+    if kind == "cuda":
+        if problem := triton_problem(device):
+            raise UserError(f"kernels: triton on {kind}: {problem}; or choose kernels: reference")
+        return
+    if os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError(
             f"kernels: triton on {kind} runs only under Triton's interpreter: set "
             "TRITON_INTERPRET=1, or choose kernels: reference"
         )
-    if interpreted and (problem := _interpreter_problem()):
+    if problem := _interpreter_problem():
         raise UserError(f"kernels: triton on {kind}: {problem}, or choose kernels: reference")
-    _implementation = chosen
-    more = ", interpreted" if interpreted else f": {problem}" if problem else ""
-    return f"kernels: {chosen} ({implementation} on {kind}{more})"
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def triton_problem(device: torch.device) -> str:
-    """Why Triton's kernels do not run on a CUDA device; "" where a first one does.
+    """Why Triton's kernels do not run on a CUDA device; "" if a first one runs.
 
-    They need a C compiler with Python's headers, and a folder for what is compiled from which
-    libraries can be loaded (TRITON_CACHE_DIR).
+    They need a C compiler with Python's headers, and a folder for compiled libraries from which
+    these can be loaded (TRITON_CACHE_DIR).
     """
     if not torch.cuda.is_available():  # nothing can be tried
         return ""
@@ -75,7 +92,7 @@ def triton_problem(device: torch.device) -> str:
 
 
 def _interpreter_problem() -> str:
-    """What keeps Triton's interpreter from running here; "" where nothing is known to."""
+    """A known reason why Triton's interpreter cannot run here; "" without one."""
     triton, numpy = (_release(name) for name in ("triton", "numpy"))
     if triton < (3, 7) and numpy >= (2, 4):
         return (
