@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def alone() -> bool:
-    """Whether this process is the only rank, as far as the environment says."""
+    """Whether this process is the only rank, according to the environment."""
     return os.environ.get("WORLD_SIZE", "1") in ("", "1")
 
 
@@ -77,12 +77,12 @@ def check_unused(
 
 
 def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool = False) -> None:
-    """Parse the command line; the process ends where that is all, or where `check` refuses what it
-    says. Several ranks look at their input together, later. ranks: whether the command may be one
-    of several, as a launcher's environment says.
+    """Parse and check the command line before the heavy imports; ends the process after `--help`,
+    and with a sentence if `parse` or `check` raises UserError. Several ranks check their input
+    together, later. ranks: whether a launcher may start several of this command.
 
-    Until `imported` nobody looks for garbage (late.uncollected), and Ctrl-C ends the process
-    without a traceback.
+    Until `imported` is called, garbage collection is off (see late.uncollected) and Ctrl-C ends the
+    process without a traceback.
     """
     mend_streams()
     try:
@@ -99,7 +99,8 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
 
 
 def imported() -> None:
-    """The imports that follow `early` are done; Ctrl-C is a KeyboardInterrupt again."""
+    """Call it after the imports that follow `early`: garbage collection is on again, and Ctrl-C
+    raises KeyboardInterrupt."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
@@ -108,8 +109,9 @@ def imported() -> None:
 
 
 def interrupt_quietly() -> None:
-    """From here on Ctrl-C ends this process by the signal itself, unless it is ignored (`nohup`,
-    `&` in a script); a container's first process would ignore it then."""
+    """From here on Ctrl-C ends this process by the signal itself, without a traceback. Not where it
+    is ignored (`nohup`, `&` in a script), nor in a container's first process, which would then
+    ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.getpid() != 1:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -58,7 +58,7 @@ class Ranks:
 
     @property
     def pins_memory(self) -> bool:
-        """Whether batches are prepared in page-locked memory, from which a GPU copies by itself."""
+        """Whether batches are put into page-locked memory, from which a GPU copies on its own."""
         return self.device.type == "cuda"
 
     def sum(self, value: Tensor) -> Tensor:
@@ -147,16 +147,16 @@ def own_extensions() -> Path:
 
 
 def compiled_ops() -> list[str]:
-    """The ops that a run here finds compiled."""
+    """The names of the ops that are compiled for runs on this machine."""
     folder = extensions_dir()
     places = (folder, own_extensions() / folder.name)
     return sorted({path.parent.name for place in places for path in place.glob("*/*.so")})
 
 
 def cannot_build() -> str:
-    """Why DeepSpeed's fused ops cannot be compiled here; "" where they can, as far as is seen.
+    """Why DeepSpeed's fused ops cannot be compiled here; "" if nothing seems to prevent it.
 
-    Not where set-up tried and failed: it left torch_extensions/failed in this environment then.
+    A set-up that tried and failed has left torch_extensions/failed in this environment.
     """
     if torch.version.hip:
         return "they were never tried on ROCm"
@@ -302,13 +302,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 class StopSignal:
-    """Notes SIGTERM, SIGUSR1 (Slurm's preemption), SIGHUP (the terminal or the connection is gone)
-    and Ctrl-C, so that the step in hand can be finished and saved; a second Ctrl-C does what the
-    first would have done before. Where SIGHUP or Ctrl-C is ignored (nohup), it stays so.
+    """Notes SIGTERM, SIGUSR1 (Slurm's preemption), SIGHUP (the terminal or connection is gone) and
+    Ctrl-C, so that the current step can be finished and saved. A second Ctrl-C acts as it would
+    without this class. SIGHUP and Ctrl-C stay ignored where they are (nohup).
 
-    Made when the first step begins. Before, nothing is lost, and a process that waits for other
-    ranks inside a C call would never run the handler: there the signal ends it by itself. As a
-    context it hands Ctrl-C back at the end.
+    Made just before the first step. Earlier there is nothing to save, and a process that waits for
+    other ranks inside a C call could not run the handler: there the signal simply ends it. Leaving
+    the context restores the handler of Ctrl-C.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""Imports that other packages make in case they are needed, put off until they are.
+"""Lazy imports: defer what other packages import only in case it is needed.
 
 timm imports torchvision's models and, for one decorator, torch's compiler; torch and DeepSpeed
-import the compiler for any optimizer, tensorboard imports boto3 in case a path is on S3. Nothing is
-left out or replaced: the body of such a package runs when a name is asked of it that is not there,
-and what is to be compiled, or kept from being compiled, is so at its first call. `pipeline`
-installs this; what was imported before stays as it is.
+import the compiler for any optimizer; tensorboard imports boto3 in case a path is on S3. Nothing is
+left out or replaced: the body of such a package runs when a missing name is first looked up in it,
+and decorators of torch's compiler take effect at the first call of their function. `pipeline`
+installs this; packages that are imported already stay as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Run = Callable[[importlib.abc.Loader, ModuleType], None]
 
 
 class Waiting(ModuleType):
-    """A package whose submodules can be imported and whose own body has not run."""
+    """A package whose own body has not run yet, but whose submodules can be imported."""
 
     def __getattr__(self, name: str) -> Any:
         # inspect, unittest and others look for such names in every module.

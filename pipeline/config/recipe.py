@@ -64,7 +64,7 @@ class RecipeError(UserError):
 
 
 def folder_name(name: str) -> str:
-    """A recipe's name, which is that of its runs' folders too. ValueError."""
+    """A recipe's name, checked since its runs' folders have it too (ValueError)."""
     if name.strip(". ") == "" or "/" in name or not name.isprintable():
         raise ValueError("input should be a name for folders: not empty, and without /")
     return name
@@ -169,18 +169,18 @@ class Recipe(Section):
             raise ValueError("init.ema does nothing without init.weights: give both or neither")
 
 
-# For a look at a recipe before the data are read.
+# To check a recipe before the manifest, with its own mean and std, has been read.
 ANY_PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 def run_recipe(run: str | Path) -> Recipe:
-    """The recipe of a run's folder, or of a checkpoint. RecipeError where it is none."""
+    """The recipe of a run's folder or of a checkpoint. RecipeError if it is neither."""
     check_run(run)
     return load_recipe(Path(run) / "recipe.yaml")
 
 
 def check_run(run: str | Path) -> None:
-    """RecipeError where a folder is no run; it names the runs in it."""
+    """RecipeError if a folder is not a run; it names a run inside, if there is one."""
     folder = Path(run)
     if not folder.exists():
         raise RecipeError(f"{folder}: no such file or folder")

@@ -1,7 +1,7 @@
-"""Which architectures timm has, by its source, since timm itself imports torch.
+"""Which architectures timm has, looked up in its source text, since importing timm imports torch.
 
-A name that stands nowhere in the source of timm's models is no model. One that does is left to timm
-itself: nothing that timm knows is refused here.
+A name that is nowhere in the source of timm's models is refused. Any other name is left for timm to
+judge, so nothing that timm knows is refused here.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ def _models() -> str:
 
 
 def check_arch(arch: str, what: str) -> None:
-    """UserError where timm certainly has no architecture of this name. what: is refused."""
+    """UserError if timm certainly has no architecture of this name. what: begins the sentence."""
     text = _models()
     if text and not (re.fullmatch(r"\w+", arch) and _says(text, arch)):
         raise no_model(arch, what)
 
 
 def _says(text: str, word: str) -> bool:
-    """Whether a word stands in a text; a pattern that begins with it is found ten times as fast as
-    one that begins with what must not stand before it."""
+    """Whether a text contains a word. A pattern that begins with the word is found ten times as
+    fast as one that begins with a lookbehind."""
     places = (match.start() for match in re.finditer(rf"{word}(?!\w)", text))
     return any(not re.match(r"\w", text[place - 1 : place]) for place in places)
 

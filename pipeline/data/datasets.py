@@ -83,8 +83,8 @@ class TrainBatches(Dataset):
         )  # fmt: skip
 
     def _fetch_ahead(self, step: int, first: int, samples: np.ndarray) -> None:
-        """Remote shards: begin to fetch what will be read in some steps, and at the start of a
-        process before it what `samples`, the first batch, lie in."""
+        """Begin to fetch the remote shards of a later step; a process that starts first fetches
+        those of `samples`, its first batch."""
         cache = self.reader.cache
         if cache is None:
             return

@@ -1,8 +1,8 @@
-"""Memory that worker processes fill with images and the main process reads, used again and again.
+"""Reusable shared memory: worker processes fill it with images, the main process reads them.
 
-A page of shared memory that nobody has touched yet costs a fault and its zeroing: 0.1 ms per image
-of 224 pixels, more than a tenth of its decoding. A slot is free again once the last tensor on it is
-gone. Its memory has no name and is none of /dev/shm's.
+The first touch of a page of shared memory costs a page fault and zeroing: 0.1 ms per image of 224
+pixels, more than a tenth of the time of decoding it. So slots are used again, each as soon as the
+last tensor on it is gone. The memory has no name and takes nothing from /dev/shm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _here: weakref.WeakValueDictionary[int, Slots] = weakref.WeakValueDictionary()
 
 
 class Slots:
-    """`each` slots of `size` bytes for each of `owners` processes, which alone take from theirs."""
+    """`each` slots of `size` bytes for each of `owners` processes; a process takes only its own."""
 
     def __init__(self, owners: int, each: int, size: int) -> None:
         self.key, self.owners, self.each = next(_keys), owners, each

@@ -1,4 +1,4 @@
-"""What is wrong with the recipe of an objective, before any of it is built; without torch."""
+"""Check the recipe of an objective before any of it is built, without importing torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 
 
 def check_objective(recipe: Recipe) -> None:
-    """UserError where the parts of a recipe cannot be built, or cannot work together."""
+    """UserError if parts of a recipe cannot be built, or cannot work together."""
     encoder, options = recipe.encoder, vit_options(recipe.encoder)
     check_arch(encoder.arch, f"encoder.arch {encoder.arch!r}")
     width, heads = options.get("embed_dim"), options.get("num_heads")
@@ -28,7 +28,7 @@ def check_objective(recipe: Recipe) -> None:
 
 
 def check_sizes(recipe: Recipe, patch: int) -> None:
-    """UserError where images of a size of data.sizes cannot be cut or masked as the recipe says."""
+    """UserError if a size of data.sizes cannot be cut into patches or masked as the recipe says."""
     for side in recipe.smaller_sides:
         if side % patch:
             raise UserError(f"data.sizes: {side} is not a multiple of the patch size {patch}")
@@ -39,13 +39,13 @@ def check_sizes(recipe: Recipe, patch: int) -> None:
 
 
 def check_table(width: int | None) -> None:
-    """UserError for a width, None where it is not known, that has no sin-cos position table."""
+    """UserError if a width (None: not known) has no sin-cos position table."""
     if width and width % 4:
         raise UserError(f"a sin-cos position table needs a width divisible by 4, not {width}")
 
 
 def check_decoder(decoder: DecoderRecipe) -> None:
-    """UserError for heads that do not share the width."""
+    """UserError if the heads do not divide the width."""
     if decoder.width % decoder.heads:
         raise UserError(
             f"measure.decoder.width {decoder.width} is not divisible by its heads {decoder.heads}"
@@ -53,7 +53,7 @@ def check_decoder(decoder: DecoderRecipe) -> None:
 
 
 def need_mae_decoder(recipe: Recipe) -> None:
-    """UserError where the decoder is not one that MAE's projects have."""
+    """UserError unless the decoder is one that MAE's code and transformers know."""
     if not recipe.measure.reconstructs:
         raise UserError("only a reconstruction measure has a decoder to write for MAE")
     if recipe.measure.decoder.attention != "self":

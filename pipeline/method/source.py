@@ -1,6 +1,6 @@
-"""What is wrong with the name of an encoder or a model, as far as no weights are read.
+"""Check what an encoder or a model is loaded from, without reading weights.
 
-Nothing here imports torch, so that a command can look before it does.
+Nothing here imports torch, so that a command can check its input before that import.
 """
 
 from __future__ import annotations

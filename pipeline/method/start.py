@@ -1,15 +1,15 @@
-"""Start a pretraining from weights that there are, with a schedule and an optimizer of its own.
+"""Start a pretraining from existing weights, with a fresh schedule and optimizer.
 
-The source is whatever load_encoder takes: a relaxmim run (encoder and decoder or heads; `ema`: of
-its teacher), our exports, facebookresearch/mae's file (encoder and decoder), or an encoder of
-timm, DINO, MoCo v3 or BEiT. What f does not have is folded into what it has, where that is exact:
+The source is whatever load_encoder takes: a relaxmim run (encoder and decoder or heads; with `ema`
+those of its teacher), our exports, facebookresearch/mae's file (encoder and decoder), or an encoder
+of timm, DINO, MoCo v3 or BEiT. A part that f lacks is folded into f's weights where that is exact:
 
     layer scale      x + g (W y + b)       → W' = diag(g) W, b' = g b
     cls position     cls + p_0             → cls' = cls + p_0
     mean and std     W (x - m) / s + b     → the same function of the recipe's pixels
 
-f's positions are fixed sin-cos ones: such a table is made for the recipe's image size, a learned
-one is left out, which is said.
+f's positions are fixed sin-cos ones, computed for the recipe's image size; a learned table is left
+out, and the log says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a file can hold weights, by its first bytes or its header. Nothing here imports torch."""
+"""Whether a file can hold weights, judged by its first bytes or header, without importing torch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""From autograd's gradients to the optimizer, where DeepSpeed's way costs the host too much.
+"""Gradients on their way to the optimizer, where DeepSpeed's own path costs the host too much.
 
 DeepSpeed 0.19.8 has a Python hook per parameter, which copies the gradient into a bucket, the
-bucket into another and back, and takes every tensor's norm by itself; under bf16 it also looks for
-infinities tensor by tensor. `one_norm` takes one norm, which also tells whether the gradient is
-finite. `FlatGradients` goes without hooks where a rank holds all gradients until the step anyway:
-under ZeRO 1, and on one rank under every stage. docs/step.md has what each is worth.
+bucket into another and back, and computes a norm per tensor; under bf16 it also looks for
+infinities tensor by tensor. `one_norm` computes one norm, which also shows whether the gradient is
+finite. `FlatGradients` needs no hooks where a rank holds all gradients until the step anyway: under
+ZeRO 1, and on one rank under every stage. docs/step.md says how much time each saves.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The time until the first step, by phase. Imports nothing heavy, as it is there from the start."""
+"""The time until the first step, by phase. Imports nothing heavy, since it is imported first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _marks: list[tuple[str, float]] = []  # (phase, its end)
 
 
 def begin() -> None:
-    """The command line is about to be read."""
+    """Start the clock, just before the command line is read."""
     started = time.time() - time.process_time()  # of Python, if it had a core of its own
     _marks[:] = [("", started)]
     with contextlib.suppress(ValueError):  # started without launch.sh
@@ -21,7 +21,7 @@ def begin() -> None:
 
 
 def done(phase: str) -> None:
-    """What ran since the last call (or `begin`) is over."""
+    """End the phase that ran since the last call (or `begin`), and name it."""
     _marks.append((phase, time.time()))
 
 
