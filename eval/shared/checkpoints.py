@@ -1,4 +1,4 @@
-"""What an evaluation that trains resumes from when it is rerun."""
+"""The checkpoints from which an evaluation that trains resumes when it is rerun."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from pipeline.runtime.run_lock import RunLock
 
 
 def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:
-    """Say that the training is saved, and end with PREEMPTED."""
+    """Print that the training is saved, and exit with PREEMPTED."""
     if ranks.first:
         signal_name = stop.name or "a signal to another rank"
         print(

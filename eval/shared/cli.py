@@ -1,4 +1,4 @@
-"""What evaluations share while they run: ranks, seeds, progress.
+"""What all evaluations need while they run: ranks, seeds, progress.
 
 Every evaluation runs alone (`python eval/linprobe.py …`) or on several ranks
 (`deepspeed eval/linprobe.py …`, `torchrun eval/linprobe.py …`); the ranks are read from RANK,

@@ -52,7 +52,7 @@ def open_encoder(
 
 
 def check_feature(vit: VisionTransformer, feature: str) -> None:
-    """Refuse the cls token of an encoder that has none, or none that was trained to be read."""
+    """Refuse the cls token of an encoder that has none, or that was not trained for it."""
     if feature != "cls":
         return
     if getattr(vit, "cls_token", None) is None:

@@ -1,4 +1,4 @@
-"""What a finetuning is asked for, checked, and what that comes to with these data and ranks."""
+"""The settings of a finetuning, checked, and the plan that they give for its data and ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How finetuning trains; its defaults are MAE's. train, val: shards; see --help.
+    """The settings of finetuning; the defaults are MAE's. train, val: shards; see --help.
 
     samples_per_epoch: draws with replacement that make an epoch; None: each image once. crop_area:
     smallest share of the image's area that a training crop shows.
@@ -90,7 +90,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the settings come to with these data. train: shards, of the chosen labels; classes:
+    """What the settings give for these data. train: shards, of the chosen labels; classes:
     their names; steps: of an epoch; total: of all; sha256: of the training and validation index.
     """
 
@@ -143,7 +143,7 @@ def stage_of(s: Settings, config: dict[str, Any]) -> int:
 
 
 def check_bf16_stage(s: Settings, precision: str, stage: int) -> None:
-    """UserError where --precision bf16 is asked of a ZeRO stage that has none."""
+    """UserError if --precision bf16 is given with a ZeRO stage that does not run in it."""
     if precision == "bf16" and not stage:
         raise UserError(
             f"--precision bf16 needs ZeRO stage 1 or 2, and --ds_config {s.ds_config} has stage 0; "
@@ -152,7 +152,7 @@ def check_bf16_stage(s: Settings, precision: str, stage: int) -> None:
 
 
 def check_bf16(s: Settings, session: EvalSession, stage: int) -> None:
-    """UserError where --precision bf16 is not to be had."""
+    """UserError if --precision bf16 is not possible on this device."""
     check_bf16_stage(s, session.precision, stage)
     import torch
 
@@ -213,7 +213,7 @@ def choose_labels(s: Settings, folder: Path, ranks: Ranks) -> str:
 
 
 def check(s: Settings, world: int) -> None:
-    """UserError for a setting that no data could make good; it names the option."""
+    """UserError for a setting that is wrong whatever the data; it names the option."""
     check_batch(s.batch_size, world, pairs=bool(s.mixup or s.cutmix))
     for name in ("max_steps", "samples_per_epoch", "validate_epochs"):
         check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
@@ -241,7 +241,7 @@ def check(s: Settings, world: int) -> None:
 
 
 def check_input(s: Settings, world: int, precision: str = "auto") -> None:
-    """UserError for what can be seen to be wrong without the encoder."""
+    """UserError for what can be checked without the encoder."""
     check(s, world)
     config = open_ds_config(s.ds_config)
     check_bf16_stage(s, precision, stage_of(s, config))
@@ -274,7 +274,7 @@ def count_steps(s: Settings, shards: str, samples: int, world: int) -> tuple[int
 
 
 def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
-    """Check the settings and the data; what they come to. The chosen labels go to `folder`."""
+    """Check settings and data; the plan. The chosen labels are written to `folder`."""
     check(s, ranks.world)
     val = labelled(s.val)
     count = class_count(labelled(s.train), val)

@@ -161,12 +161,12 @@ def full_path(value: Any) -> Any:
 
 
 def digest(text: str) -> str:
-    """Eight hexadecimal digits that stand for a text in a file name."""
+    """Eight hexadecimal digits of a text's sha256, for a file name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def in_a_name(text: str) -> str:
-    """A text as a part of a file name: its words, or its digest where they are too long."""
+    """A text as part of a file name: its words, or its digest if they have over 40 characters."""
     words = "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
     return words if len(words) <= 40 else digest(text)
 

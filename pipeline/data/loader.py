@@ -289,7 +289,7 @@ def eval_loader(
 def _open(
     folder: str | Path | Manifest, workers: int, start_method: StartMethod | None
 ) -> Manifest:
-    """The manifest; with workers, one that any number of processes can share."""
+    """The manifest; with workers, its table is in shared memory."""
     if workers and _context(start_method) == "forkserver":
         multiprocessing.set_forkserver_preload([__name__])
         with _signals_blocked():

@@ -662,7 +662,7 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path):
     with pytest.raises(UserError, match="another scale"):
         cifar_plan.claim_output(settings(data, tmp_path, "--scale", "cifar"))
     (tmp_path / "study.json").write_text("{")
-    with pytest.raises(UserError, match=r"study\.json: no record of a study"):
+    with pytest.raises(UserError, match=r"study\.json: not the record of a study"):
         cifar_plan.claim_output(settings(data, tmp_path))
 
 
@@ -783,12 +783,12 @@ def test_shards_are_built_by_one_command_at_a_time(tmp_path):
         ("tuning.json", b"\xff", "no record of a tuning"),
         ("tuning.json", b"NaN", "value of MAE nan: must be finite"),
         ("tuning.json", b'"x"', "no record of a tuning"),
-        ("rates.json", b"\xff", "no measured rates"),
+        ("rates.json", b"\xff", "not a file of measured rates"),
         ("rates.json", b'{"a": NaN}', "a: nan: must be at least 0 and finite"),
         ("rates.json", b'{"a": -1}', "a: -1: must be at least 0"),
         ("jobs.jsonl", b"\xff\n", "line 1: not a record of a command"),
         ("jobs.jsonl", b"NaN", "line 1: cpu_seconds nan: must be at least 0 and finite"),
-        ("study.json", b"\xff", "no record of a study"),
+        ("study.json", b"\xff", "not the record of a study"),
         ("study.json", b'"compute": NaN', "compute nan: must be above 0 and finite"),
         ("study.json", b'"compute": 2, "times": {"a": 0}', "a 0: must be above 0"),
     ],
@@ -818,7 +818,7 @@ def test_errors_name_no_folder_that_is_gone(tmp_path):
     begun_study(output)
     (output / "facts.json").write_text(json.dumps(asdict(Facts((5,), 2, 7200.0, "core"))))
     (output / "rates.json").write_text("[")
-    sentence = "/rates.json: no measured rates"
+    sentence = "/rates.json: not a file of measured rates"
     with (
         pytest.raises(UserError, match=f"^{re.escape(str(output))}{sentence}"),
         archive.laid_out(output) as folder,
@@ -874,7 +874,7 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change", "sentence"),
     [
-        ("study.json", {"scale": None}, "study.json: no record of a study"),
+        ("study.json", {"scale": None}, "study.json: not the record of a study"),
         ("facts.json", {"claims": [99]}, "facts.json: names claims that there are not"),
         ("facts.json", {"seeds": 0}, "facts.json: names claims that there are not, or no seeds"),
         ("facts.json", {"claims": [[5]]}, "facts.json: is missing from the archive, or damaged"),

@@ -111,7 +111,7 @@ def test_another_hugging_face_model_is_refused(change, words, run, tmp_path):
 )
 def test_pixels_outside_0_to_1_are_refused(mean, std, run, tmp_path):
     """Where a folder of transformers, an export or an option says them."""
-    words = r"(mean|std) is no list of three numbers in 0 … 1"
+    words = r"(mean|std) is not a list of three numbers in 0 … 1"
     export([str(run[0]), "--format", "hf", str(tmp_path / "hf")])
     about = {"image_mean": mean, "image_std": std}
     (tmp_path / "hf/preprocessor_config.json").write_text(json.dumps(about))

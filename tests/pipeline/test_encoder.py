@@ -128,7 +128,7 @@ def test_unusable_encoders_are_refused_in_one_sentence(overrides, words):
 )  # fmt: skip
 def test_an_option_that_would_be_lost_is_refused_with_the_recipe(option):
     key = option.partition(":")[0]
-    with pytest.raises(UserError, match=rf"encoder\.options.*{key} is no option.*patch_size") as e:
+    with pytest.raises(UserError, match=rf"encoder\.options.*{key} is not an.*patch_size") as e:
         tiny_recipe("mae", f"encoder.options={{{option}}}")
     assert "\n" not in str(e.value)
 

@@ -330,7 +330,7 @@ def test_a_micro_batch_that_leaves_no_negative_is_refused(name, changes, least):
 
 def test_cutmix_needs_another_image_in_a_ranks_micro_batch():
     recipe = tiny_recipe("mae", "views.cutmix=0.5")
-    with pytest.raises(UserError, match="another image of a rank's micro-batch, and that is one"):
+    with pytest.raises(UserError, match="another image of a rank's micro-batch, which has only"):
         plan_recipe({"train_micro_batch_size_per_gpu": 1}, recipe, world=2)
     assert plan_recipe({"train_micro_batch_size_per_gpu": 2}, recipe, world=2).micro_batch == 2
 

@@ -92,7 +92,7 @@ def test_a_hugging_face_config_that_is_not_its_weights():
             from_hf(state, 1)
         for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
             for value in (0, None, "2", 2.0, True):
-                with pytest.raises(UserError, match=f"{key} {value!r} is no whole number"):
+                with pytest.raises(UserError, match=f"{key} {value!r} is not a whole number"):
                     hf_arch(config | {key: value})
         assert (hf_eps(config), hf_eps({})) == (1e-6, 1e-12)
         for value in (None, "1e-6", 0, -1, float("nan"), float("inf")):

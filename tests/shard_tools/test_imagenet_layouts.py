@@ -324,7 +324,7 @@ def test_splits_are_no_classes(
     (tmp_path / "root").mkdir()
     shutil.copytree(folders / "train", tmp_path / "root" / "train")
     assert main([str(tmp_path / "root"), str(tmp_path / "d"), *SMALL]) == 2
-    assert "root: holds train, which are no classes" in capsys.readouterr().err
+    assert "root: holds train, which are not classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_training_and_a_held_out_set_are_no_classes(
     archive = tar_of(tmp_path / "root.tar", {name: jpeg(i) for i, name in enumerate(names)})
     for source in (tmp_path / "root", archive):
         assert main([str(source), str(tmp_path / "d"), *SMALL]) == 2
-        assert "which are no classes" in capsys.readouterr().err
+        assert "which are not classes" in capsys.readouterr().err
     unlabelled = [str(archive), str(tmp_path / "d"), *SMALL, "--unlabelled"]
     assert main(unlabelled) == 0
 

@@ -375,7 +375,7 @@ def test_many_shards_are_listed_in_a_table_of_their_own(tmp_path: Path) -> None:
         (lambda b: b.replace(b"a/0", b"../"), "leaves its folder"),
         (lambda b: b.replace(b"a/0", b"a/\0"), "leaves its folder"),
         (lambda b: b.replace(b"a/1-", b"a/0-"), "lists the shard 'a/0-é.tar' twice"),
-        (lambda b: b[:23] + b"\x80" + b[24:], "is no count of samples"),
+        (lambda b: b[:23] + b"\x80" + b[24:], "is not a count of samples"),
         (lambda b: b[:23] + b"\x7f" + b[24:31] + b"\x7f" + b[32:], "cannot hold that many samples"),
     ],
 )
