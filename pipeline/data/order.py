@@ -16,9 +16,8 @@ the shards and, per partition, the window that it serves, never what grows with 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,19 +58,6 @@ def steps_per_epoch(samples: int, batch_size: int, partitions: int) -> int:
     """
     _check_batch(batch_size, partitions)
     return (samples // partitions) // (batch_size // partitions)
-
-
-def global_batch(
-    shard_sizes: Sequence[int], *, seed: int, epoch: int, step: int, batch_size: int,
-    partitions: int, window: int,
-) -> np.ndarray:  # fmt: skip
-    """Sample numbers (int64 [batch_size]) of global batch `step` (counted within the epoch).
-
-    Rank r of W takes the r-th of W equal contiguous pieces. Raises UserError where `step` is
-    outside the epoch or the batch cannot be cut into partitions.
-    """
-    order = _known_order(tuple(map(int, shard_sizes)), seed, batch_size, partitions, window)
-    return order.samples(epoch, step, 0, batch_size)[0]
 
 
 class _Window(NamedTuple):
@@ -213,13 +199,6 @@ class Order:
         return np.cumsum(self.sizes) - self.sizes
 
 
-@lru_cache(maxsize=4)
-def _known_order(
-    sizes: tuple[int, ...], seed: int, batch_size: int, partitions: int, window: int
-) -> Order:
-    return Order(np.array(sizes, np.int64), seed, batch_size, partitions, window)
-
-
 def _make_window(order: Order, epoch: int, number: int, place: int) -> _Window:
     """Shuffle the window of shards that holds a place of a partition.
 
@@ -253,12 +232,6 @@ def _stable_argsort(noise: np.ndarray) -> np.ndarray:
     if (ordered[1:] == ordered[:-1]).any():
         return np.argsort(noise, kind="stable")
     return order
-
-
-def partition_order(order: Order, epoch: int, number: int) -> np.ndarray:
-    """Sample numbers of a whole partition in the order they are served: int64 [~ N / P]."""
-    low, high = order._bounds(number)
-    return order._serve(epoch, number, 0, high - low).astype(np.int64)
 
 
 def _check_batch(batch_size: int, partitions: int) -> None:

@@ -24,7 +24,6 @@ import timm
 import torch
 from timm.layers.pos_embed_sincos import apply_keep_indices_nlc
 from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
@@ -246,14 +245,6 @@ def _without_zero_biases(state: dict[str, Tensor], vit: Eva, arch: str) -> dict[
         if any(bool(part.any()) for part in state.pop(name).chunk(3)[::2]):
             raise UserError(f"{name} is not 0, and {arch} has no place for it; give {arch}_qkvb")
     return state
-
-
-def own_pooling(vit: nn.Module) -> str:
-    """What the encoder's own pooling is: `cls`, `mean_patch`, or `own` where it is neither."""
-    if isinstance(vit, VisionTransformerDistilled) or getattr(vit, "attn_pool", None) is not None:
-        return "own"
-    kinds = {"token": "cls", "avg": "mean_patch"}
-    return kinds.get(str(getattr(vit, "global_pool", "avg")), "own")
 
 
 def block_features(vit: nn.Module, pixels: Tensor, kept: Tensor | None = None) -> list[Tensor]:

@@ -13,6 +13,7 @@ from eval_helpers import (
     write_encoder,
     write_shards,
 )
+from orders import global_batch
 
 from eval import attentive, finetune, linprobe
 from eval.shared import finetune_plan
@@ -20,7 +21,7 @@ from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.options import settings_of
 from eval.shared.session import session_of
 from pipeline.config import ds_config
-from pipeline.data.order import global_batch, steps_per_epoch
+from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.runtime.engine import init_ranks

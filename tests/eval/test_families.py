@@ -6,6 +6,7 @@ import timm
 import torch
 from eval_helpers import ALONE, coloured_images, write_shards
 from timm.data import resolve_model_data_config
+from timm.models.deit import VisionTransformerDistilled
 
 from eval import attentive, cka, knn, linprobe
 from eval.shared.classifier import build_classifier, layer_groups, read_classifier, write_classifier
@@ -15,7 +16,7 @@ from eval.shared.options import EncoderChoice
 from eval.shared.session import open_session
 from pipeline import load_encoder
 from pipeline.errors import UserError
-from pipeline.method.families import block_features, drops_patches, own_pooling
+from pipeline.method.families import block_features, drops_patches
 
 TINY = {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2}
 P14 = TINY | {"img_size": 28}
@@ -75,6 +76,14 @@ def model(arch, options):
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return vit
+
+
+def own_pooling(vit):
+    """What the encoder's own pooling is: `cls`, `mean_patch`, or `own` where it is neither."""
+    if isinstance(vit, VisionTransformerDistilled) or getattr(vit, "attn_pool", None) is not None:
+        return "own"
+    kinds = {"token": "cls", "avg": "mean_patch"}
+    return kinds.get(str(getattr(vit, "global_pool", "avg")), "own")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import webdataset
 from PIL import Image
 
@@ -45,6 +46,15 @@ def image_tree(folder: Path, counts: dict[str, int]) -> Path:
             data = jpeg(seed, (16 + seed % 9, 12 + seed % 7))
             (folder / name / f"{name}_{number:03d}.JPEG").write_bytes(data)
     return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one sentence with which make_shards refuses its arguments."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
 
 
 def flipped(data: bytes, bit: int) -> bytes:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_helpers import jpeg, open_loader, write_shards
+from orders import global_batch, partition_order
 from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import v2
@@ -22,7 +23,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipeline.data.crops import Crop
 from pipeline.data.loader import eval_loader
-from pipeline.data.order import Order, global_batch, partition_order
+from pipeline.data.order import Order
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.reader import SampleError
 from pipeline.errors import UserError

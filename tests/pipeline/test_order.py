@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orders import global_batch, partition_order
 
 from pipeline.data import order as order_module
-from pipeline.data.order import Order, global_batch, partition_order, random_bits, steps_per_epoch
+from pipeline.data.order import Order, random_bits, steps_per_epoch
 
 
 def reference(order, epoch, number):

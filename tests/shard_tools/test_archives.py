@@ -13,7 +13,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from shard_samples import SMALL, flipped, images_of, jpeg, make, report, tar_of, tars_of
+from shard_samples import (
+    SMALL,
+    flipped,
+    images_of,
+    jpeg,
+    make,
+    refused,
+    report,
+    tar_of,
+    tars_of,
+)
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
@@ -32,14 +42,6 @@ def nested(path: Path) -> tuple[Path, dict[str, bytes]]:
         images |= files
     path.with_suffix(".part").unlink()
     return tar_of(path, inner), images
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([*map(str, arguments), *SMALL]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def test_a_damaged_outer_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

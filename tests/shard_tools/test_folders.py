@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from shard_samples import SMALL, image_tree, images_of, jpeg, labels_of, make, report
+from shard_samples import SMALL, image_tree, images_of, jpeg, labels_of, make, refused, report
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
@@ -20,14 +20,6 @@ from shard_tools.manifest import read_manifest
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     return image_tree(tmp_path / "tree", {"b": 3, "a": 2})
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert main([*map(str, arguments), *SMALL]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def test_system_folders_and_files_are_no_classes_and_no_images(tree: Path, tmp_path: Path) -> None:
