@@ -105,7 +105,7 @@ class _Unpickler(pickle._Unpickler):
 
     def load_build(self) -> None:
         if not isinstance(self.stack[-2], _Array | _Type):  # type: ignore[attr-defined]
-            raise pickle.UnpicklingError("it changes what is no array")
+            raise pickle.UnpicklingError("it changes what is not an array")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
     dispatch: ClassVar[Any] = {
@@ -134,7 +134,7 @@ def _text(value: object) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8")
     if not isinstance(value, str):
-        raise pickle.UnpicklingError("a name that is no text")
+        raise pickle.UnpicklingError("a name that is not text")
     return value
 
 

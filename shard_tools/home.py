@@ -30,7 +30,7 @@ def expand_home(path: str) -> str:
     if full == path and re.match("~[^/]*/", path) and not os.path.lexists(path):
         name = path.partition("/")[0]
         raise UserError(
-            f"{path}: {name} is no home folder here, as there is no user {name[1:]!r}; a folder "
+            f"{path}: {name} is not a home folder here, as there is no user {name[1:]!r}; a folder "
             f"of that name is ./{name}"
         )
     return full

@@ -141,7 +141,7 @@ def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
         with naming(file, "cannot be read"):
             items.append(Item(name, -1, str(file.absolute()), 0, file.stat().st_size))
         if not file.is_file():
-            raise UserError(f"{file}: is no image file")
+            raise UserError(f"{file}: is not an image file")
     return _as_manifest(Source(str(root), items))
 
 

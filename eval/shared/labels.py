@@ -97,4 +97,4 @@ def check_files(files: Iterable[str | Path]) -> None:
         with naming(file, "cannot be read"):
             os.stat(file)
         if not Path(file).is_file():
-            raise UserError(f"{file}: is no image file")
+            raise UserError(f"{file}: is not an image file")

@@ -74,9 +74,9 @@ def _check_facts(info: Any) -> None:
     if not isinstance(info, dict):
         raise TypeError("it is not an object with arch, options, mean and std")
     if not isinstance(info["arch"], str):
-        raise TypeError("arch is no name")
+        raise TypeError("arch is not a name")
     if not isinstance(info["options"], dict):
-        raise TypeError("options is no object")
+        raise TypeError("options is not an object")
     size = info["options"]["img_size"]
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise TypeError(f"img_size {size!r} is not a number of pixels")

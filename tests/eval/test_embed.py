@@ -244,7 +244,7 @@ def test_damaged_embeddings_are_named(home, done, tmp_path, name, damage, said) 
     ("text", "said"),
     [
         ("a\tb\t/c\n", r"names\.txt, line 1: is not a key, label \(a whole number\) and path"),
-        ("a\t0\n", r"names\.txt, line 1: is no key"),
+        ("a\t0\n", r"names\.txt, line 1: is not a key"),
         ("a\t0\t/c\n", r"names\.txt: 1 names for 21 embeddings"),
         ("", r"names\.txt: 0 names for 21 embeddings"),
     ],

@@ -184,7 +184,7 @@ def test_every_protocol_takes_a_file(tmp_path):
             [*RANDOM, "{img_size: 32, patch_size: 64}"],
             "img_size 32 is not a multiple of the patch size",
         ),
-        ([*RANDOM, "{img_size: 32, patch_size: 7}"], "no multiple of the patch size 7"),
+        ([*RANDOM, "{img_size: 32, patch_size: 7}"], "not a multiple of the patch size 7"),
         ([*RANDOM, "{img_size: 24}"], "img_size 24 is not a multiple of the patch size 16"),
         ([*RANDOM, "{patch_size: 15}"], "img_size 224 is not a multiple of the patch size 15"),
         ([*RANDOM, "{depth: 0}"], "--options {depth: 0}: must be a whole number from 1 up"),

@@ -174,7 +174,7 @@ def test_bad_input_is_one_sentence(home: Path, tmp_path: Path) -> None:
     cases.append((parse(*broken), "cat1-dog1.png will not decode"))
     (tmp_path / "zebra.csv").write_text(f"{HEAD}zebra,zebra,x_zebra1-cat2.png\n")
     cases.append((parse("--decisions", tmp_path / "zebra.csv"), "2: category 'zebra' is none of"))
-    for change, said in (({"mean": None}, "mean is no list"), ({"options": [16]}, "options is no")):
+    for change, said in (({"mean": None}, "mean is not a"), ({"options": [16]}, "options is not")):
         about = json.loads((home / "model/classifier.json").read_text()) | change
         folder = tmp_path / next(iter(change))
         folder.mkdir()

@@ -92,7 +92,7 @@ def test_a_file_keeps_its_pixel_statistics(tmp_path, capsys, kind, name):
         ({"options": {"num_heads": 4}}, "says itself how it is built, with num_heads 2"),
         ({"options": {"drop_rate": 0.1}}, "with no drop_rate; only img_size"),
         ({"options": {"img_size": 18}}, "img_size 18 is not a multiple of the patch size 4"),
-        ({"options": {"img_size": 0}}, "img_size 0 is no multiple"),
+        ({"options": {"img_size": 0}}, "img_size 0 is not a multiple"),
     ],
 )
 @pytest.mark.parametrize("kind", ["timm", "mae", "hf", "run"])
@@ -279,13 +279,13 @@ ABOUT |= {"mean": [0.5] * 3, "std": [0.5] * 3}
     [
         ({}, "arch is missing"),
         ([], "it is not an object with arch, options, mean and std"),
-        (ABOUT | {"arch": 5}, "arch is no name"),
+        (ABOUT | {"arch": 5}, "arch is not a name"),
         (ABOUT | {"arch": "vit_tony"}, "classifier.json: arch 'vit_tony' is not a timm model"),
-        (ABOUT | {"options": []}, "options is no object"),
+        (ABOUT | {"options": []}, "options is not an object"),
         (ABOUT | {"options": {}}, "img_size is missing"),
         (ABOUT | {"options": {"img_size": "16"}}, "img_size '16' is not a number of pixels"),
         ({k: v for k, v in ABOUT.items() if k != "mean"}, "classifier.json: mean is missing"),
-        (ABOUT | {"std": [1, 2]}, "std is no list of three numbers"),
+        (ABOUT | {"std": [1, 2]}, "std is not a list of three numbers"),
         (ABOUT | {"classes": 3}, "classes is not a list of names"),
     ],
 )

@@ -162,12 +162,12 @@ def evil_global(module, name):
         (pickle.dumps({b"data": np.array([{}, "x"], object)}), "not uint8"),
         (pickle.dumps({b"data": np.asfortranarray(PIXELS[:2])}, 4), "by rows"),
         (pickle.dumps([1, 2]), "no dictionary"),
-        (pickle.dumps({1: 2}), "no text"),
+        (pickle.dumps({1: 2}), "not text"),
         (pickle.dumps({b"a": {1, 2}}, 4), "damaged: KeyError"),  # sets are no opcode of ours
         (b"", "damaged"),
         (python2(PIXELS[:3], [0, 1, 2])[:-4000], "damaged|truncated"),
         # Changing a stand-in: BUILD with attributes for the function `_encode`.
-        (b"\x80\x02c_codecs\nencode\nN}(U\x01aK\x01u\x86b.", "changes what is no array"),
+        (b"\x80\x02c_codecs\nencode\nN}(U\x01aK\x01u\x86b.", "changes what is not an array"),
         (b"\x80\x05\x96" + struct.pack("<Q", 1 << 50) + b".", "damaged: KeyError"),  # a petabyte
     ],
 )
@@ -214,7 +214,7 @@ def bad_sources():
         (binary_files | {"data_batch_1.bin": label}, "label that is not from 0 to 2"),
         (binary_files | {"batches.meta.txt": b"\n"}, "names no classes"),
         (binary_files | {"batches.meta.txt": b"cat\ncat\nship"}, "names the class 'cat' twice"),
-        (binary_files | {"batches.meta.txt": b"cat\n..\na/b"}, "'..', which is no name of a"),
+        (binary_files | {"batches.meta.txt": b"cat\n..\na/b"}, "'..', which cannot be"),
         (meta_of(["cat", "a/b", "ship"]), "'a/b', which cannot be the name of a folder"),
         (meta_of(["cat", "\ud800", "ship"]), "which cannot be the name of a folder"),
         (meta_of(["cat", "a\nb", "ship"]), "which cannot be the name of a folder"),
@@ -359,7 +359,7 @@ def test_a_link_in_a_tar_is_not_lost_in_silence(tmp_path, capsys):
                 info.type, info.linkname = tarfile.LNKTYPE, "train/c0/1.png"
             tar.addfile(info, io.BytesIO())
     assert main([str(tmp_path / "c.tar"), str(tmp_path / "out")]) == 2
-    assert "train/c0/2.png is no file but a link" in capsys.readouterr().err
+    assert "train/c0/2.png is a link and not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tar.bz2"])

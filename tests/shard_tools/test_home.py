@@ -54,7 +54,7 @@ def test_words_of_a_command_line(home):
 
 def test_a_user_that_there_is_not_is_a_sentence(home, capsys):
     words = (
-        r"~nobody-here/x: ~nobody-here is no home folder here, as there is no user 'nobody-here'"
+        r"~nobody-here/x: ~nobody-here is not a home folder here, as there is no user 'nobody-here'"
     )
     for text in ("~nobody-here/x",):
         with pytest.raises(UserError, match=words):

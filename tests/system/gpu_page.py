@@ -229,10 +229,10 @@ def write_into(document: Path, source: Path) -> int:
         print(f"error: {error.filename}: cannot be read ({error.strerror})", file=sys.stderr)
         return 2
     except ValueError as error:
-        print(f"error: {source}: is no result of a check ({error})", file=sys.stderr)
+        print(f"error: {source}: is not a result of a check ({error})", file=sys.stderr)
         return 2
     if not isinstance(result, dict) or not result.keys() >= HEAD:
-        print(f"error: {source}: is no result of a check, which has {', '.join(sorted(HEAD))}",
+        print(f"error: {source}: is not a result of a check, which has {', '.join(sorted(HEAD))}",
               file=sys.stderr)  # fmt: skip
         return 2
     if result["rehearsal"] or result.get("null"):

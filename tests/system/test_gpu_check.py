@@ -427,8 +427,8 @@ def test_the_page_goes_between_the_marks_and_replaces_the_one_before(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ([1], "is no result of a check, which has date, device, "),
-        ({"device": "NVIDIA H100"}, "is no result of a check, which has date, device, "),
+        ([1], "is not a result of a check, which has date, device, "),
+        ({"device": "NVIDIA H100"}, "is not a result of a check, which has date, device, "),
         (result_of(step={"steps": {"mae": STEP}}), "no page can be made of it (KeyError: 'batch')"),
     ],
 )
