@@ -105,7 +105,7 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
 
 
 def _choose_kernels(recipe: Recipe, ranks: Ranks) -> str:
-    """Choose between kernels and references; the line for the log, of rank 0 (collective)."""
+    """Choose between kernels and references; this rank's line for the log (collective)."""
     line = kernels.use(recipe.kernels, ranks.device)
     if agree(lambda: line) != line:  # all wait for the slowest
         print(f"rank {ranks.rank} on {socket.gethostname()}: {line}", file=sys.stderr)
