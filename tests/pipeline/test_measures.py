@@ -9,6 +9,7 @@ from tiny import images, tiny_recipe
 from pipeline.method.encoder import Encoder
 from pipeline.method.heads import choose_tokens
 from pipeline.method.measures import BYOL, InfoNCE, gather_keys
+from pipeline.method.measures.contrast import _candidates
 from pipeline.method.objective import build_objective
 
 
@@ -86,6 +87,15 @@ def test_two_ranks_equal_one_rank_with_the_whole_batch(negatives, tmp_path, free
         torch.testing.assert_close(
             two["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
         )
+
+
+@pytest.mark.parametrize("negatives", ["all", "position", "image"])
+def test_a_ranks_own_key_is_found_among_those_of_all_ranks(negatives):
+    query, keys = torch.randn(2, 3, 5), torch.randn(6, 3, 5)
+    shown = torch.ones(6, 3, dtype=torch.bool)
+    cosine, _, own = _candidates(query, keys, shown, negatives, offset=4)
+    positive = cosine.gather(-1, own[..., None])[..., 0]
+    torch.testing.assert_close(positive, (query * keys[4:6]).sum(-1))
 
 
 def test_one_process_gathers_nothing():

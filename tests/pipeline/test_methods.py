@@ -134,7 +134,7 @@ def test_paired_positions_against_the_oracle(tokens, negatives):
     recipe = tiny_recipe("cmae", "views.mask_ratio=0.5", *PAIRED, measure, "measure.heads.out=12")
     objective, teacher = build_objective(recipe)
     image = images()
-    loss, _ = objective(image, SAMPLE, 2, teacher)
+    loss, terms = objective(image, SAMPLE, 2, teacher)
     views = views_of(recipe, image)
     prefix = int("cls" in tokens)
 
@@ -153,7 +153,7 @@ def test_paired_positions_against_the_oracle(tokens, negatives):
     def s(a, b):
         return (a * b).sum() / (a.norm() * b.norm())
 
-    per_image = []
+    per_image, strangers = [], []
     for b in range(3):
         losses = []
         for p in query[b].keys() & key[b].keys():
@@ -168,13 +168,37 @@ def test_paired_positions_against_the_oracle(tokens, negatives):
             logits = torch.stack([s(query[b][p], k) / 0.2 for k in among])
             losses.append(logits.logsumexp(0) - s(query[b][p], key[b][p]) / 0.2)
         per_image.append(torch.stack(losses).mean())
+        strangers += [
+            s(query[b][p], key[g][o])
+            for p in query[b]
+            for g in range(3)
+            for o in key[g]
+            if (g, o) != (b, p)
+            and {"all": True, "position": o == p, "image": g == b}.get(negatives)
+        ]
     expected = torch.stack(per_image).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    if negatives != "byol":
+        torch.testing.assert_close(terms["negative"], torch.stack(strangers).mean().detach())
     ours = torch.autograd.grad(loss, [*objective.parameters()], allow_unused=True)
     theirs = torch.autograd.grad(expected, [*objective.parameters()], allow_unused=True)
     for (name, _), mine, other in zip(objective.named_parameters(), ours, theirs, strict=True):
         if other is not None:
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_symmetric_pairs_are_the_mean_of_both_directions():
+    recipe = tiny_recipe("cmae", "views.mask_ratio=0.5", *PAIRED, "measure.symmetric=true")
+    objective, teacher = build_objective(recipe)
+    loss, _ = objective(images(), SAMPLE, 2, teacher)
+    views = views_of(recipe, images())
+    sides = [
+        objective.measure.paired(
+            objective.measure.query(objective.encoder(*online)), teacher(other), online, other
+        )[0]
+        for online, other in ((views.first, views.second), (views.second, views.first))
+    ]
+    torch.testing.assert_close(loss, sum(sides) / 2)
 
 
 @pytest.mark.parametrize(
