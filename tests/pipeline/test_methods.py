@@ -365,9 +365,26 @@ def test_feature_std_tells_a_collapse():
     assert feature_std(torch.ones(8, 3, 64)) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_feature_std_is_its_formula():
+    z, unit = torch.randn(5, 4, 6), []
+    for tokens in z:
+        mean = tokens[1:].sum(0) / 3
+        unit.append(mean / (mean**2).sum().sqrt())
+    centre = sum(unit) / 5
+    variance = sum((u - centre) ** 2 for u in unit) / 5
+    torch.testing.assert_close(feature_std(z), variance.sqrt().sum() / 6 * math.sqrt(6))
+
+
 def test_teacher_distance():
     objective, teacher = build_objective(tiny_recipe("cmae"))
     assert teacher.distance(objective) == 0.0
+    with torch.no_grad():
+        objective.measure.projector[0].bias += 3.0
+    size = math.sqrt(sum((p.double() ** 2).sum() for p in teacher.parameters()))
+    change = 3.0 * math.sqrt(objective.measure.projector[0].bias.numel())
+    assert teacher.distance(objective) == pytest.approx(change / size, rel=1e-5)
+    with torch.no_grad():
+        objective.measure.projector[0].bias -= 3.0
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.mul_(1.25)

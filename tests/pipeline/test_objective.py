@@ -6,6 +6,7 @@ import torch
 from tiny import DECODER_HEADS, HEADS, METHODS, PATCH, images, tiny_recipe
 
 from pipeline.errors import UserError
+from pipeline.method.heads import feature_std
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
@@ -100,6 +101,16 @@ def test_loss_terms_and_every_gradient_against_the_loop_oracle(name, overrides):
         )
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_measure_reports_the_spread_of_the_first_views_features(name):
+    recipe = tiny_recipe(name)
+    objective, teacher = build_objective(recipe)
+    _, terms = objective(images(), SAMPLE, 2, teacher)
+    views = make_views(images(), SAMPLE, recipe=recipe, epoch=2, patch=PATCH)
+    expected = feature_std(objective.encoder(*views.first))
+    torch.testing.assert_close(terms["feature_std"], expected)
+
+
 def test_rmae_reports_its_terms_apart():
     loss, terms, *_ = both_ways("rmae", "measure.lambda=0.5")
     torch.testing.assert_close(loss.detach(), terms["similarity"] + 0.5 * terms["constraint"])
@@ -142,6 +153,17 @@ def test_teacher_is_the_moving_average_and_gets_no_gradient():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("size", [1, 3, 24])
+def test_slices_of_any_size_hold_every_parameter_once(size, monkeypatch):
+    objective, teacher = build_objective(tiny_recipe("cmae"))
+    monkeypatch.setattr("pipeline.method.teacher.SLICE", size)
+    mine = [p for part, _ in teacher.pairs(objective) for p in part]
+    online = [p for _, part in teacher.pairs(objective) for p in part]
+    assert [id(p) for p in mine] == [id(p) for p in teacher.parameters()]
+    followed = [*objective.encoder.parameters(), *objective.measure.projector.parameters()]
+    assert [id(p) for p in online] == [id(p) for p in followed]
+
+
 def test_teacher_stays_fp32_beside_a_bf16_student():
     objective, teacher = build_objective(tiny_recipe("cmae"))
     objective.bfloat16()
@@ -150,6 +172,7 @@ def test_teacher_stays_fp32_beside_a_bf16_student():
     loss.backward()
     teacher.update(objective, 0.5)
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    assert {p.dtype for p in Teacher(objective).parameters()} == {torch.float32}
 
 
 def test_measures_without_a_teacher_say_so():

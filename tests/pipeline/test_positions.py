@@ -95,7 +95,7 @@ def test_maes_and_learned_tables_are_interpolated_as_by_their_projects(size, tmp
 
 
 def test_a_finetuned_table_of_ours_is_interpolated():
-    table = sincos_position((4, 4), 16)[None] + 0.1 * torch.randn(1, 17, 16)
+    table = sincos_position((4, 4), 16)[None] + 0.01 * torch.randn(1, 17, 16)
     torch.testing.assert_close(
         resize_positions(table, 1, (6, 6), "exact"), bicubic(table, size=(6, 6))
     )
