@@ -75,9 +75,10 @@ def side_at(sizes: Sequence[tuple[int, int]], step: int) -> int:
 
 def shorter_side(image_size: int) -> int:
     """Pixels of the shorter side before an evaluation's centre crop: 256 / 224 of the image size up
-    to 224, above it the image size. Source: facebookresearch/mae, `util/datasets.py` (crop_pct).
+    to 224, rounded down, above it the image size. Source: facebookresearch/mae, `util/datasets.py`
+    (crop_pct).
     """
-    return round(image_size * 256 / 224) if image_size <= 224 else image_size
+    return image_size * 256 // 224 if image_size <= 224 else image_size
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.functional import InterpolationMode
 
-from pipeline.data.crops import Crop
+from pipeline.data.crops import Crop, shorter_side
 from pipeline.data.loader import eval_loader
 from pipeline.data.order import Order
 from pipeline.data.randaugment import RandAugment
@@ -217,6 +217,11 @@ def test_eval_counts_each_sample_once(shards: Path, world: int, batch: int) -> N
         assert len(batches) == len(loader)
         seen += [int(s) for b in batches for s in b.sample]
     assert seen == list(range(40))
+
+
+@pytest.mark.parametrize("size", [32, 96, 160, 224, 256, 384])
+def test_the_shorter_side_is_maes(size: int) -> None:
+    assert shorter_side(size) == int(size / (224 / 256 if size <= 224 else 1.0))
 
 
 def test_eval_crop_is_torchvisions(shards: Path) -> None:
