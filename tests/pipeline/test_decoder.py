@@ -9,6 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from pipeline.config.recipe import DecoderRecipe
 from pipeline.errors import UserError
+from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.decoder import Decoder, DecoderBlock, place_rows, take_rows
 from pipeline.method.interop import _ours, to_mae
 from pipeline.method.objective import build_objective
@@ -79,6 +80,21 @@ def test_decoder_predicts_the_region_only_and_as_the_oracle_does(depth):
     for b in range(2):
         theirs = oracle.decode(weights, z[b], visible[b].tolist(), (3, 5), DECODER_HEADS)
         torch.testing.assert_close(ours[b], theirs[region[b].long()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Decoder, CrossDecoder])
+def test_initialisation_is_maes(kind):
+    recipe = DecoderRecipe(width=128, depth=2, heads=2)
+    decoder = kind(recipe, width=96, patch=4, grid=(3, 5)).requires_grad_(False)
+    for part in decoder.modules():
+        if isinstance(part, torch.nn.Linear):
+            bound = (6 / sum(part.weight.shape)) ** 0.5
+            assert part.weight.abs().max() <= bound
+            assert part.weight.std() == pytest.approx(bound / 3**0.5, rel=0.03)
+            assert not part.bias.any()
+        elif isinstance(part, torch.nn.LayerNorm):
+            assert part.eps == 1e-6
+    assert decoder.mask_token.std() == pytest.approx(0.02, rel=0.25)
 
 
 @pytest.mark.parametrize("rows", [None, torch.tensor([[3, 0], [1, 1]], dtype=torch.int32)])

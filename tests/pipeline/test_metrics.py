@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from pipeline.kernels.philox import words
 from pipeline.method.metrics import cka, gram, hsic, kept_patches, vote
 
 
@@ -38,6 +39,14 @@ def test_kept_patches_are_sorted_and_of_the_right_number():
     assert kept.shape == (50, 12)
     assert (kept.diff(dim=1) > 0).all()
     assert torch.equal(kept_patches(torch.tensor([7]), 16, 0.25, 3)[0], kept[7])
+    assert kept_patches(torch.arange(2), 196, 0.3, 3).shape[1] == 196 - 59  # 58.8 rounded
+
+
+def test_kept_patches_have_a_stream_of_their_own():
+    """77, none that a training draws from: a probe does not show what the mask has shown."""
+    noise = words(torch.tensor([7]), seed=3, epoch=0, stream=77, count=16)[0].tolist()
+    smallest = sorted(sorted(range(16), key=noise.__getitem__)[:12])
+    assert kept_patches(torch.tensor([7]), 16, 0.25, 3)[0].tolist() == smallest
 
 
 def test_votes_count_by_exp_of_cosine():
