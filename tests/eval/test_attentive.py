@@ -86,6 +86,15 @@ def test_logits_and_gradients_are_those_of_the_plain_loop(width, heads):
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_weights_start_small_and_biases_at_zero():
+    torch.manual_seed(0)
+    probe = AttentiveProbe(384, 50)
+    for weight in (probe.query, probe.kv.weight, probe.head.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not probe.kv.bias.any()
+    assert not probe.head.bias.any()
+
+
 def test_schedule_against_its_formula():
     rates = [attentive.learning_rate(2.0, step, 100, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
@@ -93,6 +102,39 @@ def test_schedule_against_its_formula():
     assert rates[55] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90))
     assert attentive.learning_rate(2.0, 0, 1, 0.0) == 2.0
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (1, 7)])
+def test_micro_batches_add_up_to_the_mean_loss_of_the_batch(sizes):
+    s = Settings("", "", batch_size=8, steps=4, rates=(1e-3,), decays=(0.0,))
+    heads = Heads(16, 3, s, torch.device("cpu"))
+    torch.manual_seed(0)
+    tokens, label = torch.randn(8, 4, 16), torch.arange(8) % 3
+    expected = torch.nn.functional.cross_entropy(heads.probes[0](tokens), label)
+    (slope,) = torch.autograd.grad(expected, heads.probes[0].head.weight)
+    micro = zip(tokens.split(sizes), label.split(sizes), strict=True)
+    torch.testing.assert_close(heads.step(0, micro, ALONE)[0], expected.detach())
+    torch.testing.assert_close(heads.probes[0].head.weight.grad, slope)
+
+
+def test_training_crops_are_those_of_supervised_training(home, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(config, *_):
+        assert (config.crop.scale, config.crop.flip) == ((0.08, 1.0), True)
+        raise Asked
+
+    monkeypatch.setattr(attentive, "train_loader", ask)
+    args = parse(home)
+    with pytest.raises(Asked):
+        next(
+            attentive.training_tokens(session_of(args, ALONE), settings_of(Settings, args), "here")
+        )
+
+
+def test_a_tenth_of_the_images_is_held_out():
+    assert [attentive.held_out_count(n) for n in (3, 94, 96, 1000)] == [1, 9, 10, 100]
 
 
 def test_it_finds_what_a_mean_of_the_patches_loses():

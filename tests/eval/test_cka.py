@@ -43,6 +43,12 @@ def evaluate(home: Path, *more: str, ranks: Ranks = ALONE) -> dict:
     return cka.evaluate(settings_of(cka.Settings, args), session_of(args, ranks))
 
 
+def test_defaults_are_those_of_the_figure(home: Path) -> None:
+    s = settings_of(cka.Settings, parse(home))
+    assert s.mask_ratios == pytest.approx((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9))
+    assert (s.pool, s.hsic, s.batch_size, s.images) == ("kept-in-both", "unbiased", 256, 0)
+
+
 def by_loops(first: Tensor, second: Tensor) -> float:
     """Unbiased HSIC as a U-statistic: the mean over all ordered quadruples of distinct images."""
     k, m = (first @ first.T).tolist(), (second @ second.T).tolist()
