@@ -161,11 +161,12 @@ def test_learning_rate_at_given_steps() -> None:
 def test_either_mixup_or_cutmix_changes_every_batch() -> None:
     mix = augment.make_mixup(mixup=0.8, cutmix=1.0, smoothing=0.1, classes=4)
     label = torch.tensor([0, 1, 2, 3])
-    kinds = []
+    kinds, unchanged = [], 0
     for seed in range(60):
         seed_all(seed)
         pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 8, 8).contiguous()
-        mixed, target = mix(pixels, label)
+        mixed, target = mix(pixels.clone(), label)
+        unchanged += torch.equal(mixed, pixels)
         torch.testing.assert_close(target.sum(1), torch.ones(4))
         values = mixed[0].unique()
         # Cutmix keeps pure pixels (0 or 3), mixup blends all of them alike.
@@ -173,6 +174,9 @@ def test_either_mixup_or_cutmix_changes_every_batch() -> None:
         share = mixed[0, 0].mean() / 3  # of the partner, image 3
         smooth = 0.9 * torch.tensor([1 - share, 0, 0, share]) + 0.025
         torch.testing.assert_close(target[0], smooth, rtol=1e-4, atol=1e-4)
+        # All images of a batch share one draw.
+        torch.testing.assert_close(target[1], smooth[[1, 0, 3, 2]], rtol=1e-4, atol=1e-4)
+    assert unchanged < 6  # boxes of no pixel
     assert 15 < kinds.count("cutmix") < 45
     plain = augment.make_mixup(mixup=0.0, cutmix=0.0, smoothing=0.1, classes=4)
     pixels = torch.randn(4, 3, 8, 8)
@@ -206,8 +210,14 @@ def test_erasing_takes_a_quarter_of_the_images() -> None:
     assert erase is not None
     seed_all(0)
     pixels = erase(torch.full((2000, 3, 8, 8), 9.0))
-    changed = (pixels != 9).flatten(1).any(1).float().mean().item()
-    assert changed == pytest.approx(0.25, abs=0.04)
+    erased = (pixels != 9).any(1)
+    assert erased.flatten(1).any(1).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    # One rectangle, of normal noise that differs from pixel to pixel.
+    box = erased.any(2).sum(1) * erased.any(1).sum(1)
+    assert torch.equal(box, erased.sum((1, 2)))
+    noise = pixels[pixels != 9]
+    assert noise.mean().abs() < 0.05
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
     assert augment.make_erasing(0.0, torch.device("cpu")) is None
 
 
