@@ -76,6 +76,7 @@ def test_defaults_are_the_protocol() -> None:
         "epochs": 100, "warmup_epochs": 5, "batch_size": 1024, "base_lr": 1e-3, "min_lr": 1e-6,
         "weight_decay": 0.05, "layer_decay": 0.75, "drop_path": 0.1, "erasing": 0.25,
         "randaugment": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+        "crop_area": 0.08,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -194,6 +195,7 @@ def test_rand_augment_is_done_by_the_loader(home: Path) -> None:
             words = arguments(home, home / "x.json", "--randaugment", policy, "--workers", workers)
             s, session = asked(words)
             run = finetune.Finetuning(s, finetune.plan_training(s, home, ALONE), session)
+            assert run.run_plan.optimizer.betas == (0.9, 0.999)
             batches = [next(iter(run.loader(step))) for step in (0, 4)]
             images[policy, workers] = [(b.sample, b.image) for b in batches]
             run.engine.destroy()

@@ -138,6 +138,35 @@ def test_lars_follows_the_plain_formula_and_exempts_biases() -> None:
         torch.testing.assert_close(probe.bias[head].double(), biases[head], rtol=1e-4, atol=1e-7)
 
 
+def test_weights_that_are_zero_learn_by_the_plain_rate() -> None:
+    under_test = training((0.1,), steps=1, batch=256)
+    with torch.no_grad():
+        under_test.probe.weight.zero_()
+    slope = torch.randn(1, 5, 8)
+    under_test._update(10, slope, torch.zeros(1, 5))  # the peak, 0.1
+    torch.testing.assert_close(under_test.probe.weight.detach(), -0.1 * slope)
+
+
+def test_a_tenth_is_held_out_of_the_images_that_are_kept() -> None:
+    kept, out = linprobe.held_out(96, linprobe.HELD_OUT, seed=3)
+    assert len(out) == 10  # 9.6, rounded
+    assert sorted([*kept.tolist(), *out.tolist()]) == list(range(96))
+
+
+def test_training_crops_show_8_to_100_percent(home: Path, monkeypatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(config, *_):
+        assert (config.crop.scale, config.crop.flip) == ((0.08, 1.0), True)
+        raise Asked
+
+    monkeypatch.setattr(linprobe, "train_loader", ask)
+    s = settings(home)
+    with pytest.raises(Asked):
+        next(linprobe.global_features(session(home), s, linprobe_plan.make_plan(s, 1), 0))
+
+
 def test_probe_has_plain_batch_norm_and_small_weights() -> None:
     probe = Probe(96, 400, heads=2, seed=3)
     assert probe.norm.weight is None
