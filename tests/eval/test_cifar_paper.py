@@ -197,6 +197,8 @@ def test_every_method_has_the_same_trials_on_held_out_images(data, tmp_path):
         assert f"seed={SEED}" in words or f"--seed {SEED}" in words
     rates = {recipe_of(job).optimizer.base_lr for job in pretrained}
     assert rates == {5e-4, 1.5e-3, 4.5e-3}
+    for job in pretrained:  # of every length an eighth warms up
+        assert recipe_of(job).optimizer.warmup_epochs == recipe_of(job).optimizer.epochs / 8
     mae = [job for job in second if job.name.endswith(" MAE")]
     assert all("lr-0.0015/mae-1000" in " ".join(job.command) for job in mae)
     assert len(unique([*first, *second])) == len(first) + len(second)

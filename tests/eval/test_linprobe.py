@@ -34,6 +34,7 @@ from torch import nn
 from eval import linprobe
 from eval.shared import linprobe_plan
 from eval.shared.command import run_command
+from eval.shared.features import normalise
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import count_correct
 from eval.shared.options import settings_of
@@ -248,6 +249,13 @@ def test_features_are_those_of_the_evaluation_crop(home: Path) -> None:
         error = (feature[number] - tokens[1:].mean(0)).abs().max() / tokens.abs().max()
         assert error < 0.05  # resizing 8-bit pixels rounds
     assert label.tolist() == expected_label.tolist()
+
+
+def test_pixels_are_normalised_channel_by_channel() -> None:
+    image = torch.tensor([[[[0, 51, 255]]]], dtype=torch.uint8)
+    pixels = normalise(image, (0.5, 0.1, 0.25), (0.25, 0.5, 2.0), torch.device("cpu"))
+    expected = torch.tensor([-0.5 / 0.25, (0.2 - 0.1) / 0.5, (1 - 0.25) / 2.0])
+    torch.testing.assert_close(pixels[0, :, 0, 0], expected)
 
 
 def test_encoder_is_frozen_and_random_differs(home: Path, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from statistics import mean
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, false_discovery_control, ttest_1samp, ttest_rel
+from scipy.stats import bootstrap, false_discovery_control, nct, t, ttest_1samp, ttest_rel
 
 from eval.paper.claims import Difference, correct, judge
 from eval.paper.significance import (
+    _resamples,
     bootstrap_interval,
     holm,
     interval,
@@ -43,6 +44,11 @@ def test_the_bootstrap_lists_every_resample_of_few_values():
     expected = np.quantile(means, [0.025, 0.975])
     assert bootstrap_interval(values) == pytest.approx(tuple(expected))
     assert bootstrap_interval([5.0]) == (float("-inf"), float("inf"))
+
+
+def test_resamples_of_up_to_six_values_are_listed():
+    assert _resamples(6).shape == (6**6, 6)
+    assert _resamples(7).shape == (10_000, 7)
 
 
 def test_the_bootstrap_of_more_values_is_scipys():
@@ -145,6 +151,11 @@ def test_power_is_that_of_simulated_studies(effect, n):
     assert power(effect, n, 0.05) == pytest.approx(found, abs=0.012)
 
 
+def test_power_is_the_noncentral_t_as_long_as_that_has_digits():
+    quantile, shift = t.ppf(0.975, 1), 10 * math.sqrt(2)
+    assert power(10, 2, 0.05) == pytest.approx(nct.sf(quantile, 1, shift), rel=1e-6)
+
+
 def test_two_values_far_from_0_are_not_sure_at_a_small_level():
     """One degree of freedom: Student's t is Cauchy's, and the deviation half normal."""
     shift, level = 200 * math.sqrt(2), 0.05 / 28
@@ -167,6 +178,9 @@ def test_seeds_needed():
     assert seeds_needed([1.0]) is None
     assert seeds_needed([1.0, 1.0]) == 2
     assert seeds_needed([5.0, 5.001]) == 2
+    one = math.sqrt(0.5)  # so that the deviation is 1
+    assert seeds_needed([0.1 - one, 0.1 + one]) == pytest.approx((1.96 + 0.84) ** 2 / 0.01, abs=6)
+    assert seeds_needed([0.05 - one, 0.05 + one]) is None  # over a thousand
     assert seeds_needed([1.0, 3.0], 0.001) > seeds_needed([1.0, 3.0], 0.05)
 
 
