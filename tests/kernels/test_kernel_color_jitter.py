@@ -173,6 +173,13 @@ def test_parameters_follow_their_distributions():
     assert ((counts - 20_000 / 24) ** 2 / (20_000 / 24)).sum() < 49.7  # 23 degrees, p = 0.001
 
 
+def test_a_strength_above_one_draws_from_zero_on():
+    sample = torch.arange(2000)
+    factor = kernels.jitter_parameters(sample, seed=0, epoch=0, view=1, brightness=1.5)[0][:, 0]
+    assert 0 <= factor.min() < 0.02
+    assert 2.48 < factor.max() <= 2.5
+
+
 def test_the_two_views_are_jittered_differently():
     sample = torch.arange(8)
     first, second = (kernels.jitter_parameters(sample, seed=0, epoch=0, view=v)[0] for v in (0, 1))
