@@ -267,6 +267,13 @@ def test_crops_have_torchvisions_distribution() -> None:
     assert 430 < sum(flips) < 570
 
 
+def test_crops_reach_both_borders_and_ratios_are_log_uniform() -> None:
+    quarter = Crop(image_size=2, scale=(0.25, 0.25), ratio=(0.25, 4.0))
+    for place, corner in ((0.0, 0), (0.34, 1), (0.67, 2), (0.99, 2)):
+        box, _ = quarter.choose([0.5] * 20 + [place, place, 0.5])(4, 4)
+        assert (box.left, box.top, box.right, box.bottom) == (*[corner] * 2, *[corner + 2] * 2)
+
+
 def test_the_same_sample_gets_another_crop_in_another_epoch(shards: Path) -> None:
     batches = load(shards)
     first = {int(k): i for s in range(5) for i, k in zip(batches[s][0], batches[s][1], strict=True)}
