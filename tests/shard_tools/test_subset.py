@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from shard_samples import image_tree, jpeg, tar_of, tars_of
 from shard_tools.index_shards import main as index_shards
 from shard_tools.make_shards import main as make_shards
 from shard_tools.manifest import Manifest, read_manifest
-from shard_tools.subset import main, write_subset
+from shard_tools.subset import main, ranks, write_subset
 from shard_tools.verify_shards import verify
 
 COUNTS = {"n1": 40, "n2": 21, "n3": 4, "n4": 10}
@@ -32,6 +33,11 @@ def parent(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = [str(tree), str(dest), "--shard-size", "60KiB", "--workers", "1"]
     assert make_shards(arguments) == 0
     return dest
+
+
+def test_the_draw_of_a_seed_never_changes() -> None:
+    names = SimpleNamespace(names=["a/1.jpg", "b/2.jpg"], samples=2)
+    assert ranks(names, 3).tolist() == [2297179218264463289, 11305522512721041880]
 
 
 def take(parent: Path, dest: Path, *options: str) -> Manifest:
@@ -97,6 +103,8 @@ def test_the_four_ways_to_take_a_count(parent: Path, tree: Path, tmp_path: Path)
     larger = take(parent, tmp_path / "larger", "--count", "12", "--choose", "random")
     assert set(random.names) < set(larger.names)  # 1, 10, 100 … images: each holds the one before
     assert set(random.names) != set(first.names)
+    every = take(parent, tmp_path / "every", "--count", "40", "--choose", "one-class")
+    assert every.samples == 40  # a class of so many is large enough
     single = take(parent, tmp_path / "single", "--count", "20", "--choose", "one-class")
     assert len(classes_of(single)) == 1
     assert set(classes_of(single)) <= {"n1", "n2"}  # the others are too small
