@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from shard_tools.atomic import write_json
 FAILED = "failed.txt"  # in the folder of the ops: why they could not be compiled
 MADE_OF = "made_of.json"  # in the folder of an op: what it was compiled from, and for
 STARTED = time.time()  # of this process, about
+SOON = 3.0  # seconds; what takes longer is said
 OLD = 1800  # seconds after which a lock of torch's is nobody's, where ours cannot be had
 
 _problem = "they are not loaded"  # why this process has no fused ops; "": it has
@@ -118,10 +120,10 @@ def _load_op(folder: Path, builder: Any) -> None:
     made_of = _made_of(builder, architectures)
     if _load_compiled(folder, builder, made_of):
         return
-    if not any(folder.glob(f"{builder.NAME}/*.so")):
-        print(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)",
-              file=sys.stderr, flush=True)  # fmt: skip
-    with compiling_for(architectures) if architectures else contextlib.nullcontext():
+    with (
+        _saying(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)"),
+        compiling_for(architectures) if architectures else contextlib.nullcontext(),
+    ):
         _quietly(builder.load)
     write_json(folder / builder.NAME / MADE_OF, made_of)
 
@@ -140,7 +142,8 @@ def _made_of(builder: Any, architectures: str | None) -> dict[str, Any]:
     """
     import deepspeed
 
-    sources = [Path(builder.deepspeed_src_path(name)) for name in builder.sources()]
+    # Resolved: an environment that is reached by two paths, a link's perhaps, is one.
+    sources = [Path(builder.deepspeed_src_path(name)).resolve() for name in builder.sources()]
     return {
         "versions": [deepspeed.__version__, torch.__version__, platform.python_version()],
         "sources": [[str(path), path.stat().st_mtime_ns] for path in sources],
@@ -212,12 +215,27 @@ def _alone(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder of ops; False where its file system has none."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "ranks.lock", "a") as file:
+        text = f"waiting for another process, which compiles DeepSpeed's ops in {folder}"
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # once per host
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            with _saying(text) if first else contextlib.nullcontext():
+                fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError:
             yield False
             return
         yield True
+
+
+@contextlib.contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """Say on stderr what takes longer than SOON."""
+    timer = threading.Timer(SOON, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _remove_locks(folder: Path, age: float) -> None:

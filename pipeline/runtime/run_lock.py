@@ -56,9 +56,10 @@ class RunLock:
             raise UserError(
                 f"{folder}: another run holds this folder ({holder}); {advice}"
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        with naming(folder / "lock", UNWRITABLE):  # a full disk
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
 
     def release(self) -> None:
         """Free the folder."""

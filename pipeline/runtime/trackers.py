@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ class TensorBoard:
     def __init__(self, output: Path, first: int, settings: Mapping[str, Any]) -> None:
         # Points carry the number of finished steps, so the first that is void is first + 1, also
         # where a run starts again before its first checkpoint.
+        threading.excepthook = _but_tensorboards
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first + 1)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -203,6 +205,13 @@ def step_of(row: str) -> float:
         return int(json.loads(row)["step"]) if row.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def _but_tensorboards(args: threading.ExceptHookArgs) -> None:
+    """Python's report of an exception that ends a thread. What ends TensorBoard's (a full disk) is
+    raised at its next event and said there."""
+    if type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 def _run_ids(output: Path) -> dict[str, str]:

@@ -186,6 +186,23 @@ def test_ranks_that_start_together_compile_once(folder):
     assert (folder / "fake_op/builds").read_text() == "built\n"
 
 
+def test_a_start_that_waits_for_the_ops_of_another_process_says_so(folder, monkeypatch, capfd):
+    folder.mkdir()
+    monkeypatch.setattr(ops, "SOON", 0.1)
+    hold = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+        "print(flush=True); time.sleep(1)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / "ranks.lock")], stdout=subprocess.PIPE
+    ) as holder:
+        holder.stdout.readline()
+        assert ops.prepare() == ["fake_op"]
+    waiting, compiling = capfd.readouterr().err.splitlines()
+    assert waiting == f"waiting for another process, which compiles DeepSpeed's ops in {folder}"
+    assert compiling == "compiling DeepSpeed's fake_op, once for this machine (minutes)"
+
+
 def test_ops_of_an_older_set_up_are_not_compiled_again(folder, tmp_path):
     (tmp_path / "fake_op").mkdir()
     (tmp_path / "fake_op/op.so").touch()
@@ -228,6 +245,17 @@ def test_an_op_of_an_earlier_start_is_loaded_and_not_compared(compiled, library)
     assert again(compiled) == 1
     assert library == [compiled / "fake_op.so"]
     assert OpBuilder._loaded_ops["fake_op"].__file__ == str(compiled / "fake_op.so")
+
+
+def test_an_environment_that_is_reached_by_a_link_has_the_same_ops(
+    compiled, library, monkeypatch, tmp_path
+):
+    (tmp_path / "link").symlink_to(Path(__file__).parent)
+    monkeypatch.setattr(
+        Builder, "deepspeed_src_path", lambda self, path: tmp_path / "link" / Path(path).name
+    )
+    assert again(compiled) == 1
+    assert library
 
 
 @pytest.mark.parametrize(

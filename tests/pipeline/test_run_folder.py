@@ -116,6 +116,21 @@ def test_a_read_only_output_is_a_sentence(tmp_path):
     assert "--output cannot be written (" in done.stdout
 
 
+def test_a_full_disk_at_the_start_is_a_sentence(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; from pipeline.errors import UserError\n"
+        "from pipeline.runtime.run_lock import claim\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # files stay empty
+        "try: claim(Path(sys.argv[1]), 'auto')\n"
+        "except UserError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run"], capture_output=True, text=True
+    )
+    assert done.stdout == f"{tmp_path}/run/lock: --output cannot be written (File too large)\n"
+    assert done.stderr == ""
+
+
 def test_where_to_go_on(tmp_path):
     recipe = tiny_recipe("mae")
     assert claim(tmp_path, "auto")[1] is None

@@ -86,6 +86,22 @@ def test_a_tracker_that_fails_costs_its_curves_only(told, tmp_path, monkeypatch,
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_full_disk_under_tensorboard_is_no_traceback_of_its_thread(tmp_path):
+    code = (
+        "import resource, signal, sys, time; from pathlib import Path\n"
+        "from pipeline.runtime.trackers import Trackers\n"
+        "opened = Trackers(['tensorboard'], Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "for step in range(1, 500): opened.scalars({'loss/loss': 1.0}, step)\n"
+        "opened.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    assert done.stdout == "warning: tensorboard is incomplete: [Errno 27] File too large\n"
+
+
 def test_a_full_disk_is_said_once(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device")
