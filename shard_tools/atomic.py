@@ -103,8 +103,11 @@ def verify(folder: Path, content: Collection[str] | None = None) -> None:
     content: names of the files whose sha256 is computed (None: all); of the others the size counts.
     """
     try:
-        files = json.loads((folder / FILES).read_text())
-    except (OSError, ValueError) as error:  # no JSON, or no text
+        listed = json.loads((folder / FILES).read_text())
+        files = {name: (size, digest) for name, (size, digest) in listed.items()}
+        if not files:
+            raise ValueError("it lists nothing")
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # no JSON, text or list
         raise UserError(f"{folder}: {FILES} cannot be read ({error})") from None
     for name, (size, digest) in files.items():
         path = folder / name

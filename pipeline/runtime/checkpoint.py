@@ -55,6 +55,7 @@ class CheckpointStore:
         for path in reversed(found):
             try:
                 verify(path, content)
+                _check_step(path)
             except UserError as error:
                 if path == found[0]:
                     raise UserError(
@@ -74,7 +75,7 @@ class CheckpointStore:
         meta: JSON for state.json, without the step. Raises SaveError on every rank if the disk is
         full or a write fails; what was half written is removed.
         """
-        name = f"step-{step:08d}"
+        name = step_name(step)
         temporary = self.folder / f".{name}"
         _on_first_rank(self.remove_leftovers)
         problem = write(temporary)
@@ -121,10 +122,22 @@ class CheckpointStore:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def step_name(step: int) -> str:
+    """The name of the checkpoint after `step` steps."""
+    return f"step-{step:08d}"
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint, older keys under their present names."""
     state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     return {_RENAMED.get(key, key): value for key, value in state.items()}
+
+
+def _check_step(path: Path) -> None:
+    """UserError where a checkpoint has the name of another step: renamed to a later one it would
+    stay the newest, from which every start would begin."""
+    if step_name(step := read_state(path)["step"]) != path.name:
+        raise UserError(f"{path}: holds step {step}; rename it to {step_name(step)}")
 
 
 def _on_first_rank(write: Callable[[], None]) -> None:

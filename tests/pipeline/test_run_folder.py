@@ -215,7 +215,10 @@ def test_data_are_the_same_wherever_they_lie_and_others_where_a_byte_differs(sha
     assert len({data_identity(m) for m in (train, *others)}) == 4
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "list", "bytes"])
+LISTS = {"cut": b"{", "bytes": b"\xff\xfe", "empty": b"{}", "list": b"[]", "null": b'{"a": null}'}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", *LISTS])
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_path, capsys):
     recipe = tiny_recipe("mae")
     good = fake_checkpoint(tmp_path, 10, recipe)
@@ -230,13 +233,21 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_taken(damage, tmp_pa
     elif damage == "remove":
         weights.unlink()
     else:
-        (bad / FILES).write_bytes(b"{" if damage == "list" else b"\xff\xfe")
+        (bad / FILES).write_bytes(LISTS[damage])
     with pytest.raises(UserError, match="step-00000020"):
         verify(bad)
     assert CheckpointStore(tmp_path).newest() == good
     printed = capsys.readouterr().out
     assert "step-00000020" in printed
     assert "falling back to the previous checkpoint" in printed
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_the_newest(tmp_path, capsys):
+    recipe = tiny_recipe("mae")
+    fake_checkpoint(tmp_path, 10, recipe)
+    fake_checkpoint(tmp_path, 20, recipe).rename(tmp_path / "checkpoints/step-00000030")
+    assert CheckpointStore(tmp_path).newest().name == "step-00000010"
+    assert "step-00000030: holds step 20; rename it to step-00000020;" in capsys.readouterr().out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path, capsys):
