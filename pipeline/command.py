@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, TypeVar
 
-from pipeline.errors import UserError, mend_streams, reader_may_leave, refuse
+from pipeline.errors import UserError, mend_streams, reachable, reader_may_leave, refuse
 from shard_tools.home import expand_words
 
 T = TypeVar("T")
@@ -91,7 +91,8 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
         if ranks:
             check_environment()
         if alone():
-            check(args)
+            with reachable():
+                check(args)
     except UserError as error:
         sys.exit(refuse(error))
     gc.disable()
@@ -121,8 +122,10 @@ def run_main(main: Callable[[], int]) -> NoReturn:
     imported()
     mend_streams()
     try:
-        with reader_may_leave():
+        with reader_may_leave(), reachable():
             code = main()
+    except UserError as error:
+        code = refuse(error)
     except KeyboardInterrupt:
         print("error: stopped by SIGINT", file=sys.stderr)
         code = 128 + signal.SIGINT

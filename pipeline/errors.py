@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import math
 import os
@@ -72,6 +73,25 @@ def naming(path: str | PathLike[str], what: str = "cannot be read or written") -
     except OSError as error:
         where = error.filename or path
         raise UserError(f"{where}: {what} ({reason(error, str(where))})") from error
+
+
+# Of a path that cannot even be looked at: a name that is too long, a folder that may not be
+# entered, a disk or a mount that fails.
+_UNREACHABLE = (
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def reachable() -> Iterator[None]:
+    """An OSError of a path that cannot be looked at becomes a UserError that names it; for a whole
+    command, since any path that it is given can be such a one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNREACHABLE or not isinstance(error.filename, str):
+            raise
+        raise UserError(f"{error.filename}: cannot be read or written ({reason(error)})") from error
 
 
 def reason(error: BaseException, name: str = "") -> str:

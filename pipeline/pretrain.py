@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.command import alone, check_environment, interrupt_quietly
 from pipeline.config.recipe import RECIPES
-from pipeline.errors import PREEMPTED, UserError, mend_streams, refuse
+from pipeline.errors import PREEMPTED, UserError, mend_streams, reachable, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.late import uncollected
 from pipeline.runtime import startup
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = parse_args(argv)
         check_environment()
         if alone():  # several ranks check their input together, in setup
-            preflight(settings)
+            with reachable():
+                preflight(settings)
     except UserError as error:
         return refuse(error)
     startup.done("input")

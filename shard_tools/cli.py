@@ -19,6 +19,7 @@ from pipeline.errors import (
     mend_streams,
     mute_where_reader_left,
     naming,
+    reachable,
     reader_may_leave,
     refuse,
 )
@@ -77,7 +78,7 @@ def run(command: Callable[[Any], int], options: Any) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths that are no UTF-8, as on stderr
     try:
-        with reader_may_leave():
+        with reader_may_leave(), reachable():
             return command(options)
     except UserError as error:
         return refuse(error)

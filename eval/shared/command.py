@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from pipeline.command import imported
-from pipeline.errors import UserError, mend_streams, reader_may_leave, refuse
+from pipeline.errors import UserError, mend_streams, reachable, reader_may_leave, refuse
 from shard_tools.cli import Stopped
 from shard_tools.home import expand_words
 
@@ -22,7 +22,7 @@ def run_command(main: Callable[[], None]) -> None:
     mend_streams()
     joined = _joined()  # before, by whoever calls it in a process of theirs
     try:
-        with _explaining(), reader_may_leave():
+        with _explaining(), reader_may_leave(), reachable():
             sys.argv[1:] = expand_words(sys.argv[1:])
             main()
     except UserError as error:

@@ -14,7 +14,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.crops import side_at
 from pipeline.data.fixed import Fixed, fixed_images
 from pipeline.distributed import StopSignal, any_rank, lost_contact
-from pipeline.errors import PREEMPTED, UserError, refuse
+from pipeline.errors import PREEMPTED, UserError, reachable, refuse
 from pipeline.gpu_errors import cuda_fault, nccl_fault
 from pipeline.method.pictures import draw
 from pipeline.runtime import startup
@@ -39,7 +39,8 @@ def pretrain(settings: Settings) -> int:
         return refuse(error)
     startup.done("ranks and fused ops")
     try:
-        run = setup(settings, ranks)
+        with reachable():
+            run = setup(settings, ranks)
     except UserError as error:
         # Once per host, since a fault may be of one host only.
         who = f" (rank {ranks.rank} on {socket.gethostname()})" if ranks.rank else ""

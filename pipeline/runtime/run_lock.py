@@ -18,7 +18,7 @@ UNWRITABLE = "--output cannot be written"
 
 def check_output(folder: Path) -> None:
     """UserError where a run could not be written to a folder. Nothing is made."""
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):  # False where it cannot be known
         raise UserError(f"{folder}: is a file; --output is a folder")
     check_writable(folder, folder=True, what=UNWRITABLE)
 

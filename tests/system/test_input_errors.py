@@ -27,6 +27,8 @@ NO_MODEL = "is not a timm model; did you mean vit_base_patch16_224?"
 NO_WEIGHTS = "cannot be read as a file of weights"
 NO_ENCODER = "no exported encoder there"
 UNWRITABLE = "/proc/none/x"  # for root too
+LONG = "x" * 300  # a name that no file can have
+TOO_LONG = "(File name too long)"
 
 # DeepSpeed's configuration, by name.
 CONFIGS = {
@@ -45,6 +47,8 @@ CONFIGS = {
 ENCODERS = [
     ("--encoder {none}", "/none: no such file or folder"),
     ("--encoder {empty}", NO_ENCODER),
+    (f"--encoder {LONG}", TOO_LONG),
+    (f"--encoder {{run}} --output {LONG}", TOO_LONG),
     ("--encoder {text}", NO_WEIGHTS),
     ("--encoder timm:vit_bose_patch16_224", NO_MODEL),
     ("--encoder random", "random does not say its architecture"),
@@ -104,6 +108,7 @@ def pretraining(*cases):
 
 CASES = {
     **pretraining(
+        *((f"--{key} {LONG}", TOO_LONG) for key in ("output", "recipe", "ds_config", "init")),
         ("--set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         ("--set encoder.image_size=17", "17 is not divisible by the patch size 4"),
         ("--set encoder.image_size=1028", "an image has 66049 patches; at most 65535"),
@@ -293,6 +298,7 @@ CASES = {
     ],
     "eval/demo.py": [
         ("--ranks 3", "--ranks 3: must be a divisor of 8"),
+        (f"--output {{new}} --data {LONG}", TOO_LONG),
         ("--set encoder.arh=x --output {new} --data {new}", "unknown key 'encoder.arh'"),
         ("--set encoder.arch=vit_bose_patch16_224 --output {new} --data {new}", NO_MODEL),
         ("--train 3 --output {new} --data {new}", "--train 3: must be at least 16"),
@@ -333,6 +339,7 @@ CASES = {
         ("{run} --format timm {run}/encoder/encoder.safetensors", "is in encoder/ of a run"),
     ],
     "pipeline/estimate.py": [
+        (f"--recipe {LONG}", TOO_LONG),
         ("--recipe mea", "did you mean mae?"),
         ("--recipe mae --set encoder.arch=vit_bose_patch16_224", NO_MODEL),
         ("--recipe mae --set encoder.image_size=225", "225 is not divisible by the patch size 16"),
@@ -351,6 +358,7 @@ CASES = {
     "pipeline/doctor.py": [("--nonsense", "unrecognized arguments: --nonsense")],
     "shard_tools/make_shards.py": [
         ("{none} {new}", "/none: no such file or folder"),
+        (f"{{images}} {LONG}", TOO_LONG),
         ("{empty} {new}", "empty: "),
         ("{images} {text}", "text: cannot be written (Not a directory)"),
         (f"{{images}} {UNWRITABLE}", "cannot be written"),
