@@ -867,7 +867,7 @@ def test_an_archive_keeps_what_a_page_needs(tmp_path):
         knn = json.loads((folder / "mae-0/eval/knn.json").read_text())
         assert knn["top1"] == 12.3456789  # claims hang on the digits of results
     (tmp_path / "a.tar.xz").write_bytes(b"no tar")
-    with pytest.raises(UserError, match=r"a\.tar\.xz: no archive of runs"):
+    with pytest.raises(UserError, match=r"a\.tar\.xz: not an archive of runs"):
         rebuild(tmp_path / "a.tar.xz")
     with pytest.raises(UserError, match="absent: no such file"):
         rebuild(tmp_path / "absent")
@@ -1068,7 +1068,7 @@ def test_what_cannot_be_restored_leaves_nothing(data, tmp_path):
     (tmp_path / "odd.tar.xz").write_bytes(odd)
     for name, sentence in (
         ("odd", "study.json/a: cannot be unpacked (Not a directory)"),
-        ("bad", "bad.tar.xz: no archive of runs"),
+        ("bad", "bad.tar.xz: not an archive of runs"),
         ("absent", "absent.tar.xz: cannot be read"),
         ("nothing", "nothing.tar.xz: has no study.json, so it is not of eval/cifar_paper.py"),
         ("other", "other.tar.xz: was made with another tuned"),

@@ -323,7 +323,7 @@ def test_a_micro_batch_that_leaves_no_negative_is_refused(name, changes, least):
     if least == 1:
         assert plan_recipe(config, recipe, world=1).micro_batch == 1
         return
-    with pytest.raises(UserError, match="those of all ranks are 1: at least 2 are needed"):
+    with pytest.raises(UserError, match="over all ranks it has 1, and at least 2 are needed"):
         plan_recipe(config, recipe, world=1)
     assert plan_recipe(config, recipe, world=2).micro_batch == 1
 

@@ -494,18 +494,20 @@ def test_docs_gpu_tells_of_the_h200_what_its_result_has():
     unfinished = [n for n, row in found.items() if row["status"].startswith("failed: not done")]
     shipped = "mae, compiled, graphs"
     for words in (
-        f"{speed[shipped]} images/s of 256, {ratio[f'{shipped} / facebookresearch/mae']:.2f} times "
-        f"facebookresearch/mae's, {ratio[f'{shipped} / plain MAE, compiled']:.2f} times a plain",
+        f"{speed[shipped]} images/s at batch 256: "
+        f"{ratio[f'{shipped} / facebookresearch/mae']:.2f} times facebookresearch/mae's model, and "
+        f"{ratio[f'{shipped} / plain MAE, compiled']:.2f} times a plain",
         f"({speed['mae']} and {speed['facebookresearch/mae']})",
         f"{found['kernels']['tests']} kernel tests",
-        f"The time for {', '.join(f'`{n}`' for n in unfinished[:-1])} and `{unfinished[-1]}` was",
-        f"placing {share['place_tokens']} %, cutmix {share['cutmix']} %, the loss {loss[0]} to "
-        f"{loss[-1]} %",
+        f"The time limits of {', '.join(f'`{n}`' for n in unfinished[:-1])} and "
+        f"`{unfinished[-1]}` ended",
+        f"placing reaches {share['place_tokens']} % of its speed, cutmix {share['cutmix']} %, the "
+        f"loss {loss[0]} to {loss[-1]} %",
         f"take {min(masks)} to {max(masks)} µs",
-        f"an empty kernel {floor['empty, 256 programs']:.1f} and one that stores a word "
+        f"an empty kernel {floor['empty, 256 programs']:.1f}, and one that stores a word "
         f"{floor['one store, 256 programs']:.1f}",
-        f"took {parts['sum of 800 × 512 in PyTorch, and its cast']:.0f} µs for it",
-        f"does it now {parts['sum_partials of 800 × 512, 16 warps']:.1f}.",
+        f"a cast that took {parts['sum of 800 × 512 in PyTorch, and its cast']:.0f} µs",
+        f"a kernel of our own now takes {parts['sum_partials of 800 × 512, 16 warps']:.1f}.",
         f"{parts['place_tokens_backward, 4 rows, 16 samples']:.1f} µs instead of "
         f"{parts['place_tokens_backward, 8 rows, 8 samples']:.1f}",
     ):
