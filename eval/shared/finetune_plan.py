@@ -21,7 +21,7 @@ from pipeline.config.ds_config import (
     set_precision,
 )
 from pipeline.config.schedules import warmup_cosine
-from pipeline.config.schema import OptimizerRecipe, augmentation
+from pipeline.config.schema import LARGEST_RATE, OptimizerRecipe, augmentation
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, check_range
 from shard_tools.cli import counted
@@ -219,7 +219,7 @@ def check(s: Settings, world: int) -> None:
         check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
     for name in ("mixup", "cutmix", "weight_decay", "min_lr"):
         check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=0)
-    check_range("--base-lr", s.base_lr, above=0)
+    check_range("--base-lr", s.base_lr, above=0, at_most=LARGEST_RATE)
     check_range("--stop-epoch", s.stop_epoch, above=0)
     check_range("--layer-decay", s.layer_decay, above=0, at_most=1)
     check_range("--drop-path", s.drop_path, at_least=0, below=1)

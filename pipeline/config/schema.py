@@ -28,6 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Beyond it integers of numpy and products of floats overflow.
 LARGEST = 10**15
+LARGEST_RATE = 1e30  # of learning; its product with a weight decay is still an fp32
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -244,7 +245,7 @@ class OptimizerRecipe(Section):
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
-    base_lr: Annotated[float, Field(gt=0.0, le=LARGEST)] = 1.5e-4
+    base_lr: Annotated[float, Field(gt=0.0, le=LARGEST_RATE)] = 1.5e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: WeightDecayRecipe = WeightDecayRecipe()

@@ -582,6 +582,7 @@ def test_a_last_step_that_is_too_large_has_no_accuracy(home: Path, tmp_path: Pat
         (("--epochs", "0.1", "--warmup-epochs", "0"), "--epochs 0.1: less than a step, with 4"),
         (("--base-lr", "nan"), "--base-lr nan: must be finite"),
         (("--base-lr", "0"), "--base-lr 0: must be above 0"),
+        (("--base-lr", "1e31"), "--base-lr 1e.31: must be above 0 and at most 1e.30"),
         (("--layer-decay", "0"), "--layer-decay 0: must be above 0 and at most 1"),
         (("--drop-path", "1"), "--drop-path 1: must be at least 0 and below 1"),
         (("--erasing", "2"), "--erasing 2: must be at least 0 and at most 1"),
