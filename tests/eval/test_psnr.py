@@ -252,7 +252,7 @@ def test_a_result_of_other_settings_is_not_replaced(home, tmp_path):
         ("mae/mae.pth", [], "needs --recipe"),
         ("mae/recipe.yaml", ["--recipe", str(RECIPES / "mae_vits.yaml")], "cannot be read"),
         ("mae", ["--micro-batch", "0"], "--micro-batch 0: must be at least 1"),
-        ("mae", ["--mask-ratio", "1"], "--mask-ratio 1.0: must leave some of the 16 patches masked"),
+        ("mae", ["--mask-ratio", "1"], "--mask-ratio 1.0: must leave some of the 16 patches"),
     ],
 )
 def test_bad_input_is_one_sentence(home, run, more, sentence):

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_named():
         from_mae(objective, state | {"head.foo": torch.zeros(1)})
     with pytest.raises(UserError, match="cls_token has shape"):
         from_mae(objective, state | {"cls_token": torch.zeros(1, 1, 7)})
-    with pytest.raises(UserError, match=r"encoder\.cls_token holds int64, no floating-point"):
+    with pytest.raises(UserError, match=r"encoder\.cls_token holds int64, not floating-point"):
         from_mae(objective, state | {"cls_token": state["cls_token"].long()})
     contrastive, _ = build_objective(tiny_recipe("cmae"))
     with pytest.raises(UserError, match="MAE recipe"):
