@@ -244,7 +244,7 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_code:
         main(["--help"])
     assert exit_code.value.code == 0
-    assert "(default: 256MiB)" in capsys.readouterr().out
+    assert "(default: 256MiB)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
