@@ -175,11 +175,16 @@ def write_result(
     path: str | Path, result: dict[str, Any], args: argparse.Namespace | None = None
 ) -> None:
     """Write a result as JSON, atomically. UserError where the path cannot be written, or (args: of
-    the command line) where a command beside this one has written a result of other settings."""
-    if args is not None:
-        check_other_settings(Path(path), args)
-    with naming(path, "cannot be written"):
-        write_json(Path(path), result, indent=1)
+    the command line) where a command beside this one has written a result of other settings; the
+    result, perhaps of hours, is then printed."""
+    try:
+        if args is not None:
+            check_other_settings(Path(path), args)
+        with naming(path, "cannot be written"):
+            write_json(Path(path), result, indent=1)
+    except UserError:
+        print(f"not written: {json.dumps(result)}", flush=True)
+        raise
 
 
 def write_accuracy(

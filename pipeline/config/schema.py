@@ -28,7 +28,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Beyond it integers of numpy and products of floats overflow.
 LARGEST = 10**15
-LARGEST_RATE = 1e30  # of learning; its product with a weight decay is still an fp32
+LARGEST_RATE = 1e30  # of learning; fp32 ends at 3.4e38
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
 Deviation = Annotated[float, Field(gt=0.0, le=1.0)]

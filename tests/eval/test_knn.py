@@ -37,7 +37,9 @@ def parse(home: Path, *more: str) -> knn.argparse.Namespace:
     return knn.build_parser().parse_args([str(v) for v in (*common, "--workers", 0, *more)])
 
 
-def test_a_result_that_another_command_wrote_meanwhile_is_not_replaced(home, tmp_path, monkeypatch):
+def test_a_result_that_another_command_wrote_meanwhile_is_not_replaced(
+    home, tmp_path, monkeypatch, capsys
+):
     output, voted = tmp_path / "knn.json", knn.evaluate
     mine, other = (parse(home, "--k", k, "--output", str(output)) for k in ("3", "5"))
 
@@ -53,6 +55,8 @@ def test_a_result_that_another_command_wrote_meanwhile_is_not_replaced(home, tmp
     with pytest.raises(UserError, match=r"holds a result with another k \(5, now 3\)"):
         knn.main()
     assert json.loads(output.read_text())["settings"]["k"] == 5
+    lost = capsys.readouterr().out.partition("not written: ")[2]
+    assert json.loads(lost)["settings"]["k"] == 3
     output.unlink()
     other = mine  # the same settings twice are one result
     knn.main()
