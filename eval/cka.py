@@ -104,8 +104,8 @@ from torch import Tensor
 from eval.shared.cli import join_ranks, progress
 from eval.shared.features import autocast, to_device
 from eval.shared.session import EvalSession, session_of
-from pipeline.method.families import block_features, drops_patches
 from pipeline.method.metrics import biased_hsic, gram, hsic, kept_patches
+from pipeline.weights.families import block_features, drops_patches
 
 ESTIMATORS = dict(zip(HSIC, (hsic, biased_hsic), strict=True))
 

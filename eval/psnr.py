@@ -104,7 +104,7 @@ from torch import Tensor
 from eval.shared.cli import join_ranks, progress
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
-from pipeline.method.reconstructor import Reconstructor, load_reconstructor
+from pipeline.weights.reconstructor import Reconstructor, load_reconstructor
 
 TRUE_STATISTICS = "true mean and deviation of each patch given back (norm_pix)"
 SMALLEST = 1e-10  # mean squared error of what counts as perfect: 100 dB

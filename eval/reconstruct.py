@@ -67,7 +67,7 @@ from torch import Tensor
 from eval.psnr import TRUE_STATISTICS, mask_ratio_of
 from eval.shape_bias import evaluation_crop
 from pipeline.data.loader import eval_loader
-from pipeline.method.reconstructor import Reconstructor, load_reconstructor
+from pipeline.weights.reconstructor import Reconstructor, load_reconstructor
 
 SMALLEST = 112  # side in pixels that a small picture is enlarged to at least
 MARGIN, LINE = 4, 14  # pixels between pictures, and of a line of text

@@ -17,17 +17,17 @@ from pipeline import late
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import load_recipe
-    from pipeline.method.load import load_encoder
     from pipeline.method.objective import build_objective
-    from pipeline.method.reconstructor import load_reconstructor
+    from pipeline.weights.load import load_encoder
+    from pipeline.weights.reconstructor import load_reconstructor
 
 __all__ = ["build_objective", "load_encoder", "load_recipe", "load_reconstructor"]
 late.install()
 _HOME = {
     "build_objective": "pipeline.method.objective",
-    "load_encoder": "pipeline.method.load",
+    "load_encoder": "pipeline.weights.load",
     "load_recipe": "pipeline.config.recipe",
-    "load_reconstructor": "pipeline.method.reconstructor",
+    "load_reconstructor": "pipeline.weights.reconstructor",
 }
 
 

@@ -25,8 +25,8 @@ from pipeline.config.recipe import run_recipe
 from pipeline.config.timm_names import check_arch
 from pipeline.errors import UserError, naming, refuse
 from pipeline.method.checks import need_mae_decoder
-from pipeline.method.source import no_classifier, read_classifier_info
-from pipeline.method.weight_file import METADATA, check_file
+from pipeline.weights.header import METADATA, check_file
+from pipeline.weights.source import no_classifier, read_classifier_info
 from shard_tools.atomic import check_writable, write_atomic, write_json
 
 SUFFIXES = {"timm": ".safetensors", "mae": ".pth"}  # of the formats that are a file
@@ -114,11 +114,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pipeline.method.checks import vit_options
-from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.interop import to_hf_mae, to_hf_vit, to_mae
-from pipeline.method.load import load_run
 from pipeline.method.objective import Objective
 from pipeline.method.vit import build_vit
+from pipeline.weights.interop import to_hf_mae, to_hf_vit, to_mae
+from pipeline.weights.run import encoder_info, encoder_state, load_run
 
 
 def export(objective: Objective, kind: str, out: Path) -> str:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from eval.shared.encoders import EncoderInfo
 from pipeline.errors import UserError, naming
-from pipeline.method.families import adopt
 from pipeline.method.parameter_groups import layer_of, layer_scale
-from pipeline.method.source import no_classifier, read_classifier_info
-from pipeline.method.weights import refuse_integers
+from pipeline.weights.families import adopt
+from pipeline.weights.files import refuse_integers
+from pipeline.weights.source import no_classifier, read_classifier_info
 from shard_tools.atomic import write_atomic, write_json
 
 FRESH = ("fc_norm.", "head.")  # what the classifier does not take from the encoder

@@ -9,7 +9,7 @@ from torch import nn
 
 from eval.shared.options import EncoderChoice
 from pipeline.errors import UserError
-from pipeline.method.load import load_encoder
+from pipeline.weights.load import load_encoder
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.config.texts import read_yaml
 from pipeline.data.crops import CentreCrop
 from pipeline.errors import UserError
 from pipeline.help_text import HelpFormatter
-from pipeline.method.source import check_reconstructor, check_source
+from pipeline.weights.source import check_reconstructor, check_source
 from shard_tools.cli import seed_number, worker_count
 from shard_tools.cores import cores
 

@@ -14,8 +14,8 @@ from eval.shared.options import EncoderChoice, check_encoder, encoder_of
 from pipeline.config.timm_names import check_hub
 from pipeline.data.crops import shorter_side
 from pipeline.errors import UserError, naming
-from pipeline.method.source import check_source, read_classifier_info
-from pipeline.method.weight_file import check_file
+from pipeline.weights.header import check_file
+from pipeline.weights.source import check_source, read_classifier_info
 from shard_tools.atomic import check_writable, write_json
 
 # Settings on which no result depends.

@@ -29,9 +29,8 @@ from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
 from pipeline.method.attention import attend
 from pipeline.method.checks import check_decoder
-from pipeline.method.positions import SmallerTables
 from pipeline.method.views import View
-from pipeline.method.vit import init_weights, sincos_position
+from pipeline.method.vit import SmallerTables, init_weights, sincos_position
 
 Known = tuple[Tensor, Tensor, Tensor] | None  # see DecoderBlock.forward
 

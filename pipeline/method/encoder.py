@@ -5,15 +5,12 @@ Shape suffixes: B batch, K visible patches, L all patches, D width.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,16 +19,14 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.attention import attend, attention_order
 from pipeline.method.checks import vit_options
-from pipeline.method.positions import SmallerTables, resize_positions
-from pipeline.method.source import no_encoder, read_info
 from pipeline.method.views import View
 from pipeline.method.vit import (
+    SmallerTables,
     build_vit,
     init_as_mocov3,
     init_weights,
     sincos_position,
 )
-from pipeline.method.weights import refuse_integers
 
 
 class PatchProjection(nn.Conv2d):
@@ -200,66 +195,3 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool, *mor
         else:
             x = block(x, *more)
     return x
-
-
-def encoder_state(weights: dict[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    """An encoder's weights (its full state dict) under timm's names: no mask token, positions
-    from the exact table, fp32 on the CPU.
-    """
-    state = {k: v.detach().float().cpu().contiguous() for k, v in weights.items()}
-    state.pop("mask_token", None)
-    state["pos_embed"] = encoder.position_table()[None]
-    return state
-
-
-def encoder_info(recipe: Recipe, step: int | None = None) -> dict[str, Any]:
-    """What a reader needs beside the weights: the content of encoder.json."""
-    info: dict[str, Any] = {
-        "arch": recipe.encoder.arch,
-        "options": vit_options(recipe.encoder),
-        "mean": list(recipe.data.mean),
-        "std": list(recipe.data.std),
-        "recipe": recipe.name,
-        "method": recipe.name,
-    }
-    return info if step is None else info | {"step": step}
-
-
-def read_encoder(
-    folder: str | os.PathLike[str], image_size: int | None = None
-) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The encoder of a run as a timm ViT (fp32, eval mode, no head) and its encoder.json.
-
-    folder: a run folder or its encoder/ folder. image_size: another than it was trained at; its
-    sin-cos positions are recomputed for it. Raises UserError.
-    """
-    path, info = read_info(folder)
-    try:
-        if image_size is not None:
-            info["options"] = info["options"] | {"img_size": image_size}
-        vit = build_vit(info["arch"], info["options"])
-        state = load_file(path / "encoder.safetensors")
-        if image_size is not None and "pos_embed" in state:
-            grid = vit.patch_embed.grid_size
-            state["pos_embed"] = resize_positions(state["pos_embed"], 1, grid, "exact")
-        vit.load_state_dict(state)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise no_encoder(folder, error) from None
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: the weights do not fit {info['arch']}: {' '.join(str(error).split())[:200]}"
-        ) from None
-    refuse_integers(vit, state, path / "encoder.safetensors")
-    return vit.eval(), info
-
-
-def random_encoder(info: dict[str, Any], seed: int) -> VisionTransformer:
-    """The same architecture with MAE's initialisation instead of trained weights."""
-    vit = build_vit(info["arch"], info["options"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        init_weights(vit)
-    assert vit.pos_embed is not None
-    with torch.no_grad():
-        vit.pos_embed.copy_(sincos_position(vit.patch_embed.grid_size, vit.embed_dim)[None])
-    return vit.eval()

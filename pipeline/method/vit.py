@@ -76,6 +76,24 @@ def sincos_position(grid: tuple[int, int], width: int, *, row_first: bool = Fals
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).float()
 
 
+class SmallerTables(nn.Module):
+    """Tables of the images smaller than the full size on which early steps train (data.sizes).
+
+    tables: number of patches → table [1 + L, D], that of a model built at that size. Fixed and
+    recomputed at each start: no state dict has them.
+    """
+
+    def __init__(self, tables: dict[int, Tensor]) -> None:
+        super().__init__()
+        for length, table in tables.items():
+            self.register_buffer(f"of_{length}", table, persistent=False)
+
+    def at(self, length: int, full: Tensor) -> Tensor:
+        """The table for `length` patches; the full size's where that is none of the smaller."""
+        table: Tensor = getattr(self, f"of_{length}", full)
+        return table
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module) -> None:
     """MAE's initialisation: xavier-uniform linears (the patch embedding as a linear), tokens

@@ -33,7 +33,7 @@ from pipeline.distributed import (
     wait_at_most,
 )
 from pipeline.errors import UserError
-from pipeline.method.positions import SmallerTables
+from pipeline.method.vit import SmallerTables
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm

@@ -20,11 +20,11 @@ from pipeline.config.schedules import size_steps
 from pipeline.data.crops import Crop
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
-from pipeline.method.source import check_start
 from pipeline.runtime.checkpoint import STATE
 from pipeline.runtime.run_lock import RunLock, check_output, find_checkpoint
 from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.settings import Settings, epoch_steps, total_steps
+from pipeline.weights.source import check_start
 from shard_tools.manifest import Manifest, read_manifest
 
 REFERENCES = 4  # training images per held-out image in the k-NN probe

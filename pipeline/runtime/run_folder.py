@@ -25,9 +25,7 @@ from torch import Tensor
 
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
-from pipeline.method.encoder import encoder_info, encoder_state
 from pipeline.method.objective import Objective
-from pipeline.method.source import TEACHER
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import (
     CheckpointStore,
@@ -36,6 +34,8 @@ from pipeline.runtime.checkpoint import (
 )
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
+from pipeline.weights.run import encoder_info, encoder_state
+from pipeline.weights.source import TEACHER
 from shard_tools.atomic import write_together
 
 

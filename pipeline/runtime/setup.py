@@ -19,7 +19,6 @@ from pipeline.distributed import Ranks, agree
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
-from pipeline.method.start import start_from
 from pipeline.method.teacher import Teacher
 from pipeline.runtime.announce import announce, show_mfu
 from pipeline.runtime.checkpoint import CheckpointStore
@@ -38,6 +37,7 @@ from pipeline.runtime.skipped_steps import SkippedSteps
 from pipeline.runtime.trackers import Trackers
 from pipeline.runtime.train_state import Model, RunFolder, Steps, TrainState, Watch
 from pipeline.runtime.watchdog import Watchdog, last_failure
+from pipeline.weights.start import start_from
 from shard_tools.manifest import read_manifest
 
 

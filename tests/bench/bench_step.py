@@ -35,11 +35,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline import kernels
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.cost.dry_run import ATTENTION
-from pipeline.method.interop import _ours, to_mae
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
 from pipeline.method.views import make_views
+from pipeline.weights.interop import _ours, to_mae
 
 METHODS = ("mae", "rmae", "cmae")
 CROSS = ("measure.decoder.attention=cross", "views.predicted=0.3333")

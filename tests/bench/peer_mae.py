@@ -2,7 +2,7 @@
 
 He et al. 2022, Sec. 3: embed every patch, keep some, encode; decode the whole sequence, predict
 every patch, take the error where patches were hidden. Images arrive normalised, as floats.
-Parameters have facebookresearch/mae's names, so pipeline.method.interop moves weights to and fro.
+Parameters have facebookresearch/mae's names, so pipeline.weights.interop moves weights to and fro.
 """
 
 from functools import partial

@@ -22,8 +22,8 @@ from eval.shared.results import output_path
 from eval.shared.session import session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
-from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
+from pipeline.weights.interop import to_mae
 
 ARCH = "vit_base_patch16_224"
 WORDS = ["--arch", ARCH, "--options", json.dumps(OPTIONS)]

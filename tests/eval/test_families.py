@@ -16,7 +16,7 @@ from eval.shared.options import EncoderChoice
 from eval.shared.session import open_session
 from pipeline import load_encoder
 from pipeline.errors import UserError
-from pipeline.method.families import block_features, drops_patches
+from pipeline.weights.families import block_features, drops_patches
 
 TINY = {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2}
 P14 = TINY | {"img_size": 28}

@@ -46,9 +46,9 @@ from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import DIVERGED, PREEMPTED, UserError
-from pipeline.method.encoder import read_encoder
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.seeding import seed_all
+from pipeline.weights.run import read_encoder
 from shard_tools.manifest import read_manifest
 
 ZERO2 = Path(finetune.__file__).parents[1] / "ds_configs/zero2.json"

@@ -41,7 +41,7 @@ from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import DIVERGED, UserError
-from pipeline.method.encoder import read_encoder
+from pipeline.weights.run import read_encoder
 
 RATE = {"mae": ("--base-lr", "20"), "cached": ()}
 

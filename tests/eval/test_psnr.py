@@ -18,9 +18,9 @@ from pipeline.config.recipe import RECIPES, dump_recipe
 from pipeline.data.loader import eval_loader
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
-from pipeline.method.interop import to_mae
 from pipeline.method.objective import build_objective
-from pipeline.method.reconstructor import load_reconstructor
+from pipeline.weights.interop import to_mae
+from pipeline.weights.reconstructor import load_reconstructor
 
 
 def write_run(folder: Path, name: str, *overrides: str, blind: bool = False) -> Path:

@@ -16,7 +16,7 @@ from eval.reporting import gallery
 from eval.shared import inside
 from eval.shared.options import EncoderChoice
 from pipeline.errors import UserError
-from pipeline.method.load import load_encoder
+from pipeline.weights.load import load_encoder
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from pipeline.cost.dry_run import dry_run
 from pipeline.errors import UserError
 from pipeline.kernels import philox
 from pipeline.method.cross_decoder import CrossDecoder
-from pipeline.method.interop import to_hf_mae, to_mae
 from pipeline.method.objective import build_objective
-from pipeline.method.reconstructor import Reconstructor
 from pipeline.method.views import View, make_views
+from pipeline.weights.interop import to_hf_mae, to_mae
+from pipeline.weights.reconstructor import Reconstructor
 
 GRID, WIDTH, HEADS = (3, 5), 8, 2
 CROSS = ("measure.decoder.attention=cross", "views.predicted=0.5")

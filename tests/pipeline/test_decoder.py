@@ -11,9 +11,9 @@ from pipeline.config.recipe import DecoderRecipe
 from pipeline.errors import UserError
 from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.decoder import Decoder, DecoderBlock, place_rows, take_rows
-from pipeline.method.interop import _ours, to_mae
 from pipeline.method.objective import build_objective
 from pipeline.method.views import View, make_views
+from pipeline.weights.interop import _ours, to_mae
 
 
 @pytest.mark.parametrize("once", [True, False])

@@ -15,10 +15,10 @@ import pipeline
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main as export
-from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.source import check_start
 from pipeline.method.views import full_view
-from pipeline.method.weight_file import METADATA
+from pipeline.weights.header import METADATA
+from pipeline.weights.run import encoder_info, encoder_state
+from pipeline.weights.source import check_start
 
 PIXELS = ((images() / 255 - torch.tensor(oracle.MEAN)) / torch.tensor(oracle.STD)).movedim(-1, 1)
 

@@ -10,15 +10,11 @@ from tiny import HEADS, PATCH, images, tiny_recipe
 
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.errors import UserError
-from pipeline.method.encoder import (
-    Encoder,
-    encoder_info,
-    encoder_state,
-    random_encoder,
-    read_encoder,
-)
+from pipeline.method.encoder import Encoder
 from pipeline.method.views import full_view, make_views
 from pipeline.method.vit import build_vit, sincos_position
+from pipeline.weights.load import random_encoder
+from pipeline.weights.run import encoder_info, encoder_state, read_encoder
 
 
 def normalised(image):

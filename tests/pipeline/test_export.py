@@ -14,11 +14,10 @@ from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main
 from pipeline.method.checks import vit_options
-from pipeline.method.encoder import encoder_info, encoder_state, read_encoder
-from pipeline.method.interop import from_mae
-from pipeline.method.load import load_run
 from pipeline.method.objective import build_objective
 from pipeline.method.views import full_view, make_views
+from pipeline.weights.interop import from_mae
+from pipeline.weights.run import encoder_info, encoder_state, load_run, read_encoder
 
 SAMPLE = torch.tensor([5, 1, 8])
 

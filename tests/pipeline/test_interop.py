@@ -8,7 +8,9 @@ from tiny import DECODER, PATCH, SIZE, images, tiny_recipe
 from pipeline import load_reconstructor
 from pipeline.errors import UserError
 from pipeline.export import export
-from pipeline.method.interop import (
+from pipeline.method.objective import build_objective
+from pipeline.method.views import make_views
+from pipeline.weights.interop import (
     from_hf,
     from_mae,
     hf_arch,
@@ -17,8 +19,6 @@ from pipeline.method.interop import (
     to_hf_vit,
     to_mae,
 )
-from pipeline.method.objective import build_objective
-from pipeline.method.views import make_views
 
 
 def test_a_mae_checkpoint_gives_that_architectures_output():

@@ -8,10 +8,10 @@ import torch
 
 from pipeline import load_encoder
 from pipeline.errors import UserError
-from pipeline.method import layouts
-from pipeline.method.layouts import fix_norms
 from pipeline.method.vit import sincos_position
-from pipeline.method.weights import Found
+from pipeline.weights import layouts
+from pipeline.weights.files import Found
+from pipeline.weights.layouts import fix_norms
 
 IMAGENET, HALF = [0.485, 0.456, 0.406], [0.5, 0.5, 0.5]
 SMALL = {"img_size": 32, "depth": 2}

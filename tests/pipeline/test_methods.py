@@ -14,12 +14,13 @@ from pipeline.distributed import can_build
 from pipeline.errors import UserError
 from pipeline.kernels import cutmix
 from pipeline.kernels.philox import uniform
-from pipeline.method.encoder import Encoder, encoder_state
+from pipeline.method.encoder import Encoder
 from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.views import FIRST, SECOND, make_views
 from pipeline.method.vit import sincos_position
+from pipeline.weights.run import encoder_state
 
 SAMPLE = torch.tensor([11, 4, 29])
 MOCO = (

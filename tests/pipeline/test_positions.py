@@ -16,9 +16,9 @@ from pipeline import build_objective, load_encoder
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main as export
-from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.positions import resize_positions
 from pipeline.method.vit import sincos_position
+from pipeline.weights.positions import resize_positions
+from pipeline.weights.run import encoder_info, encoder_state
 
 ARCH = "vit_tiny_patch16_224"
 OPTIONS = {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}

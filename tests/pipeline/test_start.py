@@ -15,9 +15,9 @@ from pipeline import build_objective
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main as export
-from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.start import start_from
 from pipeline.method.views import full_view, make_views
+from pipeline.weights.run import encoder_info, encoder_state
+from pipeline.weights.start import start_from
 
 SAMPLE = torch.tensor([5, 1, 8])
 TIMM = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

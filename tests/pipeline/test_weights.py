@@ -17,10 +17,9 @@ from tiny import tiny_recipe
 from pipeline import build_objective, load_encoder
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
-from pipeline.method.encoder import encoder_info, encoder_state
-from pipeline.method.load import load_run
-from pipeline.method.start import start_from
-from pipeline.method.weights import find_encoder, load_tensors
+from pipeline.weights.files import find_encoder, load_tensors
+from pipeline.weights.run import encoder_info, encoder_state, load_run
+from pipeline.weights.start import start_from
 
 ARCH = "vit_tiny_patch16_224"
 OPTIONS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -13,7 +13,7 @@ from tiny import tiny_overrides
 
 from pipeline.distributed import free_port
 from pipeline.export import main as export
-from pipeline.method.encoder import read_encoder
+from pipeline.weights.run import read_encoder
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

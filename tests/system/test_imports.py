@@ -86,6 +86,7 @@ FLOORS = (
     ("shard_tools.shuffle_quality",),
     ("shard_tools.class_list",),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
+    ("pipeline.weights",),
     ("pipeline.runtime", "pipeline.cost", "pipeline"),
 )
 

@@ -16,15 +16,15 @@ from torch import Tensor
 from pipeline import kernels
 from pipeline.errors import UserError
 from pipeline.method.checks import visible_count
-from pipeline.method.foreign import exported_info, named
-from pipeline.method.interop import from_mae
-from pipeline.method.layouts import MAE, fixed_options, mae_decoder_heads
-from pipeline.method.load import load_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import as_pixels, decode, paste, shown
-from pipeline.method.source import need_decoder, recipe_of_model
 from pipeline.method.views import View
-from pipeline.method.weights import find_encoder, load_tensors
+from pipeline.weights.files import find_encoder, load_tensors
+from pipeline.weights.foreign import exported_info, named
+from pipeline.weights.interop import from_mae
+from pipeline.weights.layouts import MAE, fixed_options, mae_decoder_heads
+from pipeline.weights.run import load_run
+from pipeline.weights.source import need_decoder, recipe_of_model
 from shard_tools.home import expand_home
 
 

@@ -28,22 +28,22 @@ from torch import Tensor
 
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.errors import UserError
-from pipeline.method.encoder import Encoder, encoder_info, read_encoder
-from pipeline.method.foreign import (
+from pipeline.method.encoder import Encoder
+from pipeline.method.objective import Objective
+from pipeline.method.vit import build_vit
+from pipeline.weights.files import find_encoder, load_tensors, refuse_integers
+from pipeline.weights.foreign import (
     LEFT_OUT,
     exported_info,
     from_hub,
     hugging_face_statistics,
     named,
 )
-from pipeline.method.interop import from_hf, from_hf_decoder, hf_arch, mae_decoder
-from pipeline.method.layouts import fixed_options, layout_of, mae_decoder_heads, refuse_stem
-from pipeline.method.load import teacher_weights
-from pipeline.method.objective import Objective
-from pipeline.method.positions import is_sincos, square
-from pipeline.method.source import read_config
-from pipeline.method.vit import build_vit
-from pipeline.method.weights import find_encoder, load_tensors, refuse_integers
+from pipeline.weights.interop import from_hf, from_hf_decoder, hf_arch, mae_decoder
+from pipeline.weights.layouts import fixed_options, layout_of, mae_decoder_heads, refuse_stem
+from pipeline.weights.positions import is_sincos, square
+from pipeline.weights.run import encoder_info, read_encoder, teacher_weights
+from pipeline.weights.source import read_config
 from shard_tools.home import expand_home
 
 POSITIONS, MASK = "encoder.pos_embed", "encoder.mask_token"

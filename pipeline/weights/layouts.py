@@ -16,9 +16,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.method.positions import is_sincos, square
-from pipeline.method.weights import EMA as EMA_WORDS
-from pipeline.method.weights import Found
+from pipeline.weights.files import EMA as EMA_WORDS
+from pipeline.weights.files import Found
+from pipeline.weights.positions import is_sincos, square
 
 # Projects outside timm: LayerNorm's eps and the activation of every one of them.
 EPS = 1e-6

@@ -16,7 +16,7 @@ from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
-from pipeline.method.weight_file import (
+from pipeline.weights.header import (
     METADATA,
     check_file,
     check_statistic,
@@ -135,7 +135,7 @@ def teacher_of(path: Path) -> Path:
 
 
 def check_start(weights: str, ema: bool = False) -> None:
-    """UserError where no pretraining can start from there (method/start.py), as far as no weights
+    """UserError where no pretraining can start from there (weights/start.py), as far as no weights
     are read."""
     path = Path(weights)
     folder = (path / "config.json").is_file()

@@ -15,16 +15,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
 
-from pipeline.config.recipe import run_recipe
-from pipeline.errors import UserError
-from pipeline.method.encoder import random_encoder, read_encoder
-from pipeline.method.families import build_family, random_family
-from pipeline.method.foreign import (
+from pipeline.method.vit import build_vit, init_weights, is_plain, sincos_position
+from pipeline.weights.families import build_family, random_family
+from pipeline.weights.files import refuse_integers
+from pipeline.weights.foreign import (
     from_file,
     from_hub,
     from_hugging_face,
@@ -33,11 +30,8 @@ from pipeline.method.foreign import (
     patch_side,
     stated,
 )
-from pipeline.method.objective import Objective, build_objective
-from pipeline.method.source import check_divisible, check_source, other_size, teacher_of
-from pipeline.method.vit import is_plain
-from pipeline.method.weight_file import unreadable
-from pipeline.method.weights import refuse_integers
+from pipeline.weights.run import read_encoder, teacher_weights
+from pipeline.weights.source import check_divisible, check_source, other_size, teacher_of
 from shard_tools.home import expand_home
 
 
@@ -99,30 +93,16 @@ def _random(vit: VisionTransformer | None, info: dict[str, Any], seed: int) -> V
     return random_encoder({"arch": arch, "options": options}, seed)
 
 
-def load_run(run: Path) -> Objective:
-    """The objective of a run folder with its newest weights, or of a checkpoint; fp32, on the CPU.
-
-    Raises UserError where the folder is no run or the weights do not fit.
-    """
-    objective, _ = build_objective(run_recipe(run))
-    path = run / "model.safetensors"
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    # The position tables are exact in the new objective, rounded in a bf16 run.
-    state = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
-    problem = None
-    try:
-        missing, unexpected = objective.load_state_dict(state, strict=False)
-        left = [k for k in (*missing, *unexpected) if not k.endswith("pos_embed")]
-        problem = f"weight {left[0]} is in only one of them" if left else None
-    except RuntimeError as error:
-        problem = " ".join(str(error).split())[:200]
-    if problem:
-        raise UserError(f"{path}: does not fit the run's recipe: {problem}")
-    refuse_integers(objective, state, path)
-    return objective.eval()
+def random_encoder(info: dict[str, Any], seed: int) -> VisionTransformer:
+    """The same architecture with MAE's initialisation instead of trained weights."""
+    vit = build_vit(info["arch"], info["options"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        init_weights(vit)
+    assert vit.pos_embed is not None
+    with torch.no_grad():
+        vit.pos_embed.copy_(sincos_position(vit.patch_embed.grid_size, vit.embed_dim)[None])
+    return vit.eval()
 
 
 def from_run(
@@ -140,16 +120,3 @@ def from_run(
         vit.load_state_dict(state | {"pos_embed": vit.state_dict()["pos_embed"]})
         info = {**info, "note": "weights of the EMA teacher"}
     return vit, info
-
-
-def teacher_weights(path: Path) -> dict[str, Tensor]:
-    """The encoder of a run's EMA teacher, but its fixed positions; of its newest checkpoint, or of
-    the one that is named.
-    """
-    file = teacher_of(path)
-    try:
-        state = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise unreadable(file, error) from None
-    named = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    return {k: v for k, v in named.items() if k not in ("pos_embed", "mask_token")}

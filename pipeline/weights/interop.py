@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.method.checks import need_mae_decoder
-from pipeline.method.encoder import Encoder, encoder_state
+from pipeline.method.encoder import Encoder
 from pipeline.method.objective import Objective
-from pipeline.method.weights import refuse_integers
+from pipeline.weights.files import refuse_integers
+from pipeline.weights.run import encoder_state
 
 # facebookresearch/mae's prefix → ours, inside an Objective with a decoder.
 _MAE_DECODER = {

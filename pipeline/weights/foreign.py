@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from pipeline.config.recipe import DataRecipe
 from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
-from pipeline.method.families import (
+from pipeline.weights.families import (
     adopt,
     build_family,
     with_timm_names,
     within_classifier,
 )
-from pipeline.method.interop import from_hf, hf_arch, hf_eps
-from pipeline.method.layouts import (
+from pipeline.weights.files import EMA, Found, find_encoder, load_tensors, refuse_integers
+from pipeline.weights.header import METADATA, check_file, check_statistic, written_info
+from pipeline.weights.interop import from_hf, hf_arch, hf_eps
+from pipeline.weights.layouts import (
     OURS,
     TIMM,
     Layout,
@@ -31,10 +33,8 @@ from pipeline.method.layouts import (
     layout_of,
     refuse_stem,
 )
-from pipeline.method.positions import resize_positions, square
-from pipeline.method.source import check_divisible, need_arch, other_size, read_config
-from pipeline.method.weight_file import METADATA, check_file, check_statistic, written_info
-from pipeline.method.weights import EMA, Found, find_encoder, load_tensors, refuse_integers
+from pipeline.weights.positions import resize_positions, square
+from pipeline.weights.source import check_divisible, need_arch, other_size, read_config
 
 # Heads and decoders are not part of an encoder.
 LEFT_OUT = (

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.method import mmpretrain
+from pipeline.weights import mmpretrain
 
 # Where an average of the weights is kept beside them (timm; DeiT and ConvNeXt; others).
 EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict")

@@ -7,31 +7,13 @@ import math
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.method.vit import sincos_position
 
 # What rounding to bf16 may change of a sine or cosine.
 _ROUNDING = 2**-8
-
-
-class SmallerTables(nn.Module):
-    """Tables of the images smaller than the full size on which early steps train (data.sizes).
-
-    tables: number of patches → table [1 + L, D], that of a model built at that size. Fixed and
-    recomputed at each start: no state dict has them.
-    """
-
-    def __init__(self, tables: dict[int, Tensor]) -> None:
-        super().__init__()
-        for length, table in tables.items():
-            self.register_buffer(f"of_{length}", table, persistent=False)
-
-    def at(self, length: int, full: Tensor) -> Tensor:
-        """The table for `length` patches; the full size's where that is none of the smaller."""
-        table: Tensor = getattr(self, f"of_{length}", full)
-        return table
 
 
 def is_sincos(table: Tensor, grid: tuple[int, int]) -> bool | None:
