@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # where layers have learning rates of their own.
 OPTIMIZER_LAUNCHES, GROUP_LAUNCHES = 10, 2
 # Of a micro-batch that is a CUDA graph: the graph, copies of its inputs and results, the gradients'
-# copy (tests/pipeline/test_graphs.py).
+# copy (tests/pipeline/runtime/test_graphs.py).
 GRAPH_LAUNCHES = 20
 
 

@@ -1,4 +1,4 @@
-"""cutmix: the kernel byte for byte the reference, whose box tests/pipeline/test_methods tests."""
+"""cutmix: the kernel is the reference byte for byte; its box: tests/pipeline/method/test_methods"""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.recipe import RECIPES, load_recipe
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = (RECIPES / "README.md").read_text()
 ROWS = re.findall(r"^\| ([^|]+) \| `pretrain ([^`]+)` \|$", TEXT, re.M)
 

@@ -17,7 +17,7 @@ from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BF16 = {"bf16": {"enabled": True}}
 FP32_GRADS = BF16 | {
     "data_types": {"grad_accum_dtype": "fp32"},

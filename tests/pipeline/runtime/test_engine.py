@@ -30,7 +30,7 @@ from pipeline.runtime import engine as engines
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import muon, optimizer_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PORT = free_port()
 
 

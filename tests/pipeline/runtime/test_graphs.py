@@ -21,7 +21,7 @@ from pipeline.cost.zero import stage_with_graphs
 from pipeline.errors import UserError
 from pipeline.runtime.compiled import RECOMPILES, compile_blocks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def plan_of(stage, *, world=1, method="mae", compiled=False, graphs=True, **zero):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 SMOOTH_L1 = '''
 """Reconstruction with the smooth L1 distance (Huber), as data2vec has it."""

@@ -20,7 +20,7 @@ from pipeline.data.worker_faults import worker_fault
 from pipeline.errors import UserError
 from pipeline.runtime.memory import explaining_memory, out_of_memory
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def loader(shards, workers=1):
