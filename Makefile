@@ -65,7 +65,7 @@ check: .venv/ready   ## style and types; changes nothing
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
-	.venv/bin/mypy .ci/setup_run.py .ci/setup_env.py .ci/bundle.py
+	.venv/bin/mypy .ci/setup_*.py .ci/bundle.py
 
 shards: .venv/ready   ## shard IMAGENET=/path (any layout) or unlabelled IMAGES=/path into SHARDS=data/shards, or demo photographs
 ifdef IMAGENET

@@ -85,7 +85,7 @@ make_root() { # SYSTEM COMPILER USER → $root
     done | awk -F' = ' '!seen[$1]++'
   } >"$root/etc/pip.conf"
   case $2 in
-    cc) packages=$(sed -n 's/^    "[A-Za-z./]*": "\([a-z0-9-]*-dev\)",$/\1/p' "$repository/.ci/setup_env.py" | paste -sd" ") ;;
+    cc) packages=$(sed -n 's/^    "[A-Za-z./]*": "\([a-z0-9-]*-dev\)",$/\1/p' "$repository/.ci/setup_builds.py" | paste -sd" ") ;;
     *) packages='' ;;
   esac
   if [[ $2 != none ]]; then

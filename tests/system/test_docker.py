@@ -53,7 +53,7 @@ def test_pillow_simd_is_the_release_of_set_up():
     def release(text):
         return re.findall(r"pillow-simd==([\w.]+)", text)
 
-    assert release(TEXT) == release((ROOT / ".ci" / "setup_env.py").read_text())
+    assert release(TEXT) == release((ROOT / ".ci" / "setup_builds.py").read_text())
     assert "pillow" in LOCK  # the fallback
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = (".ci/setup_run.py", ".ci/setup_env.py")
+PARTS = ("setup_run", "setup_venv", "setup_builds", "setup_env")
 SCRIPT = ROOT / ".ci" / "setup_env.py"
 EVERYTHING = "build-essential python3-dev libjpeg-dev zlib1g-dev libtiff-dev libwebp-dev"
 
@@ -26,26 +26,27 @@ EVERYTHING = "build-essential python3-dev libjpeg-dev zlib1g-dev libtiff-dev lib
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
     """The module of another checkout: a copy of what set-up reads, in a temporary folder."""
-    for name in ("requirements.lock", "setup.py", "pyproject.toml", *PARTS):
+    scripts = [f".ci/{part}.py" for part in PARTS]
+    for name in ("requirements.lock", "setup.py", "pyproject.toml", *scripts):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "pipeline" / "_jpegcrop.c").write_text("int version = 1;\n")
     (tmp_path / "build").mkdir()
     monkeypatch.syspath_prepend(tmp_path / ".ci")
-    for name in ("setup_run", "setup_env"):
+    for name in PARTS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     module = importlib.import_module("setup_env")
     assert Path(module.ROOT) == tmp_path
     yield module
-    for name in ("setup_run", "setup_env"):
+    for name in PARTS:
         del sys.modules[name]
 
 
 @pytest.fixture
 def stamps(setup_env):
     """A folder for stamps."""
-    folder = setup_env.VENV / "setup"
+    folder = setup_env.venv.VENV / "setup"
     folder.mkdir(parents=True)
     return folder
 
@@ -53,32 +54,32 @@ def stamps(setup_env):
 @pytest.fixture
 def venv(setup_env):
     """A real .venv with pip in it."""
-    setup_env.make_venv()
-    assert setup_env.venv_fault() is None
-    return setup_env.VENV
+    setup_env.venv.make_venv()
+    assert setup_env.venv.venv_fault() is None
+    return setup_env.venv.VENV
 
 
 def every_header(setup_env):
-    return setup_env.Tools(True, True, frozenset(setup_env.HEADERS))
+    return setup_env.builds.Tools(True, True, frozenset(setup_env.builds.HEADERS))
 
 
 def test_a_bare_machine_is_told_every_package(setup_env):
-    line = setup_env.advice(setup_env.Tools(False, False, frozenset()))
+    line = setup_env.builds.advice(setup_env.builds.Tools(False, False, frozenset()))
     assert line.endswith(f"apt install {EVERYTHING}")
     assert all(name in line for name in ("plain Pillow", "simplejpeg", "torch's"))
 
 
 def test_only_what_is_missing_is_named(setup_env):
-    headers = frozenset(setup_env.HEADERS) - {"webp/decode.h"}
-    line = setup_env.advice(setup_env.Tools(True, True, headers))
+    headers = frozenset(setup_env.builds.HEADERS) - {"webp/decode.h"}
+    line = setup_env.builds.advice(setup_env.builds.Tools(True, True, headers))
     assert line.endswith("apt install libwebp-dev")
     assert "plain Pillow" in line
     assert not any(name in line for name in ("simplejpeg", "torch's"))
-    assert setup_env.advice(every_header(setup_env)) == ""
+    assert setup_env.builds.advice(every_header(setup_env)) == ""
 
 
 def test_a_compiler_without_pythons_headers_builds_nothing(setup_env):
-    tools = setup_env.Tools(True, True, frozenset(setup_env.HEADERS) - {"Python.h"})
+    tools = setup_env.builds.Tools(True, True, frozenset(setup_env.builds.HEADERS) - {"Python.h"})
     assert [tools.pillow(), tools.decoder(), tools.ops()] == [False] * 3
     assert tools.missing() == ["python3-dev"]
 
@@ -86,7 +87,7 @@ def test_a_compiler_without_pythons_headers_builds_nothing(setup_env):
 def test_headers_are_looked_for_with_the_compiler(setup_env, monkeypatch):
     monkeypatch.setenv("CC", "/nonexistent/cc -O2")
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert setup_env.look() == setup_env.Tools(False, False, frozenset())
+    assert setup_env.builds.look() == setup_env.builds.Tools(False, False, frozenset())
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -95,7 +96,7 @@ def test_a_header_in_the_compilers_folders_is_found(setup_env, monkeypatch, tmp_
     for name in ("jpeglib.h", "webp/decode.h"):
         (tmp_path / "inc" / name).touch()
     monkeypatch.setenv("CC", f"cc -nostdinc -I{tmp_path / 'inc'}")
-    assert setup_env.look().headers - {"Python.h"} == {"jpeglib.h", "webp/decode.h"}
+    assert setup_env.builds.look().headers - {"Python.h"} == {"jpeglib.h", "webp/decode.h"}
 
 
 def test_the_headers_are_those_of_the_docker_image():
@@ -114,16 +115,16 @@ def test_a_stamp_holds_until_its_inputs_change(setup_env, stamps):
         assert not setup_env.is_done(stage(setup_env, name, tools))
         setup_env.stamp(stage(setup_env, name, tools), "built")
         assert setup_env.is_done(stage(setup_env, name, tools))
-    setup_env.c_sources()[0].write_text("int version = 2;\n")
+    setup_env.builds.c_sources()[0].write_text("int version = 2;\n")
     assert not setup_env.is_done(stage(setup_env, "relaxmim", tools))
     assert setup_env.is_done(stage(setup_env, "wheels", tools))
-    setup_env.LOCK.write_text(setup_env.LOCK.read_text() + "another==1.0\n")
+    setup_env.venv.LOCK.write_text(setup_env.venv.LOCK.read_text() + "another==1.0\n")
     for name in ("wheels", "pillow", "relaxmim", "ops"):
         assert not setup_env.is_done(stage(setup_env, name, tools))
 
 
 def test_a_compiler_that_comes_later_is_used_and_one_that_goes_is_not_missed(setup_env, stamps):
-    bare, full = setup_env.Tools(False, False, frozenset()), every_header(setup_env)
+    bare, full = setup_env.builds.Tools(False, False, frozenset()), every_header(setup_env)
     for name in ("pillow", "relaxmim", "ops"):
         setup_env.stamp(stage(setup_env, name, bare), "")
         assert setup_env.is_done(stage(setup_env, name, bare))
@@ -142,22 +143,22 @@ def test_a_build_that_failed_is_tried_again_by_make_setup_only(setup_env, stamps
 def test_half_made_moved_and_foreign_environments_are_seen(setup_env, venv, tmp_path):
     config = (venv / "pyvenv.cfg").read_text()
     (venv / "pyvenv.cfg").write_text(re.sub(r"(?m)^version.*$", "version = 3.9.1", config))
-    assert "another Python" in setup_env.venv_fault()
+    assert "another Python" in setup_env.venv.venv_fault()
     (venv / "pyvenv.cfg").write_text(config)
-    record = next(setup_env.site_packages().glob("pip-*/RECORD"))
+    record = next(setup_env.venv.site_packages().glob("pip-*/RECORD"))
     record.rename(record.with_name("gone"))
-    assert "half made" in setup_env.venv_fault()
+    assert "half made" in setup_env.venv.venv_fault()
     record.with_name("gone").rename(record)
     script = venv / "bin" / "pip"
     text = script.read_text()
     script.write_text(text.replace(str(tmp_path), "/elsewhere"))
-    assert "moved" in setup_env.venv_fault()
+    assert "moved" in setup_env.venv.venv_fault()
     script.write_text(text)
-    assert setup_env.venv_fault() is None
+    assert setup_env.venv.venv_fault() is None
     (venv / "bin" / "python").unlink()
-    assert "half made" in setup_env.venv_fault()
-    setup_env.make_venv()
-    assert setup_env.venv_fault() is None
+    assert "half made" in setup_env.venv.venv_fault()
+    setup_env.venv.make_venv()
+    assert setup_env.venv.venv_fault() is None
 
 
 def make_wheel(folder, name):
@@ -175,7 +176,7 @@ def make_wheel(folder, name):
 def pillow_of(setup_env, folder, release, lacking=()):
     """A wheel of pillow-simd that says which formats it has."""
     wheel = folder / f"pillow_simd-{release}-cp311-cp311-linux_x86_64.whl"
-    present = {name: name not in lacking for name in setup_env.FORMATS}
+    present = {name: name not in lacking for name in setup_env.builds.FORMATS}
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("PIL/__init__.py", "")
         archive.writestr("PIL/features.py", f"check = {present}.get\n")
@@ -186,29 +187,29 @@ def test_a_kept_pillow_simd_is_of_this_release_and_has_every_format(
     setup_env, venv, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # nothing can be fetched to build another
-    release = setup_env.PILLOW_SIMD.split("==")[1]
+    release = setup_env.builds.PILLOW_SIMD.split("==")[1]
     pillow_of(setup_env, tmp_path, "1.0")
     with pytest.raises(setup_env.Failed):
-        setup_env.pillow_wheel(tmp_path, avx2=True)
+        setup_env.builds.pillow_wheel(tmp_path, avx2=True)
     kept = pillow_of(setup_env, tmp_path, release)
-    assert setup_env.pillow_wheel(tmp_path, avx2=True) == kept
+    assert setup_env.builds.pillow_wheel(tmp_path, avx2=True) == kept
     pillow_of(setup_env, tmp_path, release, lacking=("webp",))
     with pytest.raises(setup_env.Failed):
-        setup_env.pillow_wheel(tmp_path, avx2=True)
+        setup_env.builds.pillow_wheel(tmp_path, avx2=True)
     assert "built without webp\n" in setup_env.LOG.read_text()
 
 
 def test_an_installation_cut_off_is_done_again(setup_env, venv, tmp_path):
     wheel = make_wheel(tmp_path, "onemodule")
-    setup_env.pip("--no-index", wheel)
-    folder = setup_env.site_packages()
+    setup_env.venv.pip("--no-index", wheel)
+    folder = setup_env.venv.site_packages()
     (folder / "onemodule-1.0.dist-info" / "RECORD").unlink()  # pip writes it last
     (folder / "onemodule.py").unlink()
     (folder / "~neother").mkdir()
-    setup_env.pip("--no-index", wheel)
+    setup_env.venv.pip("--no-index", wheel)
     assert not (folder / "onemodule.py").exists()  # pip alone believes that it is there
-    setup_env.remove_halves()
-    setup_env.pip("--no-index", wheel)
+    setup_env.venv.remove_halves()
+    setup_env.venv.pip("--no-index", wheel)
     assert (folder / "onemodule.py").exists()
     assert not (folder / "~neother").exists()
 
@@ -216,7 +217,7 @@ def test_an_installation_cut_off_is_done_again(setup_env, venv, tmp_path):
 def test_a_failure_shows_the_end_of_the_log_and_a_hint(setup_env, stamps, capsys):
     noise = "DEPRECATION: old\\nWARNING: Location is ignored"
     code = f"print('{noise}\\nOSError: No space left on device'); raise SystemExit(3)"
-    work = lambda: setup_env.run([sys.executable, "-c", code], 60)  # noqa: E731
+    work = lambda: setup_env.builds.run([sys.executable, "-c", code], 60)  # noqa: E731
     failing = setup_env.Stage("wheels", "installing (6 GB)", "key", False, work)
     with pytest.raises(setup_env.SetupError, match=r"(?s)^installing: .*code 3.*setup.log.*7 GB"):
         setup_env.do(2, failing, 5)
@@ -237,7 +238,7 @@ def test_a_network_that_is_not_there_is_the_hint_though_pip_names_another_cause(
 
 def test_a_build_that_fails_is_survived_and_stamped(setup_env, stamps, capsys):
     def work():
-        raise setup_env.NotBuilt("no such header")
+        raise setup_env.builds.NotBuilt("no such header")
 
     optional = setup_env.Stage("ops", "compiling", "key", True, work)
     setup_env.do(5, optional, 5)
@@ -249,7 +250,7 @@ def test_a_time_limit_ends_the_command_and_its_children(setup_env, tmp_path):
     code = f"echo $$ > {tmp_path}/pids; sleep 60 & echo $! >> {tmp_path}/pids; wait"
     begun = time.monotonic()
     with pytest.raises(setup_env.Failed, match="limit of 1 s"):
-        setup_env.run(["sh", "-c", code], 1)
+        setup_env.builds.run(["sh", "-c", code], 1)
     assert time.monotonic() - begun < 10
     assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
@@ -267,7 +268,7 @@ def gone(pid):
 
 
 def test_what_a_killed_set_up_had_started_is_ended_by_the_next(setup_env, tmp_path):
-    code = "import setup_env as s; s.run(['sh', '-c', 'echo $$ > pid; sleep 60'], 90)"
+    code = "import setup_run as s; s.run(['sh', '-c', 'echo $$ > pid; sleep 60'], 90)"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path / ".ci")}
     )
@@ -314,7 +315,7 @@ def test_a_python_that_cannot_make_environments_is_named_with_its_packages(setup
     python = tmp_path / "python"  # one without ensurepip and libstdc++
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -c "import nothing_of_this_name"\n')
     python.chmod(0o755)
-    setup_env.base_python = lambda: str(python)
+    setup_env.venv.base_python = lambda: str(python)
     with pytest.raises(setup_env.SetupError, match=r"/python .*apt install python3-venv libstdc"):
         setup_env.set_up(retry=False)
-    assert not setup_env.VENV.exists()
+    assert not setup_env.venv.VENV.exists()
