@@ -171,7 +171,7 @@ def check(args: argparse.Namespace) -> None:
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
     early(parse_args, check)
 
-from pipeline.config.ds_config import MOST_IMAGES
+from pipeline.config.planning import MOST_IMAGES
 from pipeline.cost.dry_run import Work, flops_of_phases, meta_objective, scaled
 from pipeline.cost.launches import (
     GRAPH_LAUNCHES,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.ds_config import auto_micro_batch
+from pipeline.config.planning import auto_micro_batch
 from pipeline.config.recipe import EncoderRecipe, Recipe
 from pipeline.data.batch import LoaderConfig
 from pipeline.data.crops import Crop

@@ -11,15 +11,9 @@ from eval.shared.batches import check_batch, partitions_of
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import digest
 from eval.shared.subsets import keep_subset
-from pipeline.config.ds_config import (
-    DS_CONFIGS,
-    RunPlan,
-    auto_micro_batch,
-    make_plan,
-    open_ds_config,
-    read_ds_config,
-    set_precision,
-)
+from pipeline.config.ds_config import DS_CONFIGS, open_ds_config, read_ds_config
+from pipeline.config.plan import RunPlan
+from pipeline.config.planning import auto_micro_batch, make_plan, set_precision
 from pipeline.config.schedules import warmup_cosine
 from pipeline.config.schema import LARGEST_RATE, OptimizerRecipe, augmentation
 from pipeline.data.order import steps_per_epoch

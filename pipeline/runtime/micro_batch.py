@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import pipeline
-from pipeline.config.ds_config import plan_recipe
 from pipeline.config.plan import RunPlan, deepspeed_stage
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import Recipe, dump_recipe
 from pipeline.distributed import Ranks, agree
 from pipeline.errors import UserError

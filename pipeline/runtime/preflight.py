@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.ds_config import open_ds_config, split_batch
+from pipeline.config.ds_config import open_ds_config
 from pipeline.config.installed import source
 from pipeline.config.plan import check_stage
+from pipeline.config.planning import split_batch
 from pipeline.config.recipe import ANY_PIXELS, Recipe, load_recipe
 from pipeline.config.schedules import size_steps
 from pipeline.data.crops import Crop

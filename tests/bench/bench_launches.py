@@ -37,7 +37,8 @@ import torch
 from launches import device_counts
 
 from pipeline import kernels
-from pipeline.config.ds_config import plan_recipe, read_ds_config, set_precision
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.planning import plan_recipe, set_precision
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.distributed import close
 from pipeline.errors import UserError, check_range

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups

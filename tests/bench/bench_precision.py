@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
 from pipeline.data.fixed import fixed_images

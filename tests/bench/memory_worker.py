@@ -15,7 +15,7 @@ import torch
 from tiny import tiny_recipe
 from torch import Tensor
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.cost.dry_run import Work
 from pipeline.cost.zero import memory

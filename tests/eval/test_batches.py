@@ -20,7 +20,7 @@ from eval.shared import finetune_plan
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.options import settings_of
 from eval.shared.session import session_of
-from pipeline.config import ds_config
+from pipeline.config import planning
 from pipeline.data.order import steps_per_epoch
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
@@ -87,7 +87,7 @@ def test_an_automatic_micro_batch_is_even_where_images_are_paired(
 ):
     """17 images of 384 x 384 are the most that a CPU takes of 34; in pairs it takes 2."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert ds_config.auto_micro_batch(per_rank, patches, multiple) == size
+    assert planning.auto_micro_batch(per_rank, patches, multiple) == size
 
 
 def settings(batch: int, **more: float) -> finetune.Settings:

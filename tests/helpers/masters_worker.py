@@ -9,7 +9,7 @@ import json
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.distributed import barrier, close
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups

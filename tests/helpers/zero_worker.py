@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe, read_ds_config
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import Recipe
 from pipeline.config.schedules import learning_rate
 from pipeline.distributed import barrier, close, mean_over_ranks

@@ -15,7 +15,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.ds_config import plan_recipe, read_ds_config
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, RecipeError, load_recipe
 from pipeline.errors import UserError
 from shard_tools.manifest import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.cost.dry_run import meta_objective, scaled
 from pipeline.cost.feeding import Feeding
 from pipeline.cost.micro_batch import MARGIN, largest_that_fits

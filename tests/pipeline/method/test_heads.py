@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe, read_ds_config
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, HeadsRecipe, RecipeError, load_recipe
 from pipeline.distributed import Ranks
 from pipeline.method.heads import GlobalBatchNorm, mlp

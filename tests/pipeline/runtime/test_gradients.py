@@ -9,8 +9,8 @@ from launches import CountLaunches
 from tiny import images, tiny_recipe
 from torch import nn
 
-from pipeline.config.ds_config import plan_recipe
 from pipeline.config.plan import deepspeed_stage, takes_flat
+from pipeline.config.planning import plan_recipe
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import gradients

@@ -15,8 +15,9 @@ from torch import nn
 
 from eval.shared.processes import LAUNCHER
 from pipeline import estimate
-from pipeline.config.ds_config import DS_CONFIGS, plan_recipe, read_ds_config
+from pipeline.config.ds_config import DS_CONFIGS, read_ds_config
 from pipeline.config.plan import SHORT, deepspeed_stage, for_steps, takes_flat
+from pipeline.config.planning import plan_recipe
 from pipeline.cost.zero import stage_with_graphs
 from pipeline.errors import UserError
 from pipeline.runtime.compiled import RECOMPILES, compile_blocks
@@ -187,7 +188,7 @@ import json, null_gpu, torch
 torch.backends.cudnn.enabled = False
 from tiny import images, tiny_recipe
 from pipeline import kernels
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -337,7 +338,8 @@ TWO_RANKS = """
 import json, null_gpu, os, torch
 from tiny import images, tiny_recipe
 from pipeline import kernels
-from pipeline.config.ds_config import plan_recipe, read_ds_config
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.planning import plan_recipe
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime import engine as engines

@@ -14,7 +14,7 @@ from loader_helpers import open_loader
 from tiny import tiny_overrides, tiny_recipe
 
 from eval.shared.processes import LAUNCHER
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.data.crops import Crop
 from pipeline.data.worker_faults import worker_fault
 from pipeline.errors import UserError

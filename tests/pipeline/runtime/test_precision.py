@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import images, tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.config.schedules import learning_rate
 from pipeline.distributed import free_port
 from pipeline.method.objective import build_objective

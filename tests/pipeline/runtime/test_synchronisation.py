@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime.interpreter import GridExecutor
 
 from eval.shared.processes import LAUNCHER
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES
 from pipeline.distributed import close
 from pipeline.method.objective import build_objective

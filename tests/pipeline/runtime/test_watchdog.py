@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils import groups
 from tiny import tiny_recipe
 
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.engine import Engine, init_ranks

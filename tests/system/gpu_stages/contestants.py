@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gpu_stages.common import ROOT, Fault, Where
 from pipeline import kernels
-from pipeline.config.ds_config import plan_recipe, read_ds_config
+from pipeline.config.ds_config import read_ds_config
+from pipeline.config.planning import plan_recipe
 from pipeline.cost.dry_run import dry_run
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_stages.common import Fault, Where, join, release, workers
 from pipeline import kernels
-from pipeline.config.ds_config import plan_recipe
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, Recipe
 from pipeline.config.schedules import ema_momentum, learning_rate
 from pipeline.gpu_errors import one_line
