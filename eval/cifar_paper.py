@@ -16,10 +16,20 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from eval.paper.archive import laid_out, made_runs, pack, unpacked
-from eval.paper.cifar_claims import ALL, NAMES, cifar_row, claims_of
-from eval.paper.cifar_page import FACTS, Facts, chapters, read_facts
-from eval.paper.cifar_plan import (
+from eval.paper.commands import Workspace, read_scale, row_recipe
+from eval.paper.cost import Rates
+from eval.paper.job_runner import run_commands
+from eval.paper.made_with import check_recipes
+from eval.report import write_report
+from eval.reporting.page import markdown_table
+from eval.reporting.run_records import flatten
+from eval.shared.cifar_shards import DONE, make_cifar_shards
+from eval.shared.command import run_command
+from eval.shared.processes import stop_on_sigterm
+from eval.studies.archive import laid_out, made_runs, pack, unpacked
+from eval.studies.cifar_claims import ALL, NAMES, cifar_row, claims_of
+from eval.studies.cifar_page import FACTS, Facts, chapters, read_facts
+from eval.studies.cifar_plan import (
     RECORD,
     Plan,
     Settings,
@@ -38,17 +48,7 @@ from eval.paper.cifar_plan import (
     tuning_of,
     unit,
 )
-from eval.paper.commands import Workspace, read_scale, row_recipe
-from eval.paper.cost import Rates
-from eval.paper.job_runner import run_commands
-from eval.paper.made_with import check_recipes
-from eval.paper.study import Study, wanted_metrics
-from eval.report import write_report
-from eval.reporting.page import markdown_table
-from eval.reporting.run_records import flatten
-from eval.shared.cifar_shards import DONE, make_cifar_shards
-from eval.shared.command import run_command
-from eval.shared.processes import stop_on_sigterm
+from eval.studies.study import Study, wanted_metrics
 from pipeline.command import check_unused
 from pipeline.config.recipe import read_override
 from pipeline.errors import UserError, check_range, naming

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval.paper.claims import CLAIMS
 from eval.paper.commands import Workspace
 from eval.paper.job_runner import costs, needed, run_commands, show_plan
 from eval.paper.made_with import check_recipes, claim_output, made_with
@@ -32,11 +31,12 @@ from eval.paper.reproduction import (
     read_options,
     run_folders,
 )
-from eval.paper.study import Study, rules, summary, wanted_metrics
 from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
+from eval.studies.claims import CLAIMS
+from eval.studies.study import Study, rules, summary, wanted_metrics
 from pipeline.help_text import HelpFormatter
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.

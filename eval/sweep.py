@@ -21,8 +21,13 @@ from shlex import join, quote
 from typing import NoReturn
 
 from eval.paper.job_runner import run_commands, show_plan
-from eval.paper.sweep_chapter import sweep_chapter
-from eval.paper.sweep_plan import (
+from eval.protocols import by_key
+from eval.report import write_report
+from eval.reporting.page import markdown_table
+from eval.shared.command import run_command
+from eval.shared.processes import stop_on_sigterm
+from eval.studies.sweep_chapter import sweep_chapter
+from eval.studies.sweep_plan import (
     CELLS,
     ROOT,
     Sweep,
@@ -39,11 +44,6 @@ from eval.paper.sweep_plan import (
     shell_words,
     without_lost,
 )
-from eval.protocols import by_key
-from eval.report import write_report
-from eval.reporting.page import markdown_table
-from eval.shared.command import run_command
-from eval.shared.processes import stop_on_sigterm
 from pipeline.command import check_unused
 from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter

@@ -29,28 +29,6 @@ from eval.cifar_paper import (
     settings_of,
     write_page,
 )
-from eval.paper import archive, cifar_plan
-from eval.paper.cheaper import cheaper_chapter
-from eval.paper.cifar_claims import (
-    ALL,
-    AS_LONG,
-    FINETUNED,
-    LONGER,
-    METHODS,
-    NAMES,
-    QUICKER,
-    cifar_row,
-    claims_of,
-    method_of,
-)
-from eval.paper.cifar_page import (
-    Facts,
-    claims_chapter,
-    rate_warnings,
-    tuning_chapter,
-    tuning_table,
-)
-from eval.paper.claims import CLAIMS
 from eval.paper.commands import (
     Workspace,
     pretrain_flops,
@@ -64,11 +42,33 @@ from eval.paper.job_runner import Command, costs, needed, unique
 from eval.paper.made_with import check_recipes
 from eval.paper.measuring import device_name
 from eval.paper.reproduction import result_path
-from eval.paper.significance import interval
-from eval.paper.study import wanted_metrics
-from eval.paper.tuning import SEED, Trial, at_edge, best, read_trials
 from eval.reporting.tables import Cell
 from eval.shared.cifar_shards import BUILDING, make_cifar_shards
+from eval.studies import archive, cifar_plan
+from eval.studies.cheaper import cheaper_chapter
+from eval.studies.cifar_claims import (
+    ALL,
+    AS_LONG,
+    FINETUNED,
+    LONGER,
+    METHODS,
+    NAMES,
+    QUICKER,
+    cifar_row,
+    claims_of,
+    method_of,
+)
+from eval.studies.cifar_page import (
+    Facts,
+    claims_chapter,
+    rate_warnings,
+    tuning_chapter,
+    tuning_table,
+)
+from eval.studies.claims import CLAIMS
+from eval.studies.significance import interval
+from eval.studies.study import wanted_metrics
+from eval.studies.tuning import SEED, Trial, at_edge, best, read_trials
 from pipeline.config.recipe import dump_recipe
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import DIVERGED, UserError

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from eval import mini_paper
-from eval.paper.claims import CLAIMS, Difference, judge, verdict
 from eval.paper.commands import read_scale
-from eval.paper.significance import interval
-from eval.paper.study import wanted_metrics
 from eval.reproduce import parse_args
+from eval.studies.claims import CLAIMS, Difference, judge, verdict
+from eval.studies.significance import interval
+from eval.studies.study import wanted_metrics
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[2]

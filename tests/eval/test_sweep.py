@@ -12,9 +12,10 @@ import pytest
 from eval_helpers import coloured_images, write_shards
 
 from eval import sweep as command
-from eval.paper.significance import interval
-from eval.paper.sweep_chapter import ahead, best_text, parameter_chart, sweep_chapter
-from eval.paper.sweep_plan import (
+from eval.protocols import Work
+from eval.studies.significance import interval
+from eval.studies.sweep_chapter import ahead, best_text, parameter_chart, sweep_chapter
+from eval.studies.sweep_plan import (
     Cell,
     Sweep,
     check_cells,
@@ -26,7 +27,6 @@ from eval.paper.sweep_plan import (
     read_grid,
     recipe_of,
 )
-from eval.protocols import Work
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 
@@ -427,7 +427,7 @@ def test_a_cell_that_diverges_ends_no_sweep(data, tmp_path, monkeypatch, capsys)
     script = tmp_path / "launch.sh"
     script.write_text(FAKE_LAUNCH)
     script.chmod(0o755)
-    monkeypatch.setattr("eval.paper.sweep_plan.LAUNCH", script)
+    monkeypatch.setattr("eval.studies.sweep_plan.LAUNCH", script)
     line = words(data, tmp_path / "out", "--jobs", "1", "--seeds", "2", grid=DIVERGES)
     page = tmp_path / "out/sweep.md"
     for number in (1, 2):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = (
-    "eval.paper.cifar_plan", "eval.paper.reproduction", "eval.report", "eval.shared.results",
+    "eval.studies.cifar_plan", "eval.paper.reproduction", "eval.report", "eval.shared.results",
     "pipeline.runtime.preflight", "shard_tools.make_shards",
 )  # fmt: skip
 WANTED = 77  # exit code of a fork that imported something heavy

@@ -89,6 +89,8 @@ FLOORS = (
     ("pipeline.weights",),
     ("pipeline.runtime", "pipeline.cost", "pipeline"),
 )
+# The same inside eval, whose commands stand on all of them.
+EVAL = ("eval.protocols", "eval.reporting", "eval.shared", "eval.paper", "eval.studies")
 
 GROUND = {"pipeline.errors", "pipeline.help_text"}  # what shard_tools has of the pipeline
 
@@ -107,6 +109,14 @@ def test_rooms_stand_on_those_below():
         for other in {room(m) for m in ours(name)} - {here}:
             if here in floor:
                 assert floor.get(other, len(FLOORS)) < floor[here], f"{name} imports {other}"
+
+
+def test_rooms_of_eval_stand_on_those_below():
+    for name in NAMES:
+        here = room(name)
+        if here in EVAL:
+            used = {room(m) for m in ours(name) if m.startswith("eval.")} - {here}
+            assert used <= {*EVAL[: EVAL.index(here)]}, f"{name} imports {used}"
 
 
 def test_no_circle_between_rooms_or_modules():

@@ -4,14 +4,14 @@ from collections.abc import Container, Sequence
 from statistics import mean
 
 from eval.paper.reproduction import spread_text
-from eval.paper.significance import interval
-from eval.paper.sweep_plan import Cell, Sweep, as_number, lost, result_path
 from eval.protocols import by_key, headings
 from eval.reporting.charts import Line, line_chart
 from eval.reporting.page import Chapter
 from eval.reporting.run_records import read_result
 from eval.reporting.tables import NONE, Row, Table
 from eval.reporting.tables import Cell as TableCell
+from eval.studies.significance import interval
+from eval.studies.sweep_plan import Cell, Sweep, as_number, lost, result_path
 from pipeline.errors import UserError
 
 Point = tuple[tuple[str, str], ...]

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from statistics import mean
 
-from eval.paper.cifar_claims import AS_LONG, QUICKER, plain
-from eval.paper.claims import Difference, Judged, judge
 from eval.paper.commands import pretrain_flops, row_recipe
 from eval.paper.cost import of_one_device, read_rates, step_seconds
 from eval.paper.reproduction import spread_text
-from eval.paper.study import Study, titles, wanted_metrics
 from eval.reporting.page import Chapter
 from eval.reporting.tables import NONE, UNMEASURED, Cell, Row, Table
+from eval.studies.cifar_claims import AS_LONG, QUICKER, plain
+from eval.studies.claims import Difference, Judged, judge
+from eval.studies.study import Study, titles, wanted_metrics
 from pipeline.config.recipe import Recipe
 
 METRICS = ("finetune", "linprobe")

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from eval.paper.claims import CLAIMS, Claim, Difference
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import choose_rows, find_table, published_anywhere
+from eval.studies.claims import CLAIMS, Claim, Difference
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
 PUBLISHED = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import split
 from typing import Any
 
-from eval.paper.commands import cost, pretrain_flops
+from eval.paper.commands import ROOT, cost, pretrain_flops
 from eval.paper.job_runner import Command, diverged
 from eval.paper.made_with import check_recipe
 from eval.protocols import by_key, keys
@@ -21,7 +21,6 @@ from pipeline.runtime.settings import total_steps
 from shard_tools.atomic import write_json
 from shard_tools.manifest import read_manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch.sh"
 RECORD = "sweep.json"
 CELLS = "cells"  # what the tasks of an array keep of themselves

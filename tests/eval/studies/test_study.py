@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from eval.paper.claims import Claim, Difference
 from eval.paper.commands import Workspace, read_scale
 from eval.paper.published import PaperRow
-from eval.paper.study import Study, rules, summary, wanted_metrics
+from eval.studies.claims import Claim, Difference
+from eval.studies.study import Study, rules, summary, wanted_metrics
 from pipeline.errors import UserError
 
 ROWS = {

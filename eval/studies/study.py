@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from math import isfinite
 
-from eval.paper.claims import CONFIDENCE, REFUTED, Claim, Judged, correct, judge, verdict
 from eval.paper.commands import Workspace, row_jobs
 from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow
@@ -17,6 +16,7 @@ from eval.protocols import headings, keys
 from eval.reporting.cka_charts import cka_table
 from eval.reporting.run_records import read_result
 from eval.reporting.tables import NONE, UNMEASURED, Cell, Row, Table
+from eval.studies.claims import CONFIDENCE, REFUTED, Claim, Judged, correct, judge, verdict
 from pipeline.errors import UserError
 
 LARGE = 0.7  # share of dropped patches from which a CKA counts as of a large one

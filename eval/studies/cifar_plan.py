@@ -8,8 +8,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from eval.paper.archive import LOOK, PCA, check_empty, restore, unpacked
-from eval.paper.cifar_claims import (
+from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
+from eval.paper.cost import Rates, within
+from eval.paper.job_runner import Command, costs, needed, python, unique
+from eval.paper.made_with import portable
+from eval.studies.archive import LOOK, PCA, check_empty, restore, unpacked
+from eval.studies.cifar_claims import (
     AS_LONG,
     METHODS,
     NAMES,
@@ -19,12 +23,8 @@ from eval.paper.cifar_claims import (
     method_of,
     plain,
 )
-from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, run_name
-from eval.paper.cost import Rates, within
-from eval.paper.job_runner import Command, costs, needed, python, unique
-from eval.paper.made_with import portable
-from eval.paper.study import Study, wanted_metrics
-from eval.paper.tuning import Tuning, best, read_trials
+from eval.studies.study import Study, wanted_metrics
+from eval.studies.tuning import Tuning, best, read_trials
 from pipeline.config.schema import EncoderRecipe
 from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import write_json

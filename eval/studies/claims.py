@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
-from eval.paper.significance import (
+from eval.studies.significance import (
     CONFIDENCE,
     bootstrap_interval,
     holm,

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.paper.archive import LOOK, PCA
-from eval.paper.cheaper import cheaper_chapter
 from eval.paper.reproduction import beside
-from eval.paper.study import Study, rules, summary, wanted_metrics
-from eval.paper.tuning import Trial, at_edge, best, outdone, read_trials
 from eval.protocols import headings
 from eval.reporting.chapters import picture_of
 from eval.reporting.page import Chapter, Detail
 from eval.reporting.run_records import read_json
 from eval.reporting.tables import NONE, Cell, Row, Table
+from eval.studies.archive import LOOK, PCA
+from eval.studies.cheaper import cheaper_chapter
+from eval.studies.study import Study, rules, summary, wanted_metrics
+from eval.studies.tuning import Trial, at_edge, best, outdone, read_trials
 from pipeline.errors import UserError, check_range
 
 # MAE on CIFAR-10 as others report it: model, pretraining, figures, source.

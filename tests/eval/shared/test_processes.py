@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from signals import interruptible
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WAIT = """
 import time
 from eval.shared.command import run_command

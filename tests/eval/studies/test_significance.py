@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, false_discovery_control, nct, t, ttest_1samp, ttest_rel
 
-from eval.paper.claims import Difference, correct, judge
-from eval.paper.significance import (
+from eval.studies.claims import Difference, correct, judge
+from eval.studies.significance import (
     _resamples,
     bootstrap_interval,
     holm,
