@@ -70,9 +70,29 @@ def test_relative_links_resolve(page):
 def test_named_files_exist(page):
     roots = r"(?:pipeline|eval|shard_tools|ds_configs|docs|tests)"
     names = re.findall(rf"(?<![\w/.-]){roots}/[\w/]+\.(?:py|yaml|json|sh|md)", page.read_text())
-    if page.name in ("CONTRIBUTING.md", "CHANGELOG.md"):  # name files to add, and former ones
-        names = []
-    assert not [n for n in names if not (ROOT / n).exists()]
+    if page.name == "CHANGELOG.md":  # names former ones
+        return
+    added = re.findall(r"^```\w+ file=(\S+)$", page.read_text(), re.MULTILINE)
+    assert not [n for n in names if not (ROOT / n).exists() and n not in added]
+
+
+def test_every_room_is_on_the_map():
+    """The table in CONTRIBUTING.md names each folder of code: in full, or in its parent's row."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`.+) \|$", text, re.MULTILINE)
+    for package in ("pipeline", "shard_tools", "eval"):
+        for folder in {path.parent for path in (ROOT / package).glob("*/*.py")}:
+            named = f"`{package}/{folder.name}/", f"`{folder.name}/`"
+            shown = [row for row in rows if named[0] in row or (package in row and named[1] in row)]
+            assert shown, folder
+
+
+@pytest.mark.parametrize("room", ["method", "weights"])
+def test_a_rooms_own_map_names_every_file(room):
+    folder = ROOT / "pipeline" / room
+    text = (folder / "__init__.py").read_text()
+    files = {p.stem for p in folder.glob("*.py")} - {"__init__"}
+    assert not [name for name in files if not re.search(rf"^    .*\b{name}\b", text, re.MULTILINE)]
 
 
 @each_page
