@@ -20,7 +20,9 @@ from typing import Any
 
 from pipeline.command import check_unused, early, run_main
 from pipeline.config.peaks import PEAKS
+from pipeline.config.plan import check_stage, most_stage
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
+from pipeline.config.schedules import size_steps
 from pipeline.cost.feeding import Feeding
 from pipeline.cost.micro_batch import (
     MARGIN,
@@ -70,15 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpu",
         choices=PEAKS,
         default="h100",
-        help="the GPU whose peak FLOP/s the hours are computed from",
+        help="the GPU whose peak FLOP/s its time is computed from",
     )
     parser.add_argument(
         "--gpu-memory", type=float, default=80, metavar="GB", help="memory of a GPU, in 10^9 bytes"
     )
     # fmt: off
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                        help="images per GPU and pass; 0: as many as leave "
-                        f"{MARGIN:.0%}% of its memory free")
+                        help="images per GPU and pass; 0: as \"auto\", as many as leave "
+                        f"{MARGIN:.0%}% of its memory free, but with negatives or batch norm up to "
+                        "128")
     parser.add_argument("--fit", type=int, metavar="STAGE", choices=range(4),
                         help="print only the largest micro-batch that fits under this ZeRO stage")
     parser.add_argument("--launch-ms", type=float, default=0, metavar="MS",
@@ -145,13 +148,22 @@ def check_split(recipe: Recipe, args: argparse.Namespace) -> None:
         raise PlanError(f"--micro-batch {args.micro_batch}: must be one of {sizes}")
 
 
-def check_fit(args: argparse.Namespace) -> None:
-    """UserError where the engine refuses the stage of --fit in the precision."""
+def check_fit(recipe: Recipe, args: argparse.Namespace) -> None:
+    """UserError where the engine refuses the stage of --fit in the precision, or the optimizer."""
+    kind = recipe.optimizer.kind
+    check_stage(kind, args.fit, most_stage(kind))
     if args.fit not in (stages := stages_under(args.precision)):
         raise PlanError(
             f"--fit {args.fit}: ZeRO {args.fit} does not run in --precision {args.precision}, "
             f"but {', '.join(map(str, stages))} do"
         )
+
+
+def steps_of(recipe: Recipe, args: argparse.Namespace) -> int:
+    """Steps of the run. UserError where it, or a phase of data.sizes, has none."""
+    total = total_steps(f"--images {args.images}", args.images, recipe)
+    size_steps(recipe, total)
+    return total
 
 
 def check(args: argparse.Namespace) -> None:
@@ -161,9 +173,9 @@ def check(args: argparse.Namespace) -> None:
     if not args.flops:
         check_split(recipe, args)
     if args.fit is not None:
-        check_fit(args)
+        check_fit(recipe, args)
     elif not args.flops:
-        total_steps(f"--images {args.images}", args.images, recipe)
+        steps_of(recipe, args)
     if args.json:
         check_writable(args.json)
 
@@ -173,12 +185,8 @@ if __name__ == "__main__":  # the help, and what is seen to be wrong without tor
 
 from pipeline.config.planning import MOST_IMAGES
 from pipeline.cost.dry_run import Work, flops_of_phases, meta_objective, scaled
-from pipeline.cost.launches import (
-    GRAPH_LAUNCHES,
-    GROUP_LAUNCHES,
-    OPTIMIZER_LAUNCHES,
-    measured_launch_ms,
-)
+from pipeline.cost.launches import GRAPH_LAUNCHES, measured_launch_ms
+from pipeline.cost.stepping import Stepping
 from pipeline.cost.zero import (
     Memory,
     fitting_micro_batch,
@@ -188,7 +196,6 @@ from pipeline.cost.zero import (
     traffic,
 )
 from pipeline.method.objective import Objective
-from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher
 
 SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of the full size"
@@ -206,7 +213,8 @@ def flops_lines(recipe: Recipe) -> str:
 @dataclass(frozen=True)
 class Planner:
     """What the rows of all ZeRO stages share: the recipe and command line, its objective and
-    teacher on the meta device, the work by micro-batch, FLOP/s and host ms per launch.
+    teacher on the meta device, the optimizer's step, the work by micro-batch, FLOP/s and host ms
+    per launch.
 
     mean: FLOPs of the mean step over those of the full image size (data.sizes).
     """
@@ -215,6 +223,7 @@ class Planner:
     args: argparse.Namespace
     objective: Objective
     teacher: Teacher | None
+    stepping: Stepping
     work_of: Callable[[int], Work]
     speed: float
     launch_ms: float
@@ -228,10 +237,11 @@ class Planner:
         """Those to choose from: the one of the command line, or what "auto" takes."""
         if self.args.micro_batch:
             return [self.args.micro_batch]
+        sizes = split(self.recipe, self.args.gpus)
+        if not self.recipe.measure.exchanges:
+            return sizes
         # With negatives or batch norm over the micro-batch it does not follow the device.
-        pooled = self.recipe.measure.exchanges
-        most = MOST_IMAGES if pooled else self.recipe.batch_size
-        return [n for n in split(self.recipe, self.args.gpus) if n <= most]
+        return [next((n for n in sizes if n <= MOST_IMAGES), sizes[-1])]
 
     def need(self, micro: int, run_as: int, captured: bool) -> Memory:
         """Bytes per rank under a stage."""
@@ -239,15 +249,14 @@ class Planner:
         work, args = self.work_of(micro), self.args
         return memory(self.objective, self.teacher, work, run_as, args.gpus, args.precision, copies)
 
-    def feeding(self, micro: int, captured: bool) -> Feeding:
+    def feeding(self, micro: int, run_as: int, captured: bool) -> Feeding:
         """What a step asks of GPU, host and loader."""
         work, accumulation = self.work_of(micro), self.per_rank // micro
-        further_groups = len(parameter_groups(self.objective)) - 2
+        own, launches = self.stepping, GRAPH_LAUNCHES if captured else work.launches
+        flops = self.mean * work.flops * accumulation + own.flops(run_as, self.args.gpus)
         return Feeding(
-            gpu=self.mean * work.flops * accumulation / self.speed,
-            launches=(GRAPH_LAUNCHES if captured else work.launches) * accumulation
-            + OPTIMIZER_LAUNCHES
-            + GROUP_LAUNCHES * further_groups,
+            gpu=flops / self.speed,
+            launches=launches * accumulation + own.launches(run_as, self.args.gpus),
             launch_ms=self.launch_ms,
             images=self.per_rank * (2 if self.recipe.views.second == "crop" else 1),
             core_images=self.args.core_images,
@@ -267,7 +276,7 @@ class Planner:
             self.objective, self.teacher, self.work_of(micro), run_as, gpus, accumulation,
             args.precision,
         )  # fmt: skip
-        feeding, need = self.feeding(micro, captured), needs[micro]
+        feeding, need = self.feeding(micro, run_as, captured), needs[micro]
         return (
             {"stage": stage, "run_as": run_as, "micro_batch": micro, "accumulation": accumulation}
             | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need).items()}
@@ -281,6 +290,7 @@ class Planner:
                 "loader_ms": round(1e3 * feeding.loader, 3),
                 "bound": feeding.bound,
                 "cores_needed": feeding.cores_needed,
+                "step_ms": round(1e3 * feeding.seconds, 3),
             }
         )
 
@@ -296,7 +306,8 @@ def make_planner(recipe: Recipe, args: argparse.Namespace) -> Planner:
         args,
         objective,
         teacher,
-        work_of=scaled(recipe, args.precision, args.checkpointing),
+        Stepping(objective),
+        work_of=scaled(recipe, args.precision, args.checkpointing, args.gpus),
         speed=peak * args.utilisation,
         launch_ms=args.launch_ms or measured_launch_ms(),
         mean=sum(share * flops for share, flops in found) / found[-1][1],
@@ -304,14 +315,18 @@ def make_planner(recipe: Recipe, args: argparse.Namespace) -> Planner:
 
 
 def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time.
+    """The plan: one row per ZeRO stage, with the largest micro-batch that fits, and the time under
+    the recommended stage, of the slowest of GPU, host and loader.
 
     Under data.sizes memory and launches are of the full size, FLOPs and times of the mean step.
     """
     planner = make_planner(recipe, args)
-    total = total_steps(f"--images {args.images}", args.images, recipe)
-    rows = [planner.row(stage) for stage in stages_under(args.precision)]
-    flops = round(planner.mean * planner.work_of(recipe.batch_size).flops)
+    total = steps_of(recipe, args)
+    rows = [planner.row(stage) for stage in stages_under(args.precision, recipe.optimizer.kind)]
+    stage = recommended(rows)
+    row = next((row for row in rows if row["stage"] == stage), rows[0])
+    work = planner.work_of(row["micro_batch"])
+    flops = round(planner.mean * work.flops * row["accumulation"] * args.gpus)
     trained = (p.numel() for p in planner.objective.parameters() if p.requires_grad)
     return {
         "recipe": recipe.name,
@@ -322,20 +337,27 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "precision": args.precision,
         "flops_per_step": flops,
         "steps": total,
-        "hours": round(total * flops / (args.gpus * planner.speed) / 3600, 2),
+        "hours": hours(total, row["step_ms"]),
+        "gpu_hours": hours(total, row["gpu_ms"]),
+        "bound": row["bound"],
         "utilisation": args.utilisation,
         "launch_ms": round(planner.launch_ms, 5),
         "cores": args.cores,
         "core_images": args.core_images,
         "stages": rows,
-        "recommended_stage": recommended(rows),
+        "recommended_stage": stage,
     }
+
+
+def hours(steps: int, milliseconds: float) -> float:
+    """Of a run whose steps take so long, to two digits after the point."""
+    return round(steps * milliseconds / 3.6e6, 2)
 
 
 def fit(recipe: Recipe, args: argparse.Namespace) -> int:
     """The micro-batch that --fit prints. Where none fits, the smallest, and stderr says so: the run
     that asked may still have room, since memory offloaded to the host is counted here too."""
-    check_fit(args)
+    check_fit(recipe, args)
     room, captured = args.gpu_memory * 1e9, graphs(args.fit, args, recipe)
     images, need = fitting_micro_batch(
         recipe, args.gpus, args.fit, args.precision, room, args.checkpointing, captured
@@ -367,11 +389,13 @@ def recommended(rows: list[dict[str, Any]]) -> int | None:
 
 def show(plan: dict[str, Any]) -> str:
     """The plan as text."""
+    peak = f"at {plan['utilisation']:.0%} of the peak in {plan['precision']}"
+    slower = f"({plan['bound']}; {plan['gpu_hours']} {peak})"
     lines = [
         f"{plan['recipe']}: {plan['trained_parameters'] / 1e6:.1f} M trained parameters, "
         f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",
-        f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} at "
-        f"{plan['utilisation']:.0%} of the peak in {plan['precision']}",
+        f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} "
+        + (peak if plan["bound"] == "GPU-bound" else slower),
         *([SIZES] if plan["sizes"] else []),
         "",
         "ZeRO  micro-batch  accum.  weights  gradients  optimizer  teacher  activations   sum GB"

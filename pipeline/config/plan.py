@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.installed import source
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.errors import UserError
 
@@ -150,6 +152,13 @@ def why_no_graphs(plan: RunPlan) -> str:
             "statistics of batch norm"
         )
     return ""
+
+
+def most_stage(kind: str) -> int:
+    """The last ZeRO stage that an optimizer works under, read from its module without torch."""
+    text = source("pipeline", f"runtime/optimizers/{kind}.py")
+    found = re.search(r"^MOST_STAGE = (\d)", text, re.M)
+    return int(found[1]) if found else 3
 
 
 def check_stage(kind: str, stage: int, most: int) -> None:

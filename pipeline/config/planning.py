@@ -170,16 +170,24 @@ def plan_recipe(
         exchanges=recipe.measure.exchanges,
         auto=True,
     )
-    images, least = world * plan.micro_batch, recipe.measure.least_images
+    if problem := why_too_few(recipe, plan.micro_batch, world):
+        raise UserError(problem)
+    return plan
+
+
+def why_too_few(recipe: Recipe, micro: int, world: int) -> str:
+    """Why micro-batches of `micro` images on each of `world` ranks are too small for a recipe; ""
+    where they are not."""
+    images, least = world * micro, recipe.measure.least_images
     if images < least:
-        raise UserError(
+        return (
             f"measure {recipe.measure.kind} compares the images of a micro-batch with each other: "
             f"over all ranks it has {images}, and at least {least} are needed; see batch_size and "
             "train_micro_batch_size_per_gpu"
         )
-    if recipe.views.cutmix and plan.micro_batch == 1:
-        raise UserError(
+    if recipe.views.cutmix and micro == 1:
+        return (
             "views.cutmix pastes from another image of a rank's micro-batch, which has only one "
             "image; see batch_size and train_micro_batch_size_per_gpu"
         )
-    return plan
+    return ""

@@ -78,22 +78,39 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
     return Work(images, work.get_total_flops(), kept.bytes, gathered, launches.count)
 
 
-def scaled(recipe: Recipe, precision: str, checkpointing: bool) -> Callable[[int], Work]:
-    """The work of a micro-batch of any size, from two dry runs."""
-    one, more = (dry_run(recipe, n, precision, checkpointing) for n in (2, 4))
-    per_image = (more.activations - one.activations) // 2
-    fixed = one.activations - 2 * per_image  # autocast's copies of the weights
+def scaled(
+    recipe: Recipe, precision: str, checkpointing: bool, ranks: int
+) -> Callable[[int], Work]:
+    """The work of a micro-batch of any size on one of `ranks` ranks, from dry runs of small ones:
+    what a batch needs once (autocast's copies of the weights), what each image needs and, where
+    negatives are other images, each pair of an image and one of the micro-batch of all ranks."""
+    sizes = (2, 4, 8) if recipe.measure.batch_negatives else (2, 4)
+    runs = [dry_run(recipe, n, precision, checkpointing) for n in sizes]
+    flops, kept = (
+        _polynomial([getattr(run, part) for run in runs], ranks)
+        for part in ("flops", "activations")
+    )
 
     def work(images: int) -> Work:
-        kept = fixed + images * per_image
-        return Work(images, one.flops * images // 2, kept, one.keys * images // 2, one.launches)
+        keys = runs[0].keys * images // 2
+        return Work(images, flops(images), kept(images), keys, runs[0].launches)
 
     return work
 
 
+def _polynomial(found: list[int], ranks: int) -> Callable[[int], int]:
+    """a + b n + c n (ranks n), from its values on one rank at n = 2, 4 and, unless c is 0, 8."""
+    slope = (found[1] - found[0]) / 2
+    pair = ((found[2] - found[1]) / 4 - slope) / 6 if len(found) > 2 else 0.0
+    image = slope - 6 * pair
+    fixed = found[0] - 2 * image - 4 * pair
+    return lambda n: round(fixed + n * image + n * n * ranks * pair)
+
+
 def flops_per_image(recipe: Recipe) -> float:
     """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
-    again under gradient checkpointing does not count. Under data.sizes the mean over the run."""
+    again under gradient checkpointing does not count, nor do InfoNCE's products with the images of
+    a larger batch than two. Under data.sizes the mean over the run."""
     return sum(share * flops for share, flops in flops_of_phases(recipe))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.config.plan import most_stage
+from pipeline.config.planning import why_too_few
 from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 
@@ -14,20 +16,24 @@ class PlanError(UserError):
 
 
 def split(recipe: Recipe, ranks: int) -> list[int]:
-    """Micro-batches that divide a rank's images of a step, the largest first."""
+    """Micro-batches that divide a rank's images of a step and of which a run can be made, the
+    largest first. PlanError where there is none."""
     per_rank, left = divmod(recipe.batch_size, ranks)
     if left or not per_rank or recipe.data.partitions % ranks:
         raise PlanError(
             f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
             f"{recipe.data.partitions} must be multiples of the number of GPUs"
         )
-    return [n for n in range(per_rank, 0, -1) if per_rank % n == 0]
+    if problem := why_too_few(recipe, per_rank, ranks):
+        raise PlanError(f"--gpus {ranks}: {problem}")
+    sizes = (n for n in range(per_rank, 0, -1) if per_rank % n == 0)
+    return [n for n in sizes if not why_too_few(recipe, n, ranks)]
 
 
-def stages_under(precision: str) -> list[int]:
-    """ZeRO stages that run in a precision: the engine refuses DeepSpeed's stage 0 in bf16, and 1
-    with fp32 gradients."""
-    return [stage for stage in range(4) if precision not in BF16_WEIGHTS[stage:]]
+def stages_under(precision: str, kind: str = "adamw") -> list[int]:
+    """ZeRO stages that run in a precision with a kind of optimizer: the engine refuses DeepSpeed's
+    stage 0 in bf16, and 1 with fp32 gradients."""
+    return [n for n in range(most_stage(kind) + 1) if precision not in BF16_WEIGHTS[n:]]
 
 
 def fits(need: int, memory: float) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pipeline.config.recipe import Recipe
 from pipeline.cost.dry_run import Work, meta_objective, scaled
 from pipeline.cost.micro_batch import BF16_WEIGHTS, largest_that_fits, split
+from pipeline.cost.stepping import Stepping
 from pipeline.method.objective import Objective
-from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.teacher import Teacher, linear_weights
 
 ALIGN = 2  # elements to which DeepSpeed pads a rank's part of a flat group
@@ -43,12 +43,12 @@ def memory(
     keeps whole those that reach into its part; just its part where bf16's are kept in fp32), 3
     also weights.
 
-    Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; fp32 exp_avg and
-    exp_avg_sq; from stage 1 on an fp32 weight beside it. copies: of all gradients, beside them
-    while the activations' memory is held (graph_copies).
+    Per trained parameter: weight and gradient, of 2 bytes or 4 by the precision; the optimizer's
+    moments in fp32; from stage 1 on an fp32 weight beside them. copies: of all gradients, beside
+    them while the activations' memory is held (graph_copies).
     """
-    groups = [[p.numel() for p in group["params"]] for group in parameter_groups(objective)]
-    size = 2 if precision in BF16_WEIGHTS else 4
+    stepping = Stepping(objective)
+    groups, size = stepping.sizes, 2 if precision in BF16_WEIGHTS else 4
     trained, part = sum(map(sum, groups)), shard(groups, stage, ranks)
     frozen = [p.numel() for p in objective.parameters() if not p.requires_grad]
     here = [-(-n // ranks) for n in frozen] if stage == 3 else frozen
@@ -59,7 +59,10 @@ def memory(
     return Memory(
         weights=((part if stage == 3 else trained) + sum(here)) * size,
         gradients=(kept + copies * trained) * (2 if precision == "bf16" else 4),
-        optimizer=part * (12 if stage else 8),
+        optimizer=sum(
+            shard([sizes], stage, ranks) * 4 * (moments + (stage > 0))
+            for sizes, moments in zip(groups, stepping.moments, strict=True)
+        ),
         teacher=teacher_bytes(teacher, precision) if teacher else 0,
         activations=work.activations,
     )
@@ -107,7 +110,8 @@ def traffic(
     Gradients: all-reduced at stage 0, scattered at 1 (once a step) and at 2 and 3 (every
     micro-batch). Weights: gathered after the step at 1 and 2; at 3 in every forward and backward,
     and once more for a teacher, in fp32; so that it sees the fp32 weights of a bf16 run, these are
-    summed over the ranks at 1 and 2. Keys: gathered in every micro-batch.
+    summed over the ranks at 1 and 2. What Muon makes of its matrices' gradients: gathered at 1 and
+    2, in fp32. Keys: gathered in every micro-batch.
     """
     full = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     followed = sum(p.numel() for p in teacher.parameters()) if teacher else 0
@@ -121,6 +125,8 @@ def traffic(
     }[stage]
     if precision in BF16_WEIGHTS and stage < 3:
         sent += 2 * 4 * followed
+    if stage in (1, 2):
+        sent += 4 * Stepping(objective).gathered
     share = (ranks - 1) / ranks
     return round(share * sent + (ranks - 1) * work.keys * accumulation)
 
@@ -144,7 +150,7 @@ def fitting_micro_batch(
     of those that divide a rank's images of a step; and the bytes that they need. captured: whether
     micro-batches are CUDA graphs."""
     objective, teacher = meta_objective(recipe)
-    work_of, sizes = scaled(recipe, precision, checkpointing), split(recipe, ranks)
+    work_of, sizes = scaled(recipe, precision, checkpointing, ranks), split(recipe, ranks)
     stage = stage_with_graphs(stage, ranks) if captured else stage
 
     def need(n: int) -> int:

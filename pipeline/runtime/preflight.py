@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.ds_config import open_ds_config
-from pipeline.config.installed import source
-from pipeline.config.plan import check_stage
+from pipeline.config.plan import check_stage, most_stage
 from pipeline.config.planning import split_batch
 from pipeline.config.recipe import ANY_PIXELS, Recipe, load_recipe
 from pipeline.config.schedules import size_steps
@@ -72,10 +70,7 @@ def check_plan(config: dict[str, Any], recipe: Recipe) -> None:
     """UserError where a ds_config's stage does not suit the optimizer, or its micro-batch does not
     divide the batch of one rank."""
     kind, stage = recipe.optimizer.kind, config.get("zero_optimization", {}).get("stage", 0)
-    most = re.search(
-        r"^MOST_STAGE = (\d)", source("pipeline", f"runtime/optimizers/{kind}.py"), re.M
-    )
-    check_stage(kind, stage, int(most[1]) if most else 3)
+    check_stage(kind, stage, most_stage(kind))
     micro = config.get("train_micro_batch_size_per_gpu", "auto")
     if micro != "auto":
         split_batch(recipe.batch_size, recipe.data.partitions, 1, micro, recipe.encoder.patches)

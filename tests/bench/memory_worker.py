@@ -113,6 +113,9 @@ def main() -> None:
         for stage in (2, 3):
             row = measure(recipe, stage, ranks.world, ranks.rank, precision)
             rows[f"{stage}, {precision}"] = row
+    for stage in () if args.recipe else range(3):
+        muon = tiny_recipe("rmae", "optimizer.kind=muon")
+        rows[f"{stage}, muon"] = measure(muon, stage, ranks.world, ranks.rank)
     everyone: list = [None] * ranks.world
     torch.distributed.all_gather_object(everyone, rows)
     if ranks.rank == 0:

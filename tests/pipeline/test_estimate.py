@@ -1,6 +1,7 @@
 """The planner against what is measurable: a closed formula, a real step, DeepSpeed's memory."""
 
 import json
+import math
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ from tiny import images, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import estimate as plan
+from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.cost.dry_run import (
     ATTENTION,
@@ -24,11 +26,16 @@ from pipeline.cost.dry_run import (
     dry_run,
     flops_per_image,
     meta_objective,
+    scaled,
 )
+from pipeline.cost.launches import LaunchCounter
 from pipeline.cost.micro_batch import PlanError, split
+from pipeline.cost.stepping import Stepping
 from pipeline.cost.zero import fitting_micro_batch, memory, shard, stage2_gradients, traffic
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
+from pipeline.method.parameter_groups import parameter_groups
+from pipeline.runtime.optimizers import muon
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +84,36 @@ def test_the_dry_run_counts_what_a_real_step_does(name):
     assert work.launches == pytest.approx(launched.launches, rel=0.03)  # without jitter
     assert work.activations == pytest.approx(kept.bytes, rel=0.01)
     assert work.keys == (6 * 16 * 12 * 4 if name == "cmae" else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("mae", ()), ("cmae", ()), ("cmae", ("measure.negatives=all",)),
+     ("cmae", ("measure.negatives=all", "encoder.masked_tokens=drop", "views.second=independent"))],
+)  # fmt: skip
+def test_any_micro_batch_is_what_a_dry_run_of_it_counts(name, changes):
+    """Also where every image is compared with every other, a square of the micro-batch."""
+    recipe = tiny_recipe(name, *changes)
+    for precision in ("fp32", "autocast"):
+        work = scaled(recipe, precision, False, 1)
+        for images_of in (3, 16):
+            assert work(images_of) == dry_run(recipe, images_of, precision)
+
+
+def test_negatives_of_all_ranks_are_counted():
+    """Two products per query token and key token of another rank: cosines, gradient of a query."""
+    for changes, tokens in (((), 16), (("measure.negatives=all",), 16 * 16)):
+        one, four = (scaled(tiny_recipe("cmae", *changes), "fp32", False, n)(8) for n in (1, 4))
+        assert four.flops - one.flops == 2 * 2 * 12 * 8 * 24 * tokens
+    for changes in (("measure.negatives=image",), ("measure.kind=byol",)):
+        one, four = (scaled(tiny_recipe("cmae", *changes), "fp32", False, n)(8) for n in (1, 4))
+        assert four == one
+    # ViT-B, 8 ranks of 128 images: as much as half of all the rest, and again.
+    recipe = load_recipe(RECIPES / "cmae.yaml", ["measure.negatives=all"])
+    made = plan.predict(recipe, plan.parse_args(["--gpus", "8", "--launch-ms", "0.01"]))
+    products = 2 * 2 * 768 * (1024 * 196) ** 2
+    rest = 1024 * flops_per_image(recipe)
+    assert made["flops_per_step"] == pytest.approx(products + rest, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
@@ -187,9 +224,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 WAYS = ("autocast", "bf16", "bf16-fp32-grads")
+MUON = [f"{stage}, muon" for stage in range(3)]
 
 
-@pytest.mark.parametrize("stage", [*"0123", *(f"{s}, {way}" for way in WAYS for s in (2, 3))])
+@pytest.mark.parametrize(
+    "stage", [*"0123", *(f"{s}, {way}" for way in WAYS for s in (2, 3)), *MUON]
+)
 def test_deepspeed_keeps_exactly_the_predicted_bytes(measured, stage):
     assert len(measured) == 2
     for part in ("weights", "gradients", "optimizer"):
@@ -203,6 +243,90 @@ def test_micro_batches_divide_a_ranks_images():
     assert split(recipe, 64) == [16, 8, 4, 2, 1]
     with pytest.raises(PlanError, match=r"--gpus 3: batch_size 1024 .* multiples"):
         split(recipe, 3)
+
+
+def test_a_micro_batch_that_the_run_refuses_is_not_planned(capsys):
+    alone = ["--recipe", "demo_cmae", "--gpus", "1", "--launch-ms", "1"]
+    cutmix = [*TINY, "--gpus", "1", "--set", "views.cutmix=0.5", "--launch-ms", "1"]
+    for options in (alone, cutmix):
+        args = plan.parse_args([*options, "--micro-batch", "1"])
+        with pytest.raises(PlanError, match=r"--micro-batch 1: must be one of \[128, .* 4, 2\]"):
+            plan.check(args)
+        assert plan.main([*options, "--micro-batch", "1"]) == 2
+    capsys.readouterr()
+    small = ["--set", "batch_size=1", "--set", "data.partitions=1"]
+    assert plan.main([*alone, *small]) == 2
+    assert "over all ranks it has 1, and at least 2 are needed" in capsys.readouterr().err
+    fit = [*cutmix[:-2], "--fit", "1", "--gpu-memory", "0.001"]
+    assert plan.main(fit) == 0
+    assert capsys.readouterr().out == "2\n"
+    assert split(tiny_recipe("cmae"), 2) == [4, 2, 1]  # with the images of the other rank
+
+
+def test_a_micro_batch_of_negatives_does_not_follow_the_device():
+    """What pretrain's "auto" takes, whether or not it fits; --micro-batch takes another."""
+    for name, few in (("demo_mae", 1), ("demo_cmae", 128)):
+        recipe = load_recipe(name, ["encoder.options={patch_size: 16, depth: 1}"])
+        options = ["--gpus", "1", "--launch-ms", "1", "--gpu-memory", "0.001"]
+        rows = plan.predict(recipe, plan.parse_args(options))["stages"]
+        assert {(row["micro_batch"], row["fits"]) for row in rows} == {(few, False)}
+    options += ["--micro-batch", "2"]
+    rows = plan.predict(recipe, plan.parse_args(options))["stages"]
+    assert {row["micro_batch"] for row in rows} == {2}
+
+
+def by_hand(rows, columns):
+    """FLOPs of five steps of Newton-Schulz of one matrix: X X', its square, and a product with X.
+    The smaller side is the row's."""
+    low, high = sorted((rows, columns))
+    return 5 * 2 * (2 * low * low * high + low**3)
+
+
+def test_muon_is_planned_as_it_runs(capsys):
+    recipe = load_recipe(RECIPES / "mae.yaml", ["optimizer.kind=muon"])
+    objective, _ = meta_objective(recipe)
+    matrices = 12 * 12 * 768**2 + 8 * 12 * 512**2
+    stepping = Stepping(objective)
+    assert stepping.gathered == matrices
+    one = [3 * by_hand(w, w) + by_hand(w, w) + 2 * by_hand(w, 4 * w) for w in (768, 512)]
+    assert stepping.flops(0, 4) == 12 * one[0] + 8 * one[1]
+    assert stepping.flops(1, 4) == stepping.flops(2, 4) == stepping.flops(0, 4) / 4
+    other = sum(p.numel() for p in objective.parameters()) - matrices
+    need = memory(objective, None, Work(1, 0, 0, 0), 0, 1, "fp32")
+    frozen = sum(p.numel() for p in objective.parameters() if not p.requires_grad)
+    assert need.optimizer == 4 * matrices + 8 * (other - frozen)
+    adamw, _ = meta_objective(load_recipe(RECIPES / "mae.yaml"))
+    for stage, more in ((0, 0), (1, 4 * matrices / 2), (2, 4 * matrices / 2)):
+        sent, plain = (
+            traffic(o, None, Work(1, 0, 0, 0), stage, 2, 1, "autocast") for o in (objective, adamw)
+        )
+        assert sent - plain == pytest.approx(more, abs=2)
+    args = plan.parse_args(["--gpus", "8", "--launch-ms", "0.01"])
+    made = plan.predict(recipe, args)
+    assert [row["stage"] for row in made["stages"]] == [0, 1, 2]
+    argv = ["--recipe", "mae", "--set", "optimizer.kind=muon", "--gpus", "8", "--fit", "3"]
+    with pytest.raises(UserError, match="muon does not work under ZeRO stage 3"):
+        plan.check(plan.parse_args(argv))
+    assert plan.main(argv) == 2
+    assert "stage 2 or lower" in capsys.readouterr().err
+
+
+def test_launches_of_muons_step_are_those_of_a_real_one():
+    recipe = tiny_recipe("mae", "optimizer.kind=muon")
+    objective, _ = build_objective(recipe)
+    optimizer = muon.build(objective, parameter_groups(objective), plan_recipe({}, recipe, 1))
+    for _ in range(2):
+        for parameter in objective.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with LaunchCounter() as counted:
+            optimizer.step()
+    groups = len(optimizer.param_groups)
+    stepping = Stepping(meta_objective(recipe)[0])
+    own = stepping.launches(0, 4) - 10 - 2 * (groups - 2)
+    assert own == counted.count > 100
+    assert stepping.launches(1, 4) - 10 - 2 * (groups - 2) == math.ceil(own / 4)
+    plain = Stepping(meta_objective(tiny_recipe("mae"))[0])
+    assert (plain.launches(1, 4), plain.flops(0, 1), plain.gathered) == (10, 0, 0)
 
 
 def test_the_lowest_stage_that_fits_is_recommended():
@@ -285,6 +409,10 @@ def test_a_plan_of_no_step_is_refused(capsys):
     for options, sentence in (
         (["--images", "1"], "--images 1: 1 samples are fewer than one batch of"),
         (["--set", "optimizer.epochs=1e-9", "--set", "optimizer.warmup_epochs=0"], "one step"),
+        (
+            ["--set", "data.sizes=[[0.0000001, 48], [1, 96]]"],
+            "images of 48 pixels have none of the",
+        ),
     ):
         with pytest.raises(UserError, match=sentence):
             plan.check(plan.parse_args([*TINY, *options]))
@@ -298,8 +426,9 @@ def test_command_line(capsys, tmp_path):
     options = ["--recipe", recipe, "--gpus", "2", "--images", "1000", "--json", str(path)]
     assert plan.main([*options, "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
-    assert f"hours on 2 A100 at {plan.UTILISATION:.0%} of the peak in autocast" in text
-    assert "host-bound" in text  # a tiny model; launches are measured here
+    peak = f"at {plan.UTILISATION:.0%} of the peak in autocast"
+    assert re.search(rf"hours on 2 A100 \((host|loader)-bound; .* {peak}\)", text)
+    assert "  host-bound" in text  # a tiny model; launches are measured here
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
     assert made["recommended_stage"] == 1
@@ -311,15 +440,19 @@ def test_command_line(capsys, tmp_path):
         )
         other = json.loads(path.read_text())
         assert [row["stage"] for row in other["stages"]] == list(range(first, 4))
-        hours[way] = other["hours"]
+        hours[way] = other["gpu_hours"]
     assert hours["bf16"] == hours["bf16-fp32-grads"] > 0
     assert hours["autocast"] == hours["bf16"]
     assert hours["fp32"] == pytest.approx(hours["bf16"] * 312 / 19.5, rel=0.02)
     expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * plan.UTILISATION) / 3600
-    assert made["hours"] == pytest.approx(expected, abs=0.005)
+    assert made["gpu_hours"] == pytest.approx(expected, abs=0.005)
     more = ["--launch-ms", "0.001", "--core-images", "50", "--cores", "3"]
-    assert plan.main([*options, *more]) == 0
-    row = json.loads(path.read_text())["stages"][0]
+    assert plan.main([*options, *more, "--images", "9999999"]) == 0
+    slow = json.loads(path.read_text())
+    row = slow["stages"][0]
+    assert "loader-bound; " in capsys.readouterr().out
+    assert slow["hours"] == pytest.approx(slow["steps"] * row["loader_ms"] / 3.6e6, abs=0.006)
+    assert slow["hours"] > 2 * slow["gpu_hours"]
     assert row["bound"] == "loader-bound"
     assert row["loader_ms"] == pytest.approx(1e3 * row["micro_batch"] * row["accumulation"] / 150)
     assert row["host_ms"] == pytest.approx(1e-3 * row["launches"], abs=1e-3)

@@ -87,7 +87,8 @@ FLOORS = (
     ("shard_tools.class_list",),
     ("shard_tools.sharding", "pipeline.data", "pipeline.method"),
     ("pipeline.weights",),
-    ("pipeline.runtime", "pipeline.cost", "pipeline"),
+    ("pipeline.runtime", "pipeline"),
+    ("pipeline.cost",),
 )
 # The same inside eval, whose commands stand on all of them.
 EVAL = ("eval.protocols", "eval.reporting", "eval.shared", "eval.paper", "eval.studies")

@@ -58,7 +58,7 @@ def room():
     recipe = tiny_recipe("mae")
     plan = plan_recipe({"zero_optimization": {"stage": 2}}, recipe, 1)
     objective, teacher = meta_objective(recipe)
-    work = scaled(recipe, "fp32", False)(4)
+    work = scaled(recipe, "fp32", False, 1)(4)
     return recipe, plan, memory(objective, teacher, work, 2, 1, "fp32").total
 
 
