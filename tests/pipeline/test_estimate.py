@@ -194,6 +194,37 @@ def test_what_each_precision_sends_and_keeps_per_parameter():
         assert need.total == pytest.approx(kept[precision] + held, abs=100), precision
 
 
+@pytest.mark.parametrize(("precision", "size"), [("autocast", 4), ("fp32", 4), ("bf16", 2)])
+def test_what_a_step_sends_under_every_stage(precision, size):
+    """Of four ranks with three micro-batches each: a ring sends three quarters of what it reduces
+    or gathers once, and of an all-reduce twice; keys go to the three others."""
+    objective, teacher = meta_objective(load_recipe(RECIPES / "cmae.yaml"))
+    n = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    t = sum(p.numel() for p in teacher.parameters())
+    masters = 2 * 4 * t if precision == "bf16" else 0  # summed for the teacher
+    by_hand = {
+        0: 2 * n * size,
+        1: 2 * n * size + masters,  # scattered once, gathered once
+        2: (3 + 1) * n * size + masters,  # scattered in every micro-batch
+        3: 3 * (1 + 2) * n * size + 4 * t,  # and gathered twice in each
+    }
+    for stage, sent in by_hand.items():
+        if stage or precision != "bf16":
+            work = Work(1, 0, 0, keys=1000)
+            found = traffic(objective, teacher, work, stage, 4, 3, precision)
+            assert found == pytest.approx(0.75 * sent + 3 * 3 * 1000, abs=1), stage
+            assert traffic(objective, teacher, work, stage, 1, 3, precision) == 0
+
+
+def test_a_second_crop_is_loaded_too():
+    rows = {}
+    for name in ("mae", "mocov3"):
+        args = plan.parse_args(["--gpus", "2", "--launch-ms", "1", "--cores", "2"])
+        rows[name] = plan.predict(tiny_recipe(name), args)["stages"][0]
+    assert rows["mae"]["loader_ms"] == 1e3 * 4 / (2 * plan.CORE_IMAGES)
+    assert rows["mocov3"]["loader_ms"] == 2 * rows["mae"]["loader_ms"]
+
+
 def test_memory_of_one_gpu_in_bf16_is_the_formula_of_the_paper():
     objective, teacher = meta_objective(load_recipe(RECIPES / "cmae.yaml"))
     assert teacher is not None

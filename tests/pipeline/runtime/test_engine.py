@@ -32,9 +32,11 @@ def test_muon_is_refused_where_matrices_are_cut():
     config = {"zero_optimization": {"stage": 3}}
     with pytest.raises(UserError, match=r"muon does not work under ZeRO stage 3.*stage 2 or lower"):
         optimizer_of(plan_recipe(config, recipe, 1))
-    config = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
-    with pytest.raises(UserError, match=r"without zero_optimization\.round_robin_gradients"):
-        muon.section(plan_recipe(config, recipe, 1))
+    for key in ("round_robin_gradients", "offload_optimizer", "cpu_offload", "parameter_alignment"):
+        value = {"device": "cpu"} if key == "offload_optimizer" else True
+        config = {"zero_optimization": {"stage": 2, key: value}}
+        with pytest.raises(UserError, match=rf"without zero_optimization\.{key}"):
+            muon.section(plan_recipe(config, recipe, 1))
 
 
 def test_muon_makes_matrices_nearly_orthogonal():
