@@ -89,6 +89,27 @@ def test_an_output_that_cannot_be_a_folder_is_a_sentence(tmp_path):
         claim(tmp_path / "run", "auto")
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "encoder", "pictures"])
+def test_what_stands_where_a_run_has_a_folder_is_said_at_the_start(name, tmp_path):
+    path = tmp_path / name
+    path.write_text("")
+    with pytest.raises(UserError, match=f"^{path}: --output cannot be written .Not a directory"):
+        claim(tmp_path, "auto")
+    path.unlink()
+    path.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=f"^{path}: --output cannot be written .a link to nothing"):
+        claim(tmp_path, "auto")
+    (tmp_path / "nothing").mkdir()
+    claim(tmp_path, "auto")
+
+
+@pytest.mark.parametrize("name", ["checkpoints/latest", "encoder/encoder.json", "failure.txt"])
+def test_a_folder_where_a_run_has_a_file_is_said_at_the_start(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^{tmp_path / name}: --output cannot be written .a folder"):
+        claim(tmp_path, "auto")
+
+
 def read_only(folder):
     """Make a folder read-only, for root too (a bind mount in this process's own namespace)."""
     if os.geteuid():
