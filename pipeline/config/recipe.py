@@ -33,6 +33,7 @@ from pipeline.config.measure_schema import (
     measure_settings,
 )
 from pipeline.config.schema import (
+    LARGEST_RATE,
     SHORT,
     DataRecipe,
     EMARecipe,
@@ -148,6 +149,12 @@ class Recipe(Section):
             raise ValueError(
                 f"optimizer.min_lr {self.optimizer.min_lr:g} is above the peak learning rate "
                 f"{self.lr:g} (base_lr * batch_size / 256)"
+            )
+        first = self.lr / self.optimizer.layer_anneal
+        if self.optimizer.layer_anneal < 1 and first > LARGEST_RATE:
+            raise ValueError(
+                f"optimizer.layer_anneal {self.optimizer.layer_anneal:g}: the embeddings' peak "
+                f"learning rate would be {first:g}, must be at most {LARGEST_RATE:g}"
             )
         if self.views.mask_ratio == 0 and self.views.second == "complement":
             raise ValueError(

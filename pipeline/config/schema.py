@@ -29,9 +29,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Beyond it integers of numpy and products of floats overflow.
 LARGEST = 10**15
 LARGEST_RATE = 1e30  # of learning; fp32 ends at 3.4e38
+SMALLEST = 1e-37  # above 0 in fp32, also where numbers below 1.2e-38 are 0
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
-Deviation = Annotated[float, Field(gt=0.0, le=1.0)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1.0)]  # a step of 8 bits is 4e-3
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Steps = Annotated[int, Field(ge=0, le=LARGEST)]  # 0: never
 
@@ -216,7 +217,7 @@ class EMARecipe(Section):
 class WeightDecayRecipe(Section):
     """Weight decay of matrices; `tokens` says whether cls and mask tokens decay too (as MAE)."""
 
-    value: Annotated[float, Field(ge=0.0)] = 0.05
+    value: Annotated[float, Field(ge=0.0, le=LARGEST_RATE)] = 0.05
     tokens: bool = True
 
 
@@ -247,7 +248,7 @@ class OptimizerRecipe(Section):
     kind: Literal["adamw", "muon"] = "adamw"
     base_lr: Annotated[float, Field(gt=0.0, le=LARGEST_RATE)] = 1.5e-4
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    eps: Annotated[float, Field(ge=SMALLEST, le=LARGEST_RATE)] = 1e-8
     weight_decay: WeightDecayRecipe = WeightDecayRecipe()
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 0.0
     epochs: Annotated[float, Field(gt=0.0, le=LARGEST)] = 100
