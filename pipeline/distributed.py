@@ -113,14 +113,16 @@ def prepare_deepspeed() -> None:
 
 def extensions_dir() -> Path:
     """Where compiled ops of this machine go: a folder named by all that they depend on, so that a
-    node with GPUs and one without, or two environments, do not overwrite each other's.
+    node with GPUs and one without, two kinds of processors (ops are compiled for all instructions
+    of one, by a command that is the same on both), or two environments, keep their own.
 
     In TORCH_EXTENSIONS_DIR, in this virtual environment, or in ~/.cache where that is read-only.
     """
     kind = os.environ.get("DS_ACCELERATOR") or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cpu":  # compiled for this processor
+    if kind == "cpu":
         kind = f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}"
-    elif torch.cuda.is_available():  # nodes of other GPUs, which share a home, have their own
+    kind += f"-{processor().instructions}"
+    if "cuda" in kind and torch.cuda.is_available():  # nodes of other GPUs, which share a home
         gpus = range(torch.cuda.device_count())
         found = sorted({torch.cuda.get_device_capability(n) for n in gpus})
         kind += "".join(f"-sm{major}{minor}" for major, minor in found)

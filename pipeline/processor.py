@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+# Of x86's flags those that a compiler makes use of (-march=native); others come and go with kernels
+# and hypervisors. ARM's are all of this kind.
+_INSTRUCTIONS = re.compile(
+    r"(avx|sse|ssse|fma|amx|bmi|aes|vaes|sha|gfni|pclmul|vpclmul)|(abm|adx|f16c|movbe|popcnt|xop)$"
+)
 BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # units that multiply it
 
 
@@ -16,6 +24,13 @@ class Processor:
     name: str
     flags: frozenset[str]
     number: str = ""
+
+    @property
+    def instructions(self) -> str:
+        """A short name of its instruction set: what is compiled for one may crash on another."""
+        x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+        used = sorted(flag for flag in self.flags if not x86 or _INSTRUCTIONS.match(flag))
+        return hashlib.sha256(" ".join(used).encode()).hexdigest()[:8]
 
 
 def processor(proc: Path = Path("/proc")) -> Processor:

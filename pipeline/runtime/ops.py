@@ -120,8 +120,11 @@ def _load_op(folder: Path, builder: Any) -> None:
     made_of = _made_of(builder, architectures)
     if _load_compiled(folder, builder, made_of):
         return
+    text = f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)"
+    if any(folder.glob(f"{builder.NAME}/*.so")):  # ninja looks whether it is of these files
+        text = f"loading DeepSpeed's {builder.NAME} (minutes where it must be compiled again)"
     with (
-        _saying(f"compiling DeepSpeed's {builder.NAME}, once for this machine (minutes)"),
+        _saying(text),
         compiling_for(architectures) if architectures else contextlib.nullcontext(),
     ):
         _quietly(builder.load)
@@ -184,12 +187,11 @@ def _load_compiled(folder: Path, builder: Any, made_of: dict[str, Any]) -> bool:
 
 def _take_over(folder: Path, name: str) -> None:
     """Copy an op that set-up has compiled into an environment that is read-only here, or where no
-    GPU was visible, or when the folders had no such names; ninja knows by commands and times
-    whether it is of this torch, and compiles it again where it is not."""
+    GPU was visible; ninja knows by commands and times whether it is of this torch, and compiles it
+    again where it is not. Of which processor it is, the folder's name says alone."""
     anywhere = re.sub(r"(-sm\d+)+$", "", folder.name)
     kept = [own_extensions() / kind for kind in dict.fromkeys((folder.name, anywhere))]
-    for before in (*(place / name for place in kept), folder.parent / anywhere / name,
-                   folder.parent / name):  # fmt: skip
+    for before in (*(place / name for place in kept), folder.parent / anywhere / name):
         if any(before.glob("*.so")) and not any(folder.glob(f"{name}/*.so")):
             shutil.copytree(before, folder / name, dirs_exist_ok=True)
 

@@ -30,6 +30,7 @@ from pipeline.distributed import (
 from pipeline.errors import UserError
 from pipeline.gpu_errors import no_code
 from pipeline.kernels import backend
+from pipeline.processor import Processor
 from pipeline.runtime import ops
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.optimizers import adamw
@@ -203,12 +204,30 @@ def test_a_start_that_waits_for_the_ops_of_another_process_says_so(folder, monke
     assert compiling == "compiling DeepSpeed's fake_op, once for this machine (minutes)"
 
 
-def test_ops_of_an_older_set_up_are_not_compiled_again(folder, tmp_path):
-    (tmp_path / "fake_op").mkdir()
-    (tmp_path / "fake_op/op.so").touch()
+def test_what_takes_long_is_not_called_compiling_where_there_is_an_op(folder, monkeypatch, capfd):
+    (folder / "fake_op").mkdir(parents=True)
+    (folder / "fake_op/op.so").touch()
+    monkeypatch.setattr(ops, "SOON", 0.1)
+    monkeypatch.setattr(Builder, "load", lambda self, verbose: time.sleep(0.5))
     assert ops.prepare() == ["fake_op"]
-    assert (folder / "fake_op/op.so").exists()
-    assert not (folder / "fake_op/builds").exists()
+    said = "loading DeepSpeed's fake_op (minutes where it must be compiled again)\n"
+    assert capfd.readouterr().err == said
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_processors_that_share_a_folder_have_ops_of_their_own(accelerator, folder, monkeypatch):
+    """torch calls both AVX512, and ninja is given the same command for both."""
+    monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    flags = ["avx2", "avx512f", "fma", "hypervisor"]
+    made = []
+    for more in ([], ["avx512_bf16"], ["avx512_bf16", "umip"]):
+        node = Processor("", frozenset(flags + more))
+        monkeypatch.setattr(distributed, "processor", lambda node=node: node)
+        assert ops.prepare() == ["fake_op"]
+        made.append(extensions_dir() / "fake_op")
+    assert made[0] != made[1]
+    assert made[1] == made[2]  # what a kernel adds is no instruction
+    assert [(path / "builds").read_text() for path in made[:2]] == ["built\n", "built\n"]
 
 
 @pytest.fixture

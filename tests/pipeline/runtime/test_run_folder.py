@@ -106,7 +106,9 @@ def test_what_stands_where_a_run_has_a_folder_is_said_at_the_start(name, tmp_pat
 @pytest.mark.parametrize("name", ["checkpoints/latest", "encoder/encoder.json", "failure.txt"])
 def test_a_folder_where_a_run_has_a_file_is_said_at_the_start(name, tmp_path):
     (tmp_path / name).mkdir(parents=True)
-    with pytest.raises(UserError, match=f"^{tmp_path / name}: --output cannot be written .a folder"):
+    with pytest.raises(
+        UserError, match=f"^{tmp_path / name}: --output cannot be written .a folder"
+    ):
         claim(tmp_path, "auto")
 
 
