@@ -100,7 +100,8 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
         if teacher is not None:
             teacher.update(objective, ema_momentum(recipe, step, steps.total), engine.masters)
         watchdog.note(f"step {step + 1}, after the update", patience)
-        monitor.step(step, metrics(run, step, rate(), batch), device)
+        values = metrics(run, step, rate(), batch)
+        monitor.step(step, values, device)
         if verbose and step == steps.first:
             startup.done("first step")
             monitor.say(startup.report())
@@ -110,6 +111,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
         stopping = any_rank(bool(stop.name)) and step + 1 < steps.last
         must = stopping or step + 1 == steps.last
         if must or (step + 1) % m.save_steps == 0:
+            monitor.report(step, values, device)
             saving += save(run, step + 1, must)
         if stopping:
             signal_name = stop.name or "a signal to another rank"

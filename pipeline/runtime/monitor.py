@@ -136,11 +136,9 @@ class Monitor:
             self._newest.add(loss.detach().float() * share)
 
     def step(self, step: int, values: dict[str, Any], device: torch.device) -> dict[str, float]:
-        """Count a finished step (0-based); at a log interval report and return the means.
+        """Count a finished step (0-based); at a log interval `report`.
 
         The first and the last step are reported too: a long step should not look like a hang.
-
-        `values`: floats or functions without arguments, read only when reporting.
         """
         self._steps += 1
         self._sides[self._side] += bool(self.sizes)
@@ -150,6 +148,16 @@ class Monitor:
             loss, speed = self._newest.step(), self.images / max(self._pace.seconds, 1e-9)
             self._line.draw(self._parts(step + 1, loss, speed))
         if (step + 1) % self.log_steps and step + 1 != self.total and step != self.first:
+            return {}
+        return self.report(step, values, device)
+
+    def report(self, step: int, values: dict[str, Any], device: torch.device) -> dict[str, float]:
+        """Log and return the means over the steps since the last report, if any (collective).
+
+        Called before a checkpoint too: a run that resumes from it knows nothing of these steps.
+        `values`: floats or functions without arguments, read only here.
+        """
+        if not self._steps:
             return {}
         names = sorted(self._sums)
         stacked = torch.stack([self._sums[name] for name in names]) / self._steps

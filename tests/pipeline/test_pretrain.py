@@ -3,12 +3,14 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import termios
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -261,6 +263,25 @@ def alone():
     """This process's environment without its rank."""
     ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     return {k: v for k, v in os.environ.items() if k not in ranks}
+
+
+def test_a_checkpoint_within_a_log_interval_loses_no_step_of_the_means(shards, tmp_path):
+    words = arguments(shards, tmp_path, "mae", "optimizer.epochs=1", "optimizer.warmup_epochs=0")
+    words += ["--set", "monitor.log_to=[]", "--set"]
+    single = [*words, "monitor.log_steps=1", "--output", str(tmp_path / "single")]
+    assert pretrain.main([*single, "--max-steps", "9"]) == 0
+    words += ["monitor.log_steps=5", "--set", "monitor.save_steps=3"]
+    assert pretrain.main([*words, "--max-steps", "8"]) == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")  # as a kill before it
+    assert pretrain.main([*words, "--max-steps", "9"]) == 0
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    steps = [0, *(json.loads(row)["step"] for row in rows)]
+    sums = [
+        (b - a) * loss
+        for (a, b), loss in zip(pairwise(steps), losses(tmp_path / "run"), strict=True)
+    ]
+    assert steps == [0, 1, 3, 5, 6, 7, 9]
+    assert sum(sums) == pytest.approx(sum(losses(tmp_path / "single")), rel=1e-6)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
