@@ -8,10 +8,12 @@ refused here. What it refuses for other reasons, it is asked itself (ds_config.r
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import enum
 import re
 import typing
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from pipeline.config.installed import source
 from pipeline.config.schema import SHORT
+from pipeline.config.texts import is_number
 from pipeline.errors import UserError
 
 BASE = "DeepSpeedConfigModel"  # of its models, without fields of its own
@@ -133,10 +136,36 @@ def _keys(model: Any, path: tuple[int | str, ...]) -> set[str]:
 
 
 def check_words(where: object, section: str, value: dict[str, Any], files: str) -> None:
-    """UserError for a key that DeepSpeed's code for a section, which has no model, nowhere says."""
-    known = set(re.findall(r"""["'](\w+)["']""", source("deepspeed", files)))
-    for key in value:
+    """UserError for a key that DeepSpeed's code for a section, which has no model, nowhere says,
+    and for a value that is not of its default's type."""
+    text = source("deepspeed", files)
+    known, defaults = set(re.findall(r"""["'](\w+)["']""", text)), _defaults(text)
+    for key, given in value.items():
         if known and key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ", which DeepSpeed does not know"
             raise UserError(f"{where}: unknown key '{section}.{key}'{hint}")
+        takes, what = _LIKE.get(type(defaults.get(key, ...)), _LIKE[type(...)])
+        if not takes(given):
+            raise UserError(f"{where}: '{section}.{key}' must be {what}, not {given!r}")
+
+
+def _defaults(text: str) -> dict[str, Any]:
+    """The default of each key of a module of constants: X = "key", X_DEFAULT = 1."""
+    found: dict[str, Any] = {}
+    for line in ast.parse(text).body:
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+            with contextlib.suppress(ValueError):  # not a literal
+                found[line.targets[0].id] = ast.literal_eval(line.value)
+    named = {name: key for name, key in found.items() if isinstance(key, str)}
+    return {k: found[f"{n}_DEFAULT"] for n, k in named.items() if f"{n}_DEFAULT" in found}
+
+
+# By the type of a default: what a value must be.
+_LIKE: dict[type, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    int: (lambda v: is_number(v) and v == int(v), "a whole number"),
+    float: (is_number, "a number"),
+    type(None): (lambda v: v is None or isinstance(v, str), "a text or null"),
+    type(...): (lambda v: True, ""),  # not known
+}

@@ -71,11 +71,11 @@ _RECIPE_KEYS = {
 # What DeepSpeed reads and nothing here asks it for, and what does it.
 _UNUSED = {"activation_checkpointing": "gradient_checkpointing: true"}
 
-# Keys of `zero_optimization` that DeepSpeed ignores below a stage.
+# Keys of `zero_optimization` that DeepSpeed ignores below a stage, beside those named stage3_.
 _LEAST_STAGE = {
     "offload_optimizer": 1, "cpu_offload": 1, "offload_param": 3, "cpu_offload_param": 3,
     "zero_quantized_weights": 3, "zero_quantized_gradients": 3,
-    "zero_quantized_nontrainable_weights": 3,
+    "zero_quantized_nontrainable_weights": 3, "zero_hpz_partition_size": 3,
 }  # fmt: skip
 
 # Sections that turn bf16 on, and what a run under them is called.
@@ -247,9 +247,9 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
 
 def _check_zero(path: Path, zero: dict[str, Any], stage: int) -> None:
     """UserError for settings of `zero_optimization` that DeepSpeed accepts and a run cannot use."""
-    for key, least in _LEAST_STAGE.items():
-        given = isinstance(zero.get(key), dict | bool)  # what else it is, is said later
-        if given and asks_for(zero, key) and stage < least:
+    for key in zero:
+        least = 3 if key.startswith("stage3_") else _LEAST_STAGE.get(key, 0)
+        if stage < least and _asked(zero, key):
             which = "3" if least == 3 else f"{least}, 2 or 3"
             raise UserError(
                 f"{path}: zero_optimization.{key} needs zero_optimization.stage {which}: DeepSpeed "
@@ -264,6 +264,16 @@ def _check_zero(path: Path, zero: dict[str, Any], stage: int) -> None:
             f"{path}: zero_optimization.compute_grad_norm must be true: the norm shows that a "
             "gradient is not finite, and its step is then skipped"
         )
+
+
+def _asked(zero: dict[str, Any], key: str) -> bool:
+    """Whether a key that needs a stage asks for anything; what is no value of it is said later."""
+    value = zero[key]
+    if key.startswith("stage3_"):
+        return value not in ("auto", False)
+    if key == "zero_hpz_partition_size":
+        return is_number(value) and value > 1
+    return isinstance(value, dict | bool) and asks_for(zero, key)
 
 
 def _check_scaling(path: Path, config: dict[str, Any], stage: int) -> None:

@@ -194,6 +194,14 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
             ["zero_quantized_gradients needs zero_optimization.stage 3"],
         ),
         (
+            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}},
+            ["zero_hpz_partition_size needs zero_optimization.stage 3"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "stage3_max_live_parameters": 1e9}},
+            ["stage3_max_live_parameters needs zero_optimization.stage 3", "under stage 2"],
+        ),
+        (
             {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
             ["compute_grad_norm must be true: the norm shows that a gradient is not finite"],
         ),
@@ -215,6 +223,10 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, ["legacy_stage1", "leave it"]),
         ({"comms_logger": {"enable": True}}, ["'comms_logger.enable'; valid: ", "enabled"]),
         ({"comms_logger": 3}, ["'comms_logger' must be an object"]),
+        ({"flops_profiler": {"enabled": "yes"}}, ["flops_profiler.enabled' must be true"]),
+        ({"flops_profiler": {"profile_step": 1.5}}, ["profile_step' must be a whole number"]),
+        ({"flops_profiler": {"output_file": 1}}, ["must be a text or null, not 1"]),
+        ({"aio": {"block_size": "1MB"}}, ["'aio.block_size' must be a whole number, not '1MB'"]),
         ({"flops_profiler": {"enable": True}}, ["'flops_profiler.enable'; did you mean enabled?"]),
         ({"aio": {"blocks": 1}}, ["unknown key 'aio.blocks'"]),
         (
