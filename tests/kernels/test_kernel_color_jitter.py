@@ -10,7 +10,9 @@ from kernels_testing import DEVICE, random_images, some_positions, using
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import kernels
+from pipeline.kernels import philox
 from pipeline.kernels.color_jitter import ORDERS
+from pipeline.kernels.streams import Stream
 
 OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 
@@ -39,9 +41,8 @@ def colourful(batch, height, width):
     """Random images with flat, grey, black and saturated pixels among them."""
     image = random_images(batch, height, width)
     corners = [*itertools.product([0, 255], repeat=3), (128, 128, 128), (10, 10, 200)]
-    image[0, : len(corners) // width + 1].view(-1, 3)[: len(corners)] = torch.tensor(
-        corners, dtype=torch.uint8, device=image.device
-    )
+    flat = image.view(batch, -1, 3)
+    flat[:, : len(corners)] = torch.tensor(corners, dtype=torch.uint8, device=image.device)
     return image
 
 
@@ -116,6 +117,90 @@ def test_the_kernels_products_are_the_quotients_for_every_pixel():
         for base in (0, 2, 4):
             sector = np.float32(base) + towards[0] - towards[1]
             assert np.array_equal(quotient(sector, 6.0), sector / np.float32(6))
+
+
+def one_step(operation, pixels, values):
+    """(image [V,1,N,3] of the same pixels, parameters that begin with one operation and whose
+    other factors change nothing, of V values)."""
+    image = torch.as_tensor(np.array(pixels, np.uint8), device=DEVICE)[None, None]
+    factors = torch.tensor([[1.0, 1.0, 1.0, 0.0]], device=DEVICE).repeat(len(values), 1)
+    factors[:, operation] = torch.as_tensor(np.array(values, np.float32), device=DEVICE)
+    first = next(n for n, order in enumerate(ORDERS) if order[0] == operation)
+    order = torch.full((len(values),), first, dtype=torch.int32, device=DEVICE)
+    yes = torch.ones(len(values), dtype=torch.bool, device=DEVICE)
+    return image.repeat(len(values), 1, 1, 1), factors, order, yes
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Large blocks, which the interpreter runs fast."""
+    with using("triton"):
+        from pipeline.kernels.color_jitter import triton
+    monkeypatch.setattr(triton, "BLOCK", 8192)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_grey_of_colours_on_the_brink_of_a_whole_number(implementation):
+    """0.2989 R + 0.587 G + 0.114 B is a whole number: only the rounding of fp32 decides."""
+    green, blue = np.arange(256)[:, None], np.arange(256)
+    red = np.arange(0, 256, 10)[:, None, None]  # of others the last digit is not 0
+    colours = np.argwhere((2989 * red + 5870 * green + 1140 * blue) % 10_000 == 0) * (10, 1, 1)
+    assert len(colours) > 1000
+    image, factors, order, yes = one_step(0, colours, [1.0])
+    with using(implementation):
+        got = kernels.color_jitter(image, factors, order, ~yes, yes)
+    expected = TF.rgb_to_grayscale(image.cpu().permute(0, 3, 1, 2), 3).permute(0, 2, 3, 1)
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_hue_that_is_just_short_of_a_whole_turn(implementation):
+    """h + f is so little below 0 that its remainder is rounded to 1: red, not a seventh sector."""
+    hues = [(255, 255, 0), (0, 255, 0), (0, 255, 255), (0, 0, 255), (255, 0, 255)]
+    sector = np.arange(1, 6, dtype=np.float32) / np.float32(6)
+    turn = np.fmod(sector + np.float32(1), np.float32(1))
+    turn = turn[turn < 0.5]
+    shifts = -np.nextafter(turn, np.float32(1))
+    assert (torch.from_numpy(turn + shifts).remainder(1) == 1).any()
+    image, factors, order, yes = one_step(3, hues, shifts)
+    with using(implementation):
+        got = kernels.color_jitter(image, factors, order, yes, ~yes)
+    assert torch.equal(got, torchvision_jitter(image, factors, order, yes, ~yes))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_hue_rounds_as_torchvision_does(implementation, few_programs):
+    """Twenty thousand colours: the order in which turns are added shows in a few of them."""
+    colours = np.random.default_rng(0).integers(0, 256, (10_000, 3))
+    image, factors, order, yes = one_step(3, colours, [0.1, -0.37])
+    with using(implementation):
+        got = kernels.color_jitter(image, factors, order, yes, ~yes)
+    assert torch.equal(got, torchvision_jitter(image, factors, order, yes, ~yes))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_the_mean_of_a_large_bright_image_is_exact(implementation, few_programs):
+    """The sum of grey is odd beyond the whole numbers of fp32; contrast 0 leaves the mean alone."""
+    image = torch.full((1, 264, 256, 3), 254, dtype=torch.uint8, device=DEVICE)
+    image[0, 0, 0] = 253  # grey is 253 everywhere but here, where it is 252
+    _, factors, order, yes = one_step(1, [[0, 0, 0]], [0.0])
+    with using(implementation):
+        got = kernels.color_jitter(image, factors, order, yes, ~yes)
+    assert got.unique().tolist() == [252]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_chance_is_drawn_strictly_below_its_probability(implementation):
+    """So that of a probability of 0 nothing comes, whatever is drawn."""
+    key = {"seed": 4, "epoch": 1}
+    u = philox.uniform(torch.arange(5), **key, stream=Stream.JITTER, count=7)
+    with using(implementation):
+        _, _, apply, gray = kernels.jitter_parameters(
+            torch.arange(5, device=DEVICE), **key, view=0,
+            probability=float(u[2, 5]), grayscale=float(u[3, 6]),
+        )  # fmt: skip
+    assert apply.tolist() == [bool(x < u[2, 5]) for x in u[:, 5]]
+    assert gray.tolist() == [bool(x < u[3, 6]) for x in u[:, 6]]
 
 
 @pytest.mark.parametrize(("height", "width"), [(14, 10), (9, 33), (32, 32)])
@@ -203,6 +288,8 @@ def test_opcheck():
         ({"apply": torch.zeros(2)}, "apply must be"),
         ({"patch": 4}, "visible and patch together"),
         ({"patch": 3, "visible": torch.zeros(2, 1, dtype=torch.int32)}, "does not tile"),
+        ({"patch": 4, "visible": torch.zeros(2, 1, dtype=torch.int64)}, "visible must be int32"),
+        ({"image": torch.zeros(2, 8, 8, 3)}, "image must be uint8"),
     ],
 )
 def test_arguments_that_do_not_fit(change, error):
@@ -210,6 +297,7 @@ def test_arguments_that_do_not_fit(change, error):
     drawn = dict(zip(names, (x.cpu() for x in parameters(2)), strict=True))
     image = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=error):
-        kernels.color_jitter(image, **{**drawn, **change})
-    with pytest.raises(ValueError, match="jitter strengths"):
-        kernels.jitter_parameters(torch.arange(2), seed=0, epoch=0, view=0, hue=0.6)
+        kernels.color_jitter(**{"image": image, **drawn, **change})
+    for strength in ({"hue": 0.6}, {"hue": -0.1}, {"contrast": -0.1}):
+        with pytest.raises(ValueError, match="jitter strengths"):
+            kernels.jitter_parameters(torch.arange(2), seed=0, epoch=0, view=0, **strength)

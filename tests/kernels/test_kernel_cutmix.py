@@ -1,10 +1,13 @@
 """cutmix: the kernel is the reference byte for byte; its box: tests/pipeline/method/test_methods"""
 
+import numpy as np
 import pytest
 import torch
 from kernels_testing import DEVICE, random_images, using
 
 from pipeline import kernels
+from pipeline.kernels import philox
+from pipeline.kernels.streams import Stream
 
 
 @pytest.mark.parametrize("view", [0, 1])
@@ -21,9 +24,36 @@ def test_kernel_equals_reference(height, width, planes, view):
         got = kernels.cutmix(image, sample, 0.7, **arguments)
     assert torch.equal(got, expected)
     assert got.is_contiguous()
+    assert expected.is_contiguous()
     changed = (got != image).flatten(1).any(1)
     assert changed.any()
     assert not changed.all()
+
+
+def box_of(u, height, width):
+    """Rows and columns of the box of four drawn numbers, by the formula of the paper."""
+    half = [int(np.sqrt(np.float32(1) - u[0]) * np.float32(n)) // 2 for n in (height, width)]
+    centre = [int(c * np.float32(n)) for c, n in zip(u[1:3], (height, width), strict=True)]
+    return [slice(max(c - h, 0), max(c + h, 0)) for c, h in zip(centre, half, strict=True)]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("width", [64, 50])  # wide words and single values
+def test_every_border_of_a_box_against_its_formula(width, implementation):
+    """Boxes that begin and end anywhere in a wide word; the chance of one of them is the limit."""
+    batch, height = 90, 7
+    image, sample = random_images(batch, height, width), torch.arange(batch)
+    key = {"seed": 5, "epoch": 2}
+    u = philox.uniform(sample, **key, stream=Stream.CUTMIX + 1, count=4).numpy()
+    limit = float(np.sort(u[:, 3])[-5])
+    with using(implementation):
+        got = kernels.cutmix(image, sample.to(DEVICE), limit, **key, view=1)
+    expected = image.clone()
+    for b in range(batch):
+        if u[b, 3] < limit:
+            box = box_of(u[b], height, width)
+            expected[b][*box] = image[b - 1][*box]
+    assert torch.equal(got, expected)
 
 
 def test_the_neighbour_is_the_next_for_t1_and_the_one_before_for_t2():

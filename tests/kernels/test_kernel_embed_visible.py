@@ -118,6 +118,56 @@ def test_without_position():
     )
 
 
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_multiplied_is_the_normalised_pixel_rounded_once(dtype, implementation):
+    """Channel d picks value d of its patch, (p, q, colour); some pixels are near the mean."""
+    image, visible = random_images(2, 8, 12) // 64 + 104, some_positions(2, 6, 5)
+    weight = torch.eye(48, dtype=dtype, device=DEVICE).view(48, 4, 4, 3).permute(0, 3, 1, 2)
+    with using(implementation):
+        got = op(image, visible)(weight, weight.new_zeros(48), None)
+    mean, std = (torch.tensor(IMAGENET[n], dtype=torch.float64) for n in ("mean", "std"))
+    exact = ((image.cpu().double() / 255 - mean) / std).unflatten(2, (3, 4)).unflatten(1, (2, 4))
+    for b in range(2):
+        for k, at in enumerate(visible[b].tolist()):
+            wanted = exact[b, at // 3, :, at % 3].flatten()
+            # The interpreter cuts bf16 off, where others round.
+            torch.testing.assert_close(
+                got[b, k].cpu().double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_positions_of_another_dtype(implementation):
+    image, visible = random_images(2, 24, 24), some_positions(2, 9, 3)
+    weights = leaves(8, 16, 9, torch.bfloat16)
+    weights["position"] = weights["position"].float()
+    with using(implementation):
+        got = gradients(op(image, visible), weights)
+    assert [got[n].dtype for n in ("output", "weight", "position")] == [
+        torch.bfloat16, torch.bfloat16, torch.float32,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_the_weights_gradient_under_autocast_is_of_factors_rounded_once(implementation):
+    """In fp16, to which the interpreter rounds too: patches x and upstream rounded, sums not."""
+    image, visible = random_images(2, 16, 24), some_positions(2, 6, 5)
+    weights = leaves(8, 16, 6)
+    with using(implementation):
+        got = gradients(under_autocast(op(image, visible), torch.float16), weights)
+    upstream = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(7)).half().double()
+    mean, std = (torch.tensor(IMAGENET[n], dtype=torch.float64) for n in ("mean", "std"))
+    pixels = ((image.cpu().double() / 255 - mean) / std).half().double()
+    expected = torch.zeros(16, 3, 8, 8, dtype=torch.float64)
+    for b in range(2):
+        for k, at in enumerate(visible[b].tolist()):
+            y, x = at // 3 * 8, at % 3 * 8
+            patch = pixels[b, y : y + 8, x : x + 8].permute(2, 0, 1)
+            expected += upstream[b, k][:, None, None, None] * patch
+    assert_agree("weight", got["weight"].cpu(), expected, 2e-5)
+
+
 def rounded_loop(image, visible):
     """Float64, one visible patch after the other, of factors rounded to bf16 once."""
 
@@ -240,6 +290,7 @@ def test_opcheck():
         ({"visible": torch.zeros(1, 3, dtype=torch.int32)}, "is for 1 images"),
         ({"bias": torch.zeros(5)}, "bias"),
         ({"position": torch.zeros(7, 16)}, "position must be"),
+        ({"position": torch.zeros(6, 8)}, "position must be"),
         ({"std": (0.2, 0.0, 0.2)}, "std > 0"),
     ],
 )

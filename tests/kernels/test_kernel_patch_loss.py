@@ -3,9 +3,12 @@
 import pytest
 import torch
 from kernels_testing import (
+    DEVICE,
     IMAGENET,
+    assert_agree,
     assert_gradients,
     assert_implementations_agree,
+    gradients,
     noise,
     random_images,
     some_positions,
@@ -115,6 +118,48 @@ def test_kernel_adds_up_the_weights_of_a_large_region():
     weight[1, 256:] = 1
     function = op(image, region, 4, weight=weight)
     assert_implementations_agree(function, leaves(2, 4, 257, relaxed=True))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_epsilon_beside_the_variance_of_almost_flat_patches(implementation):
+    """One value of a patch is a level off, a variance of epsilon's size; or none, and all is 0."""
+    image = torch.full((2, 16, 16, 3), 128, dtype=torch.uint8, device=DEVICE)
+    image[0, ::8, 1::8, 2] += 1
+    region = some_positions(2, 4, 4)
+    prediction = torch.zeros(2, 4, 192, device=DEVICE, requires_grad=True)
+    with using(implementation):
+        loss = kernels.patch_loss(
+            prediction, image, region, patch=8, mean=(0.5,) * 3, std=(0.25,) * 3
+        )
+        loss[0].backward()
+    values = torch.zeros(192, dtype=torch.float64)
+    values[5] = 1 / 255 / 0.25  # of the second pixel the blue
+    target = torch.zeros(2, 4, 192, dtype=torch.float64)
+    target[0] = (values - values.mean()) / (values.var(unbiased=True) + 1e-6).sqrt()
+    assert_agree("target", -prediction.grad.cpu() * (target.numel() / 2), target, 1e-4)
+    assert_agree("loss", loss[:1].detach().cpu(), (target**2).mean()[None], 1e-4)
+
+
+def test_predictions_of_different_dtypes():
+    image, region = random_images(2, 16, 16), some_positions(2, 4, 3)
+    inputs = leaves(2, 8, 3, torch.bfloat16, relaxed=True)
+    inputs["other"] = noise(2, 3, 192, seed=1)
+    assert_implementations_agree(op(image, region, 8), inputs)
+    with using("triton"):
+        got = gradients(op(image, region, 8), inputs)["other"]
+    assert not torch.equal(got.bfloat16().float(), got)  # as exact as its own dtype
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_sample_whose_region_counts_less_than_one_patch(implementation):
+    """The sum of weights is at least 1: a sample without a patch is 0, not 0 / 0."""
+    image, region = random_images(2, 16, 16), some_positions(2, 4, 2)
+    prediction = noise(2, 2, 192)
+    weight = torch.tensor([[0.0, 0.5], [1.0, 0.25]], device=DEVICE)
+    with using(implementation):
+        got = op(image, region, 8, weight=weight)(prediction)
+    expected = loop(image, region, 8, weight, True)(prediction.double())
+    assert_agree("loss", got, expected, 1e-5)
 
 
 def test_gradient_reaches_both_predictions_and_they_balance():

@@ -8,6 +8,7 @@ from kernels_testing import (
     assert_agree,
     assert_gradients,
     assert_implementations_agree,
+    gradients,
     noise,
     using,
 )
@@ -151,6 +152,42 @@ def test_the_scores_of_a_tile_are_made_once_up_to_1024_channels():
 def test_kernel_with_strided_inputs_and_a_cold_temperature():
     inputs = {"query": noise(5, 3, 40).transpose(0, 1)[..., ::2], "key": noise(4, 5, 20)}
     assert_implementations_agree(op("position", 1, 0.02), inputs)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_short_vectors_keep_their_direction_and_zeros_have_none(implementation):
+    query, key = leaves(2, 2, 3, 16).values()
+    query[0, 1] *= 1e-6
+    key[1, 2] *= 1e-6
+    with using(implementation):
+        got = gradients(op("all", 0), {"query": query, "key": key})
+    expected = gradients(loop("all", 0), {"query": query.double(), "key": key.double()})
+    for name, value in expected.items():
+        assert_agree(name, got[name], value, 2e-5)
+    query[1, 0] = 0  # as F.normalize has it: divided by 1e-12
+    with using(implementation):
+        got = gradients(op("all", 0), {"query": query, "key": key})["query"][1, 0]
+    k = F.normalize(key.double().flatten(0, 1), dim=-1)
+    upstream = torch.randn((), generator=torch.Generator().manual_seed(7)).double()
+    wanted = (k.mean(0) - k[3]) / (0.2 * 6) * upstream.to(DEVICE) * 1e12
+    assert_agree("query of zeros", got, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_cold_temperature_neither_overflows_nor_vanishes(implementation):
+    """exp(1 / t) is beyond fp32; the largest score of a row is not in its first tile."""
+    query, key = noise(1, 70, 16), noise(1, 70, 16, seed=1)
+    key[0, 69], query[0, :5] = query[0, 0], query[0, 0].clone()
+    with using(implementation):
+        got = gradients(op("all", 0, 0.01), {"query": query, "key": key})
+
+    def materialised(query, key):
+        q, k = F.normalize(query[0], dim=-1), F.normalize(key[0], dim=-1)
+        return F.cross_entropy(q @ k.T / 0.01, torch.arange(70, device=DEVICE))
+
+    expected = gradients(materialised, {"query": query.double(), "key": key.double()})
+    for name, value in expected.items():
+        assert_agree(name, got[name], value, 1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
