@@ -32,6 +32,8 @@ def spread(x):
     if x.dim() == 4:
         rgba = torch.cat([x, x[..., :1]], -1)
         return torch.stack([rgba, 255 - rgba], 1)[:, 0, ..., :3]
+    if x.dtype == torch.bool:
+        return torch.stack([x, ~x], -1)[..., 0]
     worst = float("nan") if x.is_floating_point() else 77
     return torch.stack([x, torch.full_like(x, worst)], -1)[..., 0]
 

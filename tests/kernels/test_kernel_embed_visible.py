@@ -150,8 +150,8 @@ def test_positions_of_another_dtype(implementation):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
-def test_the_weights_gradient_under_autocast_is_of_factors_rounded_once(implementation):
-    """In fp16, to which the interpreter rounds too: patches x and upstream rounded, sums not."""
+def test_autocast_rounds_factors_once_and_no_sums(implementation):
+    """In fp16, to which the interpreter rounds too: patches, weight and upstream, nothing else."""
     image, visible = random_images(2, 16, 24), some_positions(2, 6, 5)
     weights = leaves(8, 16, 6)
     with using(implementation):
@@ -159,13 +159,17 @@ def test_the_weights_gradient_under_autocast_is_of_factors_rounded_once(implemen
     upstream = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(7)).half().double()
     mean, std = (torch.tensor(IMAGENET[n], dtype=torch.float64) for n in ("mean", "std"))
     pixels = ((image.cpu().double() / 255 - mean) / std).half().double()
-    expected = torch.zeros(16, 3, 8, 8, dtype=torch.float64)
+    weight = weights["weight"].cpu().half().double()
+    expected, out = torch.zeros(16, 3, 8, 8, dtype=torch.float64), torch.empty(2, 5, 16)
+    added = weights["bias"] + weights["position"]
     for b in range(2):
         for k, at in enumerate(visible[b].tolist()):
             y, x = at // 3 * 8, at % 3 * 8
             patch = pixels[b, y : y + 8, x : x + 8].permute(2, 0, 1)
             expected += upstream[b, k][:, None, None, None] * patch
+            out[b, k] = (weight * patch).sum((1, 2, 3)) + added[at].cpu()
     assert_agree("weight", got["weight"].cpu(), expected, 2e-5)
+    assert_agree("output", got["output"].cpu(), out, 1e-5)
 
 
 def rounded_loop(image, visible):
