@@ -40,10 +40,11 @@ def box_of(u, height, width):
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("width", [64, 50])  # wide words and single values
 def test_every_border_of_a_box_against_its_formula(width, implementation):
-    """Boxes that begin and end anywhere in a wide word; the chance of one of them is the limit."""
+    """Boxes with this seed begin and end at and beside the ends of wide words; one chance is the
+    limit."""
     batch, height = 90, 7
     image, sample = random_images(batch, height, width), torch.arange(batch)
-    key = {"seed": 5, "epoch": 2}
+    key = {"seed": 0, "epoch": 2}
     u = philox.uniform(sample, **key, stream=Stream.CUTMIX + 1, count=4).numpy()
     limit = float(np.sort(u[:, 3])[-5])
     with using(implementation):
