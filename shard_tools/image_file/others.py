@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, features
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
+from shard_tools.image_file.jpeg import check_end
 from shard_tools.image_file.pillow import calling_pillow
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,6 +26,8 @@ _PASSES = (
 
 # TIFF tags; channels by photometric interpretation, without the extra ones; kinds of numbers.
 _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _NUMBER = 258, 262, 277, 338, 339
+_SUBFILE, _COLOURS, _SUB_IFDS = 254, 320, 330
+_REDUCED = (1, 3, 5, 7)  # types of a subfile: a smaller form of another picture of the file
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
 _YCBCR = 6
 _STRIPS_OR_TILES = ((273, 324), (279, 325))  # their offsets, their lengths
@@ -131,11 +134,22 @@ def read_other(data: bytes, kind: str) -> Header:
         return _tiff(image, *size)
     if kind == "BMP" and image.info.get("compression") == _RLE4:  # Pillow loses pixels of it
         raise ImageFault("a BMP compressed by RLE4; save it as PNG or as an uncompressed BMP")
+    if kind == "BMP" and mode == "1" and _bits_of_bmp(data) != 1:  # Pillow reads one bit a pixel
+        raise ImageFault(
+            f"a BMP of {_bits_of_bmp(data)} bits with black and white alone in its palette, which "
+            "Pillow misreads; save it as PNG"
+        )
     alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     bits, number = {"I": (16, "unsigned"), "F": (32, "float")}.get(mode, (8, "unsigned"))
     if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it
         bits = 16
     return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
+
+
+def _bits_of_bmp(data: bytes) -> int:
+    """Bits per pixel; the oldest header, of 12 bytes, has them four bytes earlier."""
+    at = 24 if data[14:18] == b"\x0c\0\0\0" else 28
+    return int.from_bytes(data[at : at + 2], "little")
 
 
 def _webp_frame(data: bytes) -> tuple[int, int] | None:
@@ -154,6 +168,13 @@ def _tiff(image: Image.Image, width: int, height: int) -> Header:
     """Pillow has matched the tags with the layouts that it knows; some of these lose values."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     compression = image.info.get("compression", "raw")
+    if tags.get(_SUBFILE) in _REDUCED and _SUB_IFDS in tags:
+        raise ImageFault(
+            "a TIFF whose picture is a preview of another in the file, as in a camera's raw file; "
+            "convert it to JPEG or PNG first"
+        )
+    if image.mode == "P" and 0 < max(tags[_COLOURS]) < 256:  # Pillow would make all of them black
+        raise ImageFault("a TIFF whose palette has values of 8 bits, not 16; save it as PNG")
     photometric = tags.get(_PHOTOMETRIC, 0) if compression != "tiff_jpeg" else _YCBCR
     if photometric not in _CHANNELS:
         raise ImageFault(f"a TIFF in {image.mode} colours; convert it to RGB first")
@@ -173,15 +194,20 @@ def _tiff(image: Image.Image, width: int, height: int) -> Header:
     return Header("TIFF", width, height, channels, bits, number, alpha)
 
 
-def check_deflated(image: Image.Image, data: bytes) -> None:
-    """Raise ImageFault where a checksum inside a deflated TIFF fails; libtiff looks at none."""
-    if image.info.get("compression") not in ("tiff_adobe_deflate", "tiff_deflate"):
+def check_strips(image: Image.Image, data: bytes) -> None:
+    """Raise ImageFault where a checksum inside a deflated TIFF fails, which libtiff does not look
+    at, or where a strip or tile of a JPEG-compressed one is cut, of which it makes grey."""
+    compression = image.info.get("compression")
+    if compression not in ("tiff_adobe_deflate", "tiff_deflate", "jpeg"):
         return
     tags = image.tag_v2  # type: ignore[attr-defined]
     with calling_pillow("TIFF"):
         offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in _STRIPS_OR_TILES)
         pieces = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
     for offset, length in pieces:
+        if compression == "jpeg":
+            check_end(data[offset : offset + length])
+            continue
         _, ended = _inflate(data[offset : offset + length])  # to its checksum
         if not ended:
             raise ImageFault("the file is truncated (in its deflated data)")
@@ -215,6 +241,15 @@ def check_rows(image: Image.Image, data: bytes, header: Header) -> None:
     codes = (data[a + 8 : b - 4] for a, b in header.parts if data[a + 4 : a + 8] == b"IDAT")
     if _inflate(b"".join(codes), needed)[0] < needed:
         raise ImageFault("the file is truncated (its data end before the last row)")
+
+
+def check_palette(image: Image.Image) -> None:
+    """Raise ImageFault where pixels have colours that the palette does not have, which decoders
+    make up."""
+    if image.mode == "P" and image.palette is not None:
+        colours = len(image.palette.palette) // len(image.palette.mode)
+        if np.asarray(image).max() >= colours:
+            raise ImageFault(f"damaged: it has pixels beyond the {colours} colours of its palette")
 
 
 def _check_frames(kind: str, frames: int) -> None:

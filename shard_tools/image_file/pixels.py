@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from shard_tools.image_file.header import Header, ImageFault
-from shard_tools.image_file.others import check_deflated, check_rows
+from shard_tools.image_file.others import check_palette, check_rows, check_strips
 from shard_tools.image_file.pillow import calling_pillow
 
 _ORIENTATION = 0x0112  # EXIF tag
@@ -66,11 +66,12 @@ def decode(data: bytes, header: Header, conversion: Conversion = REFUSE) -> Imag
         data = b"".join(file[start:end] for start, end in header.parts)
     with calling_pillow(header.format):
         image: Image.Image = Image.open(io.BytesIO(data), formats=(header.format,))
-    check_deflated(image, data)
+    check_strips(image, data)
     with calling_pillow(header.format):
         image.load()
     if header.format == "PNG":
         check_rows(image, file, header)
+    check_palette(image)
     if image.size != (header.width, header.height):
         raise ImageFault(f"declares {header.width}x{header.height} pixels and holds {image.size}")
     if header.deep and header.channels == 1:

@@ -238,6 +238,7 @@ def pngs() -> dict[str, tuple[bytes, str]]:
         "without its palette": (
             plain[:8] + chunk(b"IHDR", struct.pack(">II5B", *SIZE, 8, 3, 0, 0, 0)) + plain[33:],
             "without its palette"),
+        "colours beyond its palette": (fewer_colours(encode(used, "PNG"), 9), "undecodable"),
         "other first chunk": (plain[:8] + chunk(b"CgBI", bytes(4)) + plain[8:], "begins with"),
         "95 Mpixel": (
             plain[:8] + chunk(b"IHDR", struct.pack(">II5B", 9500, 10000, 8, 2, 0, 0, 0))
@@ -251,6 +252,14 @@ def deep_rgb_png() -> bytes:
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     header = chunk(b"IHDR", struct.pack(">II5B", *SIZE, 16, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def fewer_colours(png: bytes, count: int) -> bytes:
+    """A PNG of palette colours with the first `count` of them."""
+    at = png.index(b"PLTE") - 4
+    length = struct.unpack_from(">I", png, at)[0]
+    assert length > 3 * count
+    return png[:at] + chunk(b"PLTE", png[at + 8 : at + 8 + 3 * count]) + png[at + 12 + length :]
 
 
 def half_png(plain: bytes) -> bytes:
@@ -297,6 +306,16 @@ def tiff(rows: list[bytes], size: tuple[int, int], tags: dict[int, tuple[int, ..
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4) + more
 
 
+def jpeg_tiff(end: int | None = None) -> bytes:
+    """A TIFF of strips of 16 rows that are JPEGs, one of them cut at its byte `end`."""
+    strips = [
+        encode(photo().crop((0, top, SIZE[0], min(top + 16, SIZE[1]))), quality=90, subsampling=0)
+        for top in range(0, SIZE[1], 16)
+    ]
+    strips[1] = strips[1][:end]
+    return tiff(strips, SIZE, {259: (7,), 262: (6,), 278: (16,), 530: (1, 1)})
+
+
 def retagged(tiff: bytes, old: int, new: int) -> bytes:
     """A little-endian TIFF with another photometric interpretation."""
     tag = struct.pack("<HHIH", 262, 3, 1, old)
@@ -330,6 +349,8 @@ def others() -> dict[str, tuple[bytes, str]]:
     broken[200:260] = bytes(60)
     signed = (ramp(400, np.float64) - 200).astype(np.int32)
     undecodable = "undecodable"
+    two_colours = photo("L").quantize(2)
+    two_colours.putpalette([0, 0, 0, 255, 255, 255])
     return {
         "gif": (gif, "converted"), "gif, animated": (encode(photo(), "GIF", **pair), "2 frames"),
         "gif, transparent": (
@@ -370,7 +391,14 @@ def others() -> dict[str, tuple[bytes, str]]:
         "tiff, broken": (bytes(broken), undecodable),
         "tiff, sparse": (tiff([b"\x07" * 24, b"", b"\x09" * 24], (8, 3), {}), undecodable),
         "tiff, strips too few": (tiff([b"\x07" * 24] * 2, (8, 3), {}), undecodable),
+        "tiff, jpeg of strips": (jpeg_tiff(), "converted"),
+        "tiff, jpeg of which a strip is cut": (jpeg_tiff(-200), undecodable),
+        "tiff, a preview": (tiff([b"\x07" * 24] * 3, (8, 3), {254: (1,), 330: (8,)}), "a preview"),
+        "tiff, palette of 8 bits": (
+            tiff([bytes(8)], (8, 1), {258: (8,), 262: (3,), 277: (1,), 320: (*range(256),) * 3}),
+            "values of 8 bits"),
         "bmp": (encode(photo(), "BMP"), "converted"),
+        "bmp, black and white of 8 bits": (encode(two_colours, "BMP"), "black and white"),
         "bmp, cut": (encode(photo(), "BMP")[:-900], undecodable),
         "bmp, rle4": (
             b"BM" + struct.pack("<I2HI", 124, 0, 0, 118)
