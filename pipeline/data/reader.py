@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections import OrderedDict
@@ -126,9 +127,11 @@ class Reader:
         return done
 
     def close(self) -> None:
-        """Stop this process's background threads."""
+        """Stop this process's background threads and close its shards."""
         if self.cache is not None:
             self.cache.close()
+        while self.handles:
+            os.close(self.handles.popitem()[1])
 
     def empty(self, count: int, side: int | None = None) -> torch.Tensor:
         """An uninitialised uint8 batch [count, side, side, 3], of the image size where no side is
@@ -156,15 +159,22 @@ class Reader:
         if shard in self.handles:
             self.handles.move_to_end(shard)
             return self.handles[shard]
-        path = self.manifest.path(shard)
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ManifestError(f"{path}: this shard cannot be read ({error.strerror})") from error
         if len(self.handles) >= _OPEN_SHARDS:
             os.close(self.handles.popitem(last=False)[1])
-        self.handles[shard] = handle
-        return handle
+        self.handles[shard] = self._open(self.manifest.path(shard))
+        return self.handles[shard]
+
+    def _open(self, path: str) -> int:
+        """Open a shard; where the process may open no more files (ulimit -n), instead of the one
+        that was not used for longest, but none of those that are read together."""
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno != errno.EMFILE or len(self.handles) < _TOGETHER:
+                    what = f"this shard cannot be read ({error.strerror})"
+                    raise ManifestError(f"{path}: {what}") from error
+            os.close(self.handles.popitem(last=False)[1])
 
 
 def _box(choose: Choose, width: int, height: int) -> tuple[float, ...]:

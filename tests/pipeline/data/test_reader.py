@@ -1,5 +1,7 @@
 """Many samples in one call are what each of them is alone."""
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -39,3 +41,20 @@ def test_batches_are_what_each_sample_gives(tmp_path: Path) -> None:
             alone = np.zeros((32, 32, 3), np.uint8)
             reader.decode(int(samples[place]), chosen[place][view], alone)
             assert np.array_equal(out[place], alone)
+
+
+def test_shards_beyond_the_limit_of_open_files(tmp_path: Path) -> None:
+    manifest = read_manifest(write_shards(tmp_path, [[jpeg(n)] for n in range(60)]))
+    manifest.lazy_index.open()  # which stays open
+    samples, out = np.arange(60), np.zeros((2, 60, 32, 32, 3), np.uint8)
+    limits, before = resource.getrlimit(resource.RLIMIT_NOFILE), os.listdir("/proc/self/fd")
+    for number, files in enumerate((limits[0], max(map(int, before)) + 20)):
+        reader = Reader(manifest, 32, "bicubic", "jpegcrop", None)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, limits[1]))
+        try:
+            assert reader.decode_all(samples, [[CentreCrop(32, 40)]] * 60, [out[number]]).all()
+            reader.close()
+            assert os.listdir("/proc/self/fd") == before
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert np.array_equal(out[0], out[1])
