@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import reason as why
 from pipeline.errors import said_by_backend
-from shard_tools.index_cache import cache_folder
+from shard_tools.index_cache import cache_folder, copy_file
 from shard_tools.manifest import Manifest, ManifestError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s pass between them
 
 
 AT_ONCE = 2  # shards that a process fetches ahead, so that the store's latency costs little
-STALL = 60.0  # seconds without a byte after which a connection is given up
 _FULL = "the disk of the cache is full; make room, or set RELAXMIM_CACHE to a folder on another one"
 
 
@@ -159,7 +158,7 @@ class ShardCache:
                 time.sleep(self.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
             self._reserve(partial, shard.bytes)
             try:
-                _copy(url, partial)
+                copy_file(url, partial)
                 reason = _fault(partial, shard.bytes, shard.sha256)
                 if not reason:
                     os.replace(partial, path)
@@ -258,22 +257,6 @@ def _abandoned(partial: Path) -> bool:
         return True
     except Timeout:
         return False
-
-
-def _copy(url: str, path: Path) -> None:
-    """Copy the file at `url` into the local file `path`."""
-    from fsspec.core import url_to_fs  # only remote folders need it
-
-    options = {}
-    if url.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        # By default a download may last five minutes however fast it is; S3 and GCS have limits
-        # per read of their own.
-        timeout = ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
-        options = {"client_kwargs": {"timeout": timeout}}
-    filesystem, where = url_to_fs(url, **options)
-    filesystem.get_file(where, str(path))
 
 
 def _fault(path: Path, size: int, sha256: str) -> str:

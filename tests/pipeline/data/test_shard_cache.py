@@ -10,10 +10,12 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from aiohttp import ClientTimeout
 from filelock import FileLock
 from http_server import Server
 from loader_helpers import jpeg, open_loader, write_shards
@@ -24,7 +26,8 @@ from pipeline.data.crops import Crop
 from pipeline.data.datasets import steps_ahead
 from pipeline.data.order import Order
 from pipeline.data.shard_cache import CacheError, ShardCache
-from shard_tools.manifest import Manifest, Shard
+from shard_tools import index_cache
+from shard_tools.manifest import Manifest, Shard, read_manifest
 
 SHARD = 200_000  # bytes of the plain shards below
 
@@ -64,12 +67,29 @@ def test_a_shard_is_fetched_once_and_whole(server: Server, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fault", ["cut", "flip", "stall", "busy"])
 def test_faults_on_the_way_are_tried_again(server, tmp_path, fault, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(cache_module, "STALL", 1.0)
+    monkeypatch.setattr(index_cache, "STALL", 1.0)
     cache = ShardCache(plain(server), tmp_path, pause=0.01)
     server.faults["/s0.tar"] = [fault] * 3
     assert cache.read(0, 0, SHARD) == server.files["/s0.tar"]
     assert server.counts["/s0.tar"] == 4
     assert caplog.text.count("trying again") == 3
+
+
+def test_an_index_may_take_its_time(server: Server, tmp_path: Path, monkeypatch) -> None:
+    """aiohttp ends a download after five minutes, however large it is."""
+    monkeypatch.setenv("RELAXMIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", ClientTimeout(total=0.5))
+    server.put(write_shards(tmp_path, [[jpeg(n) for n in range(9)]]))
+    folder = read_manifest(server.url)
+
+    def slowly(out: Any, data: bytes) -> None:
+        for first in range(0, len(data), 32):
+            out.write(data[first : first + 32])
+            out.flush()
+            time.sleep(0.1)
+
+    monkeypatch.setattr(server, "write", slowly)
+    assert len(folder.index) == 9
 
 
 def test_faults_without_end_are_one_sentence(server: Server, tmp_path: Path) -> None:
@@ -186,7 +206,7 @@ def test_a_full_disk_is_one_sentence(server: Server, tmp_path: Path, monkeypatch
     def full(url: str, path: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache_module, "_copy", full)
+    monkeypatch.setattr(cache_module, "copy_file", full)
     with pytest.raises(CacheError, match="the disk of the cache is full"):
         ShardCache(plain(server), tmp_path).fetch(0)
 
