@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shard_tools.cli import ToolError
-from shard_tools.sharding.found import Found, Image, is_image, is_system_folder
+from shard_tools.sharding.found import (
+    LONGEST_IMAGE,
+    Found,
+    Image,
+    is_image,
+    is_system_folder,
+)
 
 _THREADS = 8  # that list; a network file system answers many at a time
 _AHEAD = 16  # folders of one folder that are listed before they are needed
@@ -84,8 +90,11 @@ def _walk(
             found.ignored.append((name, "a hidden or system folder"))
         elif not is_image(base):
             found.ignored.append((name, "not an image by its name"))
-        elif kind == "file":
+        elif kind == "file" and size <= LONGEST_IMAGE:
             found.images.append(Image(name, name, 0, size))
+        elif kind == "file":
+            with found.catching(name, skip):
+                raise ToolError(f"{top / name}: is {size} bytes long, the limit is {LONGEST_IMAGE}")
         else:
             with found.catching(name, skip):
                 raise ToolError(f"{top / name}: is {kind}")

@@ -25,6 +25,7 @@ EXTENSIONS = (
 # Images in formats that are not read, which may not be left out without a word; what is called so
 # is often a JPEG.
 _FOREIGN = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k")
+LONGEST_IMAGE = 1 << 30  # bytes; it is read into memory at once
 # What a training set and a held-out one are called.
 TRAINING = {"train", "training"}
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from pipeline.errors import UserError
+from shard_tools.sharding.found import LONGEST_IMAGE
 from shard_tools.sharding.tables import MOST_CLASSES
 from shard_tools.tar import Sample, read_range
 
@@ -25,7 +26,7 @@ _LABEL_WORDS = ("cls", "class", "label", "labels", "target", "category", "synset
 _LABEL_KEYS = (*_LABEL_WORDS, "class_id", "class_index", "class_idx", "class_name", "label_id")
 _UNLABELLED = "; --unlabelled takes the images without labels"
 # Bytes; int() takes 4300 digits at most.
-_LONGEST_CLS, _LONGEST_JSON, _LONGEST_IMAGE = 4096, 64 << 20, 1 << 30
+_LONGEST_CLS, _LONGEST_JSON = 4096, 64 << 20
 
 
 class SampleFault(UserError):
@@ -51,8 +52,8 @@ def describe(
     if sample.problem:
         raise SampleFault(sample.problem)
     image = sample.fields[image_field(sample, image_fields)]
-    if image[1] > _LONGEST_IMAGE:
-        raise SampleFault(f"its image is {image[1]} bytes long, the limit is {_LONGEST_IMAGE}")
+    if image[1] > LONGEST_IMAGE:
+        raise SampleFault(f"its image is {image[1]} bytes long, the limit is {LONGEST_IMAGE}")
     about = read_json(handle, sample)
     label = -1
     if not unlabelled:

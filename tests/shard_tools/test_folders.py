@@ -131,9 +131,15 @@ def loop(folder: Path) -> None:
     (folder / "x.jpg").symlink_to("..")
 
 
+def huge(folder: Path) -> None:
+    (folder / "x.jpg").touch()
+    os.truncate(folder / "x.jpg", (1 << 30) + 1)  # sparse
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
+        (huge, r"tree/a/x.jpg: is 1073741825 bytes long, the limit is 1073741824"),
         (dangling, r"tree/a/x.jpg: is a link to nothing"),
         (self_link, r"tree/a/x.jpg: is (a link to nothing|unreadable)"),
         (fifo, r"tree/a/x.jpg: is a FIFO, device or socket"),
