@@ -88,7 +88,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings = settings_of(Settings, args)
     name = f"cka-{settings.pool}" + ("" if settings.hsic == "unbiased" else f"-{settings.hsic}")
-    output = result_of(args, name)
+    output = result_of(args, name, protocol="cka")
     check(settings)
     check_other_settings(output, args)
     return settings, output

@@ -95,7 +95,7 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     settings = settings_of(Settings, args)
     if settings.fraction == 1 or settings.subset:
         check_unused(build_parser(), args, ["subset_seed"], "without --fraction")
-    output = result_of(args, settings.name, folder=True)
+    output = result_of(args, settings.name, folder=True, protocol="finetune")
     check_input(settings, world, args.precision)
     return settings, output
 

@@ -86,7 +86,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     settings = settings_of(Settings, args)
     name = "psnr" if args.mask_ratio is None else f"psnr-mask{args.mask_ratio:g}"
     output = output_path(args.output, EncoderChoice(args.encoder, resize=args.resize), name)
-    check_output(output)
+    check_output(output, protocol="psnr")
     s = settings
     ratio = check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)
     check(settings)

@@ -158,7 +158,7 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path | None]:
         folder = Path(args.classifier)
         output = folder.with_name(f"shape-bias-{folder.name}.json")
     if output is not None:
-        check_output(output)
+        check_output(output, protocol="shape-bias")
     check(settings)
     if settings.decisions:
         read_decisions(settings.decisions)

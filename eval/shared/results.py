@@ -73,14 +73,16 @@ def named_json(output: str) -> Path:
     return path if path.suffix == ".json" else path.with_name(f"{path.name}.json")
 
 
-def check_output(path: Path, folder: Path | None = None) -> None:
-    """UserError where the result at `path` or files in `folder` could not be written, or `folder`
-    is that of a pretraining run: known before the work and not after it. Nothing is created."""
+def check_output(path: Path, folder: Path | None = None, protocol: str = "") -> None:
+    """UserError where the result at `path` or files in `folder` could not be written, `path` holds
+    a result of another protocol than this one, or `folder` is that of a pretraining run: known
+    before the work and not after it. Nothing is created."""
     if folder and (folder / "recipe.yaml").is_file():
         raise UserError(f"{path}: {folder} is the folder of a run; choose another --output")
     check_writable(path, advice="; choose another --output")
     if path.suffix == ".json" and path.is_file() and "protocol" not in read_json(path):
         raise UserError(f"{path}: is not a result of an evaluation; choose another --output")
+    check_protocol(path, protocol)
     if folder and folder.exists() and not folder.is_dir():
         reason = f"{folder}: Not a directory"
         raise UserError(f"{path}: cannot be written ({reason}); choose another --output")
@@ -88,12 +90,25 @@ def check_output(path: Path, folder: Path | None = None) -> None:
         check_writable(folder, folder=True, advice="; choose another --output")
 
 
-def result_of(args: argparse.Namespace, name: str, folder: bool = False) -> Path:
+def check_protocol(path: Path, protocol: str) -> None:
+    """UserError where the result at `path` is one of another protocol ("": of any)."""
+    theirs = read_json(path).get("protocol", protocol)
+    if protocol and theirs != protocol:
+        raise UserError(
+            f"{path}: holds a result of {theirs}, this is {protocol}; remove it or choose another "
+            "--output"
+        )
+
+
+def result_of(
+    args: argparse.Namespace, name: str, folder: bool = False, protocol: str = ""
+) -> Path:
     """Where the result of a command line is written; UserError where it cannot be, or where the
-    encoder is not there. folder: files are written beside it too."""
+    encoder is not there. folder: files are written beside it too. protocol: of the result, where
+    it is not `name`."""
     choice = encoder_of(args)
     path = output_path(args.output, choice, name)
-    check_output(path, path.with_suffix("") if folder else None)
+    check_output(path, path.with_suffix("") if folder else None, protocol or name)
     check_encoder(choice)
     return path
 
@@ -174,10 +189,11 @@ def in_a_name(text: str) -> str:
 def write_result(
     path: str | Path, result: dict[str, Any], args: argparse.Namespace | None = None
 ) -> None:
-    """Write a result as JSON, atomically. UserError where the path cannot be written, or (args: of
-    the command line) where a command beside this one has written a result of other settings; the
-    result, perhaps of hours, is then printed."""
+    """Write a result as JSON, atomically. UserError where the path cannot be written, or where a
+    command beside this one has written a result of another protocol or (args: of the command line)
+    of other settings; the result, perhaps of hours, is then printed."""
     try:
+        check_protocol(Path(path), str(result.get("protocol", "")))
         if args is not None:
             check_other_settings(Path(path), args)
         with naming(path, "cannot be written"):

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 from eval_helpers import write_encoder
 
+from eval import attentive, cka, finetune, linprobe, psnr, shape_bias
 from eval.finetune import Settings
 from eval.shared.options import EncoderChoice
-from eval.shared.results import check_other_settings, check_output, in_a_name, output_path
+from eval.shared.results import (
+    check_other_settings,
+    check_output,
+    in_a_name,
+    output_path,
+    write_result,
+)
 from pipeline.errors import UserError
 
 
@@ -62,6 +69,25 @@ def test_what_is_no_result_is_not_overwritten(text, tmp_path):
         check_output(path)
     path.write_text('{"protocol": "knn"}')
     check_output(path)
+
+
+def test_a_result_of_another_protocol_is_not_replaced(tmp_path, capsys):
+    """Whichever --output was copied: k-NN's result is not CKA's to overwrite."""
+    path = tmp_path / "x.json"
+    path.write_text('{"protocol": "knn"}')
+    check_output(path, protocol="knn")
+    for module in (attentive, cka, finetune, linprobe, psnr):
+        words = ["--encoder", str(write_encoder(tmp_path / module.__name__)), "--val", "val", "--output", str(path)]
+        words += ["--train", "train"] if module in (attentive, finetune, linprobe) else []
+        with pytest.raises(UserError, match=r"x\.json: holds a result of knn, this is .*remove it"):
+            module.prepare(module.build_parser().parse_args(words))
+    decisions = ["--decisions", "a.csv", "--output", str(path)]
+    with pytest.raises(UserError, match=r"x\.json: holds a result of knn, this is shape-bias"):
+        shape_bias.prepare(shape_bias.build_parser().parse_args(decisions))
+    with pytest.raises(UserError, match="holds a result of knn, this is cka"):  # side by side
+        write_result(path, {"protocol": "cka"})
+    assert 'not written: {"protocol": "cka"}' in capsys.readouterr().out
+    assert path.read_text() == '{"protocol": "knn"}'
 
 
 def test_lists_of_labels_named_alike_have_two_results(tmp_path):
