@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, partitions_of
-from eval.shared.labels import class_count, labelled
+from eval.shared.labels import check_classes, class_count, labelled
 from eval.shared.results import digest
 from eval.shared.subsets import keep_subset
 from pipeline.config.ds_config import DS_CONFIGS, open_ds_config, read_ds_config
@@ -246,8 +246,9 @@ def check_input(s: Settings, world: int, precision: str = "auto") -> None:
         count_steps(s, s.train, train.samples, world)
     else:
         asked = f"--subset {s.subset}" if s.subset else f"--fraction {s.fraction:g}"
-        samples = len(choose_samples(train, s.choice))
-        count_steps(s, f"what {asked} leaves of {s.train}", samples, world)
+        samples, left = choose_samples(train, s.choice), f"what {asked} leaves of {s.train}"
+        check_classes(left, train.index["label"][samples])
+        count_steps(s, left, len(samples), world)
 
 
 def count_steps(s: Settings, shards: str, samples: int, world: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.errors import UserError, naming
 from shard_tools.cli import read_list
 from shard_tools.manifest import MANIFEST, Manifest, is_remote, read_manifest
@@ -31,8 +33,19 @@ def labelled(folder: str | Path) -> Manifest:
     return manifest
 
 
+def check_classes(where: str, labels: np.ndarray) -> None:
+    """UserError where all images that would be trained on, at least one, are of one class."""
+    if labels.min() == labels.max():
+        raise UserError(
+            f"{where}: all images are of one class, which every encoder would then answer; give "
+            "training images of two classes or more"
+        )
+
+
 def class_count(train: Manifest, val: Manifest) -> int:
-    """Number of classes, with the assurance that both sets number the same classes alike."""
+    """Number of classes, with the assurance that both sets number the same classes alike, and that
+    the training set has images of two at least."""
+    check_classes(train.folder, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
             f"{train.folder} and {val.folder} do not have the same classes "

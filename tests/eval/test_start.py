@@ -9,6 +9,7 @@ import pytest
 from eval_helpers import coloured_images, write_encoder, write_shards
 
 from eval import attentive, cka, finetune, knn, linprobe, psnr, reconstruct, shape_bias
+from eval.shared import finetune_plan
 from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import check_output, named_json
@@ -92,6 +93,28 @@ def test_labels_and_classes_are_those_of_one_data_set(tmp_path):
     assert class_count(labelled(rows), labelled(tmp_path / "rows-2")) == 5
     with pytest.raises(UserError, match="without: some samples have no label"):
         labelled(write_shards(tmp_path / "without", image, label - 1))
+
+
+def test_images_of_one_class_are_not_scored(tmp_path):
+    """Every encoder is right about them; validation images may be of one."""
+    image, label = coloured_images(6, 3, seed=2)
+    folder = write_shards(tmp_path / "train", image, label)
+    one = labelled(write_shards(tmp_path / "one", image, label * 0))
+    some = labelled(write_shards(tmp_path / "some", image, label * 0 + 1, classes=3))
+    for train, val in ((one, one), (some, labelled(folder))):
+        with pytest.raises(UserError, match=f"{train.folder}: all images are of one class"):
+            class_count(train, val)
+    assert class_count(labelled(folder), some) == 3
+    found, names = read_manifest(folder), [f"{n}.png" for n in range(6)]
+    write_manifest(folder, shards=found.shards, index=np.array(found.index), names=names,
+                   classes=found.classes)  # fmt: skip
+    chosen = tmp_path / "chosen.txt"
+    settings = finetune_plan.Settings(str(folder), str(folder), batch_size=2, subset=str(chosen))
+    chosen.write_text("0.png\n1.png\n")
+    finetune_plan.check_input(settings, 1)
+    chosen.write_text("0.png\n3.png\n")
+    with pytest.raises(UserError, match=r"chosen\.txt leaves of .*train: all images are of one"):
+        finetune_plan.check_input(settings, 1)
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**32), "x"])

@@ -77,7 +77,14 @@ def test_a_result_of_another_protocol_is_not_replaced(tmp_path, capsys):
     path.write_text('{"protocol": "knn"}')
     check_output(path, protocol="knn")
     for module in (attentive, cka, finetune, linprobe, psnr):
-        words = ["--encoder", str(write_encoder(tmp_path / module.__name__)), "--val", "val", "--output", str(path)]
+        words = [
+            "--encoder",
+            str(write_encoder(tmp_path / module.__name__)),
+            "--val",
+            "val",
+            "--output",
+            str(path),
+        ]
         words += ["--train", "train"] if module in (attentive, finetune, linprobe) else []
         with pytest.raises(UserError, match=r"x\.json: holds a result of knn, this is .*remove it"):
             module.prepare(module.build_parser().parse_args(words))
