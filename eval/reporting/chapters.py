@@ -177,9 +177,11 @@ def picture_of(path: Path, caption: str) -> Picture:
     """A file as a data URI; raises UserError for one that is not a PNG."""
     with naming(path, "cannot be read"):
         data = path.read_bytes()
-    if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
+    width = height = 0
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        width, height = struct.unpack(">II", data[16:24])
+    if not width or not height:
         raise UserError(f"{path} is not a PNG")
-    width, height = struct.unpack(">II", data[16:24])
     uri = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     return Picture(uri, width, height, caption)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+import numpy as np
 import yaml
 
 from eval.protocols import by_name
@@ -148,19 +149,39 @@ def read_run(folder: str | Path) -> Run:
 def read_result(path: Path) -> dict[str, Any]:
     """The result of an evaluation and its `file`. UserError names a metric that is no number."""
     result = read_json(path) | {"file": str(path)}
-    also = result.get("also", [])
-    if not (
-        all(isinstance(result.get(key, {}), dict) for key in ("settings", "encoder"))
-        and isinstance(also, list)
-        and all(isinstance(row, dict) for row in also)
-    ):
-        raise UserError(f"{path}: no result of an evaluation of ours; move it out of eval/")
     protocol = by_name(result.get("protocol"))
+    if not is_ours(result) or (result.get("protocol") == "cka" and not has_tables(result)):
+        raise UserError(f"{path}: no result of an evaluation of ours; move it out of eval/")
     if protocol is not None and protocol.metric and not is_undecided(result):
         value = result.get(protocol.metric)
         if not is_number(value) or not math.isfinite(float(value or 0)):
             raise UserError(f"{path}: {protocol.metric} is {value!r}, not a number; run it again")
     return result
+
+
+def is_ours(result: dict[str, Any]) -> bool:
+    """Whether what a report reads of every result is of the type that ours have, or not there."""
+    also = result.get("also", [])
+    return (
+        all(isinstance(result.get(key, {}), dict) for key in ("settings", "encoder"))
+        and isinstance(result.get("encoder", {}).get("options", {}), dict)
+        and isinstance(result.get("feature"), str | None)
+        and isinstance(also, list)
+        and all(isinstance(row, dict) for row in also)
+    )
+
+
+def has_tables(result: dict[str, Any]) -> bool:
+    """Whether each table of a CKA has a row of as many numbers for each of its ratios."""
+    ratios, variants = result.get("ratios"), result.get("variants") or []
+    if not (isinstance(ratios, list) and ratios and all(map(is_number, ratios))):
+        return False
+    try:
+        shapes = [np.array(table["cka"], float).shape for table in variants or [result]]
+        named = all(isinstance(t["pool"] + t["hsic"], str) for t in variants)
+    except (TypeError, ValueError, KeyError):
+        return False
+    return named and all(len(shape) == 2 and shape[0] == len(ratios) for shape in shapes)
 
 
 def is_undecided(result: dict[str, Any]) -> bool:
@@ -206,6 +227,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
+            if not is_number(row["step"]) or not math.isfinite(row["step"]):
+                raise ValueError(f"its step is {row['step']!r}")
             rows[int(row["step"])] = row
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):

@@ -3,6 +3,7 @@
 Read from what the run leaves: its lock, failure.txt and the lines of log.txt.
 """
 
+import contextlib
 import fcntl
 import os
 import re
@@ -64,8 +65,11 @@ def read_log(folder: Path) -> list[LogLine]:
         return []
     with naming(path, "cannot be read"):
         text = path.read_text(encoding="utf-8", errors="replace")
-    found = filter(None, map(LINE.fullmatch, text.splitlines()))
-    return [LogLine(datetime.fromisoformat(m[1]), m[2]) for m in found]
+    found = []
+    for match in filter(None, map(LINE.fullmatch, text.splitlines())):
+        with contextlib.suppress(ValueError):  # digits that are no date
+            found.append(LogLine(datetime.fromisoformat(match[1]), match[2]))
+    return found
 
 
 def probed(log: list[LogLine]) -> dict[str, tuple[list[float], list[float]]]:

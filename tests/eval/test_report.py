@@ -503,13 +503,33 @@ def test_bad_input_is_one_sentence(tmp_path: Path, runs: list[Path]) -> None:
     (broken / "metrics.jsonl").write_bytes(b'{"step": 1, "x": "\xff"}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl is not UTF-8"):
         read_run(broken)
+    for step in ("Infinity", '"5"', "null"):
+        (broken / "metrics.jsonl").write_text(f'{{"step": {step}}}\n{{"step": 1}}\n')
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 1, is not a logged step"):
+            read_run(broken)
     (broken / "metrics.jsonl").unlink()
-    for key, value in (("encoder", "x"), ("settings", []), ("also", {"a": 1}), ("also", ["x"])):
-        path = broken / "eval/knn.json"
+    path = broken / "eval/knn.json"
+    for key, value in (("encoder", "x"), ("settings", []), ("also", {"a": 1}), ("also", ["x"]),
+                       ("encoder", {"options": None}), ("feature", ["cls"])):  # fmt: skip
         path.write_text(json.dumps(result(1.0, "knn") | {key: value}))
         with pytest.raises(UserError, match=r"knn\.json: no result of an evaluation of ours"):
             read_run(broken)
+    table = {"pool": "cls", "hsic": "unbiased", "cka": [[0.5], [0.4]]}
+    cka = {"protocol": "cka", "ratios": [0.1, 0.9], **table, "variants": [table]}
+    path.write_text(json.dumps(cka))
+    read_run(broken)
+    for key, value in (("ratios", None), ("ratios", []), ("ratios", ["0.1", "0.9"]),
+                       ("ratios", [0.1]), ("variants", ["x"]), ("variants", [table | {"cka": 1}]),
+                       ("variants", [table | {"cka": [[0.5], []]}]),
+                       ("variants", [table | {"pool": ["cls"]}])):  # fmt: skip
+        path.write_text(json.dumps(cka | {key: value}))
+        with pytest.raises(UserError, match=r"knn\.json: no result of an evaluation of ours"):
+            read_run(broken)
     path.unlink()
+    (broken / "pictures").mkdir(exist_ok=True)
+    (broken / "pictures/step-99999999.png").write_bytes(png(0, 9))
+    with pytest.raises(UserError, match=r"step-99999999\.png is not a PNG"):
+        report.write_report([broken], tmp_path / "r.html", "Broken")
     (broken / "recipe.yaml").write_bytes(b"name: \xff\n")
     with pytest.raises(UserError, match=r"recipe\.yaml is not YAML"):
         read_run(broken)

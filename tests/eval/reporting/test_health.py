@@ -209,6 +209,7 @@ def test_probes_are_read_from_the_log(tmp_path):
         line(5, "step 10: probe/knn_top1 12.5  occlusion/cka_0.5 0.75"),
         line(6, "step 20: probe/knn_top1 20"),
         line(9, "step 10: probe/knn_top1 13.5"),
+        "2026-02-30 25:00:00 step 30: probe/knn_top1 1",  # as of a damaged file
     ]
     found = probed(read_log(write_run(tmp_path / "run", log=log)))
     assert found == {
