@@ -200,8 +200,11 @@ def open_session(
     """
     seed_everything(choice.seed)
     vit, info = open_encoder(choice, device or ranks.device, feature)
-    if ranks.first and info.record.get("note"):
-        print(f"encoder: {info.record['note']}", flush=True)
+    note, left = info.record.get("note"), info.record.get("left_out")
+    notes = [note] if note else []
+    notes += [f"left out, as no part of an encoder: {', '.join(left)}"] if left else []
+    if ranks.first and notes:
+        print(f"encoder: {'; '.join(notes)}", flush=True)
     if choice.resize:
         CentreCrop(image_size(vit), choice.resize)  # refused now, not after the training
     return EvalSession(vit, info, ranks, precision, workers, choice.resize)

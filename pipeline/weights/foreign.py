@@ -1,6 +1,7 @@
 """Encoders that others trained, or that we wrote in their form: files, folders, timm's hub."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,10 +37,15 @@ from pipeline.weights.layouts import (
 from pipeline.weights.positions import resize_positions, square
 from pipeline.weights.source import check_divisible, need_arch, other_size, read_config
 
-# Heads and decoders are not part of an encoder.
-LEFT_OUT = (
-    "head", "decoder", "lm_head", "attn_pool", "predictor", "projector", "fc.", "masked_embed",
-)  # fmt: skip
+# Heads and decoders are not part of an encoder; nor is a mask token, but it is in one's middle.
+_LEFT_OUT = re.compile(
+    r"(?:heads?\d*|head_\w+|fc)(?:\.|$)|(?:decoder|lm_head|predictor|projector|masked_embed)"
+)
+
+
+def is_left_out(name: str, pooled: bool = False) -> bool:
+    """Whether a weight is of a head, a decoder or, unless it is `pooled`, an attention pooling."""
+    return bool(_LEFT_OUT.match(name)) or (not pooled and name.startswith("attn_pool"))
 
 
 def known_arch(arch: str | None, source: object) -> str:
@@ -110,7 +116,15 @@ def from_file(
     info |= stated(options)
     info |= {key: written[key] for key in ("mean", "std") if key in written}
     info = finish(info, vit, options)
-    return vit, info | {"note": "" if written else _note(found, layout, info, given, ema)}
+    info |= {"note": "" if written else _note(found, layout, info, given, ema)}
+    return vit, info | left_out(found.state, vit)
+
+
+def left_out(state: Mapping[str, Tensor], vit: nn.Module) -> dict[str, list[str]]:
+    """Parts of a file beside the encoder, as `left_out` of an info; {} where there are none."""
+    pooled = getattr(vit, "attn_pool", None) is not None
+    words = sorted({k.split(".")[0] for k in state if is_left_out(k, pooled) or k == "mask_token"})
+    return {"left_out": words} if words else {}
 
 
 def _timms_arch(content: Any) -> str | None:
@@ -169,14 +183,15 @@ def fit(
             vit = build_family(arch, options, state)
         check_divisible(vit.patch_embed.img_size[0], patch_side(vit), arch)
         pooled = getattr(vit, "attn_pool", None) is not None
-        dropped = tuple(k for k in LEFT_OUT if k != "attn_pool" or not pooled)
-        state = _without(dropped, state)
+        state = {k: v for k, v in state.items() if not is_left_out(k, pooled)}
         if layout.positions != "timm" and getattr(vit, "pos_embed", None) is not None:
             prefix = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
             grid, how = vit.patch_embed.grid_size, layout.positions
             state["pos_embed"] = resize_positions(state["pos_embed"], prefix, grid, how)
         state = with_timm_names(state, vit, arch)
-        state = _without((*dropped, "mask_token"), state)  # CLIP's `proj` is timm's head
+        state = {  # CLIP's `proj` is timm's head
+            k: v for k, v in state.items() if k != "mask_token" and not is_left_out(k, pooled)
+        }
         missing, unexpected = vit.load_state_dict(state, strict=False)
         fix_norms(vit, layout, arch)
     except (UserError, RuntimeError, TypeError, AssertionError, KeyError) as error:
@@ -188,10 +203,6 @@ def fit(
         raise UserError(f"{path}: the weights do not fit {arch}: {what}")
     refuse_integers(vit, state, path)
     return vit
-
-
-def _without(parts: tuple[str, ...], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in state.items() if not k.startswith(parts)}
 
 
 def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, path: Path) -> None:
@@ -255,7 +266,8 @@ def from_hugging_face(
     try:
         config = read_config(folder)
         (name, own), eps = hf_arch(config), hf_eps(config)
-        state = from_hf(load_tensors(folder / "model.safetensors"), own["depth"])
+        weights = load_tensors(folder / "model.safetensors")
+        state = from_hf(weights, own["depth"])
         statistics, said = hugging_face_statistics(folder, config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a ViTModel or ViTMAE of transformers ({error!r})") from None
@@ -268,7 +280,9 @@ def from_hugging_face(
             part.eps = eps
     info = named(name, folder.name) | statistics
     note = "" if said else f"no preprocessor_config.json: mean and std {_short(info)}"
-    return vit, finish(info, vit, own) | {"note": note}
+    words = {name.removeprefix("vit.").split(".")[0] for name in weights}
+    left = sorted(words - {"embeddings", "encoder", "layernorm"})
+    return vit, finish(info, vit, own) | {"note": note} | ({"left_out": left} if left else {})
 
 
 def hugging_face_statistics(

@@ -53,7 +53,8 @@ def load_encoder(
     architecture with `seed`. ema: the average that a file keeps beside its weights, or the EMA
     teacher of a run.
     info: arch and options (of timm.create_model), mean and std (of pixels in 0 … 1), recipe (what a
-    table calls it), random, source, note (what was taken to be so, as a sentence).
+    table calls it), random, source, note (what was taken to be so, as a sentence), left_out (parts
+    of a file that are none of an encoder's, where there are some).
     UserError where the source cannot be used.
 
         model, info = load_encoder("runs/rmae")
@@ -78,6 +79,7 @@ def load_encoder(
         vit = _random(vit, info, seed)
         note = str(info.get("note", "")).partition("; weights from ")[0]
         info = {**info, "random_seed": seed, "note": note}
+        info.pop("left_out", None)
     return vit, {**info, "random": random or name == "random", "source": name}
 
 

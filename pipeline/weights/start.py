@@ -33,10 +33,10 @@ from pipeline.method.objective import Objective
 from pipeline.method.vit import build_vit
 from pipeline.weights.files import find_encoder, load_tensors, refuse_integers
 from pipeline.weights.foreign import (
-    LEFT_OUT,
     exported_info,
     from_hub,
     hugging_face_statistics,
+    is_left_out,
     named,
 )
 from pipeline.weights.interop import from_hf, from_hf_decoder, hf_arch, mae_decoder
@@ -295,9 +295,9 @@ def _fitting(theirs: Tensor | None, mine: Tensor, name: str, where: str) -> Tens
 
 def _refuse_more(state: Mapping[str, Tensor], where: str) -> None:
     """Refuse what f has no place for, but heads, pooling and relative positions."""
-    known = (*LEFT_OUT, "fc_norm.", "mask_token", "norm.", "rel_pos_bias.", "pre_logits")
+    known = ("fc_norm.", "mask_token", "norm.", "rel_pos_bias.", "pre_logits")
     for name in sorted(state):
-        if not (name.startswith(known) or "relative_position" in name):
+        if not (is_left_out(name) or name.startswith(known) or "relative_position" in name):
             raise UserError(
                 f"{where}: another architecture, with {name}, for which the recipe's encoder has "
                 "no place"

@@ -252,6 +252,27 @@ def test_what_was_taken_to_be_so_is_printed_and_kept(tmp_path, capsys):
     assert drawn.info.record["note"] == session.info.record["note"].partition("; weights from")[0]
 
 
+def test_what_of_a_file_is_left_out_is_said(tmp_path, capsys):
+    """Heads and decoders are; a weight that only begins like one has no place in the encoder."""
+    plain, path, one = tiny().state_dict(), tmp_path / "a.pth", torch.ones(1)
+    more = dict.fromkeys(("head_dist.weight", "decoder_pred.weight", "fc.bias", "mask_token"), one)
+    for state, said in (
+        (plain, "head"),
+        (plain | more, "decoder_pred, fc, head, head_dist, mask_token"),
+        ({k: v for k, v in plain.items() if "head" not in k}, ""),
+    ):
+        torch.save(state, path)
+        session = session_of(parse("--encoder", path, *WORDS), ALONE)
+        line = capsys.readouterr().out.strip()
+        assert line.partition("; left out, as no part of an encoder: ")[2] == said
+        assert ", ".join(session.info.record.get("left_out", [])) == said
+        assert "left out" not in session.info.record["note"]
+    for name in ("header.weight", "headgate.weight", "fcs.bias"):
+        torch.save(plain | {name: one}, path)
+        with pytest.raises(UserError, match=f"do not fit {ARCH}: {name} has no place in it"):
+            session_of(parse("--encoder", path, *WORDS), ALONE)
+
+
 def test_another_image_size_and_resize_reach_the_result(tmp_path):
     """--options on a run folder is not ignored; above 224 pixels nothing is cut off (MAE)."""
     run = write_encoder(tmp_path / "run")
