@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="folder of the shards (default: that of the scale)")
     add("--output", type=Path, help="folder of the runs (default: runs/paper-<scale>)")
     add("--hours", type=float, help="of this machine in total; 0: no limit (default: the scale's)")
-    add("--jobs", type=int, default=0, help="commands at a time (default: cores, or 1 on GPUs)")
+    add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--untuned", action="store_true", help="tune no learning rates: every row has the scale's")
     add("--extend-tuning", action="store_true",

@@ -201,7 +201,7 @@ def main() -> None:
     result = evaluate(settings, ranks)
     if ranks.first:
         write_result(output, result, args)
-        metrics = f"{result['image']:.2f} dB (hidden patches alone {result['hidden']:.2f} dB)"
+        metrics = f"{result['image']:.2f} dB (masked patches alone {result['hidden']:.2f} dB)"
         print(f"PSNR {metrics}; {result['statistics']}  → {output}", flush=True)
 
 

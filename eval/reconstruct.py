@@ -113,7 +113,7 @@ def draw(
     shown: Sequence[str] = COLUMNS,
 ) -> tuple[Image.Image, str]:
     """The sheet of images uint8 [n, S, S, 3], its columns `shown`, and its note."""
-    note = f"{mask_ratio:.0%} hidden; " + (
+    note = f"{mask_ratio:.0%} masked; " + (
         f"{TRUE_STATISTICS}:\nbrightness and contrast of a patch are not predicted"
         if model.true_statistics
         else "pixels as predicted"

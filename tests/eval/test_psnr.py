@@ -180,7 +180,7 @@ def test_pictures_from_files(home, tmp_path):
     images = reconstruct.read_files(args.files, model.size)
     sheet, note = reconstruct.draw(model, *images, 0.75, args.seed)
     assert sheet.height == 3 * reconstruct.LINE + reconstruct.SMALLEST + reconstruct.MARGIN
-    assert note == "75% hidden; pixels as predicted"
+    assert note == "75% masked; pixels as predicted"
     chosen = (reconstruct.COLUMNS[3], reconstruct.COLUMNS[0])
     fewer, _ = reconstruct.draw(model, *images, 0.75, args.seed, chosen)
     whole, part = np.asarray(sheet), np.asarray(fewer)
