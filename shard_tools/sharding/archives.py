@@ -24,7 +24,15 @@ from typing import Any
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
 from shard_tools.members import Member, TarError, read_members, resolve_links
-from shard_tools.sharding.found import Found, Image, Unskippable, is_image, is_system_file
+from shard_tools.sharding.found import (
+    LONGEST_IMAGE,
+    Found,
+    Image,
+    Unskippable,
+    is_image,
+    is_system_file,
+    too_long,
+)
 
 UNPACKED = "unpacked"  # folder for plain tars of compressed archives, inside PARTS
 ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
@@ -72,9 +80,7 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
         raise ToolError(f"{path}: holds class tars and also loose images, such as {loose[0].name}")
     _report_others(outer, found, but=classes)
     if not classes:
-        found.images.extend(
-            Image(m.name, os.path.abspath(path), m.offset, m.size) for m in _latest(loose, found)
-        )
+        _take_images(path, loose, found, skip)
         return found.without_wrapping()
     for member in classes:
         if not member.name.lower().endswith(".tar"):
@@ -102,9 +108,7 @@ def _class_tar(path: Path, outer: Member, skip: bool) -> Found:
     name = archive_stem(outer.name)
     members = _list(path, outer.name, outer.offset, outer.size, found, skip)
     _report_others(members, found)
-    images = _latest([member for member in members if is_image(member.name)], found)
-    file = os.path.abspath(path)
-    found.images.extend(Image(m.name, file, m.offset, m.size) for m in images)
+    _take_images(path, [member for member in members if is_image(member.name)], found, skip)
     return found.without_wrapping(keep_class=False).inside(name)
 
 
@@ -139,6 +143,16 @@ def _report_others(members: list[Member], found: Found, but: Sequence[Member] = 
         if member.name.lower().endswith(_ARCHIVES_INSIDE) and not is_system_file(member.name):
             raise ToolError(f"{member.name}: is an archive inside an archive; unpack it")
         found.ignored.append((member.name, "not an image by its name"))
+
+
+def _take_images(path: Path, members: list[Member], found: Found, skip: bool) -> None:
+    file = os.path.abspath(path)
+    for m in _latest(members, found):
+        if m.size <= LONGEST_IMAGE:
+            found.images.append(Image(m.name, file, m.offset, m.size))
+        else:
+            with found.catching(m.name, skip):
+                raise too_long(f"{path}: member {m.name!r}", m.size)
 
 
 def _latest(members: list[Member], found: Found) -> list[Member]:

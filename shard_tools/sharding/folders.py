@@ -17,6 +17,7 @@ from shard_tools.sharding.found import (
     Image,
     is_image,
     is_system_folder,
+    too_long,
 )
 
 _THREADS = 8  # that list; a network file system answers many at a time
@@ -94,7 +95,7 @@ def _walk(
             found.images.append(Image(name, name, 0, size))
         elif kind == "file":
             with found.catching(name, skip):
-                raise ToolError(f"{top / name}: is {size} bytes long, the limit is {LONGEST_IMAGE}")
+                raise too_long(top / name, size)
         else:
             with found.catching(name, skip):
                 raise ToolError(f"{top / name}: is {kind}")

@@ -192,6 +192,11 @@ def _common_folders(names: Iterable[str]) -> list[str]:
     return shared
 
 
+def too_long(what: object, size: int) -> ToolError:
+    """The error of an image of `size` bytes, which are more than LONGEST_IMAGE."""
+    return ToolError(f"{what}: is {size} bytes long, the limit is {LONGEST_IMAGE}")
+
+
 def is_image(name: str) -> bool:
     """True for a file that is an image by its name, and no leftover of a system."""
     return name.lower().endswith((*EXTENSIONS, *_FOREIGN)) and not is_system_file(name)

@@ -13,7 +13,14 @@ from typing import Any
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
-from shard_tools.sharding.found import HELD_OUT, TRAINING, Image, Images
+from shard_tools.sharding.found import (
+    HELD_OUT,
+    LONGEST_IMAGE,
+    TRAINING,
+    Image,
+    Images,
+    too_long,
+)
 
 # A class index beyond this is taken for a mistake.
 MOST_CLASSES = 1_000_000
@@ -143,6 +150,8 @@ def _image(path: Path, number: int, row: dict[str, Any], root: Path) -> Image:
         raise ToolError(f"{path}: row {number} has no usable path ({name!a})") from error
     if not stat.S_ISREG(about.st_mode):
         raise ToolError(f"{path}: row {number}: {root / name}: is not a regular file")
+    if about.st_size > LONGEST_IMAGE:
+        raise too_long(f"{path}: row {number}: {root / name}", about.st_size)
     return Image(name, name, 0, about.st_size)
 
 

@@ -146,6 +146,24 @@ def test_members_that_hold_no_bytes_are_named_or_skipped(
     assert read_manifest(dest).samples == 3
 
 
+def test_a_huge_image_is_named_or_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tar_of(tmp_path / "a.tar", {"c/0.jpg": jpeg(0)})
+    size = (1 << 30) + 1
+    with open(archive, "r+b") as file:
+        file.seek(512 + -(-len(jpeg(0)) // 512) * 512)
+        huge = tarfile.TarInfo("c/huge.jpg")
+        huge.size = size
+        file.write(huge.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(file.tell() + size + 511 + 1024)  # sparse
+    error = refused(capsys, archive, tmp_path / "d")
+    assert f"member 'c/huge.jpg': is {size} bytes long, the limit is {1 << 30}" in error
+    dest = make(archive, tmp_path / "s", "--on-error", "skip")
+    assert report(dest)["c/huge.jpg"][0] == "skipped"
+    assert read_manifest(dest).samples == 1
+
+
 def test_of_two_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
     archive = tar_of(tmp_path / "a.tar", {"c/0.jpg": jpeg(1), "d/0.jpg": jpeg(2)})
     with tarfile.open(archive, "a") as tar:

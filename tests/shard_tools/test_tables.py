@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,15 @@ def test_anything_else_names_its_row(
     assert re.search(sentence, error), error
     assert error.count("\n") == 1
     assert not dest.exists()
+
+
+def test_a_huge_image_names_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "0.jpg").touch()
+    os.truncate(tmp_path / "0.jpg", (1 << 30) + 1)  # sparse
+    table = write_csv(tmp_path / "t.csv", [1])
+    assert main([str(table), str(tmp_path / "d"), *SMALL, "--root", str(tmp_path)]) == 2
+    assert "row 1: " in (error := capsys.readouterr().err)
+    assert "0.jpg: is 1073741825 bytes long, the limit is 1073741824" in error
 
 
 def test_an_image_may_come_twice_with_one_label(images: Path, tmp_path: Path) -> None:
