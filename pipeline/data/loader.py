@@ -36,9 +36,11 @@ from pipeline.data.slots import Slots
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
 from shard_tools import shuffle_quality
+from shard_tools.cores import cores
 from shard_tools.manifest import Manifest, is_remote, read_manifest
 
 log = logging.getLogger(__name__)
+_MOST_WORKERS, _MOST_WORKERS_PER_CORE = 64, 8
 
 
 def _context(start_method: StartMethod | None) -> str:
@@ -321,6 +323,9 @@ def _check_ranks(rank: int, world: int, workers: int) -> None:
         raise UserError(f"rank {rank} of {world}: ranks run from 0 to world - 1")
     if workers < 0:
         raise UserError(f"workers {workers}: must be 0 or more")
+    most = max(_MOST_WORKERS, _MOST_WORKERS_PER_CORE * cores())
+    if workers > most:  # each is a process; thousands take the machine down
+        raise UserError(f"workers {workers}: at most {most}, for the {cores()} cores of this rank")
 
 
 def _check_shared_memory(workers: int, batch: int, image_size: int) -> None:

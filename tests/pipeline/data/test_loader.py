@@ -380,6 +380,7 @@ def test_a_disk_that_fails_under_way_is_one_sentence(shards, monkeypatch, worker
         ({"seed": -1}, "seed -1: must be between"),
         ({"partitions": 0}, "partitions 0: must be at least 1"),
         ({"workers": -1}, "workers -1: must be 0 or more"),
+        ({"workers": 10**6}, r"workers 1000000: at most \d+, for the \d+ cores of this rank"),
         ({"decode": "magic"}, "decoder 'magic' is not available here"),
     ],
 )
