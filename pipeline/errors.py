@@ -7,6 +7,7 @@ import errno
 import io
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -92,6 +93,18 @@ def reachable() -> Iterator[None]:
         if error.errno not in _UNREACHABLE or not isinstance(error.filename, str):
             raise
         raise UserError(f"{error.filename}: cannot be read or written ({reason(error)})") from error
+
+
+def is_url(path: str | PathLike[str]) -> bool:
+    """True for s3://bucket/x, also where pathlib has dropped the second slash."""
+    scheme = re.match(r"[A-Za-z][\w+.-]*:/", os.fspath(path))
+    return scheme is not None and not os.path.exists(scheme[0])
+
+
+def not_there(path: str | PathLike[str]) -> str:
+    """What is said of a file or folder that does not exist, or is not one of this machine."""
+    url = "; it is a URL, and only local files are read here" if is_url(path) else ""
+    return f"{path}: no such file or folder{url}"
 
 
 def reason(error: BaseException, name: str = "") -> str:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, is_url
 
 FILES = "files.json"
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
@@ -122,8 +122,7 @@ def check_writable(
 ) -> None:
     """UserError `path: what (reason)advice` where a file, or files in a folder, could not be
     written. Nothing is left there."""
-    scheme = re.match(r"[A-Za-z][\w+.-]*:/", str(path))  # of a URL, whose second / a Path drops
-    if scheme and not Path(scheme[0]).exists():
+    if is_url(path):
         raise UserError(f"{path}: {what} (it is a URL; only local files are written){advice}")
     there = path
     try:

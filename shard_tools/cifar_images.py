@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from pipeline.errors import naming
+from pipeline.errors import naming, not_there
 from shard_tools.atomic import check_writable, fsync
 from shard_tools.cifar_batches import (
     LARGEST,
@@ -83,7 +83,7 @@ def members(source: Path) -> Iterator[Iterator[Member]]:
             if source.is_dir():
                 yield _of_folder(source)
             elif not source.is_file():
-                raise ToolError(f"{source}: no such file or folder")
+                raise ToolError(not_there(source))
             elif zipfile.is_zipfile(source):
                 with zipfile.ZipFile(source) as archive:
                     yield _of_zip(archive)

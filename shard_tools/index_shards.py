@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import naming
+from pipeline.errors import is_url, naming, not_there
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.class_list import read_classes
 from shard_tools.cli import (
@@ -86,7 +86,8 @@ def find_tars(given: Sequence[Path]) -> Tars:
     """All given tars: files, or those below given folders."""
     paths: list[Path] = []
     searched: list[Path] = []
-    for path in (Path(os.path.abspath(path)) for path in given):
+    for source in given:
+        path = Path(os.path.abspath(source))
         if path.is_dir():
             with naming(path, "cannot be read"):
                 below = tar_files(path)
@@ -97,7 +98,7 @@ def find_tars(given: Sequence[Path]) -> Tars:
             paths.append(path)
         else:
             braces = "; give the folder, or braces without quotes" if "{" in path.name else ""
-            raise ToolError(f"{path}: no such file or folder{braces}")
+            raise ToolError(not_there(source if is_url(source) else path) + braces)
     if not paths:
         raise ToolError(f"{given[0]}: holds no .tar files")
     first: dict[str, Path] = {}

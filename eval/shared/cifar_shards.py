@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.shared.processes import call
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, naming, not_there
 from pipeline.runtime.run_lock import RunLock
 from shard_tools.atomic import write_json
 from shard_tools.cifar_images import is_wanted, members
@@ -45,7 +45,7 @@ def make_cifar_shards(source: Path | None, data: Path) -> None:
             "python or binary archive"
         )
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
+        raise UserError(not_there(source))
     lock = RunLock(building, needed=False, advice="wait for it, or choose another --data")
     try:
         with naming(building, "cannot be removed"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import UserError, naming
+from pipeline.errors import UserError, naming, not_there
 from shard_tools.cli import read_list
 from shard_tools.manifest import MANIFEST, Manifest, is_remote, read_manifest
 from shard_tools.sharding.archives import is_archive
@@ -75,7 +75,7 @@ def check_images(where: str | Path, root: str | Path | None = None) -> None:
     if is_remote(str(where)) or (path / MANIFEST).is_file():
         with_images(where)
     elif not path.exists():
-        raise UserError(f"{where}: no such file or folder")
+        raise UserError(not_there(where))
     elif root and not Path(root).is_dir():
         raise UserError(f"--root {root}: no such folder")
     elif path.suffix == LIST:

@@ -48,7 +48,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
 from pipeline.config.texts import read_yaml, write_yaml
-from pipeline.errors import UserError
+from pipeline.errors import UserError, not_there
 from shard_tools.home import expand_home
 
 __all__ = [
@@ -190,7 +190,7 @@ def check_run(run: str | Path) -> None:
     """RecipeError if a folder is not a run; it names a run inside, if there is one."""
     folder = Path(run)
     if not folder.exists():
-        raise RecipeError(f"{folder}: no such file or folder")
+        raise RecipeError(not_there(folder))
     if not (folder / "recipe.yaml").is_file():
         inside = sorted(str(path.parent) for path in folder.glob("*/recipe.yaml"))
         hint = f"; it holds runs, such as {inside[0]}" if inside else ""

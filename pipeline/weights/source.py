@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe, load_recipe, run_recipe
 from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
-from pipeline.errors import UserError
+from pipeline.errors import UserError, not_there
 from pipeline.method.checks import check_objective
 from pipeline.weights.header import (
     METADATA,
@@ -177,7 +177,7 @@ def read_info(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
         return path, facts(text, "encoder.json")
     except (OSError, ValueError) as error:
         if not Path(folder).exists():
-            raise UserError(f"{folder}: no such file or folder") from None
+            raise UserError(not_there(folder)) from None
         raise no_encoder(folder, error) from None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.errors import naming
+from pipeline.errors import naming, not_there
 from shard_tools.cli import ToolError
 from shard_tools.sharding.archives import (
     compression,
@@ -86,7 +86,7 @@ class Listing:
 def open_source(path: Path, how: Listing = Listing()) -> Source:
     """Find out what `path` is and list it. UserError where it cannot be read as it should."""
     if not os.path.lexists(path):
-        raise ToolError(f"{path}: no such file or folder")
+        raise ToolError(not_there(path))
     if how.unlabelled and (how.labels or how.classes):
         raise ToolError(
             "--unlabelled takes no labels: leave out --classes-from, --synsets, --devkit"

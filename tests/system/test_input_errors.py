@@ -358,6 +358,7 @@ CASES = {
     "pipeline/doctor.py": [("--nonsense", "unrecognized arguments: --nonsense")],
     "shard_tools/make_shards.py": [
         ("{none} {new}", "/none: no such file or folder"),
+        ("s3://b/x {new}", "s3:/b/x: no such file or folder; it is a URL, and only local files"),
         (f"{{images}} {LONG}", TOO_LONG),
         ("{empty} {new}", "empty: "),
         ("{images} {text}", "text: cannot be written (Not a directory)"),
@@ -394,6 +395,7 @@ CASES = {
     "shard_tools/verify_shards.py": [*FOLDERS, ("{shards} --workers -1", "must be 0")],
     "shard_tools/index_shards.py": [
         ("{none}", "/none: no such file or folder"),
+        ("s3://b/x", "s3:/b/x: no such file or folder; it is a URL, and only local files are read"),
         ("{empty}", "holds no .tar files"),
         ("{shards}", "already has a manifest.json"),
         (f"{{shards}}/part-000000.tar --output {UNWRITABLE}", "cannot be written"),
