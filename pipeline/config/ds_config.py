@@ -69,7 +69,14 @@ _RECIPE_KEYS = {
     "seed": "seed",
 }
 # What DeepSpeed reads and nothing here asks it for, and what does it.
-_UNUSED = {"activation_checkpointing": "gradient_checkpointing: true"}
+_HALF = "bf16 or torch_autocast, which need no loss scale, or leave both out for fp32"
+_LOGS = "the recipe's monitor.log_to (tensorboard, wandb, mlflow)"
+_UNUSED = {
+    "activation_checkpointing": "gradient_checkpointing: true",
+    "fp16": _HALF, "amp": _HALF,
+    "tensorboard": _LOGS, "wandb": _LOGS, "comet": _LOGS,
+    "csv_monitor": f"{_LOGS}; the numbers are in the run's metrics.jsonl",
+}  # fmt: skip
 
 # Keys of `zero_optimization` that DeepSpeed ignores below a stage, beside those named stage3_.
 _LEAST_STAGE = {
@@ -155,7 +162,7 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
         if key in _RECIPE_KEYS:
             raise UserError(f"{path}: {key!r} belongs to the recipe: {_RECIPE_KEYS[key]}")
         if key in _UNUSED:
-            raise UserError(f"{path}: {key!r} would do nothing here: set {_UNUSED[key]}")
+            raise UserError(f"{path}: {key!r} is not used here; use {_UNUSED[key]}")
         if key in _FREE and key not in _CODE:
             continue
         if key not in _OBJECTS and key not in _CODE and key != "zero_optimization":

@@ -147,7 +147,7 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"bf16": {"enabled": True}}, ["bf16 needs zero_optimization.stage"]),
         ({"bf16": {"enabled": "yes"}}, ["bf16.enabled must be true, false or", "yes"]),
         ({"bf16": {"enabled": 1}}, ["bf16.enabled must be true, false or", "1"]),
-        ({"fp16": {"enabled": True}}, ["unknown key 'fp16'"]),
+        ({"fp16": {"enabled": True}}, ["'fp16' is not used here"]),
         ({"torch_autocast": {"enabled": 1}}, ["torch_autocast.enabled must be true, false or"]),
         ({"torch_autocast": {"dtype": "float16"}}, ["unknown key 'torch_autocast.dtype'"]),
         (
@@ -231,8 +231,15 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"aio": {"blocks": 1}}, ["unknown key 'aio.blocks'"]),
         (
             {"activation_checkpointing": {"partition_activations": True}},
-            ["'activation_checkpointing' would do nothing here: set gradient_checkpointing: true"],
+            ["'activation_checkpointing' is not used here; use gradient_checkpointing: true"],
         ),
+        ({"fp16": {"enabled": "auto"}}, ["'fp16' is not used here; use bf16 or torch_autocast"]),
+        ({"amp": {"enabled": False}}, ["'amp' is not used here; use bf16 or torch_autocast"]),
+        (
+            {"wandb": {"enabled": True}},
+            ["'wandb' is not used here; use the recipe's monitor.log_to"],
+        ),
+        ({"csv_monitor": {}}, ["monitor.log_to", "metrics.jsonl"]),
         ({"timers": {"throughput": {"on": True}}}, ["unknown key 'timers.throughput.on'"]),
         ({"wall_clock_breakdown": "false"}, ["'wall_clock_breakdown' must be true or false"]),
         ({"steps_per_print": 0}, ["'steps_per_print' must be a whole number from 1 up, not 0"]),
