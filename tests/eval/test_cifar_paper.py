@@ -1201,6 +1201,7 @@ def test_the_docs_have_the_archives_results():
     for name, shown in (
         ("MAE, decoder of 1 block", "decoder of 1 block (of 2)"),
         ("MAE, decoder of 1 block, as long", "decoder of 1 block, for the same time"),
+        ("MAE, 90 % masked, as long", "90 % masked, for the same time"),
         ("MAE, cross decoder", "cross decoder"),
         ("MAE, 90 % masked", "90 % masked"),
         ("MAE, growing images", "growing images"),
