@@ -37,7 +37,7 @@ from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.runtime.optimizers import muon
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def block(rows: int, keys: int, width: int, projected: int | None = None) -> int:
