@@ -32,6 +32,7 @@ from pipeline.cost.micro_batch import (
     split,
     stages_under,
 )
+from pipeline.cost.table import table
 from pipeline.errors import UserError, check_range, naming, refuse
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective
@@ -197,8 +198,6 @@ from pipeline.cost.zero import (
 )
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
-
-SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of the full size"
 
 
 def flops_lines(recipe: Recipe) -> str:
@@ -387,52 +386,6 @@ def recommended(rows: list[dict[str, Any]]) -> int | None:
     return next((row["stage"] for row in rows if row["stage"] and row["fits"]), None)
 
 
-def show(plan: dict[str, Any]) -> str:
-    """The plan as text."""
-    peak = f"at {plan['utilisation']:.0%} of the peak in {plan['precision']}"
-    slower = f"({plan['bound']}; {plan['gpu_hours']} {peak})"
-    lines = [
-        f"{plan['recipe']}: {plan['trained_parameters'] / 1e6:.1f} M trained parameters, "
-        f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",
-        f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} "
-        + (peak if plan["bound"] == "GPU-bound" else slower),
-        *([SIZES] if plan["sizes"] else []),
-        "",
-        "ZeRO  micro-batch  accum.  weights  gradients  optimizer  teacher  activations   sum GB"
-        "  sent GB/step",
-    ]
-    for row in plan["stages"]:
-        parts = ("weights", "gradients", "optimizer", "teacher", "activations")
-        widths = (9, 11, 11, 9, 13)
-        cells = "".join(f"{row[f'{p}_gb']:{w}.2f}" for p, w in zip(parts, widths, strict=True))
-        fits = "" if row["fits"] else "  does not fit"
-        lines.append(
-            f"{row['stage']:4}{row['micro_batch']:13}{row['accumulation']:8}{cells}"
-            f"{row['memory_gb']:9.2f}{row['sent_gb_per_step']:14.3f}{fits}"
-        )
-    stage = plan["recommended_stage"]
-    others = [row["stage"] for row in plan["stages"] if row["run_as"] != row["stage"]]
-    if others:
-        listed = " and ".join(map(str, others))
-        lines.append(f"with CUDA graphs ZeRO {listed} run as 1 (--no-graphs: cuda_graphs false)")
-    advice = "no stage fits: more GPUs, a smaller micro-batch, --no-graphs or --checkpointing"
-    lines.append(
-        advice if stage is None else f"recommended: ZeRO {stage} (the lowest from 1 up that fits)"
-    )
-    lines += [
-        "",
-        f"ms per step of a rank, at {plan['launch_ms'] * 1e3:.1f} µs of the host per launch and "
-        f"{plan['core_images']:g} images/s per core on {plan['cores']} cores per GPU",
-        "ZeRO  launches      GPU     host   loader  cores that keep it fed",
-    ]
-    for row in plan["stages"]:
-        times = "".join(f"{row[f'{part}_ms']:9.1f}" for part in ("gpu", "host", "loader"))
-        lines.append(
-            f"{row['stage']:4}{row['launches']:10}{times}{row['cores_needed']:8}  {row['bound']}"
-        )
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; 0, or 2 for bad input."""
     args = parse_args(argv)
@@ -445,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
             print(fit(recipe, args))
             return 0
         plan = predict(recipe, args)
-        print(show(plan))
+        print(table(plan))
         if args.json:
             with naming(args.json, "cannot be written"):
                 write_json(args.json, plan)
