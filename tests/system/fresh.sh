@@ -18,7 +18,7 @@ set -euo pipefail
 
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" && exit 2; }
-few='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/config/test_recipe.py tests/pipeline/data/test_jpeg.py tests/shard_tools/test_images.py"'
+few='make test JOBS=1 TESTS="tests/system/test_setup.py tests/pipeline/config/test_recipe.py tests/pipeline/data/test_jpeg.py tests/shard_tools/sharding/test_images.py"'
 tests=$few write='' keep='' cases=()
 while (($#)); do
   case $1 in
