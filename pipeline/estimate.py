@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.command import check_unused, early, run_main
-from pipeline.config.peaks import PEAKS
+from pipeline.config.peaks import MEMORY, PEAKS
 from pipeline.config.plan import check_stage, most_stage
 from pipeline.config.recipe import RECIPES, Recipe, load_recipe
 from pipeline.config.schedules import size_steps
@@ -73,10 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--gpu",
         choices=PEAKS,
         default="h100",
-        help="the GPU whose peak FLOP/s its time is computed from",
+        help="the GPU: its peak FLOP/s for the time, its memory for what fits",
     )
     parser.add_argument(
-        "--gpu-memory", type=float, default=80, metavar="GB", help="memory of a GPU, in 10^9 bytes"
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="memory of a GPU, in 10^9 bytes (default: the data sheet's; of an A100 80)",
     )
     # fmt: off
     parser.add_argument("--micro-batch", type=int, default=0, metavar="N",
@@ -122,15 +125,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    plan_only = ("gpu", "micro_batch", "launch_ms", "cores", "core_images", "utilisation", "images",
+    plan_only = ("micro_batch", "launch_ms", "cores", "core_images", "utilisation", "images",
                  "json")  # fmt: skip
-    fit_too = ("fit", "gpus", "gpu_memory", "precision", "checkpointing", "no_graphs")
+    fit_too = ("fit", "gpus", "gpu", "gpu_memory", "precision", "checkpointing", "no_graphs")
     try:
         for flag in ("gpus", "images", "cores"):
             check_range(f"--{flag}", getattr(args, flag), at_least=1)
         check_range("--micro-batch", args.micro_batch, at_least=0)
         check_range("--utilisation", args.utilisation, above=0, at_most=1)
-        check_range("--gpu-memory", args.gpu_memory, above=0)
+        if args.gpu_memory is not None:
+            check_range("--gpu-memory", args.gpu_memory, above=0)
         check_range("--core-images", args.core_images, above=0)
         check_range("--launch-ms", args.launch_ms, at_least=0)
         if args.flops:
@@ -139,6 +143,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             check_unused(parser, args, plan_only, "with --fit")
     except UserError as error:
         parser.error(str(error))
+    if args.gpu_memory is None:
+        args.gpu_memory = MEMORY[args.gpu]
     return args
 
 
@@ -333,6 +339,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "trained_parameters": sum(trained),
         "gpus": args.gpus,
         "gpu": args.gpu,
+        "gpu_memory_gb": args.gpu_memory,
         "precision": args.precision,
         "flops_per_step": flops,
         "steps": total,

@@ -21,6 +21,22 @@ PEAKS = {
     "rtx4090": {"bf16": 165.2, "fp32": 82.6},
     "rtx3090": {"bf16": 71.0, "fp32": 35.6},
 }
+# Their memory in 10^9 bytes (the same sheets; of an A100 the larger).
+MEMORY = {
+    "a100": 80.0,
+    "h100": 80.0,
+    "b200": 180.0,
+    "h200": 141.0,
+    "h100-pcie": 80.0,
+    "h100-nvl": 94.0,
+    "a40": 48.0,
+    "a30": 24.0,
+    "l40s": 48.0,
+    "l40": 48.0,
+    "l4": 24.0,
+    "rtx4090": 24.0,
+    "rtx3090": 24.0,
+}
 # The first that is found in the driver's name of a device.
 _NAMES = {
     r"\bH100 PCIe\b": "h100-pcie",

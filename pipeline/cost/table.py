@@ -10,12 +10,12 @@ SIZES = "data.sizes: FLOPs and times are means over the run, memory is that of t
 def table(plan: dict[str, Any]) -> str:
     """The plan, as `predict` makes it, in lines for the terminal."""
     peak = f"at {plan['utilisation']:.0%} of the peak in {plan['precision']}"
+    gpus = f"{plan['gpus']} {plan['gpu'].upper()} of {plan['gpu_memory_gb']:g} GB"
     slower = f"({plan['bound']}; {plan['gpu_hours']} {peak})"
     lines = [
         f"{plan['recipe']}: {plan['trained_parameters'] / 1e6:.1f} M trained parameters, "
         f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",
-        f"{plan['hours']} hours on {plan['gpus']} {plan['gpu'].upper()} "
-        + (peak if plan["bound"] == "GPU-bound" else slower),
+        f"{plan['hours']} hours on {gpus} " + (peak if plan["bound"] == "GPU-bound" else slower),
         *([SIZES] if plan["sizes"] else []),
         "",
         "ZeRO  micro-batch  accum.  weights  gradients  optimizer  teacher  activations   sum GB"

@@ -17,6 +17,7 @@ from tiny import images, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import estimate as plan
+from pipeline.config.peaks import MEMORY, PEAKS
 from pipeline.config.planning import plan_recipe
 from pipeline.config.recipe import RECIPES, load_recipe
 from pipeline.cost.dry_run import (
@@ -404,6 +405,18 @@ def test_what_is_no_number_of_a_machine_is_refused(option, value, capsys):
     assert option in capsys.readouterr().err
 
 
+def test_a_gpu_has_its_own_memory_unless_another_is_named():
+    """A card of 24 GB was planned for 80 GB, so that a run took more than it has."""
+    sizes = {
+        name: plan.parse_args(["--gpu", name]).gpu_memory for name in ("l4", "h100", "b200", "a100")
+    }
+    assert sizes == {"l4": 24, "h100": 80, "b200": 180, "a100": 80}
+    assert plan.parse_args([]).gpu_memory == 80
+    assert plan.parse_args(["--gpu", "a100", "--gpu-memory", "40"]).gpu_memory == 40
+    assert plan.parse_args(["--fit", "1", "--gpu", "l4"]).gpu_memory == 24
+    assert MEMORY.keys() == PEAKS.keys()
+
+
 TINY = ["--recipe", "demo_mae", "--set", "encoder.options={patch_size: 16, depth: 1}"]
 
 
@@ -458,7 +471,7 @@ def test_command_line(capsys, tmp_path):
     assert plan.main([*options, "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
     peak = f"at {plan.UTILISATION:.0%} of the peak in autocast"
-    assert re.search(rf"hours on 2 A100 \((host|loader)-bound; .* {peak}\)", text)
+    assert re.search(rf"hours on 2 A100 of 80 GB \((host|loader)-bound; .* {peak}\)", text)
     assert "  host-bound" in text  # a tiny model; launches are measured here
     made = json.loads(path.read_text())
     assert [row["stage"] for row in made["stages"]] == [0, 1, 2, 3]
