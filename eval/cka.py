@@ -62,11 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     result, d = parser(str(__doc__).split("\n", 1)[0]), Settings
     add = result.add_argument
     add("--val", required=True, help="shards with the images to compare")
-    add("--pool", choices=POOLS, default=d.pool, help="which tokens are the features")
-    add("--hsic", choices=HSIC, default=d.hsic, help="the estimator")
-    add("--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares dropped")
+    add("--pool", choices=POOLS, default=d.pool,
+        help="tokens whose CKA is printed; the result has all")  # fmt: skip
+    add("--hsic", choices=HSIC, default=d.hsic,
+        help="estimator whose CKA is printed; the result has both")  # fmt: skip
+    add("--mask-ratios", type=float, nargs="+", default=RATIOS, help="shares of patches dropped")
     add("--batch-size", type=int, default=d.batch_size, help="n of a minibatch's HSIC")
-    add("--images", type=int, default=d.images, help="at most N; 0 = all")
+    add("--images", type=int, default=d.images, help="compare at most N; 0 = all")
     return result
 
 

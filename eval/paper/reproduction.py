@@ -57,7 +57,9 @@ def add_options(parser: argparse.ArgumentParser, output: str = "runs/reproduce-<
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
     add("--also", nargs="+", default=[], choices=[k for k in keys() if k not in ("shape-bias",)],
         metavar="PROTOCOL", help="evaluate every row by these too: %(choices)s")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the plan and its cost, run nothing")
+    add("--dry-run", action="store_true",
+        help="print the plan and its cost, train nothing; the miniature's demo shards, which the "
+        "plan reads, are made if they are missing")  # fmt: skip
 
 
 def read_options(args: argparse.Namespace, scale_name: str) -> Options:

@@ -70,7 +70,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
     encoder.add_argument("--arch", help="timm's name of what a FILE or random is")
     encoder.add_argument(
-        "--options", default="{}", help="further keywords of that timm model, {img_size: 384}"
+        "--options",
+        default="{}",
+        help="further keywords of that timm model, such as '{img_size: 384}'",
     )
     encoder.add_argument(
         "--random",
