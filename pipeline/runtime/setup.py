@@ -70,14 +70,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
         lines += started
     watchdog = Watchdog(plan.watchdog_seconds, ranks.rank, path)
     model = _build_model(objective, teacher, plan)
-    saved: dict[str, Any] = {}
-    if checkpoint is not None:
-        saved = load_checkpoint(checkpoint, model.engine, teacher)
-        saved_by = _saved_by(saved, plan, ranks)
-        lines.append(f"resumes from {checkpoint}, at step {saved['step']} of {last} ({saved_by})")
-        if saved["step"] >= last:  # killed before the encoder was written, perhaps
-            export(path, checkpoint, objective, recipe, saved["step"])
+    saved = load_checkpoint(checkpoint, model.engine, teacher) if checkpoint else {}
     steps = Steps(saved.get("step", 0), last, total, per_epoch, sizes)
+    if checkpoint is not None:
+        saved_by = _saved_by(saved, plan, ranks)
+        lines.append(f"resumes from {checkpoint}, at step {steps.first} of {last} ({saved_by})")
+        if steps.first >= last:  # killed before the encoder was written, perhaps
+            export(path, checkpoint, objective, recipe, steps.first)
     monitor = _open_monitor(path, recipe, steps, ranks.rank)
     state = TrainState(
         recipe, plan, ranks, settings.data, schedule, steps, model,
