@@ -70,7 +70,8 @@ def _read(engine: Engine, folder: Path, kind: str) -> int:
         with safe_open(path, "pt") as file:
             odd = sorted(targets.keys() ^ set(file.keys()))
             if odd:
-                raise UserError(f"{path}: {odd[0]!r} is only in the file or only in the run")
+                lacking = "the file" if odd[0] in targets else "the run"
+                raise UserError(f"{path}: {lacking} has no {odd[0]!r}; it is of another model")
             for name, target in targets.items():
                 value, shape = file.get_tensor(name), getattr(target, "ds_shape", target.shape)
                 if value.shape != shape:
