@@ -243,7 +243,7 @@ def joining() -> Iterator[None]:
         if fault := nccl_fault(error) or cuda_fault(error):
             raise UserError(fault) from error
         if lost_contact(error):
-            raise UserError("lost contact to another rank while the ranks met") from None
+            raise UserError("lost contact with another rank while the ranks met") from None
         if not isinstance(error, torch.distributed.DistError):
             raise
         raise UserError(

@@ -51,7 +51,7 @@ def _said(words: dict[str, str], text: str) -> str:
 
 
 def nccl_fault(error: BaseException) -> str:
-    """A fault of NCCL's on this host as a sentence; "" where it lost contact to another rank, and
+    """A fault of NCCL's on this host as a sentence; "" where it lost contact with another rank, and
     for any other error."""
     text = str(error)
     if type(error).__name__ != "DistBackendError" or "NCCL error in:" not in text:

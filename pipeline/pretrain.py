@@ -115,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> Settings:
 def main(argv: list[str] | None = None) -> int:
     """Pretrain; returns the exit code.
 
-    0 done, 1 lost contact to another rank, or a bug, 2 bad input or a full disk, 75 no progress
+    0 done, 1 lost contact with another rank, or a bug, 2 bad input or a full disk, 75 no progress
     (from the watchdog), 76 gradients not finite, 85 stopped by a signal after saving.
     """
     startup.begin()

@@ -50,7 +50,7 @@ def pretrain(settings: Settings) -> int:
         if not fault and not lost_contact(error):
             raise
         who = f"rank {ranks.rank} on {socket.gethostname()}"
-        print(f"error ({who}): {fault or 'lost contact to another rank'}", file=sys.stderr)
+        print(f"error ({who}): {fault or 'lost contact with another rank'}", file=sys.stderr)
         return 1
     try:
         size = run.recipe.encoder.image_size

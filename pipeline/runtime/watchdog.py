@@ -52,7 +52,7 @@ def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> 
     """Print why this rank ends, unless another rank gave the same reason; the exit code."""
     gone = lost_contact(error)
     if gone:
-        reason = "lost contact to another rank"
+        reason = "lost contact with another rank"
     elif isinstance(error, UserError):
         reason = str(error)
     else:

@@ -341,7 +341,7 @@ def rank_killed(place: Place) -> str:
     code = children[0].wait(60)
     assert code == 1
     took = time.monotonic() - begun
-    assert "lost contact to another rank" in one_line(children[0].log.read_text())
+    assert "lost contact with another rank" in one_line(children[0].log.read_text())
     first = goes_on(place, reference).splitlines()[0]
     assert first.startswith("previous run failed: rank 0 on ")
     return f"the other ends with 1 in {took:.0f} s, one line; resumes, bit for bit"

@@ -77,7 +77,7 @@ def test_a_rank_that_is_gone_stays_one(text, address):
     error = DistBackendError(text)
     assert nccl_fault(error) == ""
     assert lost_contact(error)
-    with pytest.raises(UserError, match="lost contact to another rank"), joining():
+    with pytest.raises(UserError, match="lost contact with another rank"), joining():
         raise error
 
 

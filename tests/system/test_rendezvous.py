@@ -110,7 +110,7 @@ def test_the_survivor_of_a_failed_start_ends_with_a_sentence(shards, tmp_path, f
         assert ranks[0].returncode == 1
         lines = [line for line in error.splitlines() if line.startswith("error")]
         assert len(lines) == 1
-        assert "lost contact to another rank" in lines[0]
+        assert "lost contact with another rank" in lines[0]
         assert "Traceback" not in error
     finally:
         for process in ranks:
