@@ -14,12 +14,12 @@ from shard_tools.image_file.markers import CAN_CUT, GROWTH, cut
 from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
 from shard_tools.image_file.pieces import cut_out, find_pieces, whole
 from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
-from shard_tools.image_file.sound import next_marker, sound_until, walk_ahead
+from shard_tools.image_file.sound import next_marker, sound_until, walk_ahead, warning_of
 
 __all__ = [
     "CAN_CUT", "GROWTH", "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header",
     "ImageFault", "cut", "cut_out", "decode", "find_pieces", "next_marker", "orientation",
-    "read_header", "sound_until", "walk_ahead", "whole",
+    "read_header", "sound_until", "walk_ahead", "warning_of", "whole",
 ]  # fmt: skip
 
 _MAGIC = {

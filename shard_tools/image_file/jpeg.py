@@ -73,15 +73,6 @@ def read_jpeg(data: bytes, sound: int = -1) -> Header:
     return Header("JPEG", width, height, channels, plain=plain, parts=parts, damage=damage)
 
 
-def check_end(data: bytes) -> None:
-    """Raise ImageFault for JPEG data, such as those of a TIFF's strip, that do not come to their
-    end."""
-    kind, at = _EOI, 2
-    while kind != _SOS:
-        kind, _, _, at = _segment(data, at)
-    _scans(data, at)
-
-
 def _segment(data: bytes, at: int) -> tuple[int, int, int, int]:
     """(marker, its first byte, payload start, payload end) of the next segment from `at`."""
     while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 
@@ -11,7 +12,6 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, features
 
 from shard_tools.image_file.header import Header, ImageFault, check_size
-from shard_tools.image_file.jpeg import check_end
 from shard_tools.image_file.pillow import calling_pillow
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,10 +29,11 @@ _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _NUMBER = 258, 262, 277, 338, 339
 _SUBFILE, _COLOURS, _SUB_IFDS = 254, 320, 330
 _REDUCED = (1, 3, 5, 7)  # types of a subfile: a smaller form of another picture of the file
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}
-_YCBCR = 6
-_STRIPS_OR_TILES = ((273, 324), (279, 325))  # their offsets, their lengths
 _PIECE = 1 << 20  # bytes inflated at once
-_RLE4 = 2  # of a BMP's compressions
+_RLE8, _RLE4 = 1, 2  # of a BMP's compressions
+_END_OF_ROW, _END, _DELTA = 0, 1, 2  # of RLE8, after a 0
+# Where the next picture of a PNM begins.
+_NEXT_PNM, _COMMENT = re.compile(rb"\s*P[1-7]\s"), re.compile(rb"#[^\n]*")
 # What Pillow reads of other formats through a library that a build of it may lack.
 _LIBRARIES = {"WEBP": "webp", "TIFF": "libtiff"}
 # Pillow's own reader of uncompressed TIFFs fills strips that are not there with other bytes of the
@@ -125,7 +126,7 @@ def read_other(data: bytes, kind: str) -> Header:
     with calling_pillow(kind):
         image = Image.open(io.BytesIO(data), formats=(kind,))
         size, mode, frames = image.size, image.mode, getattr(image, "n_frames", 1)
-        coding = image.tile[0].args if kind == "PPM" else None
+        tile = image.tile[0] if kind == "PPM" else None
     check_size(*size)
     _check_frames(kind, frames)
     if kind == "WEBP":
@@ -134,6 +135,8 @@ def read_other(data: bytes, kind: str) -> Header:
         return _tiff(image, *size)
     if kind == "BMP" and image.info.get("compression") == _RLE4:  # Pillow loses pixels of it
         raise ImageFault("a BMP compressed by RLE4; save it as PNG or as an uncompressed BMP")
+    if kind == "BMP" and image.info.get("compression") == _RLE8:
+        _check_rle8(data, *size)
     if kind == "BMP" and mode == "1" and _bits_of_bmp(data) != 1:  # Pillow reads one bit a pixel
         raise ImageFault(
             f"a BMP of {_bits_of_bmp(data)} bits with black and white alone in its palette, which "
@@ -141,9 +144,45 @@ def read_other(data: bytes, kind: str) -> Header:
         )
     alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     bits, number = {"I": (16, "unsigned"), "F": (32, "float")}.get(mode, (8, "unsigned"))
-    if mode == "RGB" and isinstance(coding, tuple) and coding[1] > 255:  # Pillow scales it
+    if tile is None:
+        return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
+    if mode == "RGB" and isinstance(tile.args, tuple) and tile.args[1] > 255:  # Pillow scales it
         bits = 16
-    return Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
+    header = Header(kind, *size, Image.getmodebands(mode), bits, number, alpha)
+    if _another_follows(data, tile.offset, header, bilevel=mode == "1"):
+        raise ImageFault(
+            "a PNM of several pictures; write the one that is meant, or each, to a file of its own"
+        )
+    return header
+
+
+def _another_follows(data: bytes, begin: int, header: Header, bilevel: bool) -> bool:
+    """Whether another picture comes after that of a PNM, whose values begin at a byte."""
+    if data[1:2] in b"123":  # as text
+        return bool(_NEXT_PNM.search(_COMMENT.sub(b"", data[begin:])))
+    row = header.width * header.channels * (1 if bilevel else header.bits)
+    return bool(_NEXT_PNM.match(data, begin + header.height * -(-row // 8)))
+
+
+def _check_rle8(data: bytes, width: int, height: int) -> None:
+    """Raise ImageFault unless the codes give every row all of its pixels: what they leave out is
+    made up, and Pillow misreads where they move on."""
+    at = int.from_bytes(data[10:14], "little")
+    column = row = 0
+    while row < height:
+        count, code = (data[at : at + 2] + b"\0\1")[:2]  # an end where the file is cut
+        at += 2
+        if count or code > _DELTA:
+            column += count or code
+            at += 0 if count else code + code % 2
+        elif code == _END_OF_ROW and column == width:
+            column, row = 0, row + 1
+        elif code == _END and column == width and row == height - 1:
+            return
+        else:
+            raise ImageFault(
+                f"a BMP whose RLE8 codes do not fill row {row} of its {height}; save it as PNG"
+            )
 
 
 def _bits_of_bmp(data: bytes) -> int:
@@ -175,7 +214,11 @@ def _tiff(image: Image.Image, width: int, height: int) -> Header:
         )
     if image.mode == "P" and 0 < max(tags[_COLOURS]) < 256:  # Pillow would make all of them black
         raise ImageFault("a TIFF whose palette has values of 8 bits, not 16; save it as PNG")
-    photometric = tags.get(_PHOTOMETRIC, 0) if compression != "tiff_jpeg" else _YCBCR
+    if compression == "tiff_jpeg":
+        raise ImageFault(
+            "a TIFF of old-style JPEG, in which damage cannot be seen; save it as JPEG or PNG"
+        )
+    photometric = tags.get(_PHOTOMETRIC, 0)
     if photometric not in _CHANNELS:
         raise ImageFault(f"a TIFF in {image.mode} colours; convert it to RGB first")
     known = _CHANNELS[photometric]
@@ -194,26 +237,7 @@ def _tiff(image: Image.Image, width: int, height: int) -> Header:
     return Header("TIFF", width, height, channels, bits, number, alpha)
 
 
-def check_strips(image: Image.Image, data: bytes) -> None:
-    """Raise ImageFault where a checksum inside a deflated TIFF fails, which libtiff does not look
-    at, or where a strip or tile of a JPEG-compressed one is cut, of which it makes grey."""
-    compression = image.info.get("compression")
-    if compression not in ("tiff_adobe_deflate", "tiff_deflate", "jpeg"):
-        return
-    tags = image.tag_v2  # type: ignore[attr-defined]
-    with calling_pillow("TIFF"):
-        offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in _STRIPS_OR_TILES)
-        pieces = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
-    for offset, length in pieces:
-        if compression == "jpeg":
-            check_end(data[offset : offset + length])
-            continue
-        _, ended = _inflate(data[offset : offset + length])  # to its checksum
-        if not ended:
-            raise ImageFault("the file is truncated (in its deflated data)")
-
-
-def _inflate(data: bytes, enough: float = math.inf) -> tuple[int, bool]:
+def inflate(data: bytes, enough: float = math.inf) -> tuple[int, bool]:
     """How many bytes deflated data hold, of which more than `enough` are not counted, and whether
     they come to their end."""
     inflate, out, total = zlib.decompressobj(), b"x", 0
@@ -239,7 +263,7 @@ def check_rows(image: Image.Image, data: bytes, header: Header) -> None:
         if width:
             needed += height * (1 - (-width * header.bits * header.channels // 8))
     codes = (data[a + 8 : b - 4] for a, b in header.parts if data[a + 4 : a + 8] == b"IDAT")
-    if _inflate(b"".join(codes), needed)[0] < needed:
+    if inflate(b"".join(codes), needed)[0] < needed:
         raise ImageFault("the file is truncated (its data end before the last row)")
 
 

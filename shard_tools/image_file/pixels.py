@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from shard_tools.image_file.header import Header, ImageFault
-from shard_tools.image_file.others import check_palette, check_rows, check_strips
+from shard_tools.image_file.others import check_palette, check_rows
 from shard_tools.image_file.pillow import calling_pillow
+from shard_tools.image_file.strips import check_strips
 
 _ORIENTATION = 0x0112  # EXIF tag
 _ORIENTATION_IN_JPEG = (b"Exif", b"tiff:Orientation")  # what Pillow looks for, in EXIF and XMP

@@ -11,6 +11,11 @@ try:  # built at set-up where a compiler is
 except ImportError:
     _jpegcheck = None  # type: ignore[assignment]
 
+try:  # what a training without it cannot say, sharding has said
+    import simplejpeg
+except ImportError:
+    simplejpeg = None  # type: ignore[assignment,unused-ignore]
+
 T = TypeVar("T")
 
 _TOGETHER, _BYTES = 16, 8 << 20  # files, and their bytes, that are in memory at a time
@@ -35,6 +40,18 @@ def sound_until(files: Sequence[bytes]) -> list[int]:
     `read_header` accepts it, libjpeg decodes without an error or a warning; -1 if it is not one,
     or only libjpeg can say. Several files take less time together than one after the other."""
     return _jpegcheck.sound_until(files) if _jpegcheck is not None else [-1] * len(files)
+
+
+def warning_of(data: bytes, channels: int) -> str:
+    """What libjpeg warns of as it decodes a JPEG, or ""."""
+    if simplejpeg is None:
+        return ""
+    try:  # entropy decoding is complete at 1/8 size too, and warnings are errors here
+        colours = "CMYK" if channels == 4 else "GRAY"
+        simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8)
+        return ""
+    except ValueError as warning:
+        return str(warning)
 
 
 def walk_ahead(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass, field, replace
 
-import simplejpeg
 from PIL import Image
 
 from shard_tools.image_file import (
@@ -22,6 +21,7 @@ from shard_tools.image_file import (
     orientation,
     read_header,
     sound_until,
+    warning_of,
 )
 
 __all__ = ["CheckedImage", "ImageFault", "ImageSettings", "check_image", "decode_fully", "probe"]
@@ -151,14 +151,7 @@ def _jpeg_warning(data: bytes, header: Header, sound: int) -> str:
     """What its scans lack or libjpeg warns of (of a plain JPEG), or "". sound: see sound_until."""
     if not header.plain:
         return header.damage
-    if sound >= 0:
-        return ""
-    try:  # entropy decoding is complete at 1/8 size too, and warnings are errors here
-        colours = "CMYK" if header.channels == 4 else "GRAY"
-        simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8)
-        return ""
-    except ValueError as warning:
-        return str(warning)
+    return "" if sound >= 0 else warning_of(data, header.channels)
 
 
 def _scale(size: tuple[int, int], settings: ImageSettings) -> float:

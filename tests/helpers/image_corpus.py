@@ -306,14 +306,35 @@ def tiff(rows: list[bytes], size: tuple[int, int], tags: dict[int, tuple[int, ..
     return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4) + more
 
 
-def jpeg_tiff(end: int | None = None) -> bytes:
-    """A TIFF of strips of 16 rows that are JPEGs, one of them cut at its byte `end`."""
+def jpeg_tiff(end: int | None = None, rows: int = 16, flip: int = 0) -> bytes:
+    """A TIFF of strips of 16 rows that are JPEGs, one of them cut at its byte `end`, with the byte
+    `flip` of its codes inverted, or of other `rows`."""
     strips = [
-        encode(photo().crop((0, top, SIZE[0], min(top + 16, SIZE[1]))), quality=90, subsampling=0)
+        encode(photo().crop((0, top, SIZE[0], low)), quality=90, subsampling=0)
         for top in range(0, SIZE[1], 16)
+        for low in [min(top + (rows if top == 16 else 16), SIZE[1])]
     ]
     strips[1] = strips[1][:end]
+    if flip:
+        at = strips[1].index(b"\xff\xda") + 14 + flip
+        strips[1] = strips[1][:at] + bytes([strips[1][at] ^ 255]) + strips[1][at + 1 :]
     return tiff(strips, SIZE, {259: (7,), 262: (6,), 278: (16,), 530: (1, 1)})
+
+
+def fax(compression: str, damaged: int = 0) -> bytes:
+    """A TIFF of two colours, of whose codes two bytes are 255 from byte `damaged` on."""
+    data = bytearray(encode(photo("1"), "TIFF", compression=compression))
+    if damaged:
+        data[8 + damaged : 10 + damaged] = b"\xff\xff"
+    return bytes(data)
+
+
+def bmp_rle8(codes: bytes, size: tuple[int, int]) -> bytes:
+    """A BMP of these codes with a palette of 256 colours."""
+    about = struct.pack("<I2i2H2I2i2I", 40, *size, 1, 8, 1, len(codes), 0, 0, 0, 0)
+    palette = bytes(value for grey in range(256) for value in (grey, grey, 255 - grey, 0))
+    header = b"BM" + struct.pack("<I2HI", 1078 + len(codes), 0, 0, 1078)
+    return header + about + palette + codes
 
 
 def retagged(tiff: bytes, old: int, new: int) -> bytes:
@@ -370,6 +391,10 @@ def others() -> dict[str, tuple[bytes, str]]:
         "tiff, packbits": (encode(photo(), "TIFF", compression="packbits"), "converted"),
         "tiff, jpeg": (encode(photo(), "TIFF", compression="jpeg"), "converted"),
         "tiff, group 4": (encode(photo("1"), "TIFF", compression="group4"), "converted"),
+        "tiff, group 3": (fax("group3"), "converted"),
+        "tiff, group 3, damaged": (fax("group3", 300), undecodable),
+        "tiff, group 4, damaged": (fax("group4", 300), undecodable),
+        "tiff, fax, damaged": (fax("tiff_ccitt", 300), undecodable),
         "tiff, grey": (encode(photo("L"), "TIFF"), "converted"),
         "tiff, palette": (encode(photo().quantize(16), "TIFF"), "converted"),
         "tiff, cmyk": (encode(photo("CMYK"), "TIFF"), "converted"),
@@ -393,6 +418,12 @@ def others() -> dict[str, tuple[bytes, str]]:
         "tiff, strips too few": (tiff([b"\x07" * 24] * 2, (8, 3), {}), undecodable),
         "tiff, jpeg of strips": (jpeg_tiff(), "converted"),
         "tiff, jpeg of which a strip is cut": (jpeg_tiff(-200), undecodable),
+        "tiff, jpeg of which a strip is short": (jpeg_tiff(rows=8), undecodable),
+        "tiff, jpeg of damaged codes": (jpeg_tiff(flip=40), undecodable),
+        "tiff, old-style jpeg": (tiff([b"\x07" * 24] * 3, (8, 3), {259: (6,)}), "old-style JPEG"),
+        "tiff, a strip in its header": (
+            tiff([b"\x07" * 24] * 3, (8, 3), {}).replace(
+                struct.pack("<3I", 8, 32, 56), struct.pack("<3I", 8, 0, 56)), undecodable),
         "tiff, a preview": (tiff([b"\x07" * 24] * 3, (8, 3), {254: (1,), 330: (8,)}), "a preview"),
         "tiff, palette of 8 bits": (
             tiff([bytes(8)], (8, 1), {258: (8,), 262: (3,), 277: (1,), 320: (*range(256),) * 3}),
@@ -404,7 +435,16 @@ def others() -> dict[str, tuple[bytes, str]]:
             b"BM" + struct.pack("<I2HI", 124, 0, 0, 118)
             + struct.pack("<I2i2H2I2i2I", 40, 5, 1, 1, 4, 2, 6, 0, 0, 0, 0)
             + bytes(range(64)) + b"\0\5\x12\x34\x50\0\0\1", "RLE4"),
+        "bmp, rle8": (bmp_rle8(b"\5\x12\0\0\0\3abc\0\2\x34\0\1", (5, 2)), "converted"),
+        "bmp, rle8 that moves on": (
+            bmp_rle8(b"\5\x12\0\0\2\x34\0\2\3\0\0\1", (5, 2)), "do not fill row 1"),
+        "bmp, rle8 of a short row": (
+            bmp_rle8(b"\4\x12\0\0\5\x34\0\1", (5, 2)), "do not fill row 0"),
         "ppm": (encode(photo(), "PPM"), "converted"),
+        "ppm, two": (encode(photo(), "PPM") * 2, "several pictures"),
+        "pbm, two": (encode(photo("1"), "PPM") * 2, "several pictures"),
+        "pgm as text, two": (b"P2\n# P2 \n2 1\n255\n1 2\nP2 2 1 255 3 4\n", "several pictures"),
+        "pgm as text": (b"P2\n# P2 \n2 1\n255\n1 2 # P3 \n", "converted"),
         "pgm": (encode(photo("L"), "PPM"), "converted"),
         "pgm, 16 bits": (b"P5 3 2 65535\n" + bytes(12), "16 bits per value"),
         "pgm, 12 bits": (b"P5 3 2 4095\n" + bytes(12), "16 bits per value"),

@@ -148,7 +148,7 @@ def test_a_sound_file_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(*_: object, **__: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("shard_tools.sharding.images.simplejpeg.decode_jpeg", decode)
+    monkeypatch.setattr("shard_tools.image_file.sound.simplejpeg.decode_jpeg", decode)
     data = FILES["4:4:4"]
     assert check_image(data, ImageSettings()) == CheckedImage(data, 24, 24)
     assert decode_fully(data, end_of(data)) == ""
