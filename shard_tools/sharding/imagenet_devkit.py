@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 from shard_tools.cli import ToolError
@@ -42,6 +43,9 @@ def _read(devkit: Path, name: str) -> bytes:
                 if member.isreg() and member.name.endswith(name):
                     file = archive.extractfile(member)
                     return file.read() if file else b""
-    except (tarfile.TarError, OSError) as error:
-        raise ToolError(f"{devkit}: cannot be read as the development kit ({error})") from error
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        why = "not a tar" if isinstance(error, tarfile.ReadError) else str(error)  # of many lines
+        raise ToolError(
+            f"{devkit}: cannot be read as the folder or archive ILSVRC2012_devkit_t12 ({why})"
+        ) from error
     raise ToolError(f"{devkit}: does not hold {name}")

@@ -302,7 +302,8 @@ def _table(path: Path, how: Listing) -> Source:
     root = how.root or path.parent
     images, labels = list_table(path, root)
     if how.unlabelled or not labels:
-        return _source(root, images, [-1] * len(images), (), Found())
+        source = _source(root, images, [-1] * len(images), (), Found())
+        return _relabel(source, how.classes, str(path)) if how.classes else source
     if isinstance(labels[0], int):
         numbers = [int(label) for label in labels]
         classes = tuple(map(str, range(max(numbers) + 1)))
@@ -336,7 +337,13 @@ def _source(
 def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
     """The same items, labelled by the given class order."""
     if not source.classes:
-        raise ToolError(f"{where}: has no class folders or labels to match the given classes")
+        table = Path(where).suffix.lower() in LISTS
+        raise ToolError(
+            f"{where}: has no column `label` to match the given classes" if table
+            else f"{where}: has no class folders or labels to match the classes; --synsets or "
+            "--devkit gives labels (of ImageNet's validation set LOC_val_solution.csv or "
+            "ILSVRC2012_devkit_t12)"
+        )  # fmt: skip
     index = {name: number for number, name in enumerate(classes)}
     unknown = sorted(set(source.classes) - set(classes))
     if unknown:
@@ -349,7 +356,8 @@ def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
 def _checked(source: Source, path: Path) -> Source:
     """There are images; names are text, and none names two different images."""
     if not source.items:
-        reason = f"; {source.missing[0][1]}" if source.missing else ""
+        reason = f", but {source.ignored[0][0]}" if source.ignored else ""
+        reason = f"; {source.missing[0][1]}" if source.missing else reason
         raise ToolError(f"{path}: holds no images ({' '.join(EXTENSIONS)}){reason}")
     names = source.items.names
     for name in names:

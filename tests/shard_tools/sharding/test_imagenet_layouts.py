@@ -285,7 +285,7 @@ def other_mapping(root: Path) -> None:
         (original, remove("ILSVRC2012_img_train.tar"), "ILSVRC2012_img_train.tar: is missing"),
         (original, remove("ILSVRC2012_devkit_t12.tar.gz"), "devkit_t12.tar.gz: is missing"),
         (original, cut("ILSVRC2012_img_val.tar"), "ILSVRC2012_img_val.tar: cut"),
-        (kaggle, remove("LOC_val_solution.csv"), "has no class folders or labels"),
+        (kaggle, remove("LOC_val_solution.csv"), "labels to match the classes; --synsets or"),
         (kaggle, other_mapping, "3 classes where"),
         (kaggle, remove("ILSVRC/Data/CLS-LOC/val"), "val: is missing beside"),
         (

@@ -209,6 +209,9 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
         (["nowhere"], "nowhere: no such file or folder"),
         (["tree/a/a_000.JPEG"], "a_000.JPEG: is one image; give its folder, or a table of paths"),
         (["empty"], "empty: holds no images"),
+        (["others"], r"others: holds no images \(.*\), but train.parquet$"),
+        (["flat.tar", "--devkit", "two.txt"], r"ILSVRC2012_devkit_t12 \(not a tar\)$"),
+        (["unlabelled.csv", "--classes-from", "two.txt"], "has no column `label` to match"),
         (["list.csv"], "the header has no column `path`; found file, label"),
         (["gone.jsonl"], "row 1: .*ghost.jpg: No such file"),
         (["list.tsv"], r"list.tsv: is neither a folder, a tar nor a list \(.csv .jsonl .ndjson\)"),
@@ -234,6 +237,9 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "train.parquet").write_bytes(b"PAR1")
+    (tmp_path / "unlabelled.csv").write_text("path\ntree/a/a_000.JPEG\n")
     (tmp_path / "list.csv").write_text("file,label\nx.jpg,1\n")
     (tmp_path / "list.tsv").write_text("path\tlabel\nx.jpg\t1\n")
     (tmp_path / "gone.jsonl").write_text('{"path": "ghost.jpg"}\n')
