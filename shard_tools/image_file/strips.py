@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import IO
 
 from PIL import Image, _imaging
 
@@ -38,7 +39,7 @@ def check_strips(image: Image.Image, data: bytes) -> None:
         offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in (_OFFSETS, _LENGTHS))
         places = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
     if any(length and offset < _HEADER for offset, length in places):
-        raise ImageFault("damaged: a strip or tile of it lies in the header of the file")
+        raise ImageFault("damaged: a strip or tile of it begins in the header of the file")
     pieces = [data[offset : offset + length] for offset, length in places]
     if compression in _DEFLATE:
         for piece in pieces:
@@ -78,7 +79,7 @@ def _check_jpegs(pieces: list[bytes], sides: list[tuple[int, int]], tables: byte
 
 
 def _fax_fault(data: bytes) -> str:
-    """The function of libtiff that found a fault in the codes of a fax, or ""; libtiff goes on
+    """The function of libtiff that found a fault in the codes of a fax, or ""; libtiff reads on
     after most of them. It is called here beside Pillow, which does not listen to its warnings."""
     lib = ctypes.CDLL(_imaging.__file__)  # the libtiff that Pillow is linked to
     heard: list[str] = []
@@ -90,7 +91,7 @@ def _fax_fault(data: bytes) -> str:
         raise ImageFault(
             "a TIFF compressed as a fax, whose faults this build of Pillow hides; save it as PNG"
         ) from None
-    with _LOCK, tempfile.TemporaryFile() as file:
+    with _LOCK, _in_memory() as file:
         file.write(data)
         file.seek(0)  # which writes it too
         before = lib.TIFFSetErrorHandler(hear), lib.TIFFSetWarningHandler(hear)
@@ -100,6 +101,13 @@ def _fax_fault(data: bytes) -> str:
             lib.TIFFSetErrorHandler(ctypes.c_void_p(before[0]))
             lib.TIFFSetWarningHandler(ctypes.c_void_p(before[1]))
     return next((module for module in heard if module.startswith("Fax")), "")
+
+
+def _in_memory() -> IO[bytes]:
+    """A file of no disk, which may be full, where the system has such."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("fax"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _read_all(lib: ctypes.CDLL, number: int) -> None:
