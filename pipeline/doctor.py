@@ -32,7 +32,7 @@ from pipeline.command import run_main
 from pipeline.errors import UserError, reason, refuse
 from pipeline.gpu_errors import driver_version, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
-from shard_tools.atomic import check_writable
+from pipeline.runtime.output import check_output
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
 from shard_tools.home import expand_words
 
@@ -271,7 +271,7 @@ def folder_findings(output: Path) -> Iterator[Finding]:
     """Whether a run can be written to, and what kind of file system that is."""
     what, there = f"--output {output}", output.absolute()
     try:
-        check_writable(output, folder=True)
+        check_output(output)
         while not there.exists():
             there = there.parent
         with tempfile.NamedTemporaryFile(dir=there, prefix=".doctor-") as file:

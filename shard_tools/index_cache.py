@@ -12,8 +12,7 @@ from filelock import FileLock
 from pipeline.errors import reason, said_by_backend
 from shard_tools.home import expand_home
 from shard_tools.index_file import IndexHeader, ManifestError, parse_header
-
-STALL = 60.0  # seconds without a byte after which a connection is given up
+from shard_tools.remote import fetch_url
 
 
 def cache_folder() -> Path:
@@ -55,24 +54,8 @@ def _fetch(url: str, path: Path, checksum: str) -> None:
 
 def _download(url: str, path: Path) -> None:
     try:
-        copy_file(url, path)
+        fetch_url(url, path)
     except Exception as error:
         if not said_by_backend(error):
             raise
         raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error
-
-
-def copy_file(url: str, path: Path) -> None:
-    """Copy the file at `url` into the local file `path`, however long it takes while bytes come."""
-    from fsspec.core import url_to_fs  # only remote folders need it
-
-    options = {}
-    if url.startswith(("http://", "https://")):
-        from aiohttp import ClientTimeout
-
-        # By default a download may last five minutes however fast it is; S3 and GCS have limits
-        # per read of their own.
-        timeout = ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)
-        options = {"client_kwargs": {"timeout": timeout}}
-    filesystem, where = url_to_fs(url, **options)
-    filesystem.get_file(where, str(path))

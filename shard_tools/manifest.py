@@ -45,6 +45,7 @@ from shard_tools.index_file import (
     index_checksum,
     parse_header,
 )
+from shard_tools.remote import read_url
 from shard_tools.shard_table import Shard, ShardTable
 from shard_tools.texts import Texts
 
@@ -302,11 +303,8 @@ def read_bytes(where: str) -> bytes:
 
 
 def _fetch(url: str) -> bytes:
-    import fsspec  # only remote folders need it
-
     try:
-        with fsspec.open(url, "rb") as file:
-            return file.read()
+        return read_url(url)
     except Exception as error:
         if not said_by_backend(error):
             raise

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import queue
-import random
 import re
 import shutil
 import threading
@@ -26,14 +25,12 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import reason as why
 from pipeline.errors import said_by_backend
-from shard_tools.index_cache import cache_folder, copy_file
+from shard_tools.index_cache import cache_folder
 from shard_tools.manifest import Manifest, ManifestError
+from shard_tools.remote import PAUSE, TRIES, copy_file, pause_before
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
-TRIES = 6  # pauses of about 0.5, 1, 2, 4 and 8 s pass between them
-
-
 AT_ONCE = 2  # shards that a process fetches ahead, so that the store's latency costs little
 _FULL = "the disk of the cache is full; make room, or set RELAXMIM_CACHE to a folder on another one"
 
@@ -54,7 +51,7 @@ class ShardCache:
         manifest: Manifest,
         folder: str | Path | None = None,
         limit: int = 100 * GIB,
-        pause: float = 0.5,
+        pause: float = PAUSE,
     ) -> None:
         self.manifest, self.limit, self.pause = manifest, limit, pause
         self.folder = Path(folder or cache_folder())
@@ -155,7 +152,7 @@ class ShardCache:
         for attempt in range(TRIES):
             if attempt:
                 log.warning("%s: %s; trying again", url, reason)
-                time.sleep(self.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+                pause_before(attempt, self.pause)
             self._reserve(partial, shard.bytes)
             try:
                 copy_file(url, partial)

@@ -78,6 +78,8 @@ def init_ranks() -> Ranks:
         "MASTER_PORT": str(free_port()),
     }.items():
         os.environ.setdefault(key, value)
+    # Of mpirun above the launcher: LOCAL_RANK counts, and DeepSpeed refuses another number here.
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     local_rank = int(os.environ["LOCAL_RANK"])
     local_world = int(
         os.environ.get("LOCAL_SIZE")

@@ -20,7 +20,8 @@ from pipeline.data.crops import Crop
 from pipeline.errors import UserError
 from pipeline.method.checks import check_objective
 from pipeline.runtime.checkpoint import STATE
-from pipeline.runtime.run_lock import RunLock, check_output, find_checkpoint
+from pipeline.runtime.output import check_output
+from pipeline.runtime.run_lock import RunLock, find_checkpoint
 from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.settings import Settings, epoch_steps, total_steps
 from pipeline.weights.source import check_start

@@ -11,28 +11,8 @@ from pathlib import Path
 
 from pipeline.errors import UserError, naming, reason
 from pipeline.runtime.checkpoint import STATE, CheckpointStore, read_state
-from shard_tools.atomic import check_writable, verify
-
-UNWRITABLE = "--output cannot be written"
-# What is written there first after minutes or hours, at a save or at a picture.
-_FOLDERS = ("checkpoints", "encoder", "pictures")
-_FILES = (
-    "checkpoints/latest", "encoder/encoder.safetensors", "encoder/encoder.json",
-    "model.safetensors", "failure.txt",
-)  # fmt: skip
-
-
-def check_output(folder: Path) -> None:
-    """UserError where a run could not be written to a folder, or to one in it. Nothing is made."""
-    if os.path.exists(folder) and not os.path.isdir(folder):  # False where it cannot be known
-        raise UserError(f"{folder}: is a file; --output is a folder")
-    check_writable(folder, folder=True, what=UNWRITABLE)
-    for path in (folder / name for name in _FOLDERS):
-        if os.path.lexists(path):  # a link to nothing too
-            check_writable(path, folder=True, what=UNWRITABLE)
-    for path in (folder / name for name in _FILES):
-        if path.is_dir():
-            raise UserError(f"{path}: {UNWRITABLE} (a folder, where a file is written)")
+from pipeline.runtime.output import UNWRITABLE, check_output
+from shard_tools.atomic import verify
 
 
 class RunLock:

@@ -27,10 +27,11 @@ from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.micro_batch import plan_that_fits
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.optimizers import optimizer_of
+from pipeline.runtime.output import UNWRITABLE
 from pipeline.runtime.preflight import check_installed, crop_of
 from pipeline.runtime.probes import Probes
 from pipeline.runtime.run_folder import default_output, export, load_checkpoint
-from pipeline.runtime.run_lock import UNWRITABLE, RunLock, claim
+from pipeline.runtime.run_lock import RunLock, claim
 from pipeline.runtime.same_run import check_same, schedule_facts
 from pipeline.runtime.settings import Settings, epoch_steps, total_steps
 from pipeline.runtime.skipped_steps import SkippedSteps

@@ -179,7 +179,7 @@ def test_the_output_folder(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
     for output, said in (
-        (tmp_path / "file", "cannot be written (Not a directory)"),
+        (tmp_path / "file", "is a file; --output is a folder"),
         (tmp_path / "file/run", f"cannot be written ({tmp_path}/file: Not a directory)"),
         (tmp_path / "link", "cannot be written (a link to nothing)"),
         (tmp_path / ("a" * 300), "cannot be written (File name too long)"),
@@ -221,6 +221,15 @@ def test_this_machine_passes_and_a_bad_output_does_not(tmp_path, capsys):
     ).split(", "):
         assert what in out
     assert doctor.main(["--output", "/proc/run"]) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "encoder", "pictures", "failure.txt"])
+def test_what_stands_in_the_way_in_an_output(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir() if name == "failure.txt" else path.write_text("")
+    finding = next(doctor.folder_findings(tmp_path))
+    assert finding.grade == doctor.STOP
+    assert str(path) in finding.found
 
 
 def test_ranks_need_a_loopback(tmp_path):

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_samples import flipped
 
+from shard_tools import remote
 from shard_tools.manifest import (
     INDEX,
     MANIFEST,
@@ -219,13 +220,16 @@ def test_a_manifest_is_read_through_an_fsspec_url(tmp_path: Path) -> None:
         read_manifest("memory://bucket/nowhere")
 
 
-def test_a_url_that_cannot_be_read_says_why_and_not_the_url_again(free_port: int) -> None:
+def test_a_url_that_cannot_be_read_says_why_and_not_the_url_again(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.files["/busy/manifest.json"] = b"{}"
     server.faults["/busy/manifest.json"] = ["busy"] * 9
     why = {
-        f"{server.url}/none": "HTTP 404 ",
+        f"{server.url}/none": "not found",
         f"{server.url}/busy": "HTTP 503 ",
         f"http://127.0.0.1:{free_port}": "Connect call failed",
         f"https://127.0.0.1:{server.server_port}": "SSL",
@@ -239,6 +243,7 @@ def test_a_url_that_cannot_be_read_says_why_and_not_the_url_again(free_port: int
             assert where == f"{url}/manifest.json"
             assert words in reason
             assert url not in reason
+        assert [server.counts[f"/{name}/manifest.json"] for name in ("none", "busy")] == [1, 6]
     finally:
         server.shutdown()
         server.server_close()

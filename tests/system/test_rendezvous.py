@@ -199,3 +199,13 @@ def test_a_rank_that_cannot_meet_the_others_does_not_wait(name, capsys, monkeypa
     assert f"error: {name} is not set: with WORLD_SIZE 2" in capsys.readouterr().err
     with pytest.raises(UserError, match=f"{name} is not set: with WORLD_SIZE 2"):
         init_ranks()
+
+
+def test_the_number_that_mpirun_gave_the_launcher(shards, tmp_path):
+    """`mpirun -n 1 launch.sh` gives every rank 0, which DeepSpeed compares with LOCAL_RANK."""
+    env = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
+    code, out, err = finish(
+        start("--ranks", 1, *words(shards, tmp_path), "--max-steps", 1, **env), 90
+    )
+    assert code == 0, err
+    assert "done: step 1" in out

@@ -26,7 +26,7 @@ from pipeline.data.crops import Crop
 from pipeline.data.datasets import steps_ahead
 from pipeline.data.order import Order
 from pipeline.data.shard_cache import CacheError, ShardCache
-from shard_tools import index_cache
+from shard_tools import remote
 from shard_tools.manifest import Manifest, Shard, read_manifest
 
 SHARD = 200_000  # bytes of the plain shards below
@@ -67,7 +67,7 @@ def test_a_shard_is_fetched_once_and_whole(server: Server, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fault", ["cut", "flip", "stall", "busy"])
 def test_faults_on_the_way_are_tried_again(server, tmp_path, fault, caplog, monkeypatch) -> None:
-    monkeypatch.setattr(index_cache, "STALL", 1.0)
+    monkeypatch.setattr(remote, "STALL", 1.0)
     cache = ShardCache(plain(server), tmp_path, pause=0.01)
     server.faults["/s0.tar"] = [fault] * 3
     assert cache.read(0, 0, SHARD) == server.files["/s0.tar"]
@@ -90,6 +90,20 @@ def test_an_index_may_take_its_time(server: Server, tmp_path: Path, monkeypatch)
 
     monkeypatch.setattr(server, "write", slowly)
     assert len(folder.index) == 9
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall", "busy"])
+def test_a_manifest_and_its_index_are_asked_for_again(
+    server: Server, tmp_path: Path, fault: str, caplog, monkeypatch
+) -> None:
+    monkeypatch.setenv("RELAXMIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "STALL", 1.0)
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    server.put(write_shards(tmp_path, [[jpeg(n) for n in range(9)]]))
+    server.faults = {"/manifest.json": [fault] * 2, "/index.bin": [fault] * 2}
+    assert len(read_manifest(server.url).index) == 9
+    assert server.counts == {"/manifest.json": 3, "/index.bin": 3}
+    assert caplog.text.count("trying again") == 4
 
 
 def test_faults_without_end_are_one_sentence(server: Server, tmp_path: Path) -> None:
