@@ -6,6 +6,7 @@ The engine makes the process group.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -337,6 +338,14 @@ class StopSignal:
                 os.write(2, b"\nSIGINT: saves once this step is done; again: ends at once\n")
 
 
+def stop_with_torchrun() -> None:
+    """Get SIGTERM when torchrun dies (SIGUSR1 ends it, as does the kernel where memory runs out);
+    its ranks, which have sessions of their own, would train on. launch.sh does this for its ranks;
+    a shell that has started ranks in the background may well end before them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def wait_at_most(seconds: float, *groups: Any) -> None:
     """Let the collectives of these groups (None: of all ranks) wait so long for other ranks."""
     c10d = torch.distributed.distributed_c10d
@@ -345,6 +354,7 @@ def wait_at_most(seconds: float, *groups: Any) -> None:
         change(timedelta(seconds=seconds), group)
 
 
+_PR_SET_PDEATHSIG = 1
 _control: list[Any] = []  # the group for `any_rank`, made once
 
 

@@ -29,6 +29,7 @@ from pipeline.distributed import (
     free_port,
     joining,
     prepare_deepspeed,
+    stop_with_torchrun,
     unlink_buffer,
     wait_at_most,
 )
@@ -70,13 +71,11 @@ def init_ranks() -> Ranks:
     cannot be reached.
     """
     check_environment()
-    for key, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }.items():
+    stop_with_torchrun()
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if "WORLD_SIZE" not in os.environ:  # no launcher: where to meet is left from another run
+        os.environ |= here
+    for key, value in ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | here).items():
         os.environ.setdefault(key, value)
     # Of mpirun above the launcher: LOCAL_RANK counts, and DeepSpeed refuses another number here.
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)

@@ -674,3 +674,28 @@ def test_pretraining_on_two_ranks_ends_at_sigterm(shards, tmp_path):
         with contextlib.suppress(OSError):  # it has ended since
             left += [command] if name in command.read_bytes() else []
     assert left == []
+
+
+def test_ranks_stop_with_a_torchrun_that_dies(shards, tmp_path):
+    """SIGUSR1, which Slurm sends to every process of a step, ends torchrun, but not its ranks."""
+    run = tmp_path / "run"
+    settings = {"monitor.log_steps": 1, "optimizer.epochs": 10000}
+    overrides = (*tiny_overrides("mae"), *(f"{k}={v}" for k, v in settings.items()))
+    command = [Path(sys.executable).parent / "torchrun", "--standalone", "pipeline/pretrain.py"]
+    command += ["--recipe", "mae", "--data", shards / "train", "--output", run]
+    command += [word for override in overrides for word in ("--set", override)]
+    env = {k: v for k, v in os.environ.items() if k not in NAMES} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        list(map(str, command)), env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    metrics = run / "metrics.jsonl"
+    try:
+        wait_for(lambda: metrics.exists() and metrics.stat().st_size, 120)
+        rank = int((run / "lock").read_text().split()[1])
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=30) == -signal.SIGUSR1
+        wait_for(lambda: not alive(rank), 60)
+    finally:
+        process.kill()
+        process.stdout.close()
+    assert "stopped by SIGTERM: saved" in (run / "log.txt").read_text()

@@ -209,3 +209,14 @@ def test_the_number_that_mpirun_gave_the_launcher(shards, tmp_path):
     )
     assert code == 0, err
     assert "done: step 1" in out
+
+
+def test_where_another_run_met_is_nothing_to_a_single_process(shards, tmp_path):
+    """An interactive shell, or a batch script that exports for several nodes, has left these."""
+    env = {k: v for k, v in os.environ.items() if k not in NAMES} | {"OMP_NUM_THREADS": "1"}
+    env |= {"MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500"}
+    command = [sys.executable, "pipeline/pretrain.py", "--max-steps", "1"]
+    command += map(str, words(shards, tmp_path))
+    done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "done: step 1" in done.stdout
