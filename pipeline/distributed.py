@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -243,6 +244,12 @@ def joining() -> Iterator[None]:
             ) from None
         if fault := nccl_fault(error) or cuda_fault(error):
             raise UserError(fault) from error
+        if "Too many open files" in text:  # gloo's words, which name gloo
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise UserError(
+                f"a process may open only {most} files here, too few for the ranks to meet: raise "
+                "the limit (ulimit -n 1024)"
+            ) from None
         if lost_contact(error):
             raise UserError("lost contact with another rank while the ranks met") from None
         if not isinstance(error, torch.distributed.DistError):

@@ -220,3 +220,12 @@ def test_where_another_run_met_is_nothing_to_a_single_process(shards, tmp_path):
     done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True, timeout=90)
     assert done.returncode == 0, done.stderr
     assert "done: step 1" in done.stdout
+
+
+def test_too_few_open_files_to_meet(shards, tmp_path):
+    command = [sys.executable, "pipeline/pretrain.py", *map(str, words(shards, tmp_path))]
+    env = {k: v for k, v in os.environ.items() if k not in NAMES} | {"OMP_NUM_THREADS": "1"}
+    limited = ["bash", "-c", 'ulimit -n 20; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, env=env, cwd=ROOT, text=True, capture_output=True, timeout=90)
+    assert done.returncode == 2
+    assert "error: a process may open only 20 files here, too few for the ranks" in done.stderr
