@@ -33,7 +33,7 @@ from eval.shared.finetune_plan import (
     record,
 )
 from eval.shared.options import parser, settings_of
-from eval.shared.results import Timer, result_of, write_accuracy
+from eval.shared.results import Timer, check_finished, result_of, write_accuracy
 from pipeline.command import check_unused, early
 from pipeline.errors import Diverged, UserError
 from shard_tools.cli import seed_number
@@ -97,6 +97,11 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
         check_unused(build_parser(), args, ["subset_seed"], "without --fraction")
     output = result_of(args, settings.name, folder=True, protocol="finetune")
     check_input(settings, world, args.precision)
+    known = vars(args).copy()
+    if not settings.all_labels:
+        del known["train"]  # a result names the chosen labels, which are kept beside it
+    unsaid = {"samples_per_epoch": None, "crop_area": Settings.crop_area}
+    check_finished(output, argparse.Namespace(**known), unsaid)
     return settings, output
 
 

@@ -43,7 +43,13 @@ from eval.shared.linprobe_plan import (
     record,
 )
 from eval.shared.options import FEATURES, parser, settings_of
-from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
+from eval.shared.results import (
+    Timer,
+    check_finished,
+    check_other_settings,
+    result_of,
+    write_accuracy,
+)
 from pipeline.command import early
 from pipeline.errors import Diverged
 from shard_tools.manifest import read_manifest
@@ -83,8 +89,10 @@ def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     settings = settings_of(Settings, args)
     output = result_of(args, f"linprobe-{settings.protocol}", folder=True)
     make_plan(settings, world)
-    if settings.protocol == "cached":  # of the other a folder of checkpoints is left
+    if settings.protocol == "cached":
         check_other_settings(output, args)
+    else:
+        check_finished(output, args)
     return settings, output
 
 

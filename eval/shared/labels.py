@@ -1,7 +1,7 @@
 """The labels of the sets that an evaluation trains and scores on."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +42,27 @@ def check_classes(where: str, labels: np.ndarray) -> None:
         )
 
 
+def _difference(train: Sequence[str], val: Sequence[str]) -> str:
+    """How two lists of names of classes differ."""
+    if len(train) != len(val):
+        return f"{len(train)} and {len(val)}"
+    number = next(n for n, (a, b) in enumerate(zip(train, val, strict=True)) if a != b)
+    return f"number {number} is {train[number]} and {val[number]}"
+
+
 def class_count(train: Manifest, val: Manifest) -> int:
-    """Number of classes, with the assurance that both sets number the same classes alike, and that
-    the training set has images of two at least."""
+    """Number of classes, with the assurance that both sets number the same classes alike, that the
+    training set has images of two at least, and that the other is not the same set."""
     check_classes(train.folder, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
             f"{train.folder} and {val.folder} do not have the same classes "
-            f"({len(train.classes)} and {len(val.classes)}); make both from one dataset"
+            f"({_difference(train.classes, val.classes)}); make both from one dataset"
+        )
+    if train.index_sha256 == val.index_sha256 and list(train.shards) == list(val.shards):
+        raise UserError(
+            f"--val {val.folder}: has the images of --train {train.folder}, on which an encoder is "
+            "not judged; give others"
         )
     largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
     named = next((m for m in (train, val) if m.classes), None)

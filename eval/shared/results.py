@@ -14,13 +14,14 @@ from eval.shared.options import EncoderChoice, check_encoder, encoder_of
 from pipeline.config.timm_names import check_hub
 from pipeline.data.crops import shorter_side
 from pipeline.errors import UserError, naming
+from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.weights.header import check_file
 from pipeline.weights.source import check_source, read_classifier_info
 from shard_tools.atomic import check_writable, write_json
 
 # Settings on which no result depends.
 SAME_RESULT = ("workers", "micro_batch")
-PATHS = {"train", "val", "encoder", "classifier", "images"}  # settings that may be one
+PATHS = {"train", "val", "encoder", "classifier", "images", "subset"}  # settings that may be one
 
 
 class Timer:
@@ -121,16 +122,31 @@ def difference(key: str, theirs: Any, ours: Any) -> str:
     return f"{key} ({values[0]}, now {values[1]})"
 
 
-def check_other_settings(path: Path, args: argparse.Namespace) -> None:
+def check_finished(
+    path: Path, args: argparse.Namespace, unsaid: Mapping[str, Any] | None = None
+) -> None:
+    """`check_other_settings` for what trains, where the checkpoints beside its result are gone:
+    while they are there, they say what they belong to, whatever paths lead to it."""
+    if not CheckpointStore(path.with_suffix("")).all():
+        check_other_settings(path, args, unsaid)
+
+
+def check_other_settings(
+    path: Path, args: argparse.Namespace, unsaid: Mapping[str, Any] | None = None
+) -> None:
     """UserError where the result at `path` is one of other settings than those of a command line,
-    as a folder of checkpoints is refused. Nothing is known of settings that it does not record."""
+    as a folder of checkpoints is refused. Nothing is known of settings that it does not record.
+
+    unsaid: values of the settings that it records only where they are others.
+    """
     theirs = read_json(path)
     told = {"feature": theirs.get("feature"), "mask_ratios": theirs.get("ratios")}
     if args.output:  # without it the path says the encoder, and goes where a run's folder is moved
         told["encoder"] = theirs.get("encoder", {}).get("source")
         told["random"] = told["encoder"] != "random" and theirs.get("encoder", {}).get("random")
-    told |= theirs.get("settings", {})
+    own = {k: v for k, v in theirs.get("settings", {}).items() if k not in ("encoder", "random")}
     told = {key: value for key, value in told.items() if value is not None}
+    told |= {**(unsaid or {}), **own} if theirs else {}
     ours = json.loads(json.dumps({key: getattr(args, key, value) for key, value in told.items()}))
     for key in PATHS & told.keys():
         told[key], ours[key] = full_path(told[key]), full_path(ours[key])

@@ -195,10 +195,12 @@ def from_hf_decoder(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for part in ("decoder_embed", "decoder_norm", "decoder_pred"):
         for kind in ("weight", "bias"):
             result[f"{part}.{kind}"] = state[f"decoder.{part}.{kind}"]
-    depth = len({k.split(".")[2] for k in state if k.startswith("decoder.decoder_layers.")})
+    # transformers 5 writes decoder_layers.N as decoder_encoder.layer.N.
+    old, new = "decoder.decoder_layers.", "decoder.decoder_encoder.layer."
+    state = {k.replace(new, old): v for k, v in state.items()}
+    depth = len({k.split(".")[2] for k in state if k.startswith(old)})
     for number in range(depth):
-        theirs = f"decoder.decoder_layers.{number}"
-        result |= _from_hf_block(state, f"decoder_blocks.{number}", theirs)
+        result |= _from_hf_block(state, f"decoder_blocks.{number}", f"{old}{number}")
     return mae_decoder(result)
 
 

@@ -3,7 +3,8 @@ architecture say: heads, the norms' eps, the pixels' mean and std, and how posit
 
 Sources: facebookresearch/moco-v3 `vits.py`, `main_moco.py`; facebookresearch/mae `models_mae.py`,
 `util/pos_embed.py`; facebookresearch/dino `vision_transformer.py`; facebookresearch/ijepa
-`src/models/vision_transformer.py`; microsoft/unilm `beit/modeling_pretrain.py`;
+`src/models/vision_transformer.py`; microsoft/unilm `beit/modeling_pretrain.py`; microsoft/SimMIM
+`models/simmim.py`, `data/data_simmim.py`;
 open-mmlab/mmpretrain `models/backbones/vision_transformer.py`, `mocov3.py`.
 """
 
@@ -56,6 +57,8 @@ MMPRETRAIN = Layout("mmpretrain", {**DINO.heads, 1280: 16}, positions="bicubic")
 # Of MoCo v3's row-first positions; its MAE has them too, and as many heads at 768.
 MMPRETRAIN_MOCO_V3 = Layout("mmpretrain", MOCO_V3.heads, positions="bicubic")
 BEIT = Layout("BEiT", {768: 12, 1024: 16}, imagenet=False, fixed=False)
+# BEiT's code, but ImageNet's pixels.
+SIM_MIM = Layout("SimMIM", BEIT.heads, fixed=False)
 OTHER = Layout("another project", fixed=False)
 
 # Words around a timm model that name no project.
@@ -79,7 +82,8 @@ def layout_of(found: Found, content: Any, arch: str = "") -> Layout:
     if "decoder_embed.weight" in state:
         return MAE
     if any(k.endswith("relative_position_bias_table") for k in state):
-        return BEIT
+        # SimMIM's encoder is below `encoder.`, beside a decoder of one convolution.
+        return SIM_MIM if found.around.keys() & {"decoder.0.weight"} else BEIT
     scaled = any(k.endswith(_SCALE) for k in state)
     if scaled and words & {"teacher", "student", "backbone"}:
         return DINO_V2

@@ -41,6 +41,7 @@ from eval.shared.classifier import (
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import normalise
 from eval.shared.options import settings_of
+from eval.shared.results import write_result
 from eval.shared.session import EvalSession, session_of
 from pipeline.config.ds_config import read_ds_config
 from pipeline.data.loader import eval_loader
@@ -337,6 +338,31 @@ def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(
     write_encoder(tmp_path / "other", seed=4)
     with pytest.raises(UserError, match="another encoder; remove it"):
         evaluate([*words, "--encoder", "other"], tmp_path / "x")
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_replaced(home: Path, tmp_path: Path) -> None:
+    """They may be removed for room; the same command trains again, another one is refused."""
+    init_ranks()
+    half = ["--fraction", "0.6", "--epochs", "1", "--warmup-epochs", "0", "--max-steps", "1"]
+    words = [*arguments(home, tmp_path / "x.json"), *half, "--encoder", "random",
+             "--arch", "vit_tiny_patch16_224", "--options", json.dumps(OPTIONS)]  # fmt: skip
+
+    def prepared(*more: str) -> None:
+        finetune.prepare(finetune.build_parser().parse_args([*words, *more]))
+
+    write_result(tmp_path / "x.json", evaluate(words, tmp_path / "x"))
+    prepared("--base-lr", "0.1")  # which the checkpoint refuses
+    shutil.rmtree(tmp_path / "x")
+    prepared()
+    for more, said in (
+        (("--base-lr", "0.1"), r"base_lr \(0\.05, now 0\.1\)"),
+        (("--max-steps", "2"), r"max_steps \(1, now 2\)"),
+        (("--samples-per-epoch", "70"), r"samples_per_epoch \(null, now 70\)"),
+        (("--crop-area", "0.4"), r"crop_area \(0\.08, now 0\.4\)"),
+        (("--seed", "1"), r"seed \(0, now 1\)"),
+    ):
+        with pytest.raises(UserError, match=f"x.json: holds a result with another {said}; remove"):
+            prepared(*more)
 
 
 def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> None:

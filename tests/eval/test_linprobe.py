@@ -38,6 +38,7 @@ from eval.shared.features import normalise
 from eval.shared.lars_probe import Probe, Training
 from eval.shared.metrics import count_correct
 from eval.shared.options import settings_of
+from eval.shared.results import write_result
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import DIVERGED, UserError
@@ -478,9 +479,27 @@ def test_a_checkpoint_belongs_to_the_encoder_and_not_to_its_path(
     write_encoder(run, seed=4)
     with pytest.raises(UserError, match="a training with another encoder; remove it"):
         evaluate(home, tmp_path / "out", "--encoder", str(run))
-    other = ("--encoder", str(home / "run"), "--train", str(home / "val"), "--batch-size", "16")
-    with pytest.raises(UserError, match=r"batch_size \(32, now 16\), encoder, train; remove"):
+    other = ("--encoder", str(home / "run"), "--train", str(home / "val"), "--val",
+             str(home / "train"), "--batch-size", "16")  # fmt: skip
+    with pytest.raises(UserError, match=r"batch_size \(32, now 16\), encoder, train, val; remove"):
         evaluate(home, tmp_path / "out", *other)
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_replaced(home: Path, tmp_path: Path) -> None:
+    def prepared(*more: str) -> None:
+        linprobe.prepare(parse(home, "--output", str(tmp_path / "x"), *more))
+
+    write_result(tmp_path / "x.json", evaluate(home, tmp_path / "x"))
+    prepared("--base-lr", "7")  # which the checkpoint refuses
+    shutil.rmtree(tmp_path / "x")
+    prepared()
+    for more, said in (
+        (("--base-lr", "7"), r"base_lr \(0\.1, now 7\.0\)"),
+        (("--max-steps", "3"), r"max_steps \(null, now 3\)"),
+        (("--feature", "mean_patch"), "feature"),
+    ):
+        with pytest.raises(UserError, match=f"x.json: holds a result with another {said}"):
+            prepared(*more)
 
 
 @pytest.mark.parametrize("protocol", ["mae", "cached"])

@@ -1,7 +1,9 @@
 """What would fail at the end of an evaluation is refused at its start."""
 
 import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,18 +83,31 @@ def test_labels_and_classes_are_those_of_one_data_set(tmp_path):
     more = labelled(write_shards(tmp_path / "more", image, label, classes=4))
     with pytest.raises(UserError, match=r"do not have the same classes \(3 and 4\)"):
         class_count(train, more)
+    other = replace(train, classes=("class0", "class2", "class1"))
+    with pytest.raises(UserError, match=r"\(number 1 is class1 and class2\); make both"):
+        class_count(train, other)
     for labels in (label, label * 2):  # of a set that names none
         rows = write_shards(tmp_path / f"rows-{labels.max()}", image, labels)
         found = read_manifest(rows)
         index = np.array(found.index)
         write_manifest(rows, shards=found.shards, index=index, classes=())
-    assert class_count(train, labelled(tmp_path / "rows-2")) == 3
+    unlike = labelled(write_shards(tmp_path / "unlike", *coloured_images(6, 3, seed=3)))
+    assert class_count(unlike, labelled(tmp_path / "rows-2")) == 3
     for pair in ((train, labelled(rows)), (labelled(rows), train)):
         with pytest.raises(UserError, match=r"rows-4: has label 4 where .*train names 3 classes"):
             class_count(*pair)
     assert class_count(labelled(rows), labelled(tmp_path / "rows-2")) == 5
     with pytest.raises(UserError, match="without: some samples have no label"):
         labelled(write_shards(tmp_path / "without", image, label - 1))
+
+
+def test_training_images_are_no_validation_images(tmp_path):
+    image, label = coloured_images(6, 3, seed=2)
+    train = labelled(write_shards(tmp_path / "train", image, label))
+    copy = labelled(shutil.copytree(tmp_path / "train", tmp_path / "copy"))
+    for val in (train, copy):
+        with pytest.raises(UserError, match=f"--val {val.folder}: has the images of --train"):
+            class_count(train, val)
 
 
 def test_images_of_one_class_are_not_scored(tmp_path):
@@ -109,7 +124,7 @@ def test_images_of_one_class_are_not_scored(tmp_path):
     write_manifest(folder, shards=found.shards, index=np.array(found.index), names=names,
                    classes=found.classes)  # fmt: skip
     chosen = tmp_path / "chosen.txt"
-    settings = finetune_plan.Settings(str(folder), str(folder), batch_size=2, subset=str(chosen))
+    settings = finetune_plan.Settings(str(folder), some.folder, batch_size=2, subset=str(chosen))
     chosen.write_text("0.png\n1.png\n")
     finetune_plan.check_input(settings, 1)
     chosen.write_text("0.png\n3.png\n")

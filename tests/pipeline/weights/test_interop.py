@@ -12,6 +12,7 @@ from pipeline.method.objective import build_objective
 from pipeline.method.views import make_views
 from pipeline.weights.interop import (
     from_hf,
+    from_hf_decoder,
     from_mae,
     hf_arch,
     hf_eps,
@@ -149,3 +150,17 @@ def test_a_file_without_a_decoder_reconstructs_nothing(tmp_path):
     torch.save({"model": state}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="with a decoder"):
         load_reconstructor(tmp_path / "x.pth", "mae", [*SIZE, *DECODER])
+
+
+def test_a_decoder_of_hugging_face_as_transformers_5_names_it():
+    objective, _ = build_objective(tiny_recipe("mae"))
+    state, _ = to_hf_mae(objective)
+    renamed = {
+        k.replace("decoder.decoder_layers.", "decoder.decoder_encoder.layer."): v
+        for k, v in state.items()
+    }
+    assert renamed.keys() != state.keys()
+    found = from_hf_decoder(renamed)
+    mine = {k: v for k, v in objective.state_dict().items() if k.startswith("measure.")}
+    assert found.keys() == mine.keys()
+    assert all(torch.equal(found[k], v) for k, v in mine.items())

@@ -195,6 +195,13 @@ def test_beits_pretraining_has_one_bias_for_all_blocks(tmp_path):
     found, info = load_encoder(tmp_path / "x.pth", arch=arch, options=SMALL | width)
     same_tokens(found, vit)
     assert info["note"].startswith("a file of BEiT")
+    below = {f"encoder.{k}": v for k, v in alone.items()}
+    decoder = {"decoder.0.weight": torch.ones(768, 48, 1, 1), "decoder.0.bias": torch.ones(768)}
+    torch.save({"model": below | decoder}, tmp_path / "simmim.pth")
+    found, info = load_encoder(tmp_path / "simmim.pth", arch=arch, options=SMALL | width)
+    same_tokens(found, vit)
+    assert info["mean"] == IMAGENET
+    assert info["note"].startswith("a file of SimMIM")
 
 
 @pytest.mark.parametrize("arch", ["eva_giant_patch14_224", "eva02_tiny_patch14_224"])
