@@ -228,8 +228,9 @@ def test_pictures_have_three_channels():
 def test_unreachable_hub_is_one_sentence(tmp_path):
     """A process of its own: the hub's client reads its environment when it is imported."""
     command = [sys.executable, knn.__file__, "--encoder", f"timm:{ARCH}.dino"]
-    write_shards(tmp_path / "train", *coloured_images(8, 2, seed=1))
-    data = ["--train", tmp_path / "train", "--val", tmp_path / "train", "--k", "1"]
+    for number, name in enumerate(("train", "val")):
+        write_shards(tmp_path / name, *coloured_images(8, 2, seed=number))
+    data = ["--train", tmp_path / "train", "--val", tmp_path / "val", "--k", "1"]
     done = subprocess.run(
         [*command, *data], capture_output=True, text=True, timeout=120,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
@@ -277,7 +278,8 @@ def test_another_image_size_and_resize_reach_the_result(tmp_path):
     """--options on a run folder is not ignored; above 224 pixels nothing is cut off (MAE)."""
     run = write_encoder(tmp_path / "run")
     write_shards(tmp_path / "train", *coloured_images(12, 2, seed=1))
-    data = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "train"), "--workers", "0"]
+    write_shards(tmp_path / "val", *coloured_images(12, 2, seed=2))
+    data = ["--train", str(tmp_path / "train"), "--val", str(tmp_path / "val"), "--workers", "0"]
     results = {}
     for size, more in ((16, []), (32, []), (16, ["--resize", "16"]), (232, [])):
         options = ["--options", json.dumps({"img_size": size})]

@@ -260,7 +260,7 @@ def test_an_evaluation_whose_memory_is_too_small_ends_with_the_sentence(
 ):
     words = ["--encoder", "random", "--arch", "vit_tiny_patch16_224", "--workers", "0"]
     words += ["--options", "{img_size: 128}", "--output", tmp_path / "x.json"]
-    words += ["--train", shards / "train", "--val", shards / "train"]
+    words += ["--train", shards / "train", "--val", shards / "val"]
     if name == "finetune":
         (tmp_path / "ds.json").write_text('{"train_micro_batch_size_per_gpu": 64}')
         words += ["--batch-size", "64", "--ds_config", tmp_path / "ds.json"]
