@@ -115,7 +115,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flops",
         action="store_true",
-        help="print only the FLOPs of a step per image; under data.sizes also of each size",
+        help="print only the FLOPs of a step per image, with the negatives of --gpus and "
+        "--micro-batch (default: up to 128); under data.sizes also of each size",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     return parser
@@ -125,9 +126,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    plan_only = ("micro_batch", "launch_ms", "cores", "core_images", "utilisation", "images",
-                 "json")  # fmt: skip
-    fit_too = ("fit", "gpus", "gpu", "gpu_memory", "precision", "checkpointing", "no_graphs")
+    plan_only = ("launch_ms", "cores", "core_images", "utilisation", "images", "json")
+    fit_too = ("fit", "gpu", "gpu_memory", "precision", "checkpointing", "no_graphs")
     try:
         for flag in ("gpus", "images", "cores"):
             check_range(f"--{flag}", getattr(args, flag), at_least=1)
@@ -140,7 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.flops:
             check_unused(parser, args, (*plan_only, *fit_too), "with --flops")
         elif args.fit is not None:
-            check_unused(parser, args, plan_only, "with --fit")
+            check_unused(parser, args, (*plan_only, "micro_batch"), "with --fit")
     except UserError as error:
         parser.error(str(error))
     if args.gpu_memory is None:
@@ -177,8 +177,7 @@ def check(args: argparse.Namespace) -> None:
     """UserError for what is seen to be wrong before anything is built."""
     recipe = load_recipe(args.recipe, args.overrides)
     check_objective(recipe)
-    if not args.flops:
-        check_split(recipe, args)
+    check_split(recipe, args)
     if args.fit is not None:
         check_fit(recipe, args)
     elif not args.flops:
@@ -206,10 +205,17 @@ from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
 
 
-def flops_lines(recipe: Recipe) -> str:
+def micro_batch_of(recipe: Recipe, args: argparse.Namespace) -> int:
+    """The micro-batch of the command line, or what "auto" takes where it does not follow the
+    device."""
+    sizes = split(recipe, args.gpus)
+    return args.micro_batch or next((n for n in sizes if n <= MOST_IMAGES), sizes[-1])
+
+
+def flops_lines(recipe: Recipe, args: argparse.Namespace) -> str:
     """What --flops prints: FLOPs of an image; under data.sizes, where that is the mean of the run,
     also a line for every size: its side and its FLOPs."""
-    found = flops_of_phases(recipe)
+    found = flops_of_phases(recipe, micro_batch_of(recipe, args), args.gpus)
     sizes = dict(zip((side for _, side in recipe.data.sizes), (n for _, n in found), strict=False))
     mean = sum(share * flops for share, flops in found)
     return "\n".join([f"{mean}", *(f"{side} {flops}" for side, flops in sizes.items())])
@@ -240,13 +246,10 @@ class Planner:
 
     def micro_batches(self) -> list[int]:
         """Those to choose from: the one of the command line, or what "auto" takes."""
-        if self.args.micro_batch:
-            return [self.args.micro_batch]
-        sizes = split(self.recipe, self.args.gpus)
-        if not self.recipe.measure.exchanges:
-            return sizes
         # With negatives or batch norm over the micro-batch it does not follow the device.
-        return [next((n for n in sizes if n <= MOST_IMAGES), sizes[-1])]
+        if self.args.micro_batch or self.recipe.measure.exchanges:
+            return [micro_batch_of(self.recipe, self.args)]
+        return split(self.recipe, self.args.gpus)
 
     def need(self, micro: int, run_as: int, captured: bool) -> Memory:
         """Bytes per rank under a stage."""
@@ -305,7 +308,9 @@ def make_planner(recipe: Recipe, args: argparse.Namespace) -> Planner:
     objective, teacher = meta_objective(recipe)
     check_split(recipe, args)
     peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
-    found = flops_of_phases(recipe) if recipe.data.sizes else [(1.0, 1.0)]
+    found = [(1.0, 1.0)]
+    if recipe.data.sizes:
+        found = flops_of_phases(recipe, micro_batch_of(recipe, args), args.gpus)
     return Planner(
         recipe,
         args,
@@ -399,7 +404,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides)
         if args.flops:
-            print(flops_lines(recipe))
+            check_split(recipe, args)
+            print(flops_lines(recipe, args))
             return 0
         if args.fit is not None:
             print(fit(recipe, args))

@@ -18,6 +18,7 @@ from pipeline.config.recipe import EncoderRecipe, Recipe
 from pipeline.cost.launches import LaunchCounter
 from pipeline.cost.micro_batch import BF16_WEIGHTS
 from pipeline.method.checks import vit_options
+from pipeline.method.measures import keys_as_of
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
 from pipeline.method.vit import build_vit
@@ -26,8 +27,8 @@ from pipeline.method.vit import build_vit
 @dataclass(frozen=True)
 class Work:
     """A micro-batch of `images` on one rank: FLOPs of forward and backward (2 per multiply-add,
-    matrix products and attention), bytes of activations kept for backward, bytes of keys that
-    a contrastive measure gathers, ops that launch something on a device (with the kernels'
+    matrix products and attention), bytes of activations kept for backward, bytes of its own keys
+    that a contrastive measure sends, ops that launch something on a device (with the kernels'
     references, so a few more than with the kernels)."""
 
     images: int
@@ -44,9 +45,12 @@ def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
         return objective, Teacher(objective) if recipe.teacher else None
 
 
-def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = False) -> Work:
-    """One micro-batch of the recipe's step on tensors without data, at encoder.image_size. Colour
-    jitter, which has neither matrix products nor a backward, is left out."""
+def dry_run(
+    recipe: Recipe, images: int, precision: str, checkpointing: bool = False, ranks: int = 1
+) -> Work:
+    """One micro-batch of the recipe's step on tensors without data, at encoder.image_size, with the
+    keys of `ranks` ranks. Colour jitter, which has neither matrix products nor a backward, is left
+    out."""
     still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
     recipe = recipe.model_copy(update={"views": still})
     objective, teacher = meta_objective(recipe)
@@ -71,7 +75,7 @@ def dry_run(recipe: Recipe, images: int, precision: str, checkpointing: bool = F
         with counter as work, LaunchCounter() as launches:
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
             saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
-            with autocast, saved:
+            with autocast, saved, keys_as_of(ranks):
                 loss, _ = objective(image, sample, 0, teacher, crop)
             loss.backward()
     gathered = sum(key.numel() * key.element_size() for key in keys)
@@ -83,12 +87,11 @@ def scaled(
 ) -> Callable[[int], Work]:
     """The work of a micro-batch of any size on one of `ranks` ranks, from dry runs of small ones:
     what a batch needs once (autocast's copies of the weights), what each image needs and, where
-    negatives are other images, each pair of an image and one of the micro-batch of all ranks."""
+    negatives are other images, each pair of images."""
     sizes = (2, 4, 8) if recipe.measure.batch_negatives else (2, 4)
-    runs = [dry_run(recipe, n, precision, checkpointing) for n in sizes]
+    runs = [dry_run(recipe, n, precision, checkpointing, ranks) for n in sizes]
     flops, kept = (
-        _polynomial([getattr(run, part) for run in runs], ranks)
-        for part in ("flops", "activations")
+        _polynomial([getattr(run, part) for run in runs]) for part in ("flops", "activations")
     )
 
     def work(images: int) -> Work:
@@ -98,25 +101,28 @@ def scaled(
     return work
 
 
-def _polynomial(found: list[int], ranks: int) -> Callable[[int], int]:
-    """a + b n + c n (ranks n), from its values on one rank at n = 2, 4 and, unless c is 0, 8."""
+def _polynomial(found: list[int]) -> Callable[[int], int]:
+    """a + b n + c n², from its values at n = 2, 4 and, unless c is 0, 8."""
     slope = (found[1] - found[0]) / 2
     pair = ((found[2] - found[1]) / 4 - slope) / 6 if len(found) > 2 else 0.0
     image = slope - 6 * pair
     fixed = found[0] - 2 * image - 4 * pair
-    return lambda n: round(fixed + n * image + n * n * ranks * pair)
+    return lambda n: round(fixed + n * image + n * n * pair)
 
 
-def flops_per_image(recipe: Recipe) -> float:
-    """Model FLOPs of an image, forward and backward, whatever the precision; what is computed
-    again under gradient checkpointing does not count, nor do InfoNCE's products with the images of
-    a larger batch than two. Under data.sizes the mean over the run."""
-    return sum(share * flops for share, flops in flops_of_phases(recipe))
+def flops_per_image(recipe: Recipe, images: int, ranks: int) -> float:
+    """Model FLOPs of an image, forward and backward, in micro-batches of `images` on `ranks` ranks,
+    whatever the precision; what is computed again under gradient checkpointing does not count.
+    Under data.sizes the mean over the run."""
+    return sum(share * flops for share, flops in flops_of_phases(recipe, images, ranks))
 
 
-def flops_of_phases(recipe: Recipe) -> list[tuple[float, float]]:
+def flops_of_phases(recipe: Recipe, images: int, ranks: int) -> list[tuple[float, float]]:
     """(share of the steps, FLOPs of an image) of every phase of data.sizes."""
-    return [(share, dry_run(phase, 2, "fp32").flops / 2) for share, phase in recipe.phases]
+    return [
+        (share, scaled(phase, "fp32", False, ranks)(images).flops / images)
+        for share, phase in recipe.phases
+    ]
 
 
 def encoder_flops(encoder: EncoderRecipe) -> int:

@@ -86,4 +86,9 @@ def show_mfu(state: TrainState, given_tflops: float | None) -> None:
     if peak is None:
         monitor.say(problem)
     elif ranks.rank == 0:
-        monitor.mfu = Mfu(state.folder.path / "recipe.yaml", peak * ranks.world)
+        monitor.mfu = Mfu(
+            state.folder.path / "recipe.yaml",
+            peak * ranks.world,
+            micro_batch=state.plan.micro_batch,
+            ranks=ranks.world,
+        )

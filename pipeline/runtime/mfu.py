@@ -25,19 +25,20 @@ def peak_of(device: str, precision: str, given_tflops: float | None) -> tuple[fl
 class Mfu:
     """The utilisation of devices whose peaks sum up to `peak` FLOP/s.
 
-    recipe: the file of the resolved recipe. Its FLOPs are counted by pipeline/estimate.py in a
-    process of its own: the count takes seconds, for which no start waits, and runs the step with
-    other kernels, which are chosen for a whole process.
+    recipe: the file of the resolved recipe; micro_batch, ranks: how it runs. Its FLOPs are counted
+    by pipeline/estimate.py in a process of its own: the count takes seconds, for which no start
+    waits, and runs the step with other kernels, which are chosen for a whole process.
     """
 
-    def __init__(self, recipe: Path, peak: float) -> None:
+    def __init__(self, recipe: Path, peak: float, *, micro_batch: int, ranks: int) -> None:
         self.peak = peak
         self.problem = ""  # why there is no count
         self._per_image: float | None = None
         self._of_size: dict[int, float] = {}  # where a recipe has images of several
         alone = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         self._counting: subprocess.Popen[str] | None = subprocess.Popen(
-            [sys.executable, ESTIMATE, "--flops", "--recipe", recipe],
+            [sys.executable, ESTIMATE, "--flops", "--recipe", recipe,
+             "--gpus", str(ranks), "--micro-batch", str(micro_batch)],
             env=os.environ | alone, text=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip

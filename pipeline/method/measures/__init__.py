@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from pipeline.config import measure_schema
 from pipeline.config.recipe import Recipe
 from pipeline.method.encoder import Encoder
-from pipeline.method.measures.contrast import BYOL, InfoNCE, gather_keys
+from pipeline.method.measures.contrast import BYOL, InfoNCE, gather_keys, keys_as_of
 from pipeline.method.measures.reconstruction import Reconstruction
 from pipeline.method.teacher import Teacher
 from pipeline.method.views import Views
 
 __all__ = ["BYOL", "MEASURES", "InfoNCE", "Measure", "Reconstruction", "build_measure",
-           "gather_keys"]  # fmt: skip
+           "gather_keys", "keys_as_of"]  # fmt: skip
 
 
 class Measure(Protocol):

@@ -6,6 +6,9 @@ C width of the heads, G images of the micro-batches of all ranks.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import ClassVar
 
 import torch
@@ -201,9 +204,25 @@ def _candidates(
     return cosine, shown.flatten().expand_as(cosine), row * n + position
 
 
+_planned: ContextVar[int] = ContextVar("planned", default=1)
+
+
+@contextlib.contextmanager
+def keys_as_of(ranks: int) -> Iterator[None]:
+    """Inside, one process has as many keys as it would gather from `ranks` ranks, all of them
+    copies of its own: for a dry run."""
+    token = _planned.set(ranks)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
 @torch.no_grad()
 def gather_keys(key: Tensor) -> tuple[Tensor, int]:
     """Keys [B, T, C] of this rank → [G, T, C] of all in rank order, and this rank's offset."""
+    if _planned.get() > 1:
+        return torch.cat([key] * _planned.get()), 0
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return key, 0
     key = key.contiguous()

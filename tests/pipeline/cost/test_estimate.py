@@ -99,6 +99,8 @@ def test_any_micro_batch_is_what_a_dry_run_of_it_counts(name, changes):
         work = scaled(recipe, precision, False, 1)
         for images_of in (3, 16):
             assert work(images_of) == dry_run(recipe, images_of, precision)
+        work = scaled(recipe, precision, False, 3)
+        assert work(6) == dry_run(recipe, 6, precision, ranks=3)
 
 
 def test_negatives_of_all_ranks_are_counted():
@@ -106,15 +108,31 @@ def test_negatives_of_all_ranks_are_counted():
     for changes, tokens in (((), 16), (("measure.negatives=all",), 16 * 16)):
         one, four = (scaled(tiny_recipe("cmae", *changes), "fp32", False, n)(8) for n in (1, 4))
         assert four.flops - one.flops == 2 * 2 * 12 * 8 * 24 * tokens
+        assert four.activations == one.activations  # the gradient of a query is made in forward
     for changes in (("measure.negatives=image",), ("measure.kind=byol",)):
         one, four = (scaled(tiny_recipe("cmae", *changes), "fp32", False, n)(8) for n in (1, 4))
-        assert four == one
+        assert (four.flops, four.activations) == (one.flops, one.activations)
     # ViT-B, 8 ranks of 128 images: as much as half of all the rest, and again.
     recipe = load_recipe(RECIPES / "cmae.yaml", ["measure.negatives=all"])
     made = plan.predict(recipe, plan.parse_args(["--gpus", "8", "--launch-ms", "0.01"]))
     products = 2 * 2 * 768 * (1024 * 196) ** 2
-    rest = 1024 * flops_per_image(recipe)
+    rest = 1024 * flops_per_image(load_recipe(RECIPES / "cmae.yaml"), 2, 1)
     assert made["flops_per_step"] == pytest.approx(products + rest, rel=0.01)
+    printed = plan.flops_lines(recipe, plan.parse_args(["--flops"]))
+    assert float(printed) * 1024 == pytest.approx(made["flops_per_step"], rel=1e-9)
+    few = plan.flops_lines(recipe, plan.parse_args(["--flops", "--gpus", "1", "--micro-batch=2"]))
+    assert float(few) * 1024 == pytest.approx(rest, rel=0.01)
+
+
+@pytest.mark.parametrize(("negatives", "candidates"), [("position", 32), ("all", 32 * 16)])
+def test_paired_positions_keep_the_keys_of_all_ranks(negatives, candidates):
+    """Without mask tokens backward reads them: 3 ranks more, of 8 images with 16 patches, fp32."""
+    keys = ("encoder.masked_tokens=drop", "views.second=independent")
+    recipe = tiny_recipe("cmae", *keys, f"measure.negatives={negatives}", "measure.tokens=patch")
+    one, four = (scaled(recipe, "fp32", False, n)(8) for n in (1, 4))
+    assert four.flops - one.flops == 2 * 2 * 12 * 8 * 16 * (candidates - candidates // 4)
+    more = four.activations - one.activations
+    assert more >= 3 * 8 * 16 * 12 * 4 + 8 * 16 * (candidates - candidates // 4) * 4
 
 
 @pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
@@ -142,7 +160,7 @@ def test_the_table_of_cheaper_roads_is_what_is_counted():
         assert share == pytest.approx(flops / whole, abs=0.006), (name, keys)
     for name, keys, flops, _ in table[2::4]:  # one of each kind; each takes a second
         recipe = load_recipe(RECIPES / f"{name}.yaml", keys)
-        counted = flops_per_image(recipe) / 1e9
+        counted = flops_per_image(recipe, 128, 8) / 1e9
         assert counted == pytest.approx(flops, abs=0.051), (name, keys)
 
 

@@ -45,10 +45,10 @@ def test_the_share_is_estimates_count_over_the_peak(tmp_path):
     recipe = load_recipe("demo_rmae")
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     begun = time.perf_counter()
-    mfu = Mfu(tmp_path / "recipe.yaml", peak=2 * 5e12)
+    mfu = Mfu(tmp_path / "recipe.yaml", peak=2 * 5e12, micro_batch=16, ranks=2)
     assert mfu.of(100.0) is None
     assert time.perf_counter() - begun < 0.5  # nothing waits for the count
-    expected = flops_per_image(recipe)
+    expected = flops_per_image(recipe, 16, 2)
     assert mfu.flops_per_image(wait=True) == expected
     assert mfu.of(100.0) == pytest.approx(expected * 100 / 1e13)
     mfu.close()
@@ -56,7 +56,7 @@ def test_the_share_is_estimates_count_over_the_peak(tmp_path):
 
 def test_a_count_that_fails_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.runtime.mfu.ESTIMATE", tmp_path / "missing.py")
-    mfu = Mfu(tmp_path / "recipe.yaml", peak=1e12)
+    mfu = Mfu(tmp_path / "recipe.yaml", peak=1e12, micro_batch=2, ranks=1)
     assert mfu.flops_per_image(wait=True) is None
     assert mfu.problem.startswith("MFU: not shown, counting the FLOPs failed (")
     assert "missing.py" in mfu.problem

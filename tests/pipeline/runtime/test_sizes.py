@@ -237,12 +237,13 @@ def test_the_tables_of_every_size_are_the_written_out_ones():
 def test_flops_are_the_mean_over_the_run_and_memory_is_of_the_full_size():
     recipe, plain = tiny_recipe("rmae", GROWING), tiny_recipe("rmae")
     by_size = [
-        dry_run(tiny_recipe("rmae", f"encoder.image_size={s}"), 2, "fp32").flops / 2
+        dry_run(tiny_recipe("rmae", f"encoder.image_size={s}"), 8, "fp32").flops / 8
         for s in (8, 12, 16)
     ]
     mean = 0.5 * by_size[0] + 0.25 * by_size[1] + 0.25 * by_size[2]
-    assert flops_lines(plain) == f"{by_size[2]}"
-    first, *lines = flops_lines(recipe).splitlines()
+    args = estimate_args(["--flops", "--gpus", "1"])
+    assert flops_lines(plain, args) == f"{by_size[2]}"
+    first, *lines = flops_lines(recipe, args).splitlines()
     assert float(first) == pytest.approx(mean, rel=1e-12)
     assert [line.split() for line in lines] == [
         [str(side), str(flops)] for side, flops in zip((8, 12, 16), by_size, strict=True)
@@ -258,8 +259,8 @@ def test_flops_are_the_mean_over_the_run_and_memory_is_of_the_full_size():
 def test_the_mfu_counts_the_sizes_that_the_steps_had(tmp_path):
     recipe = tiny_recipe("mae", GROWING)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    mfu = Mfu(tmp_path / "recipe.yaml", peak=1e9)
-    small, middle, full = (flops_per_image(phase) for _, phase in recipe.phases)
+    mfu = Mfu(tmp_path / "recipe.yaml", peak=1e9, micro_batch=4, ranks=2)
+    small, middle, full = (flops_per_image(phase, 4, 2) for _, phase in recipe.phases)
     assert mfu.flops_per_image(wait=True) == pytest.approx(small / 2 + middle / 4 + full / 4)
     assert mfu.of(10.0, {8: 3, 16: 1}) == pytest.approx((3 * small + full) / 4 * 10 / 1e9)
     assert mfu.of(10.0, {16: 7}) == pytest.approx(full * 10 / 1e9)

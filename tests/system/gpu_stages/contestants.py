@@ -76,7 +76,7 @@ def contestant(title: str, where: Where, batch: int, few: int) -> Contestant:
 
 def ours(where: Where, way: Way, batch: int, few: int) -> Contestant:
     """A recipe's step by the engine."""
-    work = flops_per_image(where, way.recipe)  # by the reference kernels
+    work = flops_per_image(where, way.recipe, batch)  # by the reference kernels
     kernels.use("auto", where.device)
     recipe = where.recipe(way.recipe, f"batch_size={batch}", "data.partitions=4")
     objective, teacher = copy.deepcopy(built(where, way.recipe))
@@ -111,9 +111,9 @@ def built(where: Where, name: str) -> tuple[Objective, Teacher | None]:
 
 
 @cache
-def flops_per_image(where: Where, name: str) -> float:
+def flops_per_image(where: Where, name: str, batch: int) -> float:
     """Of a recipe's step, forward and backward, on tensors without data."""
-    return dry_run(where.recipe(name), 2, "autocast").flops / 2
+    return dry_run(where.recipe(name), batch, "autocast").flops / batch
 
 
 def peer(where: Where, title: str, batch: int, few: int) -> Contestant:
