@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pipeline import late
+from pipeline import interrupts, late
 
 if TYPE_CHECKING:
     from pipeline.config.recipe import load_recipe
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["build_objective", "load_encoder", "load_recipe", "load_reconstructor"]
 late.install()
+if interrupts.of_a_command():  # whose imports take seconds, with a cold cache minutes
+    interrupts.interrupt_quietly()
 _HOME = {
     "build_objective": "pipeline.method.objective",
     "load_encoder": "pipeline.weights.load",

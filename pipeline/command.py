@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NoReturn, TypeVar
 
 from pipeline.errors import UserError, mend_streams, reachable, reader_may_leave, refuse
+from pipeline.interrupts import interrupt_quietly
 from shard_tools.home import expand_words
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
     together, later. ranks: whether a launcher may start several of this command.
 
     Until `imported` is called, garbage collection is off (see late.uncollected) and Ctrl-C ends the
-    process without a traceback.
+    process without a traceback, as it does since the first import (interrupts.py).
     """
     mend_streams()
     try:
@@ -107,14 +108,6 @@ def imported() -> None:
         gc.enable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def interrupt_quietly() -> None:
-    """From here on Ctrl-C ends this process by the signal itself, without a traceback. Not where it
-    is ignored (`nohup`, `&` in a script), nor in a container's first process, which would then
-    ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and os.getpid() != 1:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_main(main: Callable[[], int]) -> NoReturn:

@@ -15,10 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.command import alone, check_environment, interrupt_quietly
+from pipeline.command import alone, check_environment
 from pipeline.config.recipe import RECIPES
 from pipeline.errors import PREEMPTED, UserError, mend_streams, reachable, refuse
 from pipeline.help_text import HelpFormatter
+from pipeline.interrupts import interrupt_quietly
 from pipeline.late import uncollected
 from pipeline.runtime import startup
 from pipeline.runtime.preflight import preflight

@@ -82,6 +82,7 @@ def _passes(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return status in (408, 425, 429) or status >= 500
+    name = type(error).__name__
     if isinstance(error, TimeoutError | asyncio.TimeoutError | ConnectionResetError):
-        return True
-    return type(error).__name__ in ("ClientPayloadError", "ServerDisconnectedError")
+        return name != "ConnectionTimeoutError"
+    return name in ("ClientPayloadError", "ServerDisconnectedError")

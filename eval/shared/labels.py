@@ -57,7 +57,8 @@ def class_count(train: Manifest, val: Manifest) -> int:
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
             f"{train.folder} and {val.folder} do not have the same classes "
-            f"({_difference(train.classes, val.classes)}); make both from one dataset"
+            f"({_difference(train.classes, val.classes)}); make {val.folder} with make_shards.py "
+            f"--classes-from {train.folder}"
         )
     if train.index_sha256 == val.index_sha256 and list(train.shards) == list(val.shards):
         raise UserError(

@@ -12,9 +12,9 @@ import collections
 import contextlib
 import datetime
 import pathlib
-import pickle
 import re
 import types
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -73,12 +72,36 @@ def load_tensors(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_plain_values()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a cut or damaged pickle ends in any
         said = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
         said = said.partition(" Check the documentation")[0]  # of torch.load
-        reason = _refused_objects(path) or said[:160]
+        reason = _refused_objects(path) or said[:160] or type(error).__name__
         raise UserError(f"{path}: cannot be read as a file of weights ({reason})") from None
+    if record := _damaged_record(path):
+        raise UserError(
+            f"{path}: is damaged (the checksum of its {record} is another); copy or download it "
+            "again"
+        )
+    return content
+
+
+def _damaged_record(path: Path) -> str:
+    """A record of a file of torch.save's whose CRC-32 is not its content's, which torch.load does
+    not look at; "" where there is none, or no checksum: torch can leave out all of them."""
+    if not zipfile.is_zipfile(path):  # torch's form before 1.6
+        return ""
+    sound, damaged = [], []
+    with zipfile.ZipFile(path) as file:
+        for record in file.namelist():
+            try:
+                with file.open(record) as content:
+                    while content.read(1 << 20):
+                        pass
+                sound.append(record)
+            except zipfile.BadZipFile:
+                damaged.append(record)
+    return damaged[0] if damaged and sound else ""
 
 
 def _plain_values() -> list[Any]:

@@ -19,7 +19,7 @@ from shard_tools.image_file.sound import sound_until, warning_of
 
 # TIFF tags. The first of a pair is that of strips, the second that of tiles.
 _OFFSETS, _LENGTHS = (273, 324), (279, 325)
-_ROWS_PER_STRIP, _TILE_WIDTH, _TILE_ROWS, _PLANAR, _TABLES = 278, 322, 323, 284, 347
+_ROWS_PER_STRIP, _TILE_WIDTH, _TILE_ROWS, _TABLES = 278, 322, 323, 347
 _HEADER = 8  # bytes of the file before which no strip begins
 _DEFLATE = ("tiff_adobe_deflate", "tiff_deflate")
 _FAX = ("tiff_ccitt", "group3", "group4", "tiff_raw_16")

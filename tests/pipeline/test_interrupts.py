@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from signals import interruptible
@@ -11,6 +12,7 @@ from signals import interruptible
 from pipeline.distributed import StopSignal
 from pipeline.errors import reader_left
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """
 import sys, time
 from pipeline.command import early, run_main
@@ -37,6 +39,36 @@ def test_ctrl_c_ends_a_command_without_a_traceback(when: str, code: int, said: s
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (code, said)
+
+
+COMMANDS = ["shard_tools/make_shards.py", "eval/knn.py", "pipeline/estimate.py"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_imports_what_it_needs_to_read_its_options(
+    command: str, tmp_path: Path
+) -> None:
+    slow = "import time\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    for name in ("numpy", "yaml"):
+        (tmp_path / f"{name}.py").write_text(slow)
+    pipe, env = subprocess.PIPE, os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with interruptible():
+        process = subprocess.Popen(
+            [sys.executable, ROOT / command, "--help"], stdout=pipe, stderr=pipe, text=True, env=env
+        )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (-signal.SIGINT, "")
+
+
+def test_an_import_elsewhere_leaves_ctrl_c_as_it_is() -> None:
+    code = "import signal, pipeline; print(signal.getsignal(signal.SIGINT))"
+    with interruptible():
+        output = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert "default_int_handler" in output
 
 
 @pytest.fixture

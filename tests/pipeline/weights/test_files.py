@@ -241,3 +241,32 @@ def test_objects_with_code_are_named_and_not_made(tmp_path):
     with pytest.raises(UserError, match=r"x\.pth: .*holds .*Settings.*code is not run") as error:
         load_encoder(tmp_path / "x.pth", arch=ARCH)
     assert "\n" not in str(error.value)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    torch.save({"model": state()}, path := tmp_path / "damaged.pth")
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda record: record.file_size)
+    data[largest.header_offset + largest.file_size // 2 + 100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged \(the checksum of its damaged/data/\d+"):
+        load_tensors(path)
+
+
+def test_a_file_without_checksums_loads(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        assert loaded(tmp_path / "unchecked.pth", {"model": state()})[0] == 1
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+@pytest.mark.parametrize("size", [1, 20, 30, 60, 100, 300, 1000])
+def test_a_cut_file_is_refused_with_a_reason(tmp_path, size):
+    torch.save(
+        {"model": state()}, path := tmp_path / "cut.pth", _use_new_zipfile_serialization=False
+    )
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"cut\.pth: cannot be read as a file of weights \(.+\)$"):
+        load_tensors(path)
