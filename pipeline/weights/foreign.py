@@ -177,6 +177,7 @@ def fit(
     try:
         vit = build_family(arch, options, state)
         _same_patch(state, vit, arch, path)
+        _same_registers(state, vit, arch)
         size = _table_size(state, vit)
         if "img_size" not in options and size not in (None, vit.patch_embed.img_size[0]):
             options["img_size"] = size
@@ -218,8 +219,22 @@ def _same_patch(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str, 
     )
 
 
+def _same_registers(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str) -> None:
+    """Refuse register tokens of another number, by which timm misreads the position table."""
+    if "patch_embed.proj.weight" not in state:  # RADIO's are beside its cls token
+        return
+    theirs, mine = (0 if t is None else t.shape[1] for t in (
+        _first_of(_REGISTERS, state), getattr(vit, "reg_token", None)
+    ))  # fmt: skip
+    if theirs != mine:
+        raise UserError(
+            f"it has {theirs} register tokens, {arch} {mine}; give an --arch of as many"
+        )
+
+
 # What timm, OpenCLIP and Meta's PE call them.
 _PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "conv1.weight")
+_REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 _TABLES = ("pos_embed", "visual.positional_embedding", "positional_embedding")
 
 

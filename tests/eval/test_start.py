@@ -84,7 +84,9 @@ def test_labels_and_classes_are_those_of_one_data_set(tmp_path):
     with pytest.raises(UserError, match=r"do not have the same classes \(3 and 4\)"):
         class_count(train, more)
     other = replace(train, classes=("class0", "class2", "class1"))
-    with pytest.raises(UserError, match=r"\(number 1 is class1 and class2\); make .*--classes-from"):
+    with pytest.raises(
+        UserError, match=r"\(number 1 is class1 and class2\); make .*--classes-from"
+    ):
         class_count(train, other)
     for labels in (label, label * 2):  # of a set that names none
         rows = write_shards(tmp_path / f"rows-{labels.max()}", image, labels)

@@ -270,3 +270,14 @@ def test_a_cut_file_is_refused_with_a_reason(tmp_path, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"cut\.pth: cannot be read as a file of weights \(.+\)$"):
         load_tensors(path)
+
+
+@pytest.mark.parametrize(("has", "asked"), [("", "reg4_"), ("reg4_", "")])
+def test_other_numbers_of_registers_are_refused(tmp_path, has, asked):
+    """timm would cut the position table by them, and torch would speak of its shape."""
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    source = timm.create_model(f"vit_small_patch14_{has}dinov2", num_classes=0, **small)
+    torch.save(source.state_dict(), path := tmp_path / "dinov2.pth")
+    words = rf"it has {4 if has else 0} register tokens, \w+ {4 if asked else 0}; give an --arch"
+    with pytest.raises(UserError, match=words):
+        load_encoder(path, arch=f"vit_small_patch14_{asked}dinov2", options=small)

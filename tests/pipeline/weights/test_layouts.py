@@ -282,7 +282,7 @@ def test_the_files_own_image_size_is_taken(tmp_path):
     [
         ({"patch_size": 8}, r"patches are 8 pixels wide, those of vit_small_patch16_224 16"),
         ({"class_token": False, "global_pool": "avg"}, "not a square of patches and 1 further"),
-        ({"reg_tokens": 2}, "not a square of patches and 1 further"),
+        ({"reg_tokens": 2}, "has 2 register tokens, vit_small_patch16_224 0"),
         ({"qkv_bias": False}, "qkv.bias is missing"),
         ({"init_values": 0.1}, r"ls1\.gamma has no place"),
     ],
