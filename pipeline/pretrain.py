@@ -35,65 +35,76 @@ def build_parser() -> argparse.ArgumentParser:
         description="Pretrain a masked-image model (MAE, R-MAE, C-MAE) from shards with DeepSpeed.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument(
+    _what_options(parser.add_argument_group("what, from where, to where"))
+    _start_options(parser.add_argument_group("start and resume"))
+    _other_options(parser.add_argument_group("others"))
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def _what_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
+    a(
         "--ds_config", "--ds-config", default=ROOT / "ds_configs" / "zero2.json", metavar="FILE",
         help="how it runs (ZeRO stage, bf16, buckets, micro-batch): a file, or a bundled name such "
         "as zero1 (default: zero2)",
     )  # fmt: skip
-    parser.add_argument(
-        "--recipe",
-        default=RECIPES / "rmae.yaml",
-        metavar="FILE",
+    a(
+        "--recipe", default=RECIPES / "rmae.yaml", metavar="FILE",
         help="what is trained: a file, or a bundled name such as mae (default: rmae)",
-    )
-    parser.add_argument(
+    )  # fmt: skip
+    a(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a recipe key, e.g. --set optimizer.epochs=400; may be repeated",
     )  # fmt: skip
-    parser.add_argument(
-        "--data", default="data/shards/train", metavar="FOLDER", help="folder of shards"
-    )
-    parser.add_argument(
+    a("--data", default="data/shards/train", metavar="FOLDER", help="folder of shards")
+    a(
         "--output", metavar="FOLDER", help="the run's folder (default: runs/<recipe>-<date>)",
         default=argparse.SUPPRESS,
     )  # fmt: skip
-    parser.add_argument(
+    a(
+        "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
+        help="stop after optimizer step N; the learning rate schedule keeps the recipe's length "
+        "(default: the recipe's epochs)",
+    )  # fmt: skip
+
+
+def _start_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
+    a(
         "--resume", default="auto", metavar="auto|PATH|none",
         help="auto: from the newest valid checkpoint of --output; PATH: begin at another run or "
         "checkpoint (rerunning the command continues the new run); none: start from scratch",
     )  # fmt: skip
-    parser.add_argument(
+    a(
+        "--resume-changed", action="store_true",
+        help="resume although data or recipe differ from the checkpoint's; the log says what "
+        "differs and how the schedule moves",
+    )  # fmt: skip
+    a(
         "--init", metavar="PATH", default=argparse.SUPPRESS,
         help="start a fresh run from weights: a run, an export, a file of facebookresearch/mae, "
         "MoCo v3, DINO or timm, or timm:NAME (same as --set init.weights=PATH; --set init.ema=true "
         "takes the average that the file keeps, or the run's EMA teacher)",
     )  # fmt: skip
-    parser.add_argument(
-        "--resume-changed", action="store_true",
-        help="resume although data or recipe differ from the checkpoint's; the log says what "
-        "differs and how the schedule moves",
-    )  # fmt: skip
-    parser.add_argument(
+
+
+def _other_options(group: argparse._ArgumentGroup) -> None:
+    a = group.add_argument
+    a(
         "--no-lock", action="store_false", dest="lock",
         help="allow an --output whose file system has no locks (a second run on the same folder "
         "is then not noticed)",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-steps", type=int, default=argparse.SUPPRESS, metavar="N",
-        help="stop after optimizer step N; the learning rate schedule keeps the recipe's length "
-        "(default: the recipe's epochs)",
-    )  # fmt: skip
-    parser.add_argument(
+    a(
         "--peak-tflops", type=float, default=argparse.SUPPRESS, metavar="N",
         help="peak of one device in 10^12 FLOP/s, for the MFU (default: the data sheet's, for "
         "known GPUs)",
     )  # fmt: skip
-    parser.add_argument(
+    a(
         "-v", "--verbose", action="store_true",
         help="log how long each phase until the first step took",
     )  # fmt: skip
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> Settings:

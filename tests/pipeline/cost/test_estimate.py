@@ -31,6 +31,7 @@ from pipeline.cost.dry_run import (
 )
 from pipeline.cost.launches import LaunchCounter
 from pipeline.cost.micro_batch import PlanError, split
+from pipeline.cost.options import CORE_IMAGES, PRECISIONS, UTILISATION
 from pipeline.cost.stepping import Stepping
 from pipeline.cost.zero import fitting_micro_batch, memory, shard, stage2_gradients, traffic
 from pipeline.errors import UserError
@@ -187,7 +188,7 @@ def test_shards_cover_every_element():
 @pytest.mark.parametrize("name", ["rmae", "cmae"])
 def test_autocast_keeps_what_lies_between_bf16_and_fp32(name):
     recipe = tiny_recipe(name)
-    kept = {p: dry_run(recipe, 4, p).activations for p in plan.PRECISIONS}
+    kept = {p: dry_run(recipe, 4, p).activations for p in PRECISIONS}
     assert kept["bf16"] == kept["bf16-fp32-grads"] < kept["autocast"] < kept["fp32"]
 
 
@@ -240,7 +241,7 @@ def test_a_second_crop_is_loaded_too():
     for name in ("mae", "mocov3"):
         args = plan.parse_args(["--gpus", "2", "--launch-ms", "1", "--cores", "2"])
         rows[name] = plan.predict(tiny_recipe(name), args)["stages"][0]
-    assert rows["mae"]["loader_ms"] == 1e3 * 4 / (2 * plan.CORE_IMAGES)
+    assert rows["mae"]["loader_ms"] == 1e3 * 4 / (2 * CORE_IMAGES)
     assert rows["mocov3"]["loader_ms"] == 2 * rows["mae"]["loader_ms"]
 
 
@@ -488,7 +489,7 @@ def test_command_line(capsys, tmp_path):
     options = ["--recipe", recipe, "--gpus", "2", "--images", "1000", "--json", str(path)]
     assert plan.main([*options, "--gpu", "a100"]) == 0
     text = capsys.readouterr().out
-    peak = f"at {plan.UTILISATION:.0%} of the peak in autocast"
+    peak = f"at {UTILISATION:.0%} of the peak in autocast"
     assert re.search(rf"hours on 2 A100 of 80 GB \((host|loader)-bound; .* {peak}\)", text)
     assert "  host-bound" in text  # a tiny model; launches are measured here
     made = json.loads(path.read_text())
@@ -506,7 +507,7 @@ def test_command_line(capsys, tmp_path):
     assert hours["bf16"] == hours["bf16-fp32-grads"] > 0
     assert hours["autocast"] == hours["bf16"]
     assert hours["fp32"] == pytest.approx(hours["bf16"] * 312 / 19.5, rel=0.02)
-    expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * plan.UTILISATION) / 3600
+    expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * UTILISATION) / 3600
     assert made["gpu_hours"] == pytest.approx(expected, abs=0.005)
     more = ["--launch-ms", "0.001", "--core-images", "50", "--cores", "3"]
     assert plan.main([*options, *more, "--images", "9999999"]) == 0
