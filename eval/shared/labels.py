@@ -1,6 +1,8 @@
 """The labels of the sets that an evaluation trains and scores on."""
 
+import functools
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -50,9 +52,17 @@ def _difference(train: Sequence[str], val: Sequence[str]) -> str:
     return f"number {number} is {train[number]} and {val[number]}"
 
 
+@functools.cache  # once, however many look
+def _say_same(val: str, train: str) -> None:
+    print(
+        f"warning: --val {val} has the images of --train {train}: the result is of training images",
+        file=sys.stderr,
+    )
+
+
 def class_count(train: Manifest, val: Manifest) -> int:
-    """Number of classes, with the assurance that both sets number the same classes alike, that the
-    training set has images of two at least, and that the other is not the same set."""
+    """Number of classes, with the assurance that both sets number the same classes alike, and that
+    the training set has images of two at least. A warning where both are the same set."""
     check_classes(train.folder, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
@@ -61,10 +71,7 @@ def class_count(train: Manifest, val: Manifest) -> int:
             f"--classes-from {train.folder}"
         )
     if train.index_sha256 == val.index_sha256 and list(train.shards) == list(val.shards):
-        raise UserError(
-            f"--val {val.folder}: has the images of --train {train.folder}, on which an encoder is "
-            "not judged; give others"
-        )
+        _say_same(str(val.folder), str(train.folder))
     largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
     named = next((m for m in (train, val) if m.classes), None)
     if named is None:
