@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import io
 import re
+import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 PALETTE = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000",
 )  # fmt: skip
+
+TITLE, LABEL = 52, 66  # characters that fit side by side
 
 GRID = "#e6e6e6"
 STYLE: Any = {
@@ -68,7 +72,9 @@ def line_chart(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        # Text stays text, and the reader's fonts have what matplotlib's lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(5.6, 3.2), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
@@ -86,7 +92,7 @@ def line_chart(
             if line.band is not None:
                 colour = PALETTE[line.colour % len(PALETTE)]
                 axes.fill_between(line.x, *line.band, color=colour, alpha=0.2, linewidth=0)
-        axes.set(title=title, xlabel=x, ylabel=y)
+        axes.set(title=wrapped(title, TITLE), xlabel=x, ylabel=y)
         if ticks is not None:
             axes.set_xticks(range(len(ticks)), ticks)
         elif all(float(x).is_integer() for line in lines for x in line.x):
@@ -102,7 +108,13 @@ def line_chart(
 
 def in_legend(label: str) -> str:
     """The label of a line for matplotlib, whose legend leaves out those that begin with _."""
+    label = wrapped(label, LABEL)
     return f" {label}" if label.startswith("_") else label or "_"
+
+
+def wrapped(text: str, width: int) -> str:
+    """A text in lines of at most `width` characters, as it is where it fits in one."""
+    return text if len(text) <= width else "\n".join(textwrap.wrap(text, width))
 
 
 def add_legend(figure: Figure) -> None:

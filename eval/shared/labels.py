@@ -16,6 +16,7 @@ from shard_tools.sharding.found import is_image
 
 LIST = ".txt"  # of paths, one a line
 TABLES = (".csv", ".jsonl", ".ndjson")
+MOST_CLASSES = 1 << 20  # that labels without names may number, where there are fewer images
 GLANCE = 1000  # folders that are looked into for a first image
 
 
@@ -75,6 +76,12 @@ def class_count(train: Manifest, val: Manifest) -> int:
     largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
     named = next((m for m in (train, val) if m.classes), None)
     if named is None:
+        for m in (train, val):
+            if largest[m.folder] >= max(MOST_CLASSES, m.samples):
+                raise UserError(
+                    f"{m.folder}: has label {largest[m.folder]} and names no classes, of which "
+                    f"that would be as many for {m.samples} images; number the labels from 0"
+                )
         return max(largest.values()) + 1
     for folder, label in largest.items():  # of the set that names none
         if label >= len(named.classes):

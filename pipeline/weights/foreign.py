@@ -35,7 +35,14 @@ from pipeline.weights.layouts import (
     refuse_stem,
 )
 from pipeline.weights.positions import resize_positions, square
-from pipeline.weights.source import check_divisible, need_arch, other_size, read_config
+from pipeline.weights.source import (
+    CLASSIFIER,
+    check_divisible,
+    need_arch,
+    other_size,
+    read_classifier_info,
+    read_config,
+)
 
 # Heads and decoders are not part of an encoder; nor is a mask token, but it is in one's middle.
 _LEFT_OUT = re.compile(
@@ -110,13 +117,13 @@ def from_file(
         layout = layout_of(found, content, arch)
     given, options = options, fixed_options(layout, found.state) | options
     vit = fit(found.state, arch, options, path, layout)
-    info = named(arch, path.stem)  # with ImageNet's statistics
+    info, beside = named(arch, path.stem), _finetuned_with(path)  # with ImageNet's statistics
     if not layout.imagenet:
-        info |= _trained_with(content) or timm_statistics(vit)
+        info |= _trained_with(content) or beside or timm_statistics(vit)
     info |= stated(options)
     info |= {key: written[key] for key in ("mean", "std") if key in written}
     info = finish(info, vit, options)
-    info |= {"note": "" if written else _note(found, layout, info, given, ema)}
+    info |= {"note": "" if written else _note(found, layout, info, given, ema, beside)}
     return vit, info | left_out(found.state, vit)
 
 
@@ -142,12 +149,23 @@ def _trained_with(content: Any) -> dict[str, Any]:
     return {"mean": list(mean), "std": list(std)} if mean and std else {}
 
 
+def _finetuned_with(path: Path) -> dict[str, Any]:
+    """Mean and std that eval/finetune.py wrote beside a classifier, or {}."""
+    if path.name != "classifier.safetensors" or not (path.parent / CLASSIFIER).is_file():
+        return {}
+    info = read_classifier_info(path.parent)
+    return {key: info[key] for key in ("mean", "std")}
+
+
 def _note(
-    found: Found, layout: Layout, info: dict[str, Any], given: dict[str, Any], ema: bool
-) -> str:
+    found: Found, layout: Layout, info: dict[str, Any], given: dict[str, Any], ema: bool,
+    beside: dict[str, Any],
+) -> str:  # fmt: skip
     """What was taken to be so of a file that does not say it."""
     if layout is TIMM:
-        whose = f"timm's names, mean and std {_short(info)} as timm has them for {info['arch']}"
+        whose = f"timm's names, mean and std {_short(info)} "
+        told = beside and beside.items() <= info.items()
+        whose += f"of {CLASSIFIER}" if told else f"as timm has them for {info['arch']}"
     else:
         whose = f"a file of {layout.name}: mean and std {_short(info)}"
         heads = fixed_options(layout, found.state).get("num_heads")

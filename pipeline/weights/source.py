@@ -24,7 +24,7 @@ from pipeline.weights.header import (
     written_info,
 )
 
-TEACHER = "teacher.safetensors"
+TEACHER, CLASSIFIER = "teacher.safetensors", "classifier.json"
 
 
 def check_source(
@@ -183,6 +183,11 @@ def read_info(folder: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
 
 def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
     """What a folder without a readable encoder is."""
+    if (Path(folder) / CLASSIFIER).is_file() and isinstance(error, FileNotFoundError):
+        return UserError(
+            f"{folder}: is a classifier of eval/finetune.py; write its encoder with "
+            f"pipeline/export.py {folder} --format run OUT, and give --encoder OUT"
+        )
     return UserError(
         f"{folder}: no exported encoder there; give a run, an export or a file of weights"
         + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
@@ -193,10 +198,10 @@ def read_classifier_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The classifier.json that eval/finetune.py wrote: arch, options, mean, std, classes (their
     names). UserError."""
     try:
-        text = (Path(folder) / "classifier.json").read_text(encoding="utf-8")
-        info = facts(text, "classifier.json")
+        text = (Path(folder) / CLASSIFIER).read_text(encoding="utf-8")
+        info = facts(text, CLASSIFIER)
         if not (isinstance(info.get("classes"), list) and info["classes"]):
-            raise ValueError("classifier.json: classes is not a list of names")
+            raise ValueError(f"{CLASSIFIER}: classes is not a list of names")
     except (OSError, ValueError) as error:
         raise no_classifier(folder, error) from None
     return info

@@ -117,6 +117,39 @@ def test_micro_batches_add_up_to_the_mean_loss_of_the_batch(sizes):
     torch.testing.assert_close(heads.probes[0].head.weight.grad, slope)
 
 
+def test_a_step_is_adamws_with_the_pairs_rate_and_decay_and_the_sum_over_ranks():
+    """First steps of warm-up by the published formula, on two ranks that have the same images."""
+
+    class Twice:
+        device = torch.device("cpu")
+
+        def sum(self, value: torch.Tensor) -> torch.Tensor:
+            return 2 * value
+
+    s = Settings("", "", batch_size=8, steps=20, warmup=0.2, rates=(0.01, 0.1), decays=(0.0, 0.5))
+    heads = Heads(16, 3, s, torch.device("cpu"))
+    torch.manual_seed(0)
+    tokens, label = torch.randn(4, 4, 16), torch.arange(4) % 3
+    first = heads.probes[0].head.weight.detach().double()
+    theirs = [(first.clone(), torch.zeros_like(first), torch.zeros_like(first)) for _ in s.pairs]
+    for step in range(3):
+        slopes = []
+        for probe in heads.probes:  # the mean of the global batch, which has each image twice
+            loss = torch.nn.functional.cross_entropy(probe(tokens), label)
+            slopes.append(torch.autograd.grad(loss, probe.head.weight)[0].double())
+        heads.step(step, [(tokens, label)], Twice())
+        for number, ((peak, decay), slope) in enumerate(zip(s.pairs, slopes, strict=True)):
+            w, m, v = theirs[number]
+            rate = peak * (step + 1) / 4
+            m, v = 0.9 * m + 0.1 * slope, 0.999 * v + 0.001 * slope**2
+            ahead = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            w = w - rate * decay * w - rate * ahead
+            theirs[number] = (w, m, v)
+            weight = heads.probes[number].head.weight
+            torch.testing.assert_close(weight.detach().double(), w, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(weight.grad.double(), slope, rtol=1e-4, atol=1e-6)
+
+
 def test_training_crops_are_those_of_supervised_training(home, monkeypatch):
     class Asked(Exception):
         pass

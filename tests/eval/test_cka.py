@@ -4,6 +4,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eval_helpers import (
@@ -191,6 +192,15 @@ def test_minibatches_on_two_ranks_give_the_value_of_one(home: Path) -> None:
         torch.testing.assert_close(torch.tensor(result["cka"]), torch.tensor(alone["cka"]))
     error = (torch.tensor(alone["cka"]) - torch.tensor(exact["cka"])).abs()
     assert error.max() < 0.15  # an estimate from 3 batches of 16
+
+
+def test_another_seed_drops_other_patches(home: Path, tmp_path: Path) -> None:
+    """Of noise, whose patches are unlike; those of one colour have a CKA of 1 whatever is kept."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 24, 20, 3)).astype(np.uint8)
+    write_shards(tmp_path / "val", noise, np.arange(16) % 2)
+    words = ("--val", tmp_path / "val", "--batch-size", 16, "--mask-ratios", 0.5)
+    found = [evaluate(home, *words, "--seed", n)["cka"] for n in (0, 0, 1)]
+    assert found[0] == found[1] != found[2]
 
 
 def test_bad_input_is_one_sentence(home: Path) -> None:

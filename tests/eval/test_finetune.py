@@ -23,6 +23,7 @@ from eval_helpers import (
     write_encoder,
     write_shards,
 )
+from timm.data.mixup import Mixup
 from timm.layers import DropPath
 
 from eval import finetune
@@ -37,6 +38,7 @@ from eval.shared.classifier import (
     layer_groups,
     layer_of,
     read_classifier,
+    write_classifier,
 )
 from eval.shared.encoders import EncoderInfo
 from eval.shared.features import normalise
@@ -49,6 +51,7 @@ from pipeline.distributed import Ranks
 from pipeline.errors import DIVERGED, PREEMPTED, UserError
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.seeding import seed_all
+from pipeline.weights.load import load_encoder
 from pipeline.weights.run import read_encoder
 from shard_tools.manifest import read_manifest
 
@@ -218,10 +221,49 @@ def test_erasing_takes_a_quarter_of_the_images() -> None:
     # One rectangle, of normal noise that differs from pixel to pixel.
     box = erased.any(2).sum(1) * erased.any(1).sum(1)
     assert torch.equal(box, erased.sum((1, 2)))
+    for image, hidden in zip(pixels, erased, strict=True):
+        values = image[hidden.expand(3, -1, -1)]
+        assert len(values.unique()) == len(values)
     noise = pixels[pixels != 9]
     assert noise.mean().abs() < 0.05
     assert noise.std().item() == pytest.approx(1, abs=0.05)
     assert augment.make_erasing(0.0, torch.device("cpu")) is None
+
+
+def test_what_is_asked_for_reaches_the_training(home: Path, monkeypatch) -> None:
+    """Mixing, erasing, drop path, and the rate and decay with which each weight is updated."""
+    init_ranks()
+    words = ("--mixup", "0.3", "--cutmix", "0.6", "--smoothing", "0.2", "--erasing", "0.4",
+             "--drop-path", "0.5", "--layer-decay", "0.5", "--weight-decay", "0.3",
+             "--base-lr", "0.16", "--warmup-epochs", "0")  # fmt: skip
+    s, session = asked(arguments(home, home / "x.json", *words))
+    run = finetune.Finetuning(s, finetune_plan.plan_training(s, home, ALONE), session)
+    mix, erase = run.mix, run.erase
+    assert isinstance(mix, Mixup)
+    assert erase is not None
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.label_smoothing) == (0.3, 0.6, 0.2)
+    assert (mix.mix_prob, mix.switch_prob, mix.mode, mix.num_classes) == (1.0, 0.5, "batch", 6)
+    assert (erase.probability, erase.min_area, erase.max_area) == (0.4, 0.02, 1 / 3)
+    path = run.module.model.blocks[-1].drop_path1
+    assert isinstance(path, DropPath)
+    assert path.drop_prob == 0.5
+    seen, micro_step = [], run.engine.micro_step
+    monkeypatch.setattr(run, "erase", torch.zeros_like)
+    monkeypatch.setattr(
+        run.engine, "micro_step", lambda *given: seen.append(given) or micro_step(*given)
+    )
+    run.train_step(0, iter(run.loader(0)))
+    for _, pixels, target in seen:
+        assert not pixels.any()  # erased
+        torch.testing.assert_close(target.min(1).values, torch.full((len(target),), 0.2 / 6))
+    peak = 0.16 * 16 / 256
+    scales = {number: peak * 0.5 ** (3 - number) for number in range(4)}
+    found = {group["name"]: (group["lr"], group["weight_decay"])
+             for group in run.engine.optimizer.param_groups}  # fmt: skip
+    assert found == {f"layer {number}, {word}": (pytest.approx(rate), decay)
+                     for number, rate in scales.items()
+                     for word, decay in (("decay", 0.3), ("no decay", 0.0))}  # fmt: skip
+    run.engine.destroy()
 
 
 def arguments(home: Path, output: Path, *more: str) -> list[str]:
@@ -484,6 +526,23 @@ def test_a_distilled_deit_is_finetuned_on_the_mean_of_its_patches(
     assert result["encoder"]["arch"] == "deit_base_distilled_patch16_224"
     again, _ = read_classifier(tmp_path / "x")
     assert again(pixels).shape == (3, 6)
+
+
+def test_a_finetuned_classifier_says_its_pixels_and_how_it_is_taken(home, tmp_path: Path) -> None:
+    _, model = model_of(home)
+    classes = tuple(map(str, range(7)))
+    _, info = read_encoder(home / "run")
+    write_classifier(tmp_path / "ft", model.state_dict(), info, classes)
+    file = tmp_path / "ft/classifier.safetensors"
+    arch = {"arch": info["arch"], "options": OPTIONS}
+    _, found = load_encoder(file, **arch)  # of timm they would be 0.5
+    assert (found["mean"], found["std"]) == (info["mean"], info["std"])
+    assert "0.229,0.224,0.225 of classifier.json" in found["note"]
+    overlay = {"pretrained_cfg_overlay": {"mean": [0.1, 0.2, 0.3]}}
+    _, found = load_encoder(file, arch=info["arch"], options={**OPTIONS, **overlay})
+    assert found["mean"] == [0.1, 0.2, 0.3]
+    with pytest.raises(UserError, match=r"ft: is a classifier .*export.py \S+ --format run OUT"):
+        load_encoder(tmp_path / "ft")
 
 
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["within an epoch", "at its end"])

@@ -85,6 +85,29 @@ def test_vote_is_the_plain_sum(k: int) -> None:
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (9, 0.07), (9, 0.5), (40, 2.0)])
+def test_the_accuracy_is_that_of_a_plain_loop(home, monkeypatch, k, temperature) -> None:
+    generator = torch.Generator().manual_seed(0)
+    label, truth = torch.arange(70) % 6, torch.arange(37) % 6
+    centre = torch.randn(6, 5, generator=generator)
+    feature = centre[label] + 1.5 * torch.randn(70, 5, generator=generator)
+    query = centre[truth] + 1.5 * torch.randn(37, 5, generator=generator)
+    sets = {str(home / "train"): (feature, label), str(home / "val"): (query, truth)}
+    monkeypatch.setattr(EvalSession, "extract", lambda _, folder, *__: sets[str(folder)])
+    first = fifth = 0
+    for q, right in zip(query.double(), truth.tolist(), strict=True):
+        near = [(float(q @ f / q.norm() / f.norm()), int(n))
+                for f, n in zip(feature.double(), label, strict=True)]  # fmt: skip
+        votes = dict.fromkeys(range(6), 0.0)
+        for cosine, of in sorted(near, reverse=True)[:k]:
+            votes[of] += math.exp(cosine / temperature)
+        order = [of for of in sorted(votes, key=lambda of: -votes[of]) if votes[of] > 0]
+        first += order[0] == right
+        fifth += right in order[:5]
+    result = evaluate(home, "--k", str(k), "--temperature", str(temperature))
+    assert (result["top1"], result["top5"]) == (round(first / 0.37, 3), round(fifth / 0.37, 3))
+
+
 def test_the_nearest_decides_at_any_temperature() -> None:
     feature, label = torch.tensor([[0.0, 1.0], [0.5, 1.0]]), torch.tensor([1, 2])
     votes = knn.vote(torch.tensor([[1.0, 0.0]]), feature, label, 3, k=2, temperature=1e-4)

@@ -188,6 +188,31 @@ def test_probe_has_plain_batch_norm_and_small_weights() -> None:
         torch.testing.assert_close(probe(feature), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_validation_takes_the_running_statistics_of_the_features(home: Path) -> None:
+    """A tenth of each batch's mean and unbiased variance; no batch of validation changes them."""
+    torch.manual_seed(4)
+    probe, x = Probe(32, 6, seed=3), 2 * torch.randn(9, 32) + 1
+    probe(x)
+    mean, var = 0.1 * x.mean(0), 0.9 + 0.1 * x.var(0, unbiased=True)
+    torch.testing.assert_close(probe.norm.running_mean, mean)
+    torch.testing.assert_close(probe.norm.running_var, var)
+    opened = session(home)
+    feature, label = opened.extract(home / "val", "cls", 37)
+    with torch.no_grad():
+        centre = feature.mean(0) - mean  # far from the mean of a batch of validation
+        probe.weight.normal_()
+        logits = (feature - mean) / (var + 1e-6).sqrt() @ probe.weight[0].T
+        by_batch = (feature - feature.mean(0)) / (feature.var(0) + 1e-6).sqrt() @ probe.weight[0].T
+        assert centre.abs().max() > 0.1
+        assert not torch.equal(logits.argmax(1), by_batch.argmax(1))
+    found = linprobe.score({"cls": probe}, opened, settings(home))["cls"]
+    hits = logits.argsort(dim=1, descending=True) == label[:, None]
+    assert found["images"] == 37
+    assert found["top1"] == round(hits[:, 0].sum().item() / 0.37, 3)
+    assert found["top5"] == round(hits[:, :5].sum().item() / 0.37, 3)
+    torch.testing.assert_close(probe.norm.running_mean, mean)
+
+
 def test_heads_do_not_touch_each_other() -> None:
     torch.manual_seed(1)
     feature, label = torch.randn(5, 6, 8), torch.randint(0, 5, (5, 6))

@@ -612,6 +612,7 @@ addEventListener('load', async () => {
   seen.charts = charts.length;
   seen.flat = charts.filter(s => s.clientHeight < 50).length;
   seen.wide = d.documentElement.scrollWidth - innerWidth;
+  seen.spilled = [...d.querySelectorAll('.card')].filter(c => c.scrollWidth > c.clientWidth).length;
   seen.width = innerWidth;
   seen.dark = matchMedia('(prefers-color-scheme: dark)').matches;
   seen.ground = getComputedStyle(d.body).backgroundColor;
@@ -680,6 +681,16 @@ def test_page_renders_in_a_browser(page: Path, tmp_path: Path, width: int, dark:
     assert (seen["open"], seen["closed"], seen["focus"]) == (True, True, True)
     assert seen["large"] >= 1200
     assert seen["sharp"] == "pixelated"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_long_word_stays_within_its_card(tmp_path: Path, width: int) -> None:
+    runs = [write_run(tmp_path, "mae", seed, 30.0) for seed in (0, 1)]
+    (runs[0] / "failure.txt").write_text(f"error: /{'long' * 50}: cannot be read\n")
+    page, _ = report.write_report(runs, tmp_path / "report.html", "t")
+    seen, _ = browse(page, tmp_path, width, False, axe=False)
+    assert (seen["spilled"], seen["wide"] <= 0) == (0, True)
 
 
 @needs_browser

@@ -1,6 +1,7 @@
 """Charts keep what they say within their edges."""
 
 import re
+import warnings
 from xml.etree import ElementTree
 
 import pytest
@@ -38,3 +39,26 @@ def test_a_name_is_drawn_as_it_is(name: str) -> None:
     drawn = [text.strip() for text in ElementTree.fromstring(chart).itertext()]
     assert {name, f"Loss: {name}"} <= set(drawn)
     assert f'aria-label="Loss: {name}"' in chart
+
+
+def test_a_long_name_is_drawn_in_lines_within_the_chart() -> None:
+    name = "ViT-" + "0123456789" * 14
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of letters that no font of matplotlib's has
+        lines = [Line((0, 1), (0, 1), 0, name), Line((0, 1), (1, 0), 1, "日本語")]
+        chart = line_chart(lines, title=f"Loss: {name}", x="x", y="y")
+    root = ElementTree.fromstring(chart)
+    width = float(root.get("viewBox", "").split()[2])
+    drawn = "".join(text.strip() for text in root.itertext())
+    assert drawn.count(name) == 2
+    assert root.get("aria-label") == f"Loss: {name}"
+    for text in root.iter("{http://www.w3.org/2000/svg}text"):
+        x = float(re.findall(r"-?[0-9.]+", text.get("transform", "")[10:])[0])
+        size = float(re.findall(r"([0-9.]+)px", text.get("style", ""))[0])
+        word = str(text.text)
+        if word in name:
+            wide = TextPath((0, 0), word, size=size).get_extents().width
+            centred = "middle" in text.get("style", "")
+            left = x - wide / 2 if centred else x
+            assert left >= 0
+            assert left + wide <= width
