@@ -79,8 +79,8 @@ def class_count(train: Manifest, val: Manifest) -> int:
         for m in (train, val):
             if largest[m.folder] >= max(MOST_CLASSES, m.samples):
                 raise UserError(
-                    f"{m.folder}: has label {largest[m.folder]} and names no classes, of which "
-                    f"that would be as many for {m.samples} images; number the labels from 0"
+                    f"{m.folder}: has label {largest[m.folder]} among {m.samples} images, and "
+                    "names no classes; number the labels from 0"
                 )
         return max(largest.values()) + 1
     for folder, label in largest.items():  # of the set that names none

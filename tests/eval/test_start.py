@@ -103,7 +103,9 @@ def test_labels_and_classes_are_those_of_one_data_set(tmp_path):
     write_manifest(rows, shards=found.shards, index=index, classes=())
     few = labelled(tmp_path / "rows-2")
     for pair in ((few, labelled(rows)), (labelled(rows), few)):
-        with pytest.raises(UserError, match=r"rows-4: has label 1000000000 and names no classes"):
+        with pytest.raises(
+            UserError, match=r"rows-4: has label 1000000000 among .* names no classes"
+        ):
             class_count(*pair)
     with pytest.raises(UserError, match="without: some samples have no label"):
         labelled(write_shards(tmp_path / "without", image, label - 1))

@@ -66,6 +66,7 @@ FLOORS = (
         "pipeline.errors",
         "pipeline.gpu_errors",
         "pipeline.help_text",
+        "pipeline.interrupts",
         "pipeline.late",
         "pipeline.processor",
         "shard_tools.cores",

@@ -11,7 +11,7 @@ from pipeline.config.recipe import RecipeError
 from pipeline.errors import UserError
 from pipeline.kernels.philox import words
 from pipeline.method.checks import visible_count
-from pipeline.method.masking import POLICIES, Draw, select
+from pipeline.method.masking import ASPECTS, POLICIES, SMALLEST, Draw, select
 from pipeline.method.objective import build_objective
 from pipeline.method.views import draw_masks, make_views
 
@@ -135,6 +135,14 @@ def test_blocks_are_contiguous_where_random_patches_are_not():
         mean[policy] = sum(sizes) / len(sizes)
     assert mean["random"] < 6
     assert mean["block"] > 30  # of 79 masked patches
+
+
+def test_blocks_are_drawn_as_beits():
+    """16 of 14 x 14 patches at least; aspects log-uniform between 0.3 and its inverse, the middles
+    of 256 equal steps."""
+    assert SMALLEST * 14 * 14 == 16
+    edges = torch.linspace(math.log(0.3), -math.log(0.3), 257, dtype=torch.float64)
+    torch.testing.assert_close(ASPECTS.log(), (edges[1:] + edges[:-1]) / 2)
 
 
 def test_blocks_vary_in_area_and_shape():
