@@ -14,6 +14,22 @@ from pipeline.method.heads import GlobalBatchNorm, mlp
 from pipeline.runtime.setup import loader_config
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_norm_is_torchs_in_fp32(dtype):
+    """Also of rows so close to one another that eps counts, with a weight and a bias."""
+    torch.manual_seed(0)
+    ours, torchs = GlobalBatchNorm(6, affine=True), torch.nn.BatchNorm1d(6)
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            getattr(ours, name).copy_(torch.randn(6))
+            getattr(torchs, name).copy_(getattr(ours, name))
+    x = (0.003 * torch.randn(4, 3, 6) + 1e-3).to(dtype)
+    y = ours(x)
+    assert y.dtype == dtype
+    expected = torchs(x.float().flatten(0, 1)).view_as(x).to(dtype)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("batch_norm", "activation", "kind"),
     [

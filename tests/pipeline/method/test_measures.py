@@ -46,13 +46,14 @@ def test_byol_is_two_minus_two_cosines():
     recipe = tiny_recipe("cmae", "measure={kind: byol}")
     measure = BYOL(recipe, Encoder(recipe))
     query, key = torch.randn(2, 3, 12), torch.randn(2, 3, 12)
-    loss, _ = measure.compare(query, key)
+    loss, parts = measure.compare(query, key)
     terms = [
         2 - 2 * (query[b, t] @ key[b, t]) / (query[b, t].norm() * key[b, t].norm())
         for b in range(2)
         for t in range(3)
     ]
     torch.testing.assert_close(loss, torch.stack(terms).mean())
+    torch.testing.assert_close(parts["positive"], 1 - loss / 2)  # the mean cosine
     assert measure.compare(query, query)[0].item() == pytest.approx(0.0, abs=1e-6)
 
 

@@ -188,6 +188,56 @@ def test_paired_positions_against_the_oracle(tokens, negatives):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["byol", "infonce"])
+def test_images_whose_views_share_no_or_one_position(kind):
+    """None: the image adds nothing (and no nan). One: its pair counts as the mean of it."""
+    overrides = (*PAIRED, "views.second_mask_ratio=0.75", f"measure={{kind: {kind}}}")
+    recipe = tiny_recipe("cmae", *overrides, "measure.heads.out=12")
+    objective, teacher = build_objective(recipe)
+    batch, sample = 12, torch.arange(12)
+    image = images(batch)
+    loss, terms = objective(image, sample, 2, teacher)
+    views = make_views(image, sample, recipe=recipe, epoch=2, patch=PATCH)
+    query = objective.measure.query(objective.encoder(*views.first))
+    key = teacher(views.second)
+    first, second = views.first.visible.tolist(), views.second.visible.tolist()
+
+    def s(b, p, g):
+        one, other = query[b, first[b].index(p)], key[g, second[g].index(p)]
+        return one @ other / (one.norm() * other.norm())
+
+    shared = [set(first[b]) & set(second[b]) for b in range(batch)]
+    assert {0, 1, 2} <= {len(places) for places in shared}
+    expected, positive = 0.0, 0.0
+    for b, places in enumerate(shared):
+        for p in places:
+            cosine = s(b, p, b)
+            others = [s(b, p, g) / 0.2 for g in range(batch) if p in second[g]]
+            one = 2 - 2 * cosine
+            if kind == "infonce":
+                one = torch.stack(others).logsumexp(0) - cosine / 0.2
+            expected += one / len(places) / batch
+            positive += cosine.detach() / len(places) / batch
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(terms["positive"], positive, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("negatives", ["all", "position", "image"])
+def test_a_single_token_has_no_negative_and_no_nan(negatives):
+    """One image whose views show one position each: the positive is all there is."""
+    settings = ("views.mask_ratio=0.9", *PAIRED, "views.second_mask_ratio=0.9")
+    recipe = tiny_recipe("cmae", *settings, f"measure={{negatives: {negatives}}}")
+    objective, _ = build_objective(recipe)
+    views = views_of(recipe, images())
+    one = [type(v)(v.image[:1], v.visible[:1], v.inverse[:1]) for v in (views.first, views.first)]
+    z = torch.randn(1, 1, 12, requires_grad=True)
+    loss, terms = objective.measure.paired(z, torch.randn(1, 1, 12), *one)
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert terms["negative"].item() == 0.0
+
+
 def test_symmetric_pairs_are_the_mean_of_both_directions():
     recipe = tiny_recipe("cmae", "views.mask_ratio=0.5", *PAIRED, "measure.symmetric=true")
     objective, teacher = build_objective(recipe)

@@ -111,6 +111,20 @@ def test_every_measure_reports_the_spread_of_the_first_views_features(name):
     torch.testing.assert_close(terms["feature_std"], expected)
 
 
+PAIRS = ("cmae", "encoder.masked_tokens=drop", "views.second=independent")
+
+
+@pytest.mark.parametrize(
+    "setting", [*((name,) for name in METHODS), ("cmae", "measure={kind: byol}"), PAIRS]
+)
+def test_terms_hold_no_graph(setting):
+    """They are kept until they are logged."""
+    objective, teacher = build_objective(tiny_recipe(*setting))
+    loss, terms = objective(images(), SAMPLE, 2, teacher)
+    assert loss.requires_grad
+    assert [name for name, term in terms.items() if term.requires_grad] == []
+
+
 def test_rmae_reports_its_terms_apart():
     loss, terms, *_ = both_ways("rmae", "measure.lambda=0.5")
     torch.testing.assert_close(loss.detach(), terms["similarity"] + 0.5 * terms["constraint"])

@@ -10,6 +10,7 @@ from pipeline.method.decoder import Decoder
 from pipeline.method.encoder import Encoder
 from pipeline.method.measures import contrast
 from pipeline.method.objective import build_objective
+from pipeline.method.teacher import linear_weights
 from pipeline.method.views import make_views
 
 SAMPLE = torch.arange(3)
@@ -224,6 +225,28 @@ def test_no_weight_is_rounded_twice_for_one_update():
     linears = sum(isinstance(m, torch.nn.Linear) for m in teacher.modules())
     assert second == third == plain.launches - 2 * linears  # weights and biases
     assert first >= second + 2 * linears
+
+
+def test_a_refreshed_copy_is_up_to_date_without_a_forward_pass():
+    """Which the replay of a captured graph does not make."""
+    objective, teacher, views = with_teacher()
+    teacher.refresh()
+    assert teacher._copy is None  # nothing to bring up to date
+    teacher(views.second, dtype=torch.bfloat16)
+    held = teacher._copy._narrow
+    before = [weight.clone() for weight in held]
+    teacher.update(objective, 0.5)
+    teacher.refresh()
+    for old, new, wide in zip(before, held, linear_weights(teacher), strict=True):
+        assert torch.equal(new, wide.bfloat16())
+        assert not torch.equal(new, old)
+
+
+def test_the_16_bit_keys_of_a_measure_without_a_projector():
+    _, teacher, views = with_teacher()
+    teacher.projector = None
+    keys = teacher(views.second, dtype=torch.bfloat16)
+    assert torch.equal(keys, plain_keys(teacher, views.second).bfloat16())
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

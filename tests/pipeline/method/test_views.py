@@ -100,3 +100,5 @@ def test_hidden_pixels_do_not_leak_into_a_jittered_view():
 def test_full_view_shows_everything():
     view = full_view(images(2), PATCH)
     assert view.visible.tolist() == view.inverse.tolist() == [list(range(16))] * 2
+    wide = full_view(images(2)[:, :8], PATCH)
+    assert wide.visible.tolist() == wide.inverse.tolist() == [list(range(8))] * 2
