@@ -55,6 +55,8 @@ def _difference(train: Sequence[str], val: Sequence[str]) -> str:
 
 @functools.cache  # once, however many look
 def _say_same(val: str, train: str) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(
         f"warning: --val {val} has the images of --train {train}: the result is of training images",
         file=sys.stderr,
