@@ -108,7 +108,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "br", "path", "use"):
+        if tag not in ("meta", "link", "img", "br", "wbr", "path", "use"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
