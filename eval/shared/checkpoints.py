@@ -12,6 +12,9 @@ from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.run_lock import RunLock
 
+# Settings that earlier versions did not record; nothing is known of those.
+LATER = ("mean", "std")
+
 
 def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:
     """Print that the training is saved, and exit with PREEMPTED."""
@@ -50,13 +53,15 @@ class Checkpoints:
     def load(self, read: Callable[[Path], None]) -> dict[str, Any]:
         """`read` the checkpoint's folder; its step and what was saved beside it, or {}."""
 
+        unsaid = {key: value for key, value in self.settings.items() if key in LATER}
+
         def check_and_read(folder: Path, state: dict[str, Any]) -> None:
             if "settings" not in state:
                 raise UserError(
                     f"{self.store.folder} holds the checkpoints of a pretraining; choose another "
                     "--output"
                 )
-            theirs = state["settings"]
+            theirs = {**unsaid, **state["settings"]}
             keys = self.settings.keys() | theirs.keys()
             changed = [
                 difference(key, theirs.get(key), self.settings.get(key))

@@ -317,5 +317,5 @@ def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     del known["subset"]  # the training images say it
     return known | {
         "encoder": session.identity(), "train": plan.sha256[0], "val": plan.sha256[1],
-        "resize": session.resize or None,
+        "resize": session.resize or None, **session.pixels(),
     }  # fmt: skip

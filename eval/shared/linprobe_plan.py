@@ -115,6 +115,7 @@ def check_cached(s: Settings, samples: int) -> None:
 def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     """`record` for a checkpoint: sha256 instead of paths, which may change."""
     known = record(s, plan, session) | {"encoder": session.identity(), "feature": s.feature}
+    known |= {"resize": session.resize or None, **session.pixels()}
     return known | {"train": plan.train_sha256, "val": plan.val_sha256}
 
 

@@ -21,6 +21,7 @@ from shard_tools.atomic import check_writable, write_json
 
 # Settings on which no result depends.
 SAME_RESULT = ("workers", "micro_batch")
+_PIXELS = {"mean", "std"}
 PATHS = {"train", "val", "encoder", "classifier", "images", "subset"}  # settings that may be one
 
 
@@ -176,6 +177,8 @@ def _reading(theirs: Mapping[str, Any], args: argparse.Namespace) -> dict[str, t
         size = check_source(choice.source, choice.arch, choice.options, choice.ema, choice.random)
         given |= {"img_size": size} if size else {}
         found |= {key: (own.get(key), value) for key, value in given.items()}
+        overlay = choice.options.get("pretrained_cfg_overlay", {})
+        found |= {key: (encoder.get(key), list(overlay[key])) for key in _PIXELS & overlay.keys()}
         found["ema"] = (bool(encoder.get("ema")), choice.ema)
     elif hasattr(args, "resize"):  # psnr.py, which records what was given
         found["resize"] = (theirs.get("settings", {}).get("resize", 0), args.resize)
@@ -212,11 +215,25 @@ def write_result(
         check_protocol(Path(path), str(result.get("protocol", "")))
         if args is not None:
             check_other_settings(Path(path), args)
+            _check_pixels(Path(path), result, args)
         with naming(path, "cannot be written"):
             write_json(Path(path), result, indent=1)
     except UserError:
         print(f"not written: {json.dumps(result)}", flush=True)
         raise
+
+
+def _check_pixels(path: Path, result: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """UserError where the result at `path` was made with another mean or std of the pixels, which
+    a command line without them does not say (without --output they are in its name)."""
+    theirs, ours = (found.get("encoder", {}) for found in (read_json(path), result))
+    both = _PIXELS & theirs.keys() & ours.keys() if args.output else set[str]()
+    changed = [difference(k, theirs[k], ours[k]) for k in sorted(both) if theirs[k] != ours[k]]
+    if changed:
+        raise UserError(
+            f"{path}: holds a result with another {', '.join(changed)}; remove it or choose "
+            "another --output"
+        )
 
 
 def write_accuracy(

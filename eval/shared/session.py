@@ -174,6 +174,10 @@ class EvalSession:
                 total.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return total.hexdigest()
 
+    def pixels(self) -> dict[str, Any]:
+        """Mean and std of the pixels, beside `identity`: no weights say them."""
+        return {"mean": list(self.info.mean), "std": list(self.info.std)}
+
     def facts(self, timer: Timer) -> dict[str, Any]:
         """What every result says last: precision, encoder, seconds, ranks."""
         return {

@@ -217,12 +217,19 @@ def with_timm_names(state: dict[str, Tensor], vit: nn.Module, arch: str) -> dict
     state = {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", k): v for k, v in state.items()}
     if isinstance(vit, VisionTransformer) and "blocks.0.gamma_1" in state:  # DeiT III
         state = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()}
+    if isinstance(vit, VisionTransformer) and is_clip_tower(state):
+        state = {f"visual.{k}": v for k, v in state.items()}  # by which timm knows it
     if isinstance(vit, Beit) and vit.rel_pos_bias is None:
         state = _bias_of_each_block(state, len(vit.blocks))
     if isinstance(vit, Eva):
         state = {k: v for k, v in state.items() if k != "mask_token"}  # timm then renames the norm
         state = _without_zero_biases(state, vit, arch)
     return conversion(arch)(state, vit)
+
+
+def is_clip_tower(names: Iterable[str]) -> bool:
+    """Whether weights are CLIP's visual tower alone (OpenAI's, OpenCLIP's, Meta's PE)."""
+    return {"conv1.weight", "class_embedding"} <= set(names)
 
 
 def _bias_of_each_block(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:

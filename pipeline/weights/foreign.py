@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.weights.families import (
     adopt,
     build_family,
+    is_clip_tower,
     with_timm_names,
     within_classifier,
 )
@@ -124,6 +125,7 @@ def from_file(
     info |= {key: written[key] for key in ("mean", "std") if key in written}
     info = finish(info, vit, options)
     info |= {"note": "" if written else _note(found, layout, info, given, ema, beside)}
+    info["note"] += _activation(found, vit, arch)
     return vit, info | left_out(found.state, vit)
 
 
@@ -165,7 +167,14 @@ def _note(
     if layout is TIMM:
         whose = f"timm's names, mean and std {_short(info)} "
         told = beside and beside.items() <= info.items()
-        whose += f"of {CLASSIFIER}" if told else f"as timm has them for {info['arch']}"
+        source = f"timm has them for {info['arch']}"
+        if overlay := given.get("pretrained_cfg_overlay"):
+            source = (
+                "--options has them"
+                if {"mean", "std"} <= overlay.keys()
+                else (f"--options has its {', '.join(overlay)}, else as {source}")
+            )
+        whose += f"of {CLASSIFIER}" if told else f"as {source}"
     else:
         whose = f"a file of {layout.name}: mean and std {_short(info)}"
         heads = fixed_options(layout, found.state).get("num_heads")
@@ -177,6 +186,18 @@ def _note(
     kept = [word for words in found.others for word in words if word in EMA]
     left += f" (--ema takes {kept[0]})" if kept and not ema else ""
     return f"{whose}; weights from {found.place}{left}"
+
+
+def _activation(found: Found, vit: nn.Module, arch: str) -> str:
+    """Which GELU a file of CLIP's names is run with, which nothing in it says."""
+    names = found.state.keys()
+    if not (is_clip_tower(names) or "visual.class_embedding" in names):
+        return ""
+    acts = {type(m.act).__name__ for m in vit.modules() if hasattr(m, "act")}
+    other = arch.split(".")[0].replace("_clip_", "_clip_quickgelu_")
+    if "GELU" not in acts or not timm.is_model(other):
+        return f"; its MLPs run {', '.join(sorted(acts))}" if acts else ""
+    return f"; its MLPs run GELU (for QuickGELU, which OpenAI's have, --arch {other})"
 
 
 def _short(info: dict[str, Any]) -> str:
@@ -196,6 +217,7 @@ def fit(
         vit = build_family(arch, options, state)
         _same_patch(state, vit, arch, path)
         _same_registers(state, vit, arch)
+        _same_tower(state, vit, arch)
         size = _table_size(state, vit)
         if "img_size" not in options and size not in (None, vit.patch_embed.img_size[0]):
             options["img_size"] = size
@@ -247,6 +269,17 @@ def _same_registers(state: Mapping[str, Tensor], vit: VisionTransformer, arch: s
     if theirs != mine:
         raise UserError(
             f"it has {theirs} register tokens, {arch} {mine}; give an --arch of as many"
+        )
+
+
+def _same_tower(state: Mapping[str, Tensor], vit: VisionTransformer, arch: str) -> None:
+    """Refuse CLIP's visual tower where the architecture has no norm before its blocks."""
+    theirs = "ln_pre.weight" in state or "visual.ln_pre.weight" in state
+    if theirs and isinstance(getattr(vit, "norm_pre", nn.Identity()), nn.Identity):
+        raise UserError(
+            f"it is CLIP's visual tower, whose norm before the blocks {arch} has no place for; "
+            "give an --arch such as vit_base_patch16_clip_224, or vit_base_patch16_clip_quickgelu_"
+            "224 for OpenAI's weights"
         )
 
 

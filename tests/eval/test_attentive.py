@@ -213,6 +213,26 @@ def test_result_names_what_was_chosen_and_how(home):
     assert sum(s["samples"] for s in held_out["shards"]) == 6
 
 
+def test_what_was_stopped_begins_from_the_start(home, tmp_path, monkeypatch):
+    """After a kill within the training, as after none: the same grid, no file twice."""
+    step = attentive.Heads.step
+
+    def stopped(self, number, micro, ranks):
+        if number == 10:
+            raise KeyboardInterrupt
+        return step(self, number, micro, ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attentive.Heads, "step", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(home, tmp_path / "x")
+    left = sorted(path.relative_to(tmp_path / "x") for path in (tmp_path / "x").rglob("*"))
+    again, whole = (evaluate(home, tmp_path / name) for name in ("x", "whole"))
+    assert again["grid"] == whole["grid"]
+    assert again["train_loss"] == whole["train_loss"]
+    assert left == sorted(p.relative_to(tmp_path / "x") for p in (tmp_path / "x").rglob("*"))
+
+
 def _two(ranks, home, output):
     result = evaluate(Path(home), Path(output) / "probe", ranks=ranks)
     Path(output, f"{ranks.rank}.json").write_text(json.dumps(result["grid"]))

@@ -266,6 +266,43 @@ def test_what_is_asked_for_reaches_the_training(home: Path, monkeypatch) -> None
     run.engine.destroy()
 
 
+def test_the_loss_is_soft_target_cross_entropy_in_fp32() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    pixels, target = torch.randn(4, 3, 2, 2), torch.rand(4, 5).softmax(1)
+    for kind, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        loss, terms = finetune.Classifier(model.to(kind))(pixels, target)
+        logits = pixels.flatten(1).double() @ model[1].weight.double().T + model[1].bias.double()
+        expected = -(target * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
+        assert (loss.dtype, terms) == (torch.float32, {})
+        assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+
+
+def test_validation_runs_without_drop_path_and_training_continues_with_it(home: Path) -> None:
+    init_ranks()
+    s, session = asked(arguments(home, home / "x.json", "--drop-path", "0.9"))
+    run = finetune.Finetuning(s, finetune_plan.plan_training(s, home, ALONE), session)
+    model = run.module.model
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.head.weight)
+    hits = torch.zeros(2)
+    loader = eval_loader(home / "val", batch_size=37, rank=0, world=1, image_size=16, workers=0)
+    for batch in loader:
+        pixels = normalise(batch.image, session.info.mean, session.info.std, torch.device("cpu"))
+        model.eval()
+        with torch.no_grad():
+            best = model(pixels).argsort(dim=1, descending=True)
+        hits += torch.tensor([(best[:, :n] == batch.label[:, None]).sum() for n in (1, 5)])
+        model.train()
+        with torch.no_grad():  # what drop path would change
+            assert not torch.equal(model(pixels).argmax(1), best[:, 0])
+    found = run.validate()
+    assert [found["top1"], found["top5"]] == pytest.approx((100 * hits / 37).tolist(), abs=1e-3)
+    assert found["images"] == 37
+    assert all(part.training for part in run.module.modules())
+    run.engine.destroy()
+
+
 def arguments(home: Path, output: Path, *more: str) -> list[str]:
     common = ["--encoder", home / "run", "--train", home / "train", "--val", home / "val"]
     small = ["--epochs", 12, "--warmup-epochs", 2, "--batch-size", 16, "--base-lr", 0.05]
@@ -380,6 +417,19 @@ def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(
     write_encoder(tmp_path / "other", seed=4)
     with pytest.raises(UserError, match="another encoder; remove it"):
         evaluate([*words, "--encoder", "other"], tmp_path / "x")
+    info = run / "encoder/encoder.json"  # the same weights, to be given other pixels
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"mean": [0.1, 0.2, 0.3]}))
+    with pytest.raises(UserError, match=r"another mean \(.*now \[0.1, 0.2, 0.3\]"):
+        evaluate(words, tmp_path / "x")
+
+
+def test_a_checkpoint_that_does_not_know_its_pixels_is_resumed(tmp_path: Path) -> None:
+    """Earlier versions recorded neither mean nor std."""
+    Checkpoints(tmp_path, {"epochs": 3}).save(2, lambda folder: "")
+    settings = {"epochs": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert Checkpoints(tmp_path, settings).load(lambda folder: None)["step"] == 2
+    with pytest.raises(UserError, match="another epochs"):
+        Checkpoints(tmp_path, settings | {"epochs": 4}).load(lambda folder: None)
 
 
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(home: Path, tmp_path: Path) -> None:

@@ -500,6 +500,12 @@ def test_a_checkpoint_belongs_to_the_encoder_and_not_to_its_path(
     words = ("--encoder", "run/encoder", "--train", names[0], "--val", names[1])
     monkeypatch.setattr(Training, "step", None)  # all is done
     assert evaluate(home, tmp_path / "out", *words)["top1"] == first["top1"]
+    with pytest.raises(UserError, match=r"a training with another resize \(null, now 40\); remove"):
+        evaluate(home, tmp_path / "out", *words, "--resize", "40")
+    info = run / "encoder/encoder.json"  # the same weights, to be given other pixels
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"std": [0.1, 0.2, 0.3]}))
+    with pytest.raises(UserError, match=r"a training with another std \(.*now \[0.1, 0.2, 0.3\]"):
+        evaluate(home, tmp_path / "out", *words)
     shutil.rmtree(run)
     write_encoder(run, seed=4)
     with pytest.raises(UserError, match="a training with another encoder; remove it"):

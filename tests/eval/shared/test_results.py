@@ -125,6 +125,17 @@ def test_a_result_of_images_that_were_read_otherwise_is_not_replaced(tmp_path):
                          ({"options": "{img_size: 64}"}, r"img_size \(16, now 64\)")):  # fmt: skip
         with pytest.raises(UserError, match=f"holds a result with another {said}"):
             check_other_settings(path, Namespace(**args | change))
+    pixels = "{pretrained_cfg_overlay: {mean: [0.1, 0.2, 0.3]}}"
+    told = encoder | {"mean": [0.5] * 3, "std": [0.5] * 3}
+    file = {"encoder": "random", "arch": "vit_base_patch16_224", "options": pixels}
+    random = told | {"source": "random", "random": True}
+    path.write_text(json.dumps(result | {"encoder": random}))
+    with pytest.raises(UserError, match=r"another mean \(\[0.5, 0.5, 0.5\], now \[0.1, 0.2, 0.3\]"):
+        check_other_settings(path, Namespace(**args | file))
+    with pytest.raises(UserError, match="another std "):  # what only the encoder itself says
+        path.write_text(json.dumps(result | {"encoder": told}))
+        write_result(path, result | {"encoder": told | {"std": [0.2] * 3}}, Namespace(**args))
+    assert json.loads(path.read_text())["encoder"] == told
     larger = encoder | {"options": {"img_size": 64}}
     for change, said in (({"resize": 40}, r"resize \(40, now 18\)"),
                          ({"encoder": encoder | {"ema": True}}, r"ema \(true, now false\)"),

@@ -1,6 +1,7 @@
 """What a project's code fixes and no name says (heads, eps, pixels): set as there, or refused."""
 
 import argparse
+import re
 
 import pytest
 import timm
@@ -141,6 +142,25 @@ def test_a_file_of_clip_with_its_projection(tmp_path, prefix, box):
     assert info["mean"][0] == pytest.approx(0.4815, abs=1e-4)
     with pytest.raises(UserError, match=r"its patches are 16 pixels wide, those of .* 8"):
         load_encoder(path, arch=arch, options=width | {"patch_size": 8})
+
+
+@pytest.mark.parametrize("box", [None, "model"])
+@pytest.mark.parametrize("quick", ["", "quickgelu_"])
+def test_clips_visual_tower_alone(tmp_path, box, quick):
+    """model.visual.state_dict() of OpenAI's or OpenCLIP's; its GELU is told, which no weight is."""
+    arch, width = f"vit_base_patch16_clip_{quick}224", {"embed_dim": 48, "num_heads": 3, "depth": 2}
+    vit = model(arch, **width)
+    state = clips_names(vit.state_dict())
+    state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    path = tmp_path / "x.pt"
+    torch.save({box: state} if box else state, path)
+    found, info = load_encoder(path, arch=arch, options=width)
+    same_tokens(found, vit)
+    said = "run QuickGELU" if quick else r"run GELU \(for QuickGELU, .*--arch .*_clip_quickgelu_224"
+    assert re.search(said, info["note"])
+    for plain in ("vit_base_patch16_224", "beit_base_patch16_224"):
+        with pytest.raises(UserError, match=r"CLIP's visual tower, .* give an --arch such as"):
+            load_encoder(path, arch=plain, options=width)
 
 
 @pytest.mark.parametrize(("prefix", "box"), [("vit.", None), ("", "model"), ("backbone.", None)])
