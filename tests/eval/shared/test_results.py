@@ -132,8 +132,8 @@ def test_a_result_of_images_that_were_read_otherwise_is_not_replaced(tmp_path):
     path.write_text(json.dumps(result | {"encoder": random}))
     with pytest.raises(UserError, match=r"another mean \(\[0.5, 0.5, 0.5\], now \[0.1, 0.2, 0.3\]"):
         check_other_settings(path, Namespace(**args | file))
+    path.write_text(json.dumps(result | {"encoder": told}))
     with pytest.raises(UserError, match="another std "):  # what only the encoder itself says
-        path.write_text(json.dumps(result | {"encoder": told}))
         write_result(path, result | {"encoder": told | {"std": [0.2] * 3}}, Namespace(**args))
     assert json.loads(path.read_text())["encoder"] == told
     larger = encoder | {"options": {"img_size": 64}}
