@@ -45,6 +45,7 @@ from shard_tools.sharding.job import (
     merge,
     planning,
     run_job,
+    say_modified,
     store_plan,
 )
 from shard_tools.sharding.labels import read_labels
@@ -110,7 +111,8 @@ def plan_splits(
     plans = [make_plan(split.source, settings) for split in splits]
     for split, plan in zip(splits, plans, strict=True):
         announce(split)
-        check_plan(split.dest, plan, how)
+        if check_plan(split.dest, plan, how):
+            say_modified(split.dest, plan)
     held.enter_context(at_work(folders, how))
     for split, plan in zip(splits, plans, strict=True):
         check_plan(split.dest, plan, how)  # another call may have begun in the meantime

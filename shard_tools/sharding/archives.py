@@ -196,6 +196,7 @@ def plain_tar(path: Path, unpacked: Path | None) -> Path:
             with open(partial, "wb") as out:
                 for piece in _pieces(path, kind):
                     out.write(piece)
+            os.utime(partial, ns=(about.st_atime_ns, about.st_mtime_ns))  # see file_times
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)

@@ -19,10 +19,18 @@ from pipeline.errors import UserError, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
-from shard_tools.sharding.layout import PARTS, PLAN, Plan, plan_record, read_part, read_plan_record
+from shard_tools.sharding.layout import (
+    PARTS,
+    PLAN,
+    Plan,
+    plan_record,
+    read_part,
+    read_plan_record,
+    shard_name,
+)
 from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
 from shard_tools.sharding.plan_file import PLAN_FILE, StoredPlan, read_plan, write_plan
-from shard_tools.sharding.sources import file_times
+from shard_tools.sharding.sources import file_times, modified_at
 from shard_tools.sharding.writer import write_shards
 
 _LOCK = "job.lock"  # in PARTS, held while a job is at work
@@ -219,6 +227,28 @@ def _unfinished(dest: Path, plan: StoredPlan, numbers: Sequence[int]) -> list[in
             flush=True,
         )
     return [number for number, found in states.items() if found != "finished"]
+
+
+def say_modified(dest: Path, plan: Plan) -> None:
+    """Of a finished folder: a sentence where files were modified after their shard was written. An
+    equal plan has files of equal names and sizes, and nothing is read again here."""
+    names, rows = {shard.name for shard in read_manifest(dest).shards}, plan.order
+    root, items = plan.source.root, plan.source.items
+
+    def modified(number: int) -> bool:
+        name = shard_name(plan.settings, number)
+        written = (dest / (name if name in names else MANIFEST)).stat().st_mtime_ns
+        files = {items[row].file for row in rows[slice(*plan.starts[number : number + 2])].tolist()}
+        return any(modified_at(root, file) > written for file in files)
+
+    with naming(dest, "cannot be read"), ThreadPoolExecutor(_THREADS) as threads:
+        changed = sum(threads.map(modified, range(plan.shards)))
+    if changed:
+        print(
+            f"{dest}: image files of {counted(changed, 'finished shard')} were modified since, "
+            "and it has what they held before; remove the folder to write it again",
+            flush=True,
+        )
 
 
 def merge(dest: Path) -> None:

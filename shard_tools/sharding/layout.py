@@ -73,6 +73,11 @@ class Plan:
         return len(self.starts) - 1
 
 
+def shard_name(settings: Settings, number: int) -> str:
+    """The file name of a shard."""
+    return f"{settings.name}-{number:06d}.tar"
+
+
 def make_plan(source: Source, settings: Settings) -> Plan:
     """Shuffle by (seed, name), then cut into shards of equal planned size."""
     items = source.items

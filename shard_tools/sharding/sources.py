@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -161,12 +162,17 @@ def file_times(root: str, items: Iterable[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
         if item.file not in times:
-            try:
-                times[item.file] = os.stat(os.path.join(root, item.file)).st_mtime_ns
-            except OSError:  # whoever reads it says so
-                times[item.file] = -1
+            times[item.file] = modified_at(root, item.file)
         digest.update(b"%d " % times[item.file])
     return digest.hexdigest()
+
+
+def modified_at(root: str, file: str) -> int:
+    """When a file of an item was last modified, in nanoseconds; -1 where it cannot be said."""
+    try:
+        return os.stat(os.path.join(root, file)).st_mtime_ns
+    except OSError:  # whoever reads it says so
+        return -1
 
 
 def _folder(path: Path, how: Listing) -> Source:
@@ -347,14 +353,29 @@ def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
     index = {name: number for number, name in enumerate(classes)}
     unknown = sorted(set(source.classes) - set(classes))
     if unknown:
+        _check_forms((unknown[0], *classes), where)
         raise ToolError(f"{where}: class {unknown[0]!r} is not among the {len(classes)} given")
     numbers = [index[name] for name in source.classes]
     items = Items.labelled(source.items, (numbers[label] for label in source.items.labels))
     return replace(source, items=items, classes=classes)
 
 
+def _check_forms(classes: Sequence[str], where: str) -> None:
+    """No two classes look the same, such as é as one character (NFC) and as e and an accent (NFD),
+    of which folders have one on macOS and the other elsewhere."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            raise ToolError(
+                f"{where}: the classes {other!a} and {name!a} are both {name!r}, in two forms of "
+                "Unicode (NFC, and NFD as macOS has it); give them one name"
+            )
+
+
 def _checked(source: Source, path: Path) -> Source:
     """There are images; names are text, and none names two different images."""
+    _check_forms(source.classes, str(path))
     if not source.items:
         reason = f", but {source.ignored[0][0]}" if source.ignored else ""
         reason = f"; {source.missing[0][1]}" if source.missing else reason

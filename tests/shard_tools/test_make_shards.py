@@ -213,6 +213,32 @@ def test_resume_notices_files_that_were_replaced(
     assert tars_of(dest) == tars_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("suffix", ["", ".tar", ".tar.gz"])
+def test_resume_of_a_finished_folder_says_which_files_were_modified_since(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    """And of nothing else: an archive that is unpacked a second time is as old as it was."""
+    tree = image_tree(tmp_path / "tree", {"a": 20, "b": 20})
+    source = tree
+    if suffix:
+        source = tmp_path / f"tree{suffix}"
+        with tarfile.open(source, "w:gz" if suffix.endswith("gz") else "w") as archive:
+            archive.add(tree, ".")
+    options = [str(source), str(tmp_path / "dest"), "--shard-size", "30KiB", "--workers", "0"]
+    assert main(options) == 0
+    shards = read_manifest(tmp_path / "dest").shards
+    assert len(shards) > 1
+    capsys.readouterr()
+    assert main([*options, "--resume"]) == 0
+    assert "modified" not in capsys.readouterr().out
+    changed = source if suffix else sorted(tree.rglob("*.JPEG"))[0]
+    later = time.time_ns() + 10**9
+    os.utime(changed, ns=(later, later))
+    assert main([*options, "--resume"]) == 0
+    count = len(shards) if suffix else 1
+    assert f"image files of {count} finished shard" in capsys.readouterr().out
+
+
 HOLDER = """
 import sys, pathlib
 from shard_tools.sharding.job import Execution, at_work

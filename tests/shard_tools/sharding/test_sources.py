@@ -192,6 +192,20 @@ def test_validation_classes_follow_the_training_set(
     assert "class 'n09' is not among the 3 given" in capsys.readouterr().err
 
 
+def test_classes_that_look_alike_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two forms of one name, in one set or in training and validation set."""
+    composed, split = "Zo\xeb", "Zoe\u0308"
+    forms = f"{split!a} and {composed!a} are both"
+    image_tree(tmp_path / "one", {composed: 2, split: 2})
+    image_tree(tmp_path / "two" / "train", {composed: 2})
+    image_tree(tmp_path / "two" / "val", {split: 2})
+    for source in ("one", "two"):
+        assert main([str(tmp_path / source), str(tmp_path / "dest"), *SMALL]) == 2
+        assert forms in capsys.readouterr().err
+
+
 def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> None:
     source = open_source(image_tree(tmp_path / "s", {"a": 1}))
     (item,) = source.items
