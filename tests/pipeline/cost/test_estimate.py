@@ -7,12 +7,14 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import roofline
 import torch
 from launches import CountLaunches
+from timm.models.vision_transformer import Block
 from tiny import images, tiny_recipe
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,7 +31,7 @@ from pipeline.cost.dry_run import (
     meta_objective,
     scaled,
 )
-from pipeline.cost.launches import LaunchCounter
+from pipeline.cost.launches import LaunchCounter, measured_launch_ms
 from pipeline.cost.micro_batch import PlanError, split
 from pipeline.cost.options import CORE_IMAGES, PRECISIONS, UTILISATION
 from pipeline.cost.stepping import Stepping
@@ -69,6 +71,64 @@ def mae_flops(second: bool = False) -> int:
 def test_flops_are_those_of_the_closed_formula(name, second):
     work = dry_run(load_recipe(RECIPES / f"{name}.yaml"), 64, "bf16")
     assert work.flops / 64 == pytest.approx(mae_flops(second), rel=0.01)
+
+
+def test_attention_costs_its_products_and_twice_as_much_backwards():
+    """As torch counts them where they are written out: q k' and weights v, forward and backward."""
+    q, k, v = (torch.randn(2, 3, n, 5, requires_grad=True) for n in (7, 4, 4))
+    fused, plain = (FlopCounterMode(display=False, custom_mapping=ATTENTION) for _ in range(2))
+    with fused:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        assert fused.get_total_flops() == 2 * (2 * 3 * 7 * 4 * 5) * 2
+        out.sum().backward()
+    with plain:
+        ((q @ k.mT).softmax(-1) @ v).sum().backward()
+    assert fused.get_total_flops() == plain.get_total_flops()
+
+
+def test_what_is_kept_for_backward_by_hand():
+    """Of two linears with a GELU between: the inputs of each, once; no weight."""
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4))
+    kept, x = KeptForBackward(net), torch.randn(5, 8)
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        first = net(x)
+        assert kept.bytes == 5 * (8 + 16 + 16) * 4
+        second = net(x)  # which reads the same x
+        assert kept.bytes == 5 * (8 + 2 * (16 + 16)) * 4
+    (first + second).sum().backward()
+
+
+def test_a_launch_takes_the_least_of_the_rounds(monkeypatch):
+    """Rounds of 0.9, 0.3 and 0.5 seconds; the two counters differ in what they hold for free."""
+    ticks = iter([0.0, 0.9, 1.0, 1.3, 2.0, 2.5])
+    block, x = Block(8, 2), torch.zeros(1, 4, 8, requires_grad=True)
+    with CountLaunches() as counted:
+        block(x).sum().backward()
+    monkeypatch.setattr("pipeline.cost.launches.time.perf_counter", lambda: next(ticks))
+    assert measured_launch_ms(3) == pytest.approx(300 / counted.launches, rel=0.12)
+
+
+def test_time_and_launches_of_a_step_by_hand(monkeypatch):
+    """Two ranks with two micro-batches of two images each, on a GPU of 312e12 FLOP/s."""
+    recipe = tiny_recipe("mae", "optimizer.epochs=3", "optimizer.warmup_epochs=1")
+    options = ["--gpus", "2", "--micro-batch", "2", "--gpu", "a100", "--launch-ms", "0.25"]
+    options += ["--utilisation", "0.000002", "--images", "800000"]
+    planner = plan.make_planner(recipe, plan.parse_args(options))
+    work = dry_run(recipe, 2, "autocast")
+    gpu = 1e3 * 2 * work.flops / (312e12 * 2e-6)
+    monkeypatch.setattr(plan, "make_planner", lambda recipe, args: replace(planner, args=args))
+    for more, launches in ((["--no-graphs"], 2 * work.launches + 10), ([], 2 * 20 + 10)):
+        made = plan.predict(recipe, plan.parse_args([*options, *more]))
+        row = made["stages"][1]
+        assert row["launches"] == launches
+        assert row["gpu_ms"] == pytest.approx(gpu, rel=1e-4)
+        assert row["host_ms"] == pytest.approx(0.25 * launches)
+        assert row["step_ms"] == max(row["gpu_ms"], row["host_ms"], row["loader_ms"])
+        assert made["flops_per_step"] == 2 * 2 * work.flops
+        assert made["steps"] == 300_000
+        for hours, part in (("gpu_hours", "gpu_ms"), ("hours", "step_ms")):
+            assert made[hours] == pytest.approx(300_000 * row[part] / 3.6e6, abs=0.006)
+            assert made[hours] > 0.1
 
 
 @pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
@@ -255,6 +315,25 @@ def test_memory_of_one_gpu_in_bf16_is_the_formula_of_the_paper():
         need = memory(objective, teacher, work, stage, 1, "bf16")
         expected = 16 * trained + 4 * held + 2 * in_linears(teacher) + 1000
         assert need.total == pytest.approx(expected, abs=100)
+
+
+def test_frozen_weights_are_held_and_under_stage_3_shared():
+    """Of MoCo v3, whose patch embedding has neither gradients nor moments, on four ranks."""
+    objective, teacher = meta_objective(tiny_recipe("mocov3"))
+    sizes = [(p.numel(), p.requires_grad) for p in objective.parameters()]
+    trained, whole = sum(n for n, is_trained in sizes if is_trained), sum(n for n, _ in sizes)
+    parts = sum(math.ceil(n / 4) for n, is_trained in sizes if is_trained)
+    every = sum(math.ceil(n / 4) for n, _ in sizes)
+    assert whole - trained == 3 * 4 * 4 * 16 + 16
+    found = {n: memory(objective, teacher, Work(1, 0, 7, 0), n, 4, "fp32") for n in (0, 1, 3)}
+    for stage, weights, gradients in ((0, whole, trained), (1, whole, trained), (3, every, parts)):
+        assert found[stage].weights == 4 * weights
+        assert found[stage].gradients == 4 * gradients
+        assert found[stage].activations == 7
+    assert found[0].optimizer == 8 * trained
+    assert found[1].optimizer == pytest.approx(12 * trained / 4, abs=12 * 2 * 2)
+    assert found[3].optimizer == 12 * parts
+    assert found[1].teacher == 4 * sum(p.numel() for p in teacher.parameters())
 
 
 @pytest.fixture(scope="module")

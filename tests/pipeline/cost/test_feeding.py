@@ -42,6 +42,7 @@ def test_with_the_cores_needed_the_loader_keeps_up_and_with_one_less_it_does_not
         assert enough.bound != "loader-bound"
         if feeding.cores_needed > 1:
             assert replace(feeding, cores=feeding.cores_needed - 1).bound == "loader-bound"
+    assert replace(STEP, images=1).cores_needed == 1
 
 
 def test_the_largest_that_fits_leaves_a_tenth_free():

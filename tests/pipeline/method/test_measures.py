@@ -8,7 +8,7 @@ from tiny import images, tiny_recipe
 
 from pipeline.method.encoder import Encoder
 from pipeline.method.heads import choose_tokens
-from pipeline.method.measures import BYOL, InfoNCE, gather_keys
+from pipeline.method.measures import BYOL, InfoNCE, contrast, gather_keys, keys_as_of
 from pipeline.method.measures.contrast import _candidates
 from pipeline.method.objective import build_objective
 
@@ -104,3 +104,30 @@ def test_one_process_gathers_nothing():
     gathered, offset = gather_keys(key)
     assert gathered is key
     assert offset == 0
+
+
+def test_keys_of_all_ranks_lie_in_rank_order_and_carry_no_gradient(monkeypatch):
+    every = torch.randn(3, 2, 5, 4)  # ranks, images, tokens, channels
+
+    def gather(into, own):
+        assert torch.equal(own, every[contrast.dist.get_rank()])
+        into.copy_(every.flatten(0, 1))
+
+    monkeypatch.setattr(contrast.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(contrast.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(contrast.dist, "all_gather_into_tensor", gather)
+    for rank in range(3):
+        monkeypatch.setattr(contrast.dist, "get_rank", lambda rank=rank: rank)
+        gathered, offset = gather_keys(every[rank].clone().requires_grad_())
+        assert torch.equal(gathered, torch.cat([every[0], every[1], every[2]]))
+        assert not gathered.requires_grad
+        assert torch.equal(gathered[offset : offset + 2], every[rank])
+
+
+def test_a_dry_run_has_the_keys_of_the_ranks_it_stands_for():
+    key = torch.randn(2, 3, 4)
+    with keys_as_of(3):
+        gathered, offset = gather_keys(key)
+    assert torch.equal(gathered, key.repeat(3, 1, 1))
+    assert offset == 0
+    assert gather_keys(key)[0] is key

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -68,6 +69,51 @@ def test_muon_is_the_plain_loop_in_float64():
         plain.step()
     for (name, a), b in zip(pair[0].named_parameters(), pair[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def plain_update(matrix):
+    """0.2 sqrt(max(r, c)) times five steps of X ← a X + (b A + c A A) X, in numpy."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return 0.2 * max(matrix.shape) ** 0.5 * x
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_the_ranks_parts_of_a_step_are_those_of_whole_matrices(world, monkeypatch):
+    """Weights one after another, one of three matrices, padded and cut anywhere: each rank has its
+    part of what the matrices' own loop gives, and only decay in the padding."""
+    shapes = [(3, 4, 5), (1, 8, 4), (1, 3, 7), (1, 2, 2)]
+    whole = np.random.default_rng(0).standard_normal(60 + 32 + 21 + 4)
+    padded = np.pad(whole, (0, -len(whole) % (2 * world) + 2 * world))
+    expected, first = [], 0
+    for count, rows, columns in shapes:
+        for _ in range(count):
+            last = first + rows * columns
+            expected.append(plain_update(whole[first:last].reshape(rows, columns)).ravel())
+            first = last
+    expected = np.concatenate([*expected, np.zeros(len(padded) - first)]).reshape(world, -1)
+    parts = torch.from_numpy(padded).view(world, -1)
+
+    def gather(into, part):
+        """Of the look-ahead of the first step: 0.05 g + 0.95 (0.05 g)."""
+        for place, other in zip(into, parts, strict=True):
+            place.copy_(0.0975 * other)
+        torch.testing.assert_close(part, into[muon.dist.get_rank()])
+
+    monkeypatch.setattr(muon.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(muon.dist, "all_gather", gather)
+    for rank in range(world):
+        monkeypatch.setattr(muon.dist, "get_rank", lambda rank=rank: rank)
+        weight = torch.full_like(parts[rank], 2.0)
+        weight.grad = parts[rank].clone()
+        group = {"params": [weight], "shapes": shapes, "weight_decay": 0.3}
+        optimizer = muon.Muon([group], lr=0.1, betas=(0.9, 0.95), eps=1e-8)
+        optimizer.step()
+        by_hand = 2 * (1 - 0.1 * 0.3) - 0.1 * expected[rank]
+        np.testing.assert_allclose(weight.numpy(), by_hand, rtol=1e-6)
+        assert optimizer.state[weight]["step"] == 1
 
 
 def plain_loop(method):
