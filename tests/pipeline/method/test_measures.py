@@ -111,6 +111,7 @@ def test_keys_of_all_ranks_lie_in_rank_order_and_carry_no_gradient(monkeypatch):
 
     def gather(into, own):
         assert torch.equal(own, every[contrast.dist.get_rank()])
+        assert own.is_contiguous()
         into.copy_(every.flatten(0, 1))
 
     monkeypatch.setattr(contrast.dist, "is_initialized", lambda: True)
@@ -118,7 +119,8 @@ def test_keys_of_all_ranks_lie_in_rank_order_and_carry_no_gradient(monkeypatch):
     monkeypatch.setattr(contrast.dist, "all_gather_into_tensor", gather)
     for rank in range(3):
         monkeypatch.setattr(contrast.dist, "get_rank", lambda rank=rank: rank)
-        gathered, offset = gather_keys(every[rank].clone().requires_grad_())
+        key = every[rank].mT.contiguous().mT.requires_grad_()
+        gathered, offset = gather_keys(key)
         assert torch.equal(gathered, torch.cat([every[0], every[1], every[2]]))
         assert not gathered.requires_grad
         assert torch.equal(gathered[offset : offset + 2], every[rank])
@@ -126,8 +128,9 @@ def test_keys_of_all_ranks_lie_in_rank_order_and_carry_no_gradient(monkeypatch):
 
 def test_a_dry_run_has_the_keys_of_the_ranks_it_stands_for():
     key = torch.randn(2, 3, 4)
-    with keys_as_of(3):
-        gathered, offset = gather_keys(key)
-    assert torch.equal(gathered, key.repeat(3, 1, 1))
-    assert offset == 0
+    for ranks in (2, 3):
+        with keys_as_of(ranks):
+            gathered, offset = gather_keys(key)
+        assert torch.equal(gathered, key.repeat(ranks, 1, 1))
+        assert offset == 0
     assert gather_keys(key)[0] is key
