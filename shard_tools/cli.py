@@ -157,6 +157,7 @@ def read_list(path: Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank. UserError where it cannot be read."""
     with naming(path, "cannot be read"):
         try:
-            return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            lines = path.read_text("utf-8-sig").split("\n")  # names may have U+2028 or U+0085
+            return [line for line in lines if line.strip()]
         except UnicodeDecodeError as error:
             raise ToolError(f"{path}: cannot be read as UTF-8 text ({error})") from error

@@ -132,6 +132,18 @@ def test_a_list_of_file_names(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_listed_name_may_have_what_other_text_takes_for_the_end_of_a_line(
+    end: str, tmp_path: Path
+) -> None:
+    named = ["a\u2028b", "c\x85d", "e\x0bf"]
+    tar_of(tmp_path / "0.tar", {f"{name}.jpg": jpeg(i) for i, name in enumerate([*named, "a"])})
+    assert index_shards([str(tmp_path), "--workers", "0"]) == 0
+    (tmp_path / "some.txt").write_bytes(end.join([*named, ""]).encode())
+    chosen = take(tmp_path, tmp_path / "chosen", "--names", str(tmp_path / "some.txt"))
+    assert chosen.names == tuple(named)
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("suffix", [".JPEG", ".jpg", ""])
 def test_a_list_matches_the_keys_of_adopted_tars(
