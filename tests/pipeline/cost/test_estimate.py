@@ -562,6 +562,16 @@ def test_a_plan_of_no_step_is_refused(capsys):
         assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_hours_are_those_of_the_recommended_stage(stage, monkeypatch):
+    options = ["--gpus", "2", "--images", "9999999", "--launch-ms", "1", "--gpu", "a100"]
+    monkeypatch.setattr(plan, "recommended", lambda rows: stage)
+    made = plan.predict(tiny_recipe("mae"), plan.parse_args(options))
+    times = {row["stage"]: row["host_ms"] for row in made["stages"]}
+    assert times[1] < times[3]  # which has no CUDA graphs on two ranks
+    assert made["hours"] == pytest.approx(made["steps"] * times[stage] / 3.6e6, abs=0.006)
+
+
 def test_command_line(capsys, tmp_path):
     path = tmp_path / "plan.json"
     recipe = str(RECIPES / "demo_rmae.yaml")
