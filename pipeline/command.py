@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 
 from pipeline.errors import UserError, mend_streams, reachable, reader_may_leave, refuse
 from pipeline.interrupts import interrupt_quietly
+from pipeline.loading import explain_limits
 from shard_tools.home import expand_words
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
     together, later. ranks: whether a launcher may start several of this command.
 
     Until `imported` is called, garbage collection is off (see late.uncollected) and Ctrl-C ends the
-    process without a traceback, as it does since the first import (interrupts.py).
+    process without a traceback, as it does since the first import (interrupts.py). A limit of the
+    process that keeps an import from its library is one sentence (loading.py).
     """
     mend_streams()
     try:
@@ -98,6 +100,7 @@ def early(parse: Callable[[], T], check: Callable[[T], object], *, ranks: bool =
         sys.exit(refuse(error))
     gc.disable()
     interrupt_quietly()
+    explain_limits()
 
 
 def imported() -> None:

@@ -31,6 +31,7 @@ from types import ModuleType
 from pipeline.command import run_main
 from pipeline.errors import UserError, reason, refuse
 from pipeline.gpu_errors import driver_version, no_code, why_no_gpu
+from pipeline.loading import limit_reached
 from pipeline.processor import BF16, processor
 from pipeline.runtime.output import check_output
 from shard_tools.cores import UNLIMITED, cgroup_memory, cgroup_quota, cores
@@ -107,8 +108,9 @@ def import_torch() -> tuple[ModuleType | None, Finding | None]:
         if error.name == "torch":
             return None, None
         return None, stop("torch", f"needs {error.name}", "install it, or run make setup")
-    except (ImportError, OSError) as error:  # a library that is missing or of another version
-        return None, stop("torch", f"cannot be imported ({reason(error)})", "run make setup")
+    except (ImportError, OSError, MemoryError) as error:  # a library missing or of another version
+        cost = limit_reached(error) or "run make setup"
+        return None, stop("torch", f"cannot be imported ({reason(error)})", cost)
 
 
 def gpu_findings(torch: ModuleType, proc: Path = Path("/proc")) -> Iterator[Finding]:

@@ -135,7 +135,8 @@ def said_by_backend(error: Exception) -> bool:
 
 def mend_streams() -> None:
     """stdin, stdout and stderr that are closed (`>&-`) lead nowhere, so that no other file takes
-    their numbers; what the locale's encoding lacks is written as `?`. Idempotent."""
+    their numbers; what the locale's encoding lacks is written as `?`, bytes of a path that are no
+    UTF-8 as escapes. Idempotent."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         with contextlib.suppress(OSError):
             os.fstat(number)
@@ -144,8 +145,9 @@ def mend_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and "utf" not in stream.encoding.lower():
-            stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            utf = "utf" in stream.encoding.lower()
+            stream.reconfigure(errors="backslashreplace" if utf else "replace")
 
 
 def reader_left(number: int) -> bool:

@@ -21,6 +21,7 @@ from pipeline.errors import PREEMPTED, UserError, mend_streams, reachable, refus
 from pipeline.help_text import HelpFormatter
 from pipeline.interrupts import interrupt_quietly
 from pipeline.late import uncollected
+from pipeline.loading import explain_limits
 from pipeline.runtime import startup
 from pipeline.runtime.preflight import preflight
 from pipeline.runtime.settings import Settings
@@ -150,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     mend_streams()
     interrupt_quietly()  # until the first step
+    explain_limits()
     code = main()
     if code in (0, PREEMPTED):
         from pipeline.distributed import close

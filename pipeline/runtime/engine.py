@@ -140,6 +140,13 @@ def _refusals() -> Iterator[None]:
         if not text or not Path(last).is_relative_to(Path(deepspeed.__file__).parent):
             raise
         raise UserError(f"DeepSpeed refuses the ds_config: {text}") from error
+    except RuntimeError as error:
+        if "Unable to JIT load the async_io op" not in str(error):
+            raise
+        raise UserError(
+            "the ds_config offloads to nvme, for which DeepSpeed's async_io op cannot be compiled "
+            "here: install libaio with its headers (libaio-dev), or offload to cpu"
+        ) from None
 
 
 class Engine:

@@ -90,7 +90,8 @@ class Monitor:
         _keep_rows(output / "metrics.jsonl", first)
         _keep_pictures(output / "pictures", first)
         self._log, self._metrics = (
-            open(output / name, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            # As long as the run is; a path that is no UTF-8 is written with escapes.
+            open(output / name, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             for name in ("log.txt", "metrics.jsonl")
         )
         self._files = [self._log, self._metrics]

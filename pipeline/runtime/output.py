@@ -21,6 +21,13 @@ def check_output(folder: Path) -> None:
     """UserError where a run could not be written to a folder, or to one in it. Nothing is made."""
     if os.path.exists(folder) and not os.path.isdir(folder):  # False where it cannot be known
         raise UserError(f"{folder}: is a file; --output is a folder")
+    try:
+        os.fsencode(folder).decode("utf-8")
+    except UnicodeDecodeError:  # the first save would fail on it
+        name = os.fsencode(folder).decode("utf-8", "backslashreplace")
+        raise UserError(
+            f"{name}: {UNWRITABLE}: its path is not UTF-8, which safetensors needs; rename it"
+        ) from None
     check_writable(folder, folder=True, what=UNWRITABLE)
     for path in (folder / name for name in _FOLDERS):
         if os.path.lexists(path):  # a link to nothing too

@@ -29,7 +29,7 @@ def note_failure(output: Path, rank: int, where: str, reason: str) -> bool:
     """Write failure.txt unless another rank has; False if that rank gave the same reason."""
     line = f"rank {rank} on {socket.gethostname()}, {where}: {reason}\n"
     try:
-        with open(output / FAILURE, "x", encoding="utf-8") as file:
+        with open(output / FAILURE, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
     except OSError:  # another rank was first, or the folder cannot be written
         return last_failure(output).partition(": ")[2] != reason

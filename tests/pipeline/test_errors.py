@@ -63,6 +63,13 @@ def test_closed_streams_lead_nowhere_and_no_file_takes_their_numbers(closed, tmp
     assert text == "''"
 
 
+def test_a_path_that_is_no_utf8_is_printed_with_an_escape():
+    code = "from pipeline.errors import mend_streams; mend_streams(); print('r\\udce9n')"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert done.stdout == b"r\\udce9n\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("encoding", "line"), [("latin-1", b"2 \xd7 3 ? 6"), ("ascii", b"2 ? 3 ? 6")]
 )

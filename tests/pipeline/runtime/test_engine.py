@@ -267,3 +267,10 @@ def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monke
     assert not can_build()
     monkeypatch.setenv("CXX", "")
     assert cannot_build() == "there is no CXX (an empty text), ninja"
+
+
+def test_offloading_to_nvme_without_libaio_is_a_sentence():
+    with pytest.raises(UserError, match=r"offloads to nvme.*libaio-dev"), engines._refusals():
+        raise RuntimeError("Unable to JIT load the async_io op due to it not being compatible")
+    with pytest.raises(RuntimeError, match="another"), engines._refusals():
+        raise RuntimeError("another fault")

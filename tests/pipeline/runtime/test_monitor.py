@@ -127,6 +127,13 @@ def test_no_curve_overlaps_or_has_a_gap_after_a_restart(first, tmp_path, alone):
     assert names == [f"step-{step:08d}.png" for step in range(1, 5)]
 
 
+def test_a_path_that_is_no_utf8_is_logged_with_an_escape(tmp_path, alone):
+    monitor = monitor_of(tmp_path, rank=0, first=0, total=5, images=16, log_steps=1)
+    monitor.say("run: r\udce9n")
+    monitor.close()
+    assert (tmp_path / "log.txt").read_text().endswith(" run: r\\udce9n\n")
+
+
 def test_logs_that_cannot_be_written_do_not_end_the_run(tmp_path, capsys, alone):
     monitor = monitor_of(tmp_path, rank=0, first=0, total=5, images=16, log_steps=1)
     full = open("/dev/full", "w")  # noqa: SIM115 (the monitor closes it)

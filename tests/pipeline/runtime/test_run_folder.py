@@ -19,6 +19,7 @@ from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.runtime.checkpoint import STATE, CheckpointStore, SaveError, read_state
+from pipeline.runtime.output import check_output
 from pipeline.runtime.run_folder import export
 from pipeline.runtime.run_lock import RunLock, claim
 from pipeline.runtime.same_run import check_same, data_identity
@@ -119,6 +120,13 @@ def read_only(folder):
         return []
     mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
     return ["unshare", "-m", "sh", "-c", mount, str(folder)]
+
+
+def test_an_output_whose_name_is_no_utf8_is_refused_before_the_first_save(tmp_path):
+    with pytest.raises(
+        UserError, match=r"r\\xe9n: --output cannot be written: its path is not UTF-8"
+    ):
+        check_output(tmp_path / "r\udce9n")
 
 
 def test_a_read_only_output_is_a_sentence(tmp_path):
