@@ -72,7 +72,7 @@ FLOORS = (
         "shard_tools.cores",
         "shard_tools.texts",
     ),
-    ("shard_tools.home",),
+    ("pipeline.loading", "shard_tools.home"),
     (
         "shard_tools.atomic",
         "shard_tools.cli",
