@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, partitions_of
-from eval.shared.labels import check_classes, class_count, labelled
+from eval.shared.labels import check_classes, class_count, labelled, say_unseen
 from eval.shared.results import digest
 from eval.shared.subsets import keep_subset
 from pipeline.config.ds_config import DS_CONFIGS, open_ds_config, read_ds_config
@@ -240,14 +240,16 @@ def check_input(s: Settings, world: int, precision: str = "auto") -> None:
     config = open_ds_config(s.ds_config)
     check_bf16_stage(s, precision, stage_of(s, config))
     given_micro_batch(s, config, world)
-    train = labelled(s.train)
-    class_count(train, labelled(s.val))
+    train, val = labelled(s.train), labelled(s.val)
+    classes = class_count(train, val)
     if s.all_labels:
         count_steps(s, s.train, train.samples, world)
     else:
         asked = f"--subset {s.subset}" if s.subset else f"--fraction {s.fraction:g}"
         samples, left = choose_samples(train, s.choice), f"what {asked} leaves of {s.train}"
-        check_classes(left, train.index["label"][samples])
+        labels = train.index["label"][samples]
+        check_classes(left, labels)
+        say_unseen(left, labels, val, classes)
         count_steps(s, left, len(samples), world)
 
 

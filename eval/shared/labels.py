@@ -54,18 +54,26 @@ def _difference(train: Sequence[str], val: Sequence[str]) -> str:
 
 
 @functools.cache  # once, however many look
-def _say_same(val: str, train: str) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(
-        f"warning: --val {val} has the images of --train {train}: the result is of training images",
-        file=sys.stderr,
-    )
+def _warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def say_unseen(where: str, labels: np.ndarray, val: Manifest, classes: int) -> None:
+    """A warning where images of `val` are of classes that no training image, of `labels`, is of."""
+    seen = np.zeros(classes, bool)
+    seen[labels] = True
+    if unseen := int((~seen[val.index["label"]]).sum()):
+        _warn(
+            f"{unseen} of {val.samples} images of --val {val.folder} are of classes of which "
+            f"{where} has no image: every answer to them is wrong"
+        )
 
 
 def class_count(train: Manifest, val: Manifest) -> int:
     """Number of classes, with the assurance that both sets number the same classes alike, and that
-    the training set has images of two at least. A warning where both are the same set."""
+    the training set has images of two at least. A warning where both are the same set, or where the
+    training set has no image of a class."""
     check_classes(train.folder, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
@@ -74,7 +82,10 @@ def class_count(train: Manifest, val: Manifest) -> int:
             f"--classes-from {train.folder}"
         )
     if train.index_sha256 == val.index_sha256 and list(train.shards) == list(val.shards):
-        _say_same(str(val.folder), str(train.folder))
+        _warn(
+            f"--val {val.folder} has the images of --train {train.folder}: the result is of "
+            "training images"
+        )
     largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
     named = next((m for m in (train, val) if m.classes), None)
     if named is None:
@@ -84,14 +95,19 @@ def class_count(train: Manifest, val: Manifest) -> int:
                     f"{m.folder}: has label {largest[m.folder]} among {m.samples} images, and "
                     "names no classes; number the labels from 0"
                 )
-        return max(largest.values()) + 1
+        return _counted(train, val, max(largest.values()) + 1)
     for folder, label in largest.items():  # of the set that names none
         if label >= len(named.classes):
             raise UserError(
                 f"{folder}: has label {label} where {named.folder} names {len(named.classes)} "
                 "classes, from 0; make both from one dataset"
             )
-    return len(named.classes)
+    return _counted(train, val, len(named.classes))
+
+
+def _counted(train: Manifest, val: Manifest, classes: int) -> int:
+    say_unseen(f"--train {train.folder}", train.index["label"], val, classes)
+    return classes
 
 
 def check_images(where: str | Path, root: str | Path | None = None) -> None:

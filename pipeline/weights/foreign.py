@@ -124,7 +124,8 @@ def from_file(
     info |= stated(options)
     info |= {key: written[key] for key in ("mean", "std") if key in written}
     info = finish(info, vit, options)
-    info |= {"note": "" if written else _note(found, layout, info, given, ema, beside)}
+    heads = _heads(vit)
+    info |= {"note": "" if written else _note(found, layout, info, given, ema, beside, heads)}
     info["note"] += _activation(found, vit, arch)
     return vit, info | left_out(found.state, vit)
 
@@ -161,9 +162,9 @@ def _finetuned_with(path: Path) -> dict[str, Any]:
 
 def _note(
     found: Found, layout: Layout, info: dict[str, Any], given: dict[str, Any], ema: bool,
-    beside: dict[str, Any],
+    beside: dict[str, Any], built: int | None,
 ) -> str:  # fmt: skip
-    """What was taken to be so of a file that does not say it."""
+    """What was taken to be so of a file that does not say it. built: heads, see `_heads`."""
     if layout is TIMM:
         whose = f"timm's names, mean and std {_short(info)} "
         told = beside and beside.items() <= info.items()
@@ -177,15 +178,25 @@ def _note(
         whose += f"of {CLASSIFIER}" if told else f"as {source}"
     else:
         whose = f"a file of {layout.name}: mean and std {_short(info)}"
+    if built is not None:  # no weight shows how many there are
         heads = fixed_options(layout, found.state).get("num_heads")
-        if heads is not None:
-            said = given.get("num_heads", heads)
-            whose += f", {said} heads" + ("" if said == heads else f" (its own code has {heads})")
+        whose += f", {built} heads"
+        if heads is None and layout is not TIMM and "num_heads" not in given:
+            whose += f" as {info['arch']} has (for others --options '{{num_heads: N}}')"
+        elif heads not in (None, built):
+            whose += f" (its own code has {heads})"
     others = sorted({".".join(words) or "the file itself" for words in found.others})
     left = f"; not taken: {', '.join(others)}" if others else ""
     kept = [word for words in found.others for word in words if word in EMA]
     left += f" (--ema takes {kept[0]})" if kept and not ema else ""
     return f"{whose}; weights from {found.place}{left}"
+
+
+def _heads(vit: nn.Module) -> int | None:
+    """Heads of the first block's attention, None where that does not say it."""
+    blocks: Any = vit.blocks
+    heads = getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None)
+    return heads if isinstance(heads, int) else None
 
 
 def _activation(found: Found, vit: nn.Module, arch: str) -> str:
@@ -312,9 +323,10 @@ def _table_size(state: Mapping[str, Tensor], vit: VisionTransformer) -> int | No
         side = square(table.shape[1] - int(prefix))
         if side is not None:
             return side * patch_side(vit)
+    hint = "; it has no cls token, so give an --arch without one, such as vit_base_patch16_gap_224"
     raise UserError(
         f"its position table has {table.shape[1]} entries, not a square of patches and "
-        f"{vit.num_prefix_tokens} further"
+        f"{vit.num_prefix_tokens} further" + hint * (square(table.shape[1]) is not None)
     )
 
 

@@ -2,7 +2,8 @@
 architecture say: heads, the norms' eps, the pixels' mean and std, and how positions are resized.
 
 Sources: facebookresearch/moco-v3 `vits.py`, `main_moco.py`; facebookresearch/mae `models_mae.py`,
-`util/pos_embed.py`; facebookresearch/dino `vision_transformer.py`; facebookresearch/ijepa
+`util/pos_embed.py`; facebookresearch/dino `vision_transformer.py`; facebookresearch/dinov2
+`dinov2/models/vision_transformer.py`, `dinov2/hub/backbones.py`; facebookresearch/ijepa
 `src/models/vision_transformer.py`; microsoft/unilm `beit/modeling_pretrain.py`; microsoft/SimMIM
 `models/simmim.py`, `data/data_simmim.py`;
 open-mmlab/mmpretrain `models/backbones/vision_transformer.py`, `mocov3.py`.
@@ -48,7 +49,8 @@ MOCO_V3 = Layout("MoCo v3", {384: 12, 768: 12}, positions="exact")
 MAE = Layout("MAE", {768: 12, 1024: 16, 1280: 16}, positions="bicubic")
 DINO = Layout("DINO", {192: 3, 384: 6, 768: 12, 1024: 16}, positions="scale")
 # Layer scale; timm's names of the architectures say the rest.
-DINO_V2 = Layout("DINOv2", {384: 6, 768: 12, 1024: 16, 1536: 24}, fixed=False)
+DINO_V2 = Layout("DINOv2", {384: 6, 768: 12, 1024: 16, 1536: 24}, positions="scale", fixed=False)
+DINO_V2_REGISTERS = replace(DINO_V2, positions="timm")  # as those models are built
 DEIT_III = Layout("DeiT III", {384: 6, 768: 12, 1024: 16, 1280: 16}, positions="bicubic")
 I_JEPA = Layout(
     "I-JEPA", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}, positions="bicubic"
@@ -85,14 +87,14 @@ def layout_of(found: Found, content: Any, arch: str = "") -> Layout:
         # SimMIM's encoder is below `encoder.`, beside a decoder of one convolution.
         return SIM_MIM if found.around.keys() & {"decoder.0.weight"} else BEIT
     scaled = any(k.endswith(_SCALE) for k in state)
-    if scaled and words & {"teacher", "student", "backbone"}:
-        return DINO_V2
+    if scaled and (words & {"teacher", "student", "backbone"} or _dinov2s_mask_token(state)):
+        return DINO_V2_REGISTERS if "register_tokens" in state else DINO_V2
     if any(k.startswith(_NOT_PLAIN) or k.endswith(_NOT_PLAIN_BLOCK) for k in state):
         return TIMM
     beside = content if isinstance(content, dict) else {}
     if "target_encoder" in words or ("encoder" in words and "target_encoder" in beside):
         return I_JEPA
-    if words & {"teacher", "student"}:
+    if words & {"teacher", "student"} or "masked_embed" in state:  # which is iBOT's
         return DINO
     if "." in arch or "cls_token" not in state:  # not what a word alone may name
         return TIMM
@@ -112,6 +114,13 @@ def _row_first(state: Mapping[str, Tensor]) -> bool:
     if table is None or not plain or table.is_meta or (side := square(table.shape[1] - 1)) is None:
         return False
     return side > 1 and is_sincos(table[0, 1:], (side, side)) is True
+
+
+def _dinov2s_mask_token(state: Mapping[str, Tensor]) -> bool:
+    """Whether a mask token [1, D] is beside a position table, as in DINOv2's bare files; timm's
+    have none, and DINOv3 has no table."""
+    token = state.get("mask_token")
+    return token is not None and token.ndim == 2 and "pos_embed" in state
 
 
 def refuse_stem(found: Found, path: object) -> None:

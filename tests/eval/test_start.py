@@ -123,6 +123,29 @@ def test_training_images_as_validation_images_are_said_once(tmp_path, capsys):
         assert said.count("\n") == lines
 
 
+def test_validation_images_of_classes_without_training_images_are_said_once(tmp_path, capsys):
+    """Of what is left by --subset too; training images of other classes do no harm."""
+    image, label = coloured_images(12, 3, seed=2)
+    every = labelled(write_shards(tmp_path / "every", image, label))
+    two = labelled(write_shards(tmp_path / "two", image, label % 2, classes=3))
+    text = f"warning: 4 of 12 images of --val {every.folder} are of classes of which "
+    for train, val, told in ((two, every, 1), (two, every, 0), (every, two, 0)):
+        assert class_count(train, val) == 3
+        said = capsys.readouterr().err
+        assert said.count(f"{text}--train {train.folder} has no image") == told
+        assert said.count("\n") == told
+    chosen, names = tmp_path / "names.txt", [f"{n}.png" for n in range(12)]
+    write_manifest(Path(every.folder), shards=every.shards, index=np.array(every.index),
+                   names=names, classes=every.classes)  # fmt: skip
+    chosen.write_text("\n".join(names[:2]))
+    settings = finetune_plan.Settings(every.folder, two.folder, batch_size=2, subset=str(chosen))
+    finetune_plan.check_input(settings, 1)
+    assert capsys.readouterr().err == ""
+    few = replace(settings, train=every.folder, val=every.folder)
+    finetune_plan.check_input(few, 1)
+    assert f"{text}what --subset {chosen} leaves of" in capsys.readouterr().err
+
+
 def test_images_of_one_class_are_not_scored(tmp_path):
     """Every encoder is right about them; validation images may be of one."""
     image, label = coloured_images(6, 3, seed=2)

@@ -72,6 +72,17 @@ def test_other_heads_are_taken_where_asked_for_and_said(tmp_path):
     assert "6 heads (its own code has 12)" in info["note"]
 
 
+@pytest.mark.parametrize(("box", "told"), [("model", ", 3 heads as vit_tiny_patch16_224 has"), (
+    "state_dict", "as timm has them for vit_tiny_patch16_224, 3 heads;")])  # fmt: skip
+def test_heads_that_no_project_fixes_are_said(tmp_path, box, told):
+    """A ViT-Ti in MAE's code may have 12, as MAE-Lite's, by the same weights."""
+    path = write(tmp_path / "x.pth", model("vit_tiny_patch16_224", num_heads=12), "", box)
+    _, info = load_encoder(path, arch="vit_tiny_patch16_224", options=dict(SMALL))
+    assert told in info["note"]
+    _, info = load_encoder(path, arch="vit_tiny_patch16_224", options=SMALL | {"num_heads": 12})
+    assert ", 12 heads;" in info["note"]
+
+
 def test_the_norms_have_the_projects_eps_and_the_mlps_its_activation():
     vit = timm.create_model("vit_small_patch16_224", **SMALL)
     for block in vit.blocks:
@@ -325,6 +336,29 @@ def test_dinov2_is_known_by_its_layer_scale():
         assert layouts.layout_of(Found(state, words), {words[0]: {}}) is layout
     registers = Found(state | {"reg_token": None}, ("model",))
     assert layouts.layout_of(registers, {}) is layouts.TIMM
+    state |= {"pos_embed": torch.ones(1, 5, 384), "mask_token": torch.ones(1, 384)}
+    for words in ((), ("model",), ("teacher", "backbone")):  # as published, without any word
+        assert layouts.layout_of(Found(state, words), {}) is layouts.DINO_V2
+        registers = state | {"register_tokens": None}
+        assert layouts.layout_of(Found(registers, words), {}) is layouts.DINO_V2_REGISTERS
+
+
+def test_an_encoder_of_ibot_in_no_role_has_its_pixels(tmp_path):
+    state = model().state_dict() | {"masked_embed": torch.zeros(1, 384)}
+    torch.save({"state_dict": state}, tmp_path / "x.pth")
+    _, info = load_encoder(tmp_path / "x.pth", arch="vit_small_patch16_224", options=dict(SMALL))
+    assert info["mean"] == IMAGENET
+    assert info["note"].startswith("a file of DINO")
+
+
+def test_an_encoder_without_a_cls_token_gets_an_architecture_without_one(tmp_path):
+    vit = model("vit_base_patch16_gap_224", embed_dim=384, num_heads=6)
+    path = write(tmp_path / "x.pth", vit, "module.", "target_encoder")
+    options = SMALL | {"embed_dim": 384}
+    with pytest.raises(UserError, match=r"no cls token.* such as vit_base_patch16_gap_224"):
+        load_encoder(path, arch="vit_small_patch16_224", options=dict(SMALL))
+    found, _ = load_encoder(path, arch="vit_base_patch16_gap_224", options=options)
+    same_tokens(found, vit)
 
 
 def test_timms_own_name_is_not_contradicted():

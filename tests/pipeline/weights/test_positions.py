@@ -94,6 +94,27 @@ def test_maes_and_learned_tables_are_interpolated_as_by_their_projects(size, tmp
         assert not torch.allclose(expected[:, -1], table[:, -1])
 
 
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2s_table_is_interpolated_as_in_its_code(registers, tmp_path):
+    """By a factor of + 0.1, but antialiased to the size where there are registers."""
+    named = "reg4_" * bool(registers)
+    arch, options = f"vit_small_patch14_{named}dinov2", {"depth": 1, "embed_dim": 16}
+    options |= {"num_heads": 2, "patch_size": 4}
+    vit = timm.create_model(arch, num_classes=0, img_size=16, **options)
+    state, learned = vit.state_dict(), torch.randn(1, 17, 16)
+    state |= {"pos_embed": learned, "mask_token": torch.zeros(1, 16)}
+    if registers:
+        state["register_tokens"] = state.pop("reg_token")
+    torch.save(state, tmp_path / "x.pth")
+    vit, _ = load_encoder(tmp_path / "x.pth", arch=arch, options=options | {"img_size": 8})
+    if registers:
+        expected = bicubic(learned, size=(2, 2), antialias=True)[:, 1:]  # timm adds the cls part
+        torch.testing.assert_close(vit.pos_embed[:, -4:].detach(), expected)
+    else:
+        expected = bicubic(learned, scale_factor=2.1 / 4, recompute_scale_factor=False)
+        torch.testing.assert_close(vit.pos_embed.detach(), expected)
+
+
 def test_a_finetuned_table_of_ours_is_interpolated():
     table = sincos_position((4, 4), 16)[None] + 0.01 * torch.randn(1, 17, 16)
     torch.testing.assert_close(
