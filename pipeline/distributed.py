@@ -237,10 +237,9 @@ def joining() -> Iterator[None]:
     except RuntimeError as error:  # torch's DistError is one
         text = str(error)
         if "EADDRINUSE" in text:
+            port = os.environ["MASTER_PORT"]
             raise UserError(
-                f"MASTER_PORT {os.environ['MASTER_PORT']} is taken, perhaps by another run on this "
-                "host: give another one (deepspeed --master_port, or MASTER_PORT=…); launch.sh on "
-                "one node finds a free one itself where MASTER_PORT is not set"
+                f"MASTER_PORT {port} is taken, perhaps by another run on this host: {_ANOTHER_PORT}"
             ) from None
         if fault := nccl_fault(error) or cuda_fault(error):
             raise UserError(fault) from error
@@ -258,6 +257,35 @@ def joining() -> Iterator[None]:
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
             f"{address} ({text.split('. ')[0].splitlines()[0]})"
         ) from None
+
+
+_ANOTHER_PORT = (
+    "give another one (deepspeed --master_port, or MASTER_PORT=…); launch.sh on one node finds a "
+    "free one itself where MASTER_PORT is not set"
+)
+
+
+def take_place(timeout: timedelta) -> Any:
+    """Join as the only process of this rank; the store of the ranks, to be kept until the group is
+    made (on rank 0 it listens).
+
+    Of two runs on one port the second's rank 0 finds it taken, but its other ranks would meet the
+    first run's: come before that run's own they would train with it, later they would wait.
+    """
+    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    # torchrun can keep its store when it starts the ranks again.
+    start = f"relaxmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if rank == 0:
+        store.set(f"{start}/ranks", str(world))
+    theirs = int(store.get(f"{start}/ranks"))
+    if theirs != world or store.add(f"{start}/rank {rank}", 1) > 1:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        found = f"another rank {rank}" if theirs == world else f"a run of {theirs} ranks"
+        raise UserError(
+            f"rank {rank} of {world} found {found} at {address}, perhaps of another run with the "
+            f"same MASTER_PORT: {_ANOTHER_PORT}"
+        )
+    return store
 
 
 def lost_contact(error: Exception) -> bool:
@@ -279,11 +307,20 @@ def cores_per_rank() -> int:
     Ranks that a launcher has bound to cores of their own share nothing.
     """
     mine = (socket.gethostname(), os.sched_getaffinity(0))
-    every: list[Any] = [mine] * torch.distributed.get_world_size()
+    sharing = sum(host == mine[0] and bool(own & mine[1]) for host, own in from_all(mine))
+    return max(1, cores() // sharing)
+
+
+def from_all(mine: Any) -> list[Any]:
+    """What every rank gives here, in the order of the ranks (collective).
+
+    Without a process group this process is alone.
+    """
+    joined = torch.distributed.is_initialized()
+    every: list[Any] = [mine] * (torch.distributed.get_world_size() if joined else 1)
     if len(every) > 1:
         torch.distributed.all_gather_object(every, mine)
-    sharing = sum(host == mine[0] and bool(own & mine[1]) for host, own in every)
-    return max(1, cores() // sharing)
+    return every
 
 
 def barrier() -> None:

@@ -244,8 +244,11 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         if not (isinstance(config.get(key, False), bool) or config[key] == "auto"):
             raise UserError(f'{path}: {key!r} must be true, false or "auto", not {config[key]!r}')
     patience = config.get("watchdog_seconds", 0)
-    if not (is_number(patience) and 0 <= patience <= 10**9):
-        raise UserError(f"{path}: watchdog_seconds must be a number from 0 up, not {patience!r}")
+    if not (is_number(patience) and (patience == 0 or 1 <= patience <= 10**9)):
+        raise UserError(
+            f"{path}: watchdog_seconds must be a number from 1 to 10^9, or 0 for none, "
+            f"not {patience!r}"
+        )
     if stage == 3 and config.get("compile") is True:
         raise UserError(f"{path}: compile needs zero_optimization.stage 0, 1 or 2")
     if config.get("cuda_graphs") is True and config.get("gradient_checkpointing"):

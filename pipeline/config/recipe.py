@@ -252,7 +252,16 @@ def differences(a: Recipe, b: Recipe) -> list[str]:
     names another start.
     """
     ignored = ("name", "monitor", "kernels", "data.workers", *("init",) * (not b.init.weights))
-    flat_a, flat_b = (_flatten(r.model_dump(mode="json", by_alias=True)) for r in (a, b))
+    one, other = (r.model_dump(mode="json", by_alias=True) for r in (a, b))
+    return differing(one, other, ignored)
+
+
+def differing(a: dict[str, Any], b: dict[str, Any], ignored: tuple[str, ...] = ()) -> list[str]:
+    """Each key that differs between two nested dictionaries, as `key: a != b`.
+
+    ignored: how keys begin that may differ.
+    """
+    flat_a, flat_b = _flatten(a), _flatten(b)
     return [
         f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"
         for key in sorted(flat_a.keys() | flat_b.keys())

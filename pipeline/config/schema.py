@@ -302,7 +302,7 @@ class DataRecipe(Section):
     randaugment: Annotated[str, AfterValidator(augmentation)] = ""
     mean: tuple[Fraction, Fraction, Fraction] = IMAGENET_MEAN
     std: tuple[Deviation, Deviation, Deviation] = IMAGENET_STD
-    workers: Annotated[int, Field(ge=-1)] = -1
+    workers: Annotated[int, Field(ge=-1, le=1024)] = -1
     on_error: Literal["fail", "skip"] = "fail"
 
 

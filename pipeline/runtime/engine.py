@@ -30,6 +30,7 @@ from pipeline.distributed import (
     joining,
     prepare_deepspeed,
     stop_with_torchrun,
+    take_place,
     unlink_buffer,
     wait_at_most,
 )
@@ -67,8 +68,8 @@ def init_ranks() -> Ranks:
     without one this process is the only rank.
 
     SIGTERM ends the process while it waits for other ranks: StopSignal handles it only later.
-    Raises UserError if the environment does not describe a rank, or if rank 0's port is taken or
-    cannot be reached.
+    Raises UserError if the environment does not describe a rank, or if rank 0's port is taken, is
+    another run's or cannot be reached.
     """
     check_environment()
     stop_with_torchrun()
@@ -94,8 +95,11 @@ def init_ranks() -> Ranks:
     ops.prepare()
     if ops.problem():
         _without_built_ops()
+    several = int(os.environ["WORLD_SIZE"]) > 1 and not torch.distributed.is_initialized()
     with contextlib.redirect_stdout(io.StringIO()), joining():  # DeepSpeed prints the op it loads
+        store = take_place(deepspeed.constants.default_pg_timeout) if several else None
         deepspeed.init_distributed(verbose=False)
+        del store
         # Made while all ranks are known to be there: later it could wait for one that has died.
         groups._clone_world_group()
         cores = cores_per_rank()  # the first collective over NCCL

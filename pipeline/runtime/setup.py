@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from pipeline import kernels
 from pipeline.config.ds_config import read_ds_config
 from pipeline.config.plan import RunPlan, for_steps
-from pipeline.config.recipe import Recipe, load_recipe
+from pipeline.config.recipe import Recipe, differing, load_recipe
 from pipeline.config.schedules import size_steps
 from pipeline.data.batch import LoaderConfig
 from pipeline.data.loader import train_loader
 from pipeline.data.randaugment import RandAugment
-from pipeline.distributed import Ranks, agree
+from pipeline.distributed import Ranks, agree, from_all
 from pipeline.errors import UserError, naming
 from pipeline.method.objective import Objective, build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -49,12 +49,13 @@ def setup(settings: Settings, ranks: Ranks) -> TrainState:
     """
     manifest = read_manifest(settings.data)
     recipe = load_recipe(settings.recipe, settings.overrides, manifest.made.get("pixels"))
-    plan = plan_that_fits(read_ds_config(settings.ds_config), recipe, ranks)
-    optimizer_of(plan)  # raises where the optimizer does not run under the ZeRO stage
-    agree(lambda: check_installed(recipe.monitor.log_to))
+    ds_config = read_ds_config(settings.ds_config)
     per_epoch = epoch_steps(settings.data, manifest.samples, recipe)
     schedule = schedule_facts(manifest, recipe, per_epoch)
-    _check_alike(settings.data, schedule)
+    _check_alike(settings, recipe, ds_config, schedule)
+    plan = plan_that_fits(ds_config, recipe, ranks)
+    optimizer_of(plan)  # raises where the optimizer does not run under the ZeRO stage
+    agree(lambda: check_installed(recipe.monitor.log_to))
     total = total_steps(settings.data, manifest.samples, recipe)
     sizes = size_steps(recipe, total)
     plan = for_steps(plan, total)
@@ -169,15 +170,35 @@ def _open_monitor(output: Path, recipe: Recipe, steps: Steps, rank: int) -> Moni
         )  # fmt: skip
 
 
-def _check_alike(data: str, schedule: dict[str, Any]) -> None:
-    """UserError on a rank whose data differ from rank 0's, such as a stale local copy."""
-    first = agree(lambda: schedule)
-    if first != schedule:
-        raise UserError(
-            f"{data}: {schedule['images']} images, manifest {schedule['data'][:12]}, but rank 0 "
-            f"has {first['images']} images, manifest {first['data'][:12]}: every host needs the "
-            "same shards"
+# What may differ from rank 0's: paths on a host, and what this rank alone has or does.
+_OWN = ("recipe.init.weights", "recipe.monitor.held_out", "recipe.data.workers", "recipe.kernels",
+        "recipe.name")  # fmt: skip
+
+
+def _check_alike(
+    settings: Settings, recipe: Recipe, ds_config: dict[str, Any], schedule: dict[str, Any]
+) -> None:
+    """UserError on every rank where the recipe, ds_config or data of one differ from rank 0's, such
+    as a stale local copy (collective)."""
+    mine: dict[str, Any] = {"ds_config": ds_config, "--max-steps": settings.max_steps}
+    mine["recipe"] = recipe.model_dump(mode="json", by_alias=True)
+    theirs, first = agree(lambda: (mine, schedule))
+    changed = [line for line in differing(mine, theirs, _OWN) if "nvme_path" not in line]
+    fault = ""
+    if first["data"] != schedule["data"]:  # of which the recipe may take its mean and std
+        fault = (
+            f"{settings.data}: {schedule['images']} images, manifest {schedule['data'][:12]}, but "
+            f"rank 0 has {first['images']} images, manifest {first['data'][:12]}: every host needs "
+            "the same shards"
         )
+    elif changed:
+        fault = (
+            f"not the settings of rank 0 ({'; '.join(changed)}): every rank needs the same recipe, "
+            "ds_config and command line"
+        )
+    for rank, (host, text) in enumerate(from_all((socket.gethostname(), fault))):
+        if text:
+            raise UserError(f"rank {rank} on {host}: {text}")
 
 
 def _saved_by(saved: dict, plan: RunPlan, ranks: Ranks) -> str:

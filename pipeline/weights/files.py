@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.weights import mmpretrain
+from pipeline.weights.header import FULL_WEIGHTS, ZERO_PARTS
 
 # Where an average of the weights is kept beside them (timm; DeiT and ConvNeXt; others).
 EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict")
@@ -169,6 +170,7 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
         raise UserError(
             f"{path}: holds no patch_embed.proj.weight, so no vision transformer under timm's "
             f"names; its first entries are {shown}"
+            + (f"; give {FULL_WEIGHTS}" if path.name.endswith(ZERO_PARTS) else "")
         )
     ranked = sorted(chosen, key=lambda f: (_rank(f), len(f.words)))
     best = ranked[0]

@@ -14,6 +14,8 @@ from pipeline.config.texts import is_number
 from pipeline.errors import UserError
 
 METADATA = "relaxmim"  # the key of encoder_info in the metadata of an exported file
+ZERO_PARTS = "_states.pt"  # how the names of the files in DeepSpeed's own checkpoints end
+FULL_WEIGHTS = "the file of full weights that DeepSpeed's zero_to_fp32.py writes"
 
 
 def check_file(path: Path) -> dict[str, str]:

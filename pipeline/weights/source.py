@@ -17,7 +17,9 @@ from pipeline.config.timm_names import check_arch, check_hub
 from pipeline.errors import UserError, not_there
 from pipeline.method.checks import check_objective
 from pipeline.weights.header import (
+    FULL_WEIGHTS,
     METADATA,
+    ZERO_PARTS,
     check_file,
     check_statistic,
     facts,
@@ -189,9 +191,20 @@ def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
             f"pipeline/export.py {folder} --format run OUT, and give --encoder OUT"
         )
     return UserError(
-        f"{folder}: no exported encoder there; give a run, an export or a file of weights"
+        f"{folder}: no exported encoder there; give {_meant(Path(folder))}"
         + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
     )
+
+
+def _meant(folder: Path) -> str:
+    """What to give instead of a folder without an encoder; checkpoints are told by their names."""
+    path = folder.absolute()
+    for inner in (path, path.parent):
+        if inner.name == "checkpoints" and (inner.parent / "recipe.yaml").is_file():
+            return f"{inner.parent}, the run of these checkpoints, or another export"
+    if any(path.glob(f"*{ZERO_PARTS}")) or any(path.glob(f"*/*{ZERO_PARTS}")):
+        return FULL_WEIGHTS
+    return "a run, an export or a file of weights"
 
 
 def read_classifier_info(folder: str | os.PathLike[str]) -> dict[str, Any]:

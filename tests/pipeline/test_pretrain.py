@@ -361,7 +361,8 @@ def test_a_host_with_other_shards_than_the_first_is_refused(shards, tmp_path):
     assert len(lines) == 1
     assert "48 images" in lines[0]
     assert "rank 0 has 96 images" in lines[0]
-    assert [run.returncode for run in runs] == [1, 2]
+    assert lines[0].removeprefix(f"error (rank 1 on {socket.gethostname()}): ") in texts[0]
+    assert [run.returncode for run in runs] == [2, 2]
 
 
 def wait_for(condition, process, seconds=240):

@@ -142,7 +142,7 @@ CASES = {
         ("--ds_config {ds}-micro.json", "3 does not divide the 8 images per rank"),
         ("--ds_config {ds}-text.json", "must be true or false, not 'no'"),
         ("--ds_config {ds}-huge.json", "does not divide the 8 images per rank"),
-        ("--ds_config {ds}-ever.json", "watchdog_seconds must be a number from 0 up"),
+        ("--ds_config {ds}-ever.json", "watchdog_seconds must be a number from 1 to 10^9"),
         ("--ds_config {ds}-twice.json", "key 'stage' is there twice"),
         ("--ds_config {ds}-nan.json", "Infinity is not a number of JSON"),
         ("--output ''", "--output is given as an empty text; is a shell variable unset?"),

@@ -32,13 +32,14 @@ def words(shards, folder):
     return ["--data", shards / "train", "--output", folder / "run", "--recipe", "mae", *values]
 
 
-def rank(number, port, *arguments):
-    """One rank of two of the real trainer."""
+def rank(number, port, *arguments, size=2, code=""):
+    """One rank of two, or more, of the real trainer, or of Python code."""
     env = {k: v for k, v in os.environ.items() if k not in NAMES}
-    env |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    env |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    program = ("-c", code) if code else ("pipeline/pretrain.py",)
     return subprocess.Popen(
-        [sys.executable, "pipeline/pretrain.py", *map(str, arguments)], env=env, cwd=ROOT,
+        [sys.executable, *program, *map(str, arguments)], env=env, cwd=ROOT,
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -77,6 +78,58 @@ def test_a_taken_port_is_a_sentence_and_the_other_rank_ends_too(taken, shards, t
     assert time.monotonic() - begun < 6
     assert (code, rest) == (2, "")
     assert said.startswith(f"error: MASTER_PORT {taken} is taken, perhaps by another run")
+
+
+# Ranks that have met stay until the folder has a file "end", and then still reach each other.
+STAY = """
+import sys, time
+from pathlib import Path
+from pipeline.distributed import any_rank
+from pipeline.errors import UserError
+from pipeline.runtime.engine import init_ranks
+folder = Path(sys.argv[1])
+try:
+    number = init_ranks().rank
+except UserError as error:
+    sys.exit(f"error: {error}")
+(folder / str(number)).touch()
+while not (folder / "end").exists():
+    time.sleep(0.1)
+print(any_rank(number == 1))
+"""
+
+
+def test_a_rank_of_another_run_on_the_port_is_refused(tmp_path, free_port):
+    """It comes while the first run, of two ranks, is there; or is one of four."""
+    ranks = [rank(number, free_port, tmp_path, code=STAY) for number in range(2)]
+    try:
+        for number in range(2):
+            wait_for((tmp_path / str(number)).exists, 60)
+        for size, found in ((2, "another rank 1"), (4, "a run of 2 ranks")):
+            ranks.append(rank(1, free_port, tmp_path, size=size, code=STAY))
+            said = ranks[-1].communicate(timeout=60)[1]
+            assert ranks[-1].returncode == 1
+            assert said.startswith(f"error: rank 1 of {size} found {found} at 127.0.0.1:")
+        (tmp_path / "end").touch()
+        assert [r.communicate(timeout=60)[0] for r in ranks[:2]] == ["True\n"] * 2
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_of_another_run_that_comes_first_does_not_train_with_it(shards, tmp_path, free_port):
+    """As the second of two deepspeed commands at once would: both runs end with a sentence."""
+    run, other = words(shards, tmp_path), [*words(shards, tmp_path / "other"), "--set", "seed=7"]
+    ranks = [rank(0, free_port, *run), rank(1, free_port, *other)]
+    said = [r.communicate(timeout=60)[1] for r in ranks]
+    assert [r.returncode for r in ranks] == [2, 2]
+    assert said[0].startswith(
+        f"error: rank 1 on {socket.gethostname()}: not the settings of rank 0"
+    )
+    assert "(recipe.seed: 7 != 0)" in said[0]
+    assert [text.count("\n") for text in said] == [1, 0]  # one line per host
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -242,6 +242,7 @@ def test_auto_micro_batch_is_a_function_of_the_recipe():
         ({"csv_monitor": {}}, ["monitor.log_to", "metrics.jsonl"]),
         ({"timers": {"throughput": {"on": True}}}, ["unknown key 'timers.throughput.on'"]),
         ({"wall_clock_breakdown": "false"}, ["'wall_clock_breakdown' must be true or false"]),
+        ({"watchdog_seconds": 1e-9}, ["a number from 1 to 10^9, or 0 for none, not 1e-09"]),
         ({"steps_per_print": 0}, ["'steps_per_print' must be a whole number from 1 up, not 0"]),
         ({"communication_data_type": "fp7"}, ["must be fp16, bf16 or fp32, not 'fp7'"]),
         ({"gradient_predivide_factor": 0}, ["must be a number above 0, not 0"]),

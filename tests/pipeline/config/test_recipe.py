@@ -113,6 +113,7 @@ def test_a_kind_of_measure_is_set_in_any_order_with_its_keys(tmp_path):
         ("optimizer.min_lr=7e-4", ["min_lr 0.0007 is above the peak learning rate 0.0006"]),
         ("optimizer.epochs=yes", ["optimizer.epochs", "a number, not true or false", "got True"]),
         ("data.crop.scale=[off, on]", ["data.crop.scale", "a number, not true or false"]),
+        ("data.workers=99999999", ["data.workers", "less than or equal to 1024"]),
         ("optimizer.epochs=1:30", ["optimizer.epochs", "got '1:30'"]),
         ("views={mask_ratio: 0.5, mask_ratio: 0.6}", ["key 'mask_ratio' is there twice"]),
         ("views=null", ["'views': input should be a mapping of keys, got None"]),

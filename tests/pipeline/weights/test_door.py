@@ -143,6 +143,22 @@ def test_a_hugging_face_model_of_pixels_that_are_not_normalised(run, tmp_path):
     assert (info["mean"], info["std"]) == ([0.0] * 3, [1.0] * 3)
 
 
+@pytest.mark.parametrize("name", ["", "step-00000010"])
+def test_checkpoints_are_told_to_be_of_a_run(name, tmp_path):
+    (tmp_path / "run/checkpoints/step-00000010").mkdir(parents=True)
+    (tmp_path / "run/recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"give \S+/run, the run of these checkpoints"):
+        pipeline.load_encoder(tmp_path / "run/checkpoints" / name)
+
+
+@pytest.mark.parametrize("name", ["", "global_step10", "global_step10/x_optim_states.pt"])
+def test_parts_of_deepspeed_are_told_to_be_put_together(name, tmp_path):
+    (tmp_path / "global_step10").mkdir()
+    torch.save({"ds_version": "0"}, tmp_path / "global_step10/x_optim_states.pt")
+    with pytest.raises(UserError, match=r"give the file of full weights that DeepSpeed's zero_to"):
+        pipeline.load_encoder(tmp_path / name)
+
+
 def test_what_is_no_encoder_is_one_sentence(tmp_path):
     torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"x\.pth does not say its architecture"):
