@@ -148,8 +148,9 @@ def test_the_docs_have_the_archives_results():
         for name in ("MAE", "R-MAE", "C-MAE", "C-MAE without mask tokens", "MAE, cross decoder",
                      "MAE, decoder of 1 block", "MAE, 90 % masked", "MAE, growing images", "random",
                      *LONGER, "MAE, cross decoder, as long", "MAE, decoder of 1 block, as long",
-                     "MAE, 90 % masked, as long", "MAE, growing images, as long"):  # fmt: skip
-            shown = name.replace("as long", "for the time of MAE")
+                     "MAE, 90 % masked, as long", "MAE, growing images, as long",
+                     "R-MAE, cross decoder, as long"):  # fmt: skip
+            shown = name.replace("as long", f"for the time of {name.partition(',')[0]}")
             line = next(s for s in text.splitlines() if re.match(rf"\| {shown}[^,|]* \|", s))
             metrics = ("finetune", "fewshot", "linprobe", "psnr")
             for metric, cell in zip(metrics, line.split("|")[2:-1], strict=True):
@@ -170,6 +171,8 @@ def test_the_docs_have_the_archives_results():
         ("MAE, cross decoder, as long", "cross decoder, for the same time"),
         ("MAE, 90 % masked, as long", "90 % masked, for the same time"),
         ("MAE, growing images, as long", "growing images, for the same time"),
+        ("R-MAE, cross decoder, as long", "R-MAE, cross decoder, for the same time"),
+        ("R-MAE, cross decoder", "R-MAE, cross decoder, against"),
         ("MAE, cross decoder", "cross decoder"),
         ("MAE, 90 % masked", "90 % masked"),
         ("MAE, growing images", "growing images"),
@@ -182,3 +185,6 @@ def test_the_docs_have_the_archives_results():
     holds = sum(one.verdict == "holds" for one in judged)
     assert f"of {len(judged)} paired differences, {holds} hold" in " ".join(text.split())
     assert all(one.verdict in ("holds", "undecided") for one in judged)
+    for p, corrected in re.findall(r"p = (0\.\d+),\s+corrected (0\.\d+)", text):
+        digits, more = len(p) - 2, len(corrected) - 2
+        assert (p, corrected) in [(f"{x.p:.{digits}f}", f"{x.corrected:.{more}f}") for x in judged]
