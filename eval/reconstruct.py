@@ -19,6 +19,7 @@ from eval.shared.options import add_model, base_parser, check_model
 from pipeline.command import check_unused, early
 from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import check_writable, write_atomic
+from shard_tools.cli import counted
 
 COLUMNS = ("original", "masked", "reconstruction", "reconstruction + visible")
 
@@ -138,7 +139,9 @@ def main() -> None:
     sheet.save(data, "png")
     with naming(args.output, "cannot be written"):
         write_atomic(Path(args.output), data.getvalue())
-    print(f"{args.output}: {' | '.join(args.columns)}; {' '.join(note.split())}", flush=True)
+    drawn = counted(len(image), "image")
+    note = " ".join(note.split())
+    print(f"{args.output}: {drawn}, {' | '.join(args.columns)}; {note}", flush=True)
 
 
 if __name__ == "__main__":

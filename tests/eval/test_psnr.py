@@ -153,7 +153,7 @@ def test_the_grid_has_its_four_columns_and_says_what_it_shows(home, tmp_path, mo
     monkeypatch.setattr("sys.argv", ["reconstruct.py", *map(str, words)])
     run_command(reconstruct.main)
     printed = capsys.readouterr().out
-    assert "original | masked | reconstruction | reconstruction + visible" in printed
+    assert "3 images, original | masked | reconstruction | reconstruction + visible; " in printed
     assert "true mean and deviation" in printed
     model = load_reconstructor(home / "mae")
     batch = next(iter(eval_loader(home / "val", batch_size=3, rank=0, world=1, image_size=16,
