@@ -71,6 +71,21 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+class _Ending:
+    """The event by which torch's iterator ends its workers. It alone sets it and, of a worker that
+    has died, asks whether it has; here without the lock, which that worker may have held."""
+
+    def __init__(self, event: Any) -> None:
+        self.event, self._is_set = event, False
+
+    def set(self) -> None:
+        self._is_set = True
+        self.event.set()
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+
 class Loader:
     """Iterates over batches (once); `len()` is their number, `bad_samples` counts those so far
     that would not decode and were replaced.
@@ -144,7 +159,10 @@ class Loader:
     def _start(self) -> None:
         others = set(multiprocessing.active_children())
         with _signals_blocked():
-            self._iterator = iter(self._loader)
+            iterator: Any = iter(self._loader)
+        if self._sizes[0]:
+            iterator._workers_done_event = _Ending(iterator._workers_done_event)
+        self._iterator = iterator
         self._workers = [c for c in multiprocessing.active_children() if c not in others]
 
     def close(self) -> None:
