@@ -5,20 +5,18 @@ The engine makes the process group.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import logging
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import UserError, mute_where_reader_left
-from pipeline.gpu_errors import cuda_fault, nccl_fault, no_code, why_no_gpu
+from pipeline.gpu_errors import nccl_fault, no_code, why_no_gpu
 from pipeline.processor import BF16, processor
 from shard_tools.cores import cores
 from shard_tools.home import expand_home
@@ -226,66 +224,6 @@ def untried_device() -> str:
     if not torch.cuda.is_available() and (why := why_no_gpu(torch)):
         return f"device: the CPU, though this machine has NVIDIA's driver: {why}"
     return ""
-
-
-@contextlib.contextmanager
-def joining() -> Iterator[None]:
-    """What goes wrong while the ranks find each other, as a UserError."""
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        yield
-    except RuntimeError as error:  # torch's DistError is one
-        text = str(error)
-        if "EADDRINUSE" in text:
-            port = os.environ["MASTER_PORT"]
-            raise UserError(
-                f"MASTER_PORT {port} is taken, perhaps by another run on this host: {_ANOTHER_PORT}"
-            ) from None
-        if fault := nccl_fault(error) or cuda_fault(error):
-            raise UserError(fault) from error
-        if "Too many open files" in text:  # gloo's words, which name gloo
-            most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            raise UserError(
-                f"a process may open only {most} files here, too few for the ranks to meet: raise "
-                "the limit (ulimit -n 1024)"
-            ) from None
-        if lost_contact(error):
-            raise UserError("lost contact with another rank while the ranks met") from None
-        if not isinstance(error, torch.distributed.DistError):
-            raise
-        raise UserError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
-            f"{address} ({text.split('. ')[0].splitlines()[0]})"
-        ) from None
-
-
-_ANOTHER_PORT = (
-    "give another one (deepspeed --master_port, or MASTER_PORT=…); launch.sh on one node finds a "
-    "free one itself where MASTER_PORT is not set"
-)
-
-
-def take_place(timeout: timedelta) -> Any:
-    """Join as the only process of this rank; the store of the ranks, to be kept until the group is
-    made (on rank 0 it listens).
-
-    Of two runs on one port the second's rank 0 finds it taken, but its other ranks would meet the
-    first run's: come before that run's own they would train with it, later they would wait.
-    """
-    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # torchrun can keep its store when it starts the ranks again.
-    start = f"relaxmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if rank == 0:
-        store.set(f"{start}/ranks", str(world))
-    theirs = int(store.get(f"{start}/ranks"))
-    if theirs != world or store.add(f"{start}/rank {rank}", 1) > 1:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        found = f"another rank {rank}" if theirs == world else f"a run of {theirs} ranks"
-        raise UserError(
-            f"rank {rank} of {world} found {found} at {address}, perhaps of another run with the "
-            f"same MASTER_PORT: {_ANOTHER_PORT}"
-        )
-    return store
 
 
 def lost_contact(error: Exception) -> bool:

@@ -19,9 +19,9 @@ from pipeline.command import check_environment
 from pipeline.distributed import (
     Ranks,
     device_of,
-    joining,
     untried_device,
 )
+from pipeline.rendezvous import joining
 
 T = TypeVar("T")
 

@@ -27,15 +27,14 @@ from pipeline.distributed import (
     cores_per_rank,
     device_of,
     free_port,
-    joining,
     prepare_deepspeed,
     stop_with_torchrun,
-    take_place,
     unlink_buffer,
     wait_at_most,
 )
 from pipeline.errors import UserError
 from pipeline.method.vit import SmallerTables
+from pipeline.rendezvous import joining
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm
@@ -95,11 +94,9 @@ def init_ranks() -> Ranks:
     ops.prepare()
     if ops.problem():
         _without_built_ops()
-    several = int(os.environ["WORLD_SIZE"]) > 1 and not torch.distributed.is_initialized()
-    with contextlib.redirect_stdout(io.StringIO()), joining():  # DeepSpeed prints the op it loads
-        store = take_place(deepspeed.constants.default_pg_timeout) if several else None
+    quiet = contextlib.redirect_stdout(io.StringIO())  # DeepSpeed prints the op it loads
+    with quiet, joining(deepspeed.constants.default_pg_timeout):
         deepspeed.init_distributed(verbose=False)
-        del store
         # Made while all ranks are known to be there: later it could wait for one that has died.
         groups._clone_world_group()
         cores = cores_per_rank()  # the first collective over NCCL

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.distributed import DistBackendError
 
-from pipeline.distributed import Ranks, joining, lost_contact
+from pipeline.distributed import Ranks, lost_contact
 from pipeline.errors import UserError
 from pipeline.gpu_errors import cuda_fault, nccl_fault, one_line
+from pipeline.rendezvous import joining
 from pipeline.runtime.watchdog import last_failure, report_failure
 
 HEAD = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "

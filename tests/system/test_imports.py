@@ -81,6 +81,7 @@ FLOORS = (
         "pipeline.distributed",
         "pipeline.progress",
     ),
+    ("pipeline.rendezvous",),
     ("shard_tools.tar", "shard_tools.image_file", "shard_tools.index_file", "shard_tools.remote"),
     ("shard_tools.index_cache", "shard_tools.shard_table"),
     ("shard_tools.manifest", "shard_tools.workers", "pipeline.kernels", "pipeline.config"),

@@ -86,10 +86,10 @@ import sys, time
 from pathlib import Path
 from pipeline.distributed import any_rank
 from pipeline.errors import UserError
-from pipeline.runtime.engine import init_ranks
+from MODULE import FUNCTION
 folder = Path(sys.argv[1])
 try:
-    number = init_ranks().rank
+    number = FUNCTION().rank
 except UserError as error:
     sys.exit(f"error: {error}")
 (folder / str(number)).touch()
@@ -99,14 +99,19 @@ print(any_rank(number == 1))
 """
 
 
-def test_a_rank_of_another_run_on_the_port_is_refused(tmp_path, free_port):
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [("pipeline.runtime.engine", "init_ranks"), ("eval.shared.cli", "join_ranks")],
+)
+def test_a_rank_of_another_run_on_the_port_is_refused(module, function, tmp_path, free_port):
     """It comes while the first run, of two ranks, is there; or is one of four."""
-    ranks = [rank(number, free_port, tmp_path, code=STAY) for number in range(2)]
+    code = STAY.replace("MODULE", module).replace("FUNCTION", function)
+    ranks = [rank(number, free_port, tmp_path, code=code) for number in range(2)]
     try:
         for number in range(2):
             wait_for((tmp_path / str(number)).exists, 60)
         for size, found in ((2, "another rank 1"), (4, "a run of 2 ranks")):
-            ranks.append(rank(1, free_port, tmp_path, size=size, code=STAY))
+            ranks.append(rank(1, free_port, tmp_path, size=size, code=code))
             said = ranks[-1].communicate(timeout=60)[1]
             assert ranks[-1].returncode == 1
             assert said.startswith(f"error: rank 1 of {size} found {found} at 127.0.0.1:")
