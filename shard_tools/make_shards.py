@@ -101,6 +101,8 @@ def plan_splits(
         unlabelled=options.unlabelled,
         unpacked=options.dest / PARTS / UNPACKED if how.tasks == 1 else None,
         skip=options.on_error == "skip",
+        image_column=options.image_column,
+        label_column=options.label_column,
     )
     with naming_skip():
         splits = find_splits(options.source, layout, folders, listing)
@@ -222,15 +224,16 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
         "tree; a folder of images without labels; a tar of class folders, of class tars as "
-        "ImageNet's, or flat (gzip and zstd too); a folder of class tars; a CSV or JSONL of path "
-        "and label. A folder that holds ImageNet's train and validation set, in any of the layouts "
-        "in which they come, becomes DEST/train and DEST/val.",
+        "ImageNet's, or flat (gzip and zstd too); a folder of class tars; Hugging Face's Parquet "
+        "files; a CSV or JSONL of path and label. A folder that holds ImageNet's train and "
+        "validation set, in any of the layouts in which they come, becomes DEST/train and "
+        "DEST/val.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
         "(add --resume to requeue), then once --merge.",
         formatter_class=HelpFormatter,
     )
     p.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder, tar, CSV or JSONL, see above"
+        "source", type=Path, metavar="SOURCE", help="folder, tar, Parquet, CSV or JSONL, see above"
     )
     p.add_argument("dest", type=Path, metavar="DEST", help="folder for the shards")
     _shard_options(p.add_argument_group("shards"))
@@ -285,6 +288,8 @@ def _label_options(group: argparse._ArgumentGroup) -> None:
     a("--devkit", type=Path, metavar="PATH", help="labels of a flat val: ILSVRC2012_devkit_t12")
     a("--unlabelled", action="store_true", help="every image below SOURCE, without labels")
     a("--splits", action="store_true", help="write DEST/train also where SOURCE has no val")
+    a("--image-column", default="", metavar="NAME", help="of Parquet files with several")
+    a("--label-column", default="", metavar="NAME", help="of Parquet files with several")
     a("--root", type=Path, metavar="DIR", help="where relative paths of a CSV or JSONL start")
 
 

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
@@ -180,22 +180,40 @@ def plain_tar(path: Path, unpacked: Path | None) -> Path:
     kind = compression(path)
     if not kind:
         return path
+
+    def unpack(out: BinaryIO) -> None:
+        print(f"{path}: {kind}-compressed; unpacking it into {unpacked}", flush=True)
+        for piece in _pieces(path, kind):
+            out.write(piece)
+
+    return unpacked_tar(path, unpacked, "compressed", unpack)
+
+
+def unpacked_tar(
+    path: Path, unpacked: Path | None, what: str, unpack: Callable[[BinaryIO], None], part: str = ""
+) -> Path:
+    """The plain tar of the content of `path`, or of a `part` of it, in the folder `unpacked`, where
+    `unpack` writes it at first use. None: a ToolError says that the file is `what` ("compressed").
+
+    Unskippable where it cannot be written; errors of `unpack` that are no OSError go through.
+    """
     with naming(path, "cannot be read"):
         about = path.stat()
     if unpacked is None:
-        raise Unskippable(f"{path}: is compressed, so tasks cannot share it; unpack it first")
-    mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+        raise Unskippable(
+            f"{path}: is {what} and must be unpacked first, which make_shards.py does without "
+            "--num-tasks"
+        )
+    mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}{part}"
     target = unpacked / f"{path.name}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.tar"
     if target.is_file():
         return target
-    print(f"{path}: {kind}-compressed; unpacking it into {unpacked}", flush=True)
     partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         unpacked.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as out:
-                for piece in _pieces(path, kind):
-                    out.write(piece)
+                unpack(out)
             os.utime(partial, ns=(about.st_atime_ns, about.st_mtime_ns))  # see file_times
             os.replace(partial, target)
         finally:

@@ -4,7 +4,8 @@
                                     beside LOC_val_solution.csv or the development kit
     ILSVRC2012_img_train.tar …      the three original files (with _img_val and _devkit_t12)
     ILSVRC/Data/CLS-LOC             Kaggle's, with LOC_val_solution.csv
-    data/train_images_0.tar.gz …    Hugging Face's
+    data/train_images_0.tar.gz …    Hugging Face's, and
+    data/train-00000-of-00294.parquet … in Parquet, as any data set with labels there
 
 All give the same shards: image names are `synset/file` and classes the sorted synsets, which
 LOC_synset_mapping.txt has to confirm where it is there.
@@ -21,8 +22,10 @@ from pathlib import Path
 from shard_tools.class_list import read_classes
 from shard_tools.cli import ToolError
 from shard_tools.sharding.folders import class_folders
+from shard_tools.sharding.found import HELD_OUT, TRAINING
 from shard_tools.sharding.labels import Labels, read_labels, read_solution
-from shard_tools.sharding.sources import Listing, Source, open_archives, open_source
+from shard_tools.sharding.parquet_sets import parquet_sets
+from shard_tools.sharding.sources import Listing, Source, open_parts, open_source
 
 _VAL_FOLDERS = ("val", "valid", "validation")
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -48,7 +51,7 @@ def recognise(root: Path) -> Layout | None:
     part of the layout is missing."""
     if not root.is_dir():
         return None
-    for look in (_kaggle, _folders, _original, _hugging_face):
+    for look in (_kaggle, _folders, _original, _hugging_face, _parquet):
         layout = look(root)
         if layout is not None:
             return layout
@@ -63,7 +66,7 @@ def open_splits(layout: Layout, how: Listing) -> tuple[Source, Source]:
     if layout.mapping:
         _check_mapping(layout, train.classes)
     if not train.classes:
-        raise ToolError(f"{layout.train[0]}: the training set has no class folders")
+        raise ToolError(f"{layout.train[0]}: the training set has no class folders or labels")
     how = replace(how, classes=train.classes)
     if layout.labels and how.labels is None:
         how = replace(how, labels=layout.labels())
@@ -71,7 +74,7 @@ def open_splits(layout: Layout, how: Listing) -> tuple[Source, Source]:
 
 
 def _open(paths: Sequence[Path], how: Listing) -> Source:
-    return open_source(paths[0], how) if len(paths) == 1 else open_archives(paths, how)
+    return open_source(paths[0], how) if len(paths) == 1 else open_parts(paths, how)
 
 
 def _check_mapping(layout: Layout, classes: Sequence[str]) -> None:
@@ -144,8 +147,6 @@ def _hugging_face(root: Path) -> Layout | None:
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         parts = {int(match[1]): name for name in names if (match := _PART.fullmatch(name))}
         if not parts:
-            if any(re.fullmatch(r"train-\d+-of-\d+(-\w+)?\.parquet", name) for name in names):
-                raise ToolError(f"{folder}: holds parquet files, which are not read; take the tars")
             continue
         missing = set(range(max(parts) + 1)) - set(parts)
         if missing:
@@ -157,6 +158,19 @@ def _hugging_face(root: Path) -> Layout | None:
         mapping = _first([folder, root], _MAPPING)
         return Layout("ImageNet as Hugging Face has it", train, (folder / val,), None, mapping)
     return None
+
+
+def _parquet(root: Path) -> Layout | None:
+    sets = parquet_sets(root)
+    train = next((name for name in sets if name.lower() in TRAINING), None)
+    held_out = [name for name in sets if name.lower() in HELD_OUT]
+    held_out.sort(key=lambda name: name.lower() not in _VAL_FOLDERS)
+    if train is None or not held_out:
+        return None
+    val = held_out[0]
+    left = sorted(set(sets) - {train, val})
+    more = f"; not read: {', '.join(left)}" if left else ""
+    return Layout(f"Parquet files, validation set in {val}{more}", sets[train], sets[val])
 
 
 def _flat_labels(val: Path, folders: Sequence[Path]) -> Callable[[], Labels] | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, overload
 
 import numpy as np
 
+from pipeline.errors import naming
+from shard_tools.cli import ToolError
 from shard_tools.sharding.found import Image, Images
 from shard_tools.texts import Texts
 
@@ -69,3 +73,43 @@ class Items(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         for (name, file, offset, size), label in zip(self.images, self.labels, strict=True):
             yield Item(name, int(label), file, offset, size)
+
+
+def place_of(root: str, item: Item) -> str:
+    """Where an item is, as errors say it: its file, and its name where that is an archive."""
+    path = os.path.join(root, item.file)
+    return f"{path}, {item.name}" if item.offset else path
+
+
+def read_item(root: str, item: Item) -> bytes:
+    """The bytes of one item; ToolError where the file is not what it was when it was listed."""
+    path = os.path.join(root, item.file)
+    with naming(path, "cannot be read"), open(path, "rb", buffering=0) as file:
+        if item.offset:
+            file.seek(item.offset)
+        data = file.read(item.size) or b""
+        while len(data) < item.size and (more := file.read(item.size - len(data))):
+            data += more
+    if len(data) != item.size:
+        raise ToolError(f"{path}: changed since it was listed; start again")
+    return data
+
+
+def file_times(root: str, items: Iterable[Item]) -> str:
+    """When the files that hold the items were last modified, as a digest: a file that is replaced
+    has another time, though it may have the size of the old one."""
+    times: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for item in items:
+        if item.file not in times:
+            times[item.file] = modified_at(root, item.file)
+        digest.update(b"%d " % times[item.file])
+    return digest.hexdigest()
+
+
+def modified_at(root: str, file: str) -> int:
+    """When a file of an item was last modified, in nanoseconds; -1 where it cannot be said."""
+    try:
+        return os.stat(os.path.join(root, file)).st_mtime_ns
+    except OSError:  # whoever reads it says so
+        return -1

@@ -19,6 +19,7 @@ from pipeline.errors import UserError, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
+from shard_tools.sharding.items import file_times, modified_at
 from shard_tools.sharding.layout import (
     PARTS,
     PLAN,
@@ -30,7 +31,6 @@ from shard_tools.sharding.layout import (
 )
 from shard_tools.sharding.merge import clean_up, merge_parts, remove_leftovers
 from shard_tools.sharding.plan_file import PLAN_FILE, StoredPlan, read_plan, write_plan
-from shard_tools.sharding.sources import file_times, modified_at
 from shard_tools.sharding.writer import write_shards
 
 _LOCK = "job.lock"  # in PARTS, held while a job is at work

@@ -20,8 +20,8 @@ from shard_tools.cli import ToolError
 from shard_tools.image_file import GROWTH
 from shard_tools.manifest import SAMPLE, Shard
 from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
-from shard_tools.sharding.items import Items
-from shard_tools.sharding.sources import Source, read_item
+from shard_tools.sharding.items import Items, read_item
+from shard_tools.sharding.sources import Source
 from shard_tools.sharding.statistics import NO_PIXELS
 from shard_tools.tar import BLOCK, RECORD
 

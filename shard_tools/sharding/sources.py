@@ -1,4 +1,4 @@
-"""What there is to shard: the images of a folder, of a tar, or of a CSV or JSONL list.
+"""What there is to shard: the images of a folder, of tars or Parquet files, or of a CSV or JSONL.
 
 Every source becomes a flat list of items that say where the bytes of one image are. Archives are
 never extracted: an item inside a tar is a byte range of that tar.
@@ -6,13 +6,12 @@ never extracted: an item inside a tar is a byte range of that tar.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -37,8 +36,10 @@ from shard_tools.sharding.found import (
     Images,
     is_image,
 )
-from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.items import Items
 from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
+from shard_tools.sharding.parquet import Wanted, list_parquet
+from shard_tools.sharding.parquet_sets import SUFFIX, is_parquet, parquet_sets
 from shard_tools.sharding.tables import label_column, list_table
 from shard_tools.texts import Texts
 
@@ -72,8 +73,9 @@ class Listing:
         an unknown class is an error, a class without images is kept. labels: of a flat folder or
         tar, see shard_tools/sharding/labels.py. root: where the paths of a CSV or JSONL start
         (default: its folder). unlabelled: take every image and no labels. unpacked: folder for the
-        content of compressed archives, None = refuse them. skip: report what is damaged or
-        missing, and take the rest.
+        content of compressed archives and Parquet files, None = refuse them. skip: report what is
+        damaged or missing, and take the rest. image_column, label_column: of Parquet files, "" =
+        the only ones.
     """
 
     classes: tuple[str, ...] = ()
@@ -82,6 +84,8 @@ class Listing:
     unlabelled: bool = False
     unpacked: Path | None = None
     skip: bool = False
+    image_column: str = ""
+    label_column: str = ""
 
 
 def open_source(path: Path, how: Listing = Listing()) -> Source:
@@ -95,6 +99,8 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
     suffix = path.suffix.lower()
     if how.root and suffix not in LISTS:
         raise ToolError(f"--root is for a CSV or JSONL; {path} is none")
+    if (how.image_column or how.label_column) and not (path.is_dir() or is_parquet(path.name)):
+        raise ToolError(f"--image-column and --label-column are for Parquet; {path} is none")
     with naming(path, "cannot be read"):
         if path.is_dir():
             source = _folder(path, how)
@@ -104,15 +110,22 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
             raise ToolError(f"{path}: is one image; give its folder, or a table of paths")
         elif suffix in LISTS:
             source = LISTS[suffix](path, how)
+        elif is_parquet(path.name):
+            source = _parquet([path], how)
         elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
             raise ToolError(f"{path}: is neither a folder, a tar nor a list ({' '.join(LISTS)})")
         else:
-            source = open_archives([path], how)
+            source = _archives([path], how)
     return _checked(source, path)
 
 
-def open_archives(paths: Sequence[Path], how: Listing) -> Source:
-    """The images of one data set that is in one or several tars."""
+def open_parts(paths: Sequence[Path], how: Listing) -> Source:
+    """List one data set that is in several tars or Parquet files."""
+    read = _parquet if is_parquet(paths[0].name) else _archives
+    return _checked(read(paths, how), paths[0])
+
+
+def _archives(paths: Sequence[Path], how: Listing) -> Source:
     found = Found()
     for path in paths:
         if compression(path) == "zip":
@@ -135,46 +148,6 @@ def _check_metadata(path: Path, found: Found, how: Listing) -> None:
         )
 
 
-def place_of(root: str, item: Item) -> str:
-    """Where an item is, as errors say it: its file, and its name where that is an archive."""
-    path = os.path.join(root, item.file)
-    return f"{path}, {item.name}" if item.offset else path
-
-
-def read_item(root: str, item: Item) -> bytes:
-    """The bytes of one item; ToolError where the file is not what it was when it was listed."""
-    path = os.path.join(root, item.file)
-    with naming(path, "cannot be read"), open(path, "rb", buffering=0) as file:
-        if item.offset:
-            file.seek(item.offset)
-        data = file.read(item.size) or b""
-        while len(data) < item.size and (more := file.read(item.size - len(data))):
-            data += more
-    if len(data) != item.size:
-        raise ToolError(f"{path}: changed since it was listed; start again")
-    return data
-
-
-def file_times(root: str, items: Iterable[Item]) -> str:
-    """When the files that hold the items were last modified, as a digest: a file that is replaced
-    has another time, though it may have the size of the old one."""
-    times: dict[str, int] = {}
-    digest = hashlib.sha256()
-    for item in items:
-        if item.file not in times:
-            times[item.file] = modified_at(root, item.file)
-        digest.update(b"%d " % times[item.file])
-    return digest.hexdigest()
-
-
-def modified_at(root: str, file: str) -> int:
-    """When a file of an item was last modified, in nanoseconds; -1 where it cannot be said."""
-    try:
-        return os.stat(os.path.join(root, file)).st_mtime_ns
-    except OSError:  # whoever reads it says so
-        return -1
-
-
 def _folder(path: Path, how: Listing) -> Source:
     """An ImageFolder tree (class = folder right below `path`, index = its position in sorted order,
     as torchvision does), a folder of class tars, or images without classes."""
@@ -183,6 +156,10 @@ def _folder(path: Path, how: Listing) -> Source:
     if class_tars and len(class_tars) == len(archives):
         return _class_tars(path, class_tars, how)
     found = list_folder(path, how.skip)
+    if any(is_parquet(name) for name, _ in found.ignored) and (sets := parquet_sets(path)):
+        return _parquet_folder(path, sets, found, how)
+    if how.image_column or how.label_column:
+        raise ToolError(f"{path}: holds no Parquet; --image-column and --label-column are for that")
     if archives and not found.images:
         raise ToolError(
             f"{path}: holds archives such as {archives[0]}; give one of them, or adopt WebDataset "
@@ -192,6 +169,45 @@ def _folder(path: Path, how: Listing) -> Source:
         _check_class_folders(path, found, how)
         _check_lists(path, found, how)
     return _labelled(found, path, how, str(path))
+
+
+def _parquet_folder(
+    path: Path, sets: dict[str, tuple[Path, ...]], found: Found, how: Listing
+) -> Source:
+    """The images of a folder of Parquet files, which is one split and has no other images."""
+    if found.images:
+        first = next(iter(sets.values()))[0]
+        raise ToolError(
+            f"{path}: holds images, such as {found.images.names[0]}, and beside them {first}, "
+            "which may hold images or labels too; separate them"
+        )
+    named = [name for name in sets if name.lower() in TRAINING | HELD_OUT]
+    if named and len(sets) > 1 and not how.unlabelled:
+        raise _splits_error(str(path), sorted(sets), "give a folder with the files of one of them")
+    return _parquet([file for files in sets.values() for file in files], how)
+
+
+def _parquet(paths: Sequence[Path], how: Listing) -> Source:
+    """One data set in Parquet files. ImageNet's file names say the synsets of its classes, which
+    have the order of the labels in the file."""
+    where, root = paths[0], paths[0].parent
+    if how.labels:
+        raise ToolError(f"{where}: has its own labels, so --synsets and --devkit do nothing")
+    wanted = Wanted(not how.unlabelled, how.image_column, how.label_column)
+    rows = list_parquet(paths, how.unpacked, how.skip, wanted)
+    labels, names, remark = rows.labels, rows.names, ""
+    synsets = [] if how.unlabelled else labels_in_names(rows.found)
+    if not labels and synsets:
+        labels, remark = list(synsets), "labels from the file names"
+    elif not labels and not how.unlabelled:
+        remark = "no column of labels, so without labels"
+    elif labels and synsets:
+        pairs = set(zip(labels, synsets, strict=True))
+        if not len(pairs) == len(set(labels)) == len(set(synsets)):
+            raise ToolError(f"{where}: its labels and the synsets in its file names disagree")
+        names = tuple(synset for _, synset in sorted(pairs))
+        labels = list(map({synset: i for i, synset in enumerate(names)}.__getitem__, synsets))
+    return _by_column(where, root, rows.found, labels, how, names, remark)
 
 
 def _class_tars(path: Path, names: list[str], how: Listing) -> Source:
@@ -307,23 +323,30 @@ def _table(path: Path, how: Listing) -> Source:
         raise ToolError(f"{path}: has its own labels, so --synsets and --devkit do nothing")
     root = how.root or path.parent
     images, labels = list_table(path, root)
-    if how.unlabelled or not labels:
-        source = _source(root, images, [-1] * len(images), (), Found())
-        return _relabel(source, how.classes, str(path)) if how.classes else source
-    if isinstance(labels[0], int):
+    return _by_column(path, root, Found(images), [] if how.unlabelled else labels, how)
+
+
+def _by_column(
+    path: Path, root: Path, found: Found, labels: list[int | str], how: Listing,
+    names: tuple[str, ...] = (), remark: str = "",
+) -> Source:  # fmt: skip
+    """Labelled by a column: of class indices, which may have `names`, of class names, or none."""
+    classes: tuple[str, ...] = ()
+    numbers = [-1] * len(found.images)
+    if labels and isinstance(labels[0], int):
         numbers = [int(label) for label in labels]
-        classes = tuple(map(str, range(max(numbers) + 1)))
-        if how.classes and not all(name.isdecimal() for name in how.classes):
+        classes = names or tuple(map(str, range(max(numbers) + 1)))
+        if how.classes and not names and not all(name.isdecimal() for name in how.classes):
             if len(how.classes) < len(classes):
                 raise ToolError(
                     f"{path}: label {max(numbers)}, but {len(how.classes)} classes are given"
                 )
-            return _source(root, images, numbers, how.classes, Found())
-    else:
+            return _source(root, found.images, numbers, how.classes, found, remark)
+    elif labels:
         classes = tuple(sorted(map(str, set(labels))))
         index = {name: number for number, name in enumerate(classes)}
         numbers = [index[str(label)] for label in labels]
-    source = _source(root, images, numbers, classes, Found())
+    source = _source(root, found.images, numbers, classes, found, remark)
     return _relabel(source, how.classes, str(path)) if how.classes else source
 
 
@@ -343,7 +366,7 @@ def _source(
 def _relabel(source: Source, classes: tuple[str, ...], where: str) -> Source:
     """The same items, labelled by the given class order."""
     if not source.classes:
-        table = Path(where).suffix.lower() in LISTS
+        table = Path(where).suffix.lower() in (*LISTS, SUFFIX)
         raise ToolError(
             f"{where}: has no column `label` to match the given classes" if table
             else f"{where}: has no class folders or labels to match the classes; --synsets or "

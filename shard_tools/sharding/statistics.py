@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from shard_tools.image_file import ImageFault, decode, read_header
-from shard_tools.sharding.items import Item, Items
-from shard_tools.sharding.sources import Source, read_item
+from shard_tools.sharding.items import Item, Items, read_item
+from shard_tools.sharding.sources import Source
 from shard_tools.workers import map_in_workers, report, working_on
 
 SAMPLED = 2048  # images whose pixels are measured, spread evenly over the shuffled order

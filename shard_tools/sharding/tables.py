@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from shard_tools.sharding.found import (
 # A class index beyond this is taken for a mistake.
 MOST_CLASSES = 1_000_000
 # Columns that hold labels in other people's lists: named, so that no label is dropped silently.
-_LABEL_LIKE = (
+LABEL_LIKE = (
     *("labels", "class", "classes", "class_name", "classname", "class_id", "class_index"),
     *("class_idx", "cls", "synset", "synsets", "wnid", "category", "category_id", "target"),
     *("targets", "y", "label_id", "label_name", "label_idx", "label_index", "species", "tag"),
@@ -47,7 +47,7 @@ def list_table(path: Path, root: Path) -> tuple[Images, list[int | str]]:
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     images = Images(_image(path, number, row, root) for number, row in rows)
-    labels = _labels(path, rows)
+    labels = one_kind(path, ((number, row.get("label")) for number, row in rows))
     _check_one_set(path, rows)
     _check_repeats(path, rows, images, labels)
     return images, labels
@@ -63,7 +63,7 @@ def label_column(path: Path) -> str:
     except (OSError, ValueError, TypeError, RecursionError, csv.Error):
         return ""
     columns = _columns([str(name) for name in names])
-    called = [name for name in columns if name == "label" or _word(name) in _LABEL_LIKE]
+    called = [name for name in columns if name == "label" or word(name) in LABEL_LIKE]
     return called[0] if "path" in columns and called else ""
 
 
@@ -120,7 +120,8 @@ def _columns(names: Sequence[str]) -> list[str]:
     return columns
 
 
-def _word(column: str) -> str:
+def word(column: str) -> str:
+    """The name of a column as LABEL_LIKE has it."""
     return re.sub(r"[\s-]+", "_", column)
 
 
@@ -130,7 +131,7 @@ def _check_columns(path: Path, columns: list[str], where: str) -> None:
     for name in ("path", "label"):
         if columns.count(name) > 1:
             raise ToolError(f"{path}: {where} has the column `{name}` twice")
-    unused = [name for name in columns if _word(name) in _LABEL_LIKE]
+    unused = [name for name in columns if word(name) in LABEL_LIKE]
     if unused:
         raise ToolError(
             f"{path}: {where} has a column `{unused[0]}`, which looks like labels and is not used; "
@@ -155,22 +156,23 @@ def _image(path: Path, number: int, row: dict[str, Any], root: Path) -> Image:
     return Image(name, name, 0, about.st_size)
 
 
-def _labels(path: Path, rows: Rows) -> list[int | str]:
-    """All labels as integers, or all as names; [] where no row has one."""
-    values = [_value(path, number, row.get("label")) for number, row in rows]
-    absent = [number for (number, _), value in zip(rows, values, strict=True) if value is None]
-    if len(absent) == len(rows):
-        return []
-    if absent:
-        raise ToolError(f"{path}: row {absent[0]} has no label, others do")
-    kinds = [type(value) for value in values]
+def one_kind(path: Path, rows: Iterable[tuple[int, Any]]) -> list[int | str]:
+    """The labels of rows, (row number for messages, value), all as integers or all as names; []
+    where no row has one. UserError names the row where they are mixed, fractional, negative or
+    missing."""
+    values = [(number, _value(path, number, value)) for number, value in rows]
+    labels = [label for _, label in values if label is not None]
+    if labels and len(labels) < len(values):
+        absent = next(number for number, label in values if label is None)
+        raise ToolError(f"{path}: row {absent} has no label, others do")
+    kinds = [type(label) for label in labels]
     if len(set(kinds)) > 1:
         first = next(i for i, kind in enumerate(kinds) if kind is not kinds[0])
         raise ToolError(
-            f"{path}: row {rows[first][0]} has the label {values[first]!r}, row {rows[0][0]} "
-            f"{values[0]!r}; labels are all class indices or all names"
+            f"{path}: row {values[first][0]} has the label {labels[first]!r}, row {values[0][0]} "
+            f"{labels[0]!r}; labels are all class indices or all names"
         )
-    return [value for value in values if value is not None]
+    return labels
 
 
 def _value(path: Path, number: int, value: Any) -> int | str | None:

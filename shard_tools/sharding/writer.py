@@ -19,10 +19,9 @@ from shard_tools.cli import ToolError
 from shard_tools.image_file import walk_ahead
 from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
-from shard_tools.sharding.items import Item
+from shard_tools.sharding.items import Item, file_times, place_of, read_item
 from shard_tools.sharding.layout import ALL_FIELDS, Part, write_part
 from shard_tools.sharding.plan_file import StoredPlan
-from shard_tools.sharding.sources import file_times, place_of, read_item
 from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
 from shard_tools.workers import WorkerDied, map_in_workers, report, working_on

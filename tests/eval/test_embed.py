@@ -21,6 +21,7 @@ from eval_helpers import (
     write_shards,
 )  # fmt: skip
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from eval import embed, retrieve
@@ -390,20 +391,16 @@ def test_lists_that_name_nothing(tmp_path: Path) -> None:
         image_sets.open_images(tmp_path / "nowhere")
 
 
-def test_parquet_has_the_rows_or_says_what_is_missing(home: Path) -> None:
-    arrow = None
-    try:
-        import pyarrow.parquet as arrow
-    except ImportError:
-        with pytest.raises(UserError, match="needs pyarrow, which is not installed"):
-            run(home, "tree", "out-parquet", "--format", "parquet")
-        return
+def test_parquet_has_the_rows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed.run(*session(home, "tree", "out-parquet", "--format", "parquet"))
-    table = arrow.read_table(home / "out-parquet/embeddings.parquet")
+    table = parquet.read_table(home / "out-parquet/embeddings.parquet")
     assert table.column_names == ["key", "label", "path", "embedding"]
     rows = np.stack(table["embedding"].to_numpy())
     np.testing.assert_array_equal(rows, run(home, "tree", "out-npy"))
     assert table["key"][9].as_py() == "class1/009.png"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="needs pyarrow, which is not installed"):
+        run(home, "tree", "out-without", "--format", "parquet")
 
 
 def test_the_command(home: Path) -> None:

@@ -215,7 +215,6 @@ CASES = {
         (f"{RANDOM} --images {{empty}}", "empty: holds no images"),
         (f"{RANDOM} --images {{list}}", "/none: cannot be read"),
         (f"{RANDOM} --images {{shards}} --feature x", "--feature x: must be cls, mean_patch"),
-        (f"{RANDOM} --images {{shards}} --format parquet", "needs pyarrow"),
         (f"{RANDOM} --images {{list}} --root {{none}}", "--root {none}: no such folder"),
         (f"{RANDOM} --images {{images}} --root {{images}}", "--root {images} does nothing with"),
     ],

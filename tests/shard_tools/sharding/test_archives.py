@@ -269,7 +269,7 @@ def test_an_archive_that_cannot_be_unpacked_is_not_skipped(
     expected = {
         "disk": "cannot be written (File",
         "program": "install zstd",
-        "tasks": "cannot share",
+        "tasks": "must be unpacked first",
     }
     assert expected[cause] in error
     assert not list(dest.glob("*.tar"))
@@ -281,4 +281,4 @@ def test_tasks_do_not_each_unpack_an_archive(
     archive, _ = nested(tmp_path / "train.tar")
     (tmp_path / "train.tar.gz").write_bytes(gzip.compress(archive.read_bytes()))
     error = refused(capsys, tmp_path / "train.tar.gz", tmp_path / "d", "--num-tasks", "2")
-    assert "is compressed, so tasks cannot share it; unpack it first" in error
+    assert "is compressed and must be unpacked first, which make_shards.py does" in error

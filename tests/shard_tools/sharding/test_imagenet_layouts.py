@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import scipy.io
+from pyarrow import parquet
 from shard_samples import SMALL, image_tree, jpeg, report, tar_of, tars_of
 
 from shard_tools.make_shards import main
@@ -133,6 +135,30 @@ def hugging_face(folders: Path, root: Path) -> None:
     (root / "part.tar").unlink()
 
 
+def hugging_face_parquet(folders: Path, root: Path) -> None:
+    (root / "data").mkdir(parents=True)
+    train = [
+        (f"{path.stem}_{path.parent.name}.JPEG", path.read_bytes())
+        for path in sorted((folders / "train").rglob("*.JPEG"), key=lambda path: path.stem[-3:])
+    ]
+    val = [
+        (f"{name[:-5]}_{SYNSETS[c]}.JPEG", data)
+        for (name, data), c in zip(val_files().items(), TRUTH, strict=True)
+    ]
+    for part in range(2):
+        parquet_file(root / f"data/train-0000{part}-of-00002.parquet", train[part::2])
+    parquet_file(root / "data/validation-00000-of-00001.parquet", val)
+    test = [("ILSVRC2012_test_00000001.JPEG", jpeg(200))]
+    parquet_file(root / "data/test-00000-of-00001.parquet", test)
+
+
+def parquet_file(path: Path, images: list[tuple[str, bytes]]) -> None:
+    """Labels are class indices, -1 where they are withheld."""
+    labels = [next((i for i, s in enumerate(SYNSETS) if s in name), -1) for name, _ in images]
+    values = [{"bytes": data, "path": name} for name, data in images]
+    parquet.write_table(pyarrow.table({"image": values, "label": labels}), path)
+
+
 def flat_val(folders: Path, root: Path) -> None:
     shutil.copytree(folders / "train", root / "train")
     (root / "val").mkdir()
@@ -148,7 +174,15 @@ def class_tars_in_train(folders: Path, root: Path) -> None:
     shutil.copytree(folders / "val", root / "val")
 
 
-LAYOUTS = [original, original_unpacked_kit, kaggle, hugging_face, flat_val, class_tars_in_train]
+LAYOUTS = [
+    original,
+    original_unpacked_kit,
+    kaggle,
+    hugging_face,
+    hugging_face_parquet,
+    flat_val,
+    class_tars_in_train,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)

@@ -28,7 +28,8 @@ from pipeline.errors import UserError
 from shard_tools.cli import ToolError
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
-from shard_tools.sharding.sources import open_source, read_item
+from shard_tools.sharding.items import read_item
+from shard_tools.sharding.sources import open_source
 
 COUNTS = {"n03": 17, "n01": 9, "n02": 30}
 
@@ -223,7 +224,7 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
         (["nowhere"], "nowhere: no such file or folder"),
         (["tree/a/a_000.JPEG"], "a_000.JPEG: is one image; give its folder, or a table of paths"),
         (["empty"], "empty: holds no images"),
-        (["others"], r"others: holds no images \(.*\), but train.parquet$"),
+        (["others"], r"others: holds no images \(.*\), but notes.pdf$"),
         (["flat.tar", "--devkit", "two.txt"], r"ILSVRC2012_devkit_t12 \(not a tar\)$"),
         (["unlabelled.csv", "--classes-from", "two.txt"], "has no column `label` to match"),
         (["list.csv"], "the header has no column `path`; found file, label"),
@@ -252,7 +253,7 @@ def test_bad_input_is_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "others").mkdir()
-    (tmp_path / "others" / "train.parquet").write_bytes(b"PAR1")
+    (tmp_path / "others" / "notes.pdf").write_bytes(b"%PDF")
     (tmp_path / "unlabelled.csv").write_text("path\ntree/a/a_000.JPEG\n")
     (tmp_path / "list.csv").write_text("file,label\nx.jpg,1\n")
     (tmp_path / "list.tsv").write_text("path\tlabel\nx.jpg\t1\n")
