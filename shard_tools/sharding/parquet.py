@@ -78,25 +78,25 @@ def list_parquet(paths: Sequence[Path], unpacked: Path | None, skip: bool, wante
     without an image, are reported in `Found.missing`. UserError where a column is missing or one of
     several, and for labels that are missing or neither class indices nor names.
     """
-    columns = [_columns(path, wanted) for path in paths]
-    for path, other in zip(paths, columns, strict=True):
-        if other != columns[0]:
-            raise ToolError(f"{path}: has other columns or classes than {paths[0]}")
-    rows, names = Rows(Found(), [], columns[0].names), []
+    rows, names, columns = Rows(Found(), [], ()), [], None
     if unpacked is not None:
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         print(f"{paths[0]}{more}: Parquet; unpacking it into {unpacked}", flush=True)
     shown = progress(len(paths), "Parquet", unit=" files") if len(paths) > 1 else None
     with shown or nullcontext():
         for path in paths:
-            labels: list[tuple[int, Any]] = []
             with rows.found.catching(path.name, skip):
-                found, given, labels = _list_file(path, columns[0], unpacked, skip)
+                here = _columns(path, wanted)
+                columns = columns or here
+                if here != columns:
+                    raise Unskippable(f"{path}: has other columns or classes than {paths[0]}")
+                found, given, labels = _list_file(path, columns, unpacked, skip)
+                rows.labels += _checked(path, labels, columns)
                 rows.found.extend(found)
                 names += given
-            rows.labels += _checked(path, labels, columns[0])
             if shown is not None:
                 shown.update()
+    rows.names = columns.names if columns else ()
     if len({type(label) for label in rows.labels}) > 1:
         raise ToolError(f"{paths[0].parent}: labels are numbers in one file and names in another")
     if all(names) and len(set(names)) == len(names):
@@ -160,16 +160,21 @@ def _checked(path: Path, rows: list[tuple[int, Any]], columns: Columns) -> list[
     """The labels of (row, label): all class indices that have a name, or all names."""
     withheld = next((row for row, label in rows if label == -1), None)
     if withheld is not None:
-        raise ToolError(
+        raise Unskippable(
             f"{path}: row {withheld} has the label -1, which says that it is withheld; "
             "--unlabelled takes the images only"
         )
-    labels = one_kind(path, rows)
+    try:
+        labels = one_kind(path, rows)
+    except ToolError as error:
+        raise Unskippable(str(error)) from error
     if rows and not labels:
-        raise ToolError(f"{path}: its column `{columns.labels}` is empty; see --unlabelled")
+        raise Unskippable(f"{path}: its column `{columns.labels}` is empty; see --unlabelled")
     named = [label for label in labels if isinstance(label, int)] if columns.names else []
     if named and max(named) >= len(columns.names):
-        raise ToolError(f"{path}: label {max(named)}, but {len(columns.names)} classes have names")
+        raise Unskippable(
+            f"{path}: label {max(named)}, but {len(columns.names)} classes have names"
+        )
     return labels
 
 
@@ -180,13 +185,13 @@ def _columns(path: Path, wanted: Wanted) -> Columns:
     said = _description(schema)
     images = _one(path, schema, _image_columns(schema, said), wanted.images, "images")
     if not images:
-        raise ToolError(f"{path}: has no column of images; found {_list(schema.names)}")
+        raise Unskippable(f"{path}: has no column of images; found {_list(schema.names)}")
     labels = ""
     if wanted.labelled:
         labels = _one(path, schema, _label_columns(schema, said), wanted.labels, "labels")
     names = tuple(map(str, said.get(labels, {}).get("names") or ()))
     if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise ToolError(f"{path}: two classes of its column `{labels}` are called {twice[0]!r}")
+        raise Unskippable(f"{path}: two classes of its column `{labels}` are called {twice[0]!r}")
     return Columns(images, "bytes" in _fields(schema.field(images)), labels, names)
 
 
@@ -194,9 +199,9 @@ def _one(path: Path, schema: Any, candidates: list[str], chosen: str, what: str)
     """The column that was chosen or is the only one, "" where there is none."""
     option = f"--{what.rstrip('s')}-column"
     if chosen and schema.names.count(chosen) != 1:
-        raise ToolError(f"{option} {chosen}: {path} has the columns {_list(schema.names)}")
+        raise Unskippable(f"{option} {chosen}: {path} has the columns {_list(schema.names)}")
     if not chosen and len(candidates) > 1:
-        raise ToolError(
+        raise Unskippable(
             f"{path}: has several columns of {what}, {_list(candidates)}; choose with {option}"
         )
     return chosen or next(iter(candidates), "")
