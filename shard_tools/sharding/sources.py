@@ -179,7 +179,7 @@ def _parquet_folder(
         first = next(iter(sets.values()))[0]
         raise ToolError(
             f"{path}: holds images, such as {found.images.names[0]}, and beside them {first}, "
-            "which may hold images or labels too; separate them"
+            "which may hold images or labels too; give the folder of one of them"
         )
     named = [name for name in sets if name.lower() in TRAINING | HELD_OUT]
     if named and len(sets) > 1 and not how.unlabelled:
