@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import Store
 
 from pipeline.distributed import lost_contact
 from pipeline.errors import UserError
@@ -22,17 +24,16 @@ _ANOTHER_PORT = (
 )
 
 
+# The init_method of every process group of ranks.
+MEET = "relaxmim://"
+
+
 @contextlib.contextmanager
-def joining(timeout: timedelta = _TIMEOUT) -> Iterator[None]:
-    """Join as the only process of this rank, then make the process group in the body. What goes
-    wrong is a UserError."""
+def joining() -> Iterator[None]:
+    """Make the process group by MEET in the body. What goes wrong is a UserError."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized()
     try:
-        # Kept until the group is made: on rank 0 it listens.
-        store = _take_place(address, timeout) if several else None
         yield
-        del store
     except RuntimeError as error:  # torch's DistError is one
         text = str(error)
         if "EADDRINUSE" in text:
@@ -58,22 +59,61 @@ def joining(timeout: timedelta = _TIMEOUT) -> Iterator[None]:
         ) from None
 
 
-def _take_place(address: str, timeout: timedelta) -> Any:
-    """The store of the ranks, in which this process is the first of its rank, else UserError.
+def _meet(url: str, timeout: timedelta = _TIMEOUT, **_: Any) -> Iterator[tuple[Store, int, int]]:
+    """The store of the ranks, this one's number and how many there are, for torch."""
+    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = torch.distributed.PrefixStore(_agree_on_start(store, rank, world, timeout), store)
+    if world > 1:
+        _take_place(store, rank, world)
+    yield store, rank, world
+
+
+torch.distributed.register_rendezvous_handler("relaxmim", _meet)
+
+
+def _agree_on_start(store: Store, rank: int, world: int, timeout: timedelta) -> str:
+    """A name for this start of the ranks, which no other has.
+
+    The store of torchrun outlives its ranks: started again, they would read where the ranks before
+    them could be reached. Agents do not agree on TORCHELASTIC_RESTART_COUNT. So rank 0 gives the
+    name, and counts a rank only when it has taken it, since one that came may be of a start before.
+    """
+    if rank > 0:
+        arrival = store.add(f"relaxmim/arrivals of {rank}", 1)
+        start = store.get(f"relaxmim/start of {rank}, {arrival}").decode()
+        store.set(f"{start}/{rank}", "")
+        return start
+    start = f"relaxmim/start {store.add('relaxmim/starts', 1)}"
+    told, missing = [0] * world, [*range(1, world)]
+    end = time.monotonic() + timeout.total_seconds()
+    while missing:
+        for other in missing:
+            arrival = store.add(f"relaxmim/arrivals of {other}", 0)
+            if arrival > told[other]:
+                store.set(f"relaxmim/start of {other}, {arrival}", start)
+                told[other] = arrival
+        missing = [other for other in missing if not store.check([f"{start}/{other}"])]
+        if time.monotonic() > end:
+            ranks = ", ".join(map(str, missing))
+            raise torch.distributed.DistStoreError(f"timed out waiting for ranks {ranks}")
+        time.sleep(0.05 * bool(missing))
+    return start
+
+
+def _take_place(store: Store, rank: int, world: int) -> None:
+    """UserError unless this process is the first of its rank in the store.
 
     Of two runs on one port the second's rank 0 finds it taken, but its other ranks would meet the
     first run's: come before that run's own they would train with it, later they would wait.
     """
-    store, rank, world = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # torchrun can keep its store when it starts the ranks again.
-    start = f"relaxmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank == 0:
-        store.set(f"{start}/ranks", str(world))
-    theirs = int(store.get(f"{start}/ranks"))
-    if theirs != world or store.add(f"{start}/rank {rank}", 1) > 1:
+        store.set("relaxmim/ranks", str(world))
+    theirs = int(store.get("relaxmim/ranks"))
+    if theirs != world or store.add(f"relaxmim/rank {rank}", 1) > 1:
         found = f"another rank {rank}" if theirs == world else f"a run of {theirs} ranks"
         raise UserError(
-            f"rank {rank} of {world} found {found} at {address}, perhaps of another run with the "
-            f"same MASTER_PORT: {_ANOTHER_PORT}"
+            f"rank {rank} of {world} found {found} at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}, perhaps of another run with the same MASTER_PORT: "
+            f"{_ANOTHER_PORT}"
         )
-    return store

@@ -21,7 +21,7 @@ from pipeline.distributed import (
     device_of,
     untried_device,
 )
-from pipeline.rendezvous import joining
+from pipeline.rendezvous import MEET, joining
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def join_ranks() -> Ranks:
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         with joining():
-            dist.init_process_group(backend, rank=rank, world_size=world)
+            dist.init_process_group(backend, MEET)
     return Ranks(rank, world, local_rank, local_world, device)
 
 

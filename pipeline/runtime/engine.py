@@ -34,7 +34,7 @@ from pipeline.distributed import (
 )
 from pipeline.errors import UserError
 from pipeline.method.vit import SmallerTables
-from pipeline.rendezvous import joining
+from pipeline.rendezvous import MEET, joining
 from pipeline.runtime import ops
 from pipeline.runtime.compiled import compile_blocks
 from pipeline.runtime.gradients import FlatGradients, one_norm
@@ -95,8 +95,8 @@ def init_ranks() -> Ranks:
     if ops.problem():
         _without_built_ops()
     quiet = contextlib.redirect_stdout(io.StringIO())  # DeepSpeed prints the op it loads
-    with quiet, joining(deepspeed.constants.default_pg_timeout):
-        deepspeed.init_distributed(verbose=False)
+    with quiet, joining():
+        deepspeed.init_distributed(verbose=False, init_method=MEET)
         # Made while all ranks are known to be there: later it could wait for one that has died.
         groups._clone_world_group()
         cores = cores_per_rank()  # the first collective over NCCL

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from launching import LAUNCH, NAMES, RANK, ROOT, finish, start, wait_for
 from tiny import tiny_overrides
 
@@ -135,6 +136,40 @@ def test_a_rank_of_another_run_that_comes_first_does_not_train_with_it(shards, t
     assert "(recipe.seed: 7 != 0)" in said[0]
     assert [text.count("\n") for text in said] == [1, 0]  # one line per host
     assert not (tmp_path / "run").exists()
+
+
+# A rank says that it is here, and then whether it met another.
+MEET = """
+from pipeline.distributed import any_rank
+from eval.shared.cli import join_ranks
+print("here", flush=True)
+number = join_ranks().rank
+print(any_rank(number == 1))
+"""
+
+
+def test_ranks_that_torchrun_starts_again_meet(free_port, monkeypatch):
+    """Its store outlives them, and its agents count restarts each for itself. Of the second start a
+    rank is killed while it waits for the others; in the third rank 1 is the last to come."""
+    store = torch.distributed.TCPStore("127.0.0.1", free_port, is_master=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks = [rank(number, free_port, code=MEET) for number in range(2)]
+    try:
+        assert [r.communicate(timeout=60)[0] for r in ranks] == ["here\nTrue\n"] * 2
+        ranks.append(rank(1, free_port, code=MEET))
+        ranks[2].stdout.readline()
+        time.sleep(0.5)
+        ranks[2].kill()
+        for number in range(2):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(2 - number))
+            ranks.append(rank(number, free_port, code=MEET))
+            ranks[-1].stdout.readline()
+        assert [r.communicate(timeout=60)[0] for r in ranks[3:]] == ["True\n"] * 2
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+        del store
 
 
 @pytest.mark.parametrize("number", [0, 1])
