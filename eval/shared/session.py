@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,10 @@ from eval.shared.features import (
     used_precision,
 )
 from eval.shared.options import EncoderChoice, encoder_of
-from eval.shared.results import Timer
+from eval.shared.results import Timer, difference
 from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.loader import Loader, eval_loader
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, from_all
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest
 
@@ -220,7 +221,9 @@ def session_of(
     feature: str = "mean_patch",
     device: torch.device | None = None,
 ) -> EvalSession:
-    """The session that a command line names."""
+    """The session that a command line names. UserError where another rank was given another
+    (collective)."""
+    _check_alike(args, ranks)
     return open_session(
         encoder_of(args),
         ranks,
@@ -229,3 +232,24 @@ def session_of(
         workers=args.workers,
         device=device,
     )
+
+
+def _check_alike(args: argparse.Namespace, ranks: Ranks) -> None:
+    """UserError on every rank where the options of one are not rank 0's, as those of another
+    evaluation on the same port are: their features would be mixed (collective)."""
+    mine = {key: value for key, value in vars(args).items() if key not in ("local_rank", "workers")}
+    theirs = ranks.agree(lambda: mine)
+    changed = [
+        key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)
+    ]
+    fault = "; ".join(difference(_option(key), theirs.get(key), mine.get(key)) for key in changed)
+    for rank, (host, text) in enumerate(from_all((socket.gethostname(), fault))):
+        if text:
+            raise UserError(
+                f"rank {rank} on {host} was not given the options of rank 0: {text}; every rank "
+                "needs the same command line, and every evaluation a MASTER_PORT of its own"
+            )
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"

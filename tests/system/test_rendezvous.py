@@ -138,6 +138,23 @@ def test_a_rank_of_another_run_that_comes_first_does_not_train_with_it(shards, t
     assert not (tmp_path / "run").exists()
 
 
+KNN = "import runpy; runpy.run_path('eval/knn.py', run_name='__main__')"
+
+
+def test_a_rank_of_another_evaluation_that_comes_first_is_not_mixed_in(shards, tmp_path, free_port):
+    """Both end with a sentence; the features of two encoders would have been one result."""
+    words = ["--train", shards / "train", "--val", shards / "val", "--workers", "0"]
+    words += ["--encoder", "random", "--arch", "vit_tiny_patch16_224", "--output", tmp_path / "r"]
+    words += ["--options", "{img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}"]
+    ranks = [rank(n, free_port, *words, "--seed", n, code=KNN) for n in range(2)]
+    said = [r.communicate(timeout=100)[1] for r in ranks]
+    assert [r.returncode for r in ranks] == [2, 2], said
+    for text in said:
+        assert "rank 1 on" in text
+        assert "was not given the options of rank 0: --seed (0, now 1)" in text
+    assert not (tmp_path / "r.json").exists()
+
+
 # A rank says that it is here, and then whether it met another.
 MEET = """
 from pipeline.distributed import any_rank
