@@ -12,6 +12,7 @@ import yaml
 from eval.paper.job_runner import Command, python
 from eval.paper.published import PaperRow
 from eval.protocols import Protocol, Work, by_key, keys
+from pipeline.config.planning import MOST_IMAGES
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.config.schema import IMAGENET_MEAN
 from pipeline.data.order import steps_per_epoch
@@ -355,18 +356,18 @@ def _forward_flops(encoder: str) -> float:
 
 def pretrain_flops(recipe: Recipe) -> float:
     """Training on one image, forward and backward of every branch, by estimate's dry run of the
-    recipe's own step on two images. The negatives of a larger batch would add little. Under
-    data.sizes the mean over the run."""
-    parts = {"encoder", "views", "measure"}
+    recipe's own step on a micro-batch, whose images share what is computed once and are each
+    other's negatives. Under data.sizes the mean over the run."""
+    parts, images = {"encoder", "views", "measure"}, min(recipe.batch_size, MOST_IMAGES)
     return sum(
-        share * _step_flops(phase.model_dump_json(include=parts)) / 2
+        share * _step_flops(phase.model_dump_json(include=parts), images) / images
         for share, phase in recipe.phases
     )
 
 
 @cache
-def _step_flops(parts: str) -> float:
+def _step_flops(parts: str, images: int) -> float:
     recipe = Recipe.model_validate({"name": "parts"} | json.loads(parts))
     from pipeline.cost.dry_run import dry_run
 
-    return dry_run(recipe, 2, "fp32").flops
+    return dry_run(recipe, images, "fp32").flops

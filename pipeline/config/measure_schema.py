@@ -154,12 +154,15 @@ class ContrastRecipe(MeasureRecipe):
 class InfoNCERecipe(ContrastRecipe):
     """M = Eq. 9-10."""
 
-    batch_negatives: ClassVar[bool] = True
-
     kind: Literal["infonce"]
     negatives: Literal["all", "position", "image"] = "position"
     temperature: Annotated[float, Field(gt=0.0)] = 0.2
     scale_2tau: bool = False
+
+    @property
+    def batch_negatives(self) -> bool:  # type: ignore[override]
+        """Other patches of the same image come with it."""
+        return self.negatives != "image"
 
     @property
     def least_images(self) -> int:

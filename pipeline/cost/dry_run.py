@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline import kernels
@@ -60,13 +59,12 @@ def dry_run(
         if checkpointing and hasattr(part, "grad_checkpointing"):
             part.grad_checkpointing = True  # type: ignore[assignment]
     kernels.use("reference")
-    side, keys = recipe.encoder.image_size, []
+    side = recipe.encoder.image_size
     # As if on the CPU: the meta device knows neither autocast nor fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
         if teacher is not None:
             teacher.to_empty(device="cpu")
-            teacher.register_forward_hook(lambda module, given, key: keys.extend(tree_leaves(key)))
         image = torch.empty(images, side, side, 3, dtype=torch.uint8)
         sample = torch.empty(images, dtype=torch.int64)
         crop = image if recipe.views.second == "crop" else None
@@ -75,7 +73,7 @@ def dry_run(
         with counter as work, LaunchCounter() as launches:
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
             saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
-            with autocast, saved, keys_as_of(ranks):
+            with autocast, saved, keys_as_of(ranks) as keys:
                 loss, _ = objective(image, sample, 0, teacher, crop)
             loss.backward()
     gathered = sum(key.numel() * key.element_size() for key in keys)

@@ -93,3 +93,9 @@ def feature_std(z: Tensor) -> Tensor:
     """
     feature = nn.functional.normalize(z[:, 1:].float().mean(dim=1), dim=1)
     return feature.std(dim=0, correction=0).mean() * feature.shape[1] ** 0.5
+
+
+def spread(z: Tensor) -> dict[str, Tensor]:
+    """The term `feature_std` of z [B, 1 + N, D]; none of a single image, whose 0 would be taken for
+    a collapse."""
+    return {"feature_std": feature_std(z)} if len(z) > 1 else {}

@@ -18,7 +18,7 @@ from eval.paper.made_with import claim_output, made_with
 from eval.paper.published import read_paper
 from eval.paper.reproduction import choose_rows, columns_of, find_table, our_result, result_path
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
-from pipeline.cost.dry_run import dry_run
+from pipeline.cost.dry_run import dry_run, flops_per_image
 from pipeline.errors import UserError
 
 README = RECIPES / "README.md"
@@ -215,8 +215,9 @@ def test_pretraining_is_billed_by_the_exact_dry_run(name):
     """What estimate counts, which is what a real step does (test_estimate); rows that differ in
     epochs, batch and data share it."""
     recipe = tiny_recipe(name)
-    assert rows.pretrain_flops(recipe) == dry_run(recipe, 2, "fp32").flops / 2
+    assert rows.pretrain_flops(recipe) == dry_run(recipe, 8, "fp32").flops / 8
     rows._step_flops.cache_clear()
+    assert rows.pretrain_flops(recipe) == flops_per_image(recipe, 8, 1)
     longer = tiny_recipe(name, "optimizer.epochs=77", "seed=5")
     assert rows.pretrain_flops(longer) == rows.pretrain_flops(recipe)
     assert rows._step_flops.cache_info().misses == 1
@@ -230,7 +231,8 @@ def test_the_plan_bills_images_times_the_dry_run(shards):
     (job,) = rows.pretrain_job(workspace, row, 0)
     recipe = rows.row_recipe(workspace, row)
     assert job.images == 28 * 640 // 128 * 128
-    assert job.flops == pytest.approx(job.images * dry_run(recipe, 2, "fp32").flops / 2)
+    assert recipe.batch_size >= 128
+    assert job.flops == pytest.approx(job.images * dry_run(recipe, 128, "fp32").flops / 128)
 
 
 def test_a_result_without_its_metric_is_named(tmp_path, shards):

@@ -22,7 +22,7 @@ from pipeline.config.recipe import BYOLRecipe, InfoNCERecipe, Recipe
 from pipeline.errors import UserError
 from pipeline.method.decoder import take_rows
 from pipeline.method.encoder import Encoder
-from pipeline.method.heads import choose_tokens, feature_std, mlp
+from pipeline.method.heads import choose_tokens, mlp, spread
 from pipeline.method.teacher import Teacher
 from pipeline.method.views import View, Views
 
@@ -65,7 +65,7 @@ class Contrast(nn.Module):
         query = self.query(z)
         key = teacher(views.second, dtype=query.dtype)
         loss, terms = self._side(query, key, views.first, views.second)
-        return loss, terms | {"feature_std": feature_std(z)}
+        return loss, terms | spread(z)
 
     def _both_sides(
         self, encoder: Encoder, teacher: Teacher, first: View, second: View
@@ -76,7 +76,7 @@ class Contrast(nn.Module):
         key1, key2 = teacher(first, second, dtype=query1.dtype)
         loss, terms = self._side(query1, key2, first, second)
         loss = 0.5 * (loss + self._side(query2, key1, second, first)[0])
-        return loss, terms | {"feature_std": feature_std(z1)}
+        return loss, terms | spread(z1)
 
     def _side(self, query: Tensor, key: Tensor, online: View, other: View) -> tuple[Tensor, Terms]:
         """Queries of one view against the keys of the other."""
@@ -138,7 +138,7 @@ class InfoNCE(Contrast):
 
     def compare(self, query: Tensor, key: Tensor) -> tuple[Tensor, Terms]:
         """As Contrast.compare."""
-        keys, offset = gather_keys(key)
+        keys, offset = self._keys_for(key)
         loss, similarity = kernels.token_infonce(
             query,
             keys,
@@ -152,8 +152,8 @@ class InfoNCE(Contrast):
         self, q: Tensor, k: Tensor, shown_q: Tensor, shown_k: Tensor, cosine: Tensor, weight: Tensor
     ) -> tuple[Tensor, Terms]:
         """As Contrast.compare_pairs."""
-        keys, offset = gather_keys(k)
-        shown, _ = gather_keys(shown_k.byte())
+        keys, offset = self._keys_for(k)
+        shown, _ = self._keys_for(shown_k.byte())
         device = q.device.type if q.device.type != "meta" else "cpu"  # meta knows no autocast
         with torch.autocast(device, enabled=False):  # which would round the cosines
             among, there, own = _candidates(q, keys, shown.bool(), self.recipe.negatives, offset)
@@ -163,6 +163,10 @@ class InfoNCE(Contrast):
         others = there.scatter(-1, own[..., None], False) & shown_q[..., None]
         negative = (among.detach() * others).sum() / others.sum().clamp(min=1)
         return self._scaled(loss), {"negative": negative}
+
+    def _keys_for(self, key: Tensor) -> tuple[Tensor, int]:
+        """As gather_keys; negatives of the same image need none of another rank."""
+        return gather_keys(key) if self.recipe.batch_negatives else (key.detach(), 0)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss * (2.0 * self.recipe.temperature) if self.recipe.scale_2tau else loss
@@ -204,16 +208,17 @@ def _candidates(
     return cosine, shown.flatten().expand_as(cosine), row * n + position
 
 
-_planned: ContextVar[int] = ContextVar("planned", default=1)
+_planned: ContextVar[tuple[int, list[Tensor]] | None] = ContextVar("planned", default=None)
 
 
 @contextlib.contextmanager
-def keys_as_of(ranks: int) -> Iterator[None]:
+def keys_as_of(ranks: int) -> Iterator[list[Tensor]]:
     """Inside, one process has as many keys as it would gather from `ranks` ranks, all of them
-    copies of its own: for a dry run."""
-    token = _planned.set(ranks)
+    copies of its own: for a dry run. Yields a list, which gets what it would send."""
+    sent: list[Tensor] = []
+    token = _planned.set((ranks, sent))
     try:
-        yield
+        yield sent
     finally:
         _planned.reset(token)
 
@@ -221,8 +226,10 @@ def keys_as_of(ranks: int) -> Iterator[None]:
 @torch.no_grad()
 def gather_keys(key: Tensor) -> tuple[Tensor, int]:
     """Keys [B, T, C] of this rank → [G, T, C] of all in rank order, and this rank's offset."""
-    if _planned.get() > 1:
-        return torch.cat([key] * _planned.get()), 0
+    if planned := _planned.get():
+        ranks, sent = planned
+        sent.append(key)
+        return torch.cat([key] * ranks) if ranks > 1 else key, 0
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return key, 0
     key = key.contiguous()

@@ -13,7 +13,7 @@ from pipeline.config.recipe import Recipe, ReconstructionRecipe
 from pipeline.method.cross_decoder import CrossDecoder
 from pipeline.method.decoder import Decoder
 from pipeline.method.encoder import Encoder
-from pipeline.method.heads import feature_std
+from pipeline.method.heads import spread
 from pipeline.method.teacher import Teacher
 from pipeline.method.views import View, Views
 
@@ -49,7 +49,7 @@ class Reconstruction(nn.Module):
         else:
             z1, z2 = encoder(*views.first, second=views.second)
         loss, terms = self.compare(z1, z2, views)
-        return loss, terms | {"feature_std": feature_std(z1)}
+        return loss, terms | spread(z1)
 
     def compare(
         self, z1: Tensor, z2: Tensor | None, views: Views

@@ -150,7 +150,7 @@ def test_the_dry_run_counts_what_a_real_step_does(name):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("mae", ()), ("cmae", ()), ("cmae", ("measure.negatives=all",)),
+    [("mae", ()), ("cmae", ("measure.negatives=image",)), ("cmae", ("measure.negatives=all",)),
      ("cmae", ("measure.negatives=all", "encoder.masked_tokens=drop", "views.second=independent"))],
 )  # fmt: skip
 def test_any_micro_batch_is_what_a_dry_run_of_it_counts(name, changes):
@@ -162,6 +162,23 @@ def test_any_micro_batch_is_what_a_dry_run_of_it_counts(name, changes):
             assert work(images_of) == dry_run(recipe, images_of, precision)
         work = scaled(recipe, precision, False, 3)
         assert work(6) == dry_run(recipe, 6, precision, ranks=3)
+
+
+PAIRED = ("encoder.masked_tokens=drop", "views.second=independent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sent"),
+    [
+        ((), 16 * 12 * 2),  # a key for each of 16 patches, in bf16
+        (("measure.symmetric=true",), 2 * 16 * 12 * 2),
+        (("measure.negatives=image",), 0),
+        (("measure.kind=byol",), 0),
+        (PAIRED, 16 * (12 * 4 + 1)),  # a place for each, normalised in fp32, and what is there
+    ],
+)
+def test_only_keys_that_other_ranks_need_are_sent(changes, sent):
+    assert dry_run(tiny_recipe("cmae", *changes), 4, "autocast").keys == 4 * sent
 
 
 def test_negatives_of_all_ranks_are_counted():

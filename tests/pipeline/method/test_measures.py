@@ -6,6 +6,7 @@ import torch
 import torch.multiprocessing as mp
 from tiny import images, tiny_recipe
 
+from pipeline.config.planning import plan_recipe
 from pipeline.method.encoder import Encoder
 from pipeline.method.heads import choose_tokens
 from pipeline.method.measures import BYOL, InfoNCE, contrast, gather_keys, keys_as_of
@@ -126,11 +127,28 @@ def test_keys_of_all_ranks_lie_in_rank_order_and_carry_no_gradient(monkeypatch):
         assert torch.equal(gathered[offset : offset + 2], every[rank])
 
 
+@pytest.mark.parametrize(
+    "dropped", [(), ("encoder.masked_tokens=drop", "views.second=independent")]
+)
+def test_negatives_of_the_same_image_need_no_other_rank(dropped):
+    recipe = tiny_recipe("cmae", "measure.negatives=image", *dropped)
+    objective, teacher = build_objective(recipe)
+    with keys_as_of(3) as sent:
+        loss, _ = objective(images(2), torch.arange(2), 0, teacher)
+    assert sent == []
+    expected, _ = objective(images(2), torch.arange(2), 0, teacher)
+    assert torch.equal(loss, expected)
+    plan = plan_recipe({}, recipe, 2)
+    assert (plan.pooled, plan.exchanges) == ("", False)
+    assert plan_recipe({}, tiny_recipe("cmae"), 2).pooled == "negatives"
+
+
 def test_a_dry_run_has_the_keys_of_the_ranks_it_stands_for():
     key = torch.randn(2, 3, 4)
     for ranks in (2, 3):
-        with keys_as_of(ranks):
+        with keys_as_of(ranks) as sent:
             gathered, offset = gather_keys(key)
         assert torch.equal(gathered, key.repeat(ranks, 1, 1))
         assert offset == 0
+        assert [id(t) for t in sent] == [id(key)]
     assert gather_keys(key)[0] is key

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.kernels import cutmix
 from pipeline.kernels.philox import uniform
 from pipeline.method.encoder import Encoder
-from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp
+from pipeline.method.heads import GlobalBatchNorm, feature_std, mlp, spread
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
 from pipeline.method.views import FIRST, SECOND, make_views
@@ -414,6 +414,15 @@ def test_feature_std_tells_a_collapse():
     spread = feature_std(torch.randn(500, 2, 64))
     assert spread == pytest.approx(1.0, abs=0.05)
     assert feature_std(torch.ones(8, 3, 64)) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("setting", [("mae",), ("rmae",), ("cmae", "measure.symmetric=true")])
+def test_a_single_image_reports_no_spread(setting):
+    """Its standard deviation is 0, which a report would take for a collapse."""
+    objective, teacher = build_objective(tiny_recipe(*setting))
+    _, terms = objective(images(1), SAMPLE[:1], 0, teacher)
+    assert "feature_std" not in terms
+    assert spread(torch.randn(2, 3, 4)).keys() == {"feature_std"}
 
 
 def test_feature_std_is_its_formula():
