@@ -193,11 +193,18 @@ def test_a_run_is_shared_by_the_tables_that_name_it():
 
 
 def test_every_row_has_a_plan_in_miniature(shards):
+    """Of one block each, whose dry runs take a third of the time."""
     workspace = workspace_of(shards, "mini")
+    scale = workspace.scale
+    one = "measure.decoder.depth=1"
+    scale = replace(
+        scale, reconstruction=(*scale.reconstruction, one), relaxed=(*scale.relaxed, one)
+    )
+    workspace = replace(workspace, scale=replace(scale, last=("encoder.options={depth: 1}",)))
     for table in read_paper():
         for row in choose_rows(table, None):
             for job in rows.row_jobs(workspace, row, 0, columns_of(table, row)):
-                assert job.flops < 1e14, job.name
+                assert job.flops < 1e14 / 4, job.name
 
 
 def test_flops_are_those_of_a_vit_b():
