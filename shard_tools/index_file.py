@@ -19,7 +19,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipeline.errors import UserError, reason
+from pipeline.errors import UserError, naming, reason
 
 # One row per sample; `offset` and `length` are bytes inside the tar. 24 bytes, little-endian.
 SAMPLE = np.dtype(
@@ -38,6 +38,7 @@ BLOCK = 4096  # rows; 96 KiB, checked in a tenth of a millisecond
 
 _MAGIC, _VERSIONS = b"RMIMINDX", (1, 2)
 _HEADER = struct.Struct("<8sIIQ32sI4s")
+_PIECE = 1 << 20  # bytes that are read at once
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -161,6 +162,17 @@ class Index:
         if len(self._file[0]) and self._file[2] >= len(self._file[0]):
             self.row(0)
 
+    def check_file(self) -> None:
+        """ManifestError where the file is no longer the one that was mapped, of which a look at
+        pages that are gone, or that the disk cannot read, ends a process by SIGBUS."""
+        with naming(self.where, "cannot be read"), open(self.path, "rb") as file:
+            head = file.read(_HEADER.size)
+            while file.read(_PIECE):
+                pass
+            header = parse_header(self.where, head, file.tell())
+        if header.checksum.hex() != self.checksum:
+            raise ManifestError(f"{self.where}: was replaced by that of another manifest")
+
     def row(self, sample: int) -> np.void:
         """The row of one sample."""
         rows, _, block = self._file
@@ -203,6 +215,9 @@ class ListedIndex(Index):
 
     def open(self) -> None:
         """Nothing to open."""
+
+    def check_file(self) -> None:
+        """Nothing that could change."""
 
     def row(self, sample: int) -> np.void:
         """The row of one sample."""

@@ -179,12 +179,19 @@ def _add(sample: Sample, name: str, member: Member) -> None:
     sample.fields.setdefault(name, (member.offset, member.size))
 
 
-def read_range(handle: int, extent: tuple[int, int]) -> bytes:
-    """The bytes at (offset, length) of an open file; TarError where the file ends before."""
-    offset, length = extent
+def read_up_to(handle: int, offset: int, length: int) -> bytes:
+    """`length` bytes of an open file, less only where it ends before: one read may give less, as of
+    some network and FUSE file systems."""
     data = os.pread(handle, length, offset)
     while len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
         data += more
+    return data
+
+
+def read_range(handle: int, extent: tuple[int, int]) -> bytes:
+    """The bytes at (offset, length) of an open file; TarError where the file ends before."""
+    offset, length = extent
+    data = read_up_to(handle, offset, length)
     if len(data) != length:
         raise TarError(f"the file ends at byte {offset + len(data)}")
     return data

@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,15 @@ def _quiet_worker(_: int) -> None:
     gc.freeze()  # a collection would write to what a fork inherits, and so copy all of it
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    rank = multiprocessing.parent_process()
+    if rank is not None and rank.pid != os.getppid():  # of a fork server, which torch would watch
+        threading.Thread(target=_end_with, args=(rank,), daemon=True).start()
+
+
+def _end_with(rank: Any) -> None:
+    """End this process where the rank is killed: a fork server lives as long as its workers."""
+    rank.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -154,6 +163,8 @@ class Loader:
             told = worker_fault(error, *self._sizes, codes)
             if told is None:
                 raise
+            if "Bus error" in str(error) or -signal.SIGBUS in codes:
+                self.manifest.lazy_index.check_file()  # mapped, as /dev/shm is
             raise told from error
 
     def _start(self) -> None:
@@ -312,6 +323,7 @@ def _open(
     """The manifest; with workers, its table is in shared memory."""
     if workers and _context(start_method) == "forkserver":
         multiprocessing.set_forkserver_preload([__name__])
+        resource_tracker.ensure_running()  # inside, it would unblock two of them up to Python 3.13
         with _signals_blocked():
             forkserver.ensure_running()  # imports torch for all workers while the manifest is read
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)

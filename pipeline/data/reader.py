@@ -25,6 +25,7 @@ from pipeline.data.shard_cache import ShardCache
 from pipeline.data.slots import Slots
 from pipeline.errors import UserError
 from shard_tools.manifest import Manifest, ManifestError
+from shard_tools.tar import read_up_to
 
 _OPEN_SHARDS = 256  # file handles that one worker keeps
 _TOGETHER = 16  # files that are read before they are decoded: they fit a core's own cache
@@ -74,7 +75,7 @@ class Reader:
 
     def _read(self, shard: int, offset: int, length: int) -> bytes:
         try:
-            return os.pread(self._handle(shard), length, offset)
+            return read_up_to(self._handle(shard), offset, length)
         except OSError as error:  # a disk that fails, a file that was replaced on NFS
             path = self.manifest.path(shard)
             raise ManifestError(f"{path}: cannot be read any more ({error.strerror})") from error
@@ -161,7 +162,14 @@ class Reader:
             return self.handles[shard]
         if len(self.handles) >= _OPEN_SHARDS:
             os.close(self.handles.popitem(last=False)[1])
-        self.handles[shard] = self._open(self.manifest.path(shard))
+        path = self.manifest.path(shard)
+        self.handles[shard] = self._open(path)
+        size, listed = os.fstat(self.handles[shard]).st_size, int(self.manifest.table.bytes[shard])
+        if size != listed:  # other bytes are at the offsets, perhaps whole images
+            raise ManifestError(
+                f"{path}: {size} bytes long where the manifest says {listed}; the shard changed "
+                "since its manifest was written"
+            )
         return self.handles[shard]
 
     def _open(self, path: str) -> int:

@@ -28,6 +28,7 @@ from pipeline.errors import said_by_backend
 from shard_tools.index_cache import cache_folder
 from shard_tools.manifest import Manifest, ManifestError
 from shard_tools.remote import PAUSE, TRIES, copy_file, pause_before
+from shard_tools.tar import read_up_to
 
 log = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -105,7 +106,7 @@ class ShardCache:
             except FileNotFoundError:
                 continue  # evicted by another process since fetch() returned
             try:  # not kept open: an evicted file would go on filling the disk
-                return os.pread(handle, length, offset)
+                return read_up_to(handle, offset, length)
             finally:
                 os.close(handle)
 

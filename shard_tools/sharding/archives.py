@@ -214,6 +214,8 @@ def unpacked_tar(
         try:
             with open(partial, "wb") as out:
                 unpack(out)
+                out.flush()
+                os.fsync(out.fileno())  # or a power cut could leave zeros under its final name
             os.utime(partial, ns=(about.st_atime_ns, about.st_mtime_ns))  # see file_times
             os.replace(partial, target)
         finally:

@@ -107,9 +107,11 @@ def file_times(root: str, items: Iterable[Item]) -> str:
     return digest.hexdigest()
 
 
-def modified_at(root: str, file: str) -> int:
-    """When a file of an item was last modified, in nanoseconds; -1 where it cannot be said."""
+def modified_at(root: str, file: str, *, placed: bool = False) -> int:
+    """When a file of an item was last modified, in nanoseconds; -1 where it cannot be said. placed:
+    or put there with an older date (mv, cp -p), or given other rights, which looks alike."""
     try:
-        return os.stat(os.path.join(root, file)).st_mtime_ns
+        about = os.stat(os.path.join(root, file))
     except OSError:  # whoever reads it says so
         return -1
+    return max(about.st_mtime_ns, about.st_ctime_ns if placed else 0)

@@ -19,6 +19,7 @@ from pipeline.errors import UserError, naming
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.cli import ToolError, counted, images_of
 from shard_tools.manifest import MANIFEST, read_manifest
+from shard_tools.sharding.archives import UNPACKED
 from shard_tools.sharding.items import file_times, modified_at
 from shard_tools.sharding.layout import (
     PARTS,
@@ -230,8 +231,8 @@ def _unfinished(dest: Path, plan: StoredPlan, numbers: Sequence[int]) -> list[in
 
 
 def say_modified(dest: Path, plan: Plan) -> None:
-    """Of a finished folder: a sentence where files were modified after their shard was written. An
-    equal plan has files of equal names and sizes, and nothing is read again here."""
+    """Of a finished folder: a sentence where files were modified or replaced after their shard was
+    written. An equal plan has files of equal names and sizes, and nothing is read again here."""
     names, rows = {shard.name for shard in read_manifest(dest).shards}, plan.order
     root, items = plan.source.root, plan.source.items
 
@@ -239,14 +240,16 @@ def say_modified(dest: Path, plan: Plan) -> None:
         name = shard_name(plan.settings, number)
         written = (dest / (name if name in names else MANIFEST)).stat().st_mtime_ns
         files = {items[row].file for row in rows[slice(*plan.starts[number : number + 2])].tolist()}
-        return any(modified_at(root, file) > written for file in files)
+        placed = {file: Path(file).parent.name != UNPACKED for file in files}  # else, just now
+        return any(modified_at(root, file, placed=placed[file]) > written for file in files)
 
     with naming(dest, "cannot be read"), ThreadPoolExecutor(_THREADS) as threads:
         changed = sum(threads.map(modified, range(plan.shards)))
     if changed:
         print(
-            f"{dest}: image files of {counted(changed, 'finished shard')} were modified since, "
-            "and it has what they held before; remove the folder to write it again",
+            f"{dest}: image files of {counted(changed, 'finished shard')} were modified, "
+            "replaced or moved since, and it has what they held before; remove the folder to write "
+            "it again",
             flush=True,
         )
 

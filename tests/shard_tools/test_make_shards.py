@@ -239,6 +239,23 @@ def test_resume_of_a_finished_folder_says_which_files_were_modified_since(
     assert f"image files of {count} finished shard" in capsys.readouterr().out
 
 
+def test_resume_of_a_finished_folder_sees_a_replacement_that_is_older(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = image_tree(tmp_path / "tree", {"a": 20, "b": 20})
+    options = [str(tree), str(tmp_path / "dest"), "--shard-size", "30KiB", "--workers", "0"]
+    replaced = sorted(tree.rglob("*.JPEG"))[0]
+    other = tmp_path / "other.JPEG"
+    other.write_bytes(replaced.read_bytes())  # of equal size
+    os.utime(other, (1e9, 1e9))
+    assert main(options) == 0
+    time.sleep(0.02)  # of the clock of the file system
+    os.replace(other, replaced)
+    capsys.readouterr()
+    assert main([*options, "--resume"]) == 0
+    assert "image files of 1 finished shard were modified, replaced" in capsys.readouterr().out
+
+
 HOLDER = """
 import sys, pathlib
 from shard_tools.sharding.job import Execution, at_work

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import subprocess
 import sys
 import tarfile
@@ -244,6 +245,21 @@ def test_an_interrupted_job_unpacks_once(tmp_path: Path) -> None:
     before = plain.stat().st_mtime_ns
     assert list_archive(packed, unpacked, skip=False) == first
     assert plain.stat().st_mtime_ns == before
+
+
+def test_an_unpacked_archive_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut zeros under that name would pass for an archive without images."""
+    archive, _ = nested(tmp_path / "train.tar")
+    packed = tmp_path / "train.tar.gz"
+    packed.write_bytes(gzip.compress(archive.read_bytes()))
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (synced.append(-1), rename(a, b)))
+    list_archive(packed, tmp_path / "unpacked", skip=False)
+    assert synced == [archive.stat().st_size, -1]
 
 
 @pytest.mark.parametrize("cause", ["disk", "program", "tasks"])
