@@ -240,7 +240,7 @@ def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
         "flops_per_step": flops,
         "steps": total,
         "hours": hours(total, row["step_ms"]),
-        "gpu_hours": hours(total, row["gpu_ms"]),
+        "gpu_bound_hours": hours(total, row["gpu_ms"]),
         "bound": row["bound"],
         "utilisation": args.utilisation,
         "launch_ms": round(planner.launch_ms, 5),

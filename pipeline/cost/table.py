@@ -11,7 +11,7 @@ def table(plan: dict[str, Any]) -> str:
     """The plan, as `predict` makes it, in lines for the terminal."""
     peak = f"at {plan['utilisation']:.0%} of the peak in {plan['precision']}"
     gpus = f"{plan['gpus']} {plan['gpu'].upper()} of {plan['gpu_memory_gb']:g} GB"
-    slower = f"({plan['bound']}; {plan['gpu_hours']} {peak})"
+    slower = f"({plan['bound']}; {plan['gpu_bound_hours']} {peak})"
     lines = [
         f"{plan['recipe']}: {plan['trained_parameters'] / 1e6:.1f} M trained parameters, "
         f"{plan['flops_per_step'] / 1e12:.1f} TFLOP per step, {plan['steps']} steps",

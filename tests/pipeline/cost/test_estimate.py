@@ -126,7 +126,7 @@ def test_time_and_launches_of_a_step_by_hand(monkeypatch):
         assert row["step_ms"] == max(row["gpu_ms"], row["host_ms"], row["loader_ms"])
         assert made["flops_per_step"] == 2 * 2 * work.flops
         assert made["steps"] == 300_000
-        for hours, part in (("gpu_hours", "gpu_ms"), ("hours", "step_ms")):
+        for hours, part in (("gpu_bound_hours", "gpu_ms"), ("hours", "step_ms")):
             assert made[hours] == pytest.approx(300_000 * row[part] / 3.6e6, abs=0.006)
             assert made[hours] > 0.1
 
@@ -609,19 +609,19 @@ def test_command_line(capsys, tmp_path):
         )
         other = json.loads(path.read_text())
         assert [row["stage"] for row in other["stages"]] == list(range(first, 4))
-        hours[way] = other["gpu_hours"]
+        hours[way] = other["gpu_bound_hours"]
     assert hours["bf16"] == hours["bf16-fp32-grads"] > 0
     assert hours["autocast"] == hours["bf16"]
     assert hours["fp32"] == pytest.approx(hours["bf16"] * 312 / 19.5, rel=0.02)
     expected = made["flops_per_step"] * made["steps"] / (2 * 312e12 * UTILISATION) / 3600
-    assert made["gpu_hours"] == pytest.approx(expected, abs=0.005)
+    assert made["gpu_bound_hours"] == pytest.approx(expected, abs=0.005)
     more = ["--launch-ms", "0.001", "--core-images", "50", "--cores", "3"]
     assert plan.main([*options, *more, "--images", "9999999"]) == 0
     slow = json.loads(path.read_text())
     row = slow["stages"][0]
     assert "loader-bound; " in capsys.readouterr().out
     assert slow["hours"] == pytest.approx(slow["steps"] * row["loader_ms"] / 3.6e6, abs=0.006)
-    assert slow["hours"] > 2 * slow["gpu_hours"]
+    assert slow["hours"] > 2 * slow["gpu_bound_hours"]
     assert row["bound"] == "loader-bound"
     assert row["loader_ms"] == pytest.approx(1e3 * row["micro_batch"] * row["accumulation"] / 150)
     assert row["host_ms"] == pytest.approx(1e-3 * row["launches"], abs=1e-3)
