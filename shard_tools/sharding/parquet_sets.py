@@ -39,12 +39,17 @@ def _files(folder: Path) -> list[Path]:
 
 def _split_folders(root: Path) -> dict[str, tuple[Path, ...]]:
     """Of a folder per split, as Hugging Face's own conversion makes them: train/0000.parquet, …"""
-    splits = {}
-    for name in class_folders(root):
-        if name.lower() in TRAINING | HELD_OUT and (files := _files(root / name)):
-            _splits(files)
-            splits[name] = tuple(files)
-    return splits
+    found = {name: files for name in class_folders(root) if (files := _files(root / name))}
+    for name, files in found.items():
+        if name.lower().startswith("partial-"):
+            raise ToolError(
+                f"{root / name}: Hugging Face converted the first gigabytes of {name[8:]} only; "
+                f"fetch the data set's own files, or give {root / name} to take this part"
+            )
+        _splits(files)
+    if not {name.lower() for name in found} & (TRAINING | HELD_OUT):
+        return {}
+    return {name: tuple(files) for name, files in found.items()}
 
 
 def _splits(files: Sequence[Path]) -> dict[str, tuple[Path, ...]]:

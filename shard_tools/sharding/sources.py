@@ -156,8 +156,15 @@ def _folder(path: Path, how: Listing) -> Source:
     if class_tars and len(class_tars) == len(archives):
         return _class_tars(path, class_tars, how)
     found = list_folder(path, how.skip)
-    if any(is_parquet(name) for name, _ in found.ignored) and (sets := parquet_sets(path)):
-        return _parquet_folder(path, sets, found, how)
+    if tables := [name for name, _ in found.ignored if is_parquet(name)]:
+        if sets := parquet_sets(path):
+            return _parquet_folder(path, sets, found, how)
+        if not found.images:
+            folders = sorted({str(Path(name).parent) for name in tables})
+            raise ToolError(
+                f"{path}: holds several sets in Parquet; give the folder of one: "
+                f"{', '.join(folders[:4])}{' …' if len(folders) > 4 else ''}"
+            )
     if how.image_column or how.label_column:
         raise ToolError(f"{path}: holds no Parquet; --image-column and --label-column are for that")
     if archives and not found.images:

@@ -148,6 +148,37 @@ def test_parts_that_do_not_fit_are_refused(
     assert sentence in refused(capsys, tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["default/partial-train/0000", "default/validation/0000"], "first gigabytes of train only"),
+        (["default/train/0000", "default/partial-test/0000"], "first gigabytes of test only"),
+        (["cats/train", "dogs/train"], "several sets in Parquet; give the folder of one: cats, dogs"),
+        (["cats/data/train", "dogs/0000"], "give the folder of one: cats/data, dogs"),
+    ],
+)
+def test_no_set_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], sentence: str
+) -> None:
+    for name in names:
+        labelled(tmp_path / "in" / f"{name}.parquet")
+    assert sentence in refused(capsys, tmp_path / "in", tmp_path / "out")
+
+
+def test_the_part_that_was_converted_can_be_taken(tmp_path: Path) -> None:
+    source = labelled(tmp_path / "in" / "partial-train" / "0000.parquet", count=4)
+    assert len(made(source.parent, tmp_path / "out")) == 4
+
+
+def test_other_splits_are_named_beside_train_and_validation_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "test", "extra"):
+        labelled(tmp_path / "in" / name / "0000.parquet")
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), *SMALL]) == 0
+    assert "validation set in test; not read: extra" in capsys.readouterr().out
+
+
 def test_names_of_the_rows_are_kept_where_each_has_its_own(tmp_path: Path) -> None:
     images, labels = structs([jpeg(1), jpeg(2)], ["a.jpg", "b.png"]), ["dog", "cat"]
     source = table(tmp_path / "x.parquet", {"image": images, "label": labels})
