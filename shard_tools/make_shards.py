@@ -224,8 +224,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
         "tree; a folder of images without labels; a tar of class folders, of class tars as "
-        "ImageNet's, or flat (gzip and zstd too); a folder of class tars; Hugging Face's Parquet "
-        "files; a CSV or JSONL of path and label. A folder that holds ImageNet's train and "
+        "ImageNet's, or flat (gzip and zstd too); a zip; a folder of class tars; Hugging Face's "
+        "Parquet files; a CSV or JSONL of path and label. A folder that holds ImageNet's train and "
         "validation set, in any of the layouts in which they come, becomes DEST/train and "
         "DEST/val.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
@@ -233,7 +233,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     p.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder, tar, Parquet, CSV or JSONL, see above"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder, tar, zip, Parquet, CSV or JSONL, see above",
     )
     p.add_argument("dest", type=Path, metavar="DEST", help="folder for the shards")
     _shard_options(p.add_argument_group("shards"))

@@ -33,11 +33,13 @@ from shard_tools.sharding.found import (
     is_system_file,
     too_long,
 )
+from shard_tools.sharding.zip_files import copy_zip
 
 UNPACKED = "unpacked"  # folder for plain tars of compressed archives, inside PARTS
-ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_ARCHIVES = (*_TARS, ".zip")
 _PIECE = 16 << 20  # bytes unpacked at a time
-_ARCHIVES_INSIDE = (*ARCHIVES, ".zip", ".7z", ".rar")
+_ARCHIVES_INSIDE = (*_ARCHIVES, ".7z", ".rar")
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -49,32 +51,37 @@ _OPEN: dict[str, Callable[..., Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "x
 
 
 def is_archive(name: str) -> bool:
-    """True for a file name that tar archives have."""
-    return name.lower().endswith(ARCHIVES)
+    """True for a file name that tars and zips have."""
+    return name.lower().endswith(_ARCHIVES)
+
+
+def is_tar(name: str) -> bool:
+    """True for a file name that tars have, also compressed ones."""
+    return name.lower().endswith(_TARS)
 
 
 def archive_stem(name: str) -> str:
-    """File name without folder and archive suffix: the class of an inner tar."""
+    """File name without folder and archive suffix: the class of a tar of one."""
     base = posixpath.basename(name)
-    suffix = next(s for s in sorted(ARCHIVES, key=len, reverse=True) if base.lower().endswith(s))
+    suffix = next(s for s in sorted(_ARCHIVES, key=len, reverse=True) if base.lower().endswith(s))
     return base[: -len(suffix)]
 
 
 def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
-    """The images of one tar. Image names: `class/file` for a tar of class tars, else the name in
-    the archive without the folders that all of it is in.
+    """The images of one tar or zip. Image names: `class/file` for a tar of class tars, else the
+    name in the archive without the folders that all of it is in.
 
     unpacked: folder for the plain tar of a compressed archive, None = none may be made. skip: what
     is damaged is reported in `Found.missing` instead of raised (TarError).
     """
     found, plain = Found(), None
     with found.catching(path.name, skip):
-        plain = plain_tar(path, unpacked)
+        plain = plain_tar(path, unpacked, skip)
     if plain is None:
         return found
     path = plain
     outer = _list(path, path.name, 0, None, found, skip)
-    classes = [member for member in outer if is_archive(member.name)]
+    classes = [member for member in outer if is_tar(member.name)]
     loose = [member for member in outer if is_image(member.name)]
     if classes and loose:
         raise ToolError(f"{path}: holds class tars and also loose images, such as {loose[0].name}")
@@ -171,22 +178,28 @@ def compression(path: Path) -> str:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
 
 
-def plain_tar(path: Path, unpacked: Path | None) -> Path:
-    """`path`, or where it is compressed (gzip, zstd, bzip2, xz) a plain tar of its content in the
-    folder `unpacked`, made at first use (None: a ToolError asks to unpack it).
+def plain_tar(path: Path, unpacked: Path | None, skip: bool = False) -> Path:
+    """`path`, or where it is compressed (gzip, zstd, bzip2, xz) or a zip a plain tar of its content
+    in the folder `unpacked`, made at first use (None: a ToolError asks to unpack it). skip: damaged
+    images of a zip are empty in it.
 
     TarError where the stream is damaged or cut, Unskippable where it cannot be unpacked here.
     """
     kind = compression(path)
     if not kind:
         return path
+    zipped = kind == "zip"
 
     def unpack(out: BinaryIO) -> None:
-        print(f"{path}: {kind}-compressed; unpacking it into {unpacked}", flush=True)
+        what = "zip" if zipped else f"{kind}-compressed"
+        print(f"{path}: {what}; unpacking it into {unpacked}", flush=True)
+        if zipped:
+            copy_zip(path, out, skip)
+            return
         for piece in _pieces(path, kind):
             out.write(piece)
 
-    return unpacked_tar(path, unpacked, "compressed", unpack)
+    return unpacked_tar(path, unpacked, "a zip" if zipped else "compressed", unpack)
 
 
 def unpacked_tar(

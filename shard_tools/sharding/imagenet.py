@@ -6,6 +6,7 @@
     ILSVRC/Data/CLS-LOC             Kaggle's, with LOC_val_solution.csv
     data/train_images_0.tar.gz …    Hugging Face's, and
     data/train-00000-of-00294.parquet … in Parquet, as any data set with labels there
+    train.zip and val.zip           or train.tar.gz and the like
 
 All give the same shards: image names are `synset/file` and classes the sorted synsets, which
 LOC_synset_mapping.txt has to confirm where it is there.
@@ -21,7 +22,8 @@ from pathlib import Path
 
 from shard_tools.class_list import read_classes
 from shard_tools.cli import ToolError
-from shard_tools.sharding.folders import class_folders
+from shard_tools.sharding.archives import archive_stem, is_archive
+from shard_tools.sharding.folders import class_folders, files_in
 from shard_tools.sharding.found import HELD_OUT, TRAINING
 from shard_tools.sharding.labels import Labels, read_labels, read_solution
 from shard_tools.sharding.parquet_sets import parquet_sets
@@ -51,7 +53,7 @@ def recognise(root: Path) -> Layout | None:
     part of the layout is missing."""
     if not root.is_dir():
         return None
-    for look in (_kaggle, _folders, _original, _hugging_face, _parquet):
+    for look in (_kaggle, _folders, _original, _hugging_face, _parquet, _archive_each):
         layout = look(root)
         if layout is not None:
             return layout
@@ -171,6 +173,24 @@ def _parquet(root: Path) -> Layout | None:
     left = sorted(set(sets) - {train, val})
     more = f"; not read: {', '.join(left)}" if left else ""
     return Layout(f"Parquet files, validation set in {val}{more}", sets[train], sets[val])
+
+
+def _archive_each(root: Path) -> Layout | None:
+    stems: dict[str, list[str]] = {}
+    for name in files_in(root, is_archive):
+        stems.setdefault(archive_stem(name).lower(), []).append(name)
+    train = [name for stem in sorted(TRAINING) for name in stems.get(stem, ())]
+    val = [name for stem in (*_VAL_FOLDERS, "test") for name in stems.get(stem, ())]
+    if not train or not val:
+        return None
+    if len(train) > 1:
+        raise ToolError(f"{root}: holds {' and '.join(train)}; give a folder with one of them")
+    return Layout(
+        f"an archive of the training set, validation set in {val[0]}",
+        (root / train[0],),
+        (root / val[0],),
+        mapping=_first([root], _MAPPING),
+    )
 
 
 def _flat_labels(val: Path, folders: Sequence[Path]) -> Callable[[], Labels] | None:

@@ -113,7 +113,9 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
         elif is_parquet(path.name):
             source = _parquet([path], how)
         elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
-            raise ToolError(f"{path}: is neither a folder, a tar nor a list ({' '.join(LISTS)})")
+            raise ToolError(
+                f"{path}: is neither a folder, a tar, a zip, Parquet nor a list ({' '.join(LISTS)})"
+            )
         else:
             source = _archives([path], how)
     return _checked(source, path)
@@ -128,8 +130,6 @@ def open_parts(paths: Sequence[Path], how: Listing) -> Source:
 def _archives(paths: Sequence[Path], how: Listing) -> Source:
     found = Found()
     for path in paths:
-        if compression(path) == "zip":
-            raise ToolError(f"{path}: is a zip archive; unpack it and give the folder")
         found.extend(list_archive(path, how.unpacked, how.skip))
     if not how.unlabelled:
         _check_splits(found, str(paths[0]), "unpack it and give the folder of both")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shard_tools.sharding.archives import is_archive
+from shard_tools.sharding.archives import is_tar
 from shard_tools.sharding.found import is_system_folder
 
 
@@ -25,7 +25,7 @@ def tar_files(top: Path) -> list[str]:
         found += [
             os.path.relpath(os.path.join(here, name), top)
             for name in files
-            if is_archive(name) and not name.startswith(".")
+            if is_tar(name) and not name.startswith(".")
         ]
     return sorted(found)
 

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -207,13 +206,6 @@ def test_archives_that_say_two_things(
     content = {name: inner if kind == "tar" else jpeg(2) for name, kind in members.items()}
     archive = tar_of(tmp_path / "o.tar", content)
     assert sentence in refused(capsys, archive, tmp_path / "d")
-
-
-def test_a_zip_is_called_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with zipfile.ZipFile(tmp_path / "imagenet.zip", "w") as archive:
-        archive.writestr("train/n01440764/1.JPEG", jpeg(1))
-    error = refused(capsys, tmp_path / "imagenet.zip", tmp_path / "d")
-    assert error.endswith("imagenet.zip: is a zip archive; unpack it and give the folder\n")
 
 
 PACK = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}

@@ -151,9 +151,9 @@ def test_parts_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (["default/partial-train/0000", "default/validation/0000"], "first gigabytes of train only"),
-        (["default/train/0000", "default/partial-test/0000"], "first gigabytes of test only"),
-        (["cats/train", "dogs/train"], "several sets in Parquet; give the folder of one: cats, dogs"),
+        (["default/partial-train/0000", "default/validation/0000"], "gigabytes of train only"),
+        (["default/train/0000", "default/partial-test/0000"], "gigabytes of test only"),
+        (["cats/train", "dogs/train"], "sets in Parquet; give the folder of one: cats, dogs"),
         (["cats/data/train", "dogs/0000"], "give the folder of one: cats/data, dogs"),
     ],
 )

@@ -229,7 +229,10 @@ def test_a_file_that_changes_under_way_is_named(tree: Path, tmp_path: Path) -> N
         (["unlabelled.csv", "--classes-from", "two.txt"], "has no column `label` to match"),
         (["list.csv"], "the header has no column `path`; found file, label"),
         (["gone.jsonl"], "row 1: .*ghost.jpg: No such file"),
-        (["list.tsv"], r"list.tsv: is neither a folder, a tar nor a list \(.csv .jsonl .ndjson\)"),
+        (
+            ["list.tsv"],
+            r"neither a folder, a tar, a zip, Parquet nor a list \(.csv .jsonl .ndjson\)",
+        ),
         (["text.tar"], "not a readable, uncompressed tar"),
         (["packed.tar"], "damaged or cut gzip stream"),
         (["cut.tar"], "cut inside"),

@@ -1,0 +1,82 @@
+"""The content of a zip as a plain tar, in which each image is a range of bytes."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import stat
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+from shard_tools.members import TarError
+from shard_tools.sharding.found import LONGEST_IMAGE, Unskippable, is_image, too_long
+
+_LONGEST_LINK = 4096  # bytes of a path, on Linux
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OSError)
+
+
+def copy_zip(path: Path, out: BinaryIO, skip: bool) -> None:
+    """Write the files of a zip as a tar, in its order and with its names. Of a file that is neither
+    an image nor a link only the name is kept, since it is not read. skip: an image that is damaged
+    is printed and becomes an empty member, which no image can be.
+
+    TarError where the zip is damaged, Unskippable where a member is encrypted or
+    compressed in a way that Python does not read.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except _DAMAGE as error:
+        raise TarError(f"{path}: damaged or cut zip ({error})") from error
+    with archive, tarfile.open(fileobj=out, mode="w|") as tar:
+        for info in archive.infolist():
+            if not info.is_dir():
+                _copy(path, archive, info, tar, skip)
+
+
+def _copy(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, tar: tarfile.TarFile, skip: bool
+) -> None:
+    name = info.filename.replace("\\", "/")  # as some programs of Windows write it
+    member = tarfile.TarInfo(name)
+    content = b""
+    if stat.S_ISLNK(info.external_attr >> 16):
+        member.type = tarfile.SYMTYPE
+        member.linkname = _read(path, archive, info, _LONGEST_LINK).decode(errors="replace")
+    elif is_image(name):
+        try:
+            content = _read(path, archive, info, LONGEST_IMAGE)
+        except TarError as error:
+            if not skip:
+                raise
+            print(error, flush=True)
+    elif name.lower().endswith(".tar"):
+        raise Unskippable(f"{path}: holds the tar {name}; unpack the zip and give the folder")
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _read(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+    """The content of a member, whose checksum is right."""
+    if info.flag_bits & 1:
+        raise Unskippable(f"{path}: {info.filename} is encrypted; unpack it with its password")
+    if info.file_size > most:
+        raise TarError(str(too_long(f"{path}: member {info.filename!r}", info.file_size)))
+    try:
+        with archive.open(info) as file:
+            content = file.read(info.file_size + 1)  # a byte more: its checksum is looked at
+    except NotImplementedError as error:  # such as deflate64, which Windows uses beyond 2 GB
+        raise Unskippable(
+            f"{path}: {info.filename} is packed in a way that Python does not read ({error}); "
+            "unpack the zip and give the folder"
+        ) from error
+    except _DAMAGE as error:
+        raise TarError(f"{path}: member {info.filename!r} is damaged ({error})") from error
+    if len(content) != info.file_size:
+        raise TarError(
+            f"{path}: member {info.filename!r} is damaged ({len(content)} bytes, not the "
+            f"{info.file_size} of its header)"
+        )
+    return content
