@@ -40,6 +40,7 @@ from shard_tools.sharding.job import (
     at_work,
     check_destination,
     check_plan,
+    check_room,
     find_plan,
     is_finished,
     merge,
@@ -115,6 +116,8 @@ def plan_splits(
         announce(split)
         if check_plan(split.dest, plan, how):
             say_modified(split.dest, plan)
+        else:
+            check_room(split.dest, plan)
     held.enter_context(at_work(folders, how))
     for split, plan in zip(splits, plans, strict=True):
         check_plan(split.dest, plan, how)  # another call may have begun in the meantime

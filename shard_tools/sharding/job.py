@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -91,6 +92,20 @@ def check_plan(dest: Path, plan: Plan, how: Execution) -> bool:
     elif not how.resume and how.tasks == 1:
         raise ToolError(f"{dest}: has an unfinished job; resume it with --resume")
     return False
+
+
+def check_room(dest: Path, plan: Plan) -> None:
+    """ToolError where the JPEGs that are copied as they are would not fit on the disk of `dest`.
+    Nothing is known of images that are encoded again; tars that are there count as written."""
+    with naming(dest, "cannot be read"):
+        size = plan.copied - sum(path.stat().st_size for path in dest.glob("*.tar"))
+        there = next(folder for folder in (dest, *dest.absolute().parents) if folder.is_dir())
+        disk = shutil.disk_usage(there)
+    if disk.total and size > disk.free:  # some file systems of clouds say 0
+        raise ToolError(
+            f"{dest}: the shards take {size / 1e9:.2f} GB more, but {disk.free / 1e9:.2f} GB are "
+            "free; make room, or choose another folder"
+        )
 
 
 def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request: str) -> None:

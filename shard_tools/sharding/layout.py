@@ -33,6 +33,7 @@ LAYOUT = 2  # raised when equal options would give other bytes
 FIELDS = {"jpg,cls,json": 5 * BLOCK, "jpg,cls": 3 * BLOCK, "jpg,json": 3 * BLOCK}
 ALL_FIELDS = next(iter(FIELDS))
 _CHUNK = 1 << 12  # items that are handled as Python objects at a time
+_JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 PROBE = 64  # images whose new size is measured when they are to be resized
 
 
@@ -71,6 +72,16 @@ class Plan:
     @property
     def shards(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def copied(self) -> int:
+        """Bytes that the JPEGs (by their names) take in shards where they keep their bytes."""
+        if self.settings.image.changes_size:
+            return 0
+        images = self.source.items.images
+        sizes = np.asarray(images.sizes, np.int64) + FIELDS[self.settings.fields]
+        jpeg = (name.lower().endswith(_JPEG) for name in images.names)
+        return int(sizes[np.fromiter(jpeg, np.bool_, len(sizes))].sum())
 
 
 def shard_name(settings: Settings, number: int) -> str:

@@ -1,15 +1,21 @@
 """A path that cannot be used is one sentence and exit code 2; a slip in relaxmim is a traceback."""
 
 import os
+import shutil
 import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shard_tools import demo_images, index_shards, make_shards, subset, verify_shards
+from shard_tools.cli import ToolError
 from shard_tools.manifest import read_manifest
+from shard_tools.sharding.job import check_room
+from shard_tools.sharding.layout import make_plan
+from shard_tools.sharding.sources import open_source
 from tests.helpers.shard_samples import image_tree, jpeg
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +155,34 @@ def test_a_list_that_is_no_text_is_named(tree, tmp_path, capfd, option):
         make_shards.main([str(source), str(tmp_path / "out"), option, str(tmp_path / "list")]) == 2
     )
     assert f"error: {tmp_path / 'list'}: cannot be read as UTF-8" in capfd.readouterr().err
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(tree, tmp_path, capsys, monkeypatch):
+    def made(name, free, *options, total=10**12):
+        usage = SimpleNamespace(total=total, free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        return make_shards.main([str(tree), str(tmp_path / name), "--workers", "1", *options])
+
+    size = sum(path.stat().st_size + 5 * 512 for path in tree.rglob("*.JPEG"))
+    assert made("small", size - 1) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'small'}: the shards take 0.00 GB more, but 0.00 GB are free" in error
+    assert not list((tmp_path / "small").rglob("*.*"))
+    assert made("enough", size) == 0
+    assert made("unknown", 0, total=0) == 0  # what some file systems of clouds say
+    assert made("resized", 0, "--max-side", "8") == 0
+
+
+def test_shards_that_are_there_need_no_room(tree, shards, tmp_path, monkeypatch):
+    settings = make_shards.settings_of(make_shards.parser().parse_args(["a", "b"]))
+    plan = make_plan(open_source(tree), settings)
+    out = shutil.copytree(shards, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1, free=0))
+    check_room(out, plan)
+    for path in sorted(out.glob("*.tar"))[1:]:
+        path.unlink()
+    with pytest.raises(ToolError, match="GB more"):
+        check_room(out, plan)
 
 
 def test_a_full_disk_is_one_sentence_that_names_the_shard(tree, tmp_path, capfd, monkeypatch):
