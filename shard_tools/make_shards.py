@@ -31,7 +31,7 @@ from shard_tools.cli import (
     worker_count,
 )
 from shard_tools.image_file import CAN_CUT, Conversion
-from shard_tools.sharding.archives import UNPACKED
+from shard_tools.sharding.archives import UNPACKED, is_compressed
 from shard_tools.sharding.found import naming_skip
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
@@ -73,8 +73,12 @@ def make_shards(options: argparse.Namespace) -> int:
             merge(folder)
         return 0
     settings, how = settings_of(options), execution_of(options)
+    unpacked = dest / PARTS / UNPACKED if how.tasks == 1 else None
     with naming(options.source, "cannot be read"):
-        layout = None if options.unlabelled else recognise(options.source)
+        if is_compressed(options.source):
+            for folder in (dest, dest / "train"):
+                check_destination(folder, [options.source], how)
+        layout = None if options.unlabelled else recognise(options.source, unpacked)
     folders = destinations(options, layout, how)
     request = request_of(options)
     with ExitStack() as held:

@@ -33,7 +33,8 @@ from shard_tools.sharding.found import (
     is_system_file,
     too_long,
 )
-from shard_tools.sharding.zip_files import copy_zip
+from shard_tools.sharding.zip_files import copy_zip, read_zip, zip_names
+from shard_tools.tar import read_up_to
 
 UNPACKED = "unpacked"  # folder for plain tars of compressed archives, inside PARTS
 _TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
@@ -94,6 +95,27 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
             raise ToolError(f"{path}: {member.name} is compressed inside the archive; unpack it")
         found.extend(_class_tar(path, member, skip))
     return found
+
+
+def member_names(path: Path, unpacked: Path | None) -> list[str]:
+    """The names of what is in a tar or a zip; [] where it is damaged, which is said when it is
+    listed. unpacked: as for `list_archive`."""
+    try:
+        if compression(path) == "zip":
+            return zip_names(path)
+        return [member.name for member in read_members(plain_tar(path, unpacked))]
+    except TarError:
+        return []
+
+
+def read_member(path: Path, unpacked: Path | None, name: str) -> bytes:
+    """The content of a small member of a tar or a zip."""
+    if compression(path) == "zip":
+        return read_zip(path, name)
+    plain = plain_tar(path, unpacked)
+    found = next(member for member in read_members(plain) if member.name == name)
+    with open(plain, "rb") as file:
+        return read_up_to(file.fileno(), found.offset, found.size)
 
 
 def list_class_tars(paths: Iterable[Path], unpacked: Path | None, skip: bool) -> Found:
@@ -176,6 +198,11 @@ def compression(path: Path) -> str:
     with naming(path, "cannot be read"), open(path, "rb") as file:
         head = file.read(6)
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether this is a file that has to be unpacked before its members are known."""
+    return path.is_file() and compression(path) not in ("", "zip")
 
 
 def plain_tar(path: Path, unpacked: Path | None, skip: bool = False) -> Path:

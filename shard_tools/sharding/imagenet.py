@@ -7,6 +7,8 @@
     data/train_images_0.tar.gz …    Hugging Face's, and
     data/train-00000-of-00294.parquet … in Parquet, as any data set with labels there
     train.zip and val.zip           or train.tar.gz and the like
+    imagenet.tar                    a tar or zip of both: in class folders, or Kaggle's
+    train/ and val/images/          Tiny ImageNet's, with val/val_annotations.txt
 
 All give the same shards: image names are `synset/file` and classes the sorted synsets, which
 LOC_synset_mapping.txt has to confirm where it is there.
@@ -16,22 +18,38 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from pipeline.errors import naming
 from shard_tools.class_list import read_classes
 from shard_tools.cli import ToolError
-from shard_tools.sharding.archives import archive_stem, is_archive
+from shard_tools.sharding.archives import (
+    archive_stem,
+    is_archive,
+    list_archive,
+    member_names,
+    read_member,
+)
 from shard_tools.sharding.folders import class_folders, files_in
-from shard_tools.sharding.found import HELD_OUT, TRAINING
-from shard_tools.sharding.labels import Labels, read_labels, read_solution
+from shard_tools.sharding.found import HELD_OUT, TRAINING, is_image
+from shard_tools.sharding.labels import (
+    Labels,
+    parse_annotations,
+    parse_solution,
+    read_labels,
+    read_solution,
+)
 from shard_tools.sharding.parquet_sets import parquet_sets
-from shard_tools.sharding.sources import Listing, Source, open_parts, open_source
+from shard_tools.sharding.sources import Listing, Source, open_found, open_parts, open_source
+from shard_tools.sharding.splits import divided, split_folders, training_and_held_out
 
 _VAL_FOLDERS = ("val", "valid", "validation")
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
+_ANNOTATIONS = "val_annotations.txt"  # Tiny ImageNet's
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _PART = re.compile(r"train_images_(\d+)\.tar(\.gz|\.zst)?")
 
@@ -39,21 +57,24 @@ _PART = re.compile(r"train_images_(\d+)\.tar(\.gz|\.zst)?")
 @dataclass(frozen=True)
 class Layout:
     """A folder that holds train and validation set: what it is, the paths of both (several only
-    for archives), how the labels of a flat validation set are read, and the list of synsets."""
+    for archives), how the labels of a flat validation set are read, and the list of synsets.
+    together: both paths are those of one archive."""
 
     what: str
     train: tuple[Path, ...]
     val: tuple[Path, ...]
     labels: Callable[[], Labels] | None = None
     mapping: Path | None = None
+    together: bool = False
 
 
-def recognise(root: Path) -> Layout | None:
+def recognise(root: Path, unpacked: Path | None) -> Layout | None:
     """The layout of `root`; None for a folder or file that is one set of images. UserError where a
-    part of the layout is missing."""
+    part of the layout is missing, or a compressed archive cannot be unpacked into `unpacked`."""
     if not root.is_dir():
-        return None
-    for look in (_kaggle, _folders, _original, _hugging_face, _parquet, _archive_each):
+        packed = root.is_file() and is_archive(root.name)
+        return _one_archive(root, unpacked) if packed else None
+    for look in (_kaggle, _tiny, _folders, _original, _hugging_face, _parquet, _archive_each):
         layout = look(root)
         if layout is not None:
             return layout
@@ -64,7 +85,12 @@ def open_splits(layout: Layout, how: Listing) -> tuple[Source, Source]:
     """List train and validation set, the second in the classes of the first."""
     if how.unlabelled:
         raise ToolError("--unlabelled is for one folder of images; give the train folder itself")
-    train = _open(layout.train, replace(how, labels=None))
+    open_train, open_val = (
+        _together(layout, how)
+        if layout.together
+        else (partial(_open, layout.train), partial(_open, layout.val))
+    )
+    train = open_train(replace(how, labels=None))
     if layout.mapping:
         _check_mapping(layout, train.classes)
     if not train.classes:
@@ -72,11 +98,25 @@ def open_splits(layout: Layout, how: Listing) -> tuple[Source, Source]:
     how = replace(how, classes=train.classes)
     if layout.labels and how.labels is None:
         how = replace(how, labels=layout.labels())
-    return train, _open(layout.val, how)
+    return train, open_val(how)
 
 
 def _open(paths: Sequence[Path], how: Listing) -> Source:
     return open_source(paths[0], how) if len(paths) == 1 else open_parts(paths, how)
+
+
+def _together(layout: Layout, how: Listing) -> tuple[Callable[[Listing], Source], ...]:
+    """What opens each set of an archive, which is listed once."""
+    path = layout.train[0]
+    found = list_archive(path, how.unpacked, how.skip)
+    sets = split_folders(found.images.names)
+    if sets is None:
+        raise ToolError(f"{path}: the images of one of its sets cannot be read")
+    above, folders = sets
+    parts = divided(found, [above + name for name in training_and_held_out(folders)])
+    if layout.labels:
+        parts[1] = parts[1].without_wrapping(keep_class=False)  # Tiny ImageNet's val/images
+    return tuple(partial(open_found, part, path) for part in parts)
 
 
 def _check_mapping(layout: Layout, classes: Sequence[str]) -> None:
@@ -110,18 +150,36 @@ def _kaggle(root: Path) -> Layout | None:
 
 
 def _folders(root: Path) -> Layout | None:
-    val = next((root / name for name in _VAL_FOLDERS if (root / name).is_dir()), None)
-    if val is None and (root / "test").is_dir() and class_folders(root / "test"):
-        val = root / "test"  # CIFAR and others; ImageNet's own test set has no classes
-    if val is None or not (root / "train").is_dir():
+    inside = class_folders(root)
+    for folder in (root, root / inside[0]) if len(inside) == 1 else (root,):
+        names = class_folders(folder)
+        # ImageNet's own test set has no classes.
+        tests = [name for name in names if name.lower() in ("test", "testing")]
+        names = [name for name in names if name not in tests or class_folders(folder / name)]
+        called = {name.lower() for name in names}
+        if called & TRAINING and called & HELD_OUT:
+            train, val = training_and_held_out(names)
+            more = _not_read(
+                [name for name in names if name.lower() in TRAINING | HELD_OUT], train, val
+            )
+            return Layout(
+                f"class folders in {train}/, validation set in {val}/{more}",
+                (folder / train,),
+                (folder / val,),
+                _flat_labels(folder / val, [folder, folder / val, root]),
+                _first([folder, root], _MAPPING),
+            )
+    return None
+
+
+def _tiny(root: Path) -> Layout | None:
+    val, table = root / "val" / "images", root / "val" / _ANNOTATIONS
+    if not (table.is_file() and val.is_dir() and (root / "train").is_dir()):
         return None
-    return Layout(
-        f"class folders in train/, validation set in {val.name}/",
-        (root / "train",),
-        (val,),
-        _flat_labels(val, [root, val]),
-        _first([root], _MAPPING),
-    )
+    with naming(table, "cannot be read"):
+        data = table.read_bytes()
+    labels = partial(parse_annotations, data, str(table))
+    return Layout("Tiny ImageNet", (root / "train",), (val,), labels)
 
 
 def _original(root: Path) -> Layout | None:
@@ -170,8 +228,7 @@ def _parquet(root: Path) -> Layout | None:
     if train is None or not held_out:
         return None
     val = held_out[0]
-    left = sorted(set(sets) - {train, val})
-    more = f"; not read: {', '.join(left)}" if left else ""
+    more = _not_read(sets, train, val)
     return Layout(f"Parquet files, validation set in {val}{more}", sets[train], sets[val])
 
 
@@ -193,13 +250,55 @@ def _archive_each(root: Path) -> Layout | None:
     )
 
 
+def _one_archive(path: Path, unpacked: Path | None) -> Layout | None:
+    names = member_names(path, unpacked)
+    sets = split_folders(filter(is_image, names))
+    if sets is None:
+        return None
+    above, folders = sets
+    train, val = training_and_held_out(folders)
+    return Layout(
+        f"an archive of both, validation set in {val}{_not_read(folders, train, val)}",
+        (path,),
+        (path,),
+        _labels_inside(path, unpacked, names, above + val),
+        _first([path.parent], _MAPPING),
+        together=True,
+    )
+
+
+def _not_read(sets: Iterable[str], train: str, val: str) -> str:
+    left = sorted(set(sets) - {train, val})
+    return f"; not read: {', '.join(left)}" if left else ""
+
+
+def _labels_inside(
+    archive: Path, unpacked: Path | None, names: Sequence[str], val: str
+) -> Callable[[], Labels] | None:
+    """How to label the validation set in the folder `val` of an archive, of which these are the
+    members; None where it has class folders."""
+    tiny = next((name for name in names if f"/{name}".endswith(f"/{val}/{_ANNOTATIONS}")), "")
+    if tiny:
+        return lambda: parse_annotations(read_member(archive, unpacked, tiny), f"{archive}, {tiny}")
+    images = (f"/{name}".partition(f"/{val}/")[2] for name in names if is_image(name))
+    if any("/" in image for image in images):
+        return None
+    table = next((name for name in names if name.rpartition("/")[2] == _SOLUTION), "")
+    if table:
+        return lambda: parse_solution(read_member(archive, unpacked, table), f"{archive}, {table}")
+    return _labels_in([archive.parent])
+
+
 def _flat_labels(val: Path, folders: Sequence[Path]) -> Callable[[], Labels] | None:
     """How to label a validation folder without class folders; None where it has them."""
-    if class_folders(val):
-        return None
-    solution, devkit = _first(folders, _SOLUTION), _devkit(folders)
-    if solution:
-        return lambda: read_solution(solution)
+    return None if class_folders(val) else _labels_in(folders)
+
+
+def _labels_in(folders: Sequence[Path]) -> Callable[[], Labels] | None:
+    """How to read the labels that one of the folders has."""
+    table, devkit = _first(folders, _SOLUTION), _devkit(folders)
+    if table:
+        return lambda: read_solution(table)
     if devkit:
         return lambda: _known(read_labels(None, devkit))
     return None

@@ -7,6 +7,7 @@ from Kaggle's LOC_val_solution.csv, or from the file names of Hugging Face's arc
 from __future__ import annotations
 
 import csv
+import io
 import posixpath
 import re
 import sys
@@ -51,11 +52,17 @@ def read_labels(synsets: Path | None, devkit: Path | None) -> Labels | None:
 
 def read_solution(path: Path) -> dict[str, str]:
     """Kaggle's LOC_val_solution.csv: ImageId, PredictionString (`synset box [synset box …]`)."""
-    with naming(path, "cannot be read"), open(path, newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = [row for row in csv.reader(file) if row]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ToolError(f"{path}: cannot be read ({error})") from error
+    with naming(path, "cannot be read"):
+        return parse_solution(path.read_bytes(), str(path))
+
+
+def parse_solution(data: bytes, path: str) -> dict[str, str]:
+    """As `read_solution`, of the bytes of a file, which is called `path`."""
+    try:
+        text = data.decode("utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ToolError(f"{path}: cannot be read ({error})") from error
     if not rows or [name.strip().lower() for name in rows[0]] != ["imageid", "predictionstring"]:
         raise ToolError(f"{path}: lacks the columns ImageId and PredictionString")
     labels: dict[str, str] = {}
@@ -65,6 +72,16 @@ def read_solution(path: Path) -> dict[str, str]:
         if row[0] in labels:
             raise ToolError(f"{path}: row {number} names {row[0]} a second time")
         labels[row[0]] = row[1].split()[0]
+    return labels
+
+
+def parse_annotations(data: bytes, path: str) -> dict[str, str]:
+    """Of the bytes of Tiny ImageNet's val_annotations.txt, called `path`: lines of an image, its
+    synset and a box, separated by tabs."""
+    lines = [line.split("\t") for line in data.decode(errors="replace").splitlines() if line]
+    labels = {line[0]: line[1] for line in lines if len(line) == 6}
+    if len(labels) != len(lines):
+        raise ToolError(f"{path}: each line must be an image, its synset and a box, once each")
     return labels
 
 

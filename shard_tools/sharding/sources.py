@@ -40,6 +40,7 @@ from shard_tools.sharding.items import Items
 from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
 from shard_tools.sharding.parquet import Wanted, list_parquet
 from shard_tools.sharding.parquet_sets import SUFFIX, is_parquet, parquet_sets
+from shard_tools.sharding.splits import check_splits, splits_error
 from shard_tools.sharding.tables import label_column, list_table
 from shard_tools.texts import Texts
 
@@ -121,6 +122,11 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
     return _checked(source, path)
 
 
+def open_found(found: Found, path: Path, how: Listing) -> Source:
+    """The source of what was found in an archive, or in a folder of it."""
+    return _checked(_labelled(found, path.parent, how, str(path)), path)
+
+
 def open_parts(paths: Sequence[Path], how: Listing) -> Source:
     """List one data set that is in several tars or Parquet files."""
     read = _parquet if is_parquet(paths[0].name) else _archives
@@ -132,7 +138,7 @@ def _archives(paths: Sequence[Path], how: Listing) -> Source:
     for path in paths:
         found.extend(list_archive(path, how.unpacked, how.skip))
     if not how.unlabelled:
-        _check_splits(found, str(paths[0]), "unpack it and give the folder of both")
+        check_splits(found, str(paths[0]), "unpack it and give the folder of both")
         _check_metadata(paths[0], found, how)
     return _labelled(found, paths[0].parent, how, str(paths[0]))
 
@@ -190,7 +196,7 @@ def _parquet_folder(
         )
     named = [name for name in sets if name.lower() in TRAINING | HELD_OUT]
     if named and len(sets) > 1 and not how.unlabelled:
-        raise _splits_error(str(path), sorted(sets), "give a folder with the files of one of them")
+        raise splits_error(str(path), sorted(sets), "give a folder with the files of one of them")
     return _parquet([file for files in sets.values() for file in files], how)
 
 
@@ -232,8 +238,8 @@ def _check_class_folders(path: Path, found: Found, how: Listing) -> None:
     folders = class_folders(path)
     called = {name.lower() for name in folders}
     if called and called <= TRAINING | HELD_OUT and any(class_folders(path / f) for f in folders):
-        raise _splits_error(str(path), folders, _GIVE_ONE)
-    _check_splits(found, str(path), _GIVE_ONE)
+        raise splits_error(str(path), folders, _GIVE_ONE)
+    check_splits(found, str(path), _GIVE_ONE)
     names = chain(found.images.names, (name for name, _ in found.missing))
     filled = {name.split("/")[0] for name in names} & set(folders)
     empty = sorted(set(folders) - filled - set(how.classes))
@@ -258,24 +264,6 @@ def _check_lists(path: Path, found: Found, how: Listing) -> None:
                 "a folder do not get; give this list instead of the folder, or take the images "
                 "only with --unlabelled"
             )
-
-
-def _check_splits(found: Found, where: str, advice: str) -> None:
-    """UserError where the class folders, or those in the one folder that holds all images, are a
-    training set and a held-out one."""
-    folders = {tuple(name.split("/")[:-1][:2]) for name in found.images.names}
-    for level in range(2):
-        here = sorted({names[level] for names in folders if len(names) > level})
-        called = {name.lower() for name in here}
-        if called & TRAINING and called & HELD_OUT:
-            raise _splits_error(where, here, advice)
-        if len(here) != 1:
-            return
-        where = f"{where}/{here[0]}"
-
-
-def _splits_error(where: str, folders: Sequence[str], advice: str) -> ToolError:
-    return ToolError(f"{where}: holds {' and '.join(folders)}, which are not classes; {advice}")
 
 
 def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:

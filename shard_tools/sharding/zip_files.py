@@ -26,20 +26,40 @@ def copy_zip(path: Path, out: BinaryIO, skip: bool) -> None:
     TarError where the zip is damaged, Unskippable where a member is encrypted or
     compressed in a way that Python does not read.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-    except _DAMAGE as error:
-        raise TarError(f"{path}: damaged or cut zip ({error})") from error
-    with archive, tarfile.open(fileobj=out, mode="w|") as tar:
+    with _open(path) as archive, tarfile.open(fileobj=out, mode="w|") as tar:
         for info in archive.infolist():
             if not info.is_dir():
                 _copy(path, archive, info, tar, skip)
 
 
+def zip_names(path: Path) -> list[str]:
+    """The names of the files in a zip. TarError where it is damaged."""
+    with _open(path) as archive:
+        return [_name(info) for info in archive.infolist() if not info.is_dir()]
+
+
+def read_zip(path: Path, name: str) -> bytes:
+    """The content of the file `name`. TarError where it is damaged."""
+    with _open(path) as archive:
+        info = next(info for info in archive.infolist() if _name(info) == name)
+        return _read(path, archive, info, LONGEST_IMAGE)
+
+
+def _open(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except _DAMAGE as error:
+        raise TarError(f"{path}: damaged or cut zip ({error})") from error
+
+
+def _name(info: zipfile.ZipInfo) -> str:
+    return info.filename.replace("\\", "/")  # as some programs of Windows write it
+
+
 def _copy(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, tar: tarfile.TarFile, skip: bool
 ) -> None:
-    name = info.filename.replace("\\", "/")  # as some programs of Windows write it
+    name = _name(info)
     member = tarfile.TarInfo(name)
     content = b""
     if stat.S_ISLNK(info.external_attr >> 16):

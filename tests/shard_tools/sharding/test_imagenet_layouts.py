@@ -15,7 +15,7 @@ import pyarrow
 import pytest
 import scipy.io
 from pyarrow import parquet
-from shard_samples import SMALL, image_tree, jpeg, report, tar_of, tars_of
+from shard_samples import SMALL, image_tree, jpeg, read_samples, report, tar_of, tars_of
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
@@ -361,23 +361,103 @@ def test_splits_are_no_classes(
     assert "root: holds train, which are not classes" in capsys.readouterr().err
 
 
+def packed(root: Path, kind: str) -> Path:
+    """The folder itself, or an archive of what is in it."""
+    if kind == "folder":
+        return root
+    archive = shutil.make_archive(str(root) + "-packed", kind, root)
+    return Path(archive)
+
+
+PACKED = ["folder", "tar", "gztar", "zip"]
+
+
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize(
-    "inside", ["training/{} testing/{}", "Train/{} Val/{}", "x/train/{} x/val/{}"]
+    ("inside", "said"),
+    [
+        ("train val", "validation set in val"),
+        ("training testing", "validation set in testing"),
+        ("Train Val Test", "validation set in Val; not read: Test"),
+        ("x/train x/valid", "validation set in valid"),
+    ],
 )
-def test_a_training_and_a_held_out_set_are_no_classes(
-    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_sets_are_found_where_others_put_them(
+    inside: str, said: str, kind: str, folders: Path, wanted: dict[str, dict[str, bytes]],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """mnist_png, Kaggle's archives that nest a folder, fast.ai's imagenette2.tgz."""
-    names = [part.format(f"{synset}/1.jpg") for part in inside.split() for synset in SYNSETS]
-    for number, name in enumerate(names):
-        (tmp_path / "root" / name).parent.mkdir(parents=True)
-        (tmp_path / "root" / name).write_bytes(jpeg(number))
-    archive = tar_of(tmp_path / "root.tar", {name: jpeg(i) for i, name in enumerate(names)})
-    for source in (tmp_path / "root", archive):
-        assert main([str(source), str(tmp_path / "d"), *SMALL]) == 2
-        assert "which are not classes" in capsys.readouterr().err
-    unlabelled = [str(archive), str(tmp_path / "d"), *SMALL, "--unlabelled"]
-    assert main(unlabelled) == 0
+    train, val, *others = inside.split()
+    shutil.copytree(folders / "train", tmp_path / "root" / train)
+    shutil.copytree(folders / "val", tmp_path / "root" / val)
+    for other in others:
+        shutil.copytree(folders / "val", tmp_path / "root" / other)
+    assert sharded(packed(tmp_path / "root", kind), tmp_path / "d") == wanted
+    out = capsys.readouterr().out
+    assert all(part in out for part in said.split("; "))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("layout", [kaggle, flat_val], ids=lambda layout: layout.__name__)
+def test_a_flat_validation_set_in_an_archive_has_its_labels(
+    layout: Callable[[Path, Path], None], kind: str, folders: Path,
+    wanted: dict[str, dict[str, bytes]], tmp_path: Path,
+) -> None:  # fmt: skip
+    layout(folders, tmp_path / "a" / "root")
+    archive = packed(tmp_path / "a" / "root", kind)
+    if layout is flat_val and kind != "folder":
+        devkit(tmp_path / "a" / "ILSVRC2012_devkit_t12")  # beside the archive
+    assert main([str(archive), str(tmp_path / "d"), *SMALL]) == 0
+    for split, files in wanted.items():
+        found = tars_of(tmp_path / "d" / split)
+        assert {name: found[name] for name in files} == files
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_tiny_imagenet(kind: str, tmp_path: Path) -> None:
+    root = tmp_path / "tiny-imagenet-200"
+    for number, synset in enumerate(SYNSETS):
+        image_tree(root / "train" / synset, {"images": 3})
+        (root / "train" / synset / f"{synset}_boxes.txt").write_text(f"{number}\n")
+    images = {f"val_{i}.JPEG": jpeg(50 + i) for i in range(6)}
+    lines = [f"{name}\t{SYNSETS[TRUTH[i]]}\t0\t1\t2\t3\n" for i, name in enumerate(images)]
+    for folder in ("val", "test"):
+        (root / folder / "images").mkdir(parents=True)
+        for name, data in images.items():
+            (root / folder / "images" / name).write_bytes(data)
+    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    assert main([str(packed(root, kind)), str(tmp_path / "d"), *SMALL]) == 0
+    assert read_manifest(tmp_path / "d" / "train").classes == SYNSETS
+    assert read_manifest(tmp_path / "d" / "train").samples == 9
+    found = {s["jpg"]: int(s["cls"]) for s in read_samples(tmp_path / "d" / "val")}
+    assert found == {data: TRUTH[i] for i, data in enumerate(images.values())}
+    (root / "val" / "val_annotations.txt").write_text("".join(lines[1:]) + "val_0.JPEG\n")
+    assert main([str(packed(root, kind)), str(tmp_path / "e"), *SMALL]) == 2
+
+
+@pytest.mark.parametrize("kind", PACKED[1:])
+def test_an_archive_of_both_that_is_cut(
+    kind: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = packed(Path(shutil.copytree(folders, tmp_path / "root")), kind)
+    os.truncate(archive, os.path.getsize(archive) * 2 // 3)
+    assert main([str(archive), str(tmp_path / "d"), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert f"{archive}: " in error
+    assert "cut" in error or "what follows is missing" in error
+    assert not list((tmp_path / "d").rglob("*.tar"))
+
+
+def test_a_finished_folder_is_said_before_an_archive_is_unpacked(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = packed(Path(shutil.copytree(folders, tmp_path / "root")), "gztar")
+    assert main([str(archive), str(tmp_path / "d"), *SMALL]) == 0
+    assert "unpacking" in capsys.readouterr().out
+    assert main([str(archive), str(tmp_path / "d"), *SMALL]) == 2
+    captured = capsys.readouterr()
+    assert "unpacking" not in captured.out
+    assert "already holds shards" in captured.err
 
 
 def test_tasks_and_merge_of_both_splits(

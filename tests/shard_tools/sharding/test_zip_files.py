@@ -160,7 +160,7 @@ def test_an_image_that_says_it_is_huge_is_not_inflated(
         ({"n1.tar": "x"}, "t.zip: holds the tar n1.tar; unpack the zip and give the folder"),
         ({"n1.tar.gz": "x"}, "n1.tar.gz is compressed inside the archive; unpack it"),
         ({"a/1.jpg": "", "b.zip": "x"}, "b.zip: is an archive inside an archive; unpack it"),
-        ({"train/a/1.jpg": "", "val/a/2.jpg": ""}, "holds train and val, which are not classes"),
+        ({"train/1.jpg": "", "val/2.jpg": ""}, "the training set has no class folders or labels"),
         ({"1.jpg": "", "metadata.csv": "x"}, "holds metadata.csv, which is not read in an archive"),
         ({"readme.txt": "x"}, "t.zip: holds no images"),
     ],
