@@ -285,7 +285,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     plan = plan_training(s, folder, ranks)
     session.check_readable(s.val, VAL_BATCH)
     run = Finetuning(s, plan, session)
-    checkpoints = Checkpoints(folder, identity(s, plan, session))
+    checkpoints = Checkpoints(folder, identity(s, plan, session), held)
     latest = checkpoints.load(partial(load_consolidated, run.engine))
     precision = run.run_plan.precision
     if (before := latest.get("precision", precision)) != precision:

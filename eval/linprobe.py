@@ -214,7 +214,7 @@ def probe_mae(
     ranks, held = session.ranks, hold(folder, session.ranks)
     trainings = start_probes(session, s, plan)
     main = trainings[s.feature]
-    checkpoints = Checkpoints(folder, identity(s, plan, session))
+    checkpoints = Checkpoints(folder, identity(s, plan, session), held)
     latest = checkpoints.load(partial(read_all, list(trainings.values())))
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
     timer.resume(latest.get("seconds", 0.0))

@@ -2,12 +2,12 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from eval.shared.results import difference
-from pipeline.distributed import Ranks, StopSignal
+from pipeline.distributed import Ranks, StopSignal, agree
 from pipeline.errors import PREEMPTED, UserError
 from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.run_lock import RunLock
@@ -39,15 +39,19 @@ class Checkpoints:
     """A store of one checkpoint that belongs to certain settings.
 
     settings: what the result depends on, of encoder and data their sha256 and not their path; a
-    checkpoint of other settings is refused, as is the folder of a pretraining.
+    checkpoint of other settings is refused, as is the folder of a pretraining. held: see `hold`.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.store = CheckpointStore(folder, keep=1)
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], held: Sequence[RunLock] = ()
+    ) -> None:
+        self.store, self.held = CheckpointStore(folder, keep=1), held
         self.settings = json.loads(json.dumps(settings))
 
     def save(self, step: int, write: Callable[[Path], str], **more: Any) -> None:
-        """Let `write` fill a folder; the settings and `more` (JSON) go beside it (collective)."""
+        """Let `write` fill a folder; the settings and `more` (JSON) go beside it (collective).
+        UserError where the folder was removed, and another training has it now."""
+        agree(lambda: [lock.keep() for lock in self.held])
         self.store.save(step, write, {"settings": self.settings, **more})
 
     def load(self, read: Callable[[Path], None]) -> dict[str, Any]:

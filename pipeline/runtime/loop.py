@@ -13,7 +13,7 @@ from pipeline.config.schedules import ema_momentum, learning_rate
 from pipeline.data.batch import Batch
 from pipeline.data.crops import side_at
 from pipeline.data.fixed import Fixed, fixed_images
-from pipeline.distributed import StopSignal, any_rank, lost_contact
+from pipeline.distributed import StopSignal, agree, any_rank, lost_contact
 from pipeline.errors import PREEMPTED, UserError, reachable, refuse
 from pipeline.gpu_errors import cuda_fault, nccl_fault
 from pipeline.method.pictures import draw
@@ -23,6 +23,7 @@ from pipeline.runtime.compiled import uncompiled
 from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
+from pipeline.runtime.run_lock import LostFolder
 from pipeline.runtime.seeding import seed_step
 from pipeline.runtime.settings import Settings
 from pipeline.runtime.setup import setup
@@ -183,6 +184,7 @@ def save(run: TrainState, step: int, must: bool) -> float:
         "versions": versions(),
     }
     with run.watch.monitor.paused():
+        keep_folder(run)
         try:
             checkpoint = save_checkpoint(
                 run.folder.store, model.engine, model.teacher, dump_recipe(recipe), state
@@ -195,6 +197,22 @@ def save(run: TrainState, step: int, must: bool) -> float:
                 f"warning: {error}; the run continues (monitor.on_disk_full: continue)"
             )
     return time.perf_counter() - begun
+
+
+def keep_folder(run: TrainState) -> None:
+    """Make and lock the run's folder again where it was removed or moved away (collective).
+    LostFolder where another run has taken it meanwhile: both would save into it."""
+    lock, monitor = run.folder.lock, run.watch.monitor
+    try:
+        gone = agree(lambda: lock is not None and lock.keep())
+    except UserError as error:
+        raise LostFolder(str(error)) from None
+    if gone:
+        monitor.reopen()
+        monitor.say(
+            f"warning: {run.folder.path}: the folder, or its lock, was removed or moved while this "
+            "run wrote to it; it is locked again, and holds what is saved from here on"
+        )
 
 
 def probe(run: TrainState, step: int) -> None:

@@ -89,14 +89,24 @@ class Monitor:
         self._unwritable = False
         _keep_rows(output / "metrics.jsonl", first)
         _keep_pictures(output / "pictures", first)
+        self._open_files()
+        # Only where somebody watches; plain lines elsewhere.
+        self._line = StatusLine()
+
+    def _open_files(self) -> None:
         self._log, self._metrics = (
             # As long as the run is; a path that is no UTF-8 is written with escapes.
-            open(output / name, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            open(self.output / name, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             for name in ("log.txt", "metrics.jsonl")
         )
         self._files = [self._log, self._metrics]
-        # Only where somebody watches; plain lines elsewhere.
-        self._line = StatusLine()
+
+    def reopen(self) -> None:
+        """Write log.txt and metrics.jsonl in a folder that was removed or moved (rank 0)."""
+        if self.rank == 0:
+            self._close_files()
+            with self._tolerating_full_disk():
+                self._open_files()
 
     def say(self, text: str) -> None:
         """Write a line to the terminal and log.txt (rank 0)."""
@@ -269,6 +279,9 @@ class Monitor:
         if self.mfu is not None:
             self.mfu.close()
         self._trackers.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         for file in self._files:
             with self._tolerating_full_disk():
                 file.close()

@@ -15,6 +15,10 @@ from pipeline.runtime.output import UNWRITABLE, check_output
 from shard_tools.atomic import verify
 
 
+class LostFolder(UserError):
+    """A run's folder that is no longer its own, nor what is in it (failure.txt)."""
+
+
 class RunLock:
     """An exclusive lock on a run folder, held until the process ends.
 
@@ -27,6 +31,11 @@ class RunLock:
         self, folder: Path, needed: bool = True, advice: str = "choose another --output"
     ) -> None:
         check_output(folder)
+        self._folder, self._needed, self._advice = folder, needed, advice
+        self._take()
+
+    def _take(self) -> None:
+        folder = self._folder
         with naming(folder, UNWRITABLE):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
@@ -35,7 +44,7 @@ class RunLock:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                if not needed:
+                if not self._needed:
                     return
                 raise UserError(
                     f"{folder}: its file system has no locks ({reason(error)}), so a second run "
@@ -46,12 +55,27 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             raise UserError(
-                f"{folder}: another run holds this folder ({holder}); {advice}"
+                f"{folder}: another run holds this folder ({holder}); {self._advice}"
             ) from None
         with naming(folder / "lock", UNWRITABLE):  # a full disk
             self._file.truncate(0)
             self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._file.flush()
+
+    def keep(self) -> bool:
+        """Whether the folder, or the lock in it, was removed or moved away since; then it is made
+        and locked again. UserError where another run has taken it meanwhile."""
+        here, lock = self._file, self._folder / "lock"
+        try:
+            if os.path.samestat(os.fstat(here.fileno()), lock.stat()):
+                return False
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # not known; what is written next will say what is wrong
+            return False
+        self._take()
+        here.close()
+        return True
 
     def release(self) -> None:
         """Free the folder."""

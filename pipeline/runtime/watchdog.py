@@ -19,6 +19,7 @@ from pathlib import Path
 from pipeline.distributed import Ranks, lost_contact
 from pipeline.errors import UserError
 from pipeline.gpu_errors import cuda_fault, nccl_fault, one_line
+from pipeline.runtime.run_lock import LostFolder
 
 FAILURE = "failure.txt"
 STUCK = 75  # exit code: no progress for `watchdog_seconds`
@@ -57,7 +58,8 @@ def report_failure(output: Path, ranks: Ranks, where: str, error: Exception) -> 
         reason = str(error)
     else:
         reason = nccl_fault(error) or cuda_fault(error) or one_line(error)
-    if note_failure(output, ranks.rank, where, reason):
+    lost = isinstance(error, LostFolder)
+    if ranks.first if lost else note_failure(output, ranks.rank, where, reason):
         who = f" (rank {ranks.rank}, {where})" if ranks.world > 1 else ""
         print(f"error{who}: {reason}", file=sys.stderr, flush=True)
     if isinstance(error, UserError):
