@@ -38,13 +38,14 @@ class RunLock:
         folder = self._folder
         with naming(folder, UNWRITABLE):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
+            file = open(folder / "lock", "a+")  # noqa: SIM115 (open as long as the run)
         try:
             # Not flock: loader workers would inherit it and hold it for a while after a kill.
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 if not self._needed:
+                    self._file = file
                     return
                 raise UserError(
                     f"{folder}: its file system has no locks ({reason(error)}), so a second run "
@@ -52,15 +53,16 @@ class RunLock:
                     "Lustre: -o flock), choose another --output, or say --no-lock and start only "
                     "one run on it"
                 ) from None
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             raise UserError(
                 f"{folder}: another run holds this folder ({holder}); {self._advice}"
             ) from None
         with naming(folder / "lock", UNWRITABLE):  # a full disk
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._file.flush()
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        self._file = file
 
     def keep(self) -> bool:
         """Whether the folder, or the lock in it, was removed or moved away since; then it is made

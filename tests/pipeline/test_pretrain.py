@@ -1,6 +1,5 @@
 """The command line: help, defaults, and bad input refused with exit code 2."""
 
-import contextlib
 import fcntl
 import json
 import os
@@ -15,7 +14,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from eval_helpers import held_by_another
 from safetensors.torch import load_file
 from signals import interruptible
 from tiny import tiny_overrides
@@ -24,8 +22,6 @@ from pipeline import kernels, pretrain
 from pipeline.config.recipe import RECIPES
 from pipeline.distributed import can_build
 from pipeline.kernels import backend
-from pipeline.runtime import loop
-from pipeline.runtime.run_lock import claim
 
 
 def arguments(shards, tmp_path, name="mae", *overrides):
@@ -442,45 +438,3 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_step(shards, tmp_p
     deeper = arguments(shards, tmp_path / "b", "mae", "encoder.options.depth=3")
     line = refused(capsys, *deeper, "--init", str(tmp_path / "a/run"))
     assert "another architecture, without encoder.blocks.2" in line
-
-
-def removed_after_the_first_save(folder, monkeypatch, then=lambda: None):
-    """From here on a run's folder is removed, as by hand, right after its first checkpoint."""
-    inner, saved = loop.export, []
-
-    def outer(*given):
-        inner(*given)
-        if not saved:
-            shutil.rmtree(folder)
-            then()
-        saved.append(given)
-
-    monkeypatch.setattr(loop, "export", outer)
-
-
-def test_a_folder_that_is_removed_under_a_run_is_made_again(
-    shards, tmp_path, capsys, monkeypatch
-):  # fmt: skip
-    removed_after_the_first_save(tmp_path / "run", monkeypatch)
-    steps = ["--set", "monitor.save_steps=2", "--set", "monitor.log_steps=1", "--max-steps", "5"]
-    assert pretrain.main([*arguments(shards, tmp_path), *steps]) == 0
-    assert capsys.readouterr().out.count("was removed or moved while this run wrote to it") == 1
-    assert "done: step 5" in (tmp_path / "run/log.txt").read_text()
-    assert len(losses(tmp_path / "run")) == 1
-    lock, newest = claim(tmp_path / "run", "auto")
-    assert newest.name == "step-00000005"
-    lock.release()
-
-
-def test_a_run_does_not_save_into_a_folder_that_is_another_runs_by_now(
-    shards, tmp_path, capsys, monkeypatch
-):  # fmt: skip
-    folder = tmp_path / "run"
-    with contextlib.ExitStack() as held:
-        removed_after_the_first_save(
-            folder, monkeypatch, lambda: held.enter_context(held_by_another(folder))
-        )
-        steps = ["--set", "monitor.save_steps=2", "--max-steps", "5"]
-        line = refused(capsys, *arguments(shards, tmp_path), *steps)
-        assert f"{folder}: another run holds this folder (process " in line
-        assert [path.name for path in folder.iterdir()] == ["lock"]

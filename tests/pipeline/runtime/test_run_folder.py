@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from eval_helpers import held_by_another
 from safetensors.torch import save_file
 from tiny import tiny_recipe
 
@@ -390,18 +389,6 @@ def test_a_start_removes_what_a_kill_left_and_points_latest_to_where_it_goes_on(
     assert (tmp_path / "checkpoints/latest").read_text() == "step-00000010\n"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
     lock.release()
-
-
-def test_a_folder_that_was_removed_is_locked_again_unless_another_run_has_it(tmp_path):
-    lock = RunLock(tmp_path / "run")
-    assert not lock.keep()
-    (tmp_path / "run").rename(tmp_path / "away")
-    assert lock.keep()
-    assert not lock.keep()
-    (tmp_path / "run/lock").unlink()
-    with held_by_another(tmp_path / "run"), pytest.raises(UserError, match="another run holds"):
-        lock.keep()
-    assert lock.keep()
 
 
 def test_a_child_does_not_keep_the_lock(tmp_path):
