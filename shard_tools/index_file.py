@@ -134,13 +134,17 @@ class Index:
         self._done = np.zeros(0, np.uint8)  # 1 where a block has been checked
 
     @cached_property
-    def _file(self) -> tuple[np.ndarray, bytes | memoryview, int]:
-        """(rows, digests of the blocks, rows per block)."""
+    def _mapped(self) -> mmap.mmap:
         try:
             with open(self.path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise ManifestError(f"{self.where}: cannot be read ({reason(error)})") from error
+
+    @cached_property
+    def _file(self) -> tuple[np.ndarray, bytes | memoryview, int]:
+        """(rows, digests of the blocks, rows per block)."""
+        mapped = self._mapped
         header = parse_header(self.where, mapped[: _HEADER.size], len(mapped))
         end = _HEADER.size + header.rows * SAMPLE.itemsize
         digests: bytes | memoryview = header.checksum
@@ -173,9 +177,16 @@ class Index:
         if header.checksum.hex() != self.checksum:
             raise ManifestError(f"{self.where}: was replaced by that of another manifest")
 
+    def _check_length(self) -> None:
+        """ManifestError where the file was cut since: a look at what is gone ends the process."""
+        size = self._mapped.size()
+        if size < len(self._mapped):
+            raise ManifestError(f"{self.where}: was cut to {size} bytes while in use")
+
     def row(self, sample: int) -> np.void:
         """The row of one sample."""
         rows, _, block = self._file
+        self._check_length()
         if not self._done[sample // block]:
             self._check(sample // block)
         return rows[sample]
@@ -183,6 +194,7 @@ class Index:
     def rows(self, samples: np.ndarray) -> np.ndarray:
         """SAMPLE rows of sample numbers; same shape."""
         rows, _, block = self._file
+        self._check_length()
         for number in set((samples // block).ravel().tolist()):
             if not self._done[number]:
                 self._check(number)

@@ -243,23 +243,39 @@ def train_loader(config: LoaderConfig, rank: int, world: int, steps: range) -> L
     crop = config.crop
     images = config.micro_batch * (1 + config.second_crop)
     _check_shared_memory(config.workers, images, crop.image_size)
-    manifest = _open(config.folder, config.workers, config.start_method)
-    order = Order.of(
-        manifest.table, config.seed, config.batch_size,
-        config.partitions, config.window, config.samples_per_epoch,
-    )  # fmt: skip
-    remote = _cache(manifest, config.cache, config.cache_bytes)
-    if remote is not None:
-        config = replace(config, cache_bytes=remote.bound())
-    _warn_of_small_cache(order, manifest, world, config.cache_bytes)
-    if rank == 0 and not order.draws:
-        numbers = config.batch_size, config.partitions, config.window
-        if text := shuffle_quality.warning(manifest, *numbers):
-            log.warning("%s", text)
-    reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
-    dataset = TrainBatches(reader, order, config, rank, world, steps.stop)
-    tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
-    return Loader(dataset, tasks, config.workers, config.pin_memory, reader, config.start_method)
+    with _affording(config.workers, images, crop.image_size):
+        manifest = _open(config.folder, config.workers, config.start_method)
+        order = Order.of(
+            manifest.table, config.seed, config.batch_size,
+            config.partitions, config.window, config.samples_per_epoch,
+        )  # fmt: skip
+        remote = _cache(manifest, config.cache, config.cache_bytes)
+        if remote is not None:
+            config = replace(config, cache_bytes=remote.bound())
+        _warn_of_small_cache(order, manifest, world, config.cache_bytes)
+        if rank == 0 and not order.draws:
+            numbers = config.batch_size, config.partitions, config.window
+            if text := shuffle_quality.warning(manifest, *numbers):
+                log.warning("%s", text)
+        reader = Reader(manifest, crop.image_size, crop.interpolation, config.decode, remote)
+        dataset = TrainBatches(reader, order, config, rank, world, steps.stop)
+        tasks = range(steps.start * dataset.per_step, steps.stop * dataset.per_step)
+        return Loader(
+            dataset, tasks, config.workers, config.pin_memory, reader, config.start_method
+        )
+
+
+@contextlib.contextmanager
+def _affording(workers: int, images: int, image_size: int) -> Iterator[None]:
+    """Turn the lack of open files or memory for workers into a UserError: what they share with this
+    process is opened here. The numbers are those of `worker_fault`."""
+    try:
+        yield
+    except (RuntimeError, OSError, MemoryError) as error:
+        told = worker_fault(error, workers, images, image_size) if workers else None
+        if told is None:
+            raise
+        raise told from error
 
 
 def _check_split(config: LoaderConfig, world: int, steps: range) -> None:
@@ -304,17 +320,18 @@ def eval_loader(
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: must be at least 1")
     _check_shared_memory(workers, batch_size, image_size)
-    manifest = _open(folder, workers, start_method)
-    crop = CentreCrop(image_size, resize or shorter_side(image_size))
-    remote = _cache(manifest, None, 100 * GIB)
-    reader = Reader(manifest, image_size, crop.interpolation, "auto", remote)
-    low, high = (manifest.samples * r // world for r in (rank, rank + 1))
-    if interleave:
-        low, high = 0, manifest.samples
-    dataset = EvalBatches(reader, crop, batch_size, low, high)
-    tasks = range(-(-(high - low) // batch_size))
-    tasks = tasks[rank::world] if interleave else tasks
-    return Loader(dataset, tasks, workers, pin_memory, reader, start_method)
+    with _affording(workers, batch_size, image_size):
+        manifest = _open(folder, workers, start_method)
+        crop = CentreCrop(image_size, resize or shorter_side(image_size))
+        remote = _cache(manifest, None, 100 * GIB)
+        reader = Reader(manifest, image_size, crop.interpolation, "auto", remote)
+        low, high = (manifest.samples * r // world for r in (rank, rank + 1))
+        if interleave:
+            low, high = 0, manifest.samples
+        dataset = EvalBatches(reader, crop, batch_size, low, high)
+        tasks = range(-(-(high - low) // batch_size))
+        tasks = tasks[rank::world] if interleave else tasks
+        return Loader(dataset, tasks, workers, pin_memory, reader, start_method)
 
 
 def _open(

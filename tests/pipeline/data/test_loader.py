@@ -23,7 +23,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from pipeline.data.crops import Crop, shorter_side
 from pipeline.data.jpeg import available
-from pipeline.data.loader import eval_loader
+from pipeline.data.loader import Loader, eval_loader
 from pipeline.data.order import Order
 from pipeline.data.randaugment import RandAugment
 from pipeline.data.reader import SampleError
@@ -374,14 +374,33 @@ def test_a_shard_replaced_under_our_feet(tmp_path: Path, workers: int) -> None:
 
 def test_an_index_replaced_in_place_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     """What is mapped and gone ends a worker by SIGBUS, as a full /dev/shm does."""
+    folder, loader = thirty_steps(tmp_path, workers=1)
+    batches = iter(loader)
+    next(batches)
+    os.kill(loader._workers[0].pid, signal.SIGSTOP)
+    os.truncate(folder / "index.bin", 0)
+    os.kill(loader._workers[0].pid, signal.SIGBUS)  # as between a look at its length and at it
+    os.kill(loader._workers[0].pid, signal.SIGCONT)
+    with pytest.raises(UserError, match=r"index\.bin: too short for an index \(0 bytes\)"):
+        list(batches)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_index_that_is_cut_does_not_end_the_process(tmp_path: Path, workers: int) -> None:
+    """As by SIGBUS, which would be the rank's own without workers."""
+    folder, loader = thirty_steps(tmp_path, workers)
+    os.truncate(folder / "index.bin", 0)
+    with pytest.raises(ManifestError, match=r"index\.bin: was cut to 0 bytes while in use"):
+        list(loader)
+
+
+def thirty_steps(tmp_path: Path, workers: int) -> tuple[Path, Loader]:
     folder = write_shards(tmp_path, [[jpeg(i) for i in range(8)] * 30])
     loader = open_loader(
         folder, batch_size=8, micro_batch=8, rank=0, world=1, seed=0, start_step=0,
-        total_steps=30, crop=Crop(16), workers=1, partitions=1,
+        total_steps=30, crop=Crop(16), workers=workers, partitions=1,
     )  # fmt: skip
-    os.truncate(folder / "index.bin", 0)
-    with pytest.raises(UserError, match=r"index\.bin: too short for an index \(0 bytes\)"):
-        list(loader)
+    return folder, loader
 
 
 @pytest.mark.parametrize("decode", available())

@@ -1,14 +1,20 @@
 """Memory of batches that is used again, and only when nobody looks at it any more."""
 
+import contextlib
 import os
 import pickle
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from loader_helpers import jpeg, open_loader, write_shards
 
 from pipeline.data.batch import Batch
+from pipeline.data.crops import Crop
 from pipeline.data.slots import Slots
+from pipeline.errors import UserError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 
@@ -65,3 +71,25 @@ def test_a_batch_passes_as_the_number_of_its_slot(crops: int) -> None:
     del kept
     assert slots.take(0) == slot
     assert np.array_equal(pickle.loads(sent).label, [0, 1, 2])
+
+
+def test_too_few_open_files_for_workers_are_a_sentence(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path, [[jpeg(n) for n in range(8)]])
+    how = {"total_steps": 1, "batch_size": 8, "micro_batch": 8, "crop": Crop(16), "seed": 0}
+    limits, said, taken = resource.getrlimit(resource.RLIMIT_NOFILE), "", []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(12):  # each start ends at another file
+            os.close(taken.pop())
+            try:
+                open_loader(shards, workers=1, partitions=1, window=1, **how).close()
+            except UserError as error:
+                said += str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in taken:
+            os.close(file)
+    assert "too many files are open: 1 workers keep 3 micro-batches" in said
