@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -66,10 +67,17 @@ def write_json(path: Path, value: Any, indent: int = 2) -> None:
 
 
 def seal(temporary: Path, final: Path) -> None:
-    """List the files of a temporary folder with their sha256, fsync all, and give it its name."""
+    """List the files of a temporary folder with their sha256, fsync all, and give it its name.
+
+    All may be read by whom the umask lets read: safetensors makes files of their owner alone.
+    """
     paths = sorted(p for p in temporary.rglob("*") if p.is_file())
     files = {str(p.relative_to(temporary)): [p.stat().st_size, file_sha256(p)] for p in paths}
     (temporary / FILES).write_text(json.dumps(files, indent=2) + "\n")
+    mode = (temporary / FILES).stat().st_mode
+    for path in paths:
+        with contextlib.suppress(OSError):  # a file system that has no modes
+            path.chmod(mode)
     for path in (*paths, temporary / FILES, temporary):
         fsync(path)
     shutil.rmtree(final, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_a_sealed_folder_lists_its_files_and_replaces_the_one_before(tmp_path):
     digest = hashlib.sha256(b"new").hexdigest()
     assert json.loads((place / FILES).read_text()) == {"deep/x": [3, digest]}
     verify(place)
+
+
+def test_a_sealed_folder_may_be_read_by_whom_the_umask_lets(tmp_path):
+    (tmp_path / ".step-1").mkdir()
+    (tmp_path / ".step-1/x").write_bytes(b"x")
+    (tmp_path / ".step-1/x").chmod(0o600)  # as safetensors does
+    before = os.umask(0o027)
+    try:
+        seal(tmp_path / ".step-1", tmp_path / "step-1")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "step-1/x").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_changed_file_of_a_sealed_folder_is_named(tmp_path):
