@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 
@@ -16,8 +17,9 @@ from shard_tools.home import expand_words
 
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line: bad input ends as `error: …` on stderr and exit code 2, and so does
-    running out of memory, on the device, in this process or in a worker. Ctrl-C ends it with a
-    sentence and exit code 130; SIGTERM, where stop_on_sigterm was called, with 143."""
+    running out of memory, on the device, in this process or in a worker. A rank that loses another
+    says so and ends with 1. Ctrl-C ends it with a sentence and exit code 130; SIGTERM, where
+    stop_on_sigterm was called, with 143."""
     imported()
     mend_streams()
     joined = _joined()  # before, by whoever calls it in a process of theirs
@@ -28,6 +30,12 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         sys.exit(refuse(error, f" (rank {rank})" if rank else ""))
+    except RuntimeError as error:
+        if not (fault := _lost(error)):
+            raise
+        who = f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()}"
+        print(f"error ({who}): {fault}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         number = stop.code - 128 if isinstance(stop, Stopped) else signal.SIGINT
         print(f"error: stopped by {signal.Signals(number).name}", file=sys.stderr)
@@ -50,6 +58,16 @@ def _explaining() -> Iterator[None]:
 
         with explaining_memory():
             raise
+
+
+def _lost(error: RuntimeError) -> str:
+    """What a rank says of another that is gone, or of NCCL; "" for any other error."""
+    if not _joined():
+        return ""
+    from pipeline.distributed import lost_contact
+    from pipeline.gpu_errors import nccl_fault
+
+    return nccl_fault(error) or ("lost contact with another rank" if lost_contact(error) else "")
 
 
 def _joined() -> bool:

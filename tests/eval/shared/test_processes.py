@@ -1,13 +1,21 @@
 """Commands that run other commands, and how they end."""
 
+import contextlib
+import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from eval_helpers import on_two_ranks
 from signals import interruptible
+
+from eval.shared.command import run_command
+from pipeline.distributed import Ranks
 
 ROOT = Path(__file__).resolve().parents[3]
 WAIT = """
@@ -77,3 +85,18 @@ def test_a_stopped_command_waits_for_what_its_child_saves(name: str) -> None:
     assert output == "saved after SIGTERM\n"
     assert errors == f"error: stopped by {name}\n"
     assert process.returncode == 128 + signal.Signals[name]
+
+
+def told_of_a_lost_rank(ranks: Ranks) -> None:
+    if not ranks.first:
+        os._exit(0)  # as a rank that is killed, without a word to the others
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(said):
+        run_command(lambda: ranks.agree(lambda: ranks.sum(torch.ones(1))))
+    assert end.value.code == 1
+    where = f"rank 0 on {socket.gethostname()}"
+    assert said.getvalue() == f"error ({where}): lost contact with another rank\n"
+
+
+def test_a_rank_that_loses_another_says_so_without_a_traceback():
+    on_two_ranks(told_of_a_lost_rank)
