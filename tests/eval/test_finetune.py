@@ -31,7 +31,7 @@ from eval.finetune import Settings
 from eval.reporting.tables import facts
 from eval.shared import batch_augment as augment
 from eval.shared import finetune_plan
-from eval.shared.checkpoints import Checkpoints
+from eval.shared.checkpoints import Checkpoints, hold
 from eval.shared.classifier import (
     build_classifier,
     classify,
@@ -742,3 +742,13 @@ def test_few_labels_are_a_share_of_each_class(home: Path, tmp_path: Path) -> Non
     labels = read_manifest(train).index["label"]
     assert np.bincount(labels).tolist() == [4, 4, 4, 4, 3, 3]  # of 12, 12, 12, 12, 11, 11
     assert s.name == "finetune-30percent"
+
+
+def test_a_checkpoint_is_not_saved_where_another_training_is_by_now(tmp_path: Path) -> None:
+    folder = tmp_path / "result"
+    checkpoints = Checkpoints(folder, {"epochs": 3}, hold(folder, ALONE))
+    shutil.rmtree(folder)
+    with held_by_another(folder):
+        with pytest.raises(UserError, match="another run holds this folder"):
+            checkpoints.save(2, lambda folder: "")
+        assert [path.name for path in folder.iterdir()] == ["lock"]
