@@ -20,6 +20,13 @@ def is_parquet(name: str) -> bool:
     return name.lower().endswith(SUFFIX)
 
 
+def arrow_hint(name: str) -> str:
+    """What to do with a file of `Dataset.save_to_disk`; "" for other files."""
+    if not name.lower().endswith(".arrow"):
+        return ""
+    return "; datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(SPLIT.parquet) makes what is read"
+
+
 def parquet_sets(root: Path) -> dict[str, tuple[Path, ...]]:
     """Split → its files in order; {} where there are none. They are in `root`, in `root/data` or in
     the only folder of `root`, called `train-00000-of-00002.parquet` or `train.parquet`, or in a

@@ -39,7 +39,7 @@ from shard_tools.sharding.found import (
 from shard_tools.sharding.items import Items
 from shard_tools.sharding.labels import Labels, label_flat, labels_in_names
 from shard_tools.sharding.parquet import Wanted, list_parquet
-from shard_tools.sharding.parquet_sets import SUFFIX, is_parquet, parquet_sets
+from shard_tools.sharding.parquet_sets import SUFFIX, arrow_hint, is_parquet, parquet_sets
 from shard_tools.sharding.splits import check_splits, splits_error
 from shard_tools.sharding.tables import label_column, list_table
 from shard_tools.texts import Texts
@@ -116,6 +116,7 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
         elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
             raise ToolError(
                 f"{path}: is neither a folder, a tar, a zip, Parquet nor a list ({' '.join(LISTS)})"
+                f"{arrow_hint(path.name)}"
             )
         else:
             source = _archives([path], how)
@@ -395,7 +396,8 @@ def _checked(source: Source, path: Path) -> Source:
     """There are images; names are text, and none names two different images."""
     _check_forms(source.classes, str(path))
     if not source.items:
-        reason = f", but {source.ignored[0][0]}" if source.ignored else ""
+        first = source.ignored[0][0] if source.ignored else ""
+        reason = f", but {first}{arrow_hint(first)}" if first else ""
         reason = f"; {source.missing[0][1]}" if source.missing else reason
         raise ToolError(f"{path}: holds no images ({' '.join(EXTENSIONS)}){reason}")
     names = source.items.names

@@ -165,6 +165,19 @@ def test_no_set_is_passed_over(
     assert sentence in refused(capsys, tmp_path / "in", tmp_path / "out")
 
 
+@pytest.mark.parametrize("source", ["in", "in/train", "in/train/data-00000-of-00001.arrow"])
+def test_files_of_save_to_disk_say_how_to_make_parquet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    (tmp_path / "in" / "train").mkdir(parents=True)
+    (tmp_path / "in" / "train" / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff")
+    (tmp_path / "in" / "train" / "state.json").write_text("{}")
+    error = refused(capsys, tmp_path / source, tmp_path / "out")
+    assert error.endswith(
+        "; datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(SPLIT.parquet) makes what is read\n"
+    )
+
+
 def test_the_part_that_was_converted_can_be_taken(tmp_path: Path) -> None:
     source = labelled(tmp_path / "in" / "partial-train" / "0000.parquet", count=4)
     assert len(made(source.parent, tmp_path / "out")) == 4
