@@ -141,6 +141,7 @@ from eval.shared.session import EvalSession, session_of
 from pipeline.data.batch import Batch
 from pipeline.data.loader import Loader
 from pipeline.data.reader import SampleError
+from pipeline.runtime.same_run import data_identity
 
 
 def check_feature(session: EvalSession, feature: str) -> None:
@@ -198,6 +199,14 @@ def images_digest(manifest: Manifest) -> str:
     return images.hexdigest()[:16]
 
 
+def content_digest(manifest: Manifest) -> str:
+    """What stands for the images themselves: of shards their sha256, of files when they were
+    modified, since names and sizes are alike where others replaced them."""
+    if isinstance(manifest, FileManifest):
+        return str(manifest.made[image_sets.MODIFIED])[:16]
+    return data_identity(manifest)[:16]
+
+
 def to_rows(feature: Tensor, dtype: str, damaged: Tensor, where: str) -> np.ndarray:
     """Finite features as numpy; rows of damaged images (bool [b]) NaN. UserError for one that is
     too large."""
@@ -247,12 +256,15 @@ def run(s: Settings, session: EvalSession, output: Path) -> dict[str, Any]:
     names = ranks.agree(lambda: _names(manifest))
     size = session.image_size
     blank = torch.zeros(1, 3, size, size, device=session.device)
-    shape = (manifest.samples, *embed(session, blank, s.feature).shape[1:])
+    first = embed(session, blank, s.feature)
+    session.check_finite(first)  # before a folder is made
+    shape = (manifest.samples, *first.shape[1:])
     settings = {
         "feature": s.feature, "dtype": s.dtype, "format": s.format,
         "precision": session.facts(timer)["precision"], "micro_batch": s.micro_batch,
         "on_error": s.on_error, "image size": size, "resize": session.crop.resize,
         "weights": weights_digest(session), "list of images": images_digest(manifest),
+        "content of images": content_digest(manifest),
     }  # fmt: skip
     if not ranks.agree(lambda: prepare_folder(output, settings, shape, s.dtype)):
         return {}

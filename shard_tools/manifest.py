@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ VERSIONS = (1, 2)  # 2 has its shards in shards.bin
 MANIFEST, INDEX, NAMES, SHARDS = "manifest.json", "index.bin", "names.bin", "shards.bin"
 SPLITS = ("train", "val")  # folders of shards that make_shards.py writes side by side
 
-_FEW = 1000  # shards whose files one thread looks for
+_FEW = 1000  # shards whose files one thread looks for; entries of a folder that are looked into
 _QUICK = 50e-6  # seconds per file; a file system that takes longer is asked by many threads
 _LISTED = 4096  # shards that manifest.json itself lists, at most
 
@@ -313,24 +314,40 @@ def _fetch(url: str) -> bytes:
 
 def _read_manifest_text(home: str) -> bytes:
     if not is_remote(home) and not os.path.isdir(home):
+        beside = os.path.dirname(home) or "."
+        if os.path.isfile(home) and os.path.isfile(os.path.join(beside, MANIFEST)):
+            raise ManifestError(f"{home}: is a file; give the folder of the shards, {beside}")
         if home.endswith(".tar"):
             raise ManifestError(
                 f"{home}: shards are given as their folder; where it has no {MANIFEST}, "
                 "shard_tools/index_shards.py adopts its tars"
             )
-        raise ManifestError(f"{home}: no such folder; shards are made by `make shards`")
+        what = "is a file and no folder" if os.path.exists(home) else "no such folder"
+        raise ManifestError(f"{home}: {what}; shards are made by `make shards`")
     if not is_remote(home) and not os.path.isfile(os.path.join(home, MANIFEST)):
-        inside = [name for name in SPLITS if os.path.isfile(os.path.join(home, name, MANIFEST))]
-        if inside:
+        if inside := shards_below(home):
             raise ManifestError(
-                f"{home}: holds folders of shards; give one of them, such as "
-                f"{os.path.join(home, inside[0])}"
+                f"{home}: holds folders of shards; give one of them, such as {inside}"
             )
         raise ManifestError(
             f"{home}: has no {MANIFEST}; make it with shard_tools/make_shards.py, "
             "or adopt existing tars with shard_tools/index_shards.py"
         )
     return read_bytes(join(home, MANIFEST))
+
+
+def shards_below(folder: str | Path) -> str:
+    """A folder of shards right below one that is none, the training set where it is called so; ""
+    where there is none, or the folder cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted(entry.name for entry in islice(entries, _FEW))
+    except OSError:
+        return ""
+    for name in (*SPLITS, *found):
+        if os.path.isfile(os.path.join(folder, name, MANIFEST)):
+            return os.path.join(folder, name)
+    return ""
 
 
 def _checksum(content: dict[str, Any]) -> str:

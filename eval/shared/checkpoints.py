@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eval.shared.labels import IMAGES
 from eval.shared.results import difference
 from pipeline.distributed import Ranks, StopSignal, agree
 from pipeline.errors import PREEMPTED, UserError
@@ -13,7 +14,7 @@ from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.run_lock import RunLock
 
 # Settings that earlier versions did not record; nothing is known of those.
-LATER = ("mean", "std")
+LATER = ("mean", "std", *IMAGES.values())
 
 
 def leave(stop: StopSignal, step: int, total: int, ranks: Ranks) -> NoReturn:
@@ -67,10 +68,10 @@ class Checkpoints:
                 )
             theirs = {**unsaid, **state["settings"]}
             keys = self.settings.keys() | theirs.keys()
+            others = {key for key in keys if self.settings.get(key) != theirs.get(key)}
+            others -= {IMAGES[key] for key in IMAGES.keys() & others}  # their index says it
             changed = [
-                difference(key, theirs.get(key), self.settings.get(key))
-                for key in sorted(keys)
-                if self.settings.get(key) != theirs.get(key)
+                difference(key, theirs.get(key), self.settings.get(key)) for key in sorted(others)
             ]
             if changed:
                 raise UserError(

@@ -42,6 +42,7 @@ OF_INFO = {
     "settings": dict, "encoder": dict, "images": str, "root": str | None, "shape": list,
     "classes": list,
 }  # fmt: skip
+LATER = ("content of images",)  # settings that earlier versions did not record
 MOVE = "; move it away or choose another --output"
 AGAIN = "; move the folder away and embed the images again"
 
@@ -173,6 +174,7 @@ def _check_fields(path: Path, found: Any, fields: Mapping[str, Any], advice: str
 
 
 def _same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    theirs = {key: ours.get(key) for key in LATER} | theirs
     if theirs["on_error"] == "fail":  # then no row is missing
         theirs = theirs | {"on_error": ours["on_error"]}
     changed = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, partitions_of
-from eval.shared.labels import check_classes, class_count, labelled, say_unseen
+from eval.shared.labels import check_classes, class_count, images_of, labelled, say_unseen
 from eval.shared.results import digest
 from eval.shared.subsets import keep_subset
 from pipeline.config.ds_config import DS_CONFIGS, open_ds_config, read_ds_config
@@ -85,7 +85,8 @@ class Settings:
 @dataclass(frozen=True)
 class Plan:
     """What the settings give for these data. train: shards, of the chosen labels; classes:
-    their names; steps: of an epoch; total: of all; sha256: of the training and validation index.
+    their names; steps: of an epoch; total: of all; sha256: of the training and validation index;
+    images: `images_of` both.
     """
 
     train: str
@@ -94,6 +95,7 @@ class Plan:
     steps: int
     total: int
     sha256: tuple[str, str]
+    images: dict[str, str]
 
 
 def learning_rate(s: Settings, step: int, steps: int) -> float:
@@ -285,6 +287,7 @@ def plan_training(s: Settings, folder: Path, ranks: Ranks) -> Plan:
         steps=steps,
         total=total,
         sha256=(train.index_sha256, val.index_sha256),
+        images=images_of(train, val),
     )
 
 
@@ -319,5 +322,6 @@ def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     del known["subset"]  # the training images say it
     return known | {
         "encoder": session.identity(), "train": plan.sha256[0], "val": plan.sha256[1],
+        **plan.images,
         "resize": session.resize or None, **session.pixels(),
     }  # fmt: skip

@@ -3,6 +3,7 @@
 What reads shards then reads all of them: an image file counts as a shard of one sample.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,8 +23,10 @@ from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import UserError, naming
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
-from shard_tools.sharding.items import Item, Items
+from shard_tools.sharding.items import Item, Items, file_times
 from shard_tools.sharding.sources import Listing, Source, open_source
+
+MODIFIED = "modified"  # in FileManifest.made: a digest of when its files were modified
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,12 @@ def _as_manifest(source: Source) -> FileManifest:
     rows = np.zeros(len(source.items), SAMPLE)
     for name in ("offset", "size", "label"):
         rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
-    files = tuple(Shard(file, count, 0, "") for file, count in shards)
+    files = []
+    for file, count in shards:
+        path = os.path.join(source.root, file)
+        with naming(path, "cannot be read"):  # the Reader refuses a file of another size
+            files.append(Shard(file, count, os.stat(path).st_size, ""))
     names = tuple(item.name for item in source.items)
-    made = {"left_out": dict(source.missing)}
+    made = {"left_out": dict(source.missing), MODIFIED: file_times(source.root, source.items)}
     folder = str(Path(source.root).absolute())
-    return FileManifest(folder, files, source.classes, made, folder, listed=rows, keys=names)
+    return FileManifest(folder, tuple(files), source.classes, made, folder, listed=rows, keys=names)

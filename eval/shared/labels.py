@@ -9,14 +9,26 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import UserError, naming, not_there
+from pipeline.runtime.same_run import data_identity
 from shard_tools.cli import read_list
-from shard_tools.manifest import MANIFEST, Manifest, is_remote, read_manifest
+from shard_tools.manifest import (
+    INDEX,
+    MANIFEST,
+    NAMES,
+    SHARDS,
+    Manifest,
+    is_remote,
+    read_manifest,
+    shards_below,
+)
 from shard_tools.sharding.archives import is_archive
 from shard_tools.sharding.found import is_image
 
 LIST = ".txt"  # of paths, one a line
 TABLES = (".csv", ".jsonl", ".ndjson")
+IMAGES = {"train": "training images", "val": "validation images"}  # set → name in `images_of`
 MOST_CLASSES = 1 << 20  # that labels without names may number, where there are fewer images
+FILES = (MANIFEST, INDEX, NAMES, SHARDS)  # of a folder of shards, beside its tars
 GLANCE = 1000  # folders that are looked into for a first image
 
 
@@ -34,6 +46,12 @@ def labelled(folder: str | Path) -> Manifest:
     if bool((manifest.index["label"] < 0).any()):
         raise UserError(f"{folder}: some samples have no label; an evaluation needs every label")
     return manifest
+
+
+def images_of(train: Manifest, val: Manifest) -> dict[str, str]:
+    """What a checkpoint knows of the images that it was trained and validated on, beside their
+    indices, which are alike where others of the same sizes are in their place."""
+    return {IMAGES["train"]: data_identity(train), IMAGES["val"]: data_identity(val)}
 
 
 def check_classes(where: str, labels: np.ndarray) -> None:
@@ -129,14 +147,22 @@ def check_images(where: str | Path, root: str | Path | None = None) -> None:
     elif path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
     elif path.is_dir() and not _may_hold_images(path):
-        raise UserError(f"{path}: holds no images")
+        below = shards_below(path)
+        advice = f"holds folders of shards; give one of them, such as {below}"
+        raise UserError(f"{path}: {advice if below else 'holds no images'}")
+    elif path.name in FILES and (path.parent / MANIFEST).is_file():
+        raise UserError(f"{path}: is a file; give the folder of the shards, {path.parent}")
     elif is_image(path.name):
         raise UserError(f"{path}: is one image; give its folder, or a table of paths")
 
 
 def _may_hold_images(folder: Path) -> bool:
-    """Whether an image, or a tar, is in the first folders below this one, or there are more."""
-    for number, (_, _, names) in enumerate(os.walk(folder, followlinks=True)):
+    """Whether an image, or a tar, is in the first folders below this one that hold no shards, or
+    there are more."""
+    for number, (_, below, names) in enumerate(os.walk(folder, followlinks=True)):
+        if MANIFEST in names:
+            below.clear()
+            continue
         if number == GLANCE or any(is_image(name) or is_archive(name) for name in names):
             return True
     return False

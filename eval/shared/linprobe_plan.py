@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
-from eval.shared.labels import class_count, labelled
+from eval.shared.labels import class_count, images_of, labelled
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, check_range
 
@@ -51,13 +51,14 @@ ONLY = {"mae": ("base_lr",), "cached": ("grid", "select")}
 class Plan:
     """What the settings come to with these data and ranks; of cached the classes alone.
 
-    train_sha256, val_sha256: of the index of the sets. steps: of an epoch. total: of all.
-    micro_batch: images of this rank's forward pass.
+    train_sha256, val_sha256: of the index of the sets. images: `images_of` both. steps: of an
+    epoch. total: of all. micro_batch: images of this rank's forward pass.
     """
 
     classes: int
     train_sha256: str
     val_sha256: str
+    images: dict[str, str]
     steps: int = 0
     total: int = 0
     micro_batch: int = 0
@@ -68,6 +69,7 @@ def make_plan(s: Settings, world: int) -> Plan:
     """Check the settings against the data and the number of ranks; what they come to."""
     train, val = labelled(s.train), labelled(s.val)
     classes, sets = class_count(train, val), (train.index_sha256, val.index_sha256)
+    images = images_of(train, val)
     for name in ("epochs", "batch_size", "micro_batch", "max_steps"):
         check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=1)
     if not 0 <= s.warmup_epochs < s.epochs:
@@ -88,7 +90,7 @@ def make_plan(s: Settings, world: int) -> Plan:
             raise UserError(f"--{flag} does nothing under --protocol {s.protocol}; leave it out")
     if s.protocol == "cached":
         check_cached(s, train.samples)
-        return Plan(classes, *sets)
+        return Plan(classes, *sets, images)
     check_batch(s.batch_size, world)
     micro_batch = micro_batch_of(s.batch_size, world, s.micro_batch)
     partitions = partitions_of(s.batch_size, world)
@@ -99,7 +101,7 @@ def make_plan(s: Settings, world: int) -> Plan:
             f"{s.batch_size}; choose a smaller one"
         )
     total = steps * s.epochs if s.max_steps is None else min(steps * s.epochs, s.max_steps)
-    return Plan(classes, *sets, steps, total, micro_batch, partitions)
+    return Plan(classes, *sets, images, steps, total, micro_batch, partitions)
 
 
 def check_cached(s: Settings, samples: int) -> None:
@@ -116,7 +118,7 @@ def identity(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     """`record` for a checkpoint: sha256 instead of paths, which may change."""
     known = record(s, plan, session) | {"encoder": session.identity(), "feature": s.feature}
     known |= {"resize": session.resize or None, **session.pixels()}
-    return known | {"train": plan.train_sha256, "val": plan.val_sha256}
+    return known | {"train": plan.train_sha256, "val": plan.val_sha256} | plan.images
 
 
 def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:

@@ -32,13 +32,16 @@ from pipeline.weights.header import FULL_WEIGHTS, ZERO_PARTS
 # Where an average of the weights is kept beside them (timm; DeiT and ConvNeXt; others).
 EMA = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict")
 # Which of several encoders in one file the project itself evaluates: its average where that is the
-# method (I-JEPA, DINO, iBOT), the online one in MoCo v3 and solo-learn.
-_MOMENTUM = {"momentum_encoder", "momentum_backbone"}
-_ROLES = {"target_encoder": 0, "teacher": 0, "student": 2} | dict.fromkeys(_MOMENTUM, 3)
+# method (I-JEPA, DINO, iBOT, MSN), the online one in MoCo v3, solo-learn and lightly's MoCo. Parts
+# of a word: momentum_encoder, backbone_momentum, teacher_embedding_model, anchor_backbone.
+_ROLES = {"target": 0, "teacher": 0, "student": 2, "anchor": 2, "momentum": 3}
+_ONLINE = 1  # of what has no role
 # Wrappers that may stand anywhere in a name: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # What the first layer of a ViT is called: by timm, NaFlexViT, CLIP, Meta's PE.
 _FIRST = re.compile(r"(?:^|(?<=\.))(?:patch_embed\.|embeds\.proj\.weight$|visual\.conv1\.weight$)")
+
+_TRANSFORMERS = re.compile(r"(?:^|\.)embeddings\.patch_embeddings?\.(?:projection\.)?weight$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +160,9 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
     everything = list(_encoders(content, ()))
     averaged = [f for f in everything if not {*EMA}.isdisjoint(f.words)]
     if ema:
-        roles = [f for f in everything if {"teacher", "target_encoder"} & {*f.words}]
-        roles = roles or [f for f in everything if _MOMENTUM & {*f.words}]
-        chosen = averaged or roles
+        ranks = {_rank(f) for f in everything}
+        role = next((r for r in (0, 3) if r in ranks), _ONLINE if 2 in ranks else None)
+        chosen = averaged or [f for f in everything if _rank(f) == role]
         if everything and not chosen:
             raise UserError(f"--ema: {path} keeps no average of its weights ({', '.join(EMA[:3])})")
     else:
@@ -167,6 +170,7 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
     if not chosen:
         names = list(content) if isinstance(content, dict) else []
         shown = ", ".join(map(str, names[:3])) or type(content).__name__
+        _refuse_names(content, path)
         raise UserError(
             f"{path}: holds no patch_embed.proj.weight, so no vision transformer under timm's "
             f"names; its first entries are {shown}"
@@ -188,6 +192,30 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
     return replace(best, others=others)
 
 
+def _refuse_names(content: Any, path: Path) -> None:
+    """UserError for a ViT under names of which no file alone is read here; it says what is."""
+    names = list(_names(content, 3))
+    if any(_TRANSFORMERS.search(name) for name in names):
+        raise UserError(
+            f"{path}: has the names of transformers, of which a folder is read; give the folder of "
+            "a ViTModel or ViTMAEForPreTraining, with its config.json and model.safetensors"
+        )
+    if any(name.endswith("conv_proj.weight") for name in names):
+        raise UserError(
+            f"{path}: has torchvision's names of a vision transformer, which are not read; give a "
+            "file with timm's names (patch_embed.proj.weight, blocks.0.attn.qkv.weight, …)"
+        )
+
+
+def _names(content: Any, depth: int) -> Iterator[str]:
+    """Names of the tensors in a dictionary and in the dictionaries in it."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, Tensor) and isinstance(name, str):
+            yield name
+        elif depth:
+            yield from _names(value, depth - 1)
+
+
 def check_shapes(state: Mapping[str, Tensor], path: object) -> None:
     """UserError for weights that are not there, and for those by which an encoder is read where
     they have too few axes."""
@@ -207,7 +235,8 @@ _LEAST_AXES = {"patch_embed.proj.weight": 2, "pos_embed": 3}
 
 
 def _rank(found: Found) -> int:
-    return min((_ROLES[w] for w in found.words if w in _ROLES), default=1)
+    parts = (part for word in found.words for part in word.split("_"))
+    return min((_ROLES[part] for part in parts if part in _ROLES), default=_ONLINE)
 
 
 def _encoders(content: Any, words: tuple[str, ...]) -> Iterator[Found]:

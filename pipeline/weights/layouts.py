@@ -87,6 +87,8 @@ def layout_of(found: Found, content: Any, arch: str = "") -> Layout:
         # SimMIM's encoder is below `encoder.`, beside a decoder of one convolution.
         return SIM_MIM if found.around.keys() & {"decoder.0.weight"} else BEIT
     scaled = any(k.endswith(_SCALE) for k in state)
+    if "storage_tokens" in state:  # DINOv3's
+        return TIMM
     if scaled and (words & {"teacher", "student", "backbone"} or _dinov2s_mask_token(state)):
         return DINO_V2_REGISTERS if "register_tokens" in state else DINO_V2
     if any(k.startswith(_NOT_PLAIN) or k.endswith(_NOT_PLAIN_BLOCK) for k in state):

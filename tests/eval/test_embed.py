@@ -145,6 +145,37 @@ def test_a_finished_run_is_left_alone_and_other_weights_refused(home: Path) -> N
         run(home, "tree2", "out-done")
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_images_that_others_replaced_are_not_taken_for_those_embedded(
+    home: Path, tmp_path: Path, kind: str
+) -> None:
+    def write(seed: int) -> None:
+        image, label = coloured_images(4, 2, seed=seed)
+        if kind == "shards":
+            write_shards(tmp_path / "set", image, label, level=0)
+            return
+        (tmp_path / "set").mkdir()
+        for number, pixels in enumerate(image):
+            Image.fromarray(pixels).save(tmp_path / f"set/{number}.png", compress_level=0)
+
+    write(seed=1)
+    folder, output = str(tmp_path / "set"), str(tmp_path / "out")
+    run(home, folder, output)
+    assert embed.run(*session(home, folder, output)) == {}
+    shutil.rmtree(folder)
+    write(seed=2)
+    with pytest.raises(UserError, match="embeddings with another content of images; remove it"):
+        run(home, folder, output)
+    for name in ("content of images", "list of images"):  # earlier versions did not record it
+        about = json.loads((tmp_path / "out/embeddings.json").read_text())
+        about["settings"].pop(name)
+        (tmp_path / "out/embeddings.json").write_text(json.dumps(about))
+        if name == "content of images":
+            assert embed.run(*session(home, folder, output)) == {}
+    with pytest.raises(UserError, match="another list of images"):
+        run(home, folder, output)
+
+
 @pytest.mark.parametrize(
     "theirs", ["partial/mine.txt", "partial/embeddings.npy/x", "embeddings.npy", "names.txt"]
 )
@@ -487,6 +518,14 @@ def test_a_query_of_embeddings_with_the_average_of_the_weights(home: Path) -> No
     np.testing.assert_allclose(found.feature, rows[10], rtol=1e-4, atol=1e-5)
 
 
+def test_features_that_are_not_finite_write_nothing(home: Path, tmp_path: Path) -> None:
+    spoil_encoder(home / "run", tmp_path / "bad")
+    words = ["--encoder", str(tmp_path / "bad")]
+    with pytest.raises(UserError, match="gives features that are not finite; its weights are"):
+        run(home, "shards", str(tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_that_are_not_finite_are_refused(done: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(done, tmp_path / "copy")
     rows = np.load(folder / "embeddings.npy")
@@ -514,6 +553,17 @@ def test_a_page_replaces_no_query_and_no_embeddings(done: Path, name: str) -> No
     words = ["--embeddings", str(done), "--output", str(done / name)]
     with pytest.raises(UserError, match=rf"{name}: must end in \.html"):
         retrieve.prepare(retrieve.build_parser().parse_args(words))
+
+
+def test_shards_are_given_as_their_folder(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "shards", tmp_path / "sets/flowers")
+    with pytest.raises(UserError, match=rf"sets: holds folders of .*, such as {folder}$"):
+        check_images(tmp_path / "sets")
+    with pytest.raises(UserError, match=rf"index\.bin: is a file; give the .*, {folder}$"):
+        check_images(folder / "index.bin")
+    check_images(folder / "part-000000.tar")  # a tar of images like others
+    shutil.copytree(home / "tree", tmp_path / "sets/tree")
+    check_images(tmp_path / "sets")
 
 
 def test_a_glance_finds_images_behind_links_and_in_tars(tmp_path: Path) -> None:

@@ -423,10 +423,28 @@ def test_a_checkpoint_belongs_to_encoder_and_data_and_not_to_their_paths(
         evaluate(words, tmp_path / "x")
 
 
-def test_a_checkpoint_that_does_not_know_its_pixels_is_resumed(tmp_path: Path) -> None:
-    """Earlier versions recorded neither mean nor std."""
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_other_images_of_the_same_sizes_are_not_resumed_on(
+    home: Path, tmp_path: Path, name: str
+) -> None:
+    init_ranks()
+    short = ("--epochs", "2", "--warmup-epochs", "0", "--batch-size", "8", "--stop-epoch", "1")
+    words = arguments(home, tmp_path / "x.json", *short, f"--{name}", str(tmp_path / name))
+    write_shards(tmp_path / name, *coloured_images(12, 6, seed=3), level=0)
+    evaluate(words, tmp_path / "x")
+    before = read_manifest(tmp_path / name).index_sha256
+    shutil.rmtree(tmp_path / name)
+    write_shards(tmp_path / name, *coloured_images(12, 6, seed=4), level=0)
+    assert read_manifest(tmp_path / name).index_sha256 == before
+    what = {"train": "training", "val": "validation"}[name]
+    with pytest.raises(UserError, match=f"holds a training with another {what} images; remove"):
+        evaluate(words, tmp_path / "x")
+
+
+def test_a_checkpoint_that_does_not_know_its_pixels_or_images_is_resumed(tmp_path: Path) -> None:
+    """Earlier versions recorded neither mean nor std, nor more than the index of the images."""
     Checkpoints(tmp_path, {"epochs": 3}).save(2, lambda folder: "")
-    settings = {"epochs": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
+    settings = {"epochs": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "training images": "ab"}
     assert Checkpoints(tmp_path, settings).load(lambda folder: None)["step"] == 2
     with pytest.raises(UserError, match="another epochs"):
         Checkpoints(tmp_path, settings | {"epochs": 4}).load(lambda folder: None)

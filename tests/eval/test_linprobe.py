@@ -516,6 +516,16 @@ def test_a_checkpoint_belongs_to_the_encoder_and_not_to_its_path(
         evaluate(home, tmp_path / "out", *other)
 
 
+def test_other_images_of_the_same_sizes_are_not_resumed_on(home: Path, tmp_path: Path) -> None:
+    words = ("--train", str(tmp_path / "train"), "--epochs", "2", "--batch-size", "8")
+    write_shards(tmp_path / "train", *coloured_images(16, 6, seed=3), level=0)
+    evaluate(home, tmp_path / "out", *words)
+    shutil.rmtree(tmp_path / "train")
+    write_shards(tmp_path / "train", *coloured_images(16, 6, seed=4), level=0)
+    with pytest.raises(UserError, match="a training with another training images; remove it"):
+        evaluate(home, tmp_path / "out", *words)
+
+
 def test_a_result_whose_checkpoints_are_gone_is_not_replaced(home: Path, tmp_path: Path) -> None:
     def prepared(*more: str) -> None:
         linprobe.prepare(parse(home, "--output", str(tmp_path / "x"), *more))

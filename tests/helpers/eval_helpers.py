@@ -66,9 +66,10 @@ def coloured_images(count: int, classes: int, seed: int) -> tuple[np.ndarray, np
 
 
 def write_shards(
-    folder: Path, image: np.ndarray, label: np.ndarray, per_shard: int = 16, classes: int = 0
-) -> Path:
-    """Shards with PNG images (lossless) in the given order."""
+    folder: Path, image: np.ndarray, label: np.ndarray, per_shard: int = 16, classes: int = 0,
+    level: int = 6,
+) -> Path:  # fmt: skip
+    """Shards with PNG images (lossless; level 0: files of one size) in the given order."""
     folder.mkdir(parents=True)
     rows, shards = [], []
     for number, first in enumerate(range(0, len(image), per_shard)):
@@ -77,7 +78,7 @@ def write_shards(
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in chosen:
                 buffer = io.BytesIO()
-                Image.fromarray(image[sample]).save(buffer, "png")
+                Image.fromarray(image[sample]).save(buffer, "png", compress_level=level)
                 entry = tarfile.TarInfo(f"{sample:08d}.png")
                 entry.size = buffer.tell()
                 tar.addfile(entry, io.BytesIO(buffer.getvalue()))

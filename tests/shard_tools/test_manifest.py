@@ -148,6 +148,19 @@ def test_a_folder_of_folders_says_which_to_take(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "train")
     with pytest.raises(ManifestError, match=rf"one of them, such as {tmp_path / 'val'}$"):
         read_manifest(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "flowers")
+    with pytest.raises(ManifestError, match=rf"one of them, such as {tmp_path / 'flowers'}$"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, INDEX, "shard-000000.tar"])
+def test_a_file_of_shards_says_their_folder(tmp_path: Path, name: str) -> None:
+    shard_folder(tmp_path / "s")
+    with pytest.raises(ManifestError, match=rf"is a file; give the .* shards, {tmp_path / 's'}$"):
+        read_manifest(tmp_path / "s" / name)
+    (tmp_path / "a.json").touch()
+    with pytest.raises(ManifestError, match=r"a\.json: is a file and no folder; shards are made"):
+        read_manifest(tmp_path / "a.json")
 
 
 def test_no_folder_and_unknown_version(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def dinov3s_names(state):
         if name.endswith("q_bias"):
             parts = (value, torch.full_like(value, 9.0), state[name.replace("q_bias", "v_bias")])
             name, value = name.replace("q_bias", "qkv.bias"), torch.cat(parts)
+            found[name + "_mask"] = torch.cat([torch.ones(768), torch.zeros(384)])
         if not name.endswith("v_bias"):
             found[name] = value
     return found
@@ -436,6 +437,57 @@ def test_the_names_of_mmpretrain(tmp_path, arch, more, row_first, heads, mean):
     assert torch.equal(mine, theirs)
     averaged, _ = load_encoder(tmp_path / "x.pth", arch=arch, options=options, ema=True)
     assert torch.equal(averaged.cls_token, vit.cls_token + 1)
+
+
+@pytest.mark.parametrize(
+    ("taken", "other", "average"),
+    [
+        ("teacher_backbone.vit.", "student_backbone.vit.", 0),  # DINO
+        ("backbone.vit.", "student_backbone.vit.", 0),  # DINO in the benchmarks
+        ("backbone.vit.", "anchor_backbone.vit.", 0),  # MSN
+        ("backbone.vit.", "backbone_momentum.vit.", 1),  # MoCo
+        ("teacher_embedding_model.wrapped_model._model.", "student_embedding_model.wrapped_model."
+         "_model.", 0),  # lightly-train
+    ],
+)  # fmt: skip
+def test_the_roles_of_lightly(tmp_path, taken, other, average):
+    vit = model()
+    state = {f"{taken}{k}": v for k, v in vit.state_dict().items()}
+    state |= {f"{other}{k}": v + 1 for k, v in vit.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    for ema in (False, True):
+        found, info = load_encoder(
+            tmp_path / "x.ckpt", arch="vit_small_patch16_224", options={"depth": 2}, ema=ema
+        )
+        assert torch.equal(found.cls_token, vit.cls_token + average * ema)
+        assert info["mean"] == IMAGENET
+        assert "not taken: state_dict." in info["note"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("vit.embeddings.patch_embeddings.projection.weight", "names of transformers, .* folder"),
+        ("embeddings.patch_embeddings.weight", "names of transformers, .* folder"),
+        ("backbone.vit.conv_proj.weight", "torchvision's names"),
+    ],
+)
+def test_names_of_which_no_file_is_read_are_said(tmp_path, name, said):
+    torch.save({"state_dict": {name: torch.ones(8, 3, 4, 4)}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=said):
+        load_encoder(tmp_path / "x.pth", arch="vit_small_patch16_224")
+
+
+def test_dinov3_in_a_role_has_timms_pixels(tmp_path):
+    options = {"depth": 2, "embed_dim": 384, "num_heads": 6}
+    vit = model("vit_large_patch16_dinov3.sat493m", **options)
+    state = {f"backbone.{k}": v for k, v in dinov3s_names(vit.state_dict()).items()}
+    torch.save({"teacher": state}, tmp_path / "x.pth")
+    found, info = load_encoder(
+        tmp_path / "x.pth", arch="vit_large_patch16_dinov3.sat493m", options=options
+    )
+    same_tokens(found, vit)
+    assert info["mean"] == [0.430, 0.411, 0.296]
 
 
 def test_solo_learn_keeps_the_encoder_beside_its_average(tmp_path):
