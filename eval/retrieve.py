@@ -132,7 +132,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.embed import embed, weights_digest
+from eval.embed import content_digest, embed, weights_digest
 from eval.reporting.gallery import Section, render_gallery, tile
 from eval.shared import image_sets
 from eval.shared.session import EvalSession, open_session
@@ -281,6 +281,12 @@ def build_page(s: Settings) -> str:
     if image_sets.keys(manifest) != store.keys:
         raise UserError(
             f"{info['images']}: no longer holds the images of {s.embeddings}; embed them again"
+        )
+    content = content_digest(manifest)
+    if info["settings"].get("content of images", content) != content:  # earlier versions say none
+        raise UserError(
+            f"{info['images']}: its images were modified or replaced after {s.embeddings} was "
+            "written; embed them again"
         )
     facts = [
         f"{len(store.rows)} images of {info['images']}, {info['settings']['feature']} of "

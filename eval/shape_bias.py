@@ -64,6 +64,7 @@ CATEGORIES: dict[str, tuple[int | tuple[int, int], ...]] = {
     "truck": (555, 569, 656, 675, 717, 734, 864, 867),
 }  # fmt: skip
 
+ENDS = ("n01440764", "n15075141")  # the first and the last of ImageNet's 1000 synsets
 COLUMNS = ("category", "imagename", "object_response")  # of model-vs-human's CSV files
 
 
@@ -197,6 +198,23 @@ def classes_of(category: str) -> list[int]:
     return numbers
 
 
+def check_classes(classifier: str, names: Sequence[str]) -> None:
+    """UserError where a classifier's classes are not ImageNet's 1000 in the order of their synsets,
+    by whose numbers the categories are made, as far as names show it."""
+    if len(names) != 1000:
+        raise UserError(
+            f"{classifier} knows {len(names)} classes; the 16 categories are made of ImageNet's "
+            "1000"
+        )
+    synsets = (names[0], names[-1]) == ENDS and list(names) == sorted(names)
+    if not synsets and list(names) != [str(number) for number in range(1000)]:
+        raise UserError(
+            f"{classifier} has other classes than ImageNet's, or another order (from {names[0]} to "
+            f"{names[-1]}): the 16 categories are made of its synsets in their order, "
+            f"{ENDS[0]} to {ENDS[1]}"
+        )
+
+
 def decide(probability: Tensor) -> list[str]:
     """Categories of probabilities [b, 1000]: the highest mean probability over a category's
     classes."""
@@ -253,11 +271,7 @@ def classifier_trials(
 ) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
     """Trials of the classifier on all images, alike on every rank, and the classifier's info."""
     model, info = read_classifier(classifier)
-    if len(info["classes"]) != 1000:
-        raise UserError(
-            f"{classifier} knows {len(info['classes'])} classes; the 16 categories are made "
-            "of ImageNet's 1000"
-        )
+    check_classes(classifier, info["classes"])
     model.to(ranks.device)
     images = find_images(folder)
     mine = range(ranks.rank, len(images), ranks.world)

@@ -166,6 +166,9 @@ def test_images_that_others_replaced_are_not_taken_for_those_embedded(
     write(seed=2)
     with pytest.raises(UserError, match="embeddings with another content of images; remove it"):
         run(home, folder, output)
+    search = retrieve.Settings(("0",), tmp_path / "out", tmp_path / "page.html")
+    with pytest.raises(UserError, match=r"its images were modified or replaced after .*/out was"):
+        retrieve.build_page(search)
     for name in ("content of images", "list of images"):  # earlier versions did not record it
         about = json.loads((tmp_path / "out/embeddings.json").read_text())
         about["settings"].pop(name)

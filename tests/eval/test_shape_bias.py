@@ -55,6 +55,22 @@ def test_definition_counts_conflicts_only() -> None:
     assert shape_bias.shape_bias([("oven", "dog", "car")])["shape_bias"] is None
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        sorted(str(number) for number in range(1000)),  # folders of numbers, as text
+        [f"n{number:08d}" for number in range(1000)],  # of another data set
+        ["n01440764", *(f"n0200{n:04d}" for n in range(998, 0, -1)), "n15075141"],
+    ],
+)
+def test_classes_of_another_order_are_refused(names: list[str]) -> None:
+    shape_bias.check_classes("x", [str(number) for number in range(1000)])
+    ends = "n01440764", "n15075141"
+    shape_bias.check_classes("x", [ends[0], *(f"n0200{n:04d}" for n in range(998)), ends[1]])
+    with pytest.raises(UserError, match="x has other classes than ImageNet's, or another order"):
+        shape_bias.check_classes("x", names)
+
+
 def test_categories_are_the_207_classes() -> None:
     classes = {name: shape_bias.classes_of(name) for name in shape_bias.CATEGORIES}
     assert len(classes) == 16
