@@ -88,10 +88,24 @@ def say_unseen(where: str, labels: np.ndarray, val: Manifest, classes: int) -> N
         )
 
 
+def shared_images(train: Manifest, val: Manifest) -> int:
+    """How many images of `val` are in `train` too, as of two subsets: at one place of one shard."""
+    numbers = {shard.sha256: number for number, shard in enumerate(train.shards)}
+    theirs = np.array([numbers.get(shard.sha256, -1) for shard in val.shards])
+    if (theirs < 0).all():
+        return 0
+    widest = int(max(train.table.bytes.max(), val.table.bytes.max())) + 1
+    there, here = (
+        np.repeat(number, manifest.table.samples) * widest + manifest.index["offset"].astype(int)
+        for number, manifest in ((theirs, val), (np.arange(len(train.shards)), train))
+    )
+    return int(np.isin(there[there >= 0], here).sum())
+
+
 def class_count(train: Manifest, val: Manifest) -> int:
     """Number of classes, with the assurance that both sets number the same classes alike, and that
-    the training set has images of two at least. A warning where both are the same set, or where the
-    training set has no image of a class."""
+    the training set has images of two at least. A warning where both have the same images, or where
+    the training set has no image of a class."""
     check_classes(train.folder, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
@@ -103,6 +117,11 @@ def class_count(train: Manifest, val: Manifest) -> int:
         _warn(
             f"--val {val.folder} has the images of --train {train.folder}: the result is of "
             "training images"
+        )
+    elif count := shared_images(train, val):
+        _warn(
+            f"{count} of {val.samples} images of --val {val.folder} are in --train {train.folder} "
+            "too: the result is partly of training images (subset.py --rest leaves them out)"
         )
     largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
     named = next((m for m in (train, val) if m.classes), None)

@@ -15,6 +15,7 @@ from eval.shared import finetune_plan
 from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.results import check_output, named_json
+from eval.shared.subsets import keep_subset
 from pipeline.errors import UserError
 from shard_tools.manifest import read_manifest, write_manifest
 
@@ -123,11 +124,25 @@ def test_training_images_as_validation_images_are_said_once(tmp_path, capsys):
         assert said.count("\n") == lines
 
 
+def test_validation_images_that_are_training_images_are_counted(tmp_path, capsys):
+    image, label = coloured_images(40, 4, seed=2)
+    train = labelled(write_shards(tmp_path / "train", image, label))
+    for name, samples in (("half", range(20)), ("rest", range(20, 40)), ("last", range(12, 40))):
+        keep_subset(train, tmp_path / name, np.array(samples), {})
+    half, rest, last = (labelled(tmp_path / name) for name in ("half", "rest", "last"))
+    for one, other, shared in ((train, rest, 20), (half, rest, 0), (half, last, 8)):
+        class_count(one, other)
+        said = capsys.readouterr().err
+        told = f"warning: {shared} of {other.samples} images of --val {other.folder} are in --train"
+        assert said.startswith(told) if shared else not said
+
+
 def test_validation_images_of_classes_without_training_images_are_said_once(tmp_path, capsys):
     """Of what is left by --subset too; training images of other classes do no harm."""
     image, label = coloured_images(12, 3, seed=2)
     every = labelled(write_shards(tmp_path / "every", image, label))
-    two = labelled(write_shards(tmp_path / "two", image, label % 2, classes=3))
+    others, _ = coloured_images(12, 3, seed=3)
+    two = labelled(write_shards(tmp_path / "two", others, label % 2, classes=3))
     text = f"warning: 4 of 12 images of --val {every.folder} are of classes of which "
     for train, val, told in ((two, every, 1), (two, every, 0), (every, two, 0)):
         assert class_count(train, val) == 3
