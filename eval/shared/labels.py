@@ -83,7 +83,7 @@ def say_unseen(where: str, labels: np.ndarray, val: Manifest, classes: int) -> N
     seen[labels] = True
     if unseen := int((~seen[val.index["label"]]).sum()):
         _warn(
-            f"{unseen} of {val.samples} images of --val {val.folder} are of classes of which "
+            f"{unseen} of {val.samples} images of --val {val.home} are of classes of which "
             f"{where} has no image: every answer to them is wrong"
         )
 
@@ -106,30 +106,30 @@ def class_count(train: Manifest, val: Manifest) -> int:
     """Number of classes, with the assurance that both sets number the same classes alike, and that
     the training set has images of two at least. A warning where both have the same images, or where
     the training set has no image of a class."""
-    check_classes(train.folder, train.index["label"])
+    check_classes(train.home, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
-            f"{train.folder} and {val.folder} do not have the same classes "
-            f"({_difference(train.classes, val.classes)}); make {val.folder} with make_shards.py "
-            f"--classes-from {train.folder}"
+            f"{train.home} and {val.home} do not have the same classes "
+            f"({_difference(train.classes, val.classes)}); make {val.home} with make_shards.py "
+            f"--classes-from {train.home}"
         )
     if train.index_sha256 == val.index_sha256 and list(train.shards) == list(val.shards):
         _warn(
-            f"--val {val.folder} has the images of --train {train.folder}: the result is of "
+            f"--val {val.home} has the images of --train {train.home}: the result is of "
             "training images"
         )
     elif count := shared_images(train, val):
         _warn(
-            f"{count} of {val.samples} images of --val {val.folder} are in --train {train.folder} "
+            f"{count} of {val.samples} images of --val {val.home} are in --train {train.home} "
             "too: the result is partly of training images (subset.py --rest leaves them out)"
         )
-    largest = {m.folder: int(m.index["label"].max()) for m in (train, val)}
+    largest = {m.home: int(m.index["label"].max()) for m in (train, val)}
     named = next((m for m in (train, val) if m.classes), None)
     if named is None:
         for m in (train, val):
-            if largest[m.folder] >= max(MOST_CLASSES, m.samples):
+            if largest[m.home] >= max(MOST_CLASSES, m.samples):
                 raise UserError(
-                    f"{m.folder}: has label {largest[m.folder]} among {m.samples} images, and "
+                    f"{m.home}: has label {largest[m.home]} among {m.samples} images, and "
                     "names no classes; number the labels from 0"
                 )
         return _counted(train, val, max(largest.values()) + 1)
@@ -143,7 +143,7 @@ def class_count(train: Manifest, val: Manifest) -> int:
 
 
 def _counted(train: Manifest, val: Manifest, classes: int) -> int:
-    say_unseen(f"--train {train.folder}", train.index["label"], val, classes)
+    say_unseen(f"--train {train.home}", train.index["label"], val, classes)
     return classes
 
 

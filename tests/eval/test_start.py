@@ -133,8 +133,17 @@ def test_validation_images_that_are_training_images_are_counted(tmp_path, capsys
     for one, other, shared in ((train, rest, 20), (half, rest, 0), (half, last, 8)):
         class_count(one, other)
         said = capsys.readouterr().err
-        told = f"warning: {shared} of {other.samples} images of --val {other.folder} are in --train"
+        told = f"warning: {shared} of {other.samples} images of --val {other.home} are in --train"
         assert said.startswith(told) if shared else not said
+
+
+def test_classes_of_two_subsets_of_one_folder_are_those_of_both(tmp_path):
+    image, label = coloured_images(12, 3, seed=2)
+    found = read_manifest(write_shards(tmp_path / "all", image, label))
+    whole = write_manifest(tmp_path / "all", shards=found.shards, index=np.array(found.index))
+    for name, labels in (("train", (0, 1, 2)), ("val", (0, 1))):
+        keep_subset(whole, tmp_path / name, np.flatnonzero(np.isin(label, labels)), {})
+    assert class_count(labelled(tmp_path / "train"), labelled(tmp_path / "val")) == 3
 
 
 def test_validation_images_of_classes_without_training_images_are_said_once(tmp_path, capsys):
