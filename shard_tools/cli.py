@@ -88,9 +88,11 @@ def run(command: Callable[[Any], int], options: Any) -> int:
 
 
 def progress(
-    total: int | None, description: str, *, initial: int = 0, unit: str = " images"
-) -> tqdm:
-    """A tqdm bar; in a log (no terminal) it speaks every 30 seconds and not ten times a second."""
+    total: int | None, description: str, *, initial: int = 0, unit: str = " images",
+    delay: float = 0,
+) -> tqdm:  # fmt: skip
+    """A tqdm bar; in a log (no terminal) it speaks every 30 seconds and not ten times a second.
+    unit: "B" counts bytes, shown as kB, MB, …; delay: seconds before anything is shown."""
     terminal = sys.stderr.isatty()
     interval = 0.2 if terminal else 30.0
     # Given, since of a terminal whose size is unknown (0 columns or rows) tqdm would show nothing.
@@ -100,11 +102,13 @@ def progress(
         initial=initial,
         desc=description,
         unit=unit,
+        unit_scale=unit == "B",
         mininterval=interval,
         maxinterval=max(interval, 10.0),
         ncols=max(columns - 1, 0) or (79 if terminal else None),
         nrows=24,
         smoothing=0.1,
+        delay=delay,
     )
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.errors import naming
-from shard_tools.cli import ToolError
+from shard_tools.cli import ToolError, progress
 from shard_tools.members import Member, TarError, read_members, resolve_links
 from shard_tools.sharding.found import (
     LONGEST_IMAGE,
@@ -223,8 +223,10 @@ def plain_tar(path: Path, unpacked: Path | None, skip: bool = False) -> Path:
         if zipped:
             copy_zip(path, out, skip)
             return
-        for piece in _pieces(path, kind):
-            out.write(piece)
+        with progress(None, f"unpacking {path.name}", unit="B", delay=5) as shown:
+            for piece in _pieces(path, kind):
+                out.write(piece)
+                shown.update(len(piece))
 
     return unpacked_tar(path, unpacked, "a zip" if zipped else "compressed", unpack)
 

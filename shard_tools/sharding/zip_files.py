@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
+from shard_tools.cli import progress
 from shard_tools.members import TarError
 from shard_tools.sharding.found import LONGEST_IMAGE, Unskippable, is_image, too_long
 
@@ -23,13 +24,15 @@ def copy_zip(path: Path, out: BinaryIO, skip: bool) -> None:
     an image nor a link only the name is kept, since it is not read. skip: an image that is damaged
     is printed and becomes an empty member, which no image can be.
 
-    TarError where the zip is damaged, Unskippable where a member is encrypted or
-    compressed in a way that Python does not read.
+    TarError where the zip is damaged, Unskippable where a member is encrypted or compressed in a
+    way that Python does not read.
     """
     with _open(path) as archive, tarfile.open(fileobj=out, mode="w|") as tar:
-        for info in archive.infolist():
-            if not info.is_dir():
+        infos = [info for info in archive.infolist() if not info.is_dir()]
+        with progress(len(infos), f"unpacking {path.name}", unit=" files", delay=5) as shown:
+            for info in infos:
                 _copy(path, archive, info, tar, skip)
+                shown.update()
 
 
 def zip_names(path: Path) -> list[str]:
