@@ -300,6 +300,8 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     memory = explaining_memory(run.run_plan, session.image_size)
     with loader.explaining(), memory, StopSignal() as stop:
         history = train(run, checkpoints, latest, stop, iter(loader), timer)
+    if ranks.first and (sentence := run.skipped.at_end()):
+        print(f"warning: {sentence}", flush=True)
     state = run.engine.full_state()
     if ranks.first:
         weights = {k.removeprefix("model."): v for k, v in state.items()}
