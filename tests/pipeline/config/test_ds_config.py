@@ -35,7 +35,9 @@ def test_shipped_configs_are_taken(name):
     plan = plan_recipe(config, load_recipe(RECIPES / "rmae.yaml"), world=8)
     assert (plan.stage, plan.micro_batch * plan.accumulation) == (stage, 128)
     assert plan.config["gradient_clipping"] == 0.0
-    assert optimizer_of(plan).section(plan)["optimizer"]["params"]["betas"] == [0.9, 0.95]
+    params = optimizer_of(plan).section(plan)["optimizer"]["params"]
+    assert (params["betas"], params["eps"], params["weight_decay"]) == ([0.9, 0.95], 1e-8, 0.0)
+    assert params["lr"] == pytest.approx(3e-4 * 1024 / 256)
     assert plan.precision == "fp32"  # on any CPU: bf16 only where it is asked for
     assert plan.describe()[0].startswith("precision: fp32")
 

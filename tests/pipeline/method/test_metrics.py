@@ -34,6 +34,13 @@ def test_cka_is_one_for_rotations_and_near_zero_for_strangers():
     assert torch.allclose(gram(x + 7), gram(x), atol=1e-3)
 
 
+def test_a_gram_matrix_is_exact_to_float64_and_of_centred_features():
+    x = (torch.randn(7, 5, generator=torch.Generator().manual_seed(0)) + 3).half().float()
+    centred = x.double() - sum(x.double()) / 7
+    expected = [[sum(a * b for a, b in zip(u, v, strict=True)) for v in centred] for u in centred]
+    torch.testing.assert_close(gram(x), torch.tensor(expected).double(), rtol=0, atol=1e-12)
+
+
 def test_kept_patches_are_sorted_and_of_the_right_number():
     kept = kept_patches(torch.arange(50), 16, 0.25, 3)
     assert kept.shape == (50, 12)

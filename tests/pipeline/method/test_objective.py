@@ -101,17 +101,18 @@ def test_loss_terms_and_every_gradient_against_the_loop_oracle(name, overrides):
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_measure_reports_the_spread_of_the_first_views_features(name):
-    recipe = tiny_recipe(name)
+PAIRS = ("cmae", "encoder.masked_tokens=drop", "views.second=independent")
+BOTH_SIDES = ("cmae", "measure.symmetric=true")
+
+
+@pytest.mark.parametrize("setting", [*((name,) for name in METHODS), PAIRS, BOTH_SIDES])
+def test_every_measure_reports_the_spread_of_the_first_views_features(setting):
+    recipe = tiny_recipe(*setting)
     objective, teacher = build_objective(recipe)
     _, terms = objective(images(), SAMPLE, 2, teacher)
     views = make_views(images(), SAMPLE, recipe=recipe, epoch=2, patch=PATCH)
     expected = feature_std(objective.encoder(*views.first))
     torch.testing.assert_close(terms["feature_std"], expected)
-
-
-PAIRS = ("cmae", "encoder.masked_tokens=drop", "views.second=independent")
 
 
 @pytest.mark.parametrize(

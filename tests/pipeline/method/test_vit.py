@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
-from pipeline.method.vit import build_vit, init_as_mocov3, init_weights, sincos_position
+from pipeline.method.vit import build_vit, init_as_mocov3, init_weights, is_plain, sincos_position
 
 OPTIONS = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3}
 
@@ -59,3 +60,27 @@ def test_sincos_by_hand(row_first):
                 for i in range(4)
             ]
             assert table[1 + 3 * row + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def kind(**options):
+    """A ViT of one narrow block, with the options that f knows or does not know."""
+    shape = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    return VisionTransformer(**shape | {"num_classes": 0} | options)
+
+
+def test_plain_is_what_f_has_and_no_more():
+    """Of a ViT with any one part more or less f would leave that part out."""
+    assert is_plain(kind())
+    for options in (
+        {"in_chans": 1}, {"dynamic_img_size": True}, {"reg_tokens": 1}, {"pre_norm": True},
+        {"class_token": False, "global_pool": "avg"}, {"final_norm": False}, {"pos_embed": "none"},
+        {"no_embed_class": True}, {"embed_norm_layer": torch.nn.LayerNorm},
+    ):  # fmt: skip
+        assert not is_plain(kind(**options)), options
+
+    class Other(VisionTransformer):
+        pass
+
+    vit = kind()
+    vit.__class__ = Other
+    assert not is_plain(vit)

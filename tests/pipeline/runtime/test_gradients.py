@@ -212,6 +212,8 @@ def test_a_norm_is_exact_over_chunks_and_names_what_is_not_finite():
     big, small = torch.randn(3 * gradients.CHUNK + 5), torch.randn(2, 3).bfloat16()
     exact = (big.double().square().sum() + small.double().square().sum()).sqrt()
     assert total_norm([big, small]) == pytest.approx(float(exact), rel=1e-5)
+    alone = small.double().square().sum().sqrt()
+    assert total_norm([small]) == pytest.approx(float(alone), rel=1e-6)  # of bf16, but in fp32
     for bad in (math.inf, -math.inf, math.nan):
         small[1, 2] = bad
         assert not math.isfinite(total_norm([big, small]))
