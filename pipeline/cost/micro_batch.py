@@ -18,12 +18,12 @@ class PlanError(UserError):
 def split(recipe: Recipe, ranks: int) -> list[int]:
     """Micro-batches that divide a rank's images of a step and of which a run can be made, the
     largest first. PlanError where there is none."""
-    per_rank, left = divmod(recipe.batch_size, ranks)
-    if left or not per_rank or recipe.data.partitions % ranks:
+    if recipe.data.partitions % ranks:  # of which batch_size is a multiple
         raise PlanError(
             f"--gpus {ranks}: batch_size {recipe.batch_size} and data.partitions "
             f"{recipe.data.partitions} must be multiples of the number of GPUs"
         )
+    per_rank = recipe.batch_size // ranks
     if problem := why_too_few(recipe, per_rank, ranks):
         raise PlanError(f"--gpus {ranks}: {problem}")
     sizes = (n for n in range(per_rank, 0, -1) if per_rank % n == 0)

@@ -49,11 +49,10 @@ def is_plain(vit: nn.Module) -> bool:
         and vit.patch_embed.proj.in_channels == 3
         and not vit.dynamic_img_size
         and vit.has_class_token
-        and vit.num_reg_tokens == 0
         and isinstance(vit.norm_pre, nn.Identity)
         and isinstance(vit.norm, nn.LayerNorm)
         and vit.pos_embed is not None
-        and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1
+        and vit.pos_embed.shape[1] == vit.patch_embed.num_patches + 1  # with registers more
     )
 
 

@@ -344,6 +344,8 @@ def test_split_of_the_batch_and_its_negatives():
     assert (plan.micro_batch, plan.accumulation) == (64, 4)
     assert plan.config["gradient_accumulation_steps"] == 4
     assert any("256 images of one micro-batch" in line for line in plan.describe())
+    at_once = plan_recipe({"train_micro_batch_size_per_gpu": 256}, recipe, world=4)
+    assert not any("of one micro-batch" in line for line in at_once.describe())
     byol = tiny_recipe("cmae", "measure.kind=byol", "measure.heads={batch_norm: true}")
     lines = plan_recipe({"train_micro_batch_size_per_gpu": 2}, byol, world=2).describe()
     assert "statistics of batch norm: from the 4 images of one micro-batch on all ranks" in lines
@@ -355,3 +357,16 @@ def test_split_of_the_batch_and_its_negatives():
 def test_the_log_counts_in_singular_and_plural():
     plan = plan_recipe({"train_micro_batch_size_per_gpu": 8}, tiny_recipe("mae"), world=1)
     assert "batch: 8 = 1 rank × 8 images × 1 accumulation step" in plan.describe()
+
+
+def test_what_a_config_says_is_kept_and_what_it_does_not_say_is_filled_in():
+    plan = plan_recipe({}, tiny_recipe("mae"), world=1)
+    assert plan.watchdog_seconds == 1800  # docs/cluster.md
+    assert plan.config["steps_per_print"] >= 10**9  # DeepSpeed's own lines: never
+    said = {"enabled": True, "lower_precision_safe_modules": ["torch.nn.Linear"]}
+    config = {"torch_autocast": said, "steps_per_print": 5, "watchdog_seconds": 7}
+    plan = plan_recipe(config, tiny_recipe("mae"), world=1)
+    assert plan.config["torch_autocast"] == said | {"dtype": "bfloat16"}
+    assert (plan.config["steps_per_print"], plan.watchdog_seconds) == (5, 7.0)
+    off = plan_recipe({"watchdog_seconds": 0}, tiny_recipe("mae"), world=1)
+    assert off.watchdog_seconds == 0

@@ -390,6 +390,10 @@ def test_micro_batches_divide_a_ranks_images():
     assert split(recipe, 64) == [16, 8, 4, 2, 1]
     with pytest.raises(PlanError, match=r"--gpus 3: batch_size 1024 .* multiples"):
         split(recipe, 3)
+    for batch, partitions in ((4, 4), (12, 4), (24, 12), (1024, 4)):
+        changes = [f"batch_size={batch}", f"data.partitions={partitions}"]
+        with pytest.raises(PlanError, match=r"--gpus 8: .* must be multiples of the number"):
+            split(load_recipe(RECIPES / "mae.yaml", changes), 8)
 
 
 def test_a_micro_batch_that_the_run_refuses_is_not_planned(capsys):

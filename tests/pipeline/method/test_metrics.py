@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.kernels.philox import words
-from pipeline.method.metrics import cka, gram, hsic, kept_patches, vote
+from pipeline.method.metrics import biased_hsic, cka, gram, hsic, kept_patches, vote
 
 
 def test_hsic_is_the_mean_over_distinct_quadruples():
@@ -32,6 +32,14 @@ def test_cka_is_one_for_rotations_and_near_zero_for_strangers():
     assert cka(x, 3 * x @ rotation + 5).item() == pytest.approx(1.0, abs=1e-5)
     assert abs(cka(x, torch.randn(300, 8)).item()) < 0.05
     assert torch.allclose(gram(x + 7), gram(x), atol=1e-3)
+
+
+def test_biased_hsic_is_the_trace_of_centred_matrices():
+    """Gretton et al. 2005: tr(K H L H) / (n - 1)², also of matrices that are not centred."""
+    k, m = (x @ x.T for x in torch.randn(2, 6, 3, dtype=torch.float64) + 1)
+    h = torch.eye(6, dtype=torch.float64) - 1 / 6
+    expected = (k @ h @ m @ h).trace() / 25
+    torch.testing.assert_close(biased_hsic(k, m), expected)
 
 
 def test_a_gram_matrix_is_exact_to_float64_and_of_centred_features():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from launches import CountLaunches
-from timm.layers import DropPath
+from timm.layers import Attention, DropPath
 from tiny import PATCH, images, tiny_recipe
 
 from pipeline.method.decoder import Decoder
@@ -70,6 +70,22 @@ def test_they_agree_in_bf16_to_its_rounding():
         z, expected = both(encoder, views), both(encoder, views, apart=True)
     for ours, theirs in zip(z, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05)
+
+
+def test_only_timms_own_fused_attention_takes_both_views_at_once():
+    """Another would not be what both views go through."""
+    block = Encoder(tiny_recipe("rmae")).blocks[0]
+    attn = block.attn
+    assert block.takes_parts
+    attn.fused_attn = False
+    assert not block.takes_parts
+    attn.fused_attn, attn.gate = True, torch.nn.Identity()
+    assert not block.takes_parts
+    attn.gate, attn.attn_drop.p = None, 0.1
+    assert not block.takes_parts
+    assert block.eval().takes_parts
+    attn.__class__ = type("Other", (Attention,), {})
+    assert not block.takes_parts
 
 
 def test_linears_see_every_token_once_and_no_padding():

@@ -74,6 +74,7 @@ def test_plain_is_what_f_has_and_no_more():
     for options in (
         {"in_chans": 1}, {"dynamic_img_size": True}, {"reg_tokens": 1}, {"pre_norm": True},
         {"class_token": False, "global_pool": "avg"}, {"final_norm": False}, {"pos_embed": "none"},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False, "reg_tokens": 1},
         {"no_embed_class": True}, {"embed_norm_layer": torch.nn.LayerNorm},
     ):  # fmt: skip
         assert not is_plain(kind(**options)), options

@@ -60,3 +60,25 @@ def test_a_count_that_fails_is_a_line(tmp_path, monkeypatch):
     assert mfu.flops_per_image(wait=True) is None
     assert mfu.problem.startswith("MFU: not shown, counting the FLOPs failed (")
     assert "missing.py" in mfu.problem
+
+
+def test_a_count_is_taken_once_it_is_there_and_ended_where_nobody_waits(tmp_path, monkeypatch):
+    """Of a command that counts at once: 1000 GPUs + micro-batch, and images of two sizes."""
+    command = tmp_path / "estimate.py"
+    monkeypatch.setattr("pipeline.runtime.mfu.ESTIMATE", command)
+    command.write_text(
+        "import sys\nsaid = dict(zip(sys.argv[2::2], sys.argv[3::2]))\n"
+        "print(1000 * int(said['--gpus']) + int(said['--micro-batch']))\n"
+        "print('96 40\\n192 80')"
+    )
+    mfu = Mfu(tmp_path / "recipe.yaml", peak=1e6, micro_batch=16, ranks=2)
+    until = time.monotonic() + 60
+    while mfu.of(10.0) is None:  # as a run asks: it never waits
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert mfu.of(10.0) == pytest.approx(2016 * 10 / 1e6)
+    assert mfu.of(10.0, {96: 3, 192: 1}) == pytest.approx(50 * 10 / 1e6)
+    command.write_text("import time\ntime.sleep(300)")
+    begun = time.monotonic()
+    Mfu(tmp_path / "recipe.yaml", peak=1e6, micro_batch=16, ranks=2).close()
+    assert time.monotonic() - begun < 60

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.method.metrics import cka, gram, hsic
 from pipeline.method.objective import build_objective
 from pipeline.runtime.probes import Probes, share_of
-from pipeline.runtime.skipped_steps import SkippedSteps
+from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
 from shard_tools.manifest import read_manifest
 
 
@@ -31,6 +31,10 @@ def test_skipped_steps_stop_only_in_a_row_and_name_the_steps():
     assert "\n" not in str(error.value)
     skipped.note(6, False)
     assert skipped.at_end() == ""
+    skipped.note(7, True)
+    assert skipped.at_end().startswith("the last step was skipped")
+    assert "after step 7;" in skipped.at_end()
+    assert load_recipe("mae").optimizer.skip_limit == SKIP_LIMIT
 
 
 def test_cka_is_one_for_rotated_features_and_small_for_unrelated_ones():

@@ -40,7 +40,7 @@ def test_the_generators_have_seeds_of_their_own():
     seed_all(5, 7)
     expected = (
         random.Random(state[0]).random(),
-        np.random.RandomState(state[1]).random(),  # noqa: NPY002
+        np.random.RandomState(state[1]).random(),
         float(torch.rand((), generator=torch.Generator().manual_seed(state[2]))),
     )
     assert drawn() == expected
