@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from shard_tools.cli import ToolError, read_list
@@ -21,12 +22,21 @@ def read_classes(path: Path | None) -> tuple[str, ...]:
     if path.is_dir():
         classes = read_manifest(path).classes
     elif path.is_file():
-        lines = [line.strip() for line in read_list(path)]
-        synsets = [_SYNSET_LINE.fullmatch(line) for line in lines]
-        classes = tuple(match[1] if match else "" for match in synsets)
-        classes = classes if all(classes) else tuple(lines)
+        return parse_classes(read_list(path), str(path))
     else:
         raise ToolError(f"{path}: no such file or shard folder to take the classes from")
+    return _checked(classes, str(path))
+
+
+def parse_classes(lines: Iterable[str], path: str) -> tuple[str, ...]:
+    """As `read_classes`, of the lines of a text file, which is called `path`."""
+    lines = [line.strip() for line in lines if line.strip()]
+    synsets = [_SYNSET_LINE.fullmatch(line) for line in lines]
+    classes = tuple(match[1] if match else "" for match in synsets)
+    return _checked(classes if all(classes) else tuple(lines), path)
+
+
+def _checked(classes: tuple[str, ...], path: str) -> tuple[str, ...]:
     if not classes or len(set(classes)) != len(classes):
         raise ToolError(f"{path}: holds no classes, or one of them twice")
     return classes

@@ -7,6 +7,8 @@ tar. A compressed archive has no byte ranges; it is unpacked once, as a stream, 
 from __future__ import annotations
 
 import bz2
+import fcntl
+import glob
 import gzip
 import hashlib
 import lzma
@@ -15,9 +17,10 @@ import posixpath
 import shutil
 import socket
 import subprocess
+import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,7 +40,10 @@ from shard_tools.sharding.zip_files import copy_zip, read_zip, zip_names
 from shard_tools.tar import read_up_to
 
 UNPACKED = "unpacked"  # folder for plain tars of compressed archives, inside PARTS
-_TARS = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_TARS = (
+    *(".tar", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz"),
+    *(".tgz", ".tzst", ".tbz2", ".tbz", ".txz"),
+)
 _ARCHIVES = (*_TARS, ".zip")
 _PIECE = 16 << 20  # bytes unpacked at a time
 _ARCHIVES_INSIDE = (*_ARCHIVES, ".7z", ".rar")
@@ -98,14 +104,15 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
 
 
 def member_names(path: Path, unpacked: Path | None) -> list[str]:
-    """The names of what is in a tar or a zip; [] where it is damaged, which is said when it is
+    """The names of what is in a tar or a zip, up to where it is damaged, which is said when it is
     listed. unpacked: as for `list_archive`."""
-    try:
+    names: list[str] = []
+    with suppress(TarError):
         if compression(path) == "zip":
             return zip_names(path)
-        return [member.name for member in read_members(plain_tar(path, unpacked))]
-    except TarError:
-        return []
+        for member in read_members(plain_tar(path, unpacked)):
+            names.append(member.name)
+    return names
 
 
 def read_member(path: Path, unpacked: Path | None, name: str) -> bytes:
@@ -194,10 +201,15 @@ def _latest(members: list[Member], found: Found) -> list[Member]:
 
 
 def compression(path: Path) -> str:
-    """gzip, zstd, bzip2, xz or zip by the first bytes of a file, else ""."""
+    """gzip, zstd, bzip2, xz or zip by the first bytes of a file, else ""; zip also where it is
+    called so and is no tar: a zip may begin with a program, and of another file it is said that it
+    is none."""
     with naming(path, "cannot be read"), open(path, "rb") as file:
         head = file.read(6)
-    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+        kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+        if not kind and path.name.lower().endswith(".zip") and not tarfile.is_tarfile(path):
+            return "zip"
+    return kind
 
 
 def is_compressed(path: Path) -> bool:
@@ -243,18 +255,20 @@ def unpacked_tar(
         about = path.stat()
     if unpacked is None:
         raise Unskippable(
-            f"{path}: is {what} and must be unpacked first, which make_shards.py does without "
-            "--num-tasks"
+            f"{path}: is {what} and must be unpacked first; shard_tools/make_shards.py, without "
+            "--num-tasks, makes shards of it"
         )
     mark = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}{part}"
-    target = unpacked / f"{path.name}-{hashlib.sha256(mark.encode()).hexdigest()[:16]}.tar"
+    target = unpacked / f"{path.name}-{hashlib.sha256(os.fsencode(mark)).hexdigest()[:16]}.tar"
     if target.is_file():
         return target
     partial = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         unpacked.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         try:
             with open(partial, "wb") as out:
+                _lock(out)
                 unpack(out)
                 out.flush()
                 os.fsync(out.fileno())  # or a power cut could leave zeros under its final name
@@ -265,6 +279,24 @@ def unpacked_tar(
     except OSError as error:
         raise Unskippable(f"{target}: cannot be written ({error.strerror})") from error
     return target
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Take away what processes that were killed had written of `target`; those alive hold a lock.
+    Where the file system has no locks it stays until the job is done."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with suppress(FileNotFoundError), open(partial, "r+b") as left:
+            if _lock(left):
+                partial.unlink()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether this process has a lock on an open file now."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _pieces(path: Path, kind: str) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import naming
-from shard_tools.class_list import read_classes
+from shard_tools.class_list import parse_classes, read_classes
 from shard_tools.cli import ToolError
 from shard_tools.sharding.archives import (
     archive_stem,
@@ -54,17 +54,21 @@ _DEVKIT = "ILSVRC2012_devkit_t12"
 _PART = re.compile(r"train_images_(\d+)\.tar(\.gz|\.zst)?")
 
 
+# What a list of synsets is called, and what reads it.
+Mapping = tuple[str, Callable[[], Sequence[str]]]
+
+
 @dataclass(frozen=True)
 class Layout:
     """A folder that holds train and validation set: what it is, the paths of both (several only
-    for archives), how the labels of a flat validation set are read, and the list of synsets.
-    together: both paths are those of one archive."""
+    for archives), how the labels of a flat validation set are read, and the list of synsets, with
+    what it is called. together: both paths are those of one archive."""
 
     what: str
     train: tuple[Path, ...]
     val: tuple[Path, ...]
     labels: Callable[[], Labels] | None = None
-    mapping: Path | None = None
+    mapping: Mapping | None = None
     together: bool = False
 
 
@@ -95,6 +99,7 @@ def open_splits(layout: Layout, how: Listing) -> tuple[Source, Source]:
         _check_mapping(layout, train.classes)
     if not train.classes:
         raise ToolError(f"{layout.train[0]}: the training set has no class folders or labels")
+    _check_depth(layout, train)
     how = replace(how, classes=train.classes)
     if layout.labels and how.labels is None:
         how = replace(how, labels=layout.labels())
@@ -113,18 +118,35 @@ def _together(layout: Layout, how: Listing) -> tuple[Callable[[Listing], Source]
     if sets is None:
         raise ToolError(f"{path}: the images of one of its sets cannot be read")
     above, folders = sets
-    parts = divided(found, [above + name for name in training_and_held_out(folders)])
+    names = training_and_held_out(folders)
+    parts = divided(found, [above + name for name in names])
     if layout.labels:
         parts[1] = parts[1].without_wrapping(keep_class=False)  # Tiny ImageNet's val/images
-    return tuple(partial(open_found, part, path) for part in parts)
+    return tuple(
+        partial(open_found, part, path, above + name)
+        for part, name in zip(parts, names, strict=True)
+    )
+
+
+def _check_depth(layout: Layout, train: Source) -> None:
+    """The only class folder of the training set does not hold the classes."""
+    inside = {name.split("/")[1] for name in train.items.names if name.count("/") > 1}
+    flat = any(name.count("/") < 2 for name in train.items.names)
+    if len(train.classes) == 1 and len(inside) > 1 and not flat:
+        raise ToolError(
+            f"{layout.train[0]}: the training set has one class folder, {train.classes[0]}, which "
+            f"holds folders such as {min(inside)}; move them one folder up"
+        )
 
 
 def _check_mapping(layout: Layout, classes: Sequence[str]) -> None:
-    named = read_classes(layout.mapping)
+    assert layout.mapping
+    where, read = layout.mapping
+    named = read()
     wrong = set(named) ^ set(classes)
     if wrong:
         raise ToolError(
-            f"{layout.train[0]}: {len(classes)} classes where {layout.mapping} names {len(named)}; "
+            f"{layout.train[0]}: {len(classes)} classes where {where} names {len(named)}; "
             f"{min(wrong)} is only in one of them"
         )
 
@@ -144,7 +166,7 @@ def _kaggle(root: Path) -> Layout | None:
                 (folder / "train",),
                 (val,),
                 _flat_labels(val, beside),
-                _first(beside, _MAPPING),
+                _mapping(beside),
             )
     return None
 
@@ -167,7 +189,7 @@ def _folders(root: Path) -> Layout | None:
                 (folder / train,),
                 (folder / val,),
                 _flat_labels(folder / val, [folder, folder / val, root]),
-                _first([folder, root], _MAPPING),
+                _mapping([folder, root]),
             )
     return None
 
@@ -198,7 +220,7 @@ def _original(root: Path) -> Layout | None:
         (train,),
         (val,),
         lambda: _known(read_labels(None, devkit)),
-        _first([root], _MAPPING),
+        _mapping([root]),
     )
 
 
@@ -215,7 +237,7 @@ def _hugging_face(root: Path) -> Layout | None:
         if val is None:
             raise ToolError(f"{folder / 'val_images.tar.gz'}: is missing beside the train archives")
         train = tuple(folder / parts[number] for number in sorted(parts))
-        mapping = _first([folder, root], _MAPPING)
+        mapping = _mapping([folder, root])
         return Layout("ImageNet as Hugging Face has it", train, (folder / val,), None, mapping)
     return None
 
@@ -246,7 +268,7 @@ def _archive_each(root: Path) -> Layout | None:
         f"an archive of the training set, validation set in {val[0]}",
         (root / train[0],),
         (root / val[0],),
-        mapping=_first([root], _MAPPING),
+        mapping=_mapping([root]),
     )
 
 
@@ -262,7 +284,7 @@ def _one_archive(path: Path, unpacked: Path | None) -> Layout | None:
         (path,),
         (path,),
         _labels_inside(path, unpacked, names, above + val),
-        _first([path.parent], _MAPPING),
+        _mapping_inside(path, unpacked, names) or _mapping([path.parent]),
         together=True,
     )
 
@@ -287,6 +309,18 @@ def _labels_inside(
     if table:
         return lambda: parse_solution(read_member(archive, unpacked, table), f"{archive}, {table}")
     return _labels_in([archive.parent])
+
+
+def _mapping_inside(archive: Path, unpacked: Path | None, names: Sequence[str]) -> Mapping | None:
+    """The list of synsets among the members of an archive."""
+    name = next((name for name in names if name.rpartition("/")[2] == _MAPPING), "")
+    where = f"{archive}, {name}"
+
+    def read() -> Sequence[str]:
+        text = read_member(archive, unpacked, name).decode("utf-8-sig", "replace")
+        return parse_classes(text.split("\n"), where)
+
+    return (where, read) if name else None
 
 
 def _flat_labels(val: Path, folders: Sequence[Path]) -> Callable[[], Labels] | None:
@@ -320,6 +354,12 @@ def _packed(folder: Path, *names: str) -> Path | None:
     suffixes = ("", ".gz", ".zst")
     paths = (folder / (name + suffix) for name in names for suffix in suffixes)
     return next((path for path in paths if path.exists()), None)
+
+
+def _mapping(folders: Sequence[Path]) -> Mapping | None:
+    """The list of synsets in one of the folders."""
+    path = _first(folders, _MAPPING)
+    return (str(path), partial(read_classes, path)) if path else None
 
 
 def _first(folders: Sequence[Path], name: str) -> Path | None:

@@ -186,6 +186,7 @@ def _columns(path: Path, wanted: Wanted) -> Columns:
     images = _one(path, schema, _image_columns(schema, said), wanted.images, "images")
     if not images:
         raise Unskippable(f"{path}: has no column of images; found {_list(schema.names)}")
+    _check_binary(path, schema.field(images))
     labels = ""
     if wanted.labelled:
         labels = _one(path, schema, _label_columns(schema, said), wanted.labels, "labels")
@@ -193,6 +194,18 @@ def _columns(path: Path, wanted: Wanted) -> Columns:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise Unskippable(f"{path}: two classes of its column `{labels}` are called {twice[0]!r}")
     return Columns(images, "bytes" in _fields(schema.field(images)), labels, names)
+
+
+def _check_binary(path: Path, field: Any) -> None:
+    """A column of images, or the bytes in its structs, is one of binary values."""
+    types = importlib.import_module("pyarrow").types
+    kind = field.type.field("bytes").type if "bytes" in _fields(field) else field.type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (_is_binary(kind) or types.is_fixed_size_binary(kind)):
+        raise Unskippable(
+            f"{path}: its column `{field.name}` is of the type {str(field.type)[:80]}, not of "
+            "encoded images (binary values)"
+        )
 
 
 def _one(path: Path, schema: Any, candidates: list[str], chosen: str, what: str) -> str:
@@ -212,12 +225,15 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _image_columns(schema: Any, said: dict[str, Any]) -> list[str]:
-    pyarrow = importlib.import_module("pyarrow")
     described = [name for name in schema.names if said.get(name, {}).get("_type") == "Image"]
     structs = [field.name for field in schema if "bytes" in _fields(field)]
-    kinds = (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_binary_view)
-    bare = [field.name for field in schema if any(kind(field.type) for kind in kinds)]
+    bare = [field.name for field in schema if _is_binary(field.type)]
     return described or structs or bare
+
+
+def _is_binary(kind: Any) -> bool:
+    types = importlib.import_module("pyarrow").types
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _label_columns(schema: Any, said: dict[str, Any]) -> list[str]:

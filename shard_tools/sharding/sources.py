@@ -123,9 +123,10 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
     return _checked(source, path)
 
 
-def open_found(found: Found, path: Path, how: Listing) -> Source:
-    """The source of what was found in an archive, or in a folder of it."""
-    return _checked(_labelled(found, path.parent, how, str(path)), path)
+def open_found(found: Found, archive: Path, folder: str, how: Listing) -> Source:
+    """The source of what was found in a folder of an archive."""
+    where = archive / folder
+    return _checked(_labelled(found, archive.parent, how, str(where)), where)
 
 
 def open_parts(paths: Sequence[Path], how: Listing) -> Source:
@@ -290,6 +291,9 @@ def _labelled(found: Found, root: Path, how: Listing, where: str) -> Source:
         if how.labels:
             raise ToolError(f"{where}: has class folders, so --synsets and --devkit do nothing")
         names = [sys.intern(name.split("/")[0]) for name in found.images.names]
+        if ".." in names:
+            out = found.images.names[names.index("..")]
+            raise ToolError(f"{where}: {out} leads out of the archive, so its folder is no class")
     elif how.labels:
         names = label_flat(found, how.labels, where, how.skip)
         _check_synsets(names, how, where)

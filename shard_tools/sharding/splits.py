@@ -36,7 +36,7 @@ def training_and_held_out(folders: Iterable[str]) -> tuple[str, str]:
 
 def divided(found: Found, folders: Sequence[str]) -> list[Found]:
     """What is in each of the folders, with names as in that folder; what is known of files outside
-    them is in the first."""
+    them is in the first, and images that are in no folder beside them are `ignored`."""
     parts = [Found() for _ in folders]
 
     def of(name: str) -> int:
@@ -51,6 +51,9 @@ def divided(found: Found, folders: Sequence[str]) -> list[Found]:
             for image in found.images
             if image.name.startswith(f"{folder}/")
         )
+    depth = folders[0].count("/")
+    loose = [name for name in found.images.names if name.count("/") <= depth]
+    parts[0].ignored += [(name, "in none of the sets") for name in loose]
     for name, reason in found.ignored:
         parts[of(name)].ignored.append((name, reason))
     for name, reason in found.missing:

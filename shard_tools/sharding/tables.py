@@ -188,8 +188,8 @@ def _value(path: Path, number: int, value: Any) -> int | str | None:
         value = int(text) if _INTEGER.fullmatch(text) else text
     if type(value) is not int or not 0 <= value < MOST_CLASSES:
         raise ToolError(
-            f"{path}: row {number} has the label {value!r}, which is neither a class index "
-            f"(0 to {MOST_CLASSES - 1}) nor a name"
+            f"{path}: row {number} has the label {repr(value)[:80]}, which is neither a class "
+            f"index (0 to {MOST_CLASSES - 1}) nor a name"
         )
     return value
 

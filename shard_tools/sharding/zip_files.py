@@ -8,6 +8,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,7 @@ from shard_tools.members import TarError
 from shard_tools.sharding.found import LONGEST_IMAGE, Unskippable, is_image, too_long
 
 _LONGEST_LINK = 4096  # bytes of a path, on Linux
+_UTF8 = 0x800  # flag of a member whose name is UTF-8
 _DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, OSError)
 
 
@@ -56,7 +58,13 @@ def _open(path: Path) -> zipfile.ZipFile:
 
 
 def _name(info: zipfile.ZipInfo) -> str:
-    return info.filename.replace("\\", "/")  # as some programs of Windows write it
+    """The name of a member. `zip` on Linux and macOS write UTF-8 without the flag that says so, and
+    Python reads it as cp437."""
+    name = info.filename
+    if not info.flag_bits & _UTF8:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")  # as some programs of Windows write it
 
 
 def _copy(
@@ -83,23 +91,24 @@ def _copy(
 
 def _read(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
     """The content of a member, whose checksum is right."""
+    name = _name(info)
     if info.flag_bits & 1:
-        raise Unskippable(f"{path}: {info.filename} is encrypted; unpack it with its password")
+        raise Unskippable(f"{path}: {name} is encrypted; unpack it with its password")
     if info.file_size > most:
-        raise TarError(str(too_long(f"{path}: member {info.filename!r}", info.file_size)))
+        raise TarError(str(too_long(f"{path}: member {name!r}", info.file_size)))
     try:
         with archive.open(info) as file:
             content = file.read(info.file_size + 1)  # a byte more: its checksum is looked at
     except NotImplementedError as error:  # such as deflate64, which Windows uses beyond 2 GB
         raise Unskippable(
-            f"{path}: {info.filename} is packed in a way that Python does not read ({error}); "
+            f"{path}: {name} is packed in a way that Python does not read ({error}); "
             "unpack the zip and give the folder"
         ) from error
     except _DAMAGE as error:
-        raise TarError(f"{path}: member {info.filename!r} is damaged ({error})") from error
+        raise TarError(f"{path}: member {name!r} is damaged ({error})") from error
     if len(content) != info.file_size:
         raise TarError(
-            f"{path}: member {info.filename!r} is damaged ({len(content)} bytes, not the "
+            f"{path}: member {name!r} is damaged ({len(content)} bytes, not the "
             f"{info.file_size} of its header)"
         )
     return content

@@ -27,7 +27,7 @@ from shard_samples import (
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
-from shard_tools.sharding.archives import list_archive
+from shard_tools.sharding.archives import list_archive, plain_tar
 from shard_tools.verify_shards import main as verify
 
 CLASSES = ("n00000001", "n00000002", "n00000003")
@@ -289,4 +289,45 @@ def test_tasks_do_not_each_unpack_an_archive(
     archive, _ = nested(tmp_path / "train.tar")
     (tmp_path / "train.tar.gz").write_bytes(gzip.compress(archive.read_bytes()))
     error = refused(capsys, tmp_path / "train.tar.gz", tmp_path / "d", "--num-tasks", "2")
-    assert "is compressed and must be unpacked first, which make_shards.py does" in error
+    assert "is compressed and must be unpacked first; shard_tools/make_shards.py, without" in error
+
+
+def test_what_killed_calls_had_unpacked_is_removed_and_that_of_others_is_not(
+    tmp_path: Path,
+) -> None:
+    archive = tar_of(tmp_path / "t.tar", {"a/1.jpg": jpeg(1)})
+    archive.write_bytes(gzip.compress(archive.read_bytes()))
+    target = plain_tar(archive, tmp_path / "u")
+    target.unlink()
+    killed, alive = (target.with_name(f".{target.name}.node.{i}.tmp") for i in (1, 2))
+    killed.write_bytes(b"x")
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    command = [sys.executable, "-c", f"{hold}; print(1, flush=True); sys.stdin.read()", str(alive)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        assert plain_tar(archive, tmp_path / "u") == target
+        other.communicate()
+    assert sorted((tmp_path / "u").iterdir()) == sorted([alive, target])
+
+
+def test_class_tars_under_short_suffixes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = [tar_of(tmp_path / "i.tar", {f"{i}.jpg": jpeg(i)}).read_bytes() for i in range(2)]
+    packed = lzma.compress(inner[1])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / f"{CLASSES[0]}.tar").write_bytes(inner[0])
+    (tmp_path / "in" / f"{CLASSES[1]}.txz").write_bytes(packed)
+    assert read_manifest(make(tmp_path / "in", tmp_path / "o")).classes == CLASSES[:2]
+    members = {f"{CLASSES[0]}.tar": inner[0], f"{CLASSES[1]}.txz": packed}
+    error = refused(capsys, tar_of(tmp_path / "t.tar", members), tmp_path / "d")
+    assert f"{CLASSES[1]}.txz is compressed inside the archive; unpack it" in error
+
+
+def test_a_compressed_archive_in_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"b\xff")
+    folder.mkdir()
+    archive = tar_of(folder / "t.tar", {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})
+    archive.write_bytes(gzip.compress(archive.read_bytes()))
+    assert read_manifest(make(archive, tmp_path / "o")).samples == 2

@@ -349,7 +349,7 @@ def test_images_beside_parquet_and_other_misunderstandings(
         assert "--image-column and --label-column are for" in error
     source = labelled(tmp_path / "x.parquet")
     error = refused(capsys, source, tmp_path / "out", "--num-tasks", "2")
-    assert "is Parquet and must be unpacked first, which make_shards.py does without" in error
+    assert "is Parquet and must be unpacked first; shard_tools/make_shards.py, without" in error
     labelled(tmp_path / "two" / "a.parquet")
     table(tmp_path / "two" / "b.parquet", {"image": structs([jpeg(1)]), "label": [1]})
     capsys.readouterr()
@@ -413,3 +413,18 @@ def test_other_formats_are_converted_as_from_anywhere(tmp_path: Path) -> None:
     (data,) = made(source, tmp_path / "out")
     assert data[:2] == b"\xff\xd8"
     assert "PNG" in str(report(tmp_path / "out"))
+
+
+def test_columns_that_hold_no_encoded_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, path = [jpeg(1), jpeg(2)], tmp_path / "x.parquet"
+    table(path, {"image": structs(images), "pages": [[i] for i in images], "label": [0, 1]})
+    for column, kind in (("label", "int64"), ("pages", "list<element: binary>")):
+        error = refused(capsys, path, tmp_path / "out", "--image-column", column)
+        assert f"{path}: its column `{column}` is of the type {kind}, not of encoded" in error
+    error = refused(capsys, path, tmp_path / "out", "--label-column", "image")
+    assert "row 0 has the label {'bytes': b'" in error
+    assert len(error) < 500  # not the whole image
+    table(path, {"image": [{"bytes": "a.jpg"}], "label": [0]})
+    assert "of the type struct<bytes: string>, not" in refused(capsys, path, tmp_path / "out")

@@ -205,3 +205,26 @@ def test_tasks_of_an_array_need_a_folder(
     archive = zip_of(tmp_path / "t.zip", {"a/1.jpg": jpeg(1)})
     error = refused(capsys, archive, tmp_path / "d", "--num-tasks", "2", "--task-id", "0")
     assert "t.zip: is a zip and must be unpacked first" in error
+
+
+def test_names_in_utf8_that_no_flag_announces(tmp_path: Path) -> None:
+    """As `zip -r` on Linux and the Finder of macOS write them."""
+    archive = zip_of(tmp_path / "m.zip", {"Kaese/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})
+    archive.write_bytes(archive.read_bytes().replace(b"Kaese", "Käse".encode()))
+    assert read_manifest(make(archive, tmp_path / "u")).classes == ("Käse", "b")
+    archive.write_bytes(archive.read_bytes().replace("Käse".encode(), "Käsch".encode("cp437")))
+    assert read_manifest(make(archive, tmp_path / "d")).classes == ("Käsch", "b")
+
+
+def test_a_zip_behind_a_program_is_read_and_what_is_none_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = zip_of(tmp_path / "t.zip", {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})
+    archive.write_bytes(b"#!/bin/sh\n" + archive.read_bytes())
+    assert read_manifest(make(archive, tmp_path / "p")).samples == 2
+    zip_of(archive, {})
+    assert "t.zip: holds no images" in refused(capsys, archive, tmp_path / "d")
+    for content in (b"", b"<!DOCTYPE html><title>Sign in</title>"):
+        archive.write_bytes(content)
+        error = refused(capsys, archive, tmp_path / "e")
+        assert "t.zip: damaged or cut zip (File is not a zip file)" in error
