@@ -276,6 +276,7 @@ def _one_archive(path: Path, unpacked: Path | None) -> Layout | None:
     names = member_names(path, unpacked)
     sets = split_folders(filter(is_image, names))
     if sets is None:
+        _check_both(path, names)
         return None
     above, folders = sets
     train, val = training_and_held_out(folders)
@@ -309,6 +310,15 @@ def _labels_inside(
     if table:
         return lambda: parse_solution(read_member(archive, unpacked, table), f"{archive}, {table}")
     return _labels_in([archive.parent])
+
+
+def _check_both(path: Path, names: Sequence[str]) -> None:
+    """No training or held-out set is there that holds other files than images only."""
+    if sets := split_folders(names):
+        above, folders = sets
+        for folder in training_and_held_out(folders):
+            if not any(f"/{above}{folder}/" in f"/{name}" for name in names if is_image(name)):
+                raise ToolError(f"{path}: its folder {above}{folder} holds no images")
 
 
 def _mapping_inside(archive: Path, unpacked: Path | None, names: Sequence[str]) -> Mapping | None:

@@ -25,6 +25,15 @@ def test_images_in_no_set_are_reported(above: str, tmp_path: Path) -> None:
     assert read_manifest(dest / "train").samples == 2
 
 
+@pytest.mark.parametrize("empty", ["train", "val"])
+def test_a_set_without_images_is_not_left_out(
+    empty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = {name: data for name, data in BOTH.items() if not name.startswith(empty)}
+    archive = tar_of(tmp_path / "t.tar", members | {f"{empty}/a/readme.txt": b"see elsewhere"})
+    assert f"t.tar: its folder {empty} holds no images" in refused(capsys, archive, tmp_path / "d")
+
+
 def test_a_class_of_the_validation_set_alone_is_said_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
