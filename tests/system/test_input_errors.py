@@ -90,7 +90,7 @@ MORE_ENCODERS = [
     ("--encoder {run} --precision fp16", "invalid choice: 'fp16'"),
 ]
 FOLDERS = [("{none}", "/none: no such folder"), ("{empty}", "has no manifest.json"),
-           ("{text}", "no such folder")]  # fmt: skip
+           ("{text}", "is a file and no folder")]  # fmt: skip
 
 
 def evaluation(name, sets, *more, encoders=()):
