@@ -446,11 +446,12 @@ def test_the_names_of_mmpretrain(tmp_path, arch, more, row_first, heads, mean):
         ("backbone.vit.", "student_backbone.vit.", 0),  # DINO in the benchmarks
         ("backbone.vit.", "anchor_backbone.vit.", 0),  # MSN
         ("backbone.vit.", "backbone_momentum.vit.", 1),  # MoCo
+        ("backbone.", "momentum_backbone.", 1),  # solo-learn's
         ("teacher_embedding_model.wrapped_model._model.", "student_embedding_model.wrapped_model."
          "_model.", 0),  # lightly-train
     ],
 )  # fmt: skip
-def test_the_roles_of_lightly(tmp_path, taken, other, average):
+def test_the_roles_of_lightly_and_solo_learn(tmp_path, taken, other, average):
     vit = model()
     state = {f"{taken}{k}": v for k, v in vit.state_dict().items()}
     state |= {f"{other}{k}": v + 1 for k, v in vit.state_dict().items()}
@@ -488,16 +489,3 @@ def test_dinov3_in_a_role_has_timms_pixels(tmp_path):
     )
     same_tokens(found, vit)
     assert info["mean"] == [0.430, 0.411, 0.296]
-
-
-def test_solo_learn_keeps_the_encoder_beside_its_average(tmp_path):
-    vit = model()
-    state = {f"backbone.{k}": v for k, v in vit.state_dict().items()}
-    state |= {f"momentum_backbone.{k}": v + 1 for k, v in vit.state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
-    for ema in (False, True):
-        found, info = load_encoder(
-            tmp_path / "x.ckpt", arch="vit_small_patch16_224", options={"depth": 2}, ema=ema
-        )
-        assert torch.equal(found.cls_token, vit.cls_token + ema)
-        assert info["mean"] == IMAGENET

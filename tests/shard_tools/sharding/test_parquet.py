@@ -138,26 +138,13 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
         ),
         (["train-00000-of-00001", "train"], "more .parquet files than the parts"),
         (["test", "validation"], "holds test and validation, which are not classes; give a folder"),
-    ],
-)
-def test_parts_that_do_not_fit_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], sentence: str
-) -> None:
-    for name in names:
-        labelled(tmp_path / "in" / f"{name}.parquet")
-    assert sentence in refused(capsys, tmp_path / "in", tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("names", "sentence"),
-    [
         (["default/partial-train/0000", "default/validation/0000"], "gigabytes of train only"),
         (["default/train/0000", "default/partial-test/0000"], "gigabytes of test only"),
         (["cats/train", "dogs/train"], "sets in Parquet; give the folder of one: cats, dogs"),
         (["cats/data/train", "dogs/0000"], "give the folder of one: cats/data, dogs"),
     ],
 )
-def test_no_set_is_passed_over(
+def test_parts_that_do_not_fit_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], sentence: str
 ) -> None:
     for name in names:
