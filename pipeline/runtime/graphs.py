@@ -97,6 +97,7 @@ class MicroStepGraph:
         try:
             self._record()
         except RuntimeError as error:
+            held.leave_capture()
             raise CaptureError(str(error)) from error
         finally:
             held.restore()
@@ -160,6 +161,12 @@ class _State:
         self._buffers = [b for module in modules for b in module.buffers()]
         self._values = [b.clone() for b in self._buffers]
         self._random = torch.get_rng_state(), torch.cuda.get_rng_state()
+
+    def leave_capture(self) -> None:
+        """Free the device's generator of a capture that failed: torch 2.8 leaves it there, where it
+        refuses to draw."""
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def restore(self) -> None:
         """Put it back."""
