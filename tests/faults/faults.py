@@ -415,7 +415,8 @@ def port_taken(place: Place) -> str:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        env = {"MASTER_PORT": str(taken.getsockname()[1]), "MASTER_ADDR": "127.0.0.1"}
+        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(taken.getsockname()[1])
         child = Child(lambda: pretrain.main(words), place.folder / "run.log", env)
         assert child.wait(60) == 2
     assert f"MASTER_PORT {env['MASTER_PORT']} is taken" in one_line(child.log.read_text())
