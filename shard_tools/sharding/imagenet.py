@@ -130,9 +130,11 @@ def _together(layout: Layout, how: Listing) -> tuple[Callable[[Listing], Source]
 
 def _check_depth(layout: Layout, train: Source) -> None:
     """The only class folder of the training set does not hold the classes."""
-    inside = {name.split("/")[1] for name in train.items.names if name.count("/") > 1}
     flat = any(name.count("/") < 2 for name in train.items.names)
-    if len(train.classes) == 1 and len(inside) > 1 and not flat:
+    if len(train.classes) > 1 or flat:
+        return
+    inside = {name.split("/")[1] for name in train.items.names}
+    if len(inside) > 1:
         raise ToolError(
             f"{layout.train[0]}: the training set has one class folder, {train.classes[0]}, which "
             f"holds folders such as {min(inside)}; move them one folder up"

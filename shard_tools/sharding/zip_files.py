@@ -98,7 +98,7 @@ def _read(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int
         raise TarError(str(too_long(f"{path}: member {name!r}", info.file_size)))
     try:
         with archive.open(info) as file:
-            content = file.read(info.file_size + 1)  # a byte more: its checksum is looked at
+            content = file.read(info.file_size)  # no more is inflated, whatever is there
     except NotImplementedError as error:  # such as deflate64, which Windows uses beyond 2 GB
         raise Unskippable(
             f"{path}: {name} is packed in a way that Python does not read ({error}); "

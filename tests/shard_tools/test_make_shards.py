@@ -18,6 +18,7 @@ from shard_samples import (
     image_tree,
     make,
     read_samples,
+    refused,
     tars_of,
 )
 from signals import interruptible
@@ -116,8 +117,8 @@ def test_tasks_in_any_order_and_a_merge_make_the_same_shards(
     tree: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dest = tmp_path / "d"
-    for task in (2, 0):
-        make(tree, dest, "--num-tasks", "3", "--task-id", str(task))
+    for task, spelling in ((2, tree), (0, tree / ".." / tree.name)):
+        make(spelling, dest, "--num-tasks", "3", "--task-id", str(task))
     assert not (dest / "manifest.json").exists()
     assert main([str(tree), str(dest), "--merge"]) == 2
     assert "shards are not finished yet: numbers 1, 4" in capsys.readouterr().err
@@ -185,6 +186,16 @@ def test_resume_does_nothing_when_finished_and_refuses_other_options(
     assert main([str(tree), str(dest), *SMALL, "--resume", "--seed", "7"]) == 2
     assert "another source or of other options" in capsys.readouterr().err
     assert tars_of(dest) == before
+
+
+def test_tars_of_another_program_are_left_alone(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "shard-000000.tar").write_bytes(b"another's")
+    error = refused(capsys, tree, tmp_path / "d")
+    assert f"{tmp_path / 'd'}: already holds tars that this job did not write" in error
+    assert (tmp_path / "d" / "shard-000000.tar").read_bytes() == b"another's"
 
 
 def test_resume_notices_files_that_were_replaced(

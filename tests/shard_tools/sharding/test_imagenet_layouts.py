@@ -15,7 +15,16 @@ import pyarrow
 import pytest
 import scipy.io
 from pyarrow import parquet
-from shard_samples import SMALL, image_tree, jpeg, read_samples, report, tar_of, tars_of
+from shard_samples import (
+    SMALL,
+    image_tree,
+    jpeg,
+    labels_of,
+    read_samples,
+    report,
+    tar_of,
+    tars_of,
+)
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
@@ -411,6 +420,19 @@ def test_a_flat_validation_set_in_an_archive_has_its_labels(
     for split, files in wanted.items():
         found = tars_of(tmp_path / "d" / split)
         assert {name: found[name] for name in files} == files
+
+
+def test_labels_that_are_given_are_taken_before_those_that_lie_there(
+    folders: Path, tmp_path: Path
+) -> None:
+    kaggle(folders, tmp_path / "k")
+    given = [SYNSETS[(c + 1) % 3] for c in TRUTH]
+    (tmp_path / "val.txt").write_text("\n".join(given))
+    options = ("--synsets", str(tmp_path / "val.txt"))
+    assert main([str(tmp_path / "k"), str(tmp_path / "d"), *SMALL, *options]) == 0
+    assert labels_of(tmp_path / "d" / "val") == {
+        f"{val_name(number)}.JPEG": synset for number, synset in enumerate(given, 1)
+    }
 
 
 @pytest.mark.parametrize("kind", PACKED)

@@ -125,6 +125,13 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
         "Test": (tmp_path / "Test.PARQUET",),
         "train": (tmp_path / names[1], tmp_path / names[0]),
     }
+    for name in ("in/data/test.parquet", "in/assets/logo.png", "no/1.parquet", "no/0.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert parquet_sets(tmp_path / "in") == {"test": (tmp_path / "in" / "data" / "test.parquet",)}
+    assert parquet_sets(tmp_path / "no") == {
+        "": (tmp_path / "no" / "0.parquet", tmp_path / "no" / "1.parquet")
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,6 +139,7 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
     [
         (["train-00001-of-00002", "test"], "part 0 is missing beside train-00001-of-00002"),
         (["train-00000-of-00003", "train-00002-of-00003"], "part 1 is missing beside train-00000"),
+        (["in/train/a-00001-of-00002", "in/test/a"], "part 0 is missing beside a-00001-of-00002"),
         (
             ["train-00000-of-00001-a", "train-00000-of-00001-b"],
             "more .parquet files than the parts",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,14 @@ def test_a_folder_above_the_classes_of_each_set_is_no_class(
     source = tar_of(tmp_path / "t.tar", members) if archive else tmp_path / "in"
     error = refused(capsys, source, tmp_path / "d")
     assert "one class folder, images, which holds folders such as a; move them one" in error
+    for name, data in members.items():  # an image beside them: they belong to its class
+        beside = str(Path(name).parents[1] / "0.jpg")
+        members = members | {beside: data}
+        (tmp_path / "in" / beside).write_bytes(data)
+    source = tar_of(tmp_path / "t.tar", members) if archive else tmp_path / "in"
+    dest = make(source, tmp_path / "one")
+    assert read_manifest(dest / "train").classes == ("images",)
+    assert read_manifest(dest / "train").samples == 3
 
 
 def test_a_list_of_synsets_in_an_archive_has_to_confirm_its_classes(
@@ -79,6 +88,19 @@ def test_what_is_left_of_a_cut_archive_is_still_two_sets(tmp_path: Path) -> None
     dest = make(archive, tmp_path / "d", "--on-error", "skip")
     assert [read_manifest(dest / name).samples for name in ("train", "val")] == [2, 1]
     assert "cut inside member 'val/b/4.jpg'" in report(dest / "train")["t.tar"][1]
+
+
+def test_an_image_that_is_left_out_is_reported_of_its_own_set(tmp_path: Path) -> None:
+    archive = tar_of(tmp_path / "t.tar", BOTH | {"val/a/note.txt": b""})
+    link = tarfile.TarInfo("val/a/5.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "nowhere.jpg"
+    with tarfile.open(archive, "a") as tar:
+        tar.addfile(link)
+    dest = make(archive, tmp_path / "d", "--on-error", "skip")
+    assert report(dest / "train") == {}
+    said = report(dest / "val")
+    assert said.keys() == {"val/a/5.jpg", "val/a/note.txt"}
+    assert "'val/a/5.jpg' is a link to 'val/a/nowhere.jpg', which is" in said["val/a/5.jpg"][1]
 
 
 def test_a_folder_outside_the_archive_is_no_class(

@@ -56,6 +56,9 @@ def test_one_wrapping_folder_is_no_class_and_other_files_are_reported(tmp_path: 
     tree = image_tree(tmp_path / "tree", {"n1": 4, "n2": 3})
     (tree / "readme.txt").write_text("x" * 1000)
     archive = zipped(tree, tmp_path / "train.zip", below="images/")
+    with zipfile.ZipFile(archive, "a") as more:  # the folders too, as `zip -r` writes them
+        for folder in ("images/", "images/n1/", "images/n2/"):
+            more.writestr(folder, b"")
     assert read_manifest(make(archive, tmp_path / "z")).classes == ("n1", "n2")
     assert report(tmp_path / "z") == {"images/readme.txt": ("ignored", "not an image by its name")}
 
@@ -122,6 +125,11 @@ def longer(data: bytes) -> bytes:
     return data[:at] + struct.pack("<I", size + 1000) + data[at + 4 :]
 
 
+def other_checksum(data: bytes) -> bytes:
+    at = data.index(b"PK\x01\x02") + 16
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -129,6 +137,7 @@ def longer(data: bytes) -> bytes:
         (encrypted, "t.zip: a/0.jpg is encrypted; unpack it with its password"),
         (deflate64, "a/0.jpg is packed in a way that Python does not read"),
         (longer, "member 'a/0.jpg' is damaged ("),
+        (other_checksum, "member 'a/0.jpg' is damaged (Bad CRC-32"),
     ],
 )
 def test_what_is_not_read_is_said(
@@ -137,7 +146,7 @@ def test_what_is_not_read_is_said(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    archive = zip_of(tmp_path / "t.zip", {f"a/{i}.jpg": jpeg(i) for i in range(3)}, 8)
+    archive = zip_of(tmp_path / "t.zip", {f"a/{i}.jpg": jpeg(i, (96, 72)) for i in range(3)}, 8)
     archive.write_bytes(damage(archive.read_bytes()))
     assert sentence in refused(capsys, archive, tmp_path / "d")
     assert not list((tmp_path / "d").rglob("*.tar"))
@@ -214,6 +223,8 @@ def test_names_in_utf8_that_no_flag_announces(tmp_path: Path) -> None:
     assert read_manifest(make(archive, tmp_path / "u")).classes == ("Käse", "b")
     archive.write_bytes(archive.read_bytes().replace("Käse".encode(), "Käsch".encode("cp437")))
     assert read_manifest(make(archive, tmp_path / "d")).classes == ("Käsch", "b")
+    zip_of(archive, {"├ñ/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})  # with the flag; in cp437 it is "ä"
+    assert read_manifest(make(archive, tmp_path / "f")).classes == ("b", "├ñ")
 
 
 def test_a_zip_behind_a_program_is_read_and_what_is_none_is_said(
