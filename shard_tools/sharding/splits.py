@@ -40,7 +40,7 @@ def divided(found: Found, folders: Sequence[str]) -> list[Found]:
     parts = [Found() for _ in folders]
 
     def of(name: str) -> int:
-        path = "/" + posixpath.normpath(name).lstrip("/")
+        path = "/" + posixpath.normpath(name)
         inside = (number for number, folder in enumerate(folders) if f"/{folder}/" in path)
         return next(inside, 0)
 

@@ -204,6 +204,7 @@ def test_measures_without_a_teacher_say_so():
 @pytest.mark.parametrize("tokens", [True, False])
 def test_parameter_groups(name, tokens):
     objective, _ = build_objective(tiny_recipe(name, f"optimizer.weight_decay.tokens={tokens}"))
+    objective.measure.heads = torch.nn.ParameterDict({"bias": torch.zeros(2, 3)})  # of each head
     groups = {g["name"]: g for g in parameter_groups(objective)}
     assert groups["decay"]["weight_decay"] == 0.05
     assert groups["no_decay"]["weight_decay"] == 0.0

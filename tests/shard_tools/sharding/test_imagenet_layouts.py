@@ -321,6 +321,10 @@ def other_mapping(root: Path) -> None:
     (root / "LOC_synset_mapping.txt").write_text(f"{SYNSETS[0]} tench\nn09999999 fish\n")
 
 
+def shorter_mapping(root: Path) -> None:
+    (root / "LOC_synset_mapping.txt").write_text(f"{SYNSETS[0]} tench\n{SYNSETS[2]} fish\n")
+
+
 @pytest.mark.parametrize(
     ("layout", "change", "sentence"),
     [
@@ -330,6 +334,7 @@ def other_mapping(root: Path) -> None:
         (original, cut("ILSVRC2012_img_val.tar"), "ILSVRC2012_img_val.tar: cut"),
         (kaggle, remove("LOC_val_solution.csv"), "labels to match the classes; --synsets or"),
         (kaggle, other_mapping, "3 classes where"),
+        (kaggle, shorter_mapping, f"names 2; {SYNSETS[1]} is only in one of them"),
         (kaggle, remove("ILSVRC/Data/CLS-LOC/val"), "val: is missing beside"),
         (
             kaggle,

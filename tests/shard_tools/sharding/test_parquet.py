@@ -118,11 +118,12 @@ def test_where_the_files_of_two_splits_are(tmp_path: Path, files: list[str]) -> 
 
 def test_the_splits_of_a_folder(tmp_path: Path) -> None:
     assert parquet_sets(tmp_path) == {}
-    names = ["train-00001-of-00002.parquet", "train-00000-of-00002.parquet", "Test.PARQUET"]
+    names = ["train-00001-of-00002.parquet", "train-00000-of-00002.parquet"]
+    names.append("Test-00000-OF-00001.PARQUET")
     for name in names:
         (tmp_path / name).touch()
     assert parquet_sets(tmp_path) == {
-        "Test": (tmp_path / "Test.PARQUET",),
+        "Test": (tmp_path / names[2],),
         "train": (tmp_path / names[1], tmp_path / names[0]),
     }
     for name in ("in/data/test.parquet", "in/assets/logo.png", "no/1.parquet", "no/0.parquet"):
@@ -146,6 +147,7 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
         ),
         (["train-00000-of-00001", "train"], "more .parquet files than the parts"),
         (["test", "validation"], "holds test and validation, which are not classes; give a folder"),
+        (["test/0000", "validation/0000"], "holds test and validation, which are not classes"),
         (["default/partial-train/0000", "default/validation/0000"], "gigabytes of train only"),
         (["default/train/0000", "default/partial-test/0000"], "gigabytes of test only"),
         (["cats/train", "dogs/train"], "sets in Parquet; give the folder of one: cats, dogs"),
