@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,17 @@ def test_resume_notices_files_that_were_replaced(
     assert [path.stat().st_ino for path in kept] == before
     assert main([str(tree), str(tmp_path / "whole"), *options[2:]]) == 0
     assert tars_of(dest) == tars_of(tmp_path / "whole")
+
+
+def test_a_job_is_finished_from_where_its_source_is_now(
+    tree: Path, shards: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tree, tmp_path / "train"))
+    make(source, tmp_path / "d", "--num-tasks", "3", "--task-id", "0")
+    make(source.rename(tmp_path / "moved"), tmp_path / "d", "--resume")
+    found = tars_of(tmp_path / "d")
+    for name, data in tars_of(shards).items():
+        assert found[name] == data or name == "manifest.json"  # which names the source
 
 
 @pytest.mark.parametrize("suffix", ["", ".tar", ".tar.gz"])

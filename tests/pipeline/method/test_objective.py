@@ -1,5 +1,7 @@
 """M(f(T1(x)), f(T2(x))): losses, terms and gradients against the loop oracle; teacher; groups."""
 
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import torch
@@ -198,6 +200,15 @@ def test_measures_without_a_teacher_say_so():
     contrastive, _ = build_objective(tiny_recipe("cmae"))
     with pytest.raises(UserError, match="needs a teacher"):
         contrastive(images(), SAMPLE, 0, None)
+
+
+def test_a_measure_that_names_no_tokens_gets_all_of_them():
+    objective, _ = build_objective(tiny_recipe("cmae"))
+    recipe = SimpleNamespace(kind="new", needs_teacher=True)
+    measure = SimpleNamespace(recipe=recipe)
+    teacher = Teacher(SimpleNamespace(encoder=objective.encoder, measure=measure))
+    view = make_views(images(), SAMPLE, recipe=objective.recipe, epoch=0, patch=PATCH).first
+    assert torch.equal(teacher(view), objective.encoder(*view))
 
 
 @pytest.mark.parametrize("name", ["mae", "cmae"])

@@ -425,6 +425,7 @@ def test_a_flat_validation_set_in_an_archive_has_its_labels(
     for split, files in wanted.items():
         found = tars_of(tmp_path / "d" / split)
         assert {name: found[name] for name in files} == files
+        assert "in none of the sets" not in str(report(tmp_path / "d" / split))
 
 
 def test_labels_that_are_given_are_taken_before_those_that_lie_there(

@@ -298,6 +298,16 @@ def test_what_cannot_be_taken_is_refused(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_an_image_beyond_the_limit_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = sorted((jpeg(1), jpeg(2)), key=len)
+    monkeypatch.setattr("shard_tools.sharding.parquet.LONGEST_IMAGE", len(small))
+    source = table(tmp_path / "x.parquet", {"image": [small, large]})
+    error = refused(capsys, source, tmp_path / "out")
+    assert f"x.parquet: row 1: is {len(large)} bytes long, the limit" in error
+
+
 def test_rows_and_files_that_are_skipped_are_reported(tmp_path: Path) -> None:
     columns = {"image": structs([jpeg(1), None, jpeg(3)], ["a", "b", "c"]), "label": [0, 1, 2]}
     table(tmp_path / "in" / "train-00000-of-00004.parquet", columns)
