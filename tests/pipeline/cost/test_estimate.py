@@ -313,6 +313,12 @@ def test_what_a_step_sends_under_every_stage(precision, size):
             assert traffic(objective, teacher, work, stage, 1, 3, precision) == 0
 
 
+def test_the_utilisation_is_the_one_measured():
+    measured = json.loads((ROOT / "docs/page/gpu-h100.json").read_text())["results"]["step"]
+    assert measured["batch"] == 256
+    assert round(measured["steps"]["mae, compiled, graphs"]["mfu"], 2) == UTILISATION
+
+
 def test_a_second_crop_is_loaded_too():
     rows = {}
     for name in ("mae", "mocov3"):

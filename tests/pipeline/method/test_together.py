@@ -1,5 +1,7 @@
 """Two views in one call: as two calls, without padding, in fewer launches. The teacher's copy."""
 
+import copy
+
 import pytest
 import torch
 from launches import CountLaunches
@@ -263,6 +265,14 @@ def test_the_16_bit_keys_of_a_measure_without_a_projector():
     teacher.projector = None
     keys = teacher(views.second, dtype=torch.bfloat16)
     assert torch.equal(keys, plain_keys(teacher, views.second).bfloat16())
+
+
+def test_a_copy_in_one_16_bit_type_is_not_taken_for_another():
+    _, teacher, views = with_teacher()
+    alone = copy.deepcopy(teacher)
+    teacher(views.second, dtype=torch.bfloat16)
+    keys = [t(views.second, dtype=torch.float16) for t in (teacher, alone)]
+    assert torch.equal(*keys)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -373,6 +373,10 @@ def test_splits_are_no_classes(
     shutil.copytree(folders / "train", tmp_path / "root" / "train")
     assert main([str(tmp_path / "root"), str(tmp_path / "d"), *SMALL]) == 2
     assert "root: holds train, which are not classes" in capsys.readouterr().err
+    (tmp_path / "root" / "test").mkdir()  # ImageNet's, which has no classes
+    (tmp_path / "root" / "test" / "1.JPEG").write_bytes(jpeg(1))
+    assert main([str(tmp_path / "root"), str(tmp_path / "d"), *SMALL]) == 2
+    assert "root: holds test and train, which are not classes" in capsys.readouterr().err
 
 
 def packed(root: Path, kind: str) -> Path:

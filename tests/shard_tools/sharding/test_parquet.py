@@ -193,11 +193,12 @@ def test_names_of_the_rows_are_kept_where_each_has_its_own(tmp_path: Path) -> No
     images, labels = structs([jpeg(1), jpeg(2)], ["a.jpg", "b.png"]), ["dog", "cat"]
     source = table(tmp_path / "x.parquet", {"image": images, "label": labels})
     assert made(source, tmp_path / "out") == {jpeg(1): ("a.jpg", "dog"), jpeg(2): ("b.png", "cat")}
-    twice = structs([jpeg(1), jpeg(2)], ["a.jpg", "a.jpg"])
-    source = table(tmp_path / "y.parquet", {"image": twice, "label": labels})
-    assert made(source, tmp_path / "out-y") == {
-        jpeg(1): ("y/00000000", "dog"), jpeg(2): ("y/00000001", "cat")
-    }  # fmt: skip
+    for letter, names in (("y", ["a.jpg", "a.jpg"]), ("z", ["a.jpg", None])):
+        others = structs([jpeg(1), jpeg(2)], names)
+        source = table(tmp_path / f"{letter}.parquet", {"image": others, "label": labels})
+        assert made(source, tmp_path / f"out-{letter}") == {
+            jpeg(1): (f"{letter}/00000000", "dog"), jpeg(2): (f"{letter}/00000001", "cat")
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(
