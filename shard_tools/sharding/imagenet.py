@@ -232,7 +232,7 @@ def _hugging_face(root: Path) -> Layout | None:
         parts = {int(match[1]): name for name in names if (match := _PART.fullmatch(name))}
         if not parts:
             continue
-        missing = set(range(max(parts) + 1)) - set(parts)
+        missing = set(range(max(parts))) - set(parts)
         if missing:
             raise ToolError(f"{folder}: train_images_{min(missing)} is missing among the archives")
         val = next((name for name in names if re.fullmatch(r"val_images\.tar(\.\w+)?", name)), None)

@@ -359,6 +359,20 @@ def test_frozen_weights_are_held_and_under_stage_3_shared():
     assert found[1].teacher == 4 * sum(p.numel() for p in teacher.parameters())
 
 
+def test_the_fullest_rank_keeps_the_gradients_that_reach_into_its_part_under_stage_2():
+    objective, _ = meta_objective(tiny_recipe("rmae"))
+    kept = [0] * 3
+    for group in parameter_groups(objective):
+        sizes = [p.numel() for p in group["params"]]
+        part, first = 2 * math.ceil(sum(sizes) / 6), 0
+        for size in sizes:
+            for rank in {element // part for element in range(first, first + size)}:
+                kept[rank] += size
+            first += size
+    assert len({*kept}) > 1
+    assert memory(objective, None, Work(1, 0, 0, 0), 2, 3, "fp32").gradients == 4 * max(kept)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     output = tmp_path_factory.mktemp("memory") / "memory.json"
@@ -483,6 +497,7 @@ def test_launches_of_muons_step_are_those_of_a_real_one():
     assert own == counted.count > 100
     for ranks in (4, 5, 7):
         assert stepping.launches(1, ranks) - 10 - 2 * (groups - 2) == math.ceil(own / ranks)
+    assert stepping.flops(0, 4) == 4 * stepping.flops(1, 4) > 0
     plain = Stepping(meta_objective(tiny_recipe("mae"))[0])
     assert (plain.launches(1, 4), plain.flops(0, 1), plain.gathered) == (10, 0, 0)
 
