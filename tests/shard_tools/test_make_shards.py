@@ -189,6 +189,16 @@ def test_resume_does_nothing_when_finished_and_refuses_other_options(
     assert tars_of(dest) == before
 
 
+def test_a_task_that_stops_at_errors_takes_no_plan_that_left_images_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = image_tree(tmp_path / "train", {"a": 20, "b": 20})
+    (tree / "a" / "gone.jpg").symlink_to("nowhere.jpg")
+    tasks = ("--num-tasks", "2", "--task-id")
+    make(tree, tmp_path / "d", *tasks, "0", "--on-error", "skip")
+    assert "a/gone.jpg" in refused(capsys, tree, tmp_path / "d", *tasks, "1")
+
+
 def test_tars_of_another_program_are_left_alone(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

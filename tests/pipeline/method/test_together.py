@@ -209,8 +209,9 @@ def test_keys_of_the_16_bit_copy_are_those_of_autocast_after_every_kind_of_chang
     assert torch.equal(check(), updated)
     teacher.encoder.load_state_dict({k: v * 1.5 for k, v in teacher.encoder.state_dict().items()})
     assert not torch.equal(check(), updated)
-    teacher.double().float()
-    check()
+    before = teacher.double().float()(views.second, dtype=torch.bfloat16)
+    teacher._apply(lambda tensor: 1.5 * tensor)  # as `to` does, but for the values
+    assert not torch.equal(check(), before)
     assert list(teacher.state_dict()) == names
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
 
