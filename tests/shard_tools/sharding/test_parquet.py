@@ -205,7 +205,7 @@ def test_names_of_the_rows_are_kept_where_each_has_its_own(tmp_path: Path) -> No
     ("columns", "features", "kind"),
     [
         ({"jpg": [jpeg(1)], "cls": [7], "key": ["k"]}, None, "7"),
-        ({"jpg": [jpeg(1)], "fine_label": ["pug"], "Label": ["dog"]}, None, "dog"),
+        ({"jpg": [jpeg(1)], "class_id": [7], "Label": ["dog"]}, None, "dog"),
         ({"img": structs([jpeg(1)]), "thumbnail": [b"t"], "label": ["dog"]}, None, "dog"),
         (
             {"photo": structs([jpeg(1)]), "mask": structs([b"m"]), "y": [2], "label": [1.5]},
