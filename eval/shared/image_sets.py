@@ -163,21 +163,21 @@ def _by_folder(source: Source) -> Source:
 
 
 def _as_manifest(source: Source) -> FileManifest:
-    shards: list[list[Any]] = []  # file, samples: an archive's images follow each other
+    shards: list[list[Any]] = []  # file, samples, bytes: an archive's images follow each other
     for item in source.items:
         if shards and shards[-1][0] == item.file:
             shards[-1][1] += 1
+        elif item.offset:  # of an archive, whose size is not known
+            with naming(item.file, "cannot be read"):
+                size = os.stat(os.path.join(source.root, item.file)).st_size
+            shards.append([item.file, 1, size])
         else:
-            shards.append([item.file, 1])
+            shards.append([item.file, 1, item.size])
     rows = np.zeros(len(source.items), SAMPLE)
     for name in ("offset", "size", "label"):
         rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
-    files = []
-    for file, count in shards:
-        path = os.path.join(source.root, file)
-        with naming(path, "cannot be read"):  # the Reader refuses a file of another size
-            files.append(Shard(file, count, os.stat(path).st_size, ""))
+    files = tuple(Shard(file, count, size, "") for file, count, size in shards)
     names = tuple(item.name for item in source.items)
     made = {"left_out": dict(source.missing), MODIFIED: file_times(source.root, source.items)}
     folder = str(Path(source.root).absolute())
-    return FileManifest(folder, tuple(files), source.classes, made, folder, listed=rows, keys=names)
+    return FileManifest(folder, files, source.classes, made, folder, listed=rows, keys=names)

@@ -105,12 +105,15 @@ def list_archive(path: Path, unpacked: Path | None, skip: bool) -> Found:
 
 def member_names(path: Path, unpacked: Path | None) -> list[str]:
     """The names of what is in a tar or a zip, up to where it is damaged, which is said when it is
-    listed. unpacked: as for `list_archive`."""
+    listed. unpacked: as for `list_archive`. TarError for a compressed tar that cannot be unpacked,
+    which would take as long once more."""
     names: list[str] = []
+    zipped = compression(path) == "zip"
+    plain = path if zipped else plain_tar(path, unpacked)
     with suppress(TarError):
-        if compression(path) == "zip":
+        if zipped:
             return zip_names(path)
-        for member in read_members(plain_tar(path, unpacked)):
+        for member in read_members(plain):
             names.append(member.name)
     return names
 

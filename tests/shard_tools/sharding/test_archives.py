@@ -227,6 +227,17 @@ def test_compressed_archives(kind: str, tmp_path: Path, capsys: pytest.CaptureFi
         assert not list(tmp_path.glob(f"b{number}/**/*.tmp"))
 
 
+def test_a_damaged_archive_is_unpacked_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, _ = nested(tmp_path / "train.tar")
+    (tmp_path / "train.tar.gz").write_bytes(gzip.compress(archive.read_bytes())[:-100])
+    assert main([str(tmp_path / "train.tar.gz"), str(tmp_path / "d"), *SMALL]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("unpacking it into") == 1
+    assert "train.tar.gz: damaged or cut gzip stream" in captured.err
+
+
 def test_an_interrupted_job_unpacks_once(tmp_path: Path) -> None:
     archive, _ = nested(tmp_path / "train.tar")
     packed = tmp_path / "train.tar.gz"
