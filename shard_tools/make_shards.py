@@ -58,11 +58,13 @@ from shard_tools.sharding.statistics import drop_duplicates
 
 @dataclass(frozen=True)
 class Split:
-    """One folder of shards to make: from which paths, and where."""
+    """One folder of shards to make: from which paths, and where. together: the other set is in the
+    same archive."""
 
     dest: Path
     paths: tuple[Path, ...]
     source: Source
+    together: bool = False
 
 
 def make_shards(options: argparse.Namespace) -> int:
@@ -169,7 +171,10 @@ def find_splits(
         )
     print(f"{source}: {layout.what}", flush=True)
     train, val = open_splits(layout, listing)
-    return [Split(folders[0], layout.train, train), Split(folders[1], layout.val, val)]
+    return [
+        Split(folders[0], layout.train, train, layout.together),
+        Split(folders[1], layout.val, val, layout.together),
+    ]
 
 
 def announce(split: Split) -> None:
@@ -181,7 +186,8 @@ def announce(split: Split) -> None:
     if source.remark:
         remarks.append(source.remark)
     more = f" and {len(split.paths) - 1} more" if len(split.paths) > 1 else ""
-    print(f"{split.paths[0]}{more}: {'; '.join(remarks)}", flush=True)
+    part = f", {split.dest.name}" if split.together else ""
+    print(f"{split.paths[0]}{more}{part}: {'; '.join(remarks)}", flush=True)
 
 
 def job_folders(dest: Path) -> list[Path]:
@@ -232,8 +238,8 @@ def parser() -> argparse.ArgumentParser:
         description="Turn images into WebDataset shards with a manifest. SOURCE is an ImageFolder "
         "tree; a folder of images without labels; a tar of class folders, of class tars as "
         "ImageNet's, or flat (gzip and zstd too); a zip; a folder of class tars; Hugging Face's "
-        "Parquet files; a CSV or JSONL of path and label. A folder that holds ImageNet's train and "
-        "validation set, in any of the layouts in which they come, becomes DEST/train and "
+        "Parquet files; a CSV or JSONL of path and label. A folder or archive of ImageNet's train "
+        "and validation set, in any of the layouts in which they come, becomes DEST/train and "
         "DEST/val.",
         epilog="On a Slurm array: --num-tasks N --task-id $SLURM_ARRAY_TASK_ID in every task "
         "(add --resume to requeue), then once --merge.",

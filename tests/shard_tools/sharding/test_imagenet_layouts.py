@@ -413,6 +413,9 @@ def test_both_sets_are_found_where_others_put_them(
     assert sharded(packed(tmp_path / "root", kind), tmp_path / "d") == wanted
     out = capsys.readouterr().out
     assert all(part in out for part in said.split("; "))
+    if kind != "folder":
+        assert ", train: 12 images of 3 classes" in out
+        assert ", val: 6 images of 3 classes" in out
 
 
 @pytest.mark.parametrize("kind", PACKED)
