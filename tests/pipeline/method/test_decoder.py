@@ -80,6 +80,10 @@ def test_decoder_predicts_the_region_only_and_as_the_oracle_does(depth):
     for b in range(2):
         theirs = oracle.decode(weights, z[b], visible[b].tolist(), (3, 5), DECODER_HEADS)
         torch.testing.assert_close(ours[b], theirs[region[b].long()], rtol=1e-5, atol=1e-5)
+    other = View(images(2), visible.flip(0), inverse.flip(0))
+    first, second = decoder(z, View(images(2), visible, inverse), region, (z.flip(1), other))
+    torch.testing.assert_close(first, ours)
+    torch.testing.assert_close(second, decoder(z.flip(1), other, region))
 
 
 @pytest.mark.parametrize("kind", [Decoder, CrossDecoder])
