@@ -3,7 +3,7 @@ PYTHON ?= python3
 SHARDS ?= data/shards
 SEEDS ?= 1
 # One more than two cores, since some tests wait.
-JOBS ?= 3
+JOBS ?= 4
 PY := .venv/bin/python
 PIP = $(PY) -m pip -q --disable-pip-version-check
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

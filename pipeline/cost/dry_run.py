@@ -3,7 +3,7 @@ backward, launches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,13 @@ def dry_run(
     """One micro-batch of the recipe's step on tensors without data, at encoder.image_size, with the
     keys of `ranks` ranks. Colour jitter, which has neither matrix products nor a backward, is left
     out."""
+    return dry_runs(recipe, (images,), precision, checkpointing, ranks)[0]
+
+
+def dry_runs(
+    recipe: Recipe, sizes: Sequence[int], precision: str, checkpointing: bool, ranks: int
+) -> list[Work]:
+    """A dry run of each of these micro-batches."""
     still = recipe.views.model_copy(update={"jitter": type(recipe.views.jitter)()})
     recipe = recipe.model_copy(update={"views": still})
     objective, teacher = meta_objective(recipe)
@@ -59,23 +66,35 @@ def dry_run(
         if checkpointing and hasattr(part, "grad_checkpointing"):
             part.grad_checkpointing = True  # type: ignore[assignment]
     kernels.use("reference")
-    side = recipe.encoder.image_size
     # As if on the CPU: the meta device knows neither autocast nor fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         objective.to_empty(device="cpu")
         if teacher is not None:
             teacher.to_empty(device="cpu")
-        image = torch.empty(images, side, side, 3, dtype=torch.uint8)
-        sample = torch.empty(images, dtype=torch.int64)
-        crop = image if recipe.views.second == "crop" else None
-        kept = KeptForBackward(objective)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with counter as work, LaunchCounter() as launches:
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
-            saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
-            with autocast, saved, keys_as_of(ranks) as keys:
-                loss, _ = objective(image, sample, 0, teacher, crop)
-            loss.backward()
+        return [
+            _work(recipe, objective, teacher, images, precision == "autocast", ranks)
+            for images in sizes
+        ]
+
+
+def _work(
+    recipe: Recipe, objective: Objective, teacher: Teacher | None, images: int, autocast: bool,
+    ranks: int,
+) -> Work:  # fmt: skip
+    """Of a micro-batch, under the FakeTensorMode of objective and teacher."""
+    side = recipe.encoder.image_size
+    image = torch.empty(images, side, side, 3, dtype=torch.uint8)
+    sample = torch.empty(images, dtype=torch.int64)
+    crop = image if recipe.views.second == "crop" else None
+    kept = KeptForBackward(objective)
+    objective.zero_grad()
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    with counter as work, LaunchCounter() as launches:
+        cast = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+        saved = torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor)
+        with cast, saved, keys_as_of(ranks) as keys:
+            loss, _ = objective(image, sample, 0, teacher, crop)
+        loss.backward()
     gathered = sum(key.numel() * key.element_size() for key in keys)
     return Work(images, work.get_total_flops(), kept.bytes, gathered, launches.count)
 
@@ -87,7 +106,7 @@ def scaled(
     what a batch needs once (autocast's copies of the weights), what each image needs and, where
     negatives are other images, each pair of images."""
     sizes = (2, 4, 8) if recipe.measure.batch_negatives else (2, 4)
-    runs = [dry_run(recipe, n, precision, checkpointing, ranks) for n in sizes]
+    runs = dry_runs(recipe, sizes, precision, checkpointing, ranks)
     flops, kept = (
         _polynomial([getattr(run, part) for run in runs]) for part in ("flops", "activations")
     )

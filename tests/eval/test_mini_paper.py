@@ -109,7 +109,7 @@ def test_a_slice_from_photographs_to_claims(shards, tmp_path):
     command = [
         sys.executable, ROOT / "eval/mini_paper.py", "--claims", "5", "--seeds", "2",
         "--train", shards / "train", "--val", shards / "val", "--output", tmp_path / "mini",
-        "--set", "data.samples_per_epoch=128", "--set", small,
+        "--set", "batch_size=32", "--set", "data.samples_per_epoch=32", "--set", small,
     ]  # fmt: skip
     for _ in (1, 2):  # the second call finds that all is done
         done = subprocess.run(

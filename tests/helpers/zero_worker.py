@@ -1,7 +1,7 @@
-"""Ten steps under every ZeRO stage, then the last five again from a checkpoint.
+"""Six steps under every ZeRO stage, then the last three again from a checkpoint.
 
 Started by test_engine.py on two ranks through the deepspeed launcher; rank 0 writes the losses as
-JSON. The last five steps also resume from a checkpoint of one rank under another stage.
+JSON. The last three also resume from a checkpoint of one rank under another stage.
 """
 
 import json
@@ -23,7 +23,7 @@ from pipeline.runtime.checkpoint import CheckpointStore
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.run_folder import load_checkpoint, save_checkpoint
 
-STEPS, BATCH = 10, 8
+STEPS, SAVED, BATCH = 6, 3, 8
 MICRO = ([0, 1, 4, 5], [2, 3, 6, 7])  # images of the two micro-batches of all ranks
 # stage → stage
 ELASTIC = {
@@ -73,11 +73,11 @@ def steps(engine, objective, teacher, recipe, first, last, ranks):
 
 
 def skips(engine, objective, teacher, recipe, ranks):
-    """Step 10 with a gradient that is not finite on the last rank only, then a good one."""
+    """The next step with a gradient that is not finite on the last rank only, then a good one."""
     before = engine.full_state()
     last = list(objective.parameters())[-1]
     poison = last.register_hook(lambda g: g * float("nan") if ranks.rank == ranks.world - 1 else g)
-    skipped = [False] * 5
+    skipped = []
     for step in (STEPS, STEPS + 1):
         steps(engine, objective, teacher, recipe, step, step + 1, ranks)
         skipped.append(engine.step_skipped)
@@ -93,10 +93,10 @@ def skips(engine, objective, teacher, recipe, ranks):
 
 
 def go_on(folder, method, stage, ranks, extra=None):
-    """Load folder's checkpoint after step 5 and take the other five: losses and weights."""
+    """Load folder's checkpoint and take the steps after it: losses and weights."""
     engine, objective, teacher, recipe = start(method, stage, ranks.world)
-    load_checkpoint(folder / "checkpoints/step-00000005", engine, teacher)
-    losses, _ = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
+    load_checkpoint(folder / f"checkpoints/step-{SAVED:08}", engine, teacher)
+    losses, _ = steps(engine, objective, teacher, recipe, SAVED, STEPS, ranks)
     whole = engine.full_state()
     more = extra(engine, objective, teacher, recipe, ranks) if extra else {}
     engine.destroy()
@@ -104,12 +104,12 @@ def go_on(folder, method, stage, ranks, extra=None):
 
 
 def train(folder, method, stage, ranks):
-    """Ten steps with a checkpoint after five: losses, gradient norms, weights."""
+    """All steps with a checkpoint after half of them: losses, gradient norms, weights."""
     engine, objective, teacher, recipe = start(method, stage, ranks.world)
-    losses, norms = steps(engine, objective, teacher, recipe, 0, 5, ranks)
-    state = {"step": 5, "precision": "fp32"}
+    losses, norms = steps(engine, objective, teacher, recipe, 0, SAVED, ranks)
+    state = {"step": SAVED, "precision": "fp32"}
     save_checkpoint(CheckpointStore(folder), engine, teacher, "name: x\n", state)
-    rest, more = steps(engine, objective, teacher, recipe, 5, STEPS, ranks)
+    rest, more = steps(engine, objective, teacher, recipe, SAVED, STEPS, ranks)
     whole = engine.full_state()
     engine.destroy()
     return losses + rest, norms + more, whole

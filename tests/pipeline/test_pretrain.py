@@ -377,11 +377,11 @@ def wait_for(condition, process, seconds=240):
 
 @pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
 def test_triton_kernels_train_as_the_reference(name, shards, tmp_path):
-    """Five steps of the whole trainer, Triton under its interpreter against PyTorch."""
+    """Three steps of the whole trainer, Triton under its interpreter against PyTorch."""
     if not torch.cuda.is_available() and (said := backend._interpreter_problem()):
         pytest.skip(said)
     words = arguments(shards, tmp_path, name, "optimizer.epochs=1", "optimizer.warmup_epochs=0")
-    words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "5"]
+    words += ["--set", "optimizer.base_lr=0.01", "--set", "monitor.log_steps=1", "--max-steps", "3"]
     other = [str(tmp_path / "triton") if w == str(tmp_path / "run") else w for w in words]
     try:
         assert pretrain.main([*words, "--set", "kernels=reference"]) == 0

@@ -45,8 +45,7 @@ def apply(folder: Path, section: str) -> None:
 def copy(tmp_path):
     """A copy of the packages, to which things can be added."""
     for name in ("pipeline", "eval", "shard_tools", "ds_configs", "tests/helpers", "tests/bench"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=ignored)
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name)
     return tmp_path / "copy"
 
 

@@ -156,12 +156,10 @@ def test_the_dry_run_counts_what_a_real_step_does(name):
 def test_any_micro_batch_is_what_a_dry_run_of_it_counts(name, changes):
     """Also where every image is compared with every other, a square of the micro-batch."""
     recipe = tiny_recipe(name, *changes)
-    for precision in ("fp32", "autocast"):
-        work = scaled(recipe, precision, False, 1)
+    for precision, ranks in (("fp32", 1), ("autocast", 1), ("fp32", 3)):
+        work = scaled(recipe, precision, False, ranks)
         for images_of in (3, 16):
-            assert work(images_of) == dry_run(recipe, images_of, precision)
-        work = scaled(recipe, precision, False, 3)
-        assert work(6) == dry_run(recipe, 6, precision, ranks=3)
+            assert work(images_of) == dry_run(recipe, images_of, precision, ranks=ranks)
 
 
 PAIRED = ("encoder.masked_tokens=drop", "views.second=independent")
@@ -184,11 +182,11 @@ def test_only_keys_that_other_ranks_need_are_sent(changes, sent):
 def test_negatives_of_all_ranks_are_counted():
     """Two products per query token and key token of another rank: cosines, gradient of a query."""
     for changes, tokens in (((), 16), (("measure.negatives=all",), 16 * 16)):
-        one, four = (scaled(tiny_recipe("cmae", *changes), "fp32", False, n)(8) for n in (1, 4))
+        one, four = (dry_run(tiny_recipe("cmae", *changes), 8, "fp32", ranks=n) for n in (1, 4))
         assert four.flops - one.flops == 2 * 2 * 12 * 8 * 24 * tokens
         assert four.activations == one.activations  # the gradient of a query is made in forward
     for changes in (("measure.negatives=image",), ("measure.kind=byol",)):
-        one, four = (scaled(tiny_recipe("cmae", *changes), "fp32", False, n)(8) for n in (1, 4))
+        one, four = (dry_run(tiny_recipe("cmae", *changes), 8, "fp32", ranks=n) for n in (1, 4))
         assert (four.flops, four.activations) == (one.flops, one.activations)
     # ViT-B, 8 ranks of 128 images: as much as half of all the rest, and again.
     recipe = load_recipe(RECIPES / "cmae.yaml", ["measure.negatives=all"])
@@ -207,7 +205,7 @@ def test_paired_positions_keep_the_keys_of_all_ranks(negatives, candidates):
     """Without mask tokens backward reads them: 3 ranks more, of 8 images with 16 patches, fp32."""
     keys = ("encoder.masked_tokens=drop", "views.second=independent")
     recipe = tiny_recipe("cmae", *keys, f"measure.negatives={negatives}", "measure.tokens=patch")
-    one, four = (scaled(recipe, "fp32", False, n)(8) for n in (1, 4))
+    one, four = (dry_run(recipe, 8, "fp32", ranks=n) for n in (1, 4))
     assert four.flops - one.flops == 2 * 2 * 12 * 8 * 16 * (candidates - candidates // 4)
     more = four.activations - one.activations
     assert more >= 3 * 8 * 16 * 12 * 4 + 8 * 16 * (candidates - candidates // 4) * 4

@@ -117,7 +117,7 @@ def test_the_ranks_parts_of_a_step_are_those_of_whole_matrices(world, monkeypatc
 
 
 def plain_loop(method):
-    """The same ten steps in plain torch, one process, the whole batch at once."""
+    """The same steps in plain torch, one process, the whole batch at once."""
     from zero_worker import BATCH, MICRO, STEPS, recipe_of
 
     recipe = recipe_of(method)
@@ -208,7 +208,7 @@ def test_every_zero_stage_follows_the_plain_loop(method, zero_results):
 
 def test_a_resumed_run_is_the_same_run_bit_for_bit(zero_results):
     for name, run in zero_results.items():
-        assert run["again"] == run["losses"][5:], name
+        assert run["again"] == run["losses"][3:], name
         assert run["same_weights"], name
 
 
@@ -219,7 +219,7 @@ def test_another_stage_or_number_of_ranks_goes_on(one_rank, two_ranks):
     (ranks, _, alone), (output, results) = one_rank, two_ranks
     for name, run in results.items():
         method, stage = name.split("-")
-        undisturbed = pytest.approx(run["losses"][5:], rel=1e-4)
+        undisturbed = pytest.approx(run["losses"][3:], rel=1e-4)
         assert alone[name] == pytest.approx(run["losses"], rel=1e-4), name
         assert run["from_one_rank"] == undisturbed, f"{name}: to two ranks under another stage"
         other = zero_worker.ELASTIC[method][int(stage)]
@@ -229,7 +229,7 @@ def test_another_stage_or_number_of_ranks_goes_on(one_rank, two_ranks):
 
 def test_a_step_that_is_not_finite_is_skipped_under_every_stage(zero_results):
     for name, run in zero_results.items():
-        assert run["skipped"] == [False] * 5 + [True, False], name
+        assert run["skipped"] == [True, False], name
         assert run["kept"], f"{name}: a skipped step changed the weights"
         assert run["finite"], name
 
