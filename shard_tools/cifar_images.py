@@ -40,6 +40,7 @@ from shard_tools.cifar_batches import (
     python_classes,
 )
 from shard_tools.cli import HelpFormatter, ToolError, parse, run
+from shard_tools.sharding.folders import walk_once
 from shard_tools.sharding.found import is_image, is_system_file
 from shard_tools.tar import header, padding
 
@@ -97,13 +98,7 @@ def members(source: Path) -> Iterator[Iterator[Member]]:
 
 def _of_folder(root: Path) -> Iterator[Member]:
     """Links are followed, each folder is read once."""
-    seen: set[tuple[int, int]] = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
-        about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((about.st_dev, about.st_ino))
+    for folder, folders, names in walk_once(root):
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
@@ -112,10 +107,6 @@ def _of_folder(root: Path) -> Iterator[Member]:
                 yield Member(inside, path.stat().st_size, path.read_bytes)
             elif not path.exists():
                 raise ToolError(f"{root}: {inside} is a link to nothing; mend or remove it")
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _of_zip(archive: zipfile.ZipFile) -> Iterator[Member]:

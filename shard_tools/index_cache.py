@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from pipeline.errors import reason, said_by_backend
+from pipeline.errors import reason
 from shard_tools.home import expand_home
-from shard_tools.index_file import IndexHeader, ManifestError, parse_header
+from shard_tools.index_file import IndexHeader, ManifestError, parse_header, reading
 from shard_tools.remote import fetch_url
 
 
@@ -41,7 +41,8 @@ def local_copy(url: str, checksum: str) -> str:
 def _fetch(url: str, path: Path, checksum: str) -> None:
     partial = path.with_suffix(".index-part")
     try:
-        _download(url, partial)
+        with reading(url):
+            fetch_url(url, partial)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
             head = parse_header(url, file.read(IndexHeader.SIZE), os.path.getsize(partial))
@@ -50,12 +51,3 @@ def _fetch(url: str, path: Path, checksum: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _download(url: str, path: Path) -> None:
-    try:
-        fetch_url(url, path)
-    except Exception as error:
-        if not said_by_backend(error):
-            raise
-        raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error

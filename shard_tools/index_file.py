@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from pipeline.errors import UserError, naming, reason
+from pipeline.errors import UserError, naming, reason, said_by_backend
 
 # One row per sample; `offset` and `length` are bytes inside the tar. 24 bytes, little-endian.
 SAMPLE = np.dtype(
@@ -44,6 +46,18 @@ _DIGEST = hashlib.sha256().digest_size
 
 class ManifestError(UserError):
     """A shard folder that cannot be used; the message names the file."""
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """What the system or a backend of fsspec raises inside becomes a ManifestError that names what
+    cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        if not said_by_backend(error):
+            raise
+        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
 
 
 @dataclass(frozen=True)
@@ -135,11 +149,8 @@ class Index:
 
     @cached_property
     def _mapped(self) -> mmap.mmap:
-        try:
-            with open(self.path, "rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise ManifestError(f"{self.where}: cannot be read ({reason(error)})") from error
+        with reading(self.where), open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @cached_property
     def _file(self) -> tuple[np.ndarray, bytes | memoryview, int]:
@@ -163,7 +174,8 @@ class Index:
 
     def open(self) -> None:
         """Map the file; ManifestError where its header does not hold. Of version 1 all is read."""
-        if len(self._file[0]) and self._file[2] >= len(self._file[0]):
+        rows, _, block = self._file
+        if 0 < len(rows) <= block:
             self.row(0)
 
     def check_file(self) -> None:
@@ -251,17 +263,17 @@ def check_rows(
     has a label that the classes know. For the other arguments see Index."""
     known = classes or np.iinfo(np.int32).max
     for begin in range(0, len(rows), BLOCK):
-        part, place = rows[begin : begin + BLOCK], first + begin
-        shards = np.searchsorted(starts, np.arange(place, place + len(part)), side="right") - 1
+        part, number = rows[begin : begin + BLOCK], first + begin
+        shards = np.searchsorted(starts, np.arange(number, number + len(part)), side="right") - 1
         ends = part["offset"] + part["length"]
         outside = (ends > sizes[shards].astype(np.uint64)) | (ends < part["offset"])
         if outside.any():
-            raise ManifestError(f"{where}: sample {place + outside.argmax()} is outside its shard")
+            raise ManifestError(f"{where}: sample {number + outside.argmax()} is outside its shard")
         wrong = (part["label"] < -1) | (part["label"] >= known)
         if wrong.any():
             label = part["label"][wrong.argmax()]
             raise ManifestError(
-                f"{where}: sample {place + wrong.argmax()} has label {label} of {known} classes"
+                f"{where}: sample {number + wrong.argmax()} has label {label} of {known} classes"
             )
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import reason, said_by_backend
+from pipeline.errors import reason
 from shard_tools.atomic import write_together
 from shard_tools.index_cache import local_copy
 from shard_tools.index_file import (
@@ -45,28 +45,11 @@ from shard_tools.index_file import (
     encode_index,
     index_checksum,
     parse_header,
+    reading,
 )
 from shard_tools.remote import read_url
 from shard_tools.shard_table import Shard, ShardTable
 from shard_tools.texts import Texts
-
-__all__ = [
-    "FORMATS",
-    "INDEX",
-    "MANIFEST",
-    "NAMES",
-    "SAMPLE",
-    "SHARDS",
-    "Manifest",
-    "ManifestError",
-    "Shard",
-    "encode_index",
-    "is_remote",
-    "join",
-    "read_bytes",
-    "read_manifest",
-    "write_manifest",
-]
 
 VERSIONS = (1, 2)  # 2 has its shards in shards.bin
 MANIFEST, INDEX, NAMES, SHARDS = "manifest.json", "index.bin", "names.bin", "shards.bin"
@@ -297,19 +280,8 @@ def join(folder: str, name: str) -> str:
 
 def read_bytes(where: str) -> bytes:
     """The content of a path or URL; a ManifestError names what could not be read."""
-    try:
-        return _fetch(where) if is_remote(where) else Path(where).read_bytes()
-    except OSError as error:
-        raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
-
-
-def _fetch(url: str) -> bytes:
-    try:
-        return read_url(url)
-    except Exception as error:
-        if not said_by_backend(error):
-            raise
-        raise ManifestError(f"{url}: cannot be read ({reason(error, url)})") from error
+    with reading(where):
+        return read_url(where) if is_remote(where) else Path(where).read_bytes()
 
 
 def _read_manifest_text(home: str) -> bytes:
@@ -407,11 +379,9 @@ def _check_files(manifest: Manifest, check_shards: bool) -> None:
         where = join(manifest.home, INDEX)
         if not os.path.isfile(where):
             raise ManifestError(f"{where}: is missing; make the index again")
-        try:
-            with open(where, "rb") as file:
-                head = parse_header(where, file.read(IndexHeader.SIZE), os.path.getsize(where))
-        except OSError as error:
-            raise ManifestError(f"{where}: cannot be read ({reason(error, where)})") from error
+        with reading(where), open(where, "rb") as file:
+            start, size = file.read(IndexHeader.SIZE), os.path.getsize(where)
+        head = parse_header(where, start, size)
         if head.rows != manifest.samples or head.checksum.hex() != manifest.index_sha256:
             raise ManifestError(f"{where}: belongs to another manifest than the one beside it")
     if check_shards and not is_remote(manifest.folder):

@@ -111,15 +111,15 @@ def _member(path: str | Path, info: tarfile.TarInfo, start: int, end: int) -> Me
     if info.isreg():
         return Member(name, offset, info.size)
     if info.islnk():
-        return Member(name, offset, 0, target=_plain(info.linkname))
+        return Member(name, offset, 0, target=plain_name(info.linkname))
     if info.issym():
         target = posixpath.join(posixpath.dirname(name), info.linkname)
-        return Member(name, offset, 0, target=_plain(target))
+        return Member(name, offset, 0, target=plain_name(target))
     kind = _SPECIAL.get(info.type, f"of the unknown type {info.type!r}")
     return Member(name, offset, 0, problem=f"is {kind}")
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A member name without "./", doubled slashes and inner ".."."""
     return posixpath.normpath(name).lstrip("/")
 
@@ -128,7 +128,7 @@ def follow_links(members: Iterable[Member]) -> list[Member]:
     """The members in order: a link becomes the bytes of what it points to in the same archive, in
     either direction; what cannot be read has a `problem`."""
     members = list(members)
-    by_name = {_plain(member.name): member for member in members}
+    by_name = {plain_name(member.name): member for member in members}
     return [_follow(member, by_name) for member in members]
 
 

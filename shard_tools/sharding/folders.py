@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -47,6 +47,22 @@ def files_in(top: Path, wanted: Callable[[str], bool] = bool) -> list[str]:
     """Names of the regular files right below `top` that are `wanted`, sorted."""
     with os.scandir(top) as entries:
         return sorted(e.name for e in entries if wanted(e.name) and _kind(e) == "file")
+
+
+def walk_once(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` with links followed, each folder once. OSError where a folder cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen: set[tuple[int, int]] = set()
+    for here, folders, files in os.walk(top, followlinks=True, onerror=fail):
+        about = os.stat(here)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        yield here, folders, files
 
 
 class _Scan(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from shard_tools.cli import ToolError
+from shard_tools.members import plain_name
 from shard_tools.texts import Texts
 
 # torchvision's IMG_EXTENSIONS, and others of the same formats; other files are left out and
@@ -64,7 +65,7 @@ class Images(Sequence[Image]):
         self.extend(images)
 
     def append(self, image: Image) -> None:
-        name, file, offset, size = image[:4]
+        name, file, offset, size = image
         skip = len(name) - len(file)
         if skip < 0 or (name[skip:] != file if skip else name != file):
             skip = self._places.setdefault(file, ~len(self.places))
@@ -166,17 +167,12 @@ class Found:
     def without_wrapping(self, *, keep_class: bool = True) -> Found:
         """The same without the leading folders that all images are in; a synset stays, since an
         archive of one class has it above all its images (`keep_class`)."""
-        names = map(_plain, self.images.names)
-        common = _common_folders(names)
+        common = _common_folders(map(plain_name, self.images.names))
         if common and keep_class and SYNSET.fullmatch(common[-1]):
             common = common[:-1]
         cut = sum(len(part) + 1 for part in common)
-        images = Images(image._replace(name=_plain(image.name)[cut:]) for image in self.images)
+        images = Images(image._replace(name=plain_name(image.name)[cut:]) for image in self.images)
         return replace(self, images=images)
-
-
-def _plain(name: str) -> str:
-    return posixpath.normpath(name).lstrip("/")
 
 
 def _common_folders(names: Iterable[str]) -> list[str]:

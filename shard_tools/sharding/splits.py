@@ -6,6 +6,7 @@ import posixpath
 from collections.abc import Iterable, Sequence
 
 from shard_tools.cli import ToolError
+from shard_tools.members import plain_name
 from shard_tools.sharding.found import HELD_OUT, TRAINING, Found, Images
 
 
@@ -13,7 +14,7 @@ def split_folders(names: Iterable[str]) -> tuple[str, list[str]] | None:
     """("" or the folder with a final slash, the names of the folders in it) where all images are
     in that folder, and there in those of a training set, of a held-out one and perhaps of others;
     None where they are not."""
-    folders = {tuple(posixpath.normpath(name).lstrip("/").split("/")[:-1]) for name in names}
+    folders = {tuple(plain_name(name).split("/")[:-1]) for name in names}
     above, level = "", 0
     while True:
         here = sorted({folder[level] for folder in folders if len(folder) > level})

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from shard_tools.sharding.archives import is_tar
+from shard_tools.sharding.folders import walk_once
 from shard_tools.sharding.found import is_system_folder
 
 
@@ -14,13 +15,7 @@ def tar_files(top: Path) -> list[str]:
     files and no system folders. Links are followed, each folder is listed once. OSError where a
     folder cannot be read."""
     found: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for here, folders, files in os.walk(top, followlinks=True, onerror=_raise):
-        about = os.stat(here)
-        if (about.st_dev, about.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((about.st_dev, about.st_ino))
+    for here, folders, files in walk_once(top):
         folders[:] = sorted(name for name in folders if not is_system_folder(name))
         found += [
             os.path.relpath(os.path.join(here, name), top)
@@ -28,7 +23,3 @@ def tar_files(top: Path) -> list[str]:
             if is_tar(name) and not name.startswith(".")
         ]
     return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    raise error
