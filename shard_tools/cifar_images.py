@@ -31,6 +31,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from pipeline.errors import naming, not_there
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, fsync
 from shard_tools.cifar_batches import (
     LARGEST,
@@ -39,7 +40,7 @@ from shard_tools.cifar_batches import (
     python_batch,
     python_classes,
 )
-from shard_tools.cli import HelpFormatter, ToolError, parse, run
+from shard_tools.cli import ToolError, parse, run
 from shard_tools.sharding.folders import walk_once
 from shard_tools.sharding.found import is_image, is_system_file
 from shard_tools.tar import header, padding

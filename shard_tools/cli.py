@@ -23,11 +23,9 @@ from pipeline.errors import (
     reader_may_leave,
     refuse,
 )
-from pipeline.help_text import HelpFormatter as HelpFormatter
-from shard_tools.cores import cores as cores  # every tool with --workers asks for them
 from shard_tools.home import expand_words
 
-FAULTS, USAGE = 1, 2  # exit codes: faults were found; the command could not be carried out
+FAULTS = 1  # exit code: faults were found
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

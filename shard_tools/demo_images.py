@@ -27,8 +27,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import check_range, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
-from shard_tools.cli import HelpFormatter, ToolError, parse, progress, run, seed_number
+from shard_tools.cli import ToolError, parse, progress, run, seed_number
 from shard_tools.cores import cores
 
 # (package, file inside it). Drawings, charts and near-duplicates of the same folders are left out.

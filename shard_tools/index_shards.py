@@ -24,18 +24,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import is_url, naming, not_there
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
 from shard_tools.class_list import read_classes
-from shard_tools.cli import (
-    HelpFormatter,
-    ToolError,
-    cores,
-    counted,
-    images_of,
-    parse,
-    run,
-    worker_count,
-)
+from shard_tools.cli import ToolError, counted, images_of, parse, run, worker_count
+from shard_tools.cores import cores
 from shard_tools.manifest import MANIFEST, write_manifest
 from shard_tools.sharding.adopt import (
     Adopted,
@@ -71,13 +64,10 @@ def index_shards(
         raise ToolError(f"{output}: already has a {MANIFEST}; --replace overwrites it")
     check_writable(output, folder=True)
     jobs = [IndexJob(i, tars.folder, name, settings) for i, name in enumerate(tars.names)]
-    found = list(
-        map_in_workers(
-            adopt, jobs, workers=workers, description=f"index of {tars.folder}", total=None
-        )
+    read = map_in_workers(
+        adopt, jobs, workers=workers, description=f"index of {tars.folder}", total=None
     )
-    found.sort(key=lambda adopted: adopted.number)
-    found = same_labels(found, settings)
+    found = same_labels(sorted(read, key=lambda adopted: adopted.number), settings)
     with naming(output, "cannot be written"):
         write(output, tars, found, settings)
 
@@ -159,11 +149,11 @@ def write(output: Path, tars: Tars, found: list[Adopted], settings: Settings) ->
         names=unique_names(parts),
         shard_folder=None if output.absolute() == tars.folder else tars.folder,
     )
-    listed = [f"{count} {what}" for what, count in sorted(counts.items())]
-    listed = [f"; {', '.join(listed)} (see {output / REPORT})"] if listed else []
+    listed = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
+    see = f"; {listed} (see {output / REPORT})" if listed else ""
     print(
         f"{output}: adopted {images_of(manifest.samples, len(manifest.classes))} in "
-        f"{counted(len(manifest.shards), 'shard')}{''.join(listed)}"
+        f"{counted(len(manifest.shards), 'shard')}{see}"
     )
 
 

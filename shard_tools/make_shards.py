@@ -18,18 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.errors import check_range, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.class_list import read_classes
-from shard_tools.cli import (
-    HelpFormatter,
-    ToolError,
-    cores,
-    images_of,
-    parse,
-    run,
-    seed_number,
-    shard_bytes,
-    worker_count,
-)
+from shard_tools.cli import ToolError, images_of, parse, run, seed_number, shard_bytes, worker_count
+from shard_tools.cores import cores
 from shard_tools.image_file import CAN_CUT, Conversion
 from shard_tools.sharding.archives import UNPACKED, is_compressed
 from shard_tools.sharding.found import naming_skip
@@ -50,7 +42,7 @@ from shard_tools.sharding.job import (
     store_plan,
 )
 from shard_tools.sharding.labels import read_labels
-from shard_tools.sharding.layout import ALL_FIELDS, FIELDS, LAYOUT, PARTS, Settings, make_plan
+from shard_tools.sharding.layout import ALL_FIELDS, FIELDS, LAYOUT, PARTS, PLAN, Settings, make_plan
 from shard_tools.sharding.merge import remove_unpacked
 from shard_tools.sharding.sources import Listing, Source, open_source
 from shard_tools.sharding.statistics import drop_duplicates
@@ -194,7 +186,7 @@ def job_folders(dest: Path) -> list[Path]:
     """`dest`, or the folders of the train and validation set in it."""
     inside = [dest / name for name in ("train", "val")]
     found = [folder for folder in inside if is_finished(folder) or (folder / PARTS).is_dir()]
-    here = is_finished(dest) or (dest / PARTS / "plan.json").is_file()
+    here = is_finished(dest) or (dest / PARTS / PLAN).is_file()
     return [dest] if here or not found else found
 
 

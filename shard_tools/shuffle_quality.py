@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.errors import check_range
+from pipeline.help_text import HelpFormatter
 from shard_tools import cli
 from shard_tools.manifest import Manifest, read_manifest
 
@@ -89,8 +90,8 @@ def measure(manifest: Manifest, shards: int = _SHARDS, samples: int = _SAMPLES) 
     count = pairs = equal = 0
     for shard in chosen:
         size = int(manifest.table.samples[shard])
-        places = np.unique(np.linspace(0, size - 1, min(samples, size)).astype(int))
-        labels = manifest.rows(manifest.starts[shard] + places)["label"]
+        positions = np.unique(np.linspace(0, size - 1, min(samples, size)).astype(int))
+        labels = manifest.rows(manifest.starts[shard] + positions)["label"]
         known, counts = np.unique(labels[labels >= 0], return_counts=True)
         for label, number in zip(known.tolist(), counts.tolist(), strict=True):
             total[label] = total.get(label, 0) + number
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         description="How close the loader's batches come to a true shuffle, by data.window: how "
         "often two images of a batch share a label, over how often any two images of the folder do "
         "(1 is a true shuffle; above it, batches hold too many images of the same class).",
-        formatter_class=cli.HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", help="folder of shards, or its URL")
     parser.add_argument(

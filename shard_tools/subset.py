@@ -29,12 +29,11 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import check_range, naming
+from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable
 from shard_tools.cli import (
-    HelpFormatter,
     ToolError,
     byte_size,
-    cores,
     counted,
     parse,
     read_list,
@@ -43,6 +42,7 @@ from shard_tools.cli import (
     shard_bytes,
     worker_count,
 )
+from shard_tools.cores import cores
 from shard_tools.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
 from shard_tools.sharding.copy_samples import copy_samples
 from shard_tools.sharding.found import EXTENSIONS

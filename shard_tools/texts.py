@@ -42,9 +42,9 @@ class Texts(Sequence[str]):
         for first in range(0, len(data), _PIECE):
             piece = data[first : first + _PIECE]
             decoder.decode(piece)
-            places = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + first
-            ends[found : found + len(places)] = places
-            found += len(places)
+            feeds = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + first
+            ends[found : found + len(feeds)] = feeds
+            found += len(feeds)
         decoder.decode(b"", final=True)
         ends[found:] = len(data)
         return cls.at(data, ends)

@@ -8,18 +8,17 @@ a `Conversion` says how.
 
 from __future__ import annotations
 
-from shard_tools.image_file.header import MAX_PIXELS, MAX_SIDE, Header, ImageFault
-from shard_tools.image_file.jpeg import MAX_SCANS, SOI, read_jpeg
+from shard_tools.image_file.header import Header, ImageFault
+from shard_tools.image_file.jpeg import SOI, read_jpeg
 from shard_tools.image_file.markers import CAN_CUT, GROWTH, cut
 from shard_tools.image_file.others import PNG, read_gif, read_other, read_png
 from shard_tools.image_file.pieces import cut_out, find_pieces, whole
 from shard_tools.image_file.pixels import REFUSE, Conversion, decode, orientation, refuse_guesses
-from shard_tools.image_file.sound import next_marker, sound_until, walk_ahead, warning_of
+from shard_tools.image_file.sound import sound_until, walk_ahead, warning_of
 
 __all__ = [
-    "CAN_CUT", "GROWTH", "MAX_PIXELS", "MAX_SCANS", "MAX_SIDE", "REFUSE", "Conversion", "Header",
-    "ImageFault", "cut", "cut_out", "decode", "find_pieces", "next_marker", "orientation",
-    "read_header", "sound_until", "walk_ahead", "warning_of", "whole",
+    "CAN_CUT", "GROWTH", "Conversion", "Header", "ImageFault", "cut", "cut_out", "decode",
+    "find_pieces", "orientation", "read_header", "sound_until", "walk_ahead", "warning_of", "whole",
 ]  # fmt: skip
 
 _MAGIC = {

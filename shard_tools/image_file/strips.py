@@ -37,10 +37,10 @@ def check_strips(image: Image.Image, data: bytes) -> None:
     tags = image.tag_v2  # type: ignore[attr-defined]
     with calling_pillow("TIFF"):
         offsets, lengths = (tags.get(a) or tags.get(b, ()) for a, b in (_OFFSETS, _LENGTHS))
-        places = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
-    if any(length and offset < _HEADER for offset, length in places):
+        extents = [(int(a), int(b)) for a, b in zip(offsets, lengths, strict=True)]
+    if any(length and offset < _HEADER for offset, length in extents):
         raise ImageFault("damaged: a strip or tile of it begins in the header of the file")
-    pieces = [data[offset : offset + length] for offset, length in places]
+    pieces = [data[offset : offset + length] for offset, length in extents]
     if compression in _DEFLATE:
         for piece in pieces:
             if not inflate(piece)[1]:  # to its checksum

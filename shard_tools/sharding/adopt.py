@@ -13,10 +13,11 @@ import numpy as np
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import file_sha256
 from shard_tools.cli import ToolError
+from shard_tools.image_file import ImageFault
 from shard_tools.manifest import FORMATS, SAMPLE, Shard
 from shard_tools.members import MissingEnd, TarError
 from shard_tools.sharding.archives import compression
-from shard_tools.sharding.images import ImageFault, probe
+from shard_tools.sharding.images import probe
 from shard_tools.sharding.layout import Part
 from shard_tools.sharding.stored_sample import SampleFault, StoredSample, describe, printable
 from shard_tools.tar import Sample, read_range, read_samples
@@ -188,8 +189,7 @@ def same_labels(found: list[Adopted], settings: Settings) -> list[Adopted]:
         for label, (synset, sample) in adopted.synsets.by_label.items():
             if clash := synsets.conflict(label, synset, sample):
                 raise ToolError(f"{sample}: {clash}")
-    parts = [adopted.part for adopted in found]
-    if not any((part.rows["label"] >= 0).any() for part in parts):
+    if not any((adopted.part.rows["label"] >= 0).any() for adopted in found):
         return found
     return [_labelled_only(adopted, settings) for adopted in found]
 

@@ -67,16 +67,15 @@ def copy_samples(
         before = manifest.made.get("stored_classes", manifest.classes)
         labels = stored_labels(classes, before)
         jobs = _cut(manifest, shard, rows, partial, shard_size, labels)
-        found: list[tuple[Shard, np.ndarray]] = [(Shard("", 0, 0, ""), rows[:0])] * len(jobs)
-        for number, new, index in map_in_workers(
+        made_tars = map_in_workers(
             copy, jobs, workers=workers, description=f"copy to {dest}", total=len(rows)
-        ):
-            found[number] = (new, index)
+        )
+        found = sorted(made_tars, key=lambda tar: tar[0])
         with naming(dest, "cannot be written"):
             write_manifest(
                 partial,
-                shards=[new for new, _ in found],
-                index=np.concatenate([new for _, new in found]),
+                shards=[new for _, new, _ in found],
+                index=np.concatenate([new_rows for *_, new_rows in found]),
                 classes=classes,
                 names=names,
                 made=made,
@@ -85,7 +84,7 @@ def copy_samples(
                 dest.rmdir()  # the caller saw that it is empty
             partial.rename(dest)
             fsync(dest.absolute().parent)
-        return sum(new.bytes for new, _ in found)
+        return sum(new.bytes for _, new, _ in found)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

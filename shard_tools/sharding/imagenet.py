@@ -35,13 +35,8 @@ from shard_tools.sharding.archives import (
 )
 from shard_tools.sharding.folders import class_folders, files_in
 from shard_tools.sharding.found import HELD_OUT, TRAINING, is_image
-from shard_tools.sharding.labels import (
-    Labels,
-    parse_annotations,
-    parse_solution,
-    read_labels,
-    read_solution,
-)
+from shard_tools.sharding.imagenet_devkit import validation_synsets
+from shard_tools.sharding.labels import Labels, parse_annotations, parse_solution, read_solution
 from shard_tools.sharding.parquet_sets import parquet_sets
 from shard_tools.sharding.sources import Listing, Source, open_found, open_parts, open_source
 from shard_tools.sharding.splits import divided, split_folders, training_and_held_out
@@ -55,7 +50,7 @@ _PART = re.compile(r"train_images_(\d+)\.tar(\.gz|\.zst)?")
 
 
 # What a list of synsets is called, and what reads it.
-Mapping = tuple[str, Callable[[], Sequence[str]]]
+SynsetList = tuple[str, Callable[[], Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Layout:
     train: tuple[Path, ...]
     val: tuple[Path, ...]
     labels: Callable[[], Labels] | None = None
-    mapping: Mapping | None = None
+    mapping: SynsetList | None = None
     together: bool = False
 
 
@@ -221,7 +216,7 @@ def _original(root: Path) -> Layout | None:
         "ImageNet's original archives",
         (train,),
         (val,),
-        lambda: _known(read_labels(None, devkit)),
+        partial(validation_synsets, devkit),
         _mapping([root]),
     )
 
@@ -323,7 +318,9 @@ def _check_both(path: Path, names: Sequence[str]) -> None:
                 raise ToolError(f"{path}: its folder {above}{folder} holds no images")
 
 
-def _mapping_inside(archive: Path, unpacked: Path | None, names: Sequence[str]) -> Mapping | None:
+def _mapping_inside(
+    archive: Path, unpacked: Path | None, names: Sequence[str]
+) -> SynsetList | None:
     """The list of synsets among the members of an archive."""
     name = next((name for name in names if name.rpartition("/")[2] == _MAPPING), "")
     where = f"{archive}, {name}"
@@ -344,15 +341,10 @@ def _labels_in(folders: Sequence[Path]) -> Callable[[], Labels] | None:
     """How to read the labels that one of the folders has."""
     table, devkit = _first(folders, _SOLUTION), _devkit(folders)
     if table:
-        return lambda: read_solution(table)
+        return partial(read_solution, table)
     if devkit:
-        return lambda: _known(read_labels(None, devkit))
+        return partial(validation_synsets, devkit)
     return None
-
-
-def _known(labels: Labels | None) -> Labels:
-    assert labels is not None
-    return labels
 
 
 def _devkit(folders: Sequence[Path]) -> Path | None:
@@ -368,7 +360,7 @@ def _packed(folder: Path, *names: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _mapping(folders: Sequence[Path]) -> Mapping | None:
+def _mapping(folders: Sequence[Path]) -> SynsetList | None:
     """The list of synsets in one of the folders."""
     path = _first(folders, _MAPPING)
     return (str(path), partial(read_classes, path)) if path else None

@@ -15,7 +15,6 @@ from PIL import Image
 from shard_tools.image_file import (
     Conversion,
     Header,
-    ImageFault,
     cut,
     decode,
     orientation,
@@ -23,8 +22,6 @@ from shard_tools.image_file import (
     sound_until,
     warning_of,
 )
-
-__all__ = ["CheckedImage", "ImageFault", "ImageSettings", "check_image", "decode_fully", "probe"]
 
 QUALITY = 95  # of a JPEG that has to be re-encoded and for which no quality is asked
 _ORIENTATION = 0x0112  # EXIF tag

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.errors import naming
 from shard_tools.cli import ToolError, read_list
 from shard_tools.sharding.found import Found, Images
+from shard_tools.sharding.imagenet_devkit import validation_synsets
 
 # By file name with or without its suffix, or in the order of the names.
 Labels = dict[str, str] | list[str]
@@ -31,8 +32,6 @@ def read_labels(synsets: Path | None, devkit: Path | None) -> Labels | None:
     if synsets and devkit:
         raise ToolError("give --synsets or --devkit, not both")
     if devkit:
-        from shard_tools.sharding.imagenet_devkit import validation_synsets  # needs scipy
-
         return validation_synsets(devkit)
     if not synsets:
         return None

@@ -17,9 +17,9 @@ import numpy as np
 
 from shard_tools.atomic import write_atomic
 from shard_tools.cli import ToolError
-from shard_tools.image_file import GROWTH
+from shard_tools.image_file import GROWTH, ImageFault
 from shard_tools.manifest import SAMPLE, Shard
-from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
+from shard_tools.sharding.images import ImageSettings, check_image
 from shard_tools.sharding.items import Items, read_item
 from shard_tools.sharding.sources import Source
 from shard_tools.sharding.statistics import NO_PIXELS
@@ -210,7 +210,7 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
         return None
 
 
-def plan_record(plan: Plan, source_name: str, request: str = "") -> dict[str, Any]:
+def plan_record(plan: Plan, source_name: str, request: str) -> dict[str, Any]:
     """What `--merge` and `--resume` need of a plan; the content of plan.json. request: names the
     call that made it (see shard_tools/sharding/job.py)."""
     return {

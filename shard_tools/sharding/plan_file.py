@@ -25,7 +25,7 @@ from shard_tools.image_file import Conversion
 from shard_tools.sharding.found import Images
 from shard_tools.sharding.images import ImageSettings
 from shard_tools.sharding.items import Item, Items
-from shard_tools.sharding.layout import PARTS, Plan, Settings, shard_name
+from shard_tools.sharding.layout import PARTS, Plan, Settings
 from shard_tools.texts import Texts
 
 PLAN_FILE = "plan.bin"
@@ -48,9 +48,6 @@ class StoredPlan:
     @property
     def shards(self) -> int:
         return len(self.starts) - 1
-
-    def shard_name(self, number: int) -> str:
-        return shard_name(self.settings, number)
 
     def items(self, number: int) -> StoredItems:
         """The items of a shard."""

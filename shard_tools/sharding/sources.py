@@ -61,10 +61,6 @@ class Source:
     remark: str = ""
     duplicates: list[tuple[str, str]] = field(default_factory=list)
 
-    def without(self, items: Items, duplicates: list[tuple[str, str]]) -> Source:
-        """The same with fewer items, since `duplicates` were dropped."""
-        return replace(self, items=items, duplicates=duplicates)
-
 
 @dataclass(frozen=True)
 class Listing:

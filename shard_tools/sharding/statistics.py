@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -88,9 +89,10 @@ def drop_duplicates(source: Source, workers: int) -> Source:
     names = [items.names[order[row]] for row in rows]
     among = duplicates(prints[rows], labels[rows], names)
     dropped = {order[rows[i]] for i, _ in among}
-    return source.without(
-        Items(item for row, item in enumerate(items) if row not in dropped),
-        [(names[i], reason) for i, reason in among],
+    return replace(
+        source,
+        items=Items(item for row, item in enumerate(items) if row not in dropped),
+        duplicates=[(names[i], reason) for i, reason in among],
     )
 
 

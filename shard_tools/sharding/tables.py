@@ -42,8 +42,8 @@ def list_table(path: Path, root: Path) -> tuple[Images, list[int | str]]:
     """Images and their labels: class indices, class names, or none at all (an empty list).
 
     The columns are `path` (relative to `root`; also `file_name`, as Hugging Face's metadata.csv has
-    it) and optionally `label`, in any case. UserError
-    names the row where labels are mixed, fractional, negative, missing, or contradict each other.
+    it) and optionally `label`, in any case. UserError names the row where labels are mixed,
+    fractional, negative, missing, or contradict each other.
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     images = Images(_image(path, number, row, root) for number, row in rows)

@@ -16,11 +16,11 @@ import numpy as np
 from pipeline.errors import naming
 from shard_tools.atomic import fsync
 from shard_tools.cli import ToolError
-from shard_tools.image_file import walk_ahead
+from shard_tools.image_file import ImageFault, walk_ahead
 from shard_tools.manifest import FORMATS, SAMPLE, Shard
-from shard_tools.sharding.images import CheckedImage, ImageFault, ImageSettings, check_image
+from shard_tools.sharding.images import CheckedImage, ImageSettings, check_image
 from shard_tools.sharding.items import Item, file_times, place_of, read_item
-from shard_tools.sharding.layout import ALL_FIELDS, Part, write_part
+from shard_tools.sharding.layout import ALL_FIELDS, Part, shard_name, write_part
 from shard_tools.sharding.plan_file import StoredPlan
 from shard_tools.sharding.statistics import NO_PIXELS, fingerprint, is_sampled, pixel_sums
 from shard_tools.tar import ShardWriter
@@ -53,7 +53,7 @@ def write_shards(
     jobs = [
         ShardJob(
             number=number,
-            name=plan.shard_name(number),
+            name=shard_name(plan.settings, number),
             first=plan.starts[number],
             items=plan.items(number),
             root=plan.root,

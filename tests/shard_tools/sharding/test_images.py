@@ -22,10 +22,10 @@ from shard_samples import (
     report,
 )
 
-from shard_tools.image_file import Conversion
+from shard_tools.image_file import Conversion, ImageFault
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest
-from shard_tools.sharding.images import ImageFault, ImageSettings, check_image
+from shard_tools.sharding.images import ImageSettings, check_image
 from shard_tools.verify_shards import verify
 
 
