@@ -14,11 +14,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from eval.protocols import metric_of
 from eval.report import write_report
 from eval.reporting.run_records import read_result, with_beside
+from eval.reporting.tables import spread_text
 from eval.shared.command import run_command
 from eval.shared.demo_shards import DONE, make_demo_shards
 from eval.shared.processes import call, stop_on_sigterm
@@ -179,14 +180,9 @@ def summary(gains: list[Gain]) -> list[str]:
     lines = []
     for recipe in RECIPES:
         mine = [g for g in gains if g.recipe == recipe]
-        texts = []
-        for values in (
-            [g.pretrained for g in mine],
-            [g.random for g in mine],
-            [g.pretrained - g.random for g in mine],
-        ):
-            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            texts.append(f"{mean(values):.1f}{spread}")
+        gain = [g.pretrained - g.random for g in mine]
+        columns = ([g.pretrained for g in mine], [g.random for g in mine], gain)
+        texts = [spread_text(values, 1) for values in columns]
         lines.append(
             f"{NAMES[recipe]:<24} linear probe {texts[0]} %, random encoder {texts[1]} %, "
             f"gain {texts[2]} points"

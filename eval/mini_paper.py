@@ -12,43 +12,40 @@ printed is {"claims": {"1": true, …}}.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from eval.paper.commands import Workspace
-from eval.paper.job_runner import costs, needed, run_commands, show_plan
-from eval.paper.made_with import check_recipes, claim_output, made_with
+from eval.paper.job_runner import costs
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import (
     Options,
     add_options,
     beside,
     check_rows,
-    choose_rows,
-    find_table,
     prepare_data,
-    published_anywhere,
+    published_row,
     read_options,
     run_folders,
+    run_jobs,
 )
 from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
+from eval.studies.cifar_claims import PUBLISHED, SUPERVISED
 from eval.studies.claims import CLAIMS
 from eval.studies.study import Study, rules, summary, wanted_metrics
 from pipeline.help_text import HelpFormatter
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
 ROWS = {
-    "MAE": (4, "MAE"),
-    "R-MAE": (1, "R-MAE"),
-    "C-MAE": (4, "C-MAE"),
-    "C-MAE without mask tokens": (4, "C-MAE without mask tokens"),
-    "MAE, 1 image": (6, "1 image, stronger augmentation, 5 epochs"),
+    **{
+        name: PUBLISHED[name]
+        for name in ("MAE", "R-MAE", "C-MAE", "C-MAE without mask tokens", "MAE, 1 image")
+    },
     "random": (1, "random, 100 epochs"),
 }
-SUPERVISED = PaperRow("supervised", {}, recipe="supervised")
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,7 @@ def paper_row(name: str) -> PaperRow:
     """The row that a claim names, with the metrics that the paper's other tables give it."""
     if name == SUPERVISED.name:
         return SUPERVISED
-    table, called = ROWS[name]
-    row = choose_rows(find_table(table), [called])[0]
-    return replace(row, published=published_anywhere(row))
+    return published_row(*ROWS[name])
 
 
 def study_of(workspace: Workspace, numbers: Sequence[int], seeds: int) -> Study:
@@ -124,13 +119,9 @@ def mini_paper(settings: Settings) -> None:
     check_rows(options, rows)
     prepare_data(workspace)
     jobs = study.jobs()
-    claim_output(workspace.output, made_with(workspace, rows), write=not options.dry_run)
-    check_recipes(jobs)
+    run_jobs(options, rows, jobs)
     if options.dry_run:
-        for line in show_plan(needed(jobs)):
-            print(line, flush=True)
         return
-    run_commands(needed(jobs), options.jobs, workspace.output)
     names = {job.name for job in jobs}
     cpu = sum(seconds for name, seconds in costs(workspace.output).items() if name in names)
     first = chapters(study, cpu)

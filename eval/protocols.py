@@ -5,10 +5,21 @@ A new protocol is its script and a row here; the report, its charts and reproduc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+def option(words: Sequence[str], name: str, default: Any) -> Any:
+    """The last value of `name` on a command line, in every form that argparse reads: the next word,
+    after `=`, the name abbreviated."""
+    value = default
+    for number, word in enumerate(words):
+        given, equals, text = word.partition("=")
+        if len(given) > len("--") and name.startswith(given) and given.startswith("--"):
+            value = text if equals else words[number + 1]
+    return value
 
 
 @dataclass(frozen=True)
@@ -25,14 +36,8 @@ class Work:
     options: tuple[str, ...] = ()
 
     def option(self, name: str, default: Any) -> Any:
-        """The last value of `name` on the command line, in every form that argparse reads: the
-        next word, after `=`, the name abbreviated."""
-        value = default
-        for number, word in enumerate(self.options):
-            given, equals, text = word.partition("=")
-            if len(given) > len("--") and name.startswith(given) and given.startswith("--"):
-                value = text if equals else self.options[number + 1]
-        return value
+        """Its last value among the options."""
+        return option(self.options, name, default)
 
 
 # (images seen, FLOPs) of a protocol.
@@ -84,7 +89,7 @@ class Protocol:
     name: `protocol` in its result files. script: eval/<script>.py. metric: the number of a result
     that counts, "" where a result is more than one (curves have charts of their own). column: what
     paper.yaml, scales.yaml and reproduce.py call it. heading: of that column. fraction: share of
-    the training labels. train: whether the script takes --train.
+    the training labels. train, encoder: whether the script takes --train, --encoder.
     """
 
     name: str
@@ -97,6 +102,7 @@ class Protocol:
     heading: str = ""
     fraction: float = 1.0
     train: bool = True
+    encoder: bool = True
 
     @property
     def key(self) -> str:
@@ -135,7 +141,10 @@ PROTOCOLS = (
     Protocol("attentive-probe", "attentive", "top1", "%", "attentive probe", attentive_probe),
     Protocol("knn", "knn", "top1", "%", "k-NN", features_once),
     Protocol("cka", "cka", "", "", "CKA", nine_ratios, train=False),
-    Protocol("shape-bias", "shape_bias", "shape_bias", "", "shape bias", validation_only),
+    Protocol(
+        "shape-bias", "shape_bias", "shape_bias", "", "shape bias", validation_only,
+        encoder=False,
+    ),
 )  # fmt: skip
 
 
@@ -150,14 +159,13 @@ def by_key(key: str) -> Protocol:
 
 
 def keys() -> tuple[str, ...]:
-    """What reproduce.py can run, each once."""
-    return tuple(dict.fromkeys(p.key for p in PROTOCOLS))
+    """What reproduce.py and sweep.py can run, each once."""
+    return tuple(dict.fromkeys(p.key for p in PROTOCOLS if p.encoder))
 
 
 def headings() -> dict[str, str]:
     """Column → heading of what the paper's tables and reproduce.py can show."""
-    found = {p.key: p.heading or f"{p.title} ({p.unit})" for p in PROTOCOLS if p.metric}
-    return found
+    return {p.key: p.heading or f"{p.title} ({p.unit})" for p in PROTOCOLS if p.metric}
 
 
 def metric_of(result: dict[str, Any], path: Path | str = "") -> float:

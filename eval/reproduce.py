@@ -13,8 +13,6 @@ import argparse
 from dataclasses import dataclass
 
 from eval.paper.commands import row_jobs
-from eval.paper.job_runner import needed, run_commands, show_plan
-from eval.paper.made_with import check_recipes, claim_output, made_with
 from eval.paper.reproduction import (
     Options,
     add_options,
@@ -26,6 +24,7 @@ from eval.paper.reproduction import (
     prepare_data,
     read_options,
     run_folders,
+    run_jobs,
 )
 from eval.report import write_report
 from eval.reporting.page import Chapter, markdown_table
@@ -74,13 +73,9 @@ def reproduce(settings: Settings) -> None:
         for row, wanted in rows
         for job in row_jobs(workspace, row, seed, wanted)
     ]
-    claim_output(workspace.output, made_with(workspace, rows), write=not options.dry_run)
-    check_recipes(jobs)
+    run_jobs(options, rows, jobs)
     if options.dry_run:
-        for line in show_plan(needed(jobs)):
-            print(line, flush=True)
         return
-    run_commands(needed(jobs), options.jobs, workspace.output)
     ours = beside(f"Tab. {table.number}: {table.title}", rows, workspace, options.seeds)
     texts = (table.note,) if table.note else ()
     chapter = Chapter("reproduced", "Beside the paper", texts, (ours,))

@@ -58,8 +58,8 @@ def one_table(table: PaperTable, members: dict[str, list[Group]], groups: Sequen
         head += [f"{headings()[name]}: paper", "ours"]
     caveats = [f"{row.name}: {row.caveat}." for row in table.rows if row.caveat]
     runs = [run for group in groups for run in group.runs]
-    features = [r.get("feature") for name in table.columns for _, r in fitting(runs, name)
-                if name == "linprobe"]  # fmt: skip
+    probes = fitting(runs, "linprobe") if "linprobe" in table.columns else []
+    features = [result.get("feature") for _, result in probes]
     notes = tuple(note for note in (table.note, feature_note(features), *caveats) if note)
     return Table(tuple(head), tuple(rows), f"Tab. {table.number}: {table.title}", notes)
 

@@ -11,7 +11,7 @@ import yaml
 
 from eval.paper.job_runner import Command, python
 from eval.paper.published import PaperRow
-from eval.protocols import Protocol, Work, by_key, keys
+from eval.protocols import Protocol, Work, by_key, keys, option
 from pipeline.config.planning import MOST_IMAGES
 from pipeline.config.recipe import RECIPES, EncoderRecipe, Recipe, load_recipe
 from pipeline.config.schema import IMAGENET_MEAN
@@ -275,7 +275,7 @@ def eval_job(
     words += ["--train", train] if how.train else []
     words += [*scale.options.get(protocol, ()), *encoder]
     if how.script == "finetune" and "epochs" in row.finetune:
-        epochs = float(option(words, "--epochs", 100)) * row.finetune["epochs"] / 100
+        epochs = float(option([*map(str, words)], "--epochs", 100)) * row.finetune["epochs"] / 100
         words += ["--epochs", f"{epochs:g}"]
     if how.script == "finetune" and "base_lr" in row.finetune:
         words += ["--base-lr", f"{row.finetune['base_lr']:g}"]
@@ -288,12 +288,6 @@ def eval_job(
     name = f"{run_name(row, seed)} {protocol}"
     command = scale.command(f"eval/{how.script}.py", *words, *chosen)
     return Command(name, command, result, tuple(j.name for j in needs), 0, images, count=count)
-
-
-def option(words: Sequence[object], name: str, default: Any) -> Any:
-    """The value after the last `name` on a command line."""
-    found = [number for number, word in enumerate(words) if word == name]
-    return words[found[-1] + 1] if found else default
 
 
 def row_jobs(
@@ -332,14 +326,9 @@ def cost(
     """Images that a protocol sees, and what counts its FLOPs."""
 
     def flops() -> float:
-        return how.cost(Work(encoder_flops(recipe), train, val, words))[1]
+        return how.cost(Work(forward_flops(recipe.encoder), train, val, words))[1]
 
     return how.cost(Work(0.0, train, val, words))[0], flops
-
-
-def encoder_flops(recipe: Recipe) -> float:
-    """Forward pass of one full image."""
-    return forward_flops(recipe.encoder)
 
 
 def forward_flops(encoder: EncoderRecipe) -> float:

@@ -97,10 +97,8 @@ def needed(jobs: Sequence[Command]) -> list[Command]:
     return [job for job in jobs if job.done or job.name in wanted]
 
 
-def run_commands(
-    jobs: Sequence[Command], slots: int, folder: Path, trials: bool = False
-) -> dict[str, float]:
-    """Run what is not done, `slots` at a time; CPU seconds by name, of earlier calls too.
+def run_commands(jobs: Sequence[Command], slots: int, folder: Path, trials: bool = False) -> None:
+    """Run what is not done, `slots` at a time.
 
     Its output goes to folder/logs/NAME.log, its cost to folder/jobs.jsonl. What needs a
     failed command is left out, the rest is run; then UserError names each failure and its log.
@@ -143,7 +141,6 @@ def run_commands(
     if failed:
         names = "; ".join(f"{name} (see {log})" for name, log in failed.items())
         raise UserError(f"{len(failed)} of {len(jobs)} commands failed: {names}")
-    return costs(folder)
 
 
 _writing = threading.Lock()

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from eval.paper.commands import ROOT, Workspace, option
+from eval.paper.commands import ROOT, Workspace
 from eval.paper.cost import recipe_of
 from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow
-from eval.protocols import by_key
+from eval.protocols import by_key, option
 from eval.reporting.run_records import NO_METHOD, read_json
 from pipeline.config.recipe import Recipe, differences, load_recipe
 from pipeline.errors import UserError, naming

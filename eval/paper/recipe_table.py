@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from shlex import quote
 
-from eval.paper.commands import base_recipe, class_subset, few_subset
+from eval.paper.commands import Workspace, base_recipe, class_subset, few_subset
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.shared.command import run_command
 from pipeline.config.recipe import RECIPES
@@ -21,7 +21,6 @@ from shard_tools.atomic import write_atomic
 README = RECIPES / "README.md"
 SHARDS = "data/shards"
 IMAGENET = 1281167  # training images; an epoch of few images has as many draws
-CLASSES = "imagenet100.txt"
 RANDOM = ("--choose", "random")  # subset.py's default
 BLOCK = re.compile(r"(<!-- rows of Tab\. (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -39,7 +38,7 @@ def row_data(row: PaperRow) -> tuple[str, list[str]]:
     source, lines = f"{SHARDS}/train", []
     if row.classes is not None:
         for part in ("val", "train"):
-            name, words = class_subset(row.classes, part, CLASSES)
+            name, words = class_subset(row.classes, part, Workspace.classes)
             lines.append(subset_line(f"{SHARDS}/{part}", name, words))
         source = f"{SHARDS}/{name}"
     if row.images is not None:

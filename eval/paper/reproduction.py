@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
 
 from eval.paper.beside import feature_note
 from eval.paper.commands import Workspace, read_scale, row_recipe, run_name
-from eval.paper.job_runner import Command
+from eval.paper.job_runner import Command, needed, run_commands, show_plan
+from eval.paper.made_with import check_recipes, claim_output, made_with
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.protocols import by_key, headings, keys
 from eval.reporting.run_records import read_result, with_beside
-from eval.reporting.tables import FEATURE_NAMES, NONE, UNMEASURED, Cell, Row, Table
+from eval.reporting.tables import FEATURE_NAMES, NONE, UNMEASURED, Cell, Row, Table, spread_text
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError, check_range
 from pipeline.method.checks import check_objective
@@ -49,14 +49,14 @@ def add_options(parser: argparse.ArgumentParser, output: str = "runs/reproduce-<
     add("--output", type=Path, help=f"folder of the runs (default: {output})")
     add("--train", default="", help="training shards (default: the scale's)")
     add("--val", default="", help="validation shards (default: the scale's)")
-    add("--classes", default="imagenet100.txt", help="list of Tab. 5's classes, full scale")
+    add("--classes", default=Workspace.classes, help="list of Tab. 5's classes, full scale")
     add("--few-labels", type=Path, metavar="FILE",
         help="names of the images with labels in few-shot finetuning, such as SimCLR's "
         "10percent.txt (default: a tenth is drawn)")  # fmt: skip
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change every recipe, last")
     add("--jobs", type=int, default=0, help="commands side by side (default: cores, or 1 on GPUs)")
-    add("--also", nargs="+", default=[], choices=[k for k in keys() if k not in ("shape-bias",)],
-        metavar="PROTOCOL", help="evaluate every row by these too: %(choices)s")  # fmt: skip
+    add("--also", nargs="+", default=[], choices=keys(), metavar="PROTOCOL",
+        help="evaluate every row by these too: %(choices)s")  # fmt: skip
     add("--dry-run", action="store_true",
         help="print the plan and its cost, train nothing; the miniature's demo shards, which the "
         "plan reads, are made if they are missing")  # fmt: skip
@@ -134,6 +134,21 @@ def prepare_data(workspace: Workspace) -> None:
         make_demo_shards(data, train=TRAIN, val=VAL, size=CROPS)
 
 
+def run_jobs(
+    options: Options, rows: Sequence[tuple[PaperRow, Sequence[str]]], jobs: Sequence[Command]
+) -> None:
+    """Run the jobs of rows, each with its protocols, or print them (--dry-run). UserError where
+    OUTPUT was made with other settings."""
+    output = options.workspace.output
+    claim_output(output, made_with(options.workspace, rows), write=not options.dry_run)
+    check_recipes(jobs)
+    if options.dry_run:
+        for line in show_plan(needed(jobs)):
+            print(line, flush=True)
+    else:
+        run_commands(needed(jobs), options.jobs, output)
+
+
 @cache
 def known_tables() -> dict[int, PaperTable]:
     """The paper's tables by number."""
@@ -163,6 +178,12 @@ def published_anywhere(row: PaperRow) -> dict[str, float]:
     others = [other for known in known_tables().values() for other in known.rows]
     same = [o for o in others if (o.recipe or o.initial) and run_name(o, 0) == run_name(row, 0)]
     return {metric: value for o in same for metric, value in o.published.items()}
+
+
+def published_row(number: int, name: str) -> PaperRow:
+    """A row of a table, with the metrics that the paper gives it anywhere."""
+    row = choose_rows(find_table(number), [name])[0]
+    return replace(row, published=published_anywhere(row))
 
 
 def columns_of(table: PaperTable, row: PaperRow) -> list[str]:
@@ -197,13 +218,6 @@ def by_feature(
         for result in with_beside(read_result(path)) if path.is_file() else ():
             found.setdefault(str(result.get("feature")), []).append(float(result[metric]))
     return found
-
-
-def spread_text(values: Sequence[float]) -> str:
-    """`mean ± standard deviation` of what is there."""
-    if not values:
-        return NONE
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def beside(

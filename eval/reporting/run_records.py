@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -297,8 +297,3 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         note = ", ".join(f"{k.rsplit('.', 1)[-1]} {members[0].flat.get(k)}" for k in keys)
         result.append(Group(f"{name} ({note})" if note else name, tuple(members)))
     return result
-
-
-def spread(values: list[float]) -> tuple[float, float | None]:
-    """(mean, sample standard deviation), the latter None for a single value."""
-    return mean(values), stdev(values) if len(values) > 1 else None

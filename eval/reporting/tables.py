@@ -4,10 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from eval.protocols import by_name
-from eval.reporting.run_records import Group, Run, differing, is_undecided, spread
+from eval.reporting.run_records import Group, Run, differing, is_undecided
 
 
 @dataclass(frozen=True)
@@ -180,15 +181,18 @@ def is_random(result: dict[str, Any]) -> bool:
 
 def accuracy_cell(values: list[float], baseline: list[float], column: Column) -> Cell:
     """`mean ± deviation`, with the distance to the baseline's mean as its note."""
+    digits = 2 if column.unit else 3
+    both = values and baseline
+    note = against_random(mean(values) - mean(baseline), digits) if both else ""
+    return Cell(spread_text(values, digits), note)
+
+
+def spread_text(values: Sequence[float], digits: int = 2) -> str:
+    """`mean ± sample standard deviation` of what is there."""
     if not values:
-        return Cell(NONE)
-    middle, deviation = spread(values)
-    digits = 3 if not column.unit else 2
-    text = f"{middle:.{digits}f}"
-    if deviation is not None:
-        text += f" ± {deviation:.{digits}f}"
-    note = against_random(middle - spread(baseline)[0], digits) if baseline else ""
-    return Cell(text, note)
+        return NONE
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 def against_random(gain: float, digits: int) -> str:

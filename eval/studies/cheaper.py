@@ -5,12 +5,12 @@ from statistics import mean
 
 from eval.paper.commands import pretrain_flops, row_recipe
 from eval.paper.cost import of_one_device, read_rates, step_seconds
-from eval.paper.reproduction import spread_text
+from eval.protocols import headings
 from eval.reporting.page import Chapter
-from eval.reporting.tables import NONE, UNMEASURED, Cell, Row, Table
+from eval.reporting.tables import NONE, UNMEASURED, Cell, Row, Table, spread_text
 from eval.studies.cifar_claims import AS_LONG, QUICKER, plain
 from eval.studies.claims import Difference, Judged, judge
-from eval.studies.study import Study, titles, wanted_metrics
+from eval.studies.study import Study, wanted_metrics
 from pipeline.config.recipe import Recipe
 
 METRICS = ("finetune", "linprobe")
@@ -55,7 +55,7 @@ def cheaper_table(study: Study, names: list[str]) -> Table:
     path = study.workspace.output / "rates.json"
     recipes = [row_recipe(study.workspace, study.row(name)) for name in names]
     known = of_one_device(read_rates(path), recipes) if path.is_file() else {}
-    heads = [head for m in METRICS for head in (titles()[m], "against its method")]
+    heads = [head for m in METRICS for head in (headings()[m], "against its method")]
     head = ("road", "MFLOP per image", "ms per image", "images seen", *heads)
     return Table(head, tuple(cheaper_row(study, name, known) for name in names))
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from eval.paper.published import PaperRow
-from eval.paper.reproduction import choose_rows, find_table, published_anywhere
+from eval.paper.reproduction import published_anywhere, published_row
 from eval.studies.claims import CLAIMS, Claim, Difference
 
 # What a claim calls a row → the table and the name of the row in paper.yaml.
@@ -259,10 +259,8 @@ def plain_row(name: str) -> PaperRow:
     if name in LONGER:
         return replace(RANDOM, name=name)
     if name in PUBLISHED:
-        table, called = PUBLISHED[name]
-        row = choose_rows(find_table(table), [called])[0]
-    else:
-        row = {"random": RANDOM, "supervised": SUPERVISED, **OWN}[name]
+        return published_row(*PUBLISHED[name])
+    row = {"random": RANDOM, "supervised": SUPERVISED, **OWN}[name]
     return replace(row, published=published_anywhere(row))
 
 

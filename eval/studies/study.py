@@ -5,7 +5,6 @@ What eval/mini_paper.py and eval/cifar_paper.py share.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import isfinite
 
 from eval.paper.commands import Workspace, row_jobs
@@ -168,7 +167,7 @@ def claim_cells(one: Judged, seeds: int) -> list[Cell]:
     d, digits = one.difference, 3 if protocol_of(one.difference.metric) == "cka" else 2
     means = [f"{sum(v) / len(v):.{digits}f}" if v else NONE for v in (one.better, one.worse)]
     names = f"{d.better} - {d.worse}"
-    metric = titles().get(d.metric, d.metric.replace("cka ", "CKA, "))
+    metric = headings().get(d.metric, d.metric.replace("cka ", "CKA, "))
     allowed = f"may be {d.margin:g} {d.unit} less" if d.margin else ""
     pairs = len(one.apart)
     partly = f"{pairs} of {seeds} seeds" if 0 < pairs < seeds else ""
@@ -193,12 +192,6 @@ def claim_cells(one: Judged, seeds: int) -> list[Cell]:
         Cell(f"{one.p:.2g}", corrected),
         Cell(one.verdict, need),
     ]
-
-
-@cache
-def titles() -> dict[str, str]:
-    """Protocol → heading."""
-    return headings()
 
 
 def rules(study: Study) -> str:

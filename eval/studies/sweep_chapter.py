@@ -3,12 +3,11 @@
 from collections.abc import Container, Sequence
 from statistics import mean
 
-from eval.paper.reproduction import spread_text
 from eval.protocols import by_key, headings
 from eval.reporting.charts import Line, line_chart
 from eval.reporting.page import Chapter
 from eval.reporting.run_records import read_result
-from eval.reporting.tables import NONE, Row, Table
+from eval.reporting.tables import NONE, Row, Table, spread_text
 from eval.reporting.tables import Cell as TableCell
 from eval.studies.significance import interval
 from eval.studies.sweep_plan import Cell, Sweep, as_number, lost, result_path
@@ -66,8 +65,7 @@ def sweep_table(
 ) -> Table:
     """A row per point: its values of the grid, then mean ± deviation of each protocol, and how many
     of its seeds diverged."""
-    titles = headings()
-    head = (*sweep.grid, "seeds done", *(titles[name] for name in found))
+    head = (*sweep.grid, "seeds done", *(headings()[name] for name in found))
     rows = []
     for point in dict.fromkeys(cell.point for cell in sweep.cells):
         done = max((len(values[point]) for values in found.values()), default=0)

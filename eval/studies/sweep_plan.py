@@ -25,7 +25,6 @@ LAUNCH = ROOT / "launch.sh"
 RECORD = "sweep.json"
 CELLS = "cells"  # what the tasks of an array keep of themselves
 OPEN, CLOSE = "[{(", "]})"
-UNSUITED = ("shape-bias",)  # needs images of its own
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,12 @@ def parts(text: str) -> Iterator[str]:
 
 def read_evals(text: str) -> tuple[str, ...]:
     """`knn,linprobe` → protocols. UserError lists those that there are."""
-    known = [key for key in keys() if key not in UNSUITED]
     found = tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     for name in found:
-        if name not in known:
-            raise UserError(f"--eval {name}: should be one of {', '.join(known)}")
+        if name not in keys():
+            raise UserError(f"--eval {name}: should be one of {', '.join(keys())}")
     if not found:
-        raise UserError(f"--eval {text!r}: names no evaluation; there are {', '.join(known)}")
+        raise UserError(f"--eval {text!r}: names no evaluation; there are {', '.join(keys())}")
     return found
 
 

@@ -102,8 +102,8 @@ def test_the_supervised_row_draws_as_many_images_as_the_others_and_is_billed_for
     assert "--batch-size" not in words  # the others' 1024 is finetuning's default
     assert train.images == 100 * 640
     assert pretrain.images == 0  # a batch of 4096 is more than these 640
-    assert train.flops == pytest.approx(train.images * 3 * rows.encoder_flops(
-        rows.row_recipe(workspace, supervised)))  # fmt: skip
+    assert train.flops == pytest.approx(train.images * 3 * rows.forward_flops(
+        rows.row_recipe(workspace, supervised).encoder))  # fmt: skip
 
 
 def test_evaluations_of_a_row(shards):
@@ -214,7 +214,7 @@ def test_flops_are_those_of_a_vit_b():
     n, d = 197, 768
     adds = 12 * (12 * n * d**2 + 2 * n**2 * d) + 196 * d * 768
     assert adds == pytest.approx(17.56e9, rel=1e-3)
-    assert rows.encoder_flops(recipe) == 2 * adds
+    assert rows.forward_flops(recipe.encoder) == 2 * adds
 
 
 @pytest.mark.parametrize("name", ["mae", "rmae", "cmae"])
@@ -286,7 +286,7 @@ def test_results_of_other_settings_do_not_pass_for_these(shards, tmp_path, monke
         words += ["--train", shards / "train", "--val", shards / "val", *more]
         reproduce.reproduce(reproduce.parse_args(list(map(str, words))))
 
-    monkeypatch.setattr(reproduce, "run_commands", run_commands)
+    monkeypatch.setattr(reproduction, "run_commands", run_commands)
     (tmp_path / "few.txt").write_text("a.jpg")
     for same in ([], ["--seeds", 2, "--also", "fewshot"], ["--set", "data.workers=2"]):
         with pytest.raises(Begun):
