@@ -35,7 +35,7 @@ from eval.shared.command import run_command
 from eval.shared.labels import class_count, labelled
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
-from eval.shared.subsets import keep_subset
+from eval.shared.subsets import held_out_count, keep_subset
 from pipeline.command import early
 from pipeline.errors import UserError, check_range
 from shard_tools.manifest import Manifest, read_manifest
@@ -43,7 +43,6 @@ from shard_tools.manifest import Manifest, read_manifest
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
 DECAYS = (5e-4, 1e-3, 5e-2)
 LARGEST_RATE, LARGEST_DECAY = 1e30, 1e6  # whose product, times 10, a float32 still holds
-HELD_OUT = 0.1  # share of the training images on which the pair is chosen
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="images by which the pair is chosen; validation is optimistic")  # fmt: skip
     add("--micro-batch", type=int, default=256, help="images per forward pass at most")
     return result
-
-
-def held_out_count(samples: int) -> int:
-    """How many of the training images the pair is chosen on."""
-    return max(1, round(HELD_OUT * samples))
 
 
 def check(s: Settings, world: int = 1) -> int:
@@ -277,8 +271,8 @@ def train_heads(heads: Heads, session: EvalSession, s: Settings, train: str) -> 
     stream = enumerate(training_tokens(session, s, train))
     images = s.batch_size // ranks.world
     for step, micro in progress(stream, ranks, "attentive probe", s.steps, images):
-        if step == 0 and ranks.any(not all(bool(x.isfinite().all()) for x, _ in micro)):
-            raise UserError(f"{s.train}: the encoder's features of it are not finite")
+        if step == 0:
+            session.need_finite(torch.stack([x.isfinite().all() for x, _ in micro]).all(), s.train)
         losses = heads.step(step, micro, ranks)
     return ranks.sum(losses)
 

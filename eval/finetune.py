@@ -9,9 +9,8 @@ patch tokens, a fresh fc_norm and head.
     deepspeed eval/finetune.py --ds_config ds_configs/zero2.json --encoder runs/rmae \\
         --train data/shards/train --val data/shards/val [--fraction 0.1 | --subset FILE]
 
-It resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save
-and exit with 85.
-`--random` trains from scratch.
+It resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C save and exit
+with 85. `--random` trains from scratch.
 """
 
 import argparse

@@ -18,8 +18,8 @@ The statistics of BatchNorm and the gradients are those of the global batch: eve
 its part, the features are gathered, and every rank makes the same update. The result so does not
 depend on the number of ranks (MAE's original normalises over the 512 images of each GPU).
 
-The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1, SIGHUP
-and Ctrl-C save and exit with 85.
+The protocol `mae` resumes from its last checkpoint when rerun; SIGTERM, SIGUSR1, SIGHUP and Ctrl-C
+save and exit with 85.
 
     python eval/linprobe.py --encoder runs/rmae --train data/shards/train --val data/shards/val
     deepspeed eval/linprobe.py --protocol cached --encoder runs/rmae --train … --val …
@@ -34,10 +34,8 @@ from typing import Any
 
 from eval.shared.command import run_command
 from eval.shared.linprobe_plan import (
-    HELD_OUT,
     Plan,
     Settings,
-    held_out_count,
     identity,
     make_plan,
     record,
@@ -50,6 +48,7 @@ from eval.shared.results import (
     result_of,
     write_accuracy,
 )
+from eval.shared.subsets import held_out_count
 from pipeline.command import early
 from pipeline.errors import Diverged
 from shard_tools.manifest import read_manifest
@@ -176,9 +175,9 @@ def features_of(s: Settings) -> tuple[str, ...]:
 def score(probes: dict[str, Probe], session: EvalSession, s: Settings) -> dict[str, Any]:
     """Accuracy on the validation set by feature, each image counted once over all ranks. UserError
     where a feature is not finite."""
-    ranks, count = session.ranks, torch.zeros(len(probes), 3, dtype=torch.int64)
+    ranks = session.ranks
+    count = torch.zeros(len(probes), 3, dtype=torch.int64, device=session.device)
     finite = torch.ones((), dtype=torch.bool, device=session.device)
-    count = count.to(session.device)
     batches = -(-read_manifest(s.val).samples // (s.micro_batch * ranks.world))
     stream = progress(
         session.batches(s.val, s.micro_batch), ranks, "validation", batches, s.micro_batch
@@ -303,10 +302,10 @@ def accuracies(probe: Probe, feature: Tensor, label: Tensor) -> list[tuple[float
     return [(as_percent(a, n), as_percent(b, n)) for a, b, n in count.tolist()]
 
 
-def held_out(samples: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+def held_out(samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Sample numbers (kept, held out), a random split fixed by the seed, both in order."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    cut = held_out_count(samples, share)
+    cut = held_out_count(samples)
     return order[cut:].sort().values, order[:cut].sort().values
 
 
@@ -323,7 +322,7 @@ def grid_scores(
     A head that is not finite has {base_lr, diverged: true} instead. Diverged where none is finite.
     """
     mine = s.grid[ranks.rank :: ranks.world]
-    rows = torch.full((len(s.grid), 2 * len(tests)), 0.0, dtype=torch.float64)
+    rows = torch.zeros(len(s.grid), 2 * len(tests), dtype=torch.float64)
     if mine:
         probe, finite = train_heads(*train, mine, s, classes)
         for column, (feature, label) in enumerate(tests.values()):
@@ -344,7 +343,7 @@ def grid_scores(
     ]
 
 
-def probe_cached(session: EvalSession, s: Settings, plan: Plan, _: Path) -> dict[str, Any]:
+def probe_cached(session: EvalSession, s: Settings, plan: Plan) -> dict[str, Any]:
     """The cached protocol, too short to resume; the accuracy fields and the full grid."""
     names = features_of(s)
     features, label = session.extract_all(s.train, names, s.micro_batch)
@@ -376,7 +375,7 @@ def best_of_grid(
         tests, criterion = {"validation": val}, "validation"
         chosen_on = "the validation set (best of {}, an optimistic result)"
     else:
-        kept, out = (part.to(label.device) for part in held_out(len(label), HELD_OUT, s.seed))
+        kept, out = (part.to(label.device) for part in held_out(len(label), s.seed))
         train = (feature[kept], label[kept])
         tests = {"held_out": (feature[out], label[out]), "validation": val}
         criterion = "held_out"
@@ -408,12 +407,14 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
     session.check_readable(s.val, s.micro_batch)
     for feature in s.also:
         check_feature(session.vit, feature)
-    mae = partial(probe_mae, timer=timer)
-    run: Callable[..., dict[str, Any]] = mae if s.protocol == "mae" else probe_cached
+    if s.protocol == "mae":
+        found = probe_mae(session, s, plan, folder, timer)
+    else:
+        found = probe_cached(session, s, plan)
     return {
         "protocol": f"linprobe-{s.protocol}",
         "feature": s.feature,
-        **run(session, s, plan, folder),
+        **found,
         "settings": record(s, plan, session),
         **session.facts(timer),
     }

@@ -87,10 +87,10 @@ def prepare(args: argparse.Namespace) -> tuple[Settings, Path]:
     name = "psnr" if args.mask_ratio is None else f"psnr-mask{args.mask_ratio:g}"
     output = output_path(args.output, EncoderChoice(args.encoder, resize=args.resize), name)
     check_output(output, protocol="psnr")
-    s = settings
-    ratio = check_model(s.encoder, s.recipe, s.overrides, s.mask_ratio, s.resize)
+    args.mask_ratio = check_model(
+        args.encoder, args.recipe, args.overrides, args.mask_ratio, args.resize
+    )
     check(settings)
-    args.mask_ratio = ratio
     check_other_settings(output, args)
     return settings, output
 

@@ -9,7 +9,6 @@ drawn by --seed and its number.
 """
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +65,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from eval.psnr import TRUE_STATISTICS, mask_ratio_of
-from eval.shape_bias import evaluation_crop
+from eval.reporting.gallery import encoded
+from eval.shared.image_sets import read_crop
+from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.loader import eval_loader
 from pipeline.weights.reconstructor import Reconstructor, load_reconstructor
 
@@ -76,7 +77,6 @@ MARGIN, LINE = 4, 14  # pixels between pictures, and of a line of text
 
 def first_images(data: str, count: int, size: int) -> tuple[Tensor, Tensor]:
     """The first centre crops of shards, uint8 [n, size, size, 3], and their numbers int64 [n]."""
-    with_images(data)
     loader = eval_loader(data, batch_size=count, rank=0, world=1, image_size=size, workers=0)
     batch = next(iter(loader))
     return batch.image, batch.sample
@@ -84,7 +84,8 @@ def first_images(data: str, count: int, size: int) -> tuple[Tensor, Tensor]:
 
 def read_files(files: Sequence[str], size: int) -> tuple[Tensor, Tensor]:
     """Centre crops of picture files, uint8 [n, size, size, 3], and their numbers int64 [n]."""
-    crops = np.stack([evaluation_crop(Path(path), size) for path in files])
+    crop = CentreCrop(size, shorter_side(size))
+    crops = np.stack([read_crop(Path(path), crop) for path in files])
     return torch.from_numpy(crops), torch.arange(len(crops))
 
 
@@ -135,10 +136,8 @@ def main() -> None:
         image, sample = first_images(args.data, args.images, model.size)
     mask_ratio = mask_ratio_of(model, args.mask_ratio)
     sheet, note = draw(model, image, sample, mask_ratio, args.seed, args.columns)
-    data = io.BytesIO()
-    sheet.save(data, "png")
     with naming(args.output, "cannot be written"):
-        write_atomic(Path(args.output), data.getvalue())
+        write_atomic(Path(args.output), encoded(sheet, "png"))
     drawn = counted(len(image), "image")
     note = " ".join(note.split())
     print(f"{args.output}: {drawn}, {' | '.join(args.columns)}; {note}", flush=True)

@@ -41,11 +41,9 @@ class Settings:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    result, d = (
-        argparse.ArgumentParser(
-            description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
-        ),
-        Settings,
+    d = Settings
+    result = argparse.ArgumentParser(
+        description=str(__doc__).split("\n", 1)[0], formatter_class=HelpFormatter
     )
     result.add_argument(
         "queries", nargs="*", metavar="QUERY", help="a key, a row's number, or an image file"
@@ -139,7 +137,6 @@ from eval.shared.session import EvalSession, open_session
 from pipeline.data.crops import Box
 from pipeline.data.jpeg import decoder
 from pipeline.distributed import Ranks
-from shard_tools.image_file import ImageFault
 from shard_tools.manifest import Manifest
 
 PIXELS = 224  # side of a picture on the page
@@ -207,16 +204,7 @@ def open_encoder_of(store: Embeddings) -> EvalSession:
 
 def _embed_files(store: Embeddings, files: Sequence[str]) -> list[np.ndarray]:
     session = open_encoder_of(store)
-    size, images = session.image_size, []
-    for file in files:
-        pixels = np.empty((size, size, 3), np.uint8)
-        with naming(file, "cannot be read"):
-            data = Path(file).read_bytes()
-        try:
-            decoder()[1](data, session.crop, pixels, "bicubic")
-        except ImageFault as error:
-            raise UserError(f"{file} will not decode: {error}") from None
-        images.append(torch.from_numpy(pixels))
+    images = [torch.from_numpy(image_sets.read_crop(file, session.crop)) for file in files]
     feature: Tensor = embed(
         session, session.normalise(torch.stack(images)), store.info["settings"]["feature"]
     )
@@ -243,9 +231,8 @@ def section(query: Query, store: Embeddings, manifest: Manifest, k: int) -> Sect
     if query.row < 0:
         tiles = [tile(picture_of(Path(query.name).read_bytes()), query.name, "query", True)]
     else:
-        tiles = [
-            tile(picture_of(source.read(query.row)), _caption(store, query.row), "query", True)
-        ]
+        picture = picture_of(source.read(query.row))
+        tiles = [tile(picture, _caption(store, query.row), "query", True)]
     for row, cosine in nearest(store.rows, query.feature, k, query.row):
         picture = picture_of(source.read(row))
         tiles.append(tile(picture, _caption(store, row), f"{cosine:.3f}"))

@@ -182,11 +182,10 @@ from torch import Tensor
 from eval.shared.classifier import classify, read_classifier
 from eval.shared.cli import join_ranks, progress
 from eval.shared.features import normalise
+from eval.shared.image_sets import read_crop
 from eval.shared.metrics import as_percent
 from pipeline.data.crops import CentreCrop, shorter_side
-from pipeline.data.jpeg import decoder
 from pipeline.distributed import Ranks
-from shard_tools.image_file import ImageFault
 
 
 def classes_of(category: str) -> list[int]:
@@ -254,18 +253,6 @@ def shape_bias(trials: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
     }
 
 
-def evaluation_crop(path: Path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: the centre crop of every evaluation, of what training would take."""
-    with naming(path, "cannot be read"):
-        data = path.read_bytes()
-    pixels = np.empty((size, size, 3), np.uint8)
-    try:
-        decoder()[1](data, CentreCrop(size, shorter_side(size)), pixels, "bicubic")
-    except ImageFault as error:
-        raise UserError(f"{path} will not decode: {error}") from None
-    return pixels
-
-
 def classifier_trials(
     classifier: str, folder: str, batch_size: int, ranks: Ranks
 ) -> tuple[list[tuple[str, str, str]], dict[str, Any]]:
@@ -277,9 +264,10 @@ def classifier_trials(
     mine = range(ranks.rank, len(images), ranks.world)
     choice = torch.zeros(len(images), dtype=torch.int64, device=ranks.device)
     names, size = list(CATEGORIES), int(info["options"]["img_size"])
+    crop = CentreCrop(size, shorter_side(size))
     pieces = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     for piece in progress(pieces, ranks, "shape bias", images=batch_size):
-        crops = np.stack([evaluation_crop(images[n][0], size) for n in piece])
+        crops = np.stack([read_crop(images[n][0], crop) for n in piece])
         pixels = normalise(torch.from_numpy(crops), info["mean"], info["std"], ranks.device)
         for number, decision in zip(piece, decide(classify(model, pixels)), strict=True):
             choice[number] = names.index(decision)

@@ -15,7 +15,6 @@ learned.
 """
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +150,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.reporting.gallery import Section, render_gallery, sheet
+from eval.reporting.gallery import Section, encoded, render_gallery, sheet
 from eval.reporting.run_records import short_names
 from eval.shared import image_sets
 from eval.shared.inside import cosine_map, foreground, last_attention, pca_colours
@@ -188,20 +187,17 @@ def numbers(s: Settings) -> list[int]:
     """Which images are shown: `count`, evenly spread over the set."""
     total = s.images.samples
     count = min(s.count, total)
-    return [place * total // count for place in range(count)]
+    return [row * total // count for row in range(count)]
 
 
 def crops(s: Settings, size: int) -> Tensor:
     """The images that are shown, uint8 [n, size, size, 3]: the same part of each at any size,
     unlike the crop of the other evaluations."""
-    source, crop, chosen = (
-        image_sets.reader(s.images, size),
-        CentreCrop(size, round(size * 256 / 224)),
-        numbers(s),
-    )
+    source, crop = image_sets.reader(s.images, size), CentreCrop(size, round(size * 256 / 224))
+    chosen = numbers(s)
     image = source.empty(len(chosen))
-    for place, sample in enumerate(chosen):
-        source.decode(sample, crop, image.numpy()[place])
+    for row, sample in enumerate(chosen):
+        source.decode(sample, crop, image.numpy()[row])
     source.close()
     return image
 
@@ -347,13 +343,6 @@ def build_sections(
     return result
 
 
-def as_png(picture: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    return buffer.getvalue()
-
-
 def draw(s: Settings) -> list[str]:
     """Write all pictures and the page into the output folder; their names."""
     looks, facts = [], []
@@ -377,7 +366,7 @@ def draw(s: Settings) -> list[str]:
     with naming(s.output, "cannot be written"):
         write_atomic(s.output / PAGE, render_gallery(TITLE, facts, sections))  # first: check_own
         for name, picture, *_ in pictures:
-            write_atomic(s.output / name, as_png(picture))
+            write_atomic(s.output / name, encoded(picture, "png"))
     return [name for name, *_ in pictures]
 
 

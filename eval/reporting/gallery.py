@@ -4,9 +4,10 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
+
+from eval.reporting.page import render
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Section:
     sheet: bool = False
 
 
-def tile(picture: Image.Image, caption: str, value: str = "", query: bool = False) -> Tile:
+def tile(picture: Image.Image, caption: str, value: str, query: bool = False) -> Tile:
     """A photograph as a JPEG in the page."""
     return _tile(picture, "jpeg", caption, value, query)
 
@@ -45,19 +46,18 @@ def sheet(picture: Image.Image, caption: str) -> Tile:
 def _tile(
     picture: Image.Image, kind: str, caption: str, value: str = "", query: bool = False
 ) -> Tile:
+    data = f"data:image/{kind};base64," + base64.b64encode(encoded(picture, kind)).decode()
+    return Tile(data, picture.width, picture.height, caption, value, query)
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    """A picture as a file: jpeg, of quality 85, or png."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {}))
-    data = f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
-    return Tile(data, picture.width, picture.height, caption, value, query)
+    return buffer.getvalue()
 
 
 def render_gallery(title: str, texts: Sequence[str], sections: Sequence[Section]) -> str:
     """The page as one string; bytes of file names that are no UTF-8 become escapes."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    template = environment.get_template("gallery.html")
-    page = template.render(title=title, texts=texts, sections=sections)
+    page = render("gallery.html", title=title, texts=texts, sections=sections)
     return page.encode("utf-8", "backslashreplace").decode()

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from eval.reporting.overview import MARKS, Card, headline
 from eval.reporting.run_records import Group
@@ -59,22 +60,25 @@ def overview_chapter(cards: Sequence[Card]) -> Chapter:
     return Chapter("overview", "Overview", (text,) if text else (), cards=tuple(cards))
 
 
-def render_html(
-    title: str, groups: Sequence[Group], chapters: Sequence[Chapter], refresh: float = 0
-) -> str:
-    """The page as one string. refresh: seconds after which it loads itself again, 0: never."""
+def render(template: str, **values: Any) -> str:
+    """A template of this folder with these values."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
+    return environment.get_template(template).render(**values)
+
+
+def render_html(
+    title: str, groups: Sequence[Group], chapters: Sequence[Chapter], refresh: float
+) -> str:
+    """The page as one string. refresh: seconds after which it loads itself again, 0: never."""
     runs = [run for group in groups for run in group.runs]
-    template = environment.get_template("report.html")
-    return template.render(
-        title=title, groups=groups, runs=runs, chapters=chapters, refresh=refresh, marks=MARKS
-    )
+    return render(
+        "report.html", title=title, groups=groups, runs=runs, chapters=chapters, refresh=refresh,
+        marks=MARKS,
+    )  # fmt: skip
 
 
 def render_markdown(title: str, chapters: Sequence[Chapter]) -> str:

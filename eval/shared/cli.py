@@ -16,11 +16,7 @@ import torch.distributed as dist
 
 from pipeline import progress as status
 from pipeline.command import check_environment
-from pipeline.distributed import (
-    Ranks,
-    device_of,
-    untried_device,
-)
+from pipeline.distributed import Ranks, device_of, untried_device
 from pipeline.rendezvous import MEET, joining
 
 T = TypeVar("T")

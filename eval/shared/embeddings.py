@@ -297,23 +297,23 @@ class Embeddings:
 
 def read_embeddings(folder: str | Path) -> Embeddings:
     """Open a folder that eval/embed.py wrote. UserError where it is none, or not finished."""
-    place = Path(folder)
-    if (place / PARTIAL).is_dir():
+    folder = Path(folder)
+    if (folder / PARTIAL).is_dir():
         raise UserError(
-            f"{place}: not all embeddings are there; rerun eval/embed.py to finish them"
+            f"{folder}: not all embeddings are there; rerun eval/embed.py to finish them"
         )
-    with naming(place, "no embeddings there"):
-        info = read_info(place, AGAIN)
+    with naming(folder, "no embeddings there"):
+        info = read_info(folder, AGAIN)
         if info["settings"]["format"] == "parquet":
             raise UserError(
-                f"{place}: no {ROWS}; write the embeddings with --format npy to search them"
+                f"{folder}: no {ROWS}; write the embeddings with --format npy to search them"
             )
-        rows = open_rows(place / ROWS, info["shape"], info["settings"]["dtype"], AGAIN)
-        names = _read_names(place / NAMES)
+        rows = open_rows(folder / ROWS, info["shape"], info["settings"]["dtype"], AGAIN)
+        names = _read_names(folder / NAMES)
     if not names or len(names) != len(rows):
-        raise UserError(f"{place / NAMES}: {len(names)} names for {len(rows)} embeddings{AGAIN}")
+        raise UserError(f"{folder / NAMES}: {len(names)} names for {len(rows)} embeddings{AGAIN}")
     keys, labels, paths = zip(*names, strict=True)
-    return Embeddings(place, rows, keys, labels, paths, info)
+    return Embeddings(folder, rows, keys, labels, paths, info)
 
 
 def _read_names(path: Path) -> list[tuple[str, int, str]]:

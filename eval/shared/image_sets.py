@@ -17,10 +17,12 @@ from torch.utils.data import Dataset
 from eval.shared.labels import LIST, TABLES, listed_in
 from pipeline.data.batch import Batch
 from pipeline.data.crops import CentreCrop
+from pipeline.data.jpeg import decoder
 from pipeline.data.loader import Loader
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
 from pipeline.errors import UserError, naming
+from shard_tools.image_file import ImageFault
 from shard_tools.index_file import ListedIndex
 from shard_tools.manifest import MANIFEST, SAMPLE, Manifest, Shard, is_remote, read_manifest
 from shard_tools.sharding.items import Item, Items, file_times
@@ -65,7 +67,7 @@ def open_images(where: str | Path, root: Path | None = None, skip: bool = False)
     if is_remote(str(where)) or (path / MANIFEST).is_file():
         return read_manifest(where)
     if path.suffix == LIST:
-        return _listed(path, root or path.parent)
+        return of_files(listed_in(path), root or path.parent)
     if path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
     table = path.suffix in TABLES
@@ -97,6 +99,19 @@ def reader(manifest: Manifest, size: int) -> Reader:
     return Reader(manifest, size, "bicubic", "auto", ShardCache(manifest) if remote else None)
 
 
+def read_crop(path: str | Path, crop: CentreCrop) -> np.ndarray:
+    """The crop of an image file, uint8 [size, size, 3]. UserError where it cannot be read, or is
+    none that training would take."""
+    with naming(path, "cannot be read"):
+        data = Path(path).read_bytes()
+    pixels = np.empty((crop.image_size, crop.image_size, 3), np.uint8)
+    try:
+        decoder()[1](data, crop, pixels, "bicubic")
+    except ImageFault as error:
+        raise UserError(f"{path} will not decode: {error}") from None
+    return pixels
+
+
 def load_batches(
     manifest: Manifest, crop: CentreCrop, tasks: list[int], batch_size: int, workers: int, *,
     skip: bool, pin_memory: bool = False,
@@ -121,13 +136,13 @@ class _Batches(Dataset):
         samples = np.arange(first, min(first + self.batch_size, total))
         image, key, faults = self.reader.empty(len(samples)), samples.copy(), []
         pixels = image.numpy()
-        for place, sample in enumerate(samples.tolist()):
+        for row, sample in enumerate(samples.tolist()):
             try:
-                self.reader.decode(sample, self.crop, pixels[place])
+                self.reader.decode(sample, self.crop, pixels[row])
             except SampleError as error:
                 if not self.skip:
                     return error
-                pixels[place], key[place] = 0, -1 - sample
+                pixels[row], key[row] = 0, -1 - sample
                 faults.append(str(error))
             except UserError as error:
                 return error
@@ -148,16 +163,12 @@ def of_files(files: Sequence[str], root: Path = Path()) -> FileManifest:
     return _as_manifest(Source(str(root), items))
 
 
-def _listed(path: Path, root: Path) -> FileManifest:
-    return of_files(listed_in(path), root)
-
-
 def _by_folder(source: Source) -> Source:
     """The folder right below the top as the class, where every image is in one."""
     if not all("/" in item.name for item in source.items):
         return source
     classes = sorted({item.name.split("/")[0] for item in source.items})
-    number = {name: place for place, name in enumerate(classes)}
+    number = {name: label for label, name in enumerate(classes)}
     items = Items(item._replace(label=number[item.name.split("/")[0]]) for item in source.items)
     return Source(source.root, items, tuple(classes), source.ignored, source.missing)
 
@@ -174,8 +185,9 @@ def _as_manifest(source: Source) -> FileManifest:
         else:
             shards.append([item.file, 1, item.size])
     rows = np.zeros(len(source.items), SAMPLE)
-    for name in ("offset", "size", "label"):
-        rows["length" if name == "size" else name] = [getattr(i, name) for i in source.items]
+    rows["offset"] = [item.offset for item in source.items]
+    rows["length"] = [item.size for item in source.items]
+    rows["label"] = [item.label for item in source.items]
     files = tuple(Shard(file, count, size, "") for file, count, size in shards)
     names = tuple(item.name for item in source.items)
     made = {"left_out": dict(source.missing), MODIFIED: file_times(source.root, source.items)}

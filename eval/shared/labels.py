@@ -132,17 +132,13 @@ def class_count(train: Manifest, val: Manifest) -> int:
                     f"{m.home}: has label {largest[m.home]} among {m.samples} images, and "
                     "names no classes; number the labels from 0"
                 )
-        return _counted(train, val, max(largest.values()) + 1)
+    classes = len(named.classes) if named else max(largest.values()) + 1
     for folder, label in largest.items():  # of the set that names none
-        if label >= len(named.classes):
+        if named and label >= classes:
             raise UserError(
-                f"{folder}: has label {label} where {named.folder} names {len(named.classes)} "
-                "classes, from 0; make both from one dataset"
+                f"{folder}: has label {label} where {named.folder} names {classes} classes, from "
+                "0; make both from one dataset"
             )
-    return _counted(train, val, len(named.classes))
-
-
-def _counted(train: Manifest, val: Manifest, classes: int) -> int:
     say_unseen(f"--train {train.home}", train.index["label"], val, classes)
     return classes
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.labels import class_count, images_of, labelled
+from eval.shared.subsets import held_out_count
 from pipeline.data.order import steps_per_epoch
 from pipeline.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from eval.shared.session import EvalSession
 
-HELD_OUT = 0.1  # share of the training images on which cached chooses its learning rate
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
@@ -22,9 +22,9 @@ class Settings:
     """How a probe is trained; its defaults are MAE's protocol.
 
     train, val: shards. protocol: mae or cached. feature: one of FEATURES; also: others, probed
-    beside it in the same passes. batch_size: global.
-    micro_batch: images of a forward pass, at most. base_lr: per 256 images, of mae; grid: those of
-    cached, and select: where its best is chosen. max_steps: of a trial.
+    beside it in the same passes. batch_size: global. micro_batch: images of a forward pass, at
+    most. base_lr: per 256 images, of mae; grid: those of cached, and select: where its best is
+    chosen. max_steps: of a trial.
     """
 
     train: str
@@ -106,7 +106,7 @@ def make_plan(s: Settings, world: int) -> Plan:
 
 def check_cached(s: Settings, samples: int) -> None:
     """UserError where too few images are left to train on."""
-    out = held_out_count(samples, HELD_OUT) if s.select == "held-out" else 0
+    out = held_out_count(samples) if s.select == "held-out" else 0
     if samples - out < 2:
         raise UserError(
             f"{s.train}: {samples} training images, of which {out} are held out, leave "
@@ -129,8 +129,3 @@ def record(s: Settings, plan: Plan, session: EvalSession) -> dict[str, Any]:
     chosen = {name: getattr(s, name) for name in names}
     fixed = {"optimizer": "LARS", "momentum": 0.9, "trust": 0.001, "weight_decay": 0.0}
     return {**chosen, **fixed, "precision": session.precision, "classes": plan.classes}
-
-
-def held_out_count(samples: int, share: float) -> int:
-    """How many of the training images the learning rate is chosen on."""
-    return max(1, round(samples * share))

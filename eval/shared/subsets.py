@@ -10,6 +10,13 @@ from shard_tools.atomic import remove_own
 from shard_tools.manifest import INDEX, MANIFEST, NAMES, SHARDS, Manifest, is_remote, read_manifest
 from shard_tools.subset import kept_shards, take, write_subset
 
+HELD_OUT = 0.1  # share of the training images on which a learning rate is chosen
+
+
+def held_out_count(samples: int) -> int:
+    """How many of the training images those are."""
+    return max(1, round(HELD_OUT * samples))
+
 
 def keep_subset(
     manifest: Manifest, path: Path, samples: np.ndarray, record: dict[str, Any]

@@ -150,7 +150,7 @@ def test_weights_that_are_zero_learn_by_the_plain_rate() -> None:
 
 
 def test_a_tenth_is_held_out_of_the_images_that_are_kept() -> None:
-    kept, out = linprobe.held_out(96, linprobe.HELD_OUT, seed=3)
+    kept, out = linprobe.held_out(96, seed=3)
     assert len(out) == 10  # 9.6, rounded
     assert sorted([*kept.tolist(), *out.tolist()]) == list(range(96))
 
