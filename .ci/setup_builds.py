@@ -176,7 +176,7 @@ def relaxmim(decoder: bool) -> str:
 
 
 def fused_ops(possible: bool) -> str:
-    """DeepSpeed's fused ops; can_build() of pipeline/distributed.py hears of it where they fail."""
+    """DeepSpeed's fused ops; where they fail cannot_build() of pipeline/distributed.py says so."""
     failed = VENV / "torch_extensions" / "failed"
     failed.unlink(missing_ok=True)
     if not possible:

@@ -8,7 +8,6 @@ is, probes both and a random encoder of the same architecture, and writes one re
 
 import argparse
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -140,12 +139,11 @@ def _is_run(name: str) -> bool:
 
 def pretrain(settings: Settings, recipe: str, seed: int, run: Path) -> float:
     """One real run through the deepspeed launcher."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    from pipeline.distributed import free_port  # imports torch
+
     command: list[str | Path] = [
         Path(sys.executable).parent / "deepspeed", "-q",
-        "--num_accelerators", str(settings.ranks), "--master_port", str(port),
+        "--num_accelerators", str(settings.ranks), "--master_port", str(free_port()),
         ROOT / "pipeline" / "pretrain.py",
         "--ds_config", ROOT / "ds_configs" / "zero2.json",
         "--recipe", ROOT / "pipeline" / "recipes" / f"{recipe}.yaml",

@@ -47,9 +47,9 @@ class Ranks:
     cores: int = field(default_factory=cores)
 
     @classmethod
-    def alone(cls, device: str | torch.device = "cpu") -> Ranks:
-        """A process on its own, which needs no process group."""
-        return cls(0, 1, 0, 1, torch.device(device))
+    def alone(cls) -> Ranks:
+        """A process on its own, on the CPU, which needs no process group."""
+        return cls(0, 1, 0, 1, torch.device("cpu"))
 
     @property
     def first(self) -> bool:
@@ -164,7 +164,7 @@ def cannot_build() -> str:
         return "they were never tried on ROCm"
     if missing := [tool for tool, there in build_tools().items() if not there]:
         return f"there is no {', '.join(missing)}"
-    if Path(sys.prefix, "torch_extensions", "failed").exists():
+    if (own_extensions() / "failed").exists():
         return "set-up could not compile them (make setup tries again)"
     return ""
 
@@ -178,11 +178,6 @@ def build_tools() -> dict[str, bool]:
         places = ("nvcc", os.path.join(home, "bin", "nvcc"))
         found["nvcc"] = any(map(shutil.which, places))
     return found | {"Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file()}
-
-
-def can_build() -> bool:
-    """Whether DeepSpeed's fused ops can be compiled here."""
-    return not cannot_build()
 
 
 def bf16_units() -> bool:

@@ -5,8 +5,8 @@ bytes sent per step, FLOPs per step, hours, and whether GPU, host or loader sets
 
 FLOPs and kept activations come from a dry run of the recipe's own step on tensors without data;
 weights, gradients and optimizer state from the formulas of ZeRO (Rajbhandari et al. 2020, Sec. 5
-and 7) with DeepSpeed's padding. Not counted: the CUDA context (about 1 GB), what
-the allocator wastes and what a step needs only for a moment; a margin of 10 % is left for them.
+and 7) with DeepSpeed's padding. Not counted: the CUDA context (about 1 GB), what the allocator
+wastes and what a step needs only for a moment; a margin of 10 % is left for them.
 """
 
 from __future__ import annotations

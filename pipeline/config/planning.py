@@ -16,9 +16,7 @@ from pipeline.config.schema import OptimizerRecipe
 from pipeline.errors import UserError
 
 
-def resolve_precision(
-    wanted: bool | str, stage: int, section: str = "torch_autocast"
-) -> tuple[str, str]:
+def resolve_precision(wanted: bool | str, stage: int, section: str) -> tuple[str, str]:
     """(precision, why) for `enabled` of a section of PRECISIONS: true, false or "auto".
 
     precision: "fp32"; "autocast" (torch_autocast: matrix products in bf16; weights, gradients and
@@ -121,8 +119,8 @@ def make_plan(
     """Split a global batch over the ranks and fill in what the recipe owns.
 
     patches: of an image; they limit an "auto" micro-batch. auto: whether `compile` and
-    `cuda_graphs` "auto" may come to true. UserError where the batch cannot be
-    split or the precision is not to be had.
+    `cuda_graphs` "auto" may come to true. UserError where the batch cannot be split or the
+    precision is not to be had.
     """
     full = copy.deepcopy(ds_config)
     wanted = full.pop("train_micro_batch_size_per_gpu", "auto")
@@ -152,19 +150,15 @@ def make_plan(
     return settle(plan, compiled, graphs)
 
 
-def plan_recipe(
-    ds_config: dict[str, Any], recipe: Recipe, world: int, patches: int | None = None
-) -> RunPlan:
-    """The plan of a pretraining. patches: where the recipe's encoder does not say how many.
-
-    UserError also for micro-batches that are too small for the measure.
-    """
+def plan_recipe(ds_config: dict[str, Any], recipe: Recipe, world: int) -> RunPlan:
+    """The plan of a pretraining. UserError also for micro-batches that are too small for the
+    measure."""
     plan = make_plan(
         ds_config,
         recipe.optimizer,
         batch_size=recipe.batch_size,
         partitions=recipe.data.partitions,
-        patches=patches or recipe.encoder.patches,
+        patches=recipe.encoder.patches,
         world=world,
         negatives=recipe.measure.batch_negatives,
         exchanges=recipe.measure.exchanges,

@@ -113,11 +113,8 @@ def choices(name: str | Path, folder: Path, suffix: str) -> str:
     files = [p for p in folder.glob(f"*{suffix}") if suffix != ".yaml" or _has_name(p)]
     names = sorted(p.stem for p in files)
     near = difflib.get_close_matches(Path(name).name.removesuffix(suffix), names, 1)
-    return (
-        f"; did you mean {near[0]}? bundled are: {', '.join(names)}"
-        if near
-        else (f"; bundled are: {', '.join(names)}")
-    )
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"; {hint}bundled are: {', '.join(names)}"
 
 
 def _has_name(recipe: Path) -> bool:

@@ -23,7 +23,7 @@ from pipeline.config.plan import RunPlan, deepspeed_stage, takes_flat
 from pipeline.distributed import (
     Ranks,
     any_rank,
-    can_build,
+    cannot_build,
     cores_per_rank,
     device_of,
     free_port,
@@ -124,7 +124,7 @@ def build_ops() -> list[str]:
     RuntimeError if that fails.
     """
     built = ops.prepare()
-    if ops.problem() and can_build():
+    if ops.problem() and not cannot_build():
         raise RuntimeError(ops.problem())
     return built
 

@@ -134,7 +134,7 @@ def make_shards(check: str) -> Callable[[Sequence[str], Path], None]:
 
     def write(paths: Sequence[str], out: Path) -> None:
         from shard_tools.sharding.images import ImageSettings
-        from shard_tools.sharding.sources import Item
+        from shard_tools.sharding.items import Item
         from shard_tools.sharding.writer import ShardJob, write_shard
 
         sizes = [os.path.getsize(path) for path in paths]

@@ -16,7 +16,7 @@ from tiny import images, tiny_recipe
 
 from pipeline.config.planning import plan_recipe
 from pipeline.config.schedules import learning_rate
-from pipeline.distributed import can_build, cannot_build, free_port
+from pipeline.distributed import cannot_build, free_port
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -256,15 +256,15 @@ def test_ops_are_built_where_pythons_headers_are_and_set_up_has_not_failed(monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert not can_build()
+    assert cannot_build()
     header.touch()
-    assert can_build()
+    assert not cannot_build()
     failed.parent.mkdir()
     failed.touch()
-    assert not can_build()
+    assert cannot_build()
     failed.unlink()
     ninja.unlink()
-    assert not can_build()
+    assert cannot_build()
     monkeypatch.setenv("CXX", "")
     assert cannot_build() == "there is no CXX (an empty text), ninja"
 
