@@ -33,13 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.shared.command import run_command
-from eval.shared.linprobe_plan import (
-    Plan,
-    Settings,
-    identity,
-    make_plan,
-    record,
-)
+from eval.shared.linprobe_plan import Plan, Settings, identity, make_plan, record
 from eval.shared.options import FEATURES, parser, settings_of
 from eval.shared.results import (
     Timer,

@@ -29,13 +29,7 @@ from eval.shared.options import (
     check_ratio,
     settings_of,
 )
-from eval.shared.results import (
-    Timer,
-    check_other_settings,
-    check_output,
-    output_path,
-    write_result,
-)
+from eval.shared.results import Timer, check_other_settings, check_output, output_path, write_result
 from pipeline.command import early
 from pipeline.errors import UserError, check_range
 

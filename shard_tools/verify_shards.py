@@ -27,14 +27,7 @@ from pipeline.help_text import HelpFormatter
 from shard_tools.cli import FAULTS, ToolError, counted, parse, run, worker_count
 from shard_tools.cores import cores
 from shard_tools.image_file import ImageFault, find_pieces, read_header, walk_ahead
-from shard_tools.manifest import (
-    FORMATS,
-    Manifest,
-    ManifestError,
-    Shard,
-    is_remote,
-    read_manifest,
-)
+from shard_tools.manifest import FORMATS, Manifest, ManifestError, Shard, is_remote, read_manifest
 from shard_tools.sharding.images import decode_fully, probe
 from shard_tools.sharding.layout import PARTS
 from shard_tools.sharding.stored_sample import (

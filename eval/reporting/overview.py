@@ -7,13 +7,7 @@ from statistics import mean
 from eval.reporting.health import BAD, GOOD, LOOK, UNKNOWN, Check, check_run, overall
 from eval.reporting.run_records import Group, Run
 from eval.reporting.run_status import RunStatus, read_status
-from eval.reporting.tables import (
-    Column,
-    against_random,
-    column_of,
-    is_random,
-    random_values,
-)
+from eval.reporting.tables import Column, against_random, column_of, is_random, random_values
 
 VERDICTS = {GOOD: "healthy", LOOK: "worth a look", BAD: "not healthy", UNKNOWN: "no data"}
 MARKS = {GOOD: "✓", LOOK: "!", BAD: "✗", UNKNOWN: "?"}

@@ -17,13 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eval.paper.commands import (
-    Workspace,
-    eval_job,
-    random_words,
-    row_jobs,
-    run_name,
-)
+from eval.paper.commands import Workspace, eval_job, random_words, row_jobs, run_name
 from eval.paper.job_runner import Command, diverged
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import our_result

@@ -13,14 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from pipeline.data.jpeg import (
-    CAN_READ_MANY,
-    Choose,
-    DecodeError,
-    decode_many,
-    decoder,
-    read_many,
-)
+from pipeline.data.jpeg import CAN_READ_MANY, Choose, DecodeError, decode_many, decoder, read_many
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.slots import Slots
 from pipeline.errors import UserError

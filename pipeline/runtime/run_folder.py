@@ -27,11 +27,7 @@ from pipeline.config.recipe import Recipe
 from pipeline.errors import UserError
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
-from pipeline.runtime.checkpoint import (
-    CheckpointStore,
-    read_state,
-    write_on_first_rank,
-)
+from pipeline.runtime.checkpoint import CheckpointStore, read_state, write_on_first_rank
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
 from pipeline.weights.run import encoder_info, encoder_state

@@ -23,14 +23,7 @@ from pipeline.errors import naming
 from shard_tools.cli import ToolError, progress
 from shard_tools.members import read_members
 from shard_tools.sharding.archives import unpacked_tar
-from shard_tools.sharding.found import (
-    LONGEST_IMAGE,
-    Found,
-    Image,
-    Images,
-    Unskippable,
-    too_long,
-)
+from shard_tools.sharding.found import LONGEST_IMAGE, Found, Image, Images, Unskippable, too_long
 from shard_tools.sharding.tables import LABEL_LIKE, one_kind, word
 from shard_tools.tar import ShardWriter
 

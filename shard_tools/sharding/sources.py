@@ -20,12 +20,7 @@ import numpy as np
 
 from pipeline.errors import naming, not_there
 from shard_tools.cli import ToolError
-from shard_tools.sharding.archives import (
-    compression,
-    is_archive,
-    list_archive,
-    list_class_tars,
-)
+from shard_tools.sharding.archives import compression, is_archive, list_archive, list_class_tars
 from shard_tools.sharding.folders import class_folders, files_in, list_folder
 from shard_tools.sharding.found import (
     EXTENSIONS,

@@ -13,14 +13,7 @@ from typing import Any
 
 from pipeline.errors import naming
 from shard_tools.cli import ToolError
-from shard_tools.sharding.found import (
-    HELD_OUT,
-    LONGEST_IMAGE,
-    TRAINING,
-    Image,
-    Images,
-    too_long,
-)
+from shard_tools.sharding.found import HELD_OUT, LONGEST_IMAGE, TRAINING, Image, Images, too_long
 
 # A class index beyond this is taken for a mistake.
 MOST_CLASSES = 1_000_000

@@ -14,14 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from shard_samples import (
-    SMALL,
-    image_tree,
-    make,
-    read_samples,
-    refused,
-    tars_of,
-)
+from shard_samples import SMALL, image_tree, make, read_samples, refused, tars_of
 from signals import interruptible
 from torchvision.datasets import ImageFolder
 

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels import backend, philox
-from pipeline.kernels.color_jitter.reference import (
-    ORDERS as ORDERS,
-)
+from pipeline.kernels.color_jitter.reference import ORDERS as ORDERS
 from pipeline.kernels.color_jitter.reference import (
     color_jitter_reference,
     jitter_parameters_reference,

@@ -6,13 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_helpers import (
-    ALONE,
-    coloured_images,
-    on_ranks,
-    write_encoder,
-    write_shards,
-)
+from eval_helpers import ALONE, coloured_images, on_ranks, write_encoder, write_shards
 from orders import global_batch
 
 from eval import attentive, finetune, linprobe

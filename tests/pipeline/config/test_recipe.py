@@ -2,13 +2,7 @@
 
 import pytest
 
-from pipeline.config.recipe import (
-    RECIPES,
-    RecipeError,
-    differences,
-    dump_recipe,
-    load_recipe,
-)
+from pipeline.config.recipe import RECIPES, RecipeError, differences, dump_recipe, load_recipe
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml") if p.stem != "demo_size")
 

@@ -13,17 +13,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from shard_samples import (
-    SMALL,
-    flipped,
-    images_of,
-    jpeg,
-    make,
-    refused,
-    report,
-    tar_of,
-    tars_of,
-)
+from shard_samples import SMALL, flipped, images_of, jpeg, make, refused, report, tar_of, tars_of
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest

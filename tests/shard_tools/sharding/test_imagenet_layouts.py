@@ -15,16 +15,7 @@ import pyarrow
 import pytest
 import scipy.io
 from pyarrow import parquet
-from shard_samples import (
-    SMALL,
-    image_tree,
-    jpeg,
-    labels_of,
-    read_samples,
-    report,
-    tar_of,
-    tars_of,
-)
+from shard_samples import SMALL, image_tree, jpeg, labels_of, read_samples, report, tar_of, tars_of
 
 from shard_tools.make_shards import main
 from shard_tools.manifest import read_manifest

@@ -10,17 +10,7 @@ import numpy as np
 import pytest
 from image_corpus import black_png, chunk, corpus, tiff
 from PIL import Image, ImageOps, features
-from shard_samples import (
-    SMALL,
-    encode,
-    image_tree,
-    jpeg,
-    make,
-    picture,
-    psnr,
-    read_samples,
-    report,
-)
+from shard_samples import SMALL, encode, image_tree, jpeg, make, picture, psnr, read_samples, report
 
 from shard_tools.image_file import Conversion, ImageFault
 from shard_tools.make_shards import main
