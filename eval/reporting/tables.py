@@ -55,8 +55,8 @@ class Column:
 
 FEATURE_NAMES = {"cls": "cls token", "mean_patch": "mean of patches", "own": "own pooling"}
 NONE = "-"  # what a table shows where there is no number
-VARIANT = "variant"  # of a result: what distinguishes it from others of its column
 UNMEASURED = "not measured"  # and where one is still to come
+VARIANT = "variant"  # of a result: what distinguishes it from others of its column
 
 
 def column_of(result: dict[str, Any]) -> Column | None:

@@ -16,7 +16,7 @@ from eval.studies.study import Study, rules, summary, wanted_metrics
 from eval.studies.tuning import Trial, at_edge, best, outdone, read_trials
 from pipeline.errors import UserError, check_range
 
-# MAE on CIFAR-10 as others report it: model, pretraining, figures, source.
+# MAE on CIFAR-10 as others report it: model, pretraining, metrics, source.
 ANCHORS = (
     ("ViT-T", "2000 epochs", "finetuned 89.77 %; from scratch 74.13 %",
      "github.com/pprp/MAE-CIFAR (a fork of IcarusWizard/MAE), README"),

@@ -89,7 +89,7 @@ class Judged:
 
     @property
     def seeds_needed(self) -> int | None:
-        """Seeds that would decide it, if mean and deviation are as found; see statistics."""
+        """Seeds that would decide it, if mean and deviation are as found; see significance.py."""
         return seeds_needed(above(self.apart, self.difference.margin), self.level)
 
 

@@ -38,8 +38,8 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
 
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
     """The bootstrap's percentile interval of the mean (Efron 1979); without bounds where Student's
-    is. Of up to six values every resample is listed. It is never wider than the range of
-    the values, so of few it is too narrow, and Student's is the one that decides.
+    is. Of up to six values every resample is listed. It is never wider than the range of the
+    values, so of few it is too narrow, and Student's is the one that decides.
     """
     n = len(values)
     if unusable(values):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.distributed import cannot_build, extensions_dir, own_extensions
+from pipeline.gpu_errors import one_line
 from pipeline.runtime.cuda_build import compiling_for, cuda_architectures
 from shard_tools.atomic import write_json
 
@@ -201,8 +202,7 @@ def _why(error: Exception) -> str:
     if type(error).__name__ == "CUDAMismatchException":
         return f"nvcc is of another CUDA than torch's {torch.version.cuda}"
     if isinstance(error, subprocess.CalledProcessError):
-        command = error.cmd if isinstance(error.cmd, str) else " ".join(map(str, error.cmd))
-        return f"'{command[:80]}' ended with exit code {error.returncode}"
+        return one_line(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = (
         [line for line in lines if re.search("error:|nvcc fatal", line)]
