@@ -36,6 +36,7 @@ from pipeline.data.slots import Slots
 from pipeline.data.worker_faults import PREFETCH, SHARED, shared_bytes, worker_fault
 from pipeline.errors import UserError
 from shard_tools import shuffle_quality
+from shard_tools.cli import signals_held
 from shard_tools.cores import cores
 from shard_tools.manifest import Manifest, is_remote, read_manifest
 
@@ -66,18 +67,6 @@ def _end_with(rank: Any) -> None:
     """End this process where the rank is killed: a fork server lives as long as its workers."""
     rank.join()
     os._exit(1)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """What is started inside has these signals blocked, so that none ends it before it ignores
-    them."""
-    ending = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ending)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class _Ending:
@@ -169,7 +158,7 @@ class Loader:
 
     def _start(self) -> None:
         others = set(multiprocessing.active_children())
-        with _signals_blocked():
+        with signals_held():
             iterator: Any = iter(self._loader)
         if self._sizes[0]:
             iterator._workers_done_event = _Ending(iterator._workers_done_event)
@@ -341,7 +330,7 @@ def _open(
     if workers and _context(start_method) == "forkserver":
         multiprocessing.set_forkserver_preload([__name__])
         resource_tracker.ensure_running()  # inside, it would unblock two of them up to Python 3.13
-        with _signals_blocked():
+        with signals_held():
             forkserver.ensure_running()  # imports torch for all workers while the manifest is read
     manifest = folder if isinstance(folder, Manifest) else read_manifest(folder)
     if workers and manifest.table.shared is None:
