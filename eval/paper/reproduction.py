@@ -13,7 +13,7 @@ from eval.paper.job_runner import Command, needed, run_commands, show_plan
 from eval.paper.made_with import check_recipes, claim_output, made_with
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.protocols import by_key, headings, keys
-from eval.reporting.run_records import read_result, with_beside
+from eval.reporting.run_records import metric_in, read_result, with_beside
 from eval.reporting.tables import FEATURE_NAMES, NONE, UNMEASURED, Cell, Row, Table, spread_text
 from eval.shared.demo_shards import make_demo_shards
 from pipeline.errors import UserError, check_range
@@ -198,14 +198,7 @@ def result_path(workspace: Workspace, row: PaperRow, seed: int, protocol: str) -
 
 def our_result(workspace: Workspace, row: PaperRow, seed: int, protocol: str) -> float | None:
     """Our result of a row and seed, None where its file is not there."""
-    path = result_path(workspace, row, seed, protocol)
-    if not path.is_file():
-        return None
-    metric = by_key(protocol).metric
-    value = read_result(path).get(metric)
-    if not isinstance(value, int | float):
-        raise UserError(f"{path}: has no {metric}; remove it to run it again")
-    return float(value)
+    return metric_in(result_path(workspace, row, seed, protocol), protocol)
 
 
 def by_feature(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from eval.protocols import by_name
+from eval.protocols import by_key, by_name
 from pipeline.config.measure_schema import measure_class
 from pipeline.config.recipe import Recipe, check_run
 from pipeline.config.texts import is_number
@@ -157,6 +157,17 @@ def read_result(path: Path) -> dict[str, Any]:
         if not is_number(value) or not math.isfinite(float(value or 0)):
             raise UserError(f"{path}: {protocol.metric} is {value!r}, not a number; run it again")
     return result
+
+
+def metric_in(path: Path, protocol: str) -> float | None:
+    """A protocol's metric in its result file, None where that is not there. UserError."""
+    if not path.is_file():
+        return None
+    metric = by_key(protocol).metric
+    value = read_result(path).get(metric)
+    if not isinstance(value, int | float):
+        raise UserError(f"{path}: has no {metric}; remove it to run it again")
+    return float(value)
 
 
 def is_ours(result: dict[str, Any]) -> bool:

@@ -6,12 +6,11 @@ from statistics import mean
 from eval.protocols import by_key, headings
 from eval.reporting.charts import Line, line_chart
 from eval.reporting.page import Chapter
-from eval.reporting.run_records import read_result
+from eval.reporting.run_records import metric_in
 from eval.reporting.tables import NONE, Row, Table, spread_text
 from eval.reporting.tables import Cell as TableCell
 from eval.studies.significance import interval
 from eval.studies.sweep_plan import Cell, Sweep, as_number, lost, result_path
-from pipeline.errors import UserError
 
 Point = tuple[tuple[str, str], ...]
 Values = dict[Point, dict[int, float]]  # point → seed → result
@@ -39,14 +38,12 @@ def sweep_chapter(sweep: Sweep) -> Chapter:
 
 def results(sweep: Sweep, protocol: str) -> Values:
     """Point → seed → the metric of a protocol, of what is done."""
-    metric, found = by_key(protocol).metric, Values()
+    found = Values()
     for cell in sweep.cells:
-        values, path = found.setdefault(cell.point, {}), result_path(sweep, cell, protocol)
-        if path.is_file():
-            value = read_result(path).get(metric)
-            if not isinstance(value, int | float):
-                raise UserError(f"{path}: has no {metric}; remove it to run it again")
-            values[cell.seed] = float(value)
+        values = found.setdefault(cell.point, {})
+        value = metric_in(result_path(sweep, cell, protocol), protocol)
+        if value is not None:
+            values[cell.seed] = value
     return found
 
 

@@ -21,8 +21,7 @@ from eval.paper.commands import Workspace, eval_job, random_words, row_jobs, run
 from eval.paper.job_runner import Command, diverged
 from eval.paper.published import PaperRow
 from eval.paper.reproduction import our_result
-from eval.protocols import by_key
-from eval.reporting.run_records import read_result
+from eval.reporting.run_records import metric_in
 from pipeline.errors import UserError, check_range, naming
 from shard_tools.atomic import write_json
 
@@ -150,11 +149,9 @@ class Tuning:
 
     def second(self) -> list[Trial]:
         """What the second stage has found so far."""
-        metric = by_key("finetune").metric
 
         def value(method: str, base_lr: float) -> float | None:
-            path = self.finetuned(method, base_lr)
-            return float(read_result(path)[metric]) if path.is_file() else None
+            return metric_in(self.finetuned(method, base_lr), "finetune")
 
         def commands(method: str, base_lr: float) -> set[str]:
             return {finetune_name(method, base_lr)}

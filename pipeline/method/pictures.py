@@ -21,9 +21,7 @@ def fold(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 def shown(view: View, grid: tuple[int, int], patch: int) -> Tensor:
     """The view as an encoder sees it, masked patches grey: uint8 [B, H, W, 3]."""
-    visible = (view.inverse < view.visible.shape[1]).view(-1, *grid)
-    pixels = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[..., None]
-    return torch.where(pixels, view.image, view.image.new_tensor(GREY))
+    return paste(view.image.new_tensor(GREY), view, grid, patch)
 
 
 @torch.no_grad()
