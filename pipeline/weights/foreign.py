@@ -173,7 +173,7 @@ def _note(
             source = (
                 "--options has them"
                 if {"mean", "std"} <= overlay.keys()
-                else (f"--options has its {', '.join(overlay)}, else as {source}")
+                else f"--options has its {', '.join(overlay)}, else as {source}"
             )
         whose += f"of {CLASSIFIER}" if told else f"as {source}"
     else:

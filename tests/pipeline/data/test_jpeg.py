@@ -11,6 +11,7 @@ from flat_jpeg import flat_jpeg
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from shard_samples import encode
 from skimage import data as photographs
 
 from pipeline.data import jpeg as decode
@@ -31,12 +32,6 @@ needs_extension = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
     return Image.fromarray(photographs.astronaut()).crop((60, 0, 310, 187))
-
-
-def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **options)
-    return out.getvalue()
 
 
 def run(name: str, data: bytes, box: Box | None = None, size: int = 64, flip: bool = False,
