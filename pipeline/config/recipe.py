@@ -1,8 +1,8 @@
 """Recipes: everything that changes a result, typed, frozen and checked before the first step.
 
-A recipe is a YAML file. `base:` names one file or a list of files in the same folder that it
-changes; `--set a.b=value` changes it further. How a run is executed (ZeRO stage, precision,
-buckets) belongs to ds_configs/, never here.
+A recipe is a YAML file. `base:` names one recipe or a list of them that it changes: files beside
+it, or bundled ones by name (`mae`); `--set a.b=value` changes it further. How a run is executed
+(ZeRO stage, precision, buckets) belongs to ds_configs/, never here.
 """
 
 from __future__ import annotations
@@ -299,8 +299,21 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: base: must be a file name or a list of file names")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, _read(path.parent / expand_home(base), (*seen, here)))
+        merged = _merge(merged, _read(_base_file(base, path), (*seen, here)))
     return _merge(merged, values)
+
+
+def _base_file(name: str, of: Path) -> Path:
+    """The file that `base: name` of the recipe `of` means: one beside it, else a bundled one.
+    RecipeError where there is neither."""
+    path = of.parent / expand_home(name)
+    known = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if not path.is_file() and Path(name).parts == (name,) and known.is_file():
+        return known
+    if not path.exists():
+        found = choices(name, RECIPES, ".yaml")
+        raise RecipeError(f"{of}: base: {path}: cannot be read (no such file){found}")
+    return path
 
 
 def _merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

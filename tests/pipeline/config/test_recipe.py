@@ -144,6 +144,24 @@ def test_a_key_of_other_measures_names_them():
         load_recipe(RECIPES / "mae.yaml", ["measure.heads.out=8"])
 
 
+@pytest.mark.parametrize("name", ["mae", "mae.yaml"])
+def test_a_recipe_builds_on_a_bundled_one_by_name(name, tmp_path, monkeypatch):
+    """From any folder, also where a file of that name lies in the current one."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mae.yaml").write_text("name: other\n")
+    monkeypatch.chdir(tmp_path / "here")
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: [{name}]\nname: mine\nbatch_size: 512\n")
+    assert load_recipe(path) == load_recipe("mae", ["name=mine", "batch_size=512"])
+    (tmp_path / "mae").mkdir()  # a checkout of MAE
+    assert load_recipe(path).batch_size == 512
+    (tmp_path / "mae.yaml").write_text(f"base: {RECIPES / 'rmae.yaml'}\n")  # one's own beside it
+    assert load_recipe(path).views.second == {"mae": "pixels", "mae.yaml": "complement"}[name]
+    path.write_text("base: maee\nname: mine\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: base: .*/maee: .*did you mean mae\?"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
