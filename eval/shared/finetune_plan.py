@@ -216,6 +216,7 @@ def check(s: Settings, world: int) -> None:
     for name in ("mixup", "cutmix", "weight_decay", "min_lr"):
         check_range(f"--{name.replace('_', '-')}", getattr(s, name), at_least=0)
     check_range("--base-lr", s.base_lr, above=0, at_most=LARGEST_RATE)
+    check_range("--epochs", s.epochs, above=0)
     check_range("--stop-epoch", s.stop_epoch, above=0)
     check_range("--layer-decay", s.layer_decay, above=0, at_most=1)
     check_range("--drop-path", s.drop_path, at_least=0, below=1)

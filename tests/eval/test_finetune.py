@@ -739,6 +739,8 @@ def test_a_last_step_that_is_too_large_has_no_accuracy(home: Path, tmp_path: Pat
         (("--stop-epoch", "0"), "--stop-epoch 0: must be above 0"),
         (("--validate-epochs", "0"), "--validate-epochs 0: must be at least 1"),
         (("--epochs", "0.1", "--warmup-epochs", "0"), "--epochs 0.1: less than a step, with 4"),
+        (("--epochs", "0"), "--epochs 0: must be above 0"),
+        (("--epochs", "nan"), "--epochs nan: must be finite"),
         (("--base-lr", "nan"), "--base-lr nan: must be finite"),
         (("--base-lr", "0"), "--base-lr 0: must be above 0"),
         (("--base-lr", "1e31"), "--base-lr 1e.31: must be above 0 and at most 1e.30"),
