@@ -66,11 +66,12 @@ def open_images(where: str | Path, root: Path | None = None, skip: bool = False)
     path = Path(where)
     if is_remote(str(where)) or (path / MANIFEST).is_file():
         return read_manifest(where)
-    if path.suffix == LIST:
+    suffix = path.suffix.lower()
+    if suffix == LIST:
         return of_files(listed_in(path), root or path.parent)
     if path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
-    table = path.suffix in TABLES
+    table = suffix in TABLES
     source = open_source(path, Listing(unlabelled=not table, root=root, skip=skip))
     return _as_manifest(source if table else _by_folder(source))
 

@@ -146,7 +146,8 @@ def class_count(train: Manifest, val: Manifest) -> int:
 def check_images(where: str | Path, root: str | Path | None = None) -> None:
     """UserError where `image_sets.open_images` would find nothing, as far as a glance shows."""
     path = Path(where)
-    if root and path.suffix not in (LIST, *TABLES):
+    suffix = path.suffix.lower()
+    if root and suffix not in (LIST, *TABLES):
         raise UserError(
             f"--root {root} does nothing with {where}, neither a list nor a table of paths; "
             "leave it out"
@@ -157,7 +158,7 @@ def check_images(where: str | Path, root: str | Path | None = None) -> None:
         raise UserError(not_there(where))
     elif root and not Path(root).is_dir():
         raise UserError(f"--root {root}: no such folder")
-    elif path.suffix == LIST:
+    elif suffix == LIST:
         check_files([Path(root or path.parent) / listed_in(path)[0]])
     elif path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")

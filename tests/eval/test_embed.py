@@ -425,6 +425,20 @@ def test_lists_that_name_nothing(tmp_path: Path) -> None:
         image_sets.open_images(tmp_path / "nowhere")
 
 
+def test_a_suffix_counts_in_any_case(tmp_path: Path) -> None:
+    """The labels of LIST.CSV are its own, not the folders of its paths."""
+    for name in ("a/x.png", "a/y.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "LIST.CSV").write_text("path,label\na/x.png,1\na/y.png,0\n")
+    found = image_sets.open_images(tmp_path / "LIST.CSV")
+    assert found.index["label"].tolist() == [1, 0]
+    (tmp_path / "LIST.TXT").write_text("x.png\ny.png\n")
+    check_images(tmp_path / "LIST.TXT", tmp_path / "a")
+    found = image_sets.open_images(tmp_path / "LIST.TXT", tmp_path / "a")
+    assert list(found.names) == ["x.png", "y.png"]
+
+
 def test_parquet_has_the_rows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     embed.run(*session(home, "tree", "out-parquet", "--format", "parquet"))
     table = parquet.read_table(home / "out-parquet/embeddings.parquet")
