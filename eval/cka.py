@@ -82,7 +82,7 @@ def check(s: Settings) -> int:
         raise UserError(f"{which} fewer than --batch-size {s.batch_size}")
     if not s.mask_ratios or not all(0 < ratio < 1 for ratio in s.mask_ratios):
         given = " ".join(f"{ratio:g}" for ratio in s.mask_ratios)
-        raise UserError(f"--mask-ratios {given}: each must be between 0 and 1")
+        raise UserError(f"--mask-ratios {given}: each must be above 0 and below 1")
     return images // s.batch_size * s.batch_size
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from pipeline.config.texts import read_yaml
 from pipeline.data.crops import CentreCrop
-from pipeline.errors import UserError
+from pipeline.errors import UserError, check_range
 from pipeline.help_text import HelpFormatter
 from pipeline.weights.source import check_reconstructor, check_source
 from shard_tools.cli import seed_number, worker_count
@@ -116,8 +116,7 @@ def check_model(
     """The share of masked patches, by default the recipe's. UserError if the options of `add_model`
     do not name a model that reconstructs, or if the share leaves it no patches."""
     found = check_reconstructor(path, recipe, overrides)
-    if mask_ratio is not None and not 0 < mask_ratio < 1:
-        raise UserError(f"--mask-ratio {mask_ratio:g}: must be between 0 and 1")
+    check_range("--mask-ratio", mask_ratio, above=0, below=1)
     ratio = found.views.mask_ratio if mask_ratio is None else mask_ratio
     check_ratio(ratio, found.encoder.patches if found.encoder.patch_size else 0)
     if resize:

@@ -210,6 +210,8 @@ def test_bad_input_is_one_sentence(home: Path) -> None:
         evaluate(home, "--batch-size", 64)
     with pytest.raises(UserError, match="--images 8 are fewer than --batch-size 16"):
         evaluate(home, "--batch-size", 16, "--images", 8)
+    with pytest.raises(UserError, match=r"--mask-ratios 0 0.5: each must be above 0 and below 1"):
+        evaluate(home, "--batch-size", 16, "--mask-ratios", 0.0, 0.5)
     with pytest.raises(UserError, match=r"--mask-ratios 0.99: leaves none of 16 patches"):
         evaluate(home, "--batch-size", 16, "--mask-ratios", 0.5, 0.99)
     spoil_encoder(home / "run", home / "spoilt")

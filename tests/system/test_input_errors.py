@@ -226,7 +226,7 @@ CASES = {
         ("--encoder {text} --recipe cmae --val {shards}", "no decoder, so no reconstructions"),
         ("--encoder {run} --val {shards} --recipe mae", "--recipe mae: {run} is a run, which has"),
         ("--encoder {run} --val {shards} --set seed=1", "--set seed=1: {run} is a run, which has"),
-        ("--encoder {run} --val {shards} --mask-ratio 1", "must be between 0 and 1"),
+        ("--encoder {run} --val {shards} --mask-ratio 1", "must be above 0 and below 1"),
         ("--encoder {run} --val {shards} --mask-ratio 0.99", "some of the 16 patches masked and"),
         ("--encoder {run} --val {shards} --resize 2", "resize 2 is smaller than image_size 16"),
         ("--encoder {run} --val {none}", "/none: no such folder"),
