@@ -295,6 +295,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         )
     run.skipped.total = latest.get("nonfinite_steps", 0)
     timer.resume(latest.get("seconds", 0.0))
+    checkpoints.announce(latest.get("step", 0), plan.total, ranks)
     loader = run.loader(latest.get("step", 0))
     memory = explaining_memory(run.run_plan, session.image_size)
     with loader.explaining(), memory, StopSignal() as stop:

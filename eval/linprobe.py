@@ -211,6 +211,7 @@ def probe_mae(
     latest = checkpoints.load(partial(read_all, list(trainings.values())))
     first, loss = latest.get("step", 0), latest.get("loss", float("nan"))
     timer.resume(latest.get("seconds", 0.0))
+    checkpoints.announce(first, plan.total, ranks)
     write = partial(write_all, list(trainings.values()), ranks.first)
     stream = global_features(session, s, plan, first)
     with StopSignal() as stop:

@@ -81,3 +81,9 @@ class Checkpoints:
             read(folder)
 
         return self.store.load(check_and_read) or {}
+
+    def announce(self, step: int, total: int, ranks: Ranks) -> None:
+        """Print where a training of `total` steps resumes, if it does; step: of its checkpoint."""
+        if step and ranks.first:
+            left = "" if step < total else "; no step is left"
+            print(f"resumes from {self.store.folder}, at step {step} of {total}{left}", flush=True)

@@ -680,10 +680,9 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_is_counted(
     result = evaluate(words, tmp_path / "x")  # resumes
     assert len(passes) == 8
     assert result["nonfinite_steps"] == 3
-    assert (
-        "warning: the last step was skipped, since the gradient was not fini"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert f"resumes from {tmp_path}/x/checkpoints, at step 4 of 8\n" in said
+    assert "warning: the last step was skipped, since the gradient was not fini" in said
     model, _ = read_classifier(tmp_path / "x")
     assert all(value.isfinite().all() for value in model.state_dict().values())
     untouched, _ = read_encoder(home / "run")  # the other five steps have trained

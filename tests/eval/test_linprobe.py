@@ -362,6 +362,7 @@ def test_resuming_equals_never_stopping(
     monkeypatch.setattr(Training, "step", lambda t, n, *b: (seen.append(n), step(t, n, *b))[1])
     parts = evaluate(home, tmp_path / "parts", *words)
     assert seen == [5, 6, 7]
+    assert "parts/checkpoints, at step 5 of 8\n" in capsys.readouterr().out
     assert not left.exists()
     names = ("top1", "top5", "train_loss")
     assert [parts[n] for n in names] == [whole[n] for n in names]
@@ -373,6 +374,7 @@ def test_resuming_equals_never_stopping(
     assert all(torch.equal(saved[0][k], saved[1][k]) for k in saved[0])
     assert set(saved[0]) >= {"norm.running_mean", "weight", "bias", "speed.w", "speed.b"}
     again = evaluate(home, tmp_path / "parts", *words)  # all is done
+    assert "parts/checkpoints, at step 8 of 8; no step is left\n" in capsys.readouterr().out
     assert [again[n] for n in names] == [whole[n] for n in names]
     with pytest.raises(UserError, match="another base_lr"):
         evaluate(home, tmp_path / "parts", "--base-lr", "2")
