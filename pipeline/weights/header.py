@@ -50,11 +50,29 @@ def _is_program(path: Path) -> bool:
 
 
 def written_info(path: Path, text: str | None) -> dict[str, Any]:
-    """What pipeline/export.py wrote beside the weights (arch, options, mean, std), or {}."""
+    """What pipeline/export.py wrote into a file of weights (arch, options, mean, std), as `text`,
+    or what the encoder.json of a run says of its own files; {} of others. UserError."""
     try:
-        return facts(text, METADATA) if text else {}
-    except (ValueError, TypeError) as error:
+        if text:
+            return facts(text, METADATA)
+        beside = _encoder_json(path)
+        if beside is None or not beside.is_file():
+            return {}
+        return facts(beside.read_text(encoding="utf-8"), beside.name)
+    except (OSError, ValueError, TypeError) as error:
         raise unreadable(path, error) from None
+
+
+def _encoder_json(path: Path) -> Path | None:
+    """Where a run's encoder.json is, if the file has a name of the run's or of its checkpoints'
+    weights."""
+    folder = path.absolute().parent
+    if path.name == "encoder.safetensors":
+        return folder / "encoder.json"
+    if path.name != "model.safetensors":
+        return None
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    return run / "encoder" / "encoder.json"
 
 
 def facts(text: str, name: str) -> dict[str, Any]:

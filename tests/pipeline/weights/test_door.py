@@ -34,7 +34,9 @@ def run(tmp_path_factory):
             parameter.normal_(std=0.2)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     state = {k: v.contiguous() for k, v in objective.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
+    (folder / "checkpoints/step-7").mkdir(parents=True)
+    for place in ("model.safetensors", "checkpoints/step-7/model.safetensors"):
+        save_file(state, folder / place)
     (folder / "encoder").mkdir()
     encoder = encoder_state(objective.encoder.state_dict(), objective.encoder)
     save_file(encoder, folder / "encoder/encoder.safetensors")
@@ -42,11 +44,21 @@ def run(tmp_path_factory):
     return folder, objective.eval()
 
 
-@pytest.mark.parametrize("kind", ["run", "encoder", "timm", "hf", "hf-mae", "mae"])
+OWN = {  # what a run's folder has itself; its files say what the run's encoder.json says
+    "run": "",
+    "encoder": "encoder",
+    "its file": "encoder/encoder.safetensors",
+    "model": "model.safetensors",
+    "checkpoint": "checkpoints/step-7/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("kind", [*OWN, "timm", "hf", "hf-mae", "mae"])
 def test_every_form_of_a_run_gives_the_same_tokens(kind, run, tmp_path):
     folder, objective = run
-    if kind in ("run", "encoder"):
-        source = folder if kind == "run" else folder / "encoder"
+    if kind in OWN:
+        source = folder / OWN[kind]
+        check_start(str(source))
     else:
         source = tmp_path / {"timm": "x.safetensors", "mae": "x.pth"}.get(kind, "x")
         assert export([str(folder), "--format", kind, str(source)]) == 0
