@@ -65,8 +65,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     encoder.add_argument(
         "--encoder",
         required=True,
-        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO, I-JEPA or BEiT, with "
-        "--arch; timm:NAME; or random, with --arch",
+        help="a run's folder; a checkpoint FILE of timm, MAE, MoCo v3, DINO, I-JEPA, BEiT, "
+        "mmpretrain, solo-learn or lightly, with --arch; timm:NAME; or random, with --arch",
     )
     encoder.add_argument("--arch", help="timm's name of what a FILE or random is")
     encoder.add_argument(

@@ -204,6 +204,8 @@ def _meant(folder: Path) -> str:
             return f"{inner.parent}, the run of these checkpoints, or another export"
     if any(path.glob(f"*{ZERO_PARTS}")) or any(path.glob(f"*/*{ZERO_PARTS}")):
         return FULL_WEIGHTS
+    if runs := sorted(path.glob("*/encoder/encoder.json")):
+        return f"one of the runs in it, such as {folder / runs[0].parts[-3]}"
     return "a run, an export or a file of weights"
 
 

@@ -40,6 +40,15 @@ def test_the_commands_are_found():
     assert {"eval.embed", "pipeline.pretrain", "shard_tools.make_shards"} < set(COMMANDS)
 
 
+def test_the_help_names_the_projects_that_the_page_names(monkeypatch):
+    page = (ROOT / "docs/evaluation.md").read_text("utf-8")
+    projects = re.search(r"- a checkpoint file of (.*?),\n", page)[1]
+    parser = parser_of("eval.knn", monkeypatch)
+    said = next(a.help for a in parser._actions if a.dest == "encoder")
+    for project in re.split(", | or ", projects.replace("facebookresearch/mae", "MAE")):
+        assert project in said
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_argument_is_explained(command, monkeypatch):
     parser = parser_of(command, monkeypatch)

@@ -265,7 +265,10 @@ def test_what_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     with pytest.raises(UserError, match=r"^/home/me/x\.pth: no such file or folder"):
         start_from(objective_of(), "~/x.pth")
+    (tmp_path / "runs/b/encoder").mkdir(parents=True)
+    (tmp_path / "runs/b/encoder/encoder.json").write_text("{}")
     for source, words in (
+        (tmp_path / "runs", r"there; give one of the runs in it, such as .*/runs/b$"),
         (tmp_path, "no exported encoder there; give a run, an export or a file of weights$"),
         (tmp_path / "x.pth", r"x\.pth: no such file or folder$"),
     ):
