@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.recipe import Recipe, load_recipe, run_recipe
 from pipeline.config.schema import EncoderRecipe
 from pipeline.config.timm_names import check_arch, check_hub
-from pipeline.errors import UserError, not_there
+from pipeline.errors import UserError, not_there, reason
 from pipeline.method.checks import check_objective
 from pipeline.weights.header import (
     FULL_WEIGHTS,
@@ -192,7 +192,7 @@ def no_encoder(folder: str | os.PathLike[str], error: Exception) -> UserError:
         )
     return UserError(
         f"{folder}: no exported encoder there; give {_meant(Path(folder))}"
-        + ("" if isinstance(error, FileNotFoundError) else f" ({error})")
+        + ("" if isinstance(error, FileNotFoundError) else f" ({reason(error)})")
     )
 
 
@@ -224,7 +224,9 @@ def read_classifier_info(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def no_classifier(folder: str | os.PathLike[str], error: Exception) -> UserError:
     """What to say of a folder that no classifier can be read from."""
-    why = " ".join(str(error).split())[:200]
+    why = " ".join(reason(error).split())[:200]
+    if isinstance(error, FileNotFoundError):
+        why = f"it has no {Path(error.filename or CLASSIFIER).name}"
     return UserError(f"{folder}: no classifier of eval/finetune.py there ({why})")
 
 

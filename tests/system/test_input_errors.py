@@ -332,7 +332,7 @@ CASES = {
         (f"{{run}} --format timm {UNWRITABLE}.safetensors", "cannot be written"),
         ("{run} --format hf {text}", "text: cannot be written (Not a directory)"),
         ("{contrast} --format mae {new}.pth", "only a reconstruction measure has a decoder"),
-        ("{run} --format run {new}", "no classifier of eval/finetune.py there"),
+        ("{run} --format run {new}", "of eval/finetune.py there (it has no classifier.json)"),
         ("{classifier} --format run {new}", NO_WEIGHTS),
         ("{run} --format hf {run}", "{run}: there is something else (recipe.yaml)"),
         ("{run} --format timm {run}/encoder/encoder.safetensors", "is in encoder/ of a run"),
