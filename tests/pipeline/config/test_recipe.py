@@ -146,7 +146,7 @@ def test_a_key_of_other_measures_names_them():
 
 @pytest.mark.parametrize("name", ["mae", "mae.yaml"])
 def test_a_recipe_builds_on_a_bundled_one_by_name(name, tmp_path, monkeypatch):
-    """From any folder, also where a file of that name lies in the current one."""
+    """From any folder, also where the current one has a file of that name."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mae.yaml").write_text("name: other\n")
     monkeypatch.chdir(tmp_path / "here")
