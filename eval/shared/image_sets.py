@@ -72,7 +72,8 @@ def open_images(where: str | Path, root: Path | None = None, skip: bool = False)
     if path.is_dir() and (path / "train" / MANIFEST).is_file():
         raise UserError(f"{path}: holds folders of shards; give one of them, such as {path}/train")
     table = suffix in TABLES
-    source = open_source(path, Listing(unlabelled=not table, root=root, skip=skip))
+    takes = f"shards, a folder, a tar nor a list ({' '.join((*TABLES, LIST))})"
+    source = open_source(path, Listing(unlabelled=not table, root=root, skip=skip, takes=takes))
     return _as_manifest(source if table else _by_folder(source))
 
 

@@ -67,7 +67,7 @@ class Listing:
         (default: its folder). unlabelled: take every image and no labels. unpacked: folder for the
         content of compressed archives and Parquet files, None = refuse them. skip: report what is
         damaged or missing, and take the rest. image_column, label_column: of Parquet files, "" =
-        the only ones.
+        the only ones. takes: what a command takes that does not take all, for the error.
     """
 
     classes: tuple[str, ...] = ()
@@ -78,6 +78,7 @@ class Listing:
     skip: bool = False
     image_column: str = ""
     label_column: str = ""
+    takes: str = ""
 
 
 def open_source(path: Path, how: Listing = Listing()) -> Source:
@@ -105,10 +106,8 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
         elif is_parquet(path.name):
             source = _parquet([path], how)
         elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
-            raise ToolError(
-                f"{path}: is neither a folder, a tar, a zip, Parquet nor a list ({' '.join(LISTS)})"
-                f"{arrow_hint(path.name)}"
-            )
+            takes = how.takes or f"a folder, a tar, a zip, Parquet nor a list ({' '.join(LISTS)})"
+            raise ToolError(f"{path}: is neither {takes}{arrow_hint(path.name)}")
         else:
             source = _archives([path], how)
     return _checked(source, path)

@@ -423,6 +423,10 @@ def test_lists_that_name_nothing(tmp_path: Path) -> None:
         image_sets.open_images(tmp_path / "wrong.txt")
     with pytest.raises(UserError, match="no such file or folder"):
         image_sets.open_images(tmp_path / "nowhere")
+    (tmp_path / "x.yaml").write_text("a: 1\n")
+    kinds = r"neither shards, a folder, a tar nor a list \(\.csv \.jsonl \.ndjson \.txt\)$"
+    with pytest.raises(UserError, match=kinds):
+        image_sets.open_images(tmp_path / "x.yaml")
 
 
 def test_a_suffix_counts_in_any_case(tmp_path: Path) -> None:
