@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,42 @@ def test_names_as_windows_writes_them(tmp_path: Path) -> None:
     data = archive.read_bytes()
     archive.write_bytes(data.replace(b"a/1.jpg", rb"a\1.jpg").replace(b"b/2.jpg", rb"b\2.jpg"))
     assert read_manifest(make(archive, tmp_path / "z")).classes == ("a", "b")
+
+
+def other_encoding(path: Path, names: list[str], encoding: str, told: str = "") -> Path:
+    """A zip as programs of Windows write it, perhaps with the names in UTF-8 beside ("extra"), or
+    those of other names ("stale")."""
+
+    class Info(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+            return self.filename.encode(encoding), 0
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, name in enumerate(names):
+            info, raw = Info(name), name.encode(encoding)
+            if told:
+                crc = zlib.crc32(raw if told == "extra" else b"before")
+                field = struct.pack("<BL", 1, crc) + name.encode()
+                info.extra = struct.pack("<HHHHH", 0xCAFE, 2, 0, 0x7075, len(field)) + field
+            archive.writestr(info, jpeg(number))
+    return path
+
+
+def test_names_of_other_encodings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def classes(encoding: str, names: list[str], told: str = "") -> tuple[str, ...]:
+        dest = tmp_path / f"{encoding}{told}{len(names)}"
+        archive = other_encoding(tmp_path / f"{dest.name}.zip", names, encoding, told)
+        return read_manifest(make(archive, dest)).classes
+
+    animals = ["猫/1.jpg", "狗/2.jpg"]
+    assert classes("gbk", animals, "extra") == ("狗", "猫")
+    assert classes("utf-8", animals) == ("狗", "猫")
+    assert "the encoding of" not in capsys.readouterr().out
+    raw = tuple(sorted(name[0].encode("gbk").decode("cp437") for name in animals))
+    for told in ("", "stale"):
+        assert classes("gbk", animals, told) == raw
+        assert "the encoding of 2 names, such as ├¿/1.jpg, and" in capsys.readouterr().out
+    assert classes("shift_jis", ["ソ/1.jpg", "犬/2.jpg", "犬/3.jpg"]) == ("â\\", "îó")
 
 
 def test_links_are_followed_and_those_to_nothing_refused(
