@@ -12,6 +12,7 @@ from eval.paper.job_runner import Command
 from eval.paper.published import PaperRow
 from eval.protocols import by_key, option
 from eval.reporting.run_records import NO_METHOD, read_json
+from eval.shared.labels import images_of, set_of
 from pipeline.config.recipe import Recipe, differences, load_recipe
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import file_sha256, write_json
@@ -32,11 +33,13 @@ def made_with(
     check_recipes. Options that these rows do not take are left out."""
     scale = workspace.scale
     sizes = asdict(replace(scale, train="", val="", hours=None, tried="", last=()))
+    train, val = read_manifest(scale.train), read_manifest(scale.val)
     made = {
         "scale": {key: value for key, value in portable(sizes).items() if value},
         "set": [text for text in scale.last if not text.startswith(NO_METHOD)],
-        "train": read_manifest(scale.train).index_sha256,  # by whatever path
-        "val": read_manifest(scale.val).index_sha256,
+        "train": train.index_sha256,  # by whatever path
+        "val": val.index_sha256,
+        **images_of(train, val),
     }
     if any(by_key(protocol).fraction < 1 for _, protocols in rows for protocol in protocols):
         few = workspace.few_labels
@@ -51,9 +54,11 @@ def claim_output(output: Path, made: dict[str, Any], write: bool = True) -> None
     path = output / RECORD
     with naming(path, "cannot be read"):
         before = read_json(path)
-    if others := [f"--{key}" for key in made if before.get(key, made[key]) != made[key]]:
+    others = [f"--{set_of(key)}" for key in made if before.get(key, made[key]) != made[key]]
+    if others:
         raise UserError(
-            f"{output}: was made with another {', '.join(others)}; choose another --output"
+            f"{output}: was made with another {', '.join(dict.fromkeys(others))}; choose another "
+            "--output"
         )
     if write and before != before | made:
         with naming(path, "cannot be written"):

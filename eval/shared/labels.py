@@ -54,6 +54,11 @@ def images_of(train: Manifest, val: Manifest) -> dict[str, str]:
     return {IMAGES["train"]: data_identity(train), IMAGES["val"]: data_identity(val)}
 
 
+def set_of(key: str) -> str:
+    """The set, train or val, that a key of `images_of` is about; any other key as it is."""
+    return next((name for name, about in IMAGES.items() if about == key), key)
+
+
 def check_classes(where: str, labels: np.ndarray) -> None:
     """UserError where all images that would be trained on, at least one, are of one class."""
     if labels.min() == labels.max():

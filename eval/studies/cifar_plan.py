@@ -12,6 +12,7 @@ from eval.paper.commands import ROOT, Scale, Workspace, row_jobs, row_recipe, ru
 from eval.paper.cost import Rates, within
 from eval.paper.job_runner import Command, costs, needed, python, unique
 from eval.paper.made_with import portable
+from eval.shared.labels import IMAGES, images_of, set_of
 from eval.studies.archive import LOOK, PCA, check_empty, restore, unpacked
 from eval.studies.cifar_claims import (
     AS_LONG,
@@ -32,7 +33,8 @@ from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 
 RECORD = "study.json"
-TESTED = "test_images"  # key of RECORD that earlier ones have not
+TESTED = "test_images"
+LATER = (TESTED, *IMAGES.values())  # keys of RECORD that earlier ones have not
 SHOWN = ("MAE", "R-MAE", "C-MAE")  # whose patches are drawn
 
 
@@ -153,18 +155,25 @@ def made_with(settings: Settings) -> dict[str, Any]:
     """What a study's runs are made with, but for their recipes, see check_recipes."""
     scale = settings.workspace.scale
     made = asdict(replace(scale, train="", val="", hours=None, tried=""))
-    images, tested = (read_manifest(part).index_sha256 for part in (scale.train, scale.val))
-    return {"scale": portable(made), "images": images, TESTED: tested, "tuned": settings.tuned}
+    train, val = read_manifest(scale.train), read_manifest(scale.val)
+    return {
+        "scale": portable(made),
+        "images": train.index_sha256,
+        TESTED: val.index_sha256,
+        **images_of(train, val),
+        "tuned": settings.tuned,
+    }
 
 
 def differences(record: dict[str, Any], settings: Settings) -> list[str]:
     """What a study of this record was made with otherwise."""
     ours = made_with(settings)
-    return [
-        key
+    others = [
+        {"train": "images", "val": TESTED}.get(set_of(key), key)
         for key in ours
-        if recorded(record, key) != recorded(ours, key) and (key != TESTED or key in record)
+        if recorded(record, key) != recorded(ours, key) and (key not in LATER or key in record)
     ]
+    return list(dict.fromkeys(others))
 
 
 def recorded(record: dict[str, Any], key: str) -> Any:

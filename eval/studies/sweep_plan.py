@@ -13,6 +13,7 @@ from eval.paper.commands import ROOT, cost, pretrain_flops
 from eval.paper.job_runner import Command, diverged
 from eval.paper.made_with import check_recipe
 from eval.protocols import by_key, keys
+from eval.shared.labels import images_of, set_of
 from pipeline.config.ds_config import open_ds_config
 from pipeline.config.recipe import Recipe, dump_recipe, load_recipe
 from pipeline.errors import UserError, naming
@@ -241,10 +242,12 @@ def record_of(sweep: Sweep) -> dict[str, Any]:
     where that was made with other settings, whose runs would pass for this sweep's; grid, seeds and
     evaluations may grow."""
     path = sweep.output / RECORD
+    train, val = read_manifest(sweep.train), read_manifest(sweep.val)
+    images = images_of(train, val)
     record = {
         "recipe": dump_recipe(load_recipe(sweep.recipe, sweep.overrides)),
-        "train": read_manifest(sweep.train).index_sha256,  # by whatever path
-        "val": read_manifest(sweep.val).index_sha256,
+        "train": train.index_sha256,  # by whatever path
+        "val": val.index_sha256,
         "pretrain_args": list(sweep.pretrain_args),
     }
     args = {name: list(words) for name, words in sweep.eval_args.items()}
@@ -255,6 +258,8 @@ def record_of(sweep: Sweep) -> dict[str, Any]:
             before = json.loads(text)
             former = before["eval_args"]
             differs = [key for key in record if before[key] != record[key]]
+            known = [key for key in images if key in before]  # earlier ones have none
+            differs += [set_of(key) for key in known if before[key] != images[key]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a record of a sweep; choose another --output") from error
         differs += [
@@ -264,13 +269,14 @@ def record_of(sweep: Sweep) -> dict[str, Any]:
         ]
         if differs:
             raise UserError(
-                f"{sweep.output}: made with another {', '.join(differs)}; choose another --output"
+                f"{sweep.output}: made with another {', '.join(dict.fromkeys(differs))}; choose "
+                "another --output"
             )
         args = former | args
         evals = list(dict.fromkeys([*before["evals"], *sweep.evals]))
     else:
         evals = list(sweep.evals)
-    return record | {"evals": evals, "eval_args": args}
+    return record | images | {"evals": evals, "eval_args": args}
 
 
 def as_number(value: str) -> float | None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from eval_helpers import coloured_images, write_shards
+from eval_helpers import coloured_images, other_content, write_shards
 from tiny import tiny_recipe
 
 from eval import linprobe, reproduce
@@ -296,6 +296,14 @@ def test_results_of_other_settings_do_not_pass_for_these(shards, tmp_path, monke
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"o: was made with another {option}; choose another"):
             begin(option, value, "--dry-run")
+    others = other_content(shards / "train", tmp_path / "others")
+    with pytest.raises(UserError, match="o: was made with another --train; choose another"):
+        begin("--train", others, "--dry-run")
+    earlier = json.loads((tmp_path / "o/reproduction.json").read_text())
+    del earlier["training images"], earlier["validation images"]  # as earlier ones have none
+    (tmp_path / "o/reproduction.json").write_text(json.dumps(earlier))
+    with pytest.raises(Begun):
+        begin()
     listed = replace(workspace_of(shards, "mini"), few_labels=str(tmp_path / "few.txt"))
     made = made_with(listed, [(find_table(1).rows[0], ["fewshot"])])
     with pytest.raises(UserError, match="o: was made with another --few-labels; choose another"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from eval_helpers import coloured_images, write_shards
+from eval_helpers import coloured_images, other_content, write_shards
 
 from eval import sweep as command
 from eval.protocols import Work
@@ -288,6 +288,12 @@ def test_other_settings_do_not_mix_in_one_folder(data, tmp_path, monkeypatch):
     claim_output(replace(sweep, train="."))  # the same shards by another path
     with pytest.raises(UserError, match="another train"):
         claim_output(replace(sweep, train=sweep.val))
+    others = other_content(data / "train", tmp_path / "others")
+    with pytest.raises(UserError, match="with another train; choose"):
+        claim_output(replace(sweep, train=str(others)))
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    del record["training images"], record["validation images"]  # as earlier ones have none
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
     claim_output(sweep_of(data, tmp_path, grid=("views.mask_ratio=0.9",), seeds=5))  # grows
     claim_output(sweep_of(data, tmp_path, evals=("linprobe",), eval_args={"linprobe": ("--k",)}))
     for changed, sentence in (

@@ -12,6 +12,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from eval.shared.cli import join_ranks
 from eval.shared.results import Timer
 from pipeline.distributed import Ranks
-from shard_tools.manifest import SAMPLE, Shard, write_manifest
+from shard_tools.manifest import SAMPLE, Shard, read_manifest, write_manifest
 
 SIZE = 16
 ALONE = Ranks.alone()
@@ -93,6 +94,18 @@ def write_shards(
     names = [f"class{number}" for number in range(classes or int(label.max()) + 1)]
     write_manifest(folder, shards=shards, index=np.array(rows, SAMPLE), classes=names)
     return folder
+
+
+def other_content(folder: Path, dest: Path) -> Path:
+    """A copy of shards with the same index, whose first shard has another checksum."""
+    manifest = read_manifest(folder)
+    shards = [replace(manifest.shards[0], sha256="0" * 64), *manifest.shards[1:]]
+    shutil.copytree(folder, dest)
+    write_manifest(
+        dest, shards=shards, index=np.array(manifest.index), classes=manifest.classes,
+        made=manifest.made, names=manifest.names,
+    )  # fmt: skip
+    return dest
 
 
 def write_encoder(run: Path, seed: int = 0) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cifar_study import settings
-from eval_helpers import coloured_images, write_shards
+from eval_helpers import coloured_images, other_content, write_shards
 
 from eval.cifar_paper import check, cifar_paper, note_facts
 from eval.paper.commands import Workspace, read_scale, row_jobs, row_recipe, run_name
@@ -280,7 +280,12 @@ def test_other_test_images_and_recipes_do_not_mix_in_one_folder(data, tmp_path):
     write_shards(others / "shards/val", *coloured_images(24, 4, seed=9))
     with pytest.raises(UserError, match="was made with another test_images; choose another"):
         cifar_plan.claim_output(settings(others, tmp_path / "o"))
-    del record["test_images"]  # as earlier ones have none
+    train = shutil.move(others / "shards/train", others / "before")
+    other_content(train, others / "shards/train")
+    with pytest.raises(UserError, match="was made with another test_images, images; choose"):
+        cifar_plan.claim_output(settings(others, tmp_path / "o"))
+    for key in cifar_plan.LATER:  # as earlier ones have none
+        del record[key]
     (tmp_path / "o/study.json").write_text(json.dumps(record))
     assert cifar_plan.claim_output(settings(others, tmp_path / "o")) == record
 
