@@ -109,8 +109,8 @@ def shared_images(train: Manifest, val: Manifest) -> int:
 
 def class_count(train: Manifest, val: Manifest) -> int:
     """Number of classes, with the assurance that both sets number the same classes alike, and that
-    the training set has images of two at least. A warning where both have the same images, or where
-    the training set has no image of a class."""
+    the training set has images of two at least. A warning where both have the same images, where
+    the training set has no image of a class, or where the validation set is of one."""
     check_classes(train.home, train.index["label"])
     if train.classes and val.classes and train.classes != val.classes:
         raise UserError(
@@ -145,6 +145,13 @@ def class_count(train: Manifest, val: Manifest) -> int:
                 "0; make both from one dataset"
             )
     say_unseen(f"--train {train.home}", train.index["label"], val, classes)
+    label = val.index["label"]
+    if label.min() == label.max():
+        of = train.classes or val.classes or tuple(map(str, range(classes)))
+        _warn(
+            f"all {val.samples} images of --val {val.home} are of one class, {of[label[0]]}: what "
+            "answers it always is right about them, so the result says little of the encoder"
+        )
     return classes
 
 

@@ -170,8 +170,8 @@ def test_validation_images_of_classes_without_training_images_are_said_once(tmp_
     assert f"{text}what --subset {chosen} leaves of" in capsys.readouterr().err
 
 
-def test_images_of_one_class_are_not_scored(tmp_path):
-    """Every encoder is right about them; validation images may be of one."""
+def test_images_of_one_class_are_not_scored(tmp_path, capsys):
+    """Every encoder is right about them; validation images may be of one, with a warning."""
     image, label = coloured_images(6, 3, seed=2)
     folder = write_shards(tmp_path / "train", image, label)
     one = labelled(write_shards(tmp_path / "one", image, label * 0))
@@ -179,7 +179,12 @@ def test_images_of_one_class_are_not_scored(tmp_path):
     for train, val in ((one, one), (some, labelled(folder))):
         with pytest.raises(UserError, match=f"{train.folder}: all images are of one class"):
             class_count(train, val)
+    capsys.readouterr()
     assert class_count(labelled(folder), some) == 3
+    said = capsys.readouterr().err
+    assert f"warning: all 6 images of --val {some.home} are of one class, class1: " in said
+    assert class_count(labelled(folder), labelled(folder)) == 3
+    assert "of one class" not in capsys.readouterr().err
     found, names = read_manifest(folder), [f"{n}.png" for n in range(6)]
     write_manifest(folder, shards=found.shards, index=np.array(found.index), names=names,
                    classes=found.classes)  # fmt: skip
