@@ -62,6 +62,13 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(_ARCHIVES)
 
 
+def is_archive_file(path: Path) -> bool:
+    """True for a tar or zip by its name or its content: downloads are named anyhow."""
+    return path.is_file() and bool(
+        is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)
+    )
+
+
 def is_tar(name: str) -> bool:
     """True for a file name that tars have, also compressed ones."""
     return name.lower().endswith(_TARS)

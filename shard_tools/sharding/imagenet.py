@@ -29,6 +29,7 @@ from shard_tools.cli import ToolError
 from shard_tools.sharding.archives import (
     archive_stem,
     is_archive,
+    is_archive_file,
     list_archive,
     member_names,
     read_member,
@@ -71,8 +72,7 @@ def recognise(root: Path, unpacked: Path | None) -> Layout | None:
     """The layout of `root`; None for a folder or file that is one set of images. UserError where a
     part of the layout is missing, or a compressed archive cannot be unpacked into `unpacked`."""
     if not root.is_dir():
-        packed = root.is_file() and is_archive(root.name)
-        return _one_archive(root, unpacked) if packed else None
+        return _one_archive(root, unpacked) if is_archive_file(root) else None
     for look in (_kaggle, _tiny, _folders, _original, _hugging_face, _parquet, _archive_each):
         layout = look(root)
         if layout is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tarfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 
 from pipeline.errors import naming, not_there
 from shard_tools.cli import ToolError
-from shard_tools.sharding.archives import compression, is_archive, list_archive, list_class_tars
+from shard_tools.sharding.archives import is_archive, is_archive_file, list_archive, list_class_tars
 from shard_tools.sharding.folders import class_folders, files_in, list_folder
 from shard_tools.sharding.found import (
     EXTENSIONS,
@@ -105,7 +104,7 @@ def open_source(path: Path, how: Listing = Listing()) -> Source:
             source = LISTS[suffix](path, how)
         elif is_parquet(path.name):
             source = _parquet([path], how)
-        elif not (is_archive(path.name) or compression(path) or tarfile.is_tarfile(path)):
+        elif not is_archive_file(path):
             takes = how.takes or f"a folder, a tar, a zip, Parquet nor a list ({' '.join(LISTS)})"
             raise ToolError(f"{path}: is neither {takes}{arrow_hint(path.name)}")
         else:

@@ -486,6 +486,14 @@ def test_a_finished_folder_is_said_before_an_archive_is_unpacked(
     assert "already holds shards" in captured.err
 
 
+@pytest.mark.parametrize("kind", PACKED[1:])
+def test_an_archive_of_both_is_known_by_its_content(
+    kind: str, folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
+) -> None:
+    archive = packed(Path(shutil.copytree(folders, tmp_path / "root")), kind)
+    assert sharded(archive.rename(tmp_path / "download"), tmp_path / "d") == wanted
+
+
 def test_tasks_and_merge_of_both_splits(
     folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
