@@ -16,6 +16,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import check_range, naming
 from pipeline.help_text import HelpFormatter
@@ -23,7 +24,7 @@ from shard_tools.class_list import read_classes
 from shard_tools.cli import ToolError, images_of, parse, run, seed_number, shard_bytes, worker_count
 from shard_tools.cores import cores
 from shard_tools.image_file import CAN_CUT, Conversion
-from shard_tools.sharding.archives import UNPACKED, is_compressed
+from shard_tools.sharding.archives import UNPACKED, is_archive_file, is_compressed
 from shard_tools.sharding.found import naming_skip
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
@@ -35,6 +36,7 @@ from shard_tools.sharding.job import (
     check_room,
     find_plan,
     is_finished,
+    is_made_by,
     merge,
     planning,
     run_job,
@@ -44,6 +46,7 @@ from shard_tools.sharding.job import (
 from shard_tools.sharding.labels import read_labels
 from shard_tools.sharding.layout import ALL_FIELDS, FIELDS, LAYOUT, PARTS, PLAN, Settings, make_plan
 from shard_tools.sharding.merge import remove_unpacked
+from shard_tools.sharding.parquet_sets import is_parquet
 from shard_tools.sharding.sources import Listing, Source, open_source
 from shard_tools.sharding.statistics import drop_duplicates
 
@@ -67,6 +70,11 @@ def make_shards(options: argparse.Namespace) -> int:
             merge(folder)
         return 0
     settings, how = settings_of(options), execution_of(options)
+    request = request_of(options)
+    if options.resume and is_made(options, request):
+        for folder in job_folders(dest):
+            run_job(folder, how)  # which says so
+        return 0
     unpacked = dest / PARTS / UNPACKED if how.tasks == 1 else None
     with naming(options.source, "cannot be read"):
         if is_compressed(options.source):
@@ -74,7 +82,6 @@ def make_shards(options: argparse.Namespace) -> int:
                 check_destination(folder, [options.source], how)
         layout = None if options.unlabelled else recognise(options.source, unpacked)
     folders = destinations(options, layout, how)
-    request = request_of(options)
     with ExitStack() as held:
         with planning(folders[0], how):
             if all(find_plan(folder, request, how) for folder in folders):
@@ -119,8 +126,25 @@ def plan_splits(
     held.enter_context(at_work(folders, how))
     for split, plan in zip(splits, plans, strict=True):
         check_plan(split.dest, plan, how)  # another call may have begun in the meantime
+    note = note_of(options, request, len(splits))
     for split, plan in zip(splits, plans, strict=True):
-        store_plan(split.dest, plan, split.paths[0].name, how, request)
+        store_plan(split.dest, plan, split.paths[0].name, how, request, note)
+
+
+def note_of(options: argparse.Namespace, request: str, sets: int) -> dict[str, Any]:
+    """What the manifests of an archive or Parquet file say of the call that made them: its content
+    is the same where its size and time are. Nothing of other sources, which are listed quickly."""
+    with naming(options.source, "cannot be read"):
+        packed = is_archive_file(options.source) or is_parquet(options.source.name)
+    return {"request": request, "sets": sets} if packed else {}
+
+
+def is_made(options: argparse.Namespace, request: str) -> bool:
+    """Whether such a file was made into the shards that are there by a call like this one, so that
+    it need not be unpacked to see that they are finished."""
+    folders = job_folders(options.dest)
+    note = note_of(options, request, len(folders))
+    return bool(note) and all(is_made_by(folder, note) for folder in folders)
 
 
 def request_of(options: argparse.Namespace) -> str:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -108,10 +108,18 @@ def check_room(dest: Path, plan: Plan) -> None:
         )
 
 
-def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request: str) -> None:
+def is_made_by(dest: Path, note: Mapping[str, Any]) -> bool:
+    """Whether the shards in `dest` are finished, and this was noted when their plan was stored."""
+    return is_finished(dest) and note.items() <= read_manifest(dest).made.items()
+
+
+def store_plan(
+    dest: Path, plan: Plan, source_name: str, how: Execution, request: str,
+    note: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write the plan, which `check_plan` has seen, for this process's workers and for other tasks;
     nothing where it is there already or all is finished. A job of one task that is resumed writes
-    it again: its source may have moved."""
+    it again: its source may have moved. note: for the manifest, see `is_made_by`."""
     if is_finished(dest):
         return
     with naming(dest, "cannot be written"):
@@ -119,7 +127,7 @@ def store_plan(dest: Path, plan: Plan, source_name: str, how: Execution, request
         if how.tasks == 1 or not there:
             (dest / PARTS).mkdir(parents=True, exist_ok=True)
             write_plan(dest, plan)
-            record = json.dumps(plan_record(plan, source_name, request))
+            record = json.dumps(plan_record(plan, source_name, request, note))
             write_atomic(dest / PARTS / PLAN, record.encode())
 
 

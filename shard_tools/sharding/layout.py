@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,11 @@ def read_part(dest: Path, number: int, digest: str) -> Part | None:
         return None
 
 
-def plan_record(plan: Plan, source_name: str, request: str) -> dict[str, Any]:
+def plan_record(
+    plan: Plan, source_name: str, request: str, note: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What `--merge` and `--resume` need of a plan; the content of plan.json. request: names the
-    call that made it (see shard_tools/sharding/job.py)."""
+    call that made it (see shard_tools/sharding/job.py). note: for the manifest too."""
     return {
         "request": request,
         "digest": plan.digest,
@@ -225,6 +228,7 @@ def plan_record(plan: Plan, source_name: str, request: str) -> dict[str, Any]:
             "source": source_name,
             "images": len(plan.order),
             "options": plan.settings.record(),
+            **(note or {}),
         },
     }
 

@@ -494,6 +494,29 @@ def test_an_archive_of_both_is_known_by_its_content(
     assert sharded(archive.rename(tmp_path / "download"), tmp_path / "d") == wanted
 
 
+@pytest.mark.parametrize("kind", PACKED[2:])
+def test_a_finished_archive_is_not_unpacked_to_be_resumed(
+    kind: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But where a set is missing, or the archive or an option is another."""
+
+    def resumed(*options: str) -> tuple[int, bool, int]:
+        code = main([str(archive), str(dest), *SMALL, "--resume", *options])
+        out = capsys.readouterr().out
+        return code, "unpacking" in out, out.count("already finished, nothing to do")
+
+    archive, dest = packed(Path(shutil.copytree(folders, tmp_path / "root")), kind), tmp_path / "d"
+    assert resumed() == (0, True, 0)
+    assert resumed() == (0, False, 2)
+    assert not (dest / ".parts").exists()
+    assert resumed("--seed", "5") == (2, True, 0)
+    shutil.rmtree(dest / ".parts", ignore_errors=True)
+    shutil.rmtree(dest / "val")
+    assert resumed() == (0, True, 1)
+    os.utime(archive)
+    assert resumed() == (0, True, 2)
+
+
 def test_tasks_and_merge_of_both_splits(
     folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
