@@ -70,13 +70,15 @@ class Contrast(nn.Module):
     def _both_sides(
         self, encoder: Encoder, teacher: Teacher, first: View, second: View
     ) -> tuple[Tensor, Terms]:
-        """The mean of both directions; each network encodes both views in one call."""
+        """The mean of both directions, terms too (but the spread, that of the first view); each
+        network encodes both views in one call."""
         z1, z2 = encoder(*first, second=second)
         query1, query2 = self.query(z1), self.query(z2)
         key1, key2 = teacher(first, second, dtype=query1.dtype)
         loss, terms = self._side(query1, key2, first, second)
-        loss = 0.5 * (loss + self._side(query2, key1, second, first)[0])
-        return loss, terms | spread(z1)
+        other, more = self._side(query2, key1, second, first)
+        both = {name: 0.5 * (value + more[name]) for name, value in terms.items()}
+        return 0.5 * (loss + other), both | spread(z1)
 
     def _side(self, query: Tensor, key: Tensor, online: View, other: View) -> tuple[Tensor, Terms]:
         """Queries of one view against the keys of the other."""

@@ -357,6 +357,17 @@ def test_symmetric_mocov3_loss_is_the_mean_of_both_directions():
     torch.testing.assert_close(loss, expected / 2 * 0.4, rtol=1e-5, atol=1e-5)
 
 
+def test_terms_of_a_symmetric_measure_are_those_of_both_directions():
+    """As the loss is: BYOL's is 2 - 2 cos of the positives."""
+    objective, teacher = build_objective(tiny_recipe("cmae", "measure={kind: byol}"))
+    sides = [objective(images(), SAMPLE, 2, teacher)]
+    objective.measure.recipe = objective.measure.recipe.model_copy(update={"symmetric": True})
+    both = objective(images(), SAMPLE, 2, teacher)
+    assert abs(float(both[0].detach() - sides[0][0].detach())) > 1e-4
+    for loss, terms in (*sides, both):
+        torch.testing.assert_close(2 - 2 * terms["positive"], loss.detach())
+
+
 def _rank(rank, port, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
