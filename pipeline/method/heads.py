@@ -89,7 +89,8 @@ def feature_std(z: Tensor) -> Tensor:
     """Standard deviation of normalised features over the batch, times sqrt(D): 1 when they spread
     evenly over the sphere, 0 when they have collapsed (Chen & He, SimSiam, Fig. 2b).
 
-    z: [B, 1 + N, D]; the feature of an image is the mean of its patch tokens. B must exceed 1.
+    z: [B, 1 + N, D]; the feature of an image is the mean of its patch tokens. B must exceed 1. The
+    sum of squares is divided by B, so that features which are even give sqrt(1 - 1/B) at the most.
     """
     feature = nn.functional.normalize(z[:, 1:].float().mean(dim=1), dim=1)
     return feature.std(dim=0, correction=0).mean() * feature.shape[1] ** 0.5
