@@ -69,8 +69,9 @@ def _fill_in_precision(full: dict[str, Any], stage: int) -> tuple[str, str]:
 
 
 # Images of an "auto" micro-batch at the most, and on a CPU tokens too: of 128 images of 64 patches,
-# or of about 50 of 224 x 224. A function of the recipe alone, since InfoNCE's negatives come from
-# the micro-batch; where the speed no longer rises was measured (make bench-micro-batch).
+# or of about 50 of 224 x 224. On a GPU a function of the recipe alone, since InfoNCE's negatives
+# come from the micro-batch; a CPU may have fewer of them. Where the speed no longer rises was
+# measured (make bench-micro-batch).
 MOST_IMAGES, MOST_TOKENS_ON_CPU = 128, 10_000
 
 

@@ -26,7 +26,7 @@ def plan_that_fits(ds_config: dict[str, Any], recipe: Recipe, ranks: Ranks) -> R
     """The plan of a pretraining; an "auto" micro-batch fits every GPU's memory (collective there).
 
     Where negatives, or statistics of batch norm, come from the micro-batch it stays what the recipe
-    alone gives, as on a CPU: the device must not change the result. Raises UserError.
+    alone gives on a GPU: its memory must not change the result. Raises UserError.
     """
     plan = plan_recipe(ds_config, recipe, ranks.world)
     if ranks.device.type != "cuda" or ds_config.get(KEY, "auto") != "auto" or plan.pooled:
