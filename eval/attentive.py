@@ -32,7 +32,7 @@ import numpy as np
 
 from eval.shared.batches import check_batch, micro_batch_of, partitions_of
 from eval.shared.command import run_command
-from eval.shared.labels import class_count, labelled
+from eval.shared.labels import class_count, content_of, labelled
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
 from eval.shared.subsets import held_out_count, keep_subset
@@ -321,6 +321,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "train_loss": round(float(losses[best]), 5),
         "grid": grid,
         "settings": asdict(s) | more | {"optimizer": "AdamW", "classes": classes},
+        "content": content_of(s),
         **session.facts(timer),
     }
 

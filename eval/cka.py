@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.shared.command import run_command
-from eval.shared.labels import with_images
+from eval.shared.labels import content_of, with_images
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, check_other_settings, result_of, write_result
 from pipeline.command import early
@@ -223,6 +223,7 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
             "seed": s.seed,
             "val": s.val,
         },
+        "content": content_of(s),
         **session.facts(timer),
     }
 

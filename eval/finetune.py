@@ -31,6 +31,7 @@ from eval.shared.finetune_plan import (
     plan_training,
     record,
 )
+from eval.shared.labels import content_of
 from eval.shared.options import parser, settings_of
 from eval.shared.results import Timer, check_finished, result_of, write_accuracy
 from pipeline.command import check_unused, early
@@ -315,6 +316,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "history": history,
         "nonfinite_steps": run.skipped.total,
         "settings": record(s, plan, session) | {"trained_epochs": history[-1]["epoch"]},
+        "content": content_of(s),
         **session.facts(timer),
         "precision": precision,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.shared.command import run_command
-from eval.shared.labels import class_count, labelled
+from eval.shared.labels import class_count, content_of, labelled
 from eval.shared.options import FEATURES, parser, settings_of
 from eval.shared.results import Timer, check_other_settings, result_of, write_accuracy
 from pipeline.command import early
@@ -96,6 +96,7 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
         "feature": s.feature,
         **accuracy(ranks.sum(count)),
         "settings": {key: record[key] for key in ("k", "temperature", "precision", "train", "val")},
+        "content": content_of(s),
         **session.facts(timer),
     }
 

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.shared.command import run_command
+from eval.shared.labels import content_of
 from eval.shared.linprobe_plan import Plan, Settings, identity, make_plan, record
 from eval.shared.options import FEATURES, parser, settings_of
 from eval.shared.results import (
@@ -411,6 +412,7 @@ def evaluate(s: Settings, session: EvalSession, folder: Path) -> dict[str, Any]:
         "feature": s.feature,
         **found,
         "settings": record(s, plan, session),
+        "content": content_of(s),
         **session.facts(timer),
     }
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.shared.command import run_command
-from eval.shared.labels import with_images
+from eval.shared.labels import content_of, with_images
 from eval.shared.options import (
     EncoderChoice,
     add_model,
@@ -182,6 +182,7 @@ def evaluate(s: Settings, ranks: Ranks) -> dict[str, Any]:
         "settings": {"mask_ratio": mask_ratio, "seed": s.seed, "val": s.val}
         | ({"resize": s.resize} if s.resize else {})
         | ({"recipe": s.recipe, "overrides": list(s.overrides)} if s.recipe else {}),
+        "content": content_of(s),
         "encoder": {**model.info, "random": False, "source": s.encoder},
         "seconds": timer.seconds,
         "ranks": ranks.world,

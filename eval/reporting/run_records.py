@@ -174,7 +174,7 @@ def is_ours(result: dict[str, Any]) -> bool:
     """Whether what a report reads of every result is of the type that ours have, or not there."""
     also = result.get("also", [])
     return (
-        all(isinstance(result.get(key, {}), dict) for key in ("settings", "encoder"))
+        all(isinstance(result.get(key, {}), dict) for key in ("settings", "encoder", "content"))
         and isinstance(result.get("encoder", {}).get("options", {}), dict)
         and isinstance(result.get("feature"), str | None)
         and isinstance(also, list)

@@ -15,6 +15,7 @@ Result = dict[str, Any]
 # Of the settings: what is another in every run of a method, and what names the run itself.
 BY_SEED = ("seed", "subset_seed")
 BY_PLACE = ("train", "val", "images", "subset")  # paths, which are others elsewhere
+CONTENT = {"train": "train images", "val": "val images"}  # setting → what its path held
 NO_SETTING = ("encoder", "random", "classifier", "workers", "precision", "also")
 
 
@@ -67,9 +68,9 @@ def differing_keys(members: Sequence[tuple[Group, str, Result]]) -> list[str]:
             alike.setdefault(group.label, []).append(result)
     for results in by_run.values():
         told = [settings_of(result) for result in results]
-        keys = differ([dict.fromkeys({key for one in told for key in one}) | one for one in told])
-        same = {json.dumps([settings_of(r).get(key) for key in sorted(keys)]) for r in results}
-        if len(same) < len(results):
+        named = {key for one in told for key in one} - {*CONTENT.values()}  # earlier ones say none
+        keys = differ([dict.fromkeys(named) | one for one in told])
+        if distinct(told, keys) < len(results):
             raise UserError(
                 f"{' and '.join(sorted({str(r['file']) for r in results}))}: two results of one "
                 "evaluation with the same settings; move one out of eval/"
@@ -77,7 +78,16 @@ def differing_keys(members: Sequence[tuple[Group, str, Result]]) -> list[str]:
         found |= keys
     for results in alike.values():
         found |= differ(map(settings_of, results)) - {*BY_SEED, *BY_PLACE}
+    every = [settings_of(result) for _, _, result in members]
+    for path, content in CONTENT.items():
+        if path in found and distinct(every, [path]) == distinct(every, [path, content]):
+            found.discard(content)  # the path says it
     return sorted(found)
+
+
+def distinct(settings: Sequence[dict[str, Any]], keys: Iterable[str]) -> int:
+    """How many settings differ in these keys."""
+    return len({json.dumps([one.get(key) for key in sorted(keys)]) for one in settings})
 
 
 def differ(settings: Iterable[dict[str, Any]]) -> set[str]:
@@ -91,7 +101,8 @@ def differ(settings: Iterable[dict[str, Any]]) -> set[str]:
 
 
 def settings_of(result: Result) -> dict[str, Any]:
-    """What a result hangs on beside the run: settings, crop, precision and choice of weights."""
+    """What a result hangs on beside the run: settings, content of the images, crop, precision and
+    choice of weights."""
     flat = flatten(result.get("settings", {}))
     told = {key: value for key, value in flat.items() if key.split(".")[0] not in NO_SETTING}
     told |= {key: result[key] for key in ("resize", "precision") if key in result}
@@ -100,6 +111,8 @@ def settings_of(result: Result) -> dict[str, Any]:
     encoder = result.get("encoder", {})
     if "step" in encoder and not is_random(result):  # of the run when it was evaluated
         told["step"] = encoder["step"]
+    content = result.get("content", {})
+    told |= {about: content[name] for name, about in CONTENT.items() if name in content}
     options = encoder.get("options", {})
     told |= {"image size": options["img_size"]} if "img_size" in options else {}
     return told | {"weights": encoder["note"] if encoder.get("note") else "as trained"}

@@ -54,6 +54,13 @@ def images_of(train: Manifest, val: Manifest) -> dict[str, str]:
     return {IMAGES["train"]: data_identity(train), IMAGES["val"]: data_identity(val)}
 
 
+def content_of(settings: object) -> dict[str, str]:
+    """Set → what stands for the content of its shards, for a result of settings that name `train`
+    and `val`, or one of them: a path may hold others later."""
+    folders = {name: getattr(settings, name) for name in IMAGES if hasattr(settings, name)}
+    return {name: data_identity(read_manifest(at))[:12] for name, at in folders.items()}
+
+
 def set_of(key: str) -> str:
     """The set, train or val, that a key of `images_of` is about; any other key as it is."""
     return next((name for name, about in IMAGES.items() if about == key), key)

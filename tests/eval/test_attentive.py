@@ -204,6 +204,7 @@ def test_result_names_what_was_chosen_and_how(home):
     )
     best = max(row["selection"] for row in result["grid"])
     assert best == next(r["selection"] for r in result["grid"] if r["lr"] == result["lr"])
+    assert result["content"].keys() == {"train", "val"}
     assert result["base_lr_chosen_on"] == "6 images of held-out training images (best of 2)"
     kept, held_out = (
         json.loads(next((home / "out").glob(f"{name}-*/manifest.json")).read_text())

@@ -129,6 +129,7 @@ def test_the_biased_estimator_is_a_trace_and_its_bias_is_that_of_small_batches()
 def test_one_batch_of_everything_is_the_exact_value(home: Path, pool: str, hsic: str) -> None:
     words = ("--pool", pool, "--hsic", hsic, "--batch-size", COUNT, "--mask-ratios", 0.3, 0.8)
     result = evaluate(home, *words)
+    assert result["content"].keys() == {"val"}
     assert (result["pool"], result["hsic"]) == (pool, hsic)
     assert {"pool": pool, "hsic": hsic, "cka": result["cka"]} in result["variants"]
     assert len({(v["pool"], v["hsic"]) for v in result["variants"]}) == 6

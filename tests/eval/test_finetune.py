@@ -498,6 +498,7 @@ def test_few_images_are_drawn_with_replacement(home: Path, tmp_path: Path) -> No
         images = torch.cat([batch.image for batch in batches])[drawn == counts.argmax()]
         assert len(torch.unique(images, dim=0)) > 1
     result = evaluate(words, tmp_path / "x")
+    assert result["content"].keys() == {"train", "val"}
     assert result["settings"]["samples_per_epoch"] == 70
     assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
 

@@ -21,6 +21,8 @@ from eval.shared.options import settings_of
 from eval.shared.session import EvalSession, session_of
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
+from pipeline.runtime.same_run import data_identity
+from shard_tools.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,9 @@ def test_the_accuracy_is_that_of_a_plain_loop(home, monkeypatch, k, temperature)
         fifth += right in order[:5]
     result = evaluate(home, "--k", str(k), "--temperature", str(temperature))
     assert (result["top1"], result["top5"]) == (round(first / 0.37, 3), round(fifth / 0.37, 3))
+    assert result["content"] == {
+        part: data_identity(read_manifest(home / part))[:12] for part in ("train", "val")
+    }
 
 
 def test_the_nearest_decides_at_any_temperature() -> None:

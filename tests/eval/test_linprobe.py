@@ -454,6 +454,7 @@ def test_command_writes_its_result(home: Path) -> None:
     result = json.loads((home / "run/eval/linprobe-mae.json").read_text())
     assert result["protocol"] == "linprobe-mae"
     assert result["encoder"]["recipe"] == "mae"
+    assert result["content"].keys() == {"train", "val"}
     assert result["settings"]["max_steps"] == 2
     assert f"top-1 {result['top1']:.2f} %" in done.stdout
 

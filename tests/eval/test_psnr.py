@@ -89,6 +89,7 @@ def test_true_statistics_give_a_blind_decoder_the_means_of_the_patches(home):
     assert result["hidden"] == pytest.approx(hidden, abs=1e-3)
     assert result["image"] == pytest.approx(image, abs=1e-3)
     assert result["images"] == 21
+    assert result["content"].keys() == {"val"}
     assert "true mean and deviation" in result["statistics"]
 
 

@@ -232,6 +232,32 @@ def test_results_of_other_settings_are_not_averaged(tmp_path: Path) -> None:
     assert cells["k-NN, k 20, weights of the EMA teacher (%)"] == "30.00"
 
 
+def test_results_on_other_images_are_not_averaged(tmp_path: Path) -> None:
+    """Wherever they are; a path that says it is enough, and earlier results say nothing."""
+
+    def holds(run: Path, name: str, content: dict[str, str] | None) -> None:
+        path = run / f"eval/{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"content": content or {}}))
+
+    first, second = (write_run(tmp_path, "rmae", seed, 40.0) for seed in (0, 1))
+    for run, top1, path in ((first, 10.0, "v"), (second, 14.0, "elsewhere")):
+        knn(run, "knn", top1, val=path)
+        holds(run, "knn", {"train": "aa", "val": "bb"})
+    assert table_of([first, second])["rmae"]["k-NN (%)"] == "12.00 ± 2.83"
+    holds(second, "knn", None)
+    assert table_of([first, second])["rmae"]["k-NN (%)"] == "12.00 ± 2.83"
+    holds(second, "knn", {"train": "aa", "val": "cc"})
+    cells = table_of([first, second])["rmae"]
+    assert cells["k-NN, val images bb (%)"] == "10.00"
+    assert cells["k-NN, val images cc (%)"] == "14.00"
+    knn(first, "knn-later", 30.0)
+    holds(first, "knn-later", {"train": "aa", "val": "cc"})
+    assert table_of([first])["rmae"]["k-NN, val images cc (%)"] == "30.00"
+    knn(first, "knn-later", 30.0, val="w")
+    holds(first, "knn-later", {"train": "aa", "val": "cc"})
+    assert table_of([first])["rmae"]["k-NN, val w (%)"] == "30.00"
+
+
 def test_runs_whose_folders_are_called_alike_are_told_apart(tmp_path, monkeypatch):
     runs = [write_run(tmp_path / part, "mae", 0, 60.0) for part in ("a", "b")]
     runs.append(write_run(tmp_path / "a", "rmae", 1, 60.0))
