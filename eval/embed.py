@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--images", required=True,
         help="shards, a folder of images, a tar, a CSV or JSONL, or a .txt with a path per line",
     )  # fmt: skip
-    result.add_argument("--root", help="where a list's relative paths start (default: its folder)")
+    result.add_argument(
+        "--root", metavar="FOLDER", help="where a list's relative paths start (default: its folder)"
+    )
     result.add_argument(
         "--feature", default=d.feature, help="cls, mean_patch, patches, or block:N[:cls|:patches]"
     )
@@ -68,7 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--format", choices=("npy", "parquet"), default=d.format,
         help="npy: numpy, memory-mappable, and names.txt; parquet: columns (needs pyarrow)",
     )  # fmt: skip
-    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
+    result.add_argument(
+        "--micro-batch", type=int, default=d.micro_batch, help="images per forward pass"
+    )
     result.add_argument(
         "--on-error", choices=("fail", "skip"), default=d.on_error,
         help="an image that will not decode: stop, or a row of NaN, listed in embeddings.json",

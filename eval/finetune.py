@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="how it runs: a file, or zero0, zero1 or zero2 (default: zero2)")  # fmt: skip
     add("--validate-epochs", type=int, default=d.validate_epochs, help="validate every N epochs")
     add("--stop-epoch", type=float, help="stop here; rerun to resume")
-    add("--max-steps", type=int, help="shorten the run: a trial")
+    add("--max-steps", type=int, help="stop after N steps: a trial run")
 
     add = result.add_argument_group("images and labels").add_argument
     add("--train", required=True, help="training shards")

@@ -42,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     result.add_argument("--k", type=int, default=d.k, help="neighbours that vote")
     result.add_argument("--temperature", type=float, default=d.temperature, help="of their votes")
-    result.add_argument("--micro-batch", type=int, default=d.micro_batch, help="per forward pass")
+    result.add_argument(
+        "--micro-batch", type=int, default=d.micro_batch, help="images per forward pass"
+    )
     return result
 
 

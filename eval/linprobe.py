@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--micro-batch",
         type=int,
         default=d.micro_batch,
-        help="images per rank and forward pass at most",
+        help="images per forward pass at most",
     )
     add("--base-lr", type=float, default=d.base_lr, help="learning rate per 256 images; mae only")
     add("--grid", type=float, nargs="+", default=d.grid, help="learning rates to try; cached only")

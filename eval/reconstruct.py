@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(result)
     source = result.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", help="shards: the first images")
-    source.add_argument("--files", nargs="+", help="picture files")
+    source.add_argument("--files", nargs="+", metavar="FILE", help="image files")
     result.add_argument("--images", type=int, default=8, help="the first N of --data")
     result.add_argument(
         "--columns", nargs="+", choices=COLUMNS, default=COLUMNS, help="which, in this order"

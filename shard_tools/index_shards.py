@@ -164,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     )
     a = p.add_argument
     a("tars", type=Path, nargs="+", metavar="TARS", help="tars, or folders that hold them")
-    a("--output", type=Path, metavar="DIR", help="where to write it (default: beside the tars)")
+    a("--output", type=Path, metavar="FOLDER", help="where to write it (default: beside the tars)")
     a("--image-field", metavar="FIELD", help="field of the image, such as `left.jpg` or `*.jpg`")
     a("--classes-from", type=Path, metavar="PATH", help="class names: a shard folder or a list")
     a("--unlabelled", action="store_true", help="take the images only, whatever labels they have")

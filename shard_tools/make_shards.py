@@ -322,7 +322,7 @@ def _label_options(group: argparse._ArgumentGroup) -> None:
     a("--splits", action="store_true", help="write DEST/train also where SOURCE has no val")
     a("--image-column", default="", metavar="NAME", help="of Parquet files with several")
     a("--label-column", default="", metavar="NAME", help="of Parquet files with several")
-    a("--root", type=Path, metavar="DIR", help="where relative paths of a CSV or JSONL start")
+    a("--root", type=Path, metavar="FOLDER", help="where relative paths of a CSV or JSONL start")
 
 
 def _job_options(group: argparse._ArgumentGroup) -> None:

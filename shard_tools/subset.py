@@ -396,7 +396,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     a = p.add_argument
-    a("source", metavar="DIR", help="folder (or fsspec URL) with a manifest")
+    a("source", metavar="FOLDER", help="folder (or fsspec URL) with a manifest")
     a("dest", type=Path, metavar="DEST", help="folder for the subset")
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--fraction", type=float, help="share of every class, stratified")

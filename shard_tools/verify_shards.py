@@ -347,7 +347,7 @@ def parser() -> argparse.ArgumentParser:
         "where there is one.",
         formatter_class=HelpFormatter,
     )
-    p.add_argument("folder", metavar="DIR", help="folder with a manifest.json")
+    p.add_argument("folder", metavar="FOLDER", help="folder with a manifest.json")
     p.add_argument("--decode", action="store_true", help="also decode every image")
     p.add_argument("--workers", type=worker_count, default=cores(), metavar="N", help="processes")
     return p

@@ -87,3 +87,28 @@ def test_defaults_are_shown_as_they_are_typed():
         "--grid GRID [GRID ...] values (default: 0.1 'a b' 5%) --off turn it off "
         "--output OUTPUT folder (default: beside the run)"
     )
+
+
+# Options that mean the same in these commands of eval/.
+ALIKE = {
+    "--micro-batch": ("embed", "knn", "psnr"),
+    "--max-steps": ("finetune", "linprobe"),
+    "--train": ("attentive", "finetune", "knn", "linprobe"),
+    "--files": ("reconstruct", "visualise"),
+}
+
+
+@pytest.mark.parametrize("option", ALIKE)
+def test_an_option_of_several_commands_is_explained_in_the_same_words(option, monkeypatch):
+    said = set()
+    for command in ALIKE[option]:
+        actions = parser_of(f"eval.{command}", monkeypatch)._actions
+        action = next(one for one in actions if option in one.option_strings)
+        said.add((action.metavar, action.help))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_is_called_one_in_every_help(command, monkeypatch):
+    actions = parser_of(command, monkeypatch)._actions
+    assert "DIR" not in {action.metavar for action in actions}
