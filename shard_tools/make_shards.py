@@ -70,8 +70,7 @@ def make_shards(options: argparse.Namespace) -> int:
             merge(folder)
         return 0
     settings, how = settings_of(options), execution_of(options)
-    request = request_of(options)
-    if options.resume and is_made(options, request):
+    if options.resume and is_made(options):
         for folder in job_folders(dest):
             run_job(folder, how)  # which says so
         return 0
@@ -82,6 +81,7 @@ def make_shards(options: argparse.Namespace) -> int:
                 check_destination(folder, [options.source], how)
         layout = None if options.unlabelled else recognise(options.source, unpacked)
     folders = destinations(options, layout, how)
+    request = request_of(options)
     with ExitStack() as held:
         with planning(folders[0], how):
             if all(find_plan(folder, request, how) for folder in folders):
@@ -126,30 +126,30 @@ def plan_splits(
     held.enter_context(at_work(folders, how))
     for split, plan in zip(splits, plans, strict=True):
         check_plan(split.dest, plan, how)  # another call may have begun in the meantime
-    note = note_of(options, request, len(splits))
+    note = note_of(options, len(splits))
     for split, plan in zip(splits, plans, strict=True):
         store_plan(split.dest, plan, split.paths[0].name, how, request, note)
 
 
-def note_of(options: argparse.Namespace, request: str, sets: int) -> dict[str, Any]:
+def note_of(options: argparse.Namespace, sets: int) -> dict[str, Any]:
     """What the manifests of an archive or Parquet file say of the call that made them: its content
     is the same where its size and time are. Nothing of other sources, which are listed quickly."""
     with naming(options.source, "cannot be read"):
         packed = is_archive_file(options.source) or is_parquet(options.source.name)
-    return {"request": request, "sets": sets} if packed else {}
+    return {"request": request_of(options, anywhere=True), "sets": sets} if packed else {}
 
 
-def is_made(options: argparse.Namespace, request: str) -> bool:
+def is_made(options: argparse.Namespace) -> bool:
     """Whether such a file was made into the shards that are there by a call like this one, so that
     it need not be unpacked to see that they are finished."""
     folders = job_folders(options.dest)
-    note = note_of(options, request, len(folders))
+    note = note_of(options, len(folders))
     return bool(note) and all(is_made_by(folder, note) for folder in folders)
 
 
-def request_of(options: argparse.Namespace) -> str:
+def request_of(options: argparse.Namespace, anywhere: bool = False) -> str:
     """What all tasks of one call have in common: the options that decide the plan, and the state of
-    the files that they name."""
+    the files that they name. anywhere: without the folders of the files."""
     private = ("dest", "workers", "resume", "on_error", "num_tasks", "task_id", "merge")
     given = {name: value for name, value in vars(options).items() if name not in private}
     states = {}
@@ -157,7 +157,10 @@ def request_of(options: argparse.Namespace) -> str:
         if isinstance(value, Path) and value.exists():
             about = value.stat()
             states[name] = (about.st_size, about.st_mtime_ns)
-    text = f"{LAYOUT} {os.getcwd()} {sorted(given.items())} {sorted(states.items())}"
+    if anywhere:
+        given |= {name: value.name for name, value in given.items() if isinstance(value, Path)}
+    where = "" if anywhere else os.getcwd()
+    text = f"{LAYOUT} {where} {sorted(given.items())} {sorted(states.items())}"
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
