@@ -152,12 +152,12 @@ def class_count(train: Manifest, val: Manifest) -> int:
                 "0; make both from one dataset"
             )
     say_unseen(f"--train {train.home}", train.index["label"], val, classes)
-    label = val.index["label"]
-    if label.min() == label.max():
-        of = train.classes or val.classes or tuple(map(str, range(classes)))
+    answers = val.index["label"]
+    if answers.min() == answers.max():
+        names = train.classes or val.classes or tuple(map(str, range(classes)))
         _warn(
-            f"all {val.samples} images of --val {val.home} are of one class, {of[label[0]]}: what "
-            "answers it always is right about them, so the result says little of the encoder"
+            f"all {val.samples} images of --val {val.home} are of one class, {names[answers[0]]}: "
+            "a probe that always answers it scores 100 %"
         )
     return classes
 
