@@ -200,6 +200,10 @@ def announce(split: Split) -> None:
     """One line about a listed source."""
     source = split.source
     remarks = [images_of(len(source.items), len(source.classes))]
+    there = set(source.items.labels)
+    if empty := [name for number, name in enumerate(source.classes) if number not in there]:
+        shown = ", ".join(empty[:3]) + (", …" if len(empty) > 3 else "")
+        remarks.append(f"no image of {len(empty)} of them ({shown})")
     if source.missing:
         remarks.append(f"{len(source.missing)} missing or damaged")
     if source.remark:

@@ -15,7 +15,7 @@ import yaml
 from eval.protocols import by_key, by_name
 from pipeline.config.measure_schema import measure_class
 from pipeline.config.recipe import Recipe, check_run
-from pipeline.config.texts import is_number
+from pipeline.config.texts import is_number, yaml_problem
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
@@ -131,7 +131,7 @@ def read_run(folder: str | Path) -> Run:
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'recipe.yaml'} is not YAML: {error}") from error
+        raise UserError(f"{folder / 'recipe.yaml'} is not YAML: {yaml_problem(error)}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{folder / 'recipe.yaml'} has no keys")
     return Run(

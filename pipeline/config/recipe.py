@@ -47,7 +47,7 @@ from pipeline.config.schema import (
     ViewsRecipe,
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
-from pipeline.config.texts import read_yaml, write_yaml
+from pipeline.config.texts import read_yaml, write_yaml, yaml_problem
 from pipeline.errors import UserError, not_there
 from shard_tools.home import expand_home
 
@@ -290,7 +290,7 @@ def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not a YAML text ({type(error).__name__})") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path}: not valid YAML: {yaml_problem(error)}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(values).__name__}")
     bases = values.pop("base", [])

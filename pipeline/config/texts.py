@@ -51,6 +51,13 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506
 
 
+def yaml_problem(error: Exception) -> str:
+    """Where and what an error of `read_yaml` is, on one line."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + " ".join(str(problem or error).split())
+
+
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that quotes a text which _Loader would take for a number."""
 

@@ -12,6 +12,8 @@ import re
 from pipeline.config.installed import source
 from pipeline.errors import UserError
 
+# Sizes as torchvision, OpenAI and the papers write them: vit_b_16, ViT-L/14.
+_LONG = {"t": "tiny", "ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
 _MODEL = re.compile(r"^@register_model\b.*\n(?:@.*\n)*def (\w+)", re.MULTILINE)
 EXAMPLES = "vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224"
 
@@ -44,6 +46,23 @@ def check_hub(name: str, what: str) -> None:
 
 def no_model(arch: str, what: str) -> UserError:
     """What to say of an architecture that timm does not have."""
-    near = difflib.get_close_matches(arch, _MODEL.findall(_models()), 1)
-    hint = f"did you mean {near[0]}?" if near else f"for example: {EXAMPLES}"
+    near = _near(arch)
+    hint = f"did you mean {near}?" if near else f"for example: {EXAMPLES}"
     return UserError(f"{what} is not a timm model; {hint}")
+
+
+def _near(arch: str) -> str:
+    """The model whose name, or its beginning, is most like this one: `vit_small` means
+    `vit_small_patch16_224` and not `gcvit_small`. Empty where none is."""
+    words = [_LONG.get(word, word) for word in re.split(r"[\W_]+", arch.lower()) if word]
+    if not words:
+        return ""
+    asked = re.sub(r"(?<=_)(?=(8|14|16|32)(_|$))", "patch", "_".join(words))
+    beginnings: dict[str, list[str]] = {}
+    for name in _MODEL.findall(_models()):
+        for beginning in {name, "_".join(name.split("_")[: len(words)])}:
+            beginnings.setdefault(beginning, []).append(name)
+    for near in difflib.get_close_matches(asked, beginnings, 1):
+        names = beginnings[near]
+        return next((name for name in names if name.endswith("patch16_224")), names[0])
+    return ""

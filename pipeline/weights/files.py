@@ -168,8 +168,10 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
     else:
         chosen = [f for f in everything if f not in averaged] or averaged
     if not chosen:
-        names = list(content) if isinstance(content, dict) else []
-        shown = ", ".join(map(str, names[:3])) or type(content).__name__
+        if not isinstance(content, dict) or not content:
+            what = "an empty dictionary" if content == {} else f"a {type(content).__name__}"
+            raise UserError(f"{path}: holds {what}, where weights by their names are expected")
+        shown = ", ".join(map(str, list(content)[:3]))
         _refuse_names(content, path)
         raise UserError(
             f"{path}: holds no patch_embed.proj.weight, so no vision transformer under timm's "

@@ -258,9 +258,10 @@ def patch_of(arch: str, options: Mapping[str, Any]) -> int | None:
 def check_divisible(size: Any, patch: int | None, path: object) -> None:
     """UserError for an image size that is not a multiple of the patch."""
     if patch and (not isinstance(size, int) or size < patch or size % patch):
+        near = patch * max(1, round(size / patch)) if isinstance(size, int) else patch * 16
         raise UserError(
             f"{path}: img_size {size} is not a multiple of the patch size {patch}; take one such "
-            f"as {patch * 16}"
+            f"as {near}"
         )
 
 

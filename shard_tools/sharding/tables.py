@@ -96,6 +96,9 @@ def _json_rows(path: Path) -> Rows:
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         pairs = json.loads(line, object_pairs_hook=list)
+    except json.JSONDecodeError as error:  # whose own text has a line 1, that of the row
+        why = f"{error.msg} at character {error.colno}"
+        raise ToolError(f"{path}: row {number} is no JSON ({why})") from error
     except (ValueError, RecursionError) as error:
         raise ToolError(f"{path}: row {number} is no JSON ({error})") from error
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):

@@ -46,6 +46,7 @@ CONFIGS = {
 # Of each command (words, what is said).
 ENCODERS = [
     ("--encoder {none}", "/none: no such file or folder"),
+    ("--encoder {text}/x", "/x: no such file or folder"),
     ("--encoder {empty}", NO_ENCODER),
     (f"--encoder {LONG}", TOO_LONG),
     (f"--encoder {{run}} --output {LONG}", TOO_LONG),

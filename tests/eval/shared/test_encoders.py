@@ -182,10 +182,10 @@ def test_every_protocol_takes_a_file(tmp_path):
         (["--encoder", "random", "--arch", ARCH, "--options", "[1]"], "--options"),
         (
             [*RANDOM, "{img_size: 32, patch_size: 64}"],
-            "img_size 32 is not a multiple of the patch size",
+            "img_size 32 is not a multiple of the patch size 64; take one such as 64",
         ),
         ([*RANDOM, "{img_size: 32, patch_size: 7}"], "not a multiple of the patch size 7"),
-        ([*RANDOM, "{img_size: 24}"], "img_size 24 is not a multiple of the patch size 16"),
+        ([*RANDOM, "{img_size: 24}"], r"not a multiple of the patch size 16; take one such as 32$"),
         ([*RANDOM, "{patch_size: 15}"], "img_size 224 is not a multiple of the patch size 15"),
         ([*RANDOM, "{depth: 0}"], "--options {depth: 0}: must be a whole number from 1 up"),
         ([*RANDOM, "{embed_dim: true}"], "--options {embed_dim: True}: must be a whole number"),
@@ -194,6 +194,8 @@ def test_every_protocol_takes_a_file(tmp_path):
         (["--encoder", "FILE/bad.pth", *WORDS], "cannot be read as a file of weights"),
         (["--encoder", "FILE/evil.pth", *WORDS], "cannot be read as a file of weights"),
         (["--encoder", "FILE/other.pth", *WORDS], r"first entries are conv\.weight"),
+        (["--encoder", "FILE/list.pth", *WORDS], "holds a list, where weights by their names"),
+        (["--encoder", "FILE/empty.pth", *WORDS], "holds an empty dictionary, where weights"),
         (["--encoder", "FILE/part.pth", *WORDS], r"norm\.bias is missing"),
         (["--encoder", "FILE/whole.pth", "--arch", ARCH], "do not fit"),
         (["--encoder", "FILE/whole.pth", "--arch", "resnet18"], "is a ResNet|do not fit"),
@@ -206,6 +208,8 @@ def test_bad_input_is_one_sentence(tmp_path, words, sentence):
     torch.save(whole, tmp_path / "whole.pth")
     torch.save({k: v for k, v in whole.items() if k != "norm.bias"}, tmp_path / "part.pth")
     torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
+    torch.save([*whole.values()], tmp_path / "list.pth")
+    torch.save({}, tmp_path / "empty.pth")
     torch.save({"model": whole, "f": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     with pytest.raises(UserError, match=sentence):

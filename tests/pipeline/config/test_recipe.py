@@ -166,7 +166,8 @@ def test_a_recipe_builds_on_a_bundled_one_by_name(name, tmp_path, monkeypatch):
     ("text", "words"),
     [
         ("- 1\n", "mapping"),
-        ("a: [\n", "not valid YAML"),
+        ("a: [\n", "not valid YAML: line 2, column 1: expected the node content"),
+        ("name: x\nb:\n\tc: 1\n", r"not valid YAML: line 3, column 1: found character '\\t'"),
         ("base: other.x.yaml\n", "cannot be read"),
         ("base: x.yaml\nname: x\n", "circle"),
         ("base: ./here/x.yaml\nname: x\n", "circle"),

@@ -32,7 +32,10 @@ def test_examples_and_suggestions_are_models():
     [
         ("vit_bose_patch16_224", "did you mean vit_base_patch16_224?"),
         ("vit_base_patch16_22", "did you mean vit_base_patch16_22"),
-        ("vit_*_patch16_224", "did you mean vit_"),
+        ("vit_*_patch16_224", "did you mean vit_tiny_patch16_224?"),
+        ("vit_smal", "did you mean vit_small_patch16_224?"),
+        ("vit_l_16", "did you mean vit_large_patch16_224?"),
+        ("ViT-B/16", "did you mean vit_base_patch16_224?"),
         ("zzz", "for example: vit_tiny_patch16_224, "),
         ("", "for example: vit_tiny_patch16_224, "),
         ("def vit", "is not a timm model"),

@@ -92,7 +92,9 @@ def test_given_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     numbers = write_csv(tmp_path / "i.csv", [0, 2] * 6)
     options = ("--classes-from", str(classes))
     assert labels(names, images, tmp_path / "n", *options) == [1, 2] * 6
+    capsys.readouterr()
     assert labels(numbers, images, tmp_path / "i", *options) == [0, 2] * 6
+    assert "12 images of 3 classes; no image of 1 of them (ant)" in capsys.readouterr().out
     assert read_manifest(tmp_path / "i").classes == ("zebra", "ant", "cat")
     beyond = write_csv(tmp_path / "b.csv", [0, 3] * 6)
     dest = str(tmp_path / "b")
@@ -142,7 +144,7 @@ def test_given_classes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         ('{"path": ["0.jpg"]}', "row 1 has no usable path"),
         ('{"path": 3}', "row 1 has no usable path"),
         ('["0.jpg"]', "row 1 is no JSON object"),
-        ('{"path": "0.jpg"', "row 1 is no JSON"),
+        ('{"path": "0.jpg"', r"row 1 is no JSON \(Expecting ',' delimiter at character 17\)"),
         ("{}", "row 1 has no column `path`"),
     ],
 )
