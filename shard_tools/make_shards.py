@@ -24,7 +24,8 @@ from shard_tools.class_list import read_classes
 from shard_tools.cli import ToolError, images_of, parse, run, seed_number, shard_bytes, worker_count
 from shard_tools.cores import cores
 from shard_tools.image_file import CAN_CUT, Conversion
-from shard_tools.sharding.archives import UNPACKED, is_archive_file, is_compressed
+from shard_tools.sharding.archives import UNPACKED, is_archive, is_archive_file, is_compressed
+from shard_tools.sharding.folders import walk_once
 from shard_tools.sharding.found import naming_skip
 from shard_tools.sharding.imagenet import Layout, open_splits, recognise
 from shard_tools.sharding.images import ImageSettings
@@ -132,16 +133,34 @@ def plan_splits(
 
 
 def note_of(options: argparse.Namespace, sets: int) -> dict[str, Any]:
-    """What the manifests of an archive or Parquet file say of the call that made them: its content
-    is the same where its size and time are. Nothing of other sources, which are listed quickly."""
+    """What the manifests of an archive or Parquet file, or of a folder of them, say of the call
+    that made them: their content is the same where sizes and times are. Nothing of other sources,
+    which are listed quickly."""
     with naming(options.source, "cannot be read"):
-        packed = is_archive_file(options.source) or is_parquet(options.source.name)
-    return {"request": request_of(options, anywhere=True), "sets": sets} if packed else {}
+        files = packed_files(options.source)
+        about = [(os.path.relpath(file, options.source), file.stat()) for file in files]
+    if not files:
+        return {}
+    states = [(name, state.st_size, state.st_mtime_ns) for name, state in about]
+    text = f"{request_of(options, anywhere=True)} {states!r}"
+    return {"request": hashlib.sha256(text.encode()).hexdigest(), "sets": sets}
+
+
+def packed_files(source: Path) -> list[Path]:
+    """`source`, where it is an archive or a Parquet file; of a folder that holds such, or whose
+    folders do, all files that are in it."""
+    if not source.is_dir():
+        return [source] if is_archive_file(source) or is_parquet(source.name) else []
+    inside = (path.name for pattern in ("*", "*/*") for path in source.glob(pattern))
+    if not any(is_archive(name) or is_parquet(name) for name in inside):
+        return []
+    found = (Path(here, name) for here, _, names in walk_once(source) for name in names)
+    return sorted(path for path in found if path.exists())
 
 
 def is_made(options: argparse.Namespace) -> bool:
-    """Whether such a file was made into the shards that are there by a call like this one, so that
-    it need not be unpacked to see that they are finished."""
+    """Whether such files were made into the shards that are there by a call like this one, so that
+    they need not be unpacked to see that it is finished."""
     folders = job_folders(options.dest)
     note = note_of(options, len(folders))
     return bool(note) and all(is_made_by(folder, note) for folder in folders)

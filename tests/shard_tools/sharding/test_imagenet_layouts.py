@@ -517,6 +517,26 @@ def test_a_finished_archive_is_not_unpacked_to_be_resumed(
     assert resumed() == (0, True, 2)
 
 
+def test_nor_is_a_folder_of_archives(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kaggle's and Hugging Face's archives of each set; but where one is another file."""
+
+    def resumed() -> tuple[int, bool, int]:
+        code = main([str(tmp_path / "source"), str(dest), *SMALL, "--resume"])
+        out = capsys.readouterr().out
+        return code, "unpacking" in out, out.count("already finished, nothing to do")
+
+    dest = tmp_path / "d"
+    (tmp_path / "source").mkdir()
+    for name in ("train", "val"):
+        shutil.make_archive(str(tmp_path / "source" / name), "gztar", folders / name)
+    assert resumed() == (0, True, 0)
+    assert resumed() == (0, False, 2)
+    os.utime(tmp_path / "source/val.tar.gz")
+    assert resumed() == (0, True, 2)
+
+
 def test_tasks_and_merge_of_both_splits(
     folders: Path, wanted: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
