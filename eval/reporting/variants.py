@@ -56,7 +56,8 @@ def marked(group: Group, words: dict[int, tuple[str, ...]]) -> Group:
 
 def differing_keys(members: Sequence[tuple[Group, str, Result]]) -> list[str]:
     """The settings in which results of one column differ where they would be averaged, or one be
-    taken for the other: in a run, and in the runs of a method but for their seeds and folders."""
+    taken for the other: in a run, and in the runs of a method but for their seeds and folders; and
+    of all methods whether they were evaluated on the same images."""
     found = set[str]()
     by_run: dict[str, list[Result]] = {}
     alike: dict[str, list[Result]] = {}  # of a method, or of one random encoder
@@ -79,6 +80,7 @@ def differing_keys(members: Sequence[tuple[Group, str, Result]]) -> list[str]:
     for results in alike.values():
         found |= differ(map(settings_of, results)) - {*BY_SEED, *BY_PLACE}
     every = [settings_of(result) for _, _, result in members]
+    found |= differ(every) & {*CONTENT.values()}
     for path, content in CONTENT.items():
         if path in found and distinct(every, [path]) == distinct(every, [path, content]):
             found.discard(content)  # the path says it

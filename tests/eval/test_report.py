@@ -258,6 +258,17 @@ def test_results_on_other_images_are_not_averaged(tmp_path: Path) -> None:
     assert table_of([first])["rmae"]["k-NN, val w (%)"] == "30.00"
 
 
+def test_methods_on_other_images_are_not_compared(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, name, 0, 40.0) for name in ("mae", "rmae")]
+    for run, images in zip(runs, ("bb", "cc"), strict=True):
+        knn(run, "knn", 10.0)
+        path = run / "eval/knn.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"content": {"val": images}}))
+    table = table_of(runs)
+    assert table["mae"]["k-NN, val images bb (%)"] == "10.00"
+    assert table["rmae"]["k-NN, val images cc (%)"] == "10.00"
+
+
 def test_runs_whose_folders_are_called_alike_are_told_apart(tmp_path, monkeypatch):
     runs = [write_run(tmp_path / part, "mae", 0, 60.0) for part in ("a", "b")]
     runs.append(write_run(tmp_path / "a", "rmae", 1, 60.0))
