@@ -22,7 +22,7 @@ from pipeline.config.schema import ViewsRecipe
 from pipeline.errors import UserError
 from pipeline.kernels import philox
 from pipeline.kernels.philox import Epoch
-from pipeline.kernels.sample_masks.reference import complement
+from pipeline.kernels.sample_masks.reference import masks_from
 from pipeline.kernels.streams import Stream
 from pipeline.method.checks import visible_counts
 from pipeline.method.masking import Draw, select
@@ -127,25 +127,16 @@ def draw_masks(
     """
     length = grid[0] * grid[1]
     counts = visible_counts(views, length)
+    policy = {"pixels": "random", "crop": "none"}.get(views.second, views.second)
     if views.mask == "random":
-        policy = {"pixels": "random", "crop": "none"}.get(views.second, views.second)
         return kernels.sample_masks(
             sample, seed=seed, epoch=epoch, length=length, visible=counts, policy=policy
         )
-    first, second = (
-        Draw(sample, seed, epoch, view, grid, length - count) for view, count in enumerate(counts)
-    )
-    visible, masked, inverse = select(views.mask, first)
-    if views.second == "pixels":
-        return kernels.Masks(visible, inverse, None, None, masked)
-    if views.second == "complement":
-        return kernels.Masks(visible, inverse, masked, complement(inverse, counts[0]), masked)
-    if views.second == "independent":
-        visible2, _, inverse2 = select(views.mask, second)
-        return kernels.Masks(visible, inverse, visible2, inverse2, masked)
-    everything = torch.arange(length, dtype=torch.int32, device=sample.device)
-    everything = everything.repeat(len(sample), 1)
-    return kernels.Masks(visible, inverse, everything, everything, masked)
+
+    def draw(view: int) -> tuple[Tensor, Tensor, Tensor]:
+        return select(views.mask, Draw(sample, seed, epoch, view, grid, length - counts[view]))
+
+    return masks_from(draw, policy)
 
 
 def jitter(

@@ -1,5 +1,6 @@
 """`sample_masks` in PyTorch: the CPU path, and what the kernel is tested against."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from pipeline.kernels.philox import Epoch
 from pipeline.kernels.select_visible.reference import select_visible_reference
 from pipeline.kernels.streams import Stream
 
+Drawn = tuple[Tensor, Tensor, Tensor]  # (visible, hidden, inverse) of one view, int32
 POLICIES = ("random", "complement", "independent", "none")
 
 
@@ -27,29 +29,27 @@ def sample_masks_reference(
     sample: Tensor, *, seed: int, epoch: Epoch, length: int, visible: tuple[int, int], policy: str
 ) -> Masks:
     """`sample_masks` in PyTorch; sizes already checked."""
-    first, second = visible
-    shown1, hidden1, inverse1 = _draw(sample, seed, epoch, 0, length, first)
+
+    def draw(view: int) -> Drawn:
+        stream = Stream.MASK + view
+        noise = philox.words(sample, seed=seed, epoch=epoch, stream=stream, count=length)
+        return select_visible_reference(noise, visible[view])
+
+    return masks_from(draw, policy)
+
+
+def masks_from(draw: Callable[[int], Drawn], policy: str) -> Masks:
+    """The masks of T1, which is draw(0), and of T2, which is draw(1) under `independent` only."""
+    visible, hidden, inverse = draw(0)
     if policy == "random":
-        return Masks(shown1, inverse1, None, None, hidden1)
+        return Masks(visible, inverse, None, None, hidden)
     if policy == "complement":
-        return Masks(shown1, inverse1, hidden1, complement(inverse1, first), hidden1)
+        shown, masked = visible.shape[1], hidden.shape[1]
+        inverse2 = torch.where(inverse < shown, inverse + masked, inverse - shown)
+        return Masks(visible, inverse, hidden, inverse2, hidden)
     if policy == "independent":
-        shown2, _, inverse2 = _draw(sample, seed, epoch, 1, length, second)
-        return Masks(shown1, inverse1, shown2, inverse2, hidden1)
-    everything = torch.arange(length, dtype=torch.int32, device=sample.device)
-    everything = everything.repeat(len(sample), 1)
-    return Masks(shown1, inverse1, everything, everything, hidden1)
-
-
-def complement(inverse: Tensor, visible: int) -> Tensor:
-    """The inverse of the view that shows what a view with `visible` patches hides: int32 [B,L]."""
-    hidden = inverse.shape[1] - visible
-    return torch.where(inverse < visible, inverse + hidden, inverse - visible)
-
-
-def _draw(
-    sample: Tensor, seed: int, epoch: Epoch, view: int, length: int, visible: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(visible, hidden, inverse) of one view, int32."""
-    noise = philox.words(sample, seed=seed, epoch=epoch, stream=Stream.MASK + view, count=length)
-    return select_visible_reference(noise, visible)
+        visible2, _, inverse2 = draw(1)
+        return Masks(visible, inverse, visible2, inverse2, hidden)
+    everything = torch.arange(inverse.shape[1], dtype=torch.int32, device=inverse.device)
+    everything = everything.repeat(len(inverse), 1)
+    return Masks(visible, inverse, everything, everything, hidden)
