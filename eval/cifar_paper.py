@@ -22,7 +22,6 @@ from eval.paper.job_runner import run_commands
 from eval.paper.made_with import check_recipes
 from eval.report import write_report
 from eval.reporting.page import markdown_table
-from eval.reporting.run_records import flatten
 from eval.shared.cifar_shards import DONE, make_cifar_shards
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
@@ -51,6 +50,7 @@ from eval.studies.cifar_plan import (
 from eval.studies.study import Study, wanted_metrics
 from pipeline.command import check_unused
 from pipeline.config.recipe import read_override
+from pipeline.config.texts import flatten
 from pipeline.errors import UserError, check_range, naming
 from pipeline.help_text import HelpFormatter
 from pipeline.method.checks import check_objective

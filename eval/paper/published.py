@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
-from eval.reporting.run_records import Run, flatten
+from eval.reporting.run_records import Run
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
 from pipeline.config.schema import ViewsRecipe
+from pipeline.config.texts import flatten
 from pipeline.errors import UserError, naming
 
 PAPER = Path(__file__).with_name("paper.yaml")

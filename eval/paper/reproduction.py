@@ -20,7 +20,7 @@ from pipeline.errors import UserError, check_range
 from pipeline.method.checks import check_objective
 from pipeline.runtime.settings import total_steps
 from shard_tools.atomic import check_writable
-from shard_tools.cli import read_list
+from shard_tools.cli import counted, read_list
 from shard_tools.cores import cores
 from shard_tools.manifest import read_manifest
 from shard_tools.subset import Choice, choose_samples
@@ -237,7 +237,7 @@ def beside(
             ours = spread_text(found) if found else UNMEASURED
             cells += [published, Cell(ours, "; ".join(small))]
         lines.append(Row(tuple(cells), baseline=row.initial == "random"))
-    facts = f"scale {workspace.scale.name}, {seeds} seed{'s' if seeds > 1 else ''}"
+    facts = f"scale {workspace.scale.name}, {counted(seeds, 'seed')}"
     notes = [
         f"Ours: {facts}; ± is the sample standard deviation over seeds, and a number without it is "
         f"of one seed. {NONE}: not of this row."

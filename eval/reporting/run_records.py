@@ -15,7 +15,7 @@ import yaml
 from eval.protocols import by_key, by_name
 from pipeline.config.measure_schema import measure_class
 from pipeline.config.recipe import Recipe, check_run
-from pipeline.config.texts import is_number, yaml_problem
+from pipeline.config.texts import flatten, is_number, yaml_problem
 from pipeline.errors import UserError
 
 # Recipe keys that do not make two runs different methods.
@@ -267,17 +267,6 @@ def _over(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     both = {key: value for key, value in given.items() if isinstance(value, dict)}
     inner = {k: _over(defaults[k], v) for k, v in both.items() if isinstance(defaults.get(k), dict)}
     return defaults | given | inner
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + str(key)] = value
-    return flat
 
 
 def method_of(run: Run) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from eval.reporting.run_records import Group, flatten
+from eval.reporting.run_records import Group
 from eval.reporting.tables import VARIANT, column_of, is_random, random_key
+from pipeline.config.texts import flatten
 from pipeline.errors import UserError
 
 Result = dict[str, Any]

@@ -17,6 +17,7 @@ from eval.reporting.run_records import read_result
 from eval.reporting.tables import NONE, UNMEASURED, Cell, Row, Table
 from eval.studies.claims import CONFIDENCE, REFUTED, Claim, Judged, correct, judge, verdict
 from pipeline.errors import UserError
+from shard_tools.cli import counted
 
 LARGE = 0.7  # share of dropped patches from which a CKA counts as of a large one
 
@@ -196,9 +197,8 @@ def claim_cells(one: Judged, seeds: int) -> list[Cell]:
 
 def rules(study: Study) -> str:
     """How the study's claims are judged, as a sentence of its report."""
-    seeds = study.seeds
     text = (
-        f"{seeds} seed{'s' if seeds > 1 else ''}; each seed has its own pretraining, its own "
+        f"{counted(study.seeds, 'seed')}; each seed has its own pretraining, its own "
         "finetuning and its own 10 % of the labels, and pairs are of one seed. A claim holds where "
         f"Student's two-sided test at {1 - CONFIDENCE:.0%} finds each paired difference above 0 "
         "(or above minus what its row may be less: then p is of that), and is refuted where it "

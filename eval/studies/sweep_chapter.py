@@ -11,6 +11,7 @@ from eval.reporting.tables import NONE, Row, Table, spread_text
 from eval.reporting.tables import Cell as TableCell
 from eval.studies.significance import interval
 from eval.studies.sweep_plan import Cell, Sweep, as_number, lost, result_path
+from shard_tools.cli import counted
 
 Point = tuple[tuple[str, str], ...]
 Values = dict[Point, dict[int, float]]  # point → seed → result
@@ -28,8 +29,7 @@ def sweep_chapter(sweep: Sweep) -> Chapter:
     ]
     gone = {name: lost_seeds(sweep, name, found[name]) for name in shown}
     texts = [best_text(name, found[name], gone[name]) for name in shown]
-    seeds = f"{sweep.seeds} seed{'s' if sweep.seeds > 1 else ''}"
-    texts.append(f"{seeds}; curves are means, with the range of the seeds.")
+    texts.append(f"{counted(sweep.seeds, 'seed')}; curves are means, with the range of the seeds.")
     if any(seeds for points in gone.values() for seeds in points.values()):
         texts.append("A point that diverged in a seed is not among the best.")
     table = (sweep_table(sweep, found, gone),) if shown else ()

@@ -11,6 +11,7 @@ from typing import Any
 from pipeline.config.installed import source
 from pipeline.config.schema import OptimizerRecipe
 from pipeline.errors import UserError
+from shard_tools.cli import counted
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class RunPlan:
         why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
         size = self.world * self.micro_batch * self.accumulation
         parts = (
-            _count(self.world, "rank"),
-            _count(self.micro_batch, "image"),
-            _count(self.accumulation, "accumulation step"),
+            counted(self.world, "rank"),
+            counted(self.micro_batch, "image"),
+            counted(self.accumulation, "accumulation step"),
         )
         lines = [f"precision: {self.precision}{why}", f"batch: {size} = {' × '.join(parts)}"]
         if self.pooled and self.accumulation > 1:
@@ -71,10 +72,6 @@ class RunPlan:
         if self.cuda_graphs:
             lines.append("cuda_graphs: forward and backward of a micro-batch are one CUDA graph")
         return [*lines, *self.off]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 # Steps under which `compile` "auto" is false: compiling takes as long as hundreds of them.
@@ -196,5 +193,5 @@ def for_steps(plan: RunPlan, steps: int) -> RunPlan:
     """The plan for a schedule of this many steps: in a short one compiling does not pay."""
     if not plan.compile or "compile" not in plan.may_fail or steps >= SHORT:
         return plan
-    why = f"compile: off (a run of {_count(steps, 'step')} is too short for it to pay)"
+    why = f"compile: off (a run of {counted(steps, 'step')} is too short for it to pay)"
     return dataclasses.replace(plan, compile=False, off=(*plan.off, why))

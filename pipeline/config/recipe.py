@@ -47,7 +47,7 @@ from pipeline.config.schema import (
     ViewsRecipe,
 )
 from pipeline.config.suggest import bundled, choices, meant, meant_value
-from pipeline.config.texts import read_yaml, write_yaml, yaml_problem
+from pipeline.config.texts import flatten, read_yaml, write_yaml, yaml_problem
 from pipeline.errors import UserError, not_there
 from shard_tools.home import expand_home
 
@@ -261,22 +261,13 @@ def differing(a: dict[str, Any], b: dict[str, Any], ignored: tuple[str, ...] = (
 
     ignored: how keys begin that may differ.
     """
-    flat_a, flat_b = _flatten(a), _flatten(b)
+    # An empty dictionary has no key to differ in.
+    flat_a, flat_b = ({k: v for k, v in flatten(x).items() if v != {}} for x in (a, b))
     return [
         f"{key}: {flat_a.get(key)!r} != {flat_b.get(key)!r}"
         for key in sorted(flat_a.keys() | flat_b.keys())
         if not key.startswith(ignored) and flat_a.get(key) != flat_b.get(key)
     ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _read(path: Path, seen: tuple[str, ...]) -> dict[str, Any]:

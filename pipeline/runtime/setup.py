@@ -39,6 +39,7 @@ from pipeline.runtime.trackers import Trackers
 from pipeline.runtime.train_state import Model, RunFolder, Steps, TrainState, Watch
 from pipeline.runtime.watchdog import Watchdog, last_failure
 from pipeline.weights.start import start_from
+from shard_tools.cli import counted
 from shard_tools.manifest import read_manifest
 
 
@@ -204,8 +205,7 @@ def _check_alike(
 def _saved_by(saved: dict, plan: RunPlan, ranks: Ranks) -> str:
     """For the log: how a checkpoint was saved, and whether its loss pooled another number of images
     than this run's."""
-    several = f"{saved['ranks']} rank{'s' * (saved['ranks'] != 1)}"
-    text = f"saved by {several} under ZeRO stage {saved['zero_stage']}"
+    text = f"saved by {counted(saved['ranks'], 'rank')} under ZeRO stage {saved['zero_stage']}"
     before, now = saved["negatives_batch"], ranks.world * plan.micro_batch
     if plan.pooled and before != now:
         text += f"; {plan.pooled} came from {before} images, now from {now}"

@@ -13,9 +13,10 @@ from eval.paper.beside import one_table, paper_tables
 from eval.paper.published import PaperTable, find_row, read_paper, row_recipe
 from eval.paper.recipe_table import IMAGENET, README, rewrite
 from eval.protocols import headings
-from eval.reporting.run_records import Group, Run, flatten
+from eval.reporting.run_records import Group, Run
 from eval.reporting.tables import accuracy_table
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.config.texts import flatten
 from pipeline.errors import UserError
 
 # Baselines of Tab. 5 and 8 whose recipes are not masked image modelling.
