@@ -15,11 +15,12 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pipeline.command import early, run_main
 from pipeline.config.peaks import PEAKS
-from pipeline.config.plan import check_stage, most_stage
+from pipeline.config.plan import check_stage, most_stage, stage_with_graphs
 from pipeline.config.recipe import Recipe, load_recipe
 from pipeline.config.schedules import size_steps
 from pipeline.cost.feeding import Feeding
@@ -84,14 +85,7 @@ from pipeline.config.planning import MOST_IMAGES
 from pipeline.cost.dry_run import Work, flops_of_phases, meta_objective, scaled
 from pipeline.cost.launches import GRAPH_LAUNCHES, measured_launch_ms
 from pipeline.cost.stepping import Stepping
-from pipeline.cost.zero import (
-    Memory,
-    fitting_micro_batch,
-    graph_copies,
-    memory,
-    stage_with_graphs,
-    traffic,
-)
+from pipeline.cost.zero import Memory, graph_copies, memory, traffic
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher
 
@@ -115,11 +109,7 @@ def flops_lines(recipe: Recipe, args: argparse.Namespace) -> str:
 @dataclass(frozen=True)
 class Planner:
     """What the rows of all ZeRO stages share: the recipe and command line, its objective and
-    teacher on the meta device, the optimizer's step, the work by micro-batch, FLOP/s and host ms
-    per launch.
-
-    mean: FLOPs of the mean step over those of the full image size (data.sizes).
-    """
+    teacher on the meta device, the optimizer's step and the work by micro-batch."""
 
     recipe: Recipe
     args: argparse.Namespace
@@ -127,13 +117,24 @@ class Planner:
     teacher: Teacher | None
     stepping: Stepping
     work_of: Callable[[int], Work]
-    speed: float
-    launch_ms: float
-    mean: float
 
     @property
     def per_rank(self) -> int:
         return self.recipe.batch_size // self.args.gpus
+
+    @cached_property
+    def launch_ms(self) -> float:
+        """Host ms per launch."""
+        return self.args.launch_ms or measured_launch_ms()
+
+    @cached_property
+    def mean(self) -> float:
+        """FLOPs of the mean step over those of the full image size (data.sizes)."""
+        if not self.recipe.data.sizes:
+            return 1.0
+        micro = micro_batch_of(self.recipe, self.args)
+        found = flops_of_phases(self.recipe, micro, self.args.gpus)
+        return sum(share * flops for share, flops in found) / found[-1][1]
 
     def micro_batches(self) -> list[int]:
         """Those to choose from: the one of the command line, or what "auto" takes."""
@@ -142,19 +143,36 @@ class Planner:
             return [micro_batch_of(self.recipe, self.args)]
         return split(self.recipe, self.args.gpus)
 
-    def need(self, micro: int, run_as: int, captured: bool) -> Memory:
-        """Bytes per rank under a stage."""
-        copies = graph_copies(self.per_rank // micro) if captured else 0
-        work, args = self.work_of(micro), self.args
-        return memory(self.objective, self.teacher, work, run_as, args.gpus, args.precision, copies)
+    def under(self, stage: int) -> tuple[bool, int]:
+        """Whether a micro-batch is a CUDA graph under a stage, and the stage that DeepSpeed has."""
+        captured = graphs(stage, self.args, self.recipe)
+        return captured, stage_with_graphs(stage, self.args.gpus) if captured else stage
+
+    def fitting(self, stage: int, sizes: list[int]) -> tuple[int, Memory]:
+        """The largest of these micro-batches that fits in a GPU under a stage, else the smallest;
+        and its bytes per rank."""
+        args, (captured, run_as) = self.args, self.under(stage)
+
+        def need(n: int) -> Memory:
+            copies = graph_copies(self.per_rank // n) if captured else 0
+            return memory(
+                self.objective, self.teacher, self.work_of(n), run_as, args.gpus, args.precision,
+                copies,
+            )  # fmt: skip
+
+        needs = {n: need(n) for n in sizes}
+        totals = {n: one.total for n, one in needs.items()}
+        micro = largest_that_fits(totals, args.gpu_memory * 1e9)
+        return micro, needs[micro]
 
     def feeding(self, micro: int, run_as: int, captured: bool) -> Feeding:
         """What a step asks of GPU, host and loader."""
         work, accumulation = self.work_of(micro), self.per_rank // micro
         own, launches = self.stepping, GRAPH_LAUNCHES if captured else work.launches
         flops = self.mean * work.flops * accumulation + own.flops(run_as, self.args.gpus)
+        peak = PEAKS[self.args.gpu]["fp32" if self.args.precision == "fp32" else "bf16"] * 1e12
         return Feeding(
-            gpu=flops / self.speed,
+            gpu=flops / (peak * self.args.utilisation),
             launches=launches * accumulation + own.launches(run_as, self.args.gpus),
             launch_ms=self.launch_ms,
             images=self.per_rank * (2 if self.recipe.views.second == "crop" else 1),
@@ -165,23 +183,20 @@ class Planner:
     def row(self, stage: int) -> dict[str, Any]:
         """The plan under a stage, with the largest micro-batch that fits."""
         args, gpus = self.args, self.args.gpus
-        captured = graphs(stage, args, self.recipe)
-        run_as = stage_with_graphs(stage, gpus) if captured else stage
-        room, sizes = args.gpu_memory * 1e9, self.micro_batches()
-        needs = {n: self.need(n, run_as, captured) for n in sizes}
-        micro = largest_that_fits(sizes, {n: need.total for n, need in needs.items()}, room)
+        captured, run_as = self.under(stage)
+        micro, need = self.fitting(stage, self.micro_batches())
         accumulation = self.per_rank // micro
         sent = traffic(
             self.objective, self.teacher, self.work_of(micro), run_as, gpus, accumulation,
             args.precision,
         )  # fmt: skip
-        feeding, need = self.feeding(micro, run_as, captured), needs[micro]
+        feeding = self.feeding(micro, run_as, captured)
         return (
             {"stage": stage, "run_as": run_as, "micro_batch": micro, "accumulation": accumulation}
             | {f"{name}_gb": round(n / 1e9, 3) for name, n in asdict(need).items()}
             | {
                 "memory_gb": round(need.total / 1e9, 3),
-                "fits": fits(need.total, room),
+                "fits": fits(need.total, args.gpu_memory * 1e9),
                 "sent_gb_per_step": round(sent / 1e9, 3),
                 "launches": feeding.launches,
                 "gpu_ms": round(1e3 * feeding.gpu, 3),
@@ -198,21 +213,8 @@ def make_planner(recipe: Recipe, args: argparse.Namespace) -> Planner:
     """The planner of a recipe and a command line. UserError where they do not go together."""
     objective, teacher = meta_objective(recipe)
     check_split(recipe, args)
-    peak = PEAKS[args.gpu]["fp32" if args.precision == "fp32" else "bf16"] * 1e12
-    found = [(1.0, 1.0)]
-    if recipe.data.sizes:
-        found = flops_of_phases(recipe, micro_batch_of(recipe, args), args.gpus)
-    return Planner(
-        recipe,
-        args,
-        objective,
-        teacher,
-        Stepping(objective),
-        work_of=scaled(recipe, args.precision, args.checkpointing, args.gpus),
-        speed=peak * args.utilisation,
-        launch_ms=args.launch_ms or measured_launch_ms(),
-        mean=sum(share * flops for share, flops in found) / found[-1][1],
-    )
+    work_of = scaled(recipe, args.precision, args.checkpointing, args.gpus)
+    return Planner(recipe, args, objective, teacher, Stepping(objective), work_of)
 
 
 def predict(recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
@@ -260,14 +262,11 @@ def fit(recipe: Recipe, args: argparse.Namespace) -> int:
     """The micro-batch that --fit prints. Where none fits, the smallest, and stderr says so: the run
     that asked may still have room, since memory offloaded to the host is counted here too."""
     check_fit(recipe, args)
-    room, captured = args.gpu_memory * 1e9, graphs(args.fit, args, recipe)
-    images, need = fitting_micro_batch(
-        recipe, args.gpus, args.fit, args.precision, room, args.checkpointing, captured
-    )
-    if not fits(need, room):
+    images, need = make_planner(recipe, args).fitting(args.fit, split(recipe, args.gpus))
+    if not fits(need.total, args.gpu_memory * 1e9):
         print(
             f"warning: no micro-batch fits --gpu-memory {args.gpu_memory:g} under ZeRO {args.fit}: "
-            f"one of {images} needs {need / 1e9:.2f} GB, and {MARGIN:.0%} must stay free",
+            f"one of {images} needs {need.total / 1e9:.2f} GB, and {MARGIN:.0%} must stay free",
             file=sys.stderr,
         )
     return images

@@ -89,16 +89,19 @@ def deepspeed_stage(plan: RunPlan) -> int:
     """The ZeRO stage that DeepSpeed runs a plan under.
 
     One rank has nothing to share: its stage 3 would cut every parameter into one piece and gather
-    it, and runs as stage 2, unless something is kept on the host. Stage 2 frees gradients while the
-    backward pass runs, and stage 0 reduces them there, which a CUDA graph cannot: with graphs they
-    run as stage 1.
+    it, and runs as stage 2, unless something is kept on the host.
     """
     if _asks(plan, _CUT_OTHERWISE):
         return plan.stage
     if plan.stage == 3 and plan.world == 1:
         return 2
-    during_backward = plan.stage == 0 or (plan.stage == 2 and plan.world > 1)
-    return 1 if during_backward and plan.cuda_graphs else plan.stage
+    return stage_with_graphs(plan.stage, plan.world) if plan.cuda_graphs else plan.stage
+
+
+def stage_with_graphs(stage: int, ranks: int) -> int:
+    """The stage under which DeepSpeed runs CUDA graphs. Stage 2 frees gradients while the backward
+    pass runs, and stage 0 reduces them there, which a graph cannot: they run as stage 1."""
+    return 1 if stage == 0 or (stage == 2 and ranks > 1) else stage
 
 
 def takes_flat(plan: RunPlan) -> bool:

@@ -41,10 +41,9 @@ def fits(need: int, memory: float) -> bool:
     return need <= (1 - MARGIN) * memory
 
 
-def largest_that_fits(sizes: list[int], bytes_of: dict[int, int], memory: float) -> int:
+def largest_that_fits(needs: dict[int, int], memory: float) -> int:
     """The largest micro-batch whose bytes fit in a device's memory less MARGIN, else the smallest.
 
-    sizes: to choose from; bytes_of: what each needs.
+    needs: micro-batch → its bytes.
     """
-    fitting = [n for n in sizes if fits(bytes_of[n], memory)]
-    return max(fitting, default=min(sizes))
+    return max((n for n, need in needs.items() if fits(need, memory)), default=min(needs))

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from pipeline.config.recipe import Recipe
-from pipeline.cost.dry_run import Work, meta_objective, scaled
-from pipeline.cost.micro_batch import BF16_WEIGHTS, largest_that_fits, split
+from pipeline.cost.dry_run import Work
+from pipeline.cost.micro_batch import BF16_WEIGHTS
 from pipeline.cost.stepping import Stepping
 from pipeline.method.objective import Objective
 from pipeline.method.teacher import Teacher, linear_weights
@@ -131,32 +130,7 @@ def traffic(
     return round(share * sent + (ranks - 1) * work.keys * accumulation)
 
 
-def stage_with_graphs(stage: int, ranks: int) -> int:
-    """The stage under which DeepSpeed runs CUDA graphs (config/plan.py)."""
-    return 1 if stage == 0 or (stage == 2 and ranks > 1) else stage
-
-
 def graph_copies(accumulation: int) -> int:
     """Copies of all gradients beside those of a CUDA graph, whose memory holds the activations'
     too: the joined ones, and the sum of the micro-batches before."""
     return 1 if accumulation == 1 else 2
-
-
-def fitting_micro_batch(
-    recipe: Recipe, ranks: int, stage: int, precision: str, memory_bytes: float,
-    checkpointing: bool = False, captured: bool = False,
-) -> tuple[int, int]:  # fmt: skip
-    """The most images of a micro-batch that fit in a device's memory less MARGIN, else the fewest,
-    of those that divide a rank's images of a step; and the bytes that they need. captured: whether
-    micro-batches are CUDA graphs."""
-    objective, teacher = meta_objective(recipe)
-    work_of, sizes = scaled(recipe, precision, checkpointing, ranks), split(recipe, ranks)
-    stage = stage_with_graphs(stage, ranks) if captured else stage
-
-    def need(n: int) -> int:
-        copies = graph_copies(sizes[0] // n) if captured else 0
-        return memory(objective, teacher, work_of(n), stage, ranks, precision, copies).total
-
-    needs = {n: need(n) for n in sizes}
-    images = largest_that_fits(sizes, needs, memory_bytes)
-    return images, needs[images]

@@ -35,7 +35,7 @@ from pipeline.cost.launches import LaunchCounter, measured_launch_ms
 from pipeline.cost.micro_batch import PlanError, split
 from pipeline.cost.options import CORE_IMAGES, PRECISIONS, UTILISATION
 from pipeline.cost.stepping import Stepping
-from pipeline.cost.zero import fitting_micro_batch, memory, shard, stage2_gradients, traffic
+from pipeline.cost.zero import memory, shard, stage2_gradients, traffic
 from pipeline.errors import UserError
 from pipeline.method.objective import build_objective
 from pipeline.method.parameter_groups import parameter_groups
@@ -528,9 +528,10 @@ def test_graphs_hold_copies_of_the_gradients_and_run_stage_2_as_1():
     assert once[3] == eager[3]  # where there are no graphs
     # Of a memory that the largest micro-batch just fills without graphs.
     need = {n: rows[n, True][1]["memory_gb"] for n in (per_rank, per_rank // 2)}
-    args = (recipe, 2, 1, "autocast", (need[per_rank] + 1e-3) * 1e9 / 0.9)
-    assert fitting_micro_batch(*args)[0] == per_rank
-    assert fitting_micro_batch(*args, captured=True)[0] < per_rank
+    room = str((need[per_rank] + 1e-3) / 0.9)
+    fit = ["--recipe", "x", "--gpus", "2", "--fit", "1", "--gpu-memory", room]
+    assert plan.fit(recipe, plan.parse_args([*fit, "--no-graphs"])) == per_rank
+    assert plan.fit(recipe, plan.parse_args(fit)) < per_rank
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def test_with_the_cores_needed_the_loader_keeps_up_and_with_one_less_it_does_not
 def test_the_largest_that_fits_leaves_a_tenth_free():
     need = {64: 900, 32: 500, 16: 300}
     assert MARGIN == 0.1
-    assert largest_that_fits([64, 32, 16], need, 1000) == 64
-    assert largest_that_fits([64, 32, 16], need, 999) == 32
-    assert largest_that_fits([64, 32, 16], need, 10) == 16  # the run will say that it is too much
+    assert largest_that_fits(need, 1000) == 64
+    assert largest_that_fits(need, 999) == 32
+    assert largest_that_fits(need, 10) == 16  # the run will say that it is too much
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ from torch import nn
 from eval.shared.processes import LAUNCHER
 from pipeline import estimate
 from pipeline.config.ds_config import DS_CONFIGS, read_ds_config
-from pipeline.config.plan import SHORT, deepspeed_stage, for_steps, takes_flat
+from pipeline.config.plan import SHORT, deepspeed_stage, for_steps, stage_with_graphs, takes_flat
 from pipeline.config.planning import plan_recipe
-from pipeline.cost.zero import stage_with_graphs
 from pipeline.errors import UserError
 from pipeline.runtime.compiled import RECOMPILES, compile_blocks
 
