@@ -18,7 +18,7 @@ from pipeline.cost.launches import LaunchCounter
 from pipeline.cost.micro_batch import BF16_WEIGHTS
 from pipeline.method.checks import vit_options
 from pipeline.method.measures import keys_as_of
-from pipeline.method.objective import Objective
+from pipeline.method.objective import Objective, build_objective
 from pipeline.method.teacher import Teacher
 from pipeline.method.vit import build_vit
 
@@ -40,8 +40,7 @@ class Work:
 def meta_objective(recipe: Recipe) -> tuple[Objective, Teacher | None]:
     """The objective and its teacher without data."""
     with torch.device("meta"):
-        objective = Objective(recipe)
-        return objective, Teacher(objective) if recipe.teacher else None
+        return build_objective(recipe)
 
 
 def dry_run(

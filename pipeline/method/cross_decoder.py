@@ -12,28 +12,25 @@ Shape suffixes: B batch, K visible, L all patches, R region, D width.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.recipe import DecoderRecipe
-from pipeline.method.attention import attend
-from pipeline.method.decoder import PixelDecoder, take_rows
+from pipeline.method.attention import attend_heads
+from pipeline.method.decoder import LayerNorm, PixelDecoder, take_rows
 from pipeline.method.views import View
+from pipeline.method.vit import run_block
 
 
 class CrossDecoder(PixelDecoder):
     """d: tokens of the visible patches → pixels of the patches of a region, each by itself."""
 
     def __init__(self, recipe: DecoderRecipe, **shape: Any) -> None:
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        super().__init__(recipe, **shape, block=CrossBlock, norm=norm)
-        self.memory_norm = norm(recipe.width)
+        super().__init__(recipe, **shape, block=CrossBlock)
+        self.memory_norm = LayerNorm(recipe.width)
 
     def forward(
         self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None
@@ -59,10 +56,7 @@ class CrossDecoder(PixelDecoder):
         memory = self.memory_norm(memory + self.positions(view)[own.long()].to(memory.dtype))
         for number, block in enumerate(self.blocks):
             known = query if number == 0 else None
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, memory, known, use_reentrant=False)
-            else:
-                x = block(x, memory, known)
+            x = run_block(block, self.grad_checkpointing, x, memory, known)
         predicted: Tensor = self.head(self.norm(x))
         return predicted
 
@@ -79,10 +73,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: Tensor, memory: Tensor) -> Tensor:
         """query [B, R, D] (projected), memory [B, 1 + K, D] → [B, R, D]."""
-        parts = (query, *self.kv(memory).chunk(2, dim=-1))
-        heads = [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-        mixed = attend(*heads)
-        return self.proj(mixed.transpose(1, 2).flatten(2))
+        key, value = self.kv(memory).chunk(2, dim=-1)
+        return self.proj(attend_heads(query, key, value, self.heads))
 
 
 class CrossBlock(nn.Module):
@@ -90,9 +82,9 @@ class CrossBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width)
         self.attn = CrossAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, 4 * width)
 
     def query(self, x: Tensor) -> Tensor:

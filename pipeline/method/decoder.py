@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.config.recipe import DecoderRecipe
-from pipeline.method.attention import attend
+from pipeline.method.attention import attend_heads
 from pipeline.method.checks import check_decoder
 from pipeline.method.views import View
-from pipeline.method.vit import SmallerTables, init_weights, sincos_position
+from pipeline.method.vit import SmallerTables, init_weights, run_block, sincos_position
 
 Known = tuple[Tensor, Tensor, Tensor] | None  # see DecoderBlock.forward
 
@@ -42,8 +41,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(
         self, recipe: DecoderRecipe, *, width: int, patch: int, grid: tuple[int, int],
-        block: Callable[[int, int], nn.Module], norm: Callable[[int], nn.Module],
-        smaller: Sequence[tuple[int, int]] = (),
+        block: Callable[[int, int], nn.Module], smaller: Sequence[tuple[int, int]] = (),
     ) -> None:  # fmt: skip
         """width: of the encoder; patch: side in pixels; grid: of patches; smaller: further grids,
         of smaller images."""
@@ -56,7 +54,7 @@ class PixelDecoder(nn.Module):
         tables = {r * c: sincos_position((r, c), recipe.width) for r, c in smaller}
         self.smaller = SmallerTables(tables)
         self.blocks = nn.ModuleList(block(recipe.width, recipe.heads) for _ in range(recipe.depth))
-        self.norm = norm(recipe.width)
+        self.norm = LayerNorm(recipe.width)
         self.head = nn.Linear(recipe.width, patch * patch * 3)
         init_weights(self)
 
@@ -69,7 +67,7 @@ class Decoder(PixelDecoder):
     """d: tokens of the visible patches → pixels of the patches of a region (MAE's decoder)."""
 
     def __init__(self, recipe: DecoderRecipe, **shape: Any) -> None:
-        super().__init__(recipe, **shape, block=DecoderBlock, norm=_LayerNorm)
+        super().__init__(recipe, **shape, block=DecoderBlock)
 
     def forward(
         self, tokens: Tensor, view: View, region: Tensor, second: tuple[Tensor, View] | None = None
@@ -106,15 +104,11 @@ class Decoder(PixelDecoder):
     def _block(self, number: int, x: Tensor, known: Known, region: Tensor) -> Tensor:
         """One block; the last returns the rows of the region alone."""
         wanted = region + 1 if number == len(self.blocks) - 1 else None
-        block = self.blocks[number]
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            out = checkpoint(block, x, known, wanted, False, use_reentrant=False)
-        else:
-            out = block(x, known, wanted)
-        return out
+        checkpointing = self.grad_checkpointing
+        return run_block(self.blocks[number], checkpointing, x, known, wanted, not checkpointing)
 
 
-class _LayerNorm(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm):
     """LayerNorm with the eps of every ViT here."""
 
     def __init__(self, width: int, eps: float = 1e-6, **keywords: object) -> None:
@@ -128,7 +122,7 @@ class DecoderBlock(Block):
     mlp: Mlp
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, heads, qkv_bias=True, norm_layer=_LayerNorm)
+        super().__init__(width, heads, qkv_bias=True, norm_layer=LayerNorm)
         self.attn.qkv = Projection(width, 3 * width)
 
     def forward(  # type: ignore[override]
@@ -157,14 +151,8 @@ class DecoderBlock(Block):
         else:
             q, k, v = apply(project, self.norm1, x).chunk(3, dim=-1)
         x = x if wanted is None else take_rows(x, wanted, once=True)
-        x = x + self._attend(q, k, v)
+        x = x + self.attn.proj(attend_heads(q, k, v, self.attn.num_heads))
         return x + self.mlp.fc2(self.mlp.act(apply(self.mlp.fc1, self.norm2, x)))
-
-    def _attend(self, *qkv: Tensor) -> Tensor:
-        """q [B, R, D], k and v [B, N, D] → [B, R, D], projected."""
-        heads = [t.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for t in qkv]
-        mixed = attend(*heads)
-        return self.attn.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _apply(layer: Callable, norm: nn.Module, x: Tensor) -> Any:

@@ -5,14 +5,12 @@ Shape suffixes: B batch, K visible patches, L all patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline import kernels
 from pipeline.config.recipe import Recipe
@@ -25,6 +23,7 @@ from pipeline.method.vit import (
     build_vit,
     init_as_mocov3,
     init_weights,
+    run_block,
     sincos_position,
 )
 
@@ -169,7 +168,9 @@ class Encoder(nn.Module):
         return kernels.place_tokens(x, inverse, self.mask_token, position, prefix=1)
 
     def _encode(self, x: Tensor, *shapes: Shapes) -> Tensor:
-        z: Tensor = self.norm(run_blocks(self.blocks, x, self.grad_checkpointing, *shapes))
+        for block in self.blocks:
+            x = run_block(block, self.grad_checkpointing, x, *shapes)
+        z: Tensor = self.norm(x)
         return z
 
     def _encode_both(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,14 +185,3 @@ class Encoder(nn.Module):
         z = self._encode(torch.cat([x.flatten(0, 1), y.flatten(0, 1)]), shapes)
         first, second = z.split([images * tokens for images, tokens in shapes])
         return first.view_as(x), second.view_as(y)
-
-
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool, *more: Any) -> Tensor:
-    """Transformer blocks one after another, each of x and `more`; checkpointing keeps only their
-    inputs for backward."""
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(block, x, *more, use_reentrant=False)
-        else:
-            x = block(x, *more)
-    return x

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pipeline import kernels
 from pipeline.method.objective import Objective
-from pipeline.method.views import View, make_views
+from pipeline.method.views import View, every_patch, make_views
 
 GREY = 127
 
@@ -69,9 +69,7 @@ def decode(objective: Objective, view: View, target: Tensor) -> Tensor:
     """
     measure, data = objective.measure, objective.recipe.data
     values = measure.reconstruct(objective.encoder(*view), view).float()
-    batch, length = view.inverse.shape
-    everything = torch.arange(length, dtype=torch.int32, device=target.device)
-    everything = everything.expand(batch, length).contiguous()
+    everything = every_patch(target, measure.patch)
     pixels = kernels.patch_target(
         target, everything, patch=measure.patch, mean=data.mean, std=data.std, norm_pix=False
     )

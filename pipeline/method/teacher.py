@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -97,21 +97,26 @@ class Teacher(nn.Module):
         master weights: at small learning rates rounding to bf16 is as large as the teacher's
         distance.
         """
-        for mine, online in self.pairs(objective):
-            with masters(online) if masters else contextlib.nullcontext(online) as values:
-                torch._foreach_lerp_(mine, [v.detach().float() for v in values], 1.0 - momentum)
+        for mine, online in self._weights(objective, masters):
+            torch._foreach_lerp_(mine, online, 1.0 - momentum)
 
     @torch.no_grad()
     def distance(self, objective: Online, masters: Masters = None) -> float:
         """||online - teacher|| / ||teacher|| over all weights of f and p (waits for the device)."""
         apart: list[Tensor] = []
         size: list[Tensor] = []
-        for mine, online in self.pairs(objective):
-            with masters(online) if masters else contextlib.nullcontext(online) as values:
-                change = torch._foreach_sub([v.detach().float() for v in values], mine)
-                apart += torch._foreach_norm(change)
+        for mine, online in self._weights(objective, masters):
+            apart += torch._foreach_norm(torch._foreach_sub(online, mine))
             size += torch._foreach_norm(mine)
         return float(torch.stack(apart).norm() / torch.stack(size).norm())
+
+    def _weights(
+        self, objective: Online, masters: Masters
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The slices of `pairs`, of the online ones their fp32 values."""
+        for mine, online in self.pairs(objective):
+            with masters(online) if masters else contextlib.nullcontext(online) as values:
+                yield mine, [value.detach().float() for value in values]
 
     def pairs(self, objective: Online) -> list[tuple[list[Tensor], list[nn.Parameter]]]:
         """(mine, online) parameters in slices of two blocks, so that few are gathered at once."""

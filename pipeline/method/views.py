@@ -173,7 +173,11 @@ def jitter(
 
 def full_view(image: Tensor, patch: int) -> View:
     """The view that masks nothing, for features of full images. image: uint8 [B, H, W, 3]."""
-    length = (image.shape[1] // patch) * (image.shape[2] // patch)
-    everything = torch.arange(length, dtype=torch.int32, device=image.device)
-    everything = everything.expand(image.shape[0], length).contiguous()
+    everything = every_patch(image, patch)
     return View(image, everything, everything)
+
+
+def every_patch(image: Tensor, patch: int) -> Tensor:
+    """The positions of all patches of images [B, H, W, 3]: int32 [B, L]."""
+    length = (image.shape[1] // patch) * (image.shape[2] // patch)
+    return torch.arange(length, dtype=torch.int32, device=image.device).repeat(len(image), 1)

@@ -9,6 +9,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
@@ -91,6 +92,15 @@ class SmallerTables(nn.Module):
         """The table for `length` patches; the full size's where that is none of the smaller."""
         table: Tensor = getattr(self, f"of_{length}", full)
         return table
+
+
+def run_block(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+    """A transformer block; checkpointing keeps only its inputs for backward."""
+    if checkpointing and torch.is_grad_enabled():
+        out: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    else:
+        out = block(*inputs)
+    return out
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from pipeline import kernels
@@ -15,7 +14,7 @@ from pipeline.method.decoder import Decoder
 from pipeline.method.encoder import Encoder
 from pipeline.method.heads import spread
 from pipeline.method.teacher import Teacher
-from pipeline.method.views import View, Views
+from pipeline.method.views import View, Views, every_patch
 
 
 class Reconstruction(nn.Module):
@@ -81,6 +80,4 @@ class Reconstruction(nn.Module):
 
     def reconstruct(self, z: Tensor, view: View) -> Tensor:
         """Predictions for every patch: tokens [B, 1 + K, D] of a view → [B, L, p·p·3]."""
-        batch, length = view.inverse.shape
-        everything = torch.arange(length, dtype=torch.int32, device=z.device).expand(batch, length)
-        return self.decoder(z, view, everything)
+        return self.decoder(z, view, every_patch(view.image, self.patch))
