@@ -30,7 +30,7 @@ from pipeline.method.teacher import Teacher
 from pipeline.runtime.checkpoint import CheckpointStore, read_state, write_on_first_rank
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
-from pipeline.weights.run import encoder_info, encoder_state
+from pipeline.weights.run import encoder_info, encoder_part, encoder_state
 from pipeline.weights.source import TEACHER
 from shard_tools.atomic import write_together
 
@@ -87,9 +87,7 @@ def export(output: Path, checkpoint: Path, objective: Objective, recipe: Recipe,
 
     def write() -> None:
         full = load_file(checkpoint / "model.safetensors")
-        prefix = "encoder."
-        encoder = {k.removeprefix(prefix): v for k, v in full.items() if k.startswith(prefix)}
-        weights = encoder_state(encoder, objective.encoder)
+        weights = encoder_state(encoder_part(full), objective.encoder)
         info = json.dumps(encoder_info(recipe, step), indent=2, allow_nan=False) + "\n"
         # encoder.json last: whoever finds its step there finds the weights of that step.
         write_together({

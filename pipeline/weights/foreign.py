@@ -13,7 +13,7 @@ from timm.data.config import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pipeline.config.recipe import DataRecipe
+from pipeline.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.config.timm_names import no_model
 from pipeline.errors import UserError
 from pipeline.weights.families import (
@@ -66,9 +66,12 @@ def known_arch(arch: str | None, source: object) -> str:
 
 def named(arch: str, name: str) -> dict[str, Any]:
     """Info of an encoder that is not ours, with the mean and std of ImageNet."""
-    data = DataRecipe()
-    statistics = {"mean": list(data.mean), "std": list(data.std)}
-    return {"arch": arch, "options": {}, **statistics, "recipe": name, "method": name}
+    return {"arch": arch, "options": {}, **imagenet(), "recipe": name, "method": name}
+
+
+def imagenet() -> dict[str, list[float]]:
+    """Mean and std of ImageNet's pixels."""
+    return {"mean": [*IMAGENET_MEAN], "std": [*IMAGENET_STD]}
 
 
 def stated(options: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def from_file(
     info |= stated(options)
     info |= {key: written[key] for key in ("mean", "std") if key in written}
     info = finish(info, vit, options)
-    heads = _heads(vit)
+    heads = heads_of(vit)
     info |= {"note": "" if written else _note(found, layout, info, given, ema, beside, heads)}
     info["note"] += _activation(found, vit, arch)
     return vit, info | left_out(found.state, vit)
@@ -164,7 +167,7 @@ def _note(
     found: Found, layout: Layout, info: dict[str, Any], given: dict[str, Any], ema: bool,
     beside: dict[str, Any], built: int | None,
 ) -> str:  # fmt: skip
-    """What was taken to be so of a file that does not say it. built: heads, see `_heads`."""
+    """What was taken to be so of a file that does not say it. built: heads, see `heads_of`."""
     if layout is TIMM:
         whose = f"timm's names, mean and std {_short(info)} "
         told = beside and beside.items() <= info.items()
@@ -192,7 +195,7 @@ def _note(
     return f"{whose}; weights from {found.place}{left}"
 
 
-def _heads(vit: nn.Module) -> int | None:
+def heads_of(vit: nn.Module) -> int | None:
     """Heads of the first block's attention, None where that does not say it."""
     blocks: Any = vit.blocks
     heads = getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None)
@@ -382,8 +385,7 @@ def hugging_face_statistics(
         return found, True
     if config["model_type"] == "vit":
         return {"mean": [0.5] * 3, "std": [0.5] * 3}, False
-    data = DataRecipe()
-    return {"mean": list(data.mean), "std": list(data.std)}, False
+    return imagenet(), False
 
 
 def timm_statistics(vit: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from pipeline.method.objective import Objective, build_objective
 from pipeline.method.pictures import as_pixels, decode, paste, shown
 from pipeline.method.views import View
 from pipeline.weights.files import find_encoder, load_tensors
-from pipeline.weights.foreign import exported_info, named
+from pipeline.weights.foreign import exported_info, heads_of, imagenet
 from pipeline.weights.interop import from_mae
 from pipeline.weights.layouts import MAE, fixed_options, mae_decoder_heads
 from pipeline.weights.run import load_run
@@ -117,15 +117,14 @@ def _check_facts(
     written: what our own export says; else facebookresearch/mae's code says it.
     """
     recipe = objective.recipe
-    pixels = written or named("", "")
+    pixels = written or imagenet()
     facts: dict[str, tuple[Any, Any]] = {
         "data.mean": (list(recipe.data.mean), list(pixels["mean"])),
         "data.std": (list(recipe.data.std), list(pixels["std"])),
     }
     own = written.get("options", {}) if written else fixed_options(MAE, state)
     if "num_heads" in own:
-        heads = cast("Any", objective.encoder.blocks)[0].attn.num_heads
-        facts["encoder.options.num_heads"] = (heads, own["num_heads"])
+        facts["encoder.options.num_heads"] = (heads_of(objective.encoder), own["num_heads"])
     decoder_heads = written.get("decoder_heads") if written else mae_decoder_heads(state)
     if objective.reconstructs and decoder_heads:
         facts["measure.decoder.heads"] = (recipe.measure.decoder.heads, decoder_heads)

@@ -7,6 +7,7 @@ objective; teacher.safetensors, the EMA teacher of a checkpoint.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,8 @@ def load_run(run: Path) -> Objective:
     """
     objective, _ = build_objective(run_recipe(run))
     path = run / "model.safetensors"
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
     # The position tables are exact in the new objective, rounded in a bf16 run.
-    state = {k: v for k, v in state.items() if not k.endswith("pos_embed")}
+    state = {k: v for k, v in full_weights(run).items() if not k.endswith("pos_embed")}
     problem = None
     try:
         missing, unexpected = objective.load_state_dict(state, strict=False)
@@ -104,6 +101,20 @@ def load_run(run: Path) -> Objective:
     return objective.eval()
 
 
+def full_weights(run: Path) -> dict[str, Tensor]:
+    """model.safetensors of a run or of a checkpoint. UserError where it cannot be read."""
+    path = run / "model.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's weights of an objective's or a teacher's."""
+    return {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+
+
 def teacher_weights(path: Path) -> dict[str, Tensor]:
     """The encoder of a run's EMA teacher, but its fixed positions; of its newest checkpoint, or of
     the one that is named.
@@ -113,5 +124,5 @@ def teacher_weights(path: Path) -> dict[str, Tensor]:
         state = load_file(file)
     except (OSError, SafetensorError) as error:
         raise unreadable(file, error) from None
-    named = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    return {k: v for k, v in named.items() if k not in ("pos_embed", "mask_token")}
+    left_out = ("pos_embed", "mask_token")
+    return {k: v for k, v in encoder_part(state).items() if k not in left_out}

@@ -22,8 +22,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.config.recipe import Recipe, load_recipe
@@ -35,6 +33,7 @@ from pipeline.weights.files import find_encoder, load_tensors, refuse_integers
 from pipeline.weights.foreign import (
     exported_info,
     from_hub,
+    heads_of,
     hugging_face_statistics,
     is_left_out,
     named,
@@ -42,7 +41,13 @@ from pipeline.weights.foreign import (
 from pipeline.weights.interop import from_hf, from_hf_decoder, hf_arch, mae_decoder
 from pipeline.weights.layouts import fixed_options, layout_of, mae_decoder_heads, refuse_stem
 from pipeline.weights.positions import is_sincos, square
-from pipeline.weights.run import encoder_info, read_encoder, teacher_weights
+from pipeline.weights.run import (
+    encoder_info,
+    encoder_part,
+    full_weights,
+    read_encoder,
+    teacher_weights,
+)
 from pipeline.weights.source import read_config
 from shard_tools.home import expand_home
 
@@ -146,13 +151,8 @@ def _hub(weights: str) -> Source:
 def _run(path: Path, ema: bool) -> Source:
     """A run's folder or one of its checkpoints."""
     theirs = load_recipe(path / "recipe.yaml")
-    try:
-        full = load_file(path / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path / 'model.safetensors'}: cannot be read ({error})") from None
-    encoder = {k.removeprefix("encoder."): v for k, v in full.items() if k.startswith("encoder.")}
-    if ema:
-        encoder = encoder | teacher_weights(path)
+    full = full_weights(path)
+    encoder = encoder_part(full) | (teacher_weights(path) if ema else {})
     rest = {k: v for k, v in full.items() if k.startswith("measure.")}
     decoder = getattr(theirs.measure, "decoder", None)
     return Source(encoder, rest, encoder_info(theirs), 0 if decoder is None else decoder.heads)
@@ -201,19 +201,15 @@ def _check_heads(source: Source, f: Encoder, where: str) -> None:
     if "num_heads" in options:
         theirs = options["num_heads"]
     elif arch and "img_size" in options:  # it says how it is built
-        theirs = _heads(build_vit(arch.split(".")[0], options | {"depth": 1}).blocks)
+        theirs = heads_of(build_vit(arch.split(".")[0], options | {"depth": 1}))
     else:
         return
-    mine = _heads(f.blocks)
+    mine = heads_of(f)
     if theirs != mine:
         raise UserError(
             f"{where}: another architecture, with {theirs} heads where the recipe's encoder has "
             f"{mine}; set encoder.options.num_heads={theirs}"
         )
-
-
-def _heads(blocks: Any) -> int:
-    return int(blocks[0].attn.num_heads)
 
 
 def _take_positions(state: dict[str, Tensor], f: Encoder, start: Start, where: str) -> None:
