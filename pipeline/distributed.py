@@ -34,7 +34,7 @@ from shard_tools.home import expand_home
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank and world size, the same within its host, and its device.
+    """This process among all: rank and world size, the rank within its host, and its device.
 
     cores: of this host, this rank's share.
     """
@@ -42,14 +42,13 @@ class Ranks:
     rank: int
     world: int
     local_rank: int
-    local_world: int
     device: torch.device
     cores: int = field(default_factory=cores)
 
     @classmethod
     def alone(cls) -> Ranks:
         """A process on its own, on the CPU, which needs no process group."""
-        return cls(0, 1, 0, 1, torch.device("cpu"))
+        return cls(0, 1, 0, torch.device("cpu"))
 
     @property
     def first(self) -> bool:

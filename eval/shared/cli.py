@@ -28,8 +28,8 @@ def join_ranks() -> Ranks:
     UserError where the environment is no rank's, or the ranks do not meet.
     """
     check_environment()
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-    rank, world, local_rank, local_world = (int(os.environ.get(k, v)) for k, v in names.items())
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, world, local_rank = (int(os.environ.get(k, v)) for k, v in names.items())
     device = device_of(local_rank)
     if rank == 0 and (line := untried_device()):
         print(line, flush=True)
@@ -37,7 +37,7 @@ def join_ranks() -> Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         with joining():
             dist.init_process_group(backend, MEET)
-    return Ranks(rank, world, local_rank, local_world, device)
+    return Ranks(rank, world, local_rank, device)
 
 
 def seed_everything(seed: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from pipeline.data.crops import CentreCrop, shorter_side
 from pipeline.data.reader import Reader, SampleError
 from pipeline.data.shard_cache import ShardCache
-from shard_tools.manifest import Manifest, is_remote, read_manifest
+from shard_tools.manifest import Manifest, is_remote
 
 log = logging.getLogger(__name__)
 _REPLACEMENTS = 16  # samples tried in place of one that will not decode
@@ -30,14 +29,13 @@ class Fixed:
 
 
 def fixed_images(
-    data: str | Path | Manifest, wanted: Sequence[int], size: int, on_error: str = "fail"
+    manifest: Manifest, wanted: Sequence[int], size: int, on_error: str = "fail"
 ) -> Fixed:
     """The samples `wanted` of a shard folder, centre-cropped to `size` pixels.
 
     on_error: `skip` takes for one that will not decode the next one that does and is not wanted
     itself, as long as there is one; `fail` raises its SampleError.
     """
-    manifest = data if isinstance(data, Manifest) else read_manifest(data)
     cache = ShardCache(manifest) if is_remote(manifest.folder) else None
     reader = Reader(manifest, size, "bicubic", "auto", cache)
     crop, image = CentreCrop(size, shorter_side(size)), reader.empty(len(wanted))

@@ -80,11 +80,6 @@ def init_ranks() -> Ranks:
     # Of mpirun above the launcher: LOCAL_RANK counts, and DeepSpeed refuses another number here.
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     local_rank = int(os.environ["LOCAL_RANK"])
-    local_world = int(
-        os.environ.get("LOCAL_SIZE")
-        or os.environ.get("LOCAL_WORLD_SIZE")
-        or os.environ["WORLD_SIZE"]
-    )
     device = device_of(local_rank)
     if device.type == "cuda" and get_accelerator()._name == "cpu":
         raise UserError(
@@ -108,7 +103,7 @@ def init_ranks() -> Ranks:
         unlink_buffer(rank)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores)
-    return Ranks(rank, world, local_rank, local_world, device, cores)
+    return Ranks(rank, world, local_rank, device, cores)
 
 
 def _without_built_ops() -> None:

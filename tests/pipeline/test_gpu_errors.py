@@ -119,7 +119,7 @@ def test_an_error_of_cudas_is_one_line_that_names_the_gpu(told, advice, gpu, tmp
     where = f"{told} on cuda:3 (NVIDIA H100, GPU-93e1-77) of {socket.gethostname()}"
     assert sentence.startswith(where + advice)
     assert advice or sentence == where
-    ranks = Ranks(5, 8, 5, 8, torch.device("cpu"))
+    ranks = Ranks(5, 8, 5, torch.device("cpu"))
     assert report_failure(tmp_path, ranks, "step 7", error) == 1
     assert last_failure(tmp_path) == f"rank 5 on {socket.gethostname()}, step 7: {sentence}"
     told_aloud = capsys.readouterr().err

@@ -35,7 +35,7 @@ def pinned(monkeypatch, shards):
     monkeypatch.setattr(Loader, "__init__", answer)
 
     def ask(use, device):
-        ranks = Ranks(0, 1, 0, 1, torch.device(device))
+        ranks = Ranks(0, 1, 0, torch.device(device))
         session = SimpleNamespace(
             ranks=ranks, image_size=16, workers=0, crop=CentreCrop(16, 18), device=device
         )

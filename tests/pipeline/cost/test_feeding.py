@@ -81,7 +81,7 @@ def test_memory_decides_on_a_gpu_where_the_loss_takes_nothing_from_the_micro_bat
     monkeypatch.setattr(micro_batch, "device_memory", lambda device: 1000)
     monkeypatch.setattr(micro_batch, "images_that_fit", lambda *a: asked.append(a[2]) or 2)
     monkeypatch.setattr(torch, "tensor", lambda values, device: values[0])
-    gpu = Ranks(0, 1, 0, 1, torch.device("cuda", 0), 1)
+    gpu = Ranks(0, 1, 0, torch.device("cuda", 0), 1)
     cpu = replace(gpu, device=torch.device("cpu"))
     mae, cmae = tiny_recipe("mae"), tiny_recipe("cmae")
 

@@ -30,22 +30,24 @@ def spoiled(folder, copy, numbers):
 
 def test_a_bad_sample_is_replaced_by_the_next_that_is_not_wanted(shards, tmp_path):
     bad = spoiled(shards / "train", tmp_path / "bad", [0, 3, 8, 95])
-    good = fixed_images(shards / "train", range(96), 16)
-    found = fixed_images(bad, range(8), 16, "skip")
+    good = fixed_images(read_manifest(shards / "train"), range(96), 16)
+    manifest = read_manifest(bad)
+    found = fixed_images(manifest, range(8), 16, "skip")
     assert found.sample.tolist() == [9, 1, 2, 10, 4, 5, 6, 7]  # 8 is bad too
     assert (found.image == good.image[found.sample]).all()
     assert (found.label == good.label[found.sample]).all()
-    assert fixed_images(bad, [95], 16, "skip").sample.tolist() == [1]  # counted round
+    assert fixed_images(manifest, [95], 16, "skip").sample.tolist() == [1]  # counted round
     with pytest.raises(SampleError, match=r"sample 0 of .* will not decode"):
-        fixed_images(bad, range(8), 16)
+        fixed_images(manifest, range(8), 16)
     assert share_of(bad, 96, 16, 0, 2, "skip").sample.tolist()[:5] == [48, 1, 2, 49, 4]
 
 
 def test_too_many_bad_samples_in_a_row_end_it(shards, tmp_path):
     bad = spoiled(shards / "train", tmp_path / "bad", range(17))
+    manifest = read_manifest(bad)
     with pytest.raises(SampleError, match=r"sample 0 of .*, nor will the samples after it"):
-        fixed_images(bad, [0], 16, "skip")
-    assert fixed_images(bad, [1], 16, "skip").sample.tolist() == [17]
+        fixed_images(manifest, [0], 16, "skip")
+    assert fixed_images(manifest, [1], 16, "skip").sample.tolist() == [17]
 
 
 def test_a_run_starts_and_probes_with_bad_samples_under_skip(shards, tmp_path, capsys):
