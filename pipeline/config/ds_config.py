@@ -32,7 +32,11 @@ _BOOLEANS = (
     "wall_clock_breakdown", "zero_allow_untested_optimizer",
 )  # fmt: skip
 # Other plain values: what they must be.
+_SWITCH = (lambda v: isinstance(v, bool) or v == "auto", 'true, false or "auto"')
 _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gradient_checkpointing": (lambda v: isinstance(v, bool), "true or false"),
+    "compile": _SWITCH,
+    "cuda_graphs": _SWITCH,
     "communication_data_type": (
         lambda v: v is None or str(v).lower() in ("fp16", "bf16", "fp32"), "fp16, bf16 or fp32"),
     "gradient_predivide_factor": (lambda v: is_number(v) and v > 0, "a number above 0"),
@@ -177,7 +181,8 @@ def _check_keys(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_plain(path: Path, config: dict[str, Any]) -> None:
-    """Check what DeepSpeed takes for true whatever its value, or fails on after minutes."""
+    """Check plain values: DeepSpeed would take some for true whatever they are, or fail on them
+    after minutes."""
     for key, value in config.items():
         if key in _BOOLEANS and value not in (True, False):
             raise UserError(f"{path}: {key!r} must be true or false, not {value!r}")
@@ -237,12 +242,6 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             f"{path}: bf16 with data_types.grad_accum_dtype fp32 needs zero_optimization.stage 2 "
             "or 3 (under stage 1 DeepSpeed takes another optimizer, which never skips a step)"
         )
-    if not isinstance(config.get("gradient_checkpointing", False), bool):
-        wrong = config["gradient_checkpointing"]
-        raise UserError(f"{path}: 'gradient_checkpointing' must be true or false, not {wrong!r}")
-    for key in ("compile", "cuda_graphs"):
-        if not (isinstance(config.get(key, False), bool) or config[key] == "auto"):
-            raise UserError(f'{path}: {key!r} must be true, false or "auto", not {config[key]!r}')
     patience = config.get("watchdog_seconds", 0)
     if not (is_number(patience) and (patience == 0 or 1 <= patience <= 10**9)):
         raise UserError(
