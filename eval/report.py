@@ -30,11 +30,11 @@ from eval.reporting.run_status import read_status
 from eval.reporting.variants import with_variants
 from eval.shared.command import run_command
 from eval.shared.processes import stop_on_sigterm
+from pipeline.config.schema import IMAGENET_IMAGES
 from pipeline.errors import UserError, naming
 from pipeline.help_text import HelpFormatter
 from shard_tools.atomic import check_writable, write_atomic
 
-IMAGENET = 1281167  # training images of ImageNet-1k
 AFTER_CURVES = 6  # chapters: the paper's tables follow our own
 
 
@@ -116,7 +116,7 @@ def build_chapters(groups: Sequence[Group]) -> list[Chapter]:
         settings_chapter(groups),
     ]
     runs = [run for group in groups for run in group.runs]
-    imagenet = any(run.versions.get("images") == IMAGENET for run in runs)
+    imagenet = any(run.versions.get("images") == IMAGENET_IMAGES for run in runs)
     chapters.insert(AFTER_CURVES if imagenet else len(chapters), paper_chapter(groups))
     return [chapter for chapter in chapters if not chapter.empty]
 

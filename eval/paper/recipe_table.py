@@ -15,12 +15,12 @@ from eval.paper.commands import Workspace, base_recipe, class_subset, few_subset
 from eval.paper.published import PaperRow, PaperTable, read_paper
 from eval.shared.command import run_command
 from pipeline.config.recipe import RECIPES
+from pipeline.config.schema import IMAGENET_IMAGES
 from pipeline.errors import UserError, naming
 from shard_tools.atomic import write_atomic
 
 README = RECIPES / "README.md"
 SHARDS = "data/shards"
-IMAGENET = 1281167  # training images; an epoch of few images has as many draws
 RANDOM = ("--choose", "random")  # subset.py's default
 BLOCK = re.compile(r"(<!-- rows of Tab\. (\d) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -53,7 +53,8 @@ def pretrain_words(row: PaperRow) -> str:
     data, made = row_data(row)
     words = ["--data", data] if made else []
     words += ["--recipe", f"pipeline/recipes/{base_recipe(row)}.yaml"]
-    sets = [] if row.images is None else [f"data.samples_per_epoch={IMAGENET}"]
+    # An epoch of few images has as many draws.
+    sets = [] if row.images is None else [f"data.samples_per_epoch={IMAGENET_IMAGES}"]
     words += [word for text in (*sets, *row.set) for word in ("--set", text)]
     return " ".join(["pretrain", *map(quote, words)])
 

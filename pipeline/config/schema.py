@@ -25,6 +25,7 @@ from shard_tools.home import expand_home
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_IMAGES = 1281167  # of the training set
 
 # Beyond it integers of numpy and products of floats overflow.
 LARGEST = 10**15

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.command import check_unused
 from pipeline.config.peaks import MEMORY, PEAKS
 from pipeline.config.recipe import RECIPES
+from pipeline.config.schema import IMAGENET_IMAGES
 from pipeline.cost.micro_batch import MARGIN
 from pipeline.errors import UserError, check_range
 from pipeline.help_text import HelpFormatter
@@ -43,7 +44,7 @@ def _run_options(group: argparse._ArgumentGroup) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a recipe key; may be repeated",
     )  # fmt: skip
-    a("--images", type=int, default=1281167, help="images of the training set")
+    a("--images", type=int, default=IMAGENET_IMAGES, help="images of the training set")
     a(
         "--micro-batch", type=int, default=0, metavar="N",
         help='images per GPU and pass; 0: as "auto", as many as leave '

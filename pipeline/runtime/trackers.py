@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.config.texts import flatten
 from pipeline.errors import UserError
 from shard_tools.atomic import write_json
 
@@ -117,7 +118,11 @@ class MLflow:
                     found.experiment_id if found else self._client.create_experiment(experiment)
                 )
                 self.id = self._client.create_run(number, run_name=output.name).info.run_id
-                params = [self._entities.Param(k, str(v)[:500]) for k, v in _flat(settings).items()]
+                params = [
+                    self._entities.Param(k, str(v)[:500])
+                    for k, v in flatten(dict(settings)).items()
+                    if v != {}
+                ]
                 for start in range(0, len(params), 100):  # a call takes no more
                     self._client.log_batch(self.id, params=params[start : start + 100])
         except (mlflow.exceptions.MlflowException, OSError) as error:
@@ -228,14 +233,6 @@ def _run_id(output: Path, service: str) -> str | None:
 
 def _keep_run_id(output: Path, service: str, run_id: str) -> None:
     write_json(output / RUNS, _run_ids(output) | {service: run_id})
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return flat
 
 
 def _sentence(error: Exception) -> str:
