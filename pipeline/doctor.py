@@ -345,10 +345,7 @@ def page(findings: list[Finding]) -> str:
     if stops:
         lines += ["", f"no run can start here: {', '.join(stops)}"]
     else:
-        lines += [
-            "",
-            f"a run can start; {lacks} of {len(findings)} lines name a lack",
-        ]
+        lines += ["", f"a run can start; {lacks} of {len(findings)} lines name a lack"]
     return "\n".join(lines)
 
 

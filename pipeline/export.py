@@ -53,7 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """UserError for what is seen to be wrong before any weights are read."""
-    _need_suffix(args.out, args.format)
+    if args.out.suffix != (suffix := SUFFIXES.get(args.format, args.out.suffix)):
+        raise UserError(f"{args.out}: name the output with {suffix}")
     if args.format == "run":
         arch = read_classifier_info(args.run)["arch"].split(".")[0]
         check_arch(arch, f"{args.run}/classifier.json: arch {arch!r}")
@@ -100,11 +101,6 @@ def _is_export(path: Path) -> bool:
         return False
 
 
-def _need_suffix(out: Path, kind: str) -> None:
-    if out.suffix != SUFFIXES.get(kind, out.suffix):
-        raise UserError(f"{out}: name the output with {SUFFIXES[kind]}")
-
-
 if __name__ == "__main__":  # the help, and what is seen to be wrong without torch
     early(parse_args, check)
 
@@ -128,12 +124,10 @@ def export(objective: Objective, kind: str, out: Path) -> str:
         facts["decoder_heads"] = recipe.measure.decoder.heads
     about = {METADATA: json.dumps(facts)}
     if kind == "timm":
-        _need_suffix(out, kind)
         state = encoder_state(objective.encoder.state_dict(), objective.encoder)
         write_atomic(out, save(state, metadata={"format": "pt"} | about))
         return _timm_call(objective, out)
     if kind == "mae":
-        _need_suffix(out, kind)
         data = io.BytesIO()
         torch.save({"model": to_mae(objective)} | about, data)
         write_atomic(out, data.getvalue())

@@ -77,15 +77,14 @@ class Probes:
             kept = kept_patches(sample, view.visible.shape[1], ratio, self.recipe.seed)
             tokens = encoder(view.image, kept.int().to(device), view.inverse, drop=True)
             parts.append(tokens[:, 1:].mean(dim=1).float())
-        return gather_keys(torch.cat(parts)[:, None])[0][:, 0]
+        return gather_keys(torch.cat(parts))[0]
 
     def _knn(self, query: Tensor, reference: Tensor) -> float:
         """Accuracy in percent of a weighted k-NN vote for the held-out images."""
         assert self.held_out is not None
         assert self.training is not None
         truth, label = (
-            gather_keys(f.label.to(query.device)[:, None])[0][:, 0]
-            for f in (self.held_out, self.training)
+            gather_keys(f.label.to(query.device))[0] for f in (self.held_out, self.training)
         )
         classes = int(torch.maximum(truth.max(), label.max())) + 1
         k = min(K, len(reference))

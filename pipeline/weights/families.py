@@ -72,11 +72,7 @@ class _NaFlex(NaFlexVit):
 
     @property
     def patch_embed(self) -> SimpleNamespace:
-        grid = [s // p for s, p in zip(self.img_size, self.embeds.patch_size, strict=True)]
-        return SimpleNamespace(
-            img_size=self.img_size, grid_size=tuple(grid), num_patches=math.prod(grid),
-            patch_size=self.embeds.patch_size, proj=self.embeds.proj,
-        )  # fmt: skip
+        return _patch_embed(self.img_size, self.embeds.patch_size, self.embeds.proj)
 
 
 class _Within:
@@ -101,11 +97,8 @@ class _Within:
     @property
     def patch_embed(self) -> SimpleNamespace:
         own = self.encoder.patch_embed
-        grid = [s // p for s, p in zip(self.img_size, own.patch_size, strict=True)]
-        return SimpleNamespace(
-            img_size=self.img_size, grid_size=tuple(grid), num_patches=math.prod(grid),
-            patch_size=own.patch_size, proj=getattr(own, "proj", None) or own.input_proj,
-        )  # fmt: skip
+        proj = getattr(own, "proj", None) or own.input_proj
+        return _patch_embed(self.img_size, own.patch_size, proj)
 
     def forward_features(self, x: Tensor, **keywords: Any) -> Tensor:
         return super().forward_features(x, **keywords).flatten(1, -2)  # type: ignore[misc]
@@ -115,6 +108,17 @@ class _Late:
     """CaiT and XCiT, whose cls token joins after the blocks: no norm of the pooled feature."""
 
     fc_norm = staticmethod(lambda feature: feature)
+
+
+def _patch_embed(
+    img_size: tuple[int, int], patch_size: tuple[int, int], proj: nn.Module
+) -> SimpleNamespace:
+    """What the evaluations read of timm's PatchEmbed."""
+    grid = tuple(side // patch for side, patch in zip(img_size, patch_size, strict=True))
+    return SimpleNamespace(
+        img_size=img_size, grid_size=grid, num_patches=math.prod(grid), patch_size=patch_size,
+        proj=proj,
+    )  # fmt: skip
 
 
 def _size(model: Any, options: dict[str, Any]) -> tuple[int, int]:
@@ -179,7 +183,7 @@ def build_family(
     model pretrained with the norm on its tokens is not taken for one with the norm behind the
     mean. Raises UserError where timm refuses.
     """
-    wanted = _norms(weights) if weights is not None else None
+    wanted = _norms(weights or ())
     first, refused = None, ""
     for pooling in _POOLINGS if wanted else _POOLINGS[:1]:
         if set(pooling) & set(options):
@@ -193,7 +197,7 @@ def build_family(
         if not is_family(model):
             return adopt(model, arch, options)
         first = first or model
-        if wanted is None or not wanted or _norms(model.state_dict()) == wanted:
+        if not wanted or _norms(model.state_dict()) == wanted:
             return adopt(model, arch, options)
     if first is None:
         raise UserError(f"timm refuses {arch} with {options}: {refused}")

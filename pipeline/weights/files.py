@@ -178,16 +178,11 @@ def find_encoder(content: Any, path: Path, *, ema: bool = False) -> Found:
             f"names; its first entries are {shown}"
             + (f"; give {FULL_WEIGHTS}" if path.name.endswith(ZERO_PARTS) else "")
         )
-    ranked = sorted(chosen, key=lambda f: (_rank(f), len(f.words)))
-    best = ranked[0]
-    if (
-        len(ranked) > 1
-        and _rank(best) == _rank(ranked[1])
-        and len(best.words) == len(ranked[1].words)
-    ):
+    best, *rest = sorted(chosen, key=_order)
+    if rest and _order(rest[0]) == _order(best):
         raise UserError(
-            f"{path}: holds two encoders, {best.place} and {ranked[1].place}; save one of them in "
-            "a file of its own"
+            f"{path}: holds two encoders, {best.place} and {rest[0].place}; save one of them in a "
+            "file of its own"
         )
     check_shapes(best.state, path)
     others = tuple(f.words for f in everything if f is not best)
@@ -239,6 +234,11 @@ _LEAST_AXES = {"patch_embed.proj.weight": 2, "pos_embed": 3}
 def _rank(found: Found) -> int:
     parts = (part for word in found.words for part in word.split("_"))
     return min((_ROLES[part] for part in parts if part in _ROLES), default=_ONLINE)
+
+
+def _order(found: Found) -> tuple[int, int]:
+    """By which the first encoder of a file is taken."""
+    return _rank(found), len(found.words)
 
 
 def _encoders(content: Any, words: tuple[str, ...]) -> Iterator[Found]:

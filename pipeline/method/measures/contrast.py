@@ -227,7 +227,7 @@ def keys_as_of(ranks: int) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def gather_keys(key: Tensor) -> tuple[Tensor, int]:
-    """Keys [B, T, C] of this rank → [G, T, C] of all in rank order, and this rank's offset."""
+    """Keys [B, …] of this rank → [G, …] of all in rank order, and this rank's offset."""
     if planned := _planned.get():
         ranks, sent = planned
         sent.append(key)
