@@ -11,9 +11,9 @@ from pipeline.method.vit import init_weights
 
 
 def mlp(width: int, recipe: HeadsRecipe, layers: int) -> nn.Sequential:
-    """A projector or predictor of `layers` linears, GELU between them; with
-    batch_norm as MoCo v3's: no biases, norm and ReLU between, a norm without scale at the end,
-    weights U(±1 / sqrt(in)) as torch's linears have them.
+    """A projector or predictor of `layers` linears, an activation between them; with batch_norm as
+    MoCo v3's: no biases, a norm before each activation, one without scale at the end, weights
+    U(±1 / sqrt(in)) as torch's linears have them.
     """
     relu = recipe.activation == "relu" or (recipe.activation == "auto" and recipe.batch_norm)
     widths = [width, *[recipe.hidden] * (layers - 1), recipe.out]

@@ -19,8 +19,8 @@ from pipeline.method.checks import check_table
 def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
     """A timm ViT without a head, with its options checked.
 
-    Raises UserError for an unknown name, an image size that the patch does not
-    divide, or a variant whose extra parts (registers, pre-norm, no cls token) f does not have.
+    Raises UserError for an unknown name, for options that timm refuses, and for a variant that is
+    not plain.
     """
     if arch not in timm.list_models(arch):
         raise no_model(arch, f"encoder.arch {arch!r}")

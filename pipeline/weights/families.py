@@ -4,7 +4,7 @@
     forward_head(tokens, pre_logits=True)   the encoder's own pooling → [B, D]
     num_prefix_tokens   cls, distillation and register tokens before those of the patches
     num_features        D
-    patch_embed         img_size, num_patches, proj
+    patch_embed         img_size, grid_size, num_patches, patch_size, proj
     fc_norm             norm of the pooled feature, or an identity
     blocks, no_weight_decay()
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import kernels
 from pipeline.kernels import philox
-from pipeline.kernels.color_jitter import ORDERS
+from pipeline.kernels.color_jitter.reference import ORDERS
 from pipeline.kernels.streams import Stream
 
 OPERATIONS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)

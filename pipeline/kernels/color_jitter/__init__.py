@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels import backend, philox
-from pipeline.kernels.color_jitter.reference import ORDERS as ORDERS
 from pipeline.kernels.color_jitter.reference import (
     color_jitter_reference,
     jitter_parameters_reference,
@@ -42,10 +41,9 @@ def jitter_parameters(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw the parameters of `color_jitter`; the defaults are SimSiam's, without its grayscale.
 
-    sample: int64 [B]; view: 0 for T1, 1 for T2, 2 for the image of
-    both. A strength s draws from [max(0, 1-s), 1+s], hue
-    from [-hue, hue] turns. Returns (factors float32 [B,4], order int32 [B], apply bool [B],
-    gray bool [B]). Raises ValueError for a hue above 0.5 or a negative strength.
+    sample: int64 [B]; view: 0 for T1, 1 for T2, 2 for the image of both. A strength s draws from
+    [max(0, 1-s), 1+s], hue from [-hue, hue] turns. Returns (factors float32 [B,4], order int32 [B],
+    apply bool [B], gray bool [B]). Raises ValueError for a hue above 0.5 or a negative strength.
     """
     strengths = (brightness, contrast, saturation)
     if min(*strengths, hue) < 0 or hue > 0.5:
