@@ -274,7 +274,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def make_plan(settings: Settings, rates: Rates) -> Plan:
     """What there is to do, with what is known of the best rates so far."""
     workspace, tuning = settings.workspace, tuning_of(settings)
-    trials = [*tuning.first(), *tuning.second()]
+    trials = [*tuning.found("pretrain"), *tuning.found("finetune")]
     compute, times = compute_kept(settings), times_kept(settings, rates)
     study = study_of(workspace, settings.claims, settings.seeds, compute, times)
     finetunings = tuning.finetunings(best(trials, "pretrain"))

@@ -12,7 +12,7 @@ has one more trial, as far beyond the end as the grid's next rate is inside it.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class Tuning:
             return []
         pairs = [(rate, m) for rate in self.grid["base_lr"] for m in self.pretrained()]
         if self.extend:
-            pairs += [(rate, m) for m, rate in beyond(self.first(), "pretrain").items()]
+            pairs += [(rate, m) for m, rate in beyond(self.found("pretrain"), "pretrain").items()]
         jobs = [
             renamed(job, f"tune {base_lr:g}")
             for base_lr, method in pairs
@@ -102,19 +102,6 @@ class Tuning:
     def pretrained(self) -> dict[str, PaperRow]:
         return {method: row for method, row in self.rows.items() if not row.initial}
 
-    def first(self) -> list[Trial]:
-        """What the first stage has found so far."""
-        metric, pretrained = str(self.grid["metric"]), self.pretrained()
-
-        def commands(method: str, base_lr: float) -> set[str]:
-            run = run_name(pretrained[method], SEED)
-            return {f"tune {base_lr:g} {run} {what}" for what in ("pretrain", metric)}
-
-        def value(method: str, base_lr: float) -> float | None:
-            return our_result(self.trial(base_lr), pretrained[method], SEED, metric)
-
-        return self.found(pretrained, "pretrain", self.grid["base_lr"], metric, commands, value)
-
     def finetunings(self, best: dict[str, float]) -> list[Command]:
         """The trials of the second stage, none where the grid has one rate; best: method → its
         pretraining rate."""
@@ -122,7 +109,7 @@ class Tuning:
             return []
         pairs = [(float(rate), m) for rate in self.grid["finetune_lr"] for m in self.rows]
         if self.extend:
-            pairs += [(rate, m) for m, rate in beyond(self.second(), "finetune").items()]
+            pairs += [(rate, m) for m, rate in beyond(self.found("finetune"), "finetune").items()]
         jobs = [self.finetuning(m, self.rows[m], best, base_lr) for base_lr, m in pairs]
         return self.possible(jobs)
 
@@ -147,53 +134,49 @@ class Tuning:
         name = "".join(c if c.isalnum() else "-" for c in method)
         return self.folder / f"finetune-{base_lr:g}" / f"{name}.json"
 
-    def second(self) -> list[Trial]:
-        """What the second stage has found so far."""
-
-        def value(method: str, base_lr: float) -> float | None:
-            return metric_in(self.finetuned(method, base_lr), "finetune")
-
-        def commands(method: str, base_lr: float) -> set[str]:
-            return {finetune_name(method, base_lr)}
-
-        rates = self.grid["finetune_lr"]
-        return self.found(self.rows, "finetune", rates, "finetune", commands, value)
-
-    def found(
-        self,
-        methods: Iterable[str],
-        stage: str,
-        rates: Sequence[float],
-        metric: str,
-        commands: Callable[[str, float], set[str]],
-        value: Callable[[str, float], float | None],
-    ) -> list[Trial]:
-        """The trials of a stage that have a value or diverged, also those beyond the grid of an
-        earlier call that was told to extend it. commands: the names of a trial's."""
-        lost = diverged(self.workspace.output)
-
-        def tried(method: str, rates: Iterable[float], more: bool = False) -> list[Trial]:
-            found = []
-            for rate in map(float, rates):
-                gone = bool(lost & commands(method, rate))
-                result = 0.0 if gone else value(method, rate)
-                if result is not None:
-                    late = more and self.late
-                    found.append(Trial(method, stage, rate, metric, result, more, late, gone))
-            return found
-
-        trials = []
-        for method in methods:
-            grid = tried(method, rates)
+    def found(self, stage: str) -> list[Trial]:
+        """The trials of a stage that have a value or diverged so far, also those beyond the grid of
+        an earlier call that was told to extend it."""
+        trials: list[Trial] = []
+        rates = self.grid["base_lr" if stage == "pretrain" else "finetune_lr"]
+        for method in self.pretrained() if stage == "pretrain" else self.rows:
+            grid = self.tried(stage, method, rates)
             trials += grid
             if len(grid) == len(rates):
-                trials += tried(method, beyond(grid, stage).values(), more=True)
+                trials += self.tried(stage, method, beyond(grid, stage).values(), more=True)
         return trials
+
+    def tried(
+        self, stage: str, method: str, rates: Iterable[float], more: bool = False
+    ) -> list[Trial]:
+        """Those of a method's rates, which are beyond the grid (more) or in it."""
+        row, lost, found = self.rows[method], diverged(self.workspace.output), []
+        metric = str(self.grid["metric"]) if stage == "pretrain" else "finetune"
+        for rate in map(float, rates):
+            commands, value = {finetune_name(method, rate)}, None
+            if stage == "pretrain":
+                run = run_name(row, SEED)
+                commands = {f"tune {rate:g} {run} {what}" for what in ("pretrain", metric)}
+            gone = bool(lost & commands)
+            if gone:
+                value = 0.0
+            elif stage == "pretrain":
+                value = our_result(self.trial(rate), row, SEED, metric)
+            else:
+                value = metric_in(self.finetuned(method, rate), metric)
+            if value is not None:
+                late = more and self.late
+                found.append(Trial(method, stage, rate, metric, value, more, late, gone))
+        return found
 
     def write(self) -> None:
         """Note every trial in OUTPUT/tuning.json, beside those of methods of other claims."""
         known = read_trials(self.record)
-        trials = [t for t in known if t.method not in self.rows] + self.first() + self.second()
+        trials = (
+            [t for t in known if t.method not in self.rows]
+            + self.found("pretrain")
+            + self.found("finetune")
+        )
         order = list(dict.fromkeys(trial.method for trial in (*known, *trials)))
         trials.sort(key=lambda trial: order.index(trial.method))
         with naming(self.record, "cannot be written"):
