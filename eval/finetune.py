@@ -127,7 +127,7 @@ from pipeline.distributed import StopSignal
 from pipeline.runtime.engine import Engine, init_ranks
 from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.optimizer_state import load_consolidated, save_consolidated
-from pipeline.runtime.seeding import seed_all, seed_step
+from pipeline.runtime.seeding import seed_all
 from pipeline.runtime.skipped_steps import SKIP_LIMIT, SkippedSteps
 
 VAL_BATCH = 256  # images of a validation batch on a rank
@@ -196,7 +196,7 @@ class Finetuning:
         losses = []
         for number, batch in enumerate(itertools.islice(micro, self.run_plan.accumulation)):
             pixels = self.session.normalise(batch.image)
-            seed_step(self.settings.seed, step, number, self.ranks.rank)
+            seed_all(self.settings.seed, step, number, self.ranks.rank)
             if self.erase is not None:
                 pixels = self.erase(pixels)
             label = batch.label.to(self.ranks.device, non_blocking=True)

@@ -37,7 +37,7 @@ def draw(objective: Objective, image: Tensor, sample: Tensor) -> Tensor:
     views = make_views(image, sample, recipe=recipe, epoch=0, patch=patch, crop=crop)
     columns = [image, shown(views.first, grid, patch)]
     if objective.reconstructs:
-        prediction = predict(objective, views.first, views.target)
+        prediction = as_pixels(decode(objective, views.first, views.target))
         columns += [paste(prediction, views.first, grid, patch), prediction]
     elif views.second is not None:
         columns.append(shown(views.second, grid, patch))
@@ -50,11 +50,6 @@ def paste(prediction: Tensor, view: View, grid: tuple[int, int], patch: int) -> 
     visible = (view.inverse < view.visible.shape[1]).view(-1, *grid)
     pixels = visible.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[..., None]
     return torch.where(pixels, view.image, prediction)
-
-
-def predict(objective: Objective, view: View, target: Tensor) -> Tensor:
-    """The full image as decoded from a view: uint8 [B, H, W, 3]; target as for `decode`."""
-    return as_pixels(decode(objective, view, target))
 
 
 def as_pixels(values: Tensor) -> Tensor:

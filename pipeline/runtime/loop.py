@@ -24,7 +24,7 @@ from pipeline.runtime.engine import init_ranks
 from pipeline.runtime.memory import explaining_memory
 from pipeline.runtime.run_folder import export, save_checkpoint, versions
 from pipeline.runtime.run_lock import LostFolder
-from pipeline.runtime.seeding import seed_step
+from pipeline.runtime.seeding import seed_all
 from pipeline.runtime.settings import Settings
 from pipeline.runtime.setup import setup
 from pipeline.runtime.train_state import TrainState
@@ -87,7 +87,7 @@ def train(run: TrainState, stop: StopSignal, verbose: bool = False) -> int:
             monitor.waited(time.perf_counter() - waiting)
             watchdog.note(f"step {step + 1}, forward, backward and update", patience)
             # Whatever draws from global generators (dropout, say) is a function of the step too.
-            seed_step(recipe.seed, step, micro, run.ranks.rank)
+            seed_all(recipe.seed, step, micro, run.ranks.rank)
             loss, terms = engine.micro_step(
                 rate if recipe.optimizer.by_layer else rate(),
                 batch.image.to(device, non_blocking=True),

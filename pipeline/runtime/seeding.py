@@ -14,8 +14,3 @@ def seed_all(*numbers: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))  # noqa: NPY002 - timm draws from the global generator
     torch.manual_seed(int(state[2]))
-
-
-def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
-    """Seed what is drawn in micro-batch `micro` of a step on a rank: a resumed run draws alike."""
-    seed_all(seed, step, micro, rank)

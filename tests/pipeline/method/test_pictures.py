@@ -6,7 +6,7 @@ from tiny import PATCH, images, tiny_recipe
 
 from pipeline import kernels
 from pipeline.method.objective import build_objective
-from pipeline.method.pictures import draw, fold, paste, predict, shown
+from pipeline.method.pictures import as_pixels, decode, draw, fold, paste, shown
 from pipeline.method.views import make_views
 
 
@@ -37,7 +37,7 @@ def test_a_perfect_prediction_gives_the_image_back(norm_pix, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(objective.measure, "reconstruct", lambda *_: target)
     views = make_views(image, torch.arange(3), recipe=recipe, epoch=0, patch=PATCH)
-    assert (predict(objective, views.first, image).int() - image.int()).abs().max() <= 1
+    assert (as_pixels(decode(objective, views.first, image)).int() - image.int()).abs().max() <= 1
 
 
 def test_shown_and_paste_split_the_image_at_the_mask():

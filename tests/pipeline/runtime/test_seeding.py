@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.runtime.seeding import seed_all, seed_step
+from pipeline.runtime.seeding import seed_all
 
 
 def drawn():
@@ -27,7 +27,7 @@ def test_every_number_of_a_step_changes_what_every_generator_draws():
     places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 2, 3, 4)]
     found = []
     for place in (*places, *places):
-        seed_step(*place)
+        seed_all(*place)
         found.append(drawn())
     first, again = found[: len(places)], found[len(places) :]
     assert first == again
