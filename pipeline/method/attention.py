@@ -27,7 +27,7 @@ def attention_order(tokens: int, like: Tensor) -> AbstractContextManager[None]:
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """`attend` in each of so many heads: q [B, R, D], k and v [B, N, D] → [B, R, D]."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v)]
     return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
