@@ -88,15 +88,22 @@ def _make_moments(engine: Engine, step: int) -> None:
     """The state as after `step` steps, with moments of zero (DeepSpeed makes it late)."""
     optimizer = engine.base_optimizer
     tensor = isinstance(optimizer, torch.optim.AdamW)  # torch counts in a tensor
-    for number, group in enumerate(optimizer.param_groups):
-        own = group["params"]
-        if engine.stage == 3:
-            own = [engine.optimizer.fp32_partitioned_groups_flat[number]]
-        for p in own:
-            state: dict[str, Any] = {k: torch.zeros_like(p) for k in engine.kind.moments(group)}
-            state["step"] = torch.tensor(float(step), device=p.device) if tensor else step
-            optimizer.state[p] = state
+    for p, group in _stepped(engine):
+        state: dict[str, Any] = {k: torch.zeros_like(p) for k in engine.kind.moments(group)}
+        state["step"] = torch.tensor(float(step), device=p.device) if tensor else step
+        optimizer.state[p] = state
     _link_moments(engine)
+
+
+def _stepped(engine: Engine) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The tensors that the optimizer steps on this rank, each with its group. Under stage 3 a group
+    is one flat tensor, or several of about `sub_group_size` elements."""
+    groups = engine.base_optimizer.param_groups
+    if engine.stage < 3:
+        return [(p, group) for group in groups for p in group["params"]]
+    zero = engine.optimizer
+    flat = enumerate(zero.fp32_partitioned_groups_flat)
+    return [(p, groups[zero.sub_group_to_group_id[number]]) for number, p in flat]
 
 
 def _link_moments(engine: Engine) -> None:
@@ -110,16 +117,23 @@ def _link_moments(engine: Engine) -> None:
 
 
 def _replay_bias_correction(optimizer: Any) -> None:
-    """Bring the C++ state of DeepSpeed's CPU FusedAdam to where an undisturbed run has it.
+    """Bring the C++ state of DeepSpeed's AdamW on the CPU (FusedAdam there, and the one of an
+    offloaded optimizer) to where an undisturbed run has it.
 
     It keeps beta^t as a running product outside its state dict; after a load it would start
     again from pow(beta, t), which differs in the last bit. One scratch number makes the steps.
     """
-    kernel = getattr(optimizer, "multi_tensor_adam", None)
-    if kernel is None or torch.cuda.is_available():
+    offloaded = hasattr(optimizer, "ds_opt_adam")
+    fused = hasattr(optimizer, "multi_tensor_adam") and not torch.cuda.is_available()
+    if not (offloaded or fused):
         return
     done = [s["step"] for s in optimizer.state.values() if "step" in s]
-    scratch = [[torch.zeros(1)] for _ in range(4)]
+    scratch = [torch.zeros(1) for _ in range(4)]
     betas = optimizer.param_groups[0]["betas"]
     for step in range(1, int(max(done, default=0)) + 1):
-        kernel(1, optimizer._dummy_overflow_buf, scratch, 0.0, *betas, 1e-8, step, 1, 1, 0.0)
+        if offloaded:
+            kernel, which = optimizer.ds_opt_adam.adam_update, optimizer.opt_id
+            kernel(which, step, 0.0, *betas, 1e-8, 0.0, True, *scratch)
+        else:
+            kernel, unused = optimizer.multi_tensor_adam, optimizer._dummy_overflow_buf
+            kernel(1, unused, [[t] for t in scratch], 0.0, *betas, 1e-8, step, 1, 1, 0.0)
