@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import timm
@@ -28,7 +29,9 @@ def build_vit(arch: str, options: dict[str, Any]) -> VisionTransformer:
         with torch.random.fork_rng(devices=[]):  # we initialise it again; leave the state alone
             vit = timm.create_model(arch, num_classes=0, global_pool="token", **options)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or type(error).__name__
+        # An assertion without a text says its condition at least: the line of timm.
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        reason = str(error) or line or type(error).__name__
         raise UserError(f"encoder: timm refuses {arch} with {options}: {reason}") from None
     if not is_plain(vit):
         raise UserError(
@@ -129,6 +132,7 @@ def init_weights(module: nn.Module) -> None:
 def init_as_mocov3(encoder: Any) -> None:
     """Where MoCo v3's initial weights differ: q, k and v as three linears, a small cls token."""
     nn.init.normal_(encoder.cls_token, std=1e-6)
-    for block in encoder.blocks:
-        for part in block.attn.qkv.weight.chunk(3):
-            nn.init.xavier_uniform_(part)
+    for module in encoder.blocks.modules():  # a block may have several attentions
+        if isinstance(qkv := getattr(module, "qkv", None), nn.Linear):
+            for part in qkv.weight.chunk(3):
+                nn.init.xavier_uniform_(part)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from pipeline.errors import UserError
 from pipeline.method.vit import build_vit, init_as_mocov3, init_weights, is_plain, sincos_position
 
 OPTIONS = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3}
@@ -44,6 +45,20 @@ def test_mocov3s_init_has_three_linears_and_a_tiny_cls_token(vit):
     for part in vit.blocks[0].attn.qkv.weight.chunk(3):
         assert bound * 0.99 < part.abs().max() <= bound
     assert vit.cls_token.std() == pytest.approx(1e-6, rel=0.2)
+
+
+def test_mocov3s_init_of_blocks_with_several_attentions():
+    vit = build_vit("vit_small_patch16_18x2_224", OPTIONS | {"embed_dim": 64, "num_heads": 2})
+    init_weights(vit)
+    init_as_mocov3(vit.requires_grad_(False))
+    for branch in vit.blocks[0].attns:
+        for part in branch.attn.qkv.weight.chunk(3):
+            assert math.sqrt(6 / 128) * 0.97 < part.abs().max() <= math.sqrt(6 / 128)
+
+
+def test_what_timm_refuses_without_a_reason_is_told_by_its_condition():
+    with pytest.raises(UserError, match=r"timm refuses vit_giant_patch14_dinov2 .* % 2 == 0"):
+        build_vit("vit_giant_patch14_dinov2", OPTIONS | {"embed_dim": 16, "num_heads": 1})
 
 
 @pytest.mark.parametrize("row_first", [False, True])
