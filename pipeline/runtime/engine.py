@@ -145,6 +145,20 @@ def _refusals() -> Iterator[None]:
         ) from None
 
 
+def _link_as_laid_out(optimizer: Any) -> None:
+    """Let the parameters of a ZeRO 1 or 2 optimizer know where their fp32 parts lie.
+
+    With round_robin_gradients a group lies in another order than the model's, in which DeepSpeed
+    0.19.8 links it: full weights and moments would be read from, and written to, other parameters.
+    """
+    if not optimizer.round_robin_gradients:
+        return
+    ordered = optimizer.bit16_groups
+    optimizer.bit16_groups = optimizer.round_robin_bit16_groups
+    optimizer._link_all_hp_params()
+    optimizer.bit16_groups = ordered
+
+
 class Engine:
     """A DeepSpeed engine around an objective, with one optimizer step as its unit."""
 
@@ -189,6 +203,8 @@ class Engine:
             self.graph = MicroStepGraph(self._forward, objective, plan.accumulation)
         if self.stage == 0 and plan.world == 1:  # nothing to reduce: no buckets
             self.engine.enable_backward_allreduce = False
+        if self.stage in (1, 2):
+            _link_as_laid_out(self.optimizer)
         if self.stage > 0:
             one_norm(self.optimizer, self.stage)
         self._norm: Tensor | None = None

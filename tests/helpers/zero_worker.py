@@ -37,6 +37,8 @@ LAYERS = {
     "cmae": (),
     "muon": ("optimizer.layer_anneal=0.5",),
 }
+# Parameters lie in another order than the model's.
+ROUND_ROBIN = (("rmae", 1), ("cmae", 2))
 SCHEDULE = ("optimizer.base_lr=0.2", "optimizer.epochs=12", "optimizer.warmup_epochs=3")
 
 
@@ -50,6 +52,8 @@ def recipe_of(method: str) -> Recipe:
 def start(method: str, stage: int, world: int):
     recipe = recipe_of(method)
     config = read_ds_config(f"zero{stage}") | {"train_micro_batch_size_per_gpu": 4 // world}
+    if (method, stage) in ROUND_ROBIN:
+        config["zero_optimization"]["round_robin_gradients"] = True
     plan = plan_recipe(config, recipe, world)
     objective, teacher = build_objective(recipe)
     return Engine(objective, parameter_groups(objective), plan), objective, teacher, recipe
