@@ -83,7 +83,7 @@ ENCODER_OPTIONS: dict[str, Any] = {
     "qkv_bias": bool,
     "qk_norm": bool,
     "proj_bias": bool,
-    "init_values": Annotated[float, Field(gt=0.0, le=1000.0)] | None,
+    "init_values": Annotated[float, Field(gt=0.0, le=1000.0)],  # timm takes None for not given
 }
 
 

@@ -245,7 +245,7 @@ def test_mean_and_std_of_the_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["mlp_ratio", "init_values"])
-@pytest.mark.parametrize("value", [".inf", ".nan", "9999999999999999999999", "0"])
+@pytest.mark.parametrize("value", [".inf", ".nan", "9999999999999999999999", "0", "null"])
 def test_an_option_of_the_encoder_that_nothing_can_be_built_with(key, value):
     with pytest.raises(RecipeError, match=f"{key}: input should be"):
         load_recipe(RECIPES / "mae.yaml", [f"encoder.options.{key}={value}"])
