@@ -91,26 +91,30 @@ def last_attention(vit: VisionTransformer, pixels: Tensor) -> tuple[Tensor, bool
     """Where the last block looks: float32 [n, H, L], and whether it is the cls token that looks.
 
     The attention of the cls token to each patch, after softmax; of an encoder without one, the
-    mean over its patches. Attention is computed unfused for this pass, in fp32.
+    mean over its patches. Attention is computed unfused for this pass, in fp32. A block can have
+    several attentions, whose heads then follow one another.
     """
-    attention: Any = vit.blocks[-1].attn
+    attentions: list[Any] = [m for m in vit.blocks[-1].modules() if hasattr(m, "attn_drop")]
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         kept.append(inputs[0])
 
-    fused = getattr(attention, "fused_attn", False)
-    attention.fused_attn = False
-    hook = attention.attn_drop.register_forward_pre_hook(keep)
+    fused = [getattr(attention, "fused_attn", False) for attention in attentions]
+    hooks = [attention.attn_drop.register_forward_pre_hook(keep) for attention in attentions]
+    for attention in attentions:
+        attention.fused_attn = False
     try:
         vit.forward_features(pixels)
     finally:
-        hook.remove()
-        attention.fused_attn = fused
+        for attention, hook, before in zip(attentions, hooks, fused, strict=True):
+            hook.remove()
+            attention.fused_attn = before
     prefix, size = vit.num_prefix_tokens, kept[0].shape[-1]
     if size != prefix + vit.patch_embed.num_patches:
         raise UserError("the last block of this encoder attends within windows; no map to show")
-    weights = kept[0].float().view(len(pixels), -1, size, size)  # SAM's heads are in its batch
+    # SAM's heads are in its batch.
+    weights = torch.cat([k.float().view(len(pixels), -1, size, size) for k in kept], dim=1)
     has_cls = getattr(vit, "cls_token", None) is not None
     if has_cls:
         return weights[:, :, 0, prefix:].cpu(), True

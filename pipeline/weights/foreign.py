@@ -196,10 +196,10 @@ def _note(
 
 
 def heads_of(vit: nn.Module) -> int | None:
-    """Heads of the first block's attention, None where that does not say it."""
-    blocks: Any = vit.blocks
-    heads = getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None)
-    return heads if isinstance(heads, int) else None
+    """Heads of an attention of a ViT's blocks, which are alike; a block may have several. None
+    where no attention says it."""
+    heads = (getattr(part, "num_heads", None) for part in vit.blocks.modules())  # type: ignore[union-attr]
+    return next((number for number in heads if isinstance(number, int)), None)
 
 
 def _activation(found: Found, vit: nn.Module, arch: str) -> str:

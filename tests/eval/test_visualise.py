@@ -97,6 +97,7 @@ def test_attention_is_that_of_the_cls_token(home: Path) -> None:
         ("beit_base_patch16_224", {"img_size": 64, "depth": 1}),
         ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 1}),
         ("samvit_base_patch16", {"img_size": 64, "depth": 3}),
+        ("vit_small_patch16_18x2_224", {"depth": 1}),
     ],
 )
 def test_attention_of_every_family(arch: str, options: dict) -> None:
@@ -107,6 +108,15 @@ def test_attention_of_every_family(arch: str, options: dict) -> None:
     assert maps.shape[1] > 1
     assert from_cls == (getattr(vit, "cls_token", None) is not None)
     assert (maps.sum(-1) <= 1 + 1e-5).all()
+
+
+def test_attention_of_a_block_with_several_is_that_of_all_their_heads() -> None:
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    vit, _ = load_encoder("random", arch="vit_small_patch16_18x2_224", options=options)
+    maps, _ = inside.last_attention(vit, torch.randn(2, 3, 32, 32))
+    assert maps.shape == (2, 4, 16)
+    assert not torch.equal(maps[:, :2], maps[:, 2:])
+    assert all(branch.attn.fused_attn for branch in vit.blocks[0].attns)
 
 
 def settings(home: Path, *more: str) -> visualise.Settings:

@@ -11,7 +11,7 @@ from mae_layout import plain_mae, random_mae_state
 from safetensors.torch import save_file
 from tiny import PATCH, images, tiny_recipe
 
-from pipeline import build_objective
+from pipeline import build_objective, load_reconstructor
 from pipeline.config.recipe import dump_recipe
 from pipeline.errors import UserError
 from pipeline.export import main as export
@@ -91,6 +91,24 @@ def test_our_runs_and_exports(kind, tmp_path):
     lines = start.lines(str(source))
     assert lines[0].startswith(f"starts from {source}: {len(start.taken)} tensors taken, 0 resized")
     assert ("left fresh: measure.decoder" in "".join(lines)) != with_decoder
+
+
+def test_a_run_whose_blocks_have_several_attentions(tmp_path):
+    """Its heads are counted too: its own to start from it, and to reconstruct from an export."""
+    arch = "encoder.arch=vit_small_patch16_18x2_224"
+    theirs = objective_of("mae", arch, "seed=4")
+    run, file = write_run(tmp_path / "run", theirs), tmp_path / "x.pth"
+    assert export([str(run), "--format", "mae", str(file)]) == 0
+    for source in (run, file):
+        mine = objective_of("mae", arch)
+        start_from(mine, str(source))
+        assert all(map(torch.equal, mine.state_dict().values(), theirs.state_dict().values()))
+        with pytest.raises(UserError, match=r"with 2 heads where the recipe's encoder has 4"):
+            start_from(objective_of("mae", arch, "encoder.options.num_heads=4"), str(source))
+    recipe = str(run / "recipe.yaml")
+    assert load_reconstructor(file, recipe).grid == (4, 4)
+    with pytest.raises(UserError, match=r"encoder\.options\.num_heads 2, the recipe 4"):
+        load_reconstructor(file, recipe, ["encoder.options.num_heads=4"])
 
 
 def test_a_hugging_face_vit_that_does_not_say_its_pixels_has_those_of_transformers(tmp_path):
