@@ -146,10 +146,11 @@ def _refusals() -> Iterator[None]:
 
 
 def _link_as_laid_out(optimizer: Any) -> None:
-    """Let the parameters of a ZeRO 1 or 2 optimizer know where their fp32 parts lie.
+    """Let the parameters of a ZeRO 1 or 2 optimizer know where their fp32 parts are.
 
-    With round_robin_gradients a group lies in another order than the model's, in which DeepSpeed
-    0.19.8 links it: full weights and moments would be read from, and written to, other parameters.
+    With round_robin_gradients a group is flattened in another order than the model's, in which
+    DeepSpeed 0.19.8 links it: full weights and moments would be read from, and written to, other
+    parameters.
     """
     if not optimizer.round_robin_gradients:
         return
