@@ -85,7 +85,7 @@ def evaluate(s: Settings, session: EvalSession) -> dict[str, Any]:
     query, truth = session.extract(s.val, s.feature, s.micro_batch)
     # Each rank classifies every world-th image; every rank has all features.
     count = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    mine = torch.arange(ranks.rank, len(query), ranks.world, device=ranks.device)
+    mine = torch.arange(len(query), device=ranks.device)[ranks.rank :: ranks.world]
     feature = F.normalize(feature, dim=1)
     for piece in mine.split(256):
         votes = vote(query[piece], feature, label, classes, k=s.k, temperature=s.temperature)

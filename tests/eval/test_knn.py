@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from eval_helpers import (
     ALONE,
     coloured_images,
+    on_ranks,
     on_two_ranks,
     spoil_encoder,
     write_encoder,
@@ -148,6 +150,17 @@ def test_two_ranks_give_the_result_of_one(home: Path) -> None:
         assert [result[k] for k in ("top1", "top5", "images", "ranks")] == [
             alone["top1"], alone["top5"], 37, 2,
         ]  # fmt: skip
+
+
+def test_ranks_may_be_more_than_the_images(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path / "home")
+    shutil.rmtree(tmp_path / "home/val")
+    write_shards(tmp_path / "home/val", *coloured_images(1, 1, seed=2), classes=6)
+    on_ranks(3, work, str(tmp_path / "home"))
+    alone = evaluate(tmp_path / "home")
+    for rank in range(3):
+        result = json.loads((tmp_path / f"home/rank{rank}.json").read_text())
+        assert [result["top1"], result["images"]] == [alone["top1"], 1]
 
 
 def test_features_that_are_not_finite_have_no_accuracy(home: Path, tmp_path: Path) -> None:
