@@ -254,6 +254,7 @@ def train(
         stopping = ranks.any(bool(stop.name)) and not last
         epoch_ends = done % plan.steps == 0 or last
         if epoch_ends:
+            loss = ranks.sum(loss) / ranks.world  # of the global batch
             row = {"epoch": round(done / plan.steps, 3), "loss": round(loss.item(), 5)}
             if last or round(done / plan.steps) % s.validate_epochs == 0:
                 row |= run.validate()

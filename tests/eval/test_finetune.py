@@ -343,7 +343,11 @@ def test_two_ranks_finetune_resume_and_export(home: Path, tmp_path: Path) -> Non
     assert (result["ranks"], result["protocol"]) == (2, "finetune")
     assert [row["epoch"] for row in result["history"]] == pytest.approx(list(range(1, 13)))
     assert first[1]["top1"] == result["top1"]
-    assert second[0]["history"] == result["history"]
+    assert second[0]["history"] == result["history"] == first[1]["history"]
+    init_ranks()
+    alone = evaluate(arguments(home, tmp_path / "alone", "--stop-epoch", "1"), tmp_path / "alone")
+    losses = [history[0]["loss"] for history in (result["history"], alone["history"])]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)  # of the global batch
     checkpoints = tmp_path / "result/checkpoints"
     latest = (checkpoints / "latest").read_text().strip()
     assert [p.name for p in checkpoints.glob("step-*")] == [latest]
