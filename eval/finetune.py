@@ -32,7 +32,7 @@ from eval.shared.finetune_plan import (
     record,
 )
 from eval.shared.labels import content_of
-from eval.shared.options import parser, settings_of
+from eval.shared.options import parser, read_options, settings_of
 from eval.shared.results import Timer, check_finished, result_of, write_accuracy
 from pipeline.command import check_unused, early
 from pipeline.errors import Diverged, UserError
@@ -93,6 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
 def prepare(args: argparse.Namespace, world: int = 1) -> tuple[Settings, Path]:
     """The settings and the path of the result. UserError."""
     settings = settings_of(Settings, args)
+    if "drop_path_rate" in read_options(args.options):
+        raise UserError("--options: drop_path_rate is --drop-path of finetuning; give that one")
     if settings.fraction == 1 or settings.subset:
         check_unused(build_parser(), args, ["subset_seed"], "without --fraction")
     output = result_of(args, settings.name, folder=True, protocol="finetune")

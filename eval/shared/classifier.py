@@ -33,8 +33,8 @@ def build_classifier(
     linearly from 0 to `drop_path` over the blocks; head weights are N(0, 2e-5) truncated at two
     deviations, its bias is zero.
     """
-    arch, options = classifier_words(info.arch, info.options)
-    model = timm.create_model(arch, **options, num_classes=classes, drop_path_rate=drop_path)
+    arch, options = classifier_words(info.arch, info.options | {"drop_path_rate": drop_path})
+    model = timm.create_model(arch, **options, num_classes=classes)
     mine = model.state_dict()
     state = {
         k: v

@@ -41,7 +41,9 @@ def check_source(
     name, path = str(source), Path(source)
     size = (options or {}).get("img_size", 1)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"{name}: img_size {size!r} is not a multiple of a patch's side in pixels")
+        raise UserError(
+            f"{name}: img_size {size!r}: must be a whole number from 1 up, as images are square"
+        )
     check_overlay((options or {}).get("pretrained_cfg_overlay", {}))
     hub = name.startswith("timm:")
     if ema and (random or name == "random"):

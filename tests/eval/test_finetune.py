@@ -118,7 +118,8 @@ def test_logits_are_those_of_the_mean_of_the_patch_tokens(home: Path) -> None:
 
 def test_drop_path_grows_linearly(home: Path) -> None:
     encoder = timm.create_model("vit_base_patch16_224", num_classes=0, **OPTIONS | {"depth": 5})
-    info = EncoderInfo("vit_base_patch16_224", OPTIONS | {"depth": 5}, (), (), {})
+    options = OPTIONS | {"depth": 5, "drop_path_rate": 0.9}  # of the encoder's own training
+    info = EncoderInfo("vit_base_patch16_224", options, (), (), {})
     model = build_classifier(encoder, info, 3, drop_path=0.1)
     rates = [
         block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0.0

@@ -79,7 +79,8 @@ MORE_ENCODERS = [
     ("--encoder {run} --options '{{depth: 9}}'", "with depth 2; only img_size may differ"),
     ("--encoder {run} --options '{{img_size: 15}}'", "img_size 15 is not a multiple of the patch"),
     ("--encoder {run} --options 3", "--options 3: write them as"),
-    ("--encoder {run} --options '{{img_size: yes}}'", "img_size True is not a multiple"),
+    ("--encoder {run} --options '{{img_size: yes}}'", "img_size True: must be a whole number"),
+    (f"{RANDOM} --options '{{{{img_size: [32, 48]}}}}'", "img_size [32, 48]: must be a whole"),
     ("--encoder {run} --options '{{a: 1, a: 2}}'", "write them as"),
     ("--encoder {run} --output {empty}/", "must be a file, such as {empty}/result.json"),
     ("--encoder {run} --ema", "has no checkpoint with an EMA teacher"),
@@ -203,6 +204,7 @@ CASES = {
         ("--subset {none}", "/none: no such file"),
         ("--fraction 2", "--fraction 2: must be above 0 and at most 1"),
         ("--subset-seed 1", "--subset-seed does nothing without --fraction"),
+        ("--options '{{drop_path_rate: 0.2}}'", "drop_path_rate is --drop-path of finetuning"),
     ),
     **evaluation("attentive", f"--batch-size 8 {SETS}", ("--rates 0", "--rates 0: must be above")),
     **evaluation(
