@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 from pathlib import Path
 
 from pipeline.command import early, run_main
@@ -112,7 +113,7 @@ from torch import Tensor
 from pipeline.method.checks import vit_options
 from pipeline.method.objective import Objective
 from pipeline.method.vit import build_vit
-from pipeline.weights.interop import to_hf_mae, to_hf_vit, to_mae
+from pipeline.weights.interop import not_in_mae, to_hf_mae, to_hf_vit, to_mae
 from pipeline.weights.run import encoder_info, encoder_state, load_run
 
 
@@ -131,6 +132,12 @@ def export(objective: Objective, kind: str, out: Path) -> str:
         data = io.BytesIO()
         torch.save({"model": to_mae(objective)} | about, data)
         write_atomic(out, data.getvalue())
+        if other := not_in_mae(objective.encoder):
+            print(
+                f"warning: {out}: facebookresearch/mae's own model does not load it, for "
+                f"{len(other)} weights that one of the two lacks, such as {other[0]}",
+                file=sys.stderr,
+            )
         return f"torch.load({str(out)!r})['model']"
     state, config = to_hf_vit(objective) if kind == "hf" else to_hf_mae(objective)
     whole: dict[str, Tensor] = {k: v.detach().float().contiguous() for k, v in state.items()}

@@ -88,6 +88,19 @@ def to_mae(objective: Objective) -> dict[str, Tensor]:
     return state
 
 
+_MAE_BLOCK = {f"{part}.{kind}" for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1",
+              "mlp.fc2") for kind in ("weight", "bias")}  # fmt: skip
+_MAE_OUTSIDE = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
+                "norm.weight", "norm.bias"}  # fmt: skip
+
+
+def not_in_mae(encoder: Encoder) -> list[str]:
+    """Weights that only one has of this encoder and facebookresearch/mae's, which does not load a
+    file with others."""
+    blocks = (f"blocks.{n}.{name}" for n in range(len(encoder.blocks)) for name in _MAE_BLOCK)
+    return sorted(encoder.state_dict().keys() ^ {*_MAE_OUTSIDE, *blocks})
+
+
 def vit_facts(encoder: Encoder) -> dict[str, int]:
     """Sizes of a ViT that a configuration names."""
     block = encoder.blocks[0]

@@ -91,7 +91,7 @@ def test_a_file_keeps_its_pixel_statistics(tmp_path, capsys, kind, name):
         ({"options": {"num_heads": 4}}, "says itself how it is built, with num_heads 2"),
         ({"options": {"drop_rate": 0.1}}, "with no drop_rate; only img_size"),
         ({"options": {"img_size": 18}}, "img_size 18 is not a multiple of the patch size 4"),
-        ({"options": {"img_size": 0}}, "img_size 0 is not a multiple"),
+        ({"options": {"img_size": 0}}, "img_size 0: must be a whole number"),
     ],
 )
 @pytest.mark.parametrize("kind", ["timm", "mae", "hf", "run"])
@@ -113,15 +113,29 @@ def test_what_says_its_architecture_is_not_contradicted(run, tmp_path, kind, wor
     assert str(out) in str(error.value)
 
 
-def test_mae_checkpoint_goes_there_and_back(run, tmp_path):
+def test_mae_checkpoint_goes_there_and_back(run, tmp_path, capsys):
     folder, objective = run
     out = tmp_path / "mae.pth"
     assert main([str(folder), "--format", "mae", str(out)]) == 0
+    assert not capsys.readouterr().err
     state = torch.load(out, weights_only=True)["model"]
     fresh, _ = build_objective(tiny_recipe("mae", "seed=9"))
     from_mae(fresh, state)
     for name, value in objective.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("option", "weight"),
+    [("init_values: 0.1", "blocks.0.ls1.gamma"), ("qkv_bias: false", "blocks.0.attn.qkv.bias")],
+)
+def test_an_encoder_that_maes_code_does_not_load_is_said(option, weight, tmp_path, capsys):
+    sizes = "patch_size: 4, embed_dim: 16, depth: 2, num_heads: 2"
+    folder, _ = write_run(tmp_path, f"encoder.options={{{sizes}, {option}}}")
+    assert main([str(folder), "--format", "mae", str(tmp_path / "mae.pth")]) == 0
+    said = capsys.readouterr().err
+    assert "facebookresearch/mae's own model does not load it" in said
+    assert said.endswith(f"such as {weight}\n")
 
 
 def from_hf(state, layers, ours):
