@@ -109,9 +109,12 @@ def result_of(
     encoder is not there. folder: files are written beside it too. protocol: of the result, where
     it is not `name`."""
     choice = encoder_of(args)
-    check_encoder(choice)
+    if not args.output:  # its place is in the encoder's folder
+        check_encoder(choice)
     path = output_path(args.output, choice, name)
     check_output(path, path.with_suffix("") if folder else None, protocol or name)
+    if args.output:
+        check_encoder(choice)
     return path
 
 

@@ -11,11 +11,12 @@ import yaml
 
 from eval.paper.beside import one_table, paper_tables
 from eval.paper.published import PaperTable, find_row, read_paper, row_recipe
-from eval.paper.recipe_table import IMAGENET, README, rewrite
+from eval.paper.recipe_table import README, rewrite
 from eval.protocols import headings
 from eval.reporting.run_records import Group, Run
 from eval.reporting.tables import accuracy_table
 from pipeline.config.recipe import RECIPES, dump_recipe, load_recipe
+from pipeline.config.schema import IMAGENET_IMAGES
 from pipeline.config.texts import flatten
 from pipeline.errors import UserError
 
@@ -229,7 +230,7 @@ def test_the_recipes_readme_makes_the_shards_that_it_names() -> None:
 def test_the_readmes_supervised_row_has_the_draws_of_the_others() -> None:
     """As reproduce.py has it; without them 100 epochs of 1000 images are 100 steps."""
     (line,) = re.findall(r".*finetune\.py .*--output runs/supervised/.*", README.read_text())
-    assert f"--samples-per-epoch {IMAGENET}" in line
+    assert f"--samples-per-epoch {IMAGENET_IMAGES}" in line
     assert "--batch-size" not in line
 
 
