@@ -111,7 +111,7 @@ def _say_cp437(path: Path, infos: Sequence[zipfile.ZipInfo], names: Sequence[str
     if guessed:
         print(
             f"{path}: does not say the encoding of {counted(len(guessed), 'name')}, such as "
-            f"{guessed[0]}, and they are no UTF-8, so they are read as cp437; if they were others, "
+            f"{guessed[0]}, and they are no UTF-8, so they are read as cp437; if that is wrong, "
             "unpack it with a program that knows their encoding and give the folder",
             flush=True,
         )
